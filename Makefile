@@ -1,0 +1,81 @@
+# Everything a person or CI does here is a target; `make` alone lists them. Each target does its own set-up.
+
+.DEFAULT_GOAL := help
+
+# Interpreter to make the environments with; empty: the first of python3, python3.13, python3.12, python3.11 that fits.
+PYTHON ?=
+# How many test processes run side by side.
+TEST_WORKERS ?= 2
+# More for pytest: make test PYTEST_ARGS='tests/store -k fork'
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTO_VENV := .venv-proto
+PROTO_STAMP := $(PROTO_VENV)/.installed
+PROTO := $(PROTO_VENV)/bin/python scripts/proto.py
+
+# FORCE for an environment that was moved (it knows its absolute path), is broken, or was made by another PYTHON than the
+# one asked for.
+stale = $(shell scripts/venv.sh --stale $(1) "$(PYTHON)")
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(STAMP) ## make .venv with the pinned dependencies, the service and the stubs (both editable)
+
+.PHONY: run
+run: install ## set everything up, migrate and serve; Ctrl-C stops
+	@exec $(BIN)/chat-history serve --migrate
+
+.PHONY: test
+test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
+	$(BIN)/pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: install $(PROTO_STAMP) ## check style, types, imports between modules, protos and generated code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	$(PROTO) check
+
+.PHONY: format
+format: install $(PROTO_STAMP) ## put code and protos into the one format, and mend what ruff can
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+	$(PROTO_VENV)/bin/buf format --write protos
+
+.PHONY: proto
+proto: $(PROTO_STAMP) ## make generated/ from protos/
+	$(PROTO) generate
+
+.PHONY: proto-release
+proto-release: $(PROTO_STAMP) ## take the protos of now as the release that later changes must not break
+	$(PROTO) release
+
+.PHONY: lock
+lock: install ## pin the dependencies anew: what still fits stays, or all of them with UPGRADE=1
+	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+.PHONY: clean
+clean: ## remove the environments and caches; never .data, where the embedded database is
+	rm -rf $(VENV) $(PROTO_VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache dist generated/dist
+	find $(wildcard service tests scripts alembic generated client examples) -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): requirements/dev.lock pyproject.toml generated/pyproject.toml scripts/venv.sh $(call stale,$(VENV))
+	@scripts/venv.sh $(VENV) requirements/dev.lock "$(PYTHON)"
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable generated --editable .
+	@# Fails when pyproject.toml asks for what the lock does not have.
+	@broken=$$($(BIN)/python -m pip check) || { echo "$$broken"; echo "run: make lock"; exit 1; }
+	@scripts/venv.sh --done $(VENV) "$(PYTHON)"
+
+$(PROTO_STAMP): requirements/proto.lock scripts/venv.sh $(call stale,$(PROTO_VENV))
+	@scripts/venv.sh $(PROTO_VENV) requirements/proto.lock "$(PYTHON)"
+	@scripts/venv.sh --done $(PROTO_VENV) "$(PYTHON)"
+
+.PHONY: FORCE
+FORCE:

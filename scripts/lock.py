@@ -1,0 +1,40 @@
+"""Pins the dependencies of pyproject.toml, with hashes, for every Python and platform it promises.
+
+- dev.lock: the service, its embedded PostgreSQL and the tools; what `make install` installs
+- runtime.lock: the service alone; what a production image installs
+- proto.lock: the generator of generated/, in an environment of its own
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = {
+    "dev": ["pyproject.toml", "--extra", "embedded", "--group", "dev"],
+    "runtime": ["pyproject.toml", "--constraints", "requirements/dev.lock"],
+    "proto": ["--group", "proto"],
+}
+
+
+def main() -> None:
+    """Write requirements/*.lock; arguments are passed on to the resolver."""
+    uv = Path(sys.executable).parent / "uv"
+    for name, sources in LOCKS.items():
+        command = [
+            *(str(uv), "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"),
+            *("--generate-hashes", "--only-binary", ":all:"),
+            # The lock is the same for everyone: nothing of this machine's package sources goes in or is obeyed.
+            *("--no-config", "--no-emit-index-url", "--no-emit-find-links"),
+            # A local path has no hash; `make install` adds the stubs.
+            *("--no-emit-package", "chathistory-stubs"),
+            *("--custom-compile-command", "make lock"),
+            *("--output-file", f"requirements/{name}.lock"),
+        ]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
+        subprocess.run([*command, *sources, *sys.argv[1:]], cwd=ROOT, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
