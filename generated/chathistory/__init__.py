@@ -1,0 +1,1 @@
+"""The ChatHistory API. Generated from protos/ by `make proto`: do not edit."""
