@@ -1,0 +1,3 @@
+"""ChatHistory: a gRPC service that keeps conversations on PostgreSQL."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The wire: everything that knows gRPC or the generated code."""

@@ -1,0 +1,28 @@
+"""Update masks: which fields an update writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+
+from service.errors import FieldViolation, InvalidArgument
+
+
+def paths(mask: FieldMask, sent: Message, writable: Sequence[str]) -> list[str]:
+    """Return the fields to write: those of the mask, or with an empty one every writable field that is set.
+
+    Raises:
+        InvalidArgument: the mask names a field that is unknown or output-only.
+    """
+    unknown = [path for path in mask.paths if path not in writable]
+    if unknown:
+        allowed = ", ".join(writable)
+        raise InvalidArgument.fields(
+            tuple(FieldViolation("update_mask", f"{path[:64]!r} is not one of {allowed}") for path in unknown)
+        )
+    if mask.paths:
+        return list(dict.fromkeys(mask.paths))
+    present = {descriptor.name for descriptor, _ in sent.ListFields()}
+    return [path for path in writable if path in present]

@@ -1,0 +1,250 @@
+"""What every call passes, in this order: telemetry, errors, caller, admission, validation; then its method.
+
+It is composed once per method when the server is built, not as interceptors: each of those costs every call an await and a context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import protovalidate
+import structlog
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc import aio
+
+from service import errors
+from service.rpc import status
+from service.rpc.auth import Authenticate, Caller
+from service.store.failures import to_service_error
+from service.telemetry import Observer
+
+_log = structlog.get_logger(__name__)
+
+Context = aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True)
+class Call:
+    """What a method knows of its call, beside the request."""
+
+    caller: Caller
+    deadline: float
+    """When the answer is due, on the running loop's clock."""
+
+
+class Admission:
+    """How much work is let in at once. Health checks do not pass here, so they answer also under overload."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_flight = 0
+        self.draining = False
+
+    def enter(self) -> None:
+        """Let a call in; `leave` must follow.
+
+        Raises:
+            Unavailable: the server is going away (DRAINING).
+            Overloaded: too many calls are under way.
+        """
+        if self.draining:
+            raise draining()
+        if self.in_flight >= self.limit:
+            raise errors.Overloaded("too many calls are under way; try again", retry_after=0.5)
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        """Note that a call has ended."""
+        self.in_flight -= 1
+
+
+def draining() -> errors.Unavailable:
+    """Make the error that sends a caller to another replica."""
+    return errors.Unavailable("this server is shutting down; try again", reason="DRAINING", retry_after=0.1)
+
+
+class _Malformed:
+    """Stands for a request whose bytes are no message of its type."""
+
+
+_MALFORMED = _Malformed()
+
+
+class Pipeline:
+    """Wraps the methods of a service."""
+
+    def __init__(
+        self,
+        authenticate: Authenticate,
+        calls: Admission,
+        streams: Admission,
+        call_timeout: float,
+        observe: Observer | None = None,
+    ) -> None:
+        self._authenticate = authenticate
+        self._calls = calls
+        self._streams = streams
+        self._call_timeout = call_timeout
+        self._observe = observe
+        self._validate = protovalidate.Validator().validate
+
+    def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """Return the wrapped methods of a servicer, by name.
+
+        Raises:
+            AttributeError: the servicer lacks a method of the service.
+        """
+        made: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        for method in service.methods:
+            wrap, handler = (
+                (self._stream, grpc.unary_stream_rpc_method_handler)
+                if method.server_streaming
+                else (self._unary, grpc.unary_unary_rpc_method_handler)
+            )
+            made[method.name] = handler(
+                wrap(method.name, getattr(servicer, method.name)),
+                request_deserializer=_parser(GetMessageClass(method.input_type)),
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+        return made
+
+    def _unary(
+        self, name: str, method: Callable[[Any, Call], Awaitable[Any]]
+    ) -> Callable[[Any, Context], Awaitable[Any]]:
+        async def serve(request: Any, context: Context) -> Any:
+            started = time.perf_counter() if self._observe else 0.0
+            try:
+                caller = await self._authenticate(context)
+                self._calls.enter()
+                try:
+                    self._check(request)
+                    left = context.time_remaining()
+                    loop = asyncio.get_running_loop()
+                    if left is not None:  # gRPC itself ends the call then.
+                        reply = await method(request, Call(caller, loop.time() + left))
+                    else:
+                        reply = await self._timed(method, request, caller)
+                finally:
+                    self._calls.leave()
+            except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
+                await self._fail(name, context, error, started)
+            if self._observe:
+                self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
+            return reply
+
+        return serve
+
+    async def _timed(self, method: Callable[[Any, Call], Awaitable[Any]], request: Any, caller: Caller) -> Any:
+        """Serve a call whose client set no deadline."""
+        deadline = asyncio.get_running_loop().time() + self._call_timeout
+        scope = asyncio.timeout_at(deadline)
+        try:
+            async with scope:
+                return await method(request, Call(caller, deadline))
+        except TimeoutError:
+            if scope.expired():
+                raise errors.DeadlineExceeded(f"the call took more than {self._call_timeout:g} s") from None
+            raise
+
+    def _stream(
+        self, name: str, method: Callable[[Any, Call], AsyncGenerator[Any]]
+    ) -> Callable[[Any, Context], Awaitable[None]]:
+        async def serve(request: Any, context: Context) -> None:
+            started = time.perf_counter() if self._observe else 0.0
+            try:
+                caller = await self._authenticate(context)
+                self._streams.enter()
+                try:
+                    self._check(request)
+                    deadline = asyncio.get_running_loop().time() + (context.time_remaining() or self._call_timeout)
+                    async with aclosing(method(request, Call(caller, deadline))) as replies:
+                        async for reply in replies:
+                            await context.write(reply)
+                finally:
+                    self._streams.leave()
+            except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
+                await self._fail(name, context, error, started)
+            if self._observe:
+                self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
+
+        return serve
+
+    def _check(self, request: Any) -> None:
+        if request is _MALFORMED:
+            raise errors.InvalidArgument("the request's bytes are no valid message", reason="MALFORMED_REQUEST")
+        try:
+            self._validate(request)
+        except protovalidate.ValidationError as error:
+            raise errors.InvalidArgument.fields(tuple(map(_violation, error.violations))) from None
+
+    async def _fail(self, name: str, context: Context, error: BaseException, started: float) -> NoReturn:
+        """Answer with an error's status; nothing of an exception's own words goes out."""
+        if isinstance(error, aio.AbortError):
+            raise error
+        if not isinstance(error, Exception | asyncio.CancelledError):
+            raise error
+        if isinstance(error, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is None or task.cancelling() or context.cancelled():
+                self._tell(name, grpc.StatusCode.CANCELLED, started)
+                raise error
+            # Cancelled from within: gRPC would send no status at all, and the client would wait for its deadline (grpc #29248).
+        known = error if isinstance(error, errors.ServiceError) else to_service_error(error)
+        if known is None:
+            request_id = str(uuid.uuid4())
+            _log.error(
+                "internal error", method=name, request_id=request_id, error=type(error).__name__, where=_where(error)
+            )
+            known = errors.ServiceError("internal error", request_id=request_id)
+        code, details = status.of(known)
+        self._tell(name, code, started)
+        await context.abort(code, known.message, (("grpc-status-details-bin", details.SerializeToString()),))
+
+    def _tell(self, name: str, code: grpc.StatusCode, started: float) -> None:
+        if self._observe:
+            self._observe(name, code, time.perf_counter() - started)
+
+
+def _parser(kind: type[Message]) -> Callable[[bytes], Any]:
+    """Wrap a deserializer: what it raises would reach the client as UNKNOWN, before any of our code runs."""
+    parse = kind.FromString
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except (DecodeError, ValueError, RecursionError):
+            return _MALFORMED
+
+    return deserialize
+
+
+def _violation(violation: protovalidate.Violation) -> errors.FieldViolation:
+    found = violation.proto
+    path = ""
+    for element in found.field.elements if found.field else ():
+        path += f".{element.field_name}" if path else element.field_name
+        if element.subscript is not None:
+            path += f"[{element.subscript.value}]"
+    if found.rule_id == "string.not_contains":
+        return errors.FieldViolation(path, "must not contain NUL")
+    return errors.FieldViolation(path, found.message or found.rule_id)
+
+
+def _where(error: BaseException) -> list[str]:
+    """Return the places that an exception came through, without its words: they may hold what nobody should read."""
+    places: list[str] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        places.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return places

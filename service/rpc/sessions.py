@@ -1,0 +1,116 @@
+"""The RPCs of sessions."""
+
+from __future__ import annotations
+
+import uuid_utils
+from chathistory.v1 import session_pb2
+
+from service.errors import InvalidArgument, NotFound
+from service.rpc import convert, masks, paging
+from service.rpc.pipeline import Call
+from service.store import sessions
+from service.store.database import Database
+from service.store.rows import SessionRow
+from service.store.tables import State
+from service.store.watch import WatchHub
+
+_WRITABLE = ("title", "summary", "summarized_through_seq", "metadata", "state")
+
+
+def same(field: str, inside: str, outside: str) -> None:
+    """Check that an id inside a resource is empty or the request's.
+
+    Raises:
+        InvalidArgument: it is another one.
+    """
+    if inside and inside.lower() != outside:
+        raise InvalidArgument.field(field, "is not the request's")
+
+
+class Sessions:
+    """Creates, reads, changes, forks and erases sessions."""
+
+    database: Database
+    watchers: WatchHub
+
+    async def CreateSession(
+        self, request: session_pb2.CreateSessionRequest, call: Call
+    ) -> session_pb2.CreateSessionResponse:
+        """Create an empty session; a retry with the same id and content returns it."""
+        user_id = call.caller.owner(request.user_id)
+        same("session.user_id", request.session.user_id, user_id)
+        session_id = request.session.id.lower() or str(uuid_utils.uuid7())
+        values = convert.session_values(request.session, session_id) | {"user_id": user_id}
+        row = await self.database.write(sessions.create, call.deadline, values)
+        return session_pb2.CreateSessionResponse(session=convert.session(row))
+
+    async def GetSession(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:
+        """Read one session."""
+        user_id = call.caller.owner(request.user_id)
+        row = await self.database.read(sessions.get, call.deadline, user_id, request.session_id.lower())
+        return session_pb2.GetSessionResponse(session=convert.session(row))
+
+    async def ListSessions(
+        self, request: session_pb2.ListSessionsRequest, call: Call
+    ) -> session_pb2.ListSessionsResponse:
+        """List a user's sessions, newest activity first."""
+        user_id = call.caller.owner(request.user_id)
+        bound = ("ListSessions", user_id, request.state)
+        size = paging.page_size(request.page_size)
+        after = _position(paging.place(request.page_token, *bound))
+        state = State(request.state) if request.state else None
+        rows = await self.database.read(sessions.page, call.deadline, user_id, state, after, size + 1)
+
+        def token(row: SessionRow) -> str:
+            return paging.token(f"{row.updated_us} {row.id}", *bound)
+
+        page, next_token = paging.cut(rows[:size], convert.session, token, more=len(rows) > size)
+        return session_pb2.ListSessionsResponse(sessions=page, next_page_token=next_token)
+
+    async def UpdateSession(
+        self, request: session_pb2.UpdateSessionRequest, call: Call
+    ) -> session_pb2.UpdateSessionResponse:
+        """Change fields of a session."""
+        user_id = call.caller.owner(request.user_id)
+        same("session.user_id", request.session.user_id, user_id)
+        session_id = request.session.id.lower()
+        if not session_id:
+            raise InvalidArgument.field("session.id", "is required")
+        values = convert.session_changes(request.session, masks.paths(request.update_mask, request.session, _WRITABLE))
+        row = await self.database.write(
+            sessions.change, call.deadline, user_id, session_id, values, request.session.etag
+        )
+        return session_pb2.UpdateSessionResponse(session=convert.session(row))
+
+    async def DeleteSession(
+        self, request: session_pb2.DeleteSessionRequest, call: Call
+    ) -> session_pb2.DeleteSessionResponse:
+        """Erase a session with its messages; a large one in slices, so that no lock is held for long."""
+        user_id = call.caller.owner(request.user_id)
+        session_id = request.session_id.lower()
+        more = True
+        while more:
+            _, more = await self.database.write(sessions.erase_slice, call.deadline, user_id, session_id)
+        gone = await self.database.write(sessions.erase, call.deadline, user_id, session_id)
+        if not gone and not request.allow_missing:
+            raise NotFound.session(session_id)
+        self.watchers.changed(user_id, session_id)
+        return session_pb2.DeleteSessionResponse()
+
+    async def ForkSession(self, request: session_pb2.ForkSessionRequest, call: Call) -> session_pb2.ForkSessionResponse:
+        """Copy the beginning of a session into a new one; a retry with the same new id returns it."""
+        user_id = call.caller.owner(request.user_id)
+        source_id = request.session_id.lower()
+        new_id = request.new_session_id.lower() or str(uuid_utils.uuid7())
+        fingerprint = convert.fork_fingerprint(source_id, request.through_seq)
+        row = await self.database.write(
+            sessions.fork, call.deadline, user_id, source_id, request.through_seq, new_id, fingerprint
+        )
+        return session_pb2.ForkSessionResponse(session=convert.session(row))
+
+
+def _position(place: str | None) -> tuple[int, str] | None:
+    if place is None:
+        return None
+    updated_us, _, session_id = place.partition(" ")
+    return int(updated_us), session_id

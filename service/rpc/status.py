@@ -1,0 +1,54 @@
+"""The one table: from an error of ours to the status that a client sees."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from service import errors
+
+DOMAIN = "chathistory.v1"
+MAX_VIOLATIONS = 20
+"""Details travel in metadata, of which clients take 8 KiB: a long list of violations is cut."""
+
+CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.Conflict: grpc.StatusCode.ABORTED,
+    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.ServiceError: grpc.StatusCode.INTERNAL,
+}
+
+
+def of(error: errors.ServiceError) -> tuple[grpc.StatusCode, Status]:
+    """Return the code and the status with its details."""
+    code = CODES[type(error)]
+    details: list[ErrorInfo | BadRequest | RetryInfo] = [
+        ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    ]
+    if isinstance(error, errors.InvalidArgument) and error.violations:
+        fields = [
+            BadRequest.FieldViolation(field=field, description=description)
+            for field, description in error.violations[:MAX_VIOLATIONS]
+        ]
+        details.append(BadRequest(field_violations=fields))
+    if error.retry_after is not None:
+        delay = Duration()
+        delay.FromMilliseconds(int(error.retry_after * 1000))
+        details.append(RetryInfo(retry_delay=delay))
+    status = Status(code=code.value[0], message=error.message)
+    for detail in details:
+        packed = Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return code, status

@@ -1,0 +1,182 @@
+"""The composition root: wires the parts, serves, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+
+import grpc
+import structlog
+from chathistory.v1 import chat_history_service_pb2
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service.config import Settings, split_address
+from service.rpc.auth import trust
+from service.rpc.health import SERVICE, Health, Readiness
+from service.rpc.pipeline import Admission, Pipeline
+from service.rpc.servicer import ChatHistoryServicer
+from service.store.append import Appender
+from service.store.database import Database
+from service.store.url import Target
+from service.store.watch import WatchHub
+from service.telemetry import Metrics
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+MAX_METADATA_BYTES = 16 * 1024
+
+_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES // 2),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    # One process a port: a second one must fail instead of silently taking half of the connections.
+    ("grpc.so_reuseport", 0),
+    # Below the clients' interval, or their pings end in GOAWAY too_many_pings.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+_log = structlog.get_logger(__name__)
+
+
+class Server:
+    """The whole service in one process. `start`, then `stop`, once each."""
+
+    def __init__(self, settings: Settings, target: Target) -> None:
+        self.settings = settings
+        self.database = Database(
+            target,
+            pool_size=settings.db_pool_size,
+            max_overflow=settings.db_max_overflow,
+            pool_timeout=settings.db_pool_timeout,
+            recycle=settings.db_pool_recycle,
+            connect_timeout=settings.db_connect_timeout,
+            driver_connections=settings.append_lanes + settings.read_connections,
+        )
+        self.readiness = Readiness(self.database)
+        self.database.on_doubt = self.readiness.doubt
+        self.appender = Appender(self.database, settings.append_lanes)
+        self.watchers = WatchHub(self.database)
+        self.appender.on_appended = self.watchers.changed
+        self.calls = Admission(settings.max_in_flight)
+        self.streams = Admission(settings.max_watches)
+        self.metrics = self._start_metrics()
+        self.address = settings.listen
+        """Where it listens, with the port that it took."""
+        self._servers: list[aio.Server] = []
+
+    async def start(self) -> None:
+        """Listen; calls are served as soon as the database answers and its schema fits.
+
+        Raises:
+            OSError: an address cannot be listened on.
+        """
+        settings = self.settings
+        observe = self.metrics.observe if self.metrics else None
+        pipeline = Pipeline(trust, self.calls, self.streams, settings.call_timeout, observe)
+        servicer = ChatHistoryServicer(self.database, self.appender, self.watchers, settings.call_timeout)
+        service = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]
+        health = Health(self.database, self.readiness)
+        server = aio.server(options=_OPTIONS)
+        handlers = grpc.method_handlers_generic_handler(SERVICE, pipeline.handlers(service, servicer))
+        server.add_generic_rpc_handlers((handlers,))
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        self.address = _listen(server, settings.listen)
+        self._servers.append(server)
+        if settings.health_listen is not None:
+            probes = aio.server(options=_OPTIONS)
+            health_pb2_grpc.add_HealthServicer_to_server(health, probes)
+            _listen(probes, settings.health_listen)
+            self._servers.append(probes)
+        for each in self._servers:
+            await each.start()
+        # What lives as long as the process need not be looked at by every collection.
+        gc.collect()
+        gc.freeze()
+        self.readiness.doubt()
+
+    async def stop(self) -> None:
+        """Turn NOT_SERVING, finish what is under way within the grace, and close; no acknowledged write is lost."""
+        grace = self.settings.shutdown_grace
+        self.readiness.drain()
+        await asyncio.sleep(self.settings.shutdown_delay)
+        self.calls.draining = self.streams.draining = True
+        # An open stream would eat the whole grace.
+        self.watchers.close()
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        await self.appender.drain()
+        await self.database.close()
+        if self.metrics:
+            self.metrics.close()
+        gc.unfreeze()
+
+    def _start_metrics(self) -> Metrics | None:
+        if self.settings.metrics_listen is None:
+            return None
+        host, port = split_address(self.settings.metrics_listen)
+        pool = self.database.engine.pool
+        return Metrics(
+            host,
+            port,
+            {
+                "chat_history_calls_in_flight": ("Calls under way.", lambda: self.calls.in_flight),
+                "chat_history_watches_open": ("Open WatchMessages streams.", lambda: len(self.watchers)),
+                "chat_history_appends_waiting": ("Appends that have not left yet.", lambda: self.appender.waiting),
+                "chat_history_connections_in_use": ("Database connections checked out.", pool.checkedout),  # type: ignore[attr-defined]
+                "chat_history_ready": ("Whether the service is ready.", lambda: self.readiness.ready),
+            },
+        )
+
+
+def _listen(server: aio.Server, address: str) -> str:
+    """Listen on an address and return it with the port taken.
+
+    Raises:
+        OSError: it cannot be listened on.
+    """
+    host, _ = split_address(address)
+    try:
+        taken = server.add_insecure_port(address)
+    except RuntimeError:
+        taken = 0
+    if not taken:
+        raise OSError(errno.EADDRINUSE, "cannot listen on this address", address)
+    return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}"
+
+
+async def run(settings: Settings, target: Target, *, on_ready: Callable[[str], None] = lambda _address: None) -> None:
+    """Serve until SIGINT or SIGTERM, drain, and return. `on_ready` is called once, with the address, when calls are served.
+
+    Raises:
+        OSError: an address cannot be listened on.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    for note in target.notes:
+        _log.info(note)
+    server = Server(settings, target)
+    try:
+        await server.start()
+        stopped = loop.create_task(stopping.wait())
+        ready = loop.create_task(server.readiness.wait_ready())
+        await asyncio.wait((stopped, ready), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            on_ready(server.address)
+        await stopped
+        ready.cancel()
+        with suppress(asyncio.CancelledError):
+            await ready
+    finally:
+        await server.stop()

@@ -1,0 +1,145 @@
+"""The append's statements and their arguments; `append.py` says why they are correct."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from service.store.driver import Statement
+from service.store.tables import State
+
+if TYPE_CHECKING:
+    from service.store.append import Append
+
+
+class NewMessage(NamedTuple):
+    """A message to store: its columns in their order. `parts` and `metadata` are JSON, or None when empty."""
+
+    id: str
+    role: int
+    content: str
+    parts: str | None
+    metadata: str | None
+    token_count: int | None
+    token_estimate: int
+    size: int
+    author: str
+    feedback_score: float | None
+    feedback_comment: str | None
+    fingerprint: bytes
+
+
+class NewSession(NamedTuple):
+    """What a session starts with, where an append makes it. `metadata` is JSON, or None when empty."""
+
+    title: str = ""
+    summary: str = ""
+    metadata: str | None = None
+    fingerprint: bytes = b""
+
+
+# Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an
+# expectation ($9 to $11), and one a message ($13 on).
+APPEND = Statement.from_text(f"""
+WITH appended AS (
+    INSERT INTO chat_sessions AS s
+        (user_id, id, title, summary, metadata, last_seq, message_count, created_at, updated_at, fingerprint)
+    SELECT i.user_id, i.id, i.title, i.summary, i.metadata, i.count, i.count, i.at, i.at, i.fingerprint
+    FROM (
+        SELECT i.*, clock_timestamp() AS at
+        FROM (SELECT set_config('lock_timeout', $12, true)) AS _,
+             unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::boolean[], $5::text[], $6::text[], $7::jsonb[], $8::bytea[])
+             AS i (user_id, id, count, may_create, title, summary, metadata, fingerprint)
+        WHERE i.may_create
+           OR EXISTS (SELECT FROM chat_sessions AS c WHERE c.user_id = i.user_id AND c.id = i.id)
+        ORDER BY i.user_id, i.id
+    ) AS i
+    ON CONFLICT (user_id, id) DO UPDATE SET
+        last_seq = s.last_seq + excluded.last_seq,
+        message_count = s.message_count + excluded.message_count,
+        updated_at = greatest(s.updated_at, excluded.updated_at)
+    WHERE s.state = {State.ACTIVE:d}
+      AND NOT EXISTS (
+        SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[]) AS e (user_id, id, last_seq)
+        WHERE e.user_id = s.user_id AND e.id = s.id AND e.last_seq <> s.last_seq)
+    RETURNING s.user_id, s.id, s.last_seq, s.updated_at, s.xmax = 0 AS created
+), stored AS (
+    INSERT INTO chat_messages
+        (user_id, session_id, seq, id, role, content, parts, metadata, token_count, token_estimate, size, author,
+         feedback_score, feedback_comment, created_at, updated_at, fingerprint)
+    SELECT a.user_id, a.id, CASE WHEN m.may_create OR NOT a.created THEN a.last_seq - m.back END,
+           m.id, m.role, m.content, m.parts, m.metadata, m.token_count, m.token_estimate, m.size, m.author,
+           m.feedback_score, m.feedback_comment, a.updated_at, a.updated_at, m.fingerprint
+    FROM unnest($13::uuid[], $14::uuid[], $15::bigint[], $16::boolean[], $17::uuid[], $18::smallint[], $19::text[], $20::jsonb[],
+                $21::jsonb[], $22::integer[], $23::integer[], $24::integer[], $25::text[], $26::double precision[], $27::text[],
+                $28::bytea[])
+         AS m (user_id, session_id, back, may_create, id, role, content, parts, metadata, token_count, token_estimate, size,
+               author, feedback_score, feedback_comment, fingerprint)
+    JOIN appended AS a ON a.user_id = m.user_id AND a.id = m.session_id
+)
+SELECT user_id::text, id::text AS session_id, last_seq, (date_part('epoch', updated_at) * 1e6)::bigint AS at, created
+FROM appended
+""")  # noqa: S608 - nothing but a number of ours goes in
+
+LOOK_UP = Statement.from_text("""
+SELECT m.user_id::text, m.session_id::text, m.id::text, m.seq, m.fingerprint,
+       (date_part('epoch', m.created_at) * 1e6)::bigint AS at
+FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
+JOIN chat_messages AS m ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
+""")
+
+SESSIONS = Statement.from_text("""
+SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq
+FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, id)
+JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
+""")
+
+
+def in_order(batch: Iterable[Append]) -> list[Append]:
+    """Return the items in the order in which they take their places: within a session, one that may make it comes first."""
+    return sorted(batch, key=lambda item: not item.may_create)
+
+
+def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, ...]:
+    """Return the arguments of APPEND; items of one session share its row, and none but a lone one carries an expectation."""
+    items = in_order(batch)
+    counts: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, str], Append] = {}
+    for item in items:
+        counts[item.key] = counts.get(item.key, 0) + len(item.pending)
+        first.setdefault(item.key, item)
+    backs: list[int] = []
+    left = dict(counts)
+    for item in items:
+        start = left[item.key] - 1
+        backs.extend(range(start, start - len(item.pending), -1))
+        left[item.key] = start - len(item.pending) + 1
+    expecting = [item for item in items if item.expected is not None]
+    openers = first.values()
+    rows = [(item.key, first[item.key].may_create, message) for item in items for message in item.pending]
+    messages = [message for _, _, message in rows]
+    return (
+        [key[0] for key in counts],
+        [key[1] for key in counts],
+        list(counts.values()),
+        [item.may_create for item in openers],
+        [item.new_session.title for item in openers],
+        [item.new_session.summary for item in openers],
+        [item.new_session.metadata for item in openers],
+        [item.new_session.fingerprint for item in openers],
+        [item.key[0] for item in expecting],
+        [item.key[1] for item in expecting],
+        [item.expected for item in expecting],
+        lock_timeout,
+        [key[0] for key, _, _ in rows],
+        [key[1] for key, _, _ in rows],
+        backs,
+        [may_create for _, may_create, _ in rows],
+        *map(list, zip(*messages, strict=True)),
+    )
+
+
+def look_up_arguments(items: Iterable[Append]) -> tuple[list[str], list[str], list[str]]:
+    """Return the arguments of LOOK_UP: every message of these items."""
+    keys = [(*item.key, message.id) for item in items for message in item.messages]
+    return [key[0] for key in keys], [key[1] for key in keys], [key[2] for key in keys]

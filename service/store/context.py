@@ -1,0 +1,284 @@
+"""What goes into the next prompt: the newest messages within limits, tool calls together with their results.
+
+A *group* is a message, or an assistant message with tool calls together with the messages that hold their results. A result belongs
+to the newest earlier call with its id. A message with a result whose call is not there is never sent, and a call that lacks a result
+only when nothing comes after it but its own results: model APIs refuse both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    bindparam,
+    case,
+    cast,
+    func,
+    literal_column,
+    null,
+    select,
+    union_all,
+)
+
+from service.errors import NotFound
+from service.store.database import Database
+from service.store.driver import Record, Statement
+from service.store.messages import LAST, PAGE_BYTES, bounded
+from service.store.rows import MESSAGE_COLUMNS, SESSION_COLUMNS, MessageRow, SessionRow
+from service.store.tables import Role, chat_messages, chat_sessions
+
+LOOK_BACK = 1000
+"""How many messages beyond the limit are searched for what is missing, so that no session's length counts."""
+LEADING = 1000
+"""How many leading SYSTEM messages are looked at."""
+_CHUNK = 50
+"""How many older messages are read at a time, at the least, where the first read did not decide."""
+
+
+class Context(NamedTuple):
+    """The messages of a prompt, oldest first, and what was left out."""
+
+    session: SessionRow
+    messages: list[MessageRow]
+    omitted_count: int
+    token_count: int
+
+
+class Limits(NamedTuple):
+    """How much fits into the prompt; `max_tokens` 0 is no limit."""
+
+    max_messages: int
+    max_tokens: int = 0
+    max_bytes: int = PAGE_BYTES
+
+    def hold(self, total: _Total) -> bool:
+        """Whether so much fits."""
+        return (
+            total.messages <= self.max_messages
+            and (not self.max_tokens or total.tokens <= self.max_tokens)
+            and total.size <= self.max_bytes
+        )
+
+
+async def get(database: Database, user_id: str, session_id: str, limits: Limits, deadline: float) -> Context:
+    """Choose what goes into the next prompt.
+
+    Raises:
+        NotFound: this user has no such session.
+    """
+    ids = {"user_id": user_id, "session_id": session_id}
+    arguments = _OPENING.bind(**ids, seq=LAST, limit=limits.max_messages)
+    session, system, newest = _unpack(await database.fetch(_OPENING, *arguments, deadline=deadline))
+    if session is None:
+        raise NotFound.session(session_id)
+    whole = _is_last(newest, limits.max_messages)
+    farthest = limits.max_messages + LOOK_BACK
+    while (chosen := choose(system, newest, limits, whole=whole)) is None:
+        wanted = min(max(_CHUNK, len(newest)), farthest - len(newest))
+        arguments = _OLDER.bind(**ids, seq=newest[-1].seq, limit=wanted)
+        older = [MessageRow._make(row) for row in await database.fetch(_OLDER, *arguments, deadline=deadline)]
+        newest += older
+        whole = _is_last(older, wanted) or len(newest) >= farthest
+    omitted = max(0, session.message_count - len(chosen))
+    return Context(session, chosen, omitted, sum(row.tokens for row in chosen))
+
+
+def _is_last(rows: Sequence[MessageRow], wanted: int) -> bool:
+    """Whether a read has come to the session's beginning: it returned less than asked for, and not because of its size."""
+    return len(rows) < wanted and sum(row.size for row in rows) < PAGE_BYTES
+
+
+class _Total(NamedTuple):
+    messages: int
+    tokens: int
+    size: int
+
+    def plus(self, rows: Iterable[MessageRow]) -> _Total:
+        messages, tokens, size = self
+        for row in rows:
+            messages, tokens, size = messages + 1, tokens + row.tokens, size + row.size
+        return _Total(messages, tokens, size)
+
+
+def choose(
+    system: Sequence[MessageRow], newest: Sequence[MessageRow], limits: Limits, *, whole: bool
+) -> list[MessageRow] | None:
+    """Choose from a session's readable messages what goes into the next prompt, oldest first.
+
+    Args:
+        system: The leading SYSTEM messages.
+        newest: The newest messages, newest first; leading SYSTEM ones may be among them.
+        limits: How much fits.
+        whole: Whether nothing older than `newest` counts.
+
+    Returns:
+        The messages, or None when older ones must be known to decide.
+    """
+    leading = {row.seq for row in system}
+    kept = list(system)
+    total = _Total(0, 0, 0).plus(system)
+    first = True
+    for group in _groups([row for row in newest if row.seq not in leading], whole=whole):
+        total = total.plus(group.members)
+        if not first and not limits.hold(total):
+            break
+        if not group.known:
+            return None
+        kept += group.members
+        first = False
+    else:
+        if not whole and (first or limits.hold(total._replace(messages=total.messages + 1))):
+            return None
+    return sorted(kept, key=lambda row: row.seq)
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Messages that are sent together or not at all, oldest first."""
+
+    members: list[MessageRow]
+    open: dict[str, int] = field(default_factory=dict)
+    """Calls without a result, and the seq of the message that made them."""
+    known: bool = True
+    """Whether everything that decides about it has been read."""
+
+
+def _groups(newest: Sequence[MessageRow], *, whole: bool) -> list[_Group]:
+    """Put messages into groups, newest group first.
+
+    With `whole`, what may not be sent is left out: results without their call, and calls without their results. Otherwise such groups
+    are marked as not known, since older messages may complete them.
+    """
+    if not any(row.parts for row in newest):
+        return [_Group([row]) for row in newest]
+    groups: list[_Group] = []
+    caller: dict[str, _Group] = {}
+    strays: list[_Group] = []
+    for row in reversed(newest):
+        calls, results = _tools(row)
+        found = list(dict.fromkeys(caller[result] for result in results if result in caller))
+        if any(result not in caller for result in results):
+            strays.append(_Group([row], known=False))
+            for group in found:
+                group.known = False
+            continue
+        group = _merge(groups, caller, found) if found else _Group([])
+        if not found:
+            groups.append(group)
+        group.members.append(row)
+        for result in results:
+            group.open.pop(result, None)
+        for call in calls:
+            caller[call] = group
+            group.open[call] = row.seq
+    stray_seqs = {group.members[0].seq for group in strays}
+    for group in groups:
+        _settle(group, newest, stray_seqs, whole=whole)
+    if whole:
+        groups = [group for group in groups if group.known]
+    else:
+        groups += strays
+    return sorted(groups, key=lambda group: -group.members[-1].seq)
+
+
+def _merge(groups: list[_Group], caller: dict[str, _Group], found: list[_Group]) -> _Group:
+    """Make one group of several whose results came in one message."""
+    group, *others = found
+    for other in others:
+        group.members = sorted([*group.members, *other.members], key=lambda row: row.seq)
+        group.open |= other.open
+        group.known &= other.known
+        groups.remove(other)
+        for call in [call for call, owner in caller.items() if owner is other]:
+            caller[call] = group
+    return group
+
+
+def _settle(group: _Group, newest: Sequence[MessageRow], strays: set[int], *, whole: bool) -> None:
+    """Decide about a group with open calls: it may be sent at the end only."""
+    if whole:
+        group.known = True
+    if not group.open:
+        return
+    head = min(group.open.values())
+    own = {row.seq for row in group.members}
+    after = {row.seq for row in newest if row.seq > head} - own
+    if after - strays:
+        # Something else was said meanwhile. More results cannot come from older messages, except in a stray that waits for its call.
+        group.known = False
+    elif after and not whole:
+        group.known = False
+
+
+def _tools(row: MessageRow) -> tuple[set[str], set[str]]:
+    """Return the ids of the calls that wait for other messages, and of those that this message holds results of."""
+    if not row.parts:
+        return set(), set()
+    parts: list[dict[str, Any]] = json.loads(row.parts)
+    calls = {part["tool_call"]["id"] for part in parts if "tool_call" in part} if row.role == Role.ASSISTANT else set()
+    results = {part["tool_result"]["tool_call_id"] for part in parts if "tool_result" in part}
+    return calls - results, results - calls
+
+
+_s, _m = chat_sessions.c, chat_messages.c
+_user_id = bindparam("user_id", type_=_s.user_id.type)
+_session_id = bindparam("session_id", type_=_s.id.type)
+_seq = bindparam("seq", type_=BigInteger)
+_its_session = (_s.user_id == _user_id, _s.id == _session_id)
+# What a summary covers need not be sent.
+_start = (
+    select(case((_s.summary != literal_column("''"), _s.summarized_through_seq), else_=literal_column("0")))
+    .where(*_its_session)
+    .scalar_subquery()
+)
+_newest = bounded((_m.seq > _start) & (_m.seq < _seq), _m.seq.desc())
+
+
+def _leading_system() -> Select[Any]:
+    """Select the SYSTEM messages before the first other one."""
+    others = (
+        _m.user_id == _user_id,
+        _m.session_id == _session_id,
+        _m.deleted_at.is_(None),
+        _m.role != literal_column(f"{Role.SYSTEM:d}"),
+    )
+    first_other = select(_m.seq).where(*others).order_by(_m.seq).limit(literal_column("1")).scalar_subquery()
+    return bounded(
+        _m.seq < func.coalesce(first_other, literal_column(str(LAST))), _m.seq.asc(), literal_column(str(LEADING))
+    )
+
+
+def _leg(kind: int, session: Sequence[ColumnElement[Any]] | None, messages: Select[Any] | None) -> Select[Any]:
+    """One leg of the opening read: its kind, the session's columns, a message's columns; what it has not is NULL."""
+    left = session or [cast(null(), column.type) for column in SESSION_COLUMNS]
+    rows = None if messages is None else messages.subquery()
+    right = [cast(null(), column.type) for column in MESSAGE_COLUMNS] if rows is None else list(rows.c)
+    return select(literal_column(str(kind)), *left, *right)
+
+
+_OPENING = Statement(
+    union_all(
+        _leg(0, SESSION_COLUMNS, None).where(*_its_session), _leg(1, None, _leading_system()), _leg(2, None, _newest)
+    )
+)
+_OLDER = Statement(_newest)
+_MESSAGE_AT = 1 + len(SESSION_COLUMNS)
+
+
+def _unpack(rows: list[Record]) -> tuple[SessionRow | None, list[MessageRow], list[MessageRow]]:
+    session: SessionRow | None = None
+    system: list[MessageRow] = []
+    newest: list[MessageRow] = []
+    for row in rows:
+        if row[0] == 0:
+            session = SessionRow._make(row[1:_MESSAGE_AT])
+        else:
+            (system if row[0] == 1 else newest).append(MessageRow._make(row[_MESSAGE_AT:]))
+    newest.sort(key=lambda row: -row.seq)
+    return session, system, newest

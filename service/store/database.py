@@ -1,0 +1,306 @@
+"""The engine: connections, transactions, retries, and the evidence of whether the database answers.
+
+Three ways in, by what a call needs:
+- `fetch`: one hot statement by the driver itself;
+- `read`: SQLAlchemy statements that change nothing;
+- `write`: a transaction, retried whole, and carried to its end when the caller goes away meanwhile.
+
+A deadline is a time of the running loop's clock (`loop.time()`), in seconds. No work is started that cannot finish by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import asyncpg
+from sqlalchemy import event, select, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from service.errors import DeadlineExceeded
+from service.store import tables
+from service.store.driver import DriverConnections, Record, Statement
+from service.store.failures import Failure, classify, to_service_error
+from service.store.url import Target
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PING_AFTER_IDLE = 30.0
+"""Seconds after which an idle connection is tried before use."""
+COMMAND_TIMEOUT = 60.0
+"""Seconds after which the driver gives any statement up, whatever its caller's deadline."""
+SLOW_STATEMENT = 2.0
+"""Seconds after which an unanswered statement casts doubt on the database."""
+MAX_ATTEMPTS = 6
+"""Tries of a transaction that meets contention."""
+OUTAGE_PATIENCE = 15.0
+"""Seconds that a call waits at the most for a database that is away."""
+
+# What the driver, SQLAlchemy and the socket raise when a statement or a connection fails.
+DATABASE_ERRORS = (DBAPIError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+
+
+def backoff(attempt: int, *, base: float = 0.02, cap: float = 1.0) -> float:
+    """Return how long to wait before the next attempt, in seconds: full jitter, so that retries spread out."""
+    return random.uniform(0, min(cap, base * 2**attempt))  # noqa: S311 - spreads load, keeps no secret
+
+
+class Database:
+    """One PostgreSQL, reached through one pool."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        pool_size: int = 8,
+        max_overflow: int = 4,
+        pool_timeout: float = 5.0,
+        recycle: int = 240,
+        connect_timeout: float = 12.0,
+        driver_connections: int = 6,
+    ) -> None:
+        self.target = target
+        args = {"timeout": connect_timeout, "command_timeout": COMMAND_TIMEOUT} | target.connect_args
+        self.engine: AsyncEngine = create_async_engine(
+            target.url,
+            connect_args=args,
+            pool_size=pool_size,
+            max_overflow=max_overflow,
+            pool_timeout=pool_timeout,
+            pool_recycle=recycle,
+            # The least used connections age and are recycled, and a suspended database loses few.
+            pool_use_lifo=True,
+            hide_parameters=True,
+        )
+        _ping_after_idle(self.engine)
+        # Outside a transaction a read costs one round trip instead of three. Behind a transaction pooler each statement of a
+        # driver without prepared statements may meet another server unless BEGIN holds it (SQLAlchemy #12836).
+        self._reader = self.engine if target.pooled else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.driver = DriverConnections(self.engine, min(driver_connections, pool_size))
+        self._writes: set[asyncio.Task[Any]] = set()
+        self._in_flight: dict[int, float] = {}
+        self._tickets = 0
+        self._watchdog: asyncio.TimerHandle | None = None
+        self.on_doubt: Callable[[], None] = lambda: None
+        """Called when a call has shown, or suggests, that the database does not answer."""
+
+    async def fetch(self, statement: Statement, *args: Any, deadline: float) -> list[Record]:
+        """Run one hot statement that only reads, and return its rows.
+
+        Raises:
+            Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
+        """
+        return await self._attempts(lambda: self.fetch_once(statement, *args), deadline)
+
+    async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
+        """Run one statement by the driver in a transaction of its own, without a retry.
+
+        Raises:
+            Whatever the driver raises; see `failures.classify`.
+        """
+        kept = await self.driver.acquire()
+        ticket = self._start()
+        try:
+            if not self.target.pooled:
+                return await kept.driver.fetch(statement.text, *args)
+            async with kept.driver.transaction():
+                return await kept.driver.fetch(statement.text, *args)
+        except TimeoutError:
+            # The driver's own limit: the server may be gone without a word, so nobody waits for this connection again.
+            kept.driver.terminate()
+            raise
+        finally:
+            self._in_flight.pop(ticket, None)
+            self.driver.release(kept)
+
+    async def read(
+        self,
+        work: Callable[Concatenate[AsyncConnection, P], Awaitable[T]],
+        deadline: float,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run statements that change nothing.
+
+        Raises:
+            Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
+        """
+
+        async def once() -> T:
+            async with self._reader.connect() as connection:
+                return await work(connection, *args, **kwargs)
+
+        return await self._attempts(once, deadline)
+
+    async def write(
+        self,
+        work: Callable[Concatenate[AsyncConnection, P], Awaitable[T]],
+        deadline: float,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run a transaction and commit it; a caller that is cancelled meanwhile does not stop it.
+
+        `work` may run several times, each time in a transaction of its own. When the connection is lost during COMMIT it
+        runs again too, so it must find what an earlier run has left, as all work with client-chosen ids does.
+
+        Raises:
+            Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
+        """
+
+        async def once() -> T:
+            async with self.engine.begin() as connection:
+                return await work(connection, *args, **kwargs)
+
+        return await self.shield(self._attempts(once, deadline))
+
+    async def shield(self, work: Coroutine[Any, Any, T]) -> T:
+        """Carry `work` to its end even when the caller is cancelled; `drain` waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._writes.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._writes.discard(task)
+        if not task.cancelled():
+            task.exception()  # Seen, also when the caller who would have seen it is gone.
+
+    async def drain(self) -> None:
+        """Wait for writes whose callers may be gone."""
+        while self._writes:
+            await asyncio.wait(self._writes)
+
+    async def _attempts(self, once: Callable[[], Awaitable[T]], deadline: float) -> T:
+        """Try until it works, the error is final, or the time is up."""
+        loop = asyncio.get_running_loop()
+        give_up = min(deadline, loop.time() + OUTAGE_PATIENCE)
+        attempt = 0
+        while True:
+            scope = asyncio.timeout_at(deadline)
+            try:
+                async with scope:
+                    ticket = self._start()
+                    try:
+                        return await once()
+                    finally:
+                        self._in_flight.pop(ticket, None)
+            except DATABASE_ERRORS as error:
+                if scope.expired():
+                    self.on_doubt()
+                    raise DeadlineExceeded("the database did not answer in time") from None
+                failure = classify(error)
+                if failure in (Failure.LOST, Failure.REFUSED):
+                    self.on_doubt()
+                pause = backoff(attempt)
+                if not self._may_retry(failure, attempt) or loop.time() + pause >= give_up:
+                    known = to_service_error(error)
+                    if known is None:
+                        raise
+                    raise known from None
+                attempt += 1
+                await asyncio.sleep(pause)
+
+    @staticmethod
+    def _may_retry(failure: Failure, attempt: int) -> bool:
+        match failure:
+            case Failure.CONTENTION:
+                return attempt + 1 < MAX_ATTEMPTS
+            case Failure.LOST | Failure.REFUSED:
+                return True
+            case _:
+                return False
+
+    def _start(self) -> int:
+        """Note that a statement is under way, so that one that is never answered is noticed."""
+        loop = asyncio.get_running_loop()
+        self._tickets += 1
+        self._in_flight[self._tickets] = loop.time()
+        if self._watchdog is None:
+            self._watchdog = loop.call_later(SLOW_STATEMENT / 2, self._look)
+        return self._tickets
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._watchdog = None
+        if not self._in_flight:
+            return
+        if loop.time() - next(iter(self._in_flight.values())) > SLOW_STATEMENT:
+            self.on_doubt()
+        self._watchdog = loop.call_later(SLOW_STATEMENT / 2, self._look)
+
+    async def probe(self, timeout: float) -> SchemaVersion:
+        """Ask the database, on any connection, for its schema's version; one try.
+
+        Raises:
+            Whatever connecting or the statement raises, and TimeoutError.
+        """
+        async with asyncio.timeout(timeout), self._reader.connect() as connection:
+            return await schema_version(connection)
+
+    async def close(self) -> None:
+        """Wait for writes and close every connection."""
+        await self.drain()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        await self.driver.close()
+        await self.engine.dispose()
+
+
+class SchemaVersion:
+    """What the database says of its schema."""
+
+    __slots__ = ("min_build", "revision")
+
+    def __init__(self, revision: int, min_build: int) -> None:
+        self.revision = revision
+        self.min_build = min_build
+
+    @property
+    def problem(self) -> str | None:
+        """Return why this build cannot work with the schema, in words that tell what to do; None when it can."""
+        if self.revision < tables.REQUIRED_REVISION:
+            return (
+                f"the schema is at revision {self.revision:04d} and this build needs {tables.REQUIRED_REVISION:04d}: "
+                "run `chat-history migrate`"
+            )
+        if self.min_build > tables.BUILD:
+            return f"the schema needs build {self.min_build} or newer, and this is build {tables.BUILD}: deploy a newer one"
+        return None
+
+
+async def schema_version(connection: AsyncConnection) -> SchemaVersion:
+    """Read the schema's revision and the oldest build that it works with; 0 when there is no schema."""
+    known = await connection.scalar(
+        text("SELECT to_regclass('alembic_version') IS NOT NULL AND to_regclass('schema_info') IS NOT NULL")
+    )
+    if not known:
+        return SchemaVersion(0, 0)
+    revision = select(text("version_num")).select_from(text("alembic_version")).scalar_subquery()
+    row = (await connection.execute(select(revision, select(tables.schema_info.c.min_build).scalar_subquery()))).one()
+    return SchemaVersion(int(row[0] or 0), int(row[1] or 0))
+
+
+def _ping_after_idle(engine: AsyncEngine) -> None:
+    """Try connections that idled long before they are used; a ping at every checkout would cost up to four round trips."""
+
+    def checked_in(_connection: object, entry: ConnectionPoolEntry) -> None:
+        entry.info["idle_since"] = time.monotonic()
+
+    def checked_out(connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
+        idle_since = entry.info.get("idle_since")
+        if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE:
+            try:
+                engine.sync_engine.dialect.do_ping(connection)
+            except Exception as error:
+                raise DisconnectionError("the connection went away while idle") from error
+
+    event.listen(engine.sync_engine, "checkin", checked_in)
+    event.listen(engine.sync_engine, "checkout", checked_out)

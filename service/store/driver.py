@@ -1,0 +1,186 @@
+"""The driver's own connections, for the hot statements alone.
+
+SQLAlchemy compiles these statements and owns the pool; the compiled text is run by the asyncpg connection under it, on
+connections that stay checked out while traffic flows. That saves the greenlet, the result wrapping and the reset at every release,
+which together cost more than the statement itself (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+from sqlalchemy import ClauseElement
+from sqlalchemy.dialects.postgresql import asyncpg as dialect
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+IDLE_SECONDS = 2.0
+"""How long an unused connection is kept before it goes back to the pool."""
+
+Record = asyncpg.Record
+_DIALECT = dialect.dialect()  # type: ignore[no-untyped-call]
+
+
+class Statement:
+    """A statement compiled once to the driver's own text, with its parameters in order."""
+
+    __slots__ = ("names", "text")
+
+    def __init__(self, statement: ClauseElement) -> None:
+        compiled = statement.compile(dialect=_DIALECT)
+        self.text: str = str(compiled)
+        self.names: tuple[str, ...] = tuple(getattr(compiled, "positiontup", None) or ())
+
+    @classmethod
+    def from_text(cls, text: str) -> Statement:
+        """Take a text that is numbered ($1, $2, …) already."""
+        self = cls.__new__(cls)
+        self.text, self.names = text, ()
+        return self
+
+    def bind(self, **values: Any) -> tuple[Any, ...]:
+        """Put named values in the order of the text."""
+        return tuple(values[name] for name in self.names)
+
+
+class _Kept:
+    """One connection that is checked out of SQLAlchemy's pool."""
+
+    __slots__ = ("driver", "last_used", "owner")
+
+    def __init__(self, owner: AsyncConnection, driver: asyncpg.Connection) -> None:
+        self.owner = owner
+        self.driver = driver
+        self.last_used = 0.0
+
+
+class DriverConnections:
+    """At most `size` connections, newest used first; callers beyond that wait their turn."""
+
+    def __init__(self, engine: AsyncEngine, size: int) -> None:
+        self._engine = engine
+        self._size = size
+        self._idle: list[_Kept] = []
+        self._busy: set[_Kept] = set()
+        self._opening = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._reaper: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def acquire(self) -> _Kept:
+        """Take a connection, opening one when none is idle and the limit allows.
+
+        Raises:
+            Whatever connecting raises; see `failures.classify`.
+        """
+        while True:
+            while self._idle:
+                kept = self._idle.pop()
+                if not kept.driver.is_closed():
+                    self._busy.add(kept)
+                    return kept
+                self._discard(kept)
+            if len(self._busy) + self._opening < self._size:
+                return await self._open()
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._wake()  # The turn was ours already: pass it on.
+                raise
+
+    def release(self, kept: _Kept) -> None:
+        """Give a connection back, whatever has become of it."""
+        self._busy.discard(kept)
+        if kept.driver.is_closed() or self._closed:
+            self._discard(kept)
+        else:
+            loop = asyncio.get_running_loop()
+            kept.last_used = loop.time()
+            self._idle.append(kept)
+            if self._reaper is None:
+                self._reaper = loop.call_later(IDLE_SECONDS, self._reap)
+        self._wake()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """Hold a connection for a block, for what is not hot."""
+        kept = await self.acquire()
+        try:
+            yield kept.driver
+        finally:
+            self.release(kept)
+
+    def terminate(self) -> None:
+        """Cut every connection, also those in use: what waits on them fails now instead of at its time-out."""
+        for kept in (*self._idle, *self._busy):
+            kept.driver.terminate()
+        idle, self._idle = self._idle, []
+        for kept in idle:
+            self._discard(kept)
+
+    async def close(self) -> None:
+        """Give every idle connection back to the pool and keep none from now on."""
+        self._closed = True
+        if self._reaper is not None:
+            self._reaper.cancel()
+        for kept in self._idle:
+            self._discard(kept)
+        self._idle.clear()
+        while self._closing:
+            await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def _open(self) -> _Kept:
+        self._opening += 1
+        try:
+            owner = await self._engine.connect()
+            try:
+                raw = await owner.get_raw_connection()
+                driver = raw.driver_connection
+                assert driver is not None  # noqa: S101 - a fresh checkout has one
+            except BaseException:
+                await owner.close()
+                raise
+        except BaseException:
+            self._opening -= 1
+            self._wake()
+            raise
+        self._opening -= 1
+        kept = _Kept(owner, driver)
+        self._busy.add(kept)
+        return kept
+
+    def _wake(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _reap(self) -> None:
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - IDLE_SECONDS
+        stale = [kept for kept in self._idle if kept.last_used <= oldest]
+        self._idle = [kept for kept in self._idle if kept.last_used > oldest]
+        for kept in stale:
+            self._discard(kept)
+        self._reaper = loop.call_later(IDLE_SECONDS, self._reap) if self._idle or self._busy else None
+
+    def _discard(self, kept: _Kept) -> None:
+        """Hand a connection back to SQLAlchemy's pool, or have the pool forget it when it is closed."""
+        task = asyncio.get_running_loop().create_task(self._give_back(kept))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    @staticmethod
+    async def _give_back(kept: _Kept) -> None:
+        if kept.driver.is_closed():
+            await kept.owner.invalidate()
+        await kept.owner.close()

@@ -1,0 +1,170 @@
+"""Messages: everything but appending them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import BigInteger, ColumnElement, Integer, Select, bindparam, func, literal_column, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.errors import NotFound
+from service.store import sessions
+from service.store.database import Database
+from service.store.driver import Statement
+from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, one
+from service.store.tables import chat_messages, chat_sessions
+
+PAGE_BYTES = 3 * 1024 * 1024
+"""Where a page stops, so that a reply stays below the 4 MiB that clients take by default."""
+_OVERHEAD_BYTES = 256
+"""Ids, times and framing of a message in a reply, roughly."""
+_BYTES_PER_TOKEN = 4
+"""What common tokenizers make of English prose, on average."""
+
+_own = chat_messages.c
+
+
+def measure(content: str, *json: str | None) -> int:
+    """Return roughly how many bytes a message takes in a reply."""
+    return _OVERHEAD_BYTES + len(content.encode()) + sum(len(text) for text in json if text)
+
+
+def estimate_tokens(content: str, parts: str | None) -> int:
+    """Guess how many tokens a message takes in a prompt, for clients that do not count."""
+    return -(-(len(content.encode()) + len(parts or "")) // _BYTES_PER_TOKEN)
+
+
+_limit = bindparam("limit", type_=Integer)
+
+
+def bounded(match: ColumnElement[bool], order: ColumnElement[Any], limit: ColumnElement[int] = _limit) -> Select[Any]:
+    """Select readable messages of one session up to `limit` rows or PAGE_BYTES, whichever comes first, at least one.
+
+    The sizes are summed before the texts are read, so that a page never holds much more than it can send. Parameters: `user_id`,
+    `session_id`, and `limit` unless given.
+    """
+    running = func.sum(_own.size).over(order_by=order, rows=(None, 0))
+    rows = (
+        select(chat_messages, running.label("running"))
+        .where(
+            _own.user_id == bindparam("user_id", type_=_own.user_id.type),
+            _own.session_id == bindparam("session_id", type_=_own.session_id.type),
+            match,
+            _own.deleted_at.is_(None),
+        )
+        .order_by(order)
+        .limit(limit)
+        .subquery("m")
+    )
+    return select(*message_columns(rows)).where(rows.c.running - rows.c.size < literal_column(str(PAGE_BYTES)))
+
+
+_seq = bindparam("seq", type_=BigInteger)
+AFTER = bounded(_own.seq > _seq, _own.seq.asc())
+BEFORE = bounded(_own.seq < _seq, _own.seq.desc())
+_AFTER, _BEFORE = Statement(AFTER), Statement(BEFORE)
+LAST = 2**63 - 1
+"""Beyond every `seq`."""
+
+
+async def page(
+    database: Database,
+    user_id: str,
+    session_id: str,
+    start: int,
+    limit: int,
+    *,
+    descending: bool = False,
+    deadline: float,
+) -> tuple[list[MessageRow], bool]:
+    """Read up to `limit` messages after `start` (or before it, descending), fewer when they are large.
+
+    Returns:
+        The messages, and whether there may be more.
+
+    Raises:
+        NotFound: this user has no such session.
+    """
+    statement = _BEFORE if descending else _AFTER
+    arguments = statement.bind(user_id=user_id, session_id=session_id, seq=start, limit=limit + 1)
+    records = await database.fetch(statement, *arguments, deadline=deadline)
+    if not records:  # Messages cannot be without their session, so only an empty page asks whether there is one.
+        await database.read(sessions.get, deadline, user_id, session_id)
+    rows = [MessageRow._make(record) for record in records]
+    more = len(rows) > limit or sum(row.size for row in rows) >= PAGE_BYTES
+    return rows[:limit], more
+
+
+async def get(
+    connection: AsyncConnection, user_id: str, session_id: str, message_id: str, *, lock: bool = False
+) -> MessageRow:
+    """Read a message.
+
+    Raises:
+        NotFound: there is no such session of this user (SESSION_NOT_FOUND), or no such message in it (MESSAGE_NOT_FOUND).
+    """
+    query = select(*MESSAGE_COLUMNS).where(*_is(user_id, session_id, message_id), _own.deleted_at.is_(None))
+    row = one(MessageRow, (await connection.execute(query.with_for_update() if lock else query)).one_or_none())
+    if row is None:
+        await sessions.get(connection, user_id, session_id)
+        raise NotFound.message_in(session_id, message_id)
+    return row
+
+
+def _is(user_id: str, session_id: str, message_id: str) -> tuple[ColumnElement[bool], ...]:
+    return _own.user_id == user_id, _own.session_id == session_id, _own.id == message_id
+
+
+async def change(
+    connection: AsyncConnection, user_id: str, session_id: str, message_id: str, values: dict[str, Any], etag: str
+) -> MessageRow:
+    """Write some columns of a message; its size and estimated tokens follow.
+
+    Raises:
+        NotFound: as `get`.
+        Conflict: the etag is an older one's.
+    """
+    row = await get(connection, user_id, session_id, message_id, lock=True)
+    check_etag(row, etag)
+    if not values:
+        return row
+    content, parts, metadata = (values.get(name, getattr(row, name)) for name in ("content", "parts", "metadata"))
+    changed = (
+        update(chat_messages)
+        .where(*_is(user_id, session_id, message_id))
+        .values(
+            **values,
+            token_estimate=estimate_tokens(content, parts),
+            size=measure(content, parts, metadata),
+            revision=_own.revision + 1,
+            updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
+        )
+        .returning(*MESSAGE_COLUMNS)
+    )
+    return MessageRow._make((await connection.execute(changed)).one())
+
+
+async def erase(connection: AsyncConnection, user_id: str, session_id: str, message_id: str) -> bool:
+    """Erase what a message says and leave its tombstone; False when there is nothing to erase.
+
+    Raises:
+        NotFound: there is no such session of this user.
+    """
+    # The session first, as every other writer takes it: whoever took the message first could meet an erasure of the session.
+    await sessions.get(connection, user_id, session_id, lock=True)
+    emptied = (
+        update(chat_messages)
+        .where(*_is(user_id, session_id, message_id), _own.deleted_at.is_(None))
+        .values(
+            content="", author="", parts=None, metadata=None, feedback_score=None, feedback_comment=None,
+            token_count=None, token_estimate=0, size=0, deleted_at=func.clock_timestamp(),
+        )
+    )  # fmt: skip
+    if (await connection.execute(emptied)).rowcount == 0:
+        return False
+    await connection.execute(
+        update(chat_sessions)
+        .where(chat_sessions.c.user_id == user_id, chat_sessions.c.id == session_id)
+        .values(message_count=chat_sessions.c.message_count - 1)
+    )
+    return True

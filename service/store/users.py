@@ -1,0 +1,123 @@
+"""Users."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sqlalchemy import ColumnElement, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.errors import AlreadyExists, NotFound
+from service.store import sessions
+from service.store.failures import constraint
+from service.store.rows import USER_COLUMNS, UserRow, check_etag, one
+from service.store.tables import SYSTEM_USER_ID, chat_sessions, users
+
+_TAKEN = {
+    "users_email_key": ("EMAIL_TAKEN", "another user has this e-mail address"),
+    "users_external_id_key": ("EXTERNAL_ID_TAKEN", "another user has this external id"),
+}
+
+
+async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow:
+    """Insert a user, or return the one that an earlier try of the same request has made.
+
+    Raises:
+        AlreadyExists: the id, e-mail address or external id is another user's.
+    """
+    made = insert(users).values(values).on_conflict_do_nothing(index_elements=["id"]).returning(*USER_COLUMNS)
+    try:
+        row = one(UserRow, (await connection.execute(made)).one_or_none())
+    except IntegrityError as error:
+        raise _taken(error) from None
+    if row is None:
+        row = await _by(connection, users.c.id == values["id"])
+    if row is None or row.fingerprint != values["fingerprint"]:
+        raise AlreadyExists("another user has this id", reason="ID_TAKEN", user_id=values["id"])
+    return row
+
+
+def _taken(error: IntegrityError) -> Exception:
+    known = _TAKEN.get(constraint(error) or "")
+    return AlreadyExists(known[1], reason=known[0]) if known else error
+
+
+async def get(connection: AsyncConnection, user_id: str) -> UserRow:
+    """Read a user by id.
+
+    Raises:
+        NotFound: there is none.
+    """
+    row = await _by(connection, users.c.id == user_id)
+    if row is None:
+        raise NotFound.user(user_id)
+    return row
+
+
+async def find(connection: AsyncConnection, *, email: str | None = None, external_id: str | None = None) -> UserRow:
+    """Read a user by e-mail address (in any case) or external id.
+
+    Raises:
+        NotFound: there is none.
+    """
+    match = users.c.external_id == external_id if email is None else func.lower(users.c.email) == func.lower(email)
+    row = await _by(connection, match)
+    if row is None:
+        raise NotFound("user not found", reason="USER_NOT_FOUND")
+    return row
+
+
+async def _by(connection: AsyncConnection, match: ColumnElement[bool], *, lock: bool = False) -> UserRow | None:
+    query = select(*USER_COLUMNS).where(match, users.c.id != SYSTEM_USER_ID)
+    return one(UserRow, (await connection.execute(query.with_for_update() if lock else query)).one_or_none())
+
+
+async def page(connection: AsyncConnection, after: str | None, limit: int) -> list[UserRow]:
+    """Read `limit` users after an id, in order of id."""
+    query = select(*USER_COLUMNS).where(users.c.id > (after or SYSTEM_USER_ID)).order_by(users.c.id).limit(limit)
+    return [UserRow._make(row) for row in await connection.execute(query)]
+
+
+async def change(connection: AsyncConnection, user_id: str, values: dict[str, Any], etag: str) -> UserRow:
+    """Write some columns of a user.
+
+    Raises:
+        NotFound: there is none.
+        Conflict: the etag is an older one's.
+        AlreadyExists: the e-mail address or external id is another user's.
+    """
+    row = await _by(connection, users.c.id == user_id, lock=True)
+    if row is None:
+        raise NotFound.user(user_id)
+    check_etag(row, etag)
+    if not values:
+        return row
+    changed = (
+        update(users)
+        .where(users.c.id == user_id)
+        .values(**values, revision=users.c.revision + 1, updated_at=func.clock_timestamp())
+        .returning(*USER_COLUMNS)
+    )
+    try:
+        return UserRow._make((await connection.execute(changed)).one())
+    except IntegrityError as error:
+        raise _taken(error) from None
+
+
+class Erased(NamedTuple):
+    """How many of each kind went."""
+
+    sessions: int
+    messages: int
+
+
+async def erase(connection: AsyncConnection, user_id: str) -> Erased | None:
+    """Erase a user with everything that is theirs; None when there is no such user."""
+    if await _by(connection, users.c.id == user_id, lock=True) is None:
+        return None
+    messages = await sessions.erase_messages(connection, user_id)
+    gone = await connection.execute(delete(chat_sessions).where(chat_sessions.c.user_id == user_id))
+    await connection.execute(delete(users).where(users.c.id == user_id))
+    return Erased(gone.rowcount, messages)

@@ -1,0 +1,131 @@
+"""Wakes those who follow a session: at once after this process's own commits, and within half a second after anybody else's.
+
+NOTIFY takes a global lock at commit and does not pass a transaction pooler, so the sessions that somebody follows are asked for their
+`last_seq`, all of them in one statement, and only while somebody follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+from service.store import append_sql
+from service.store.database import DATABASE_ERRORS, Database
+
+POLL_SECONDS = 0.3
+"""Between two looks at what other processes have appended."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Watcher:
+    """One follower of one session; a context manager that signs off at its end."""
+
+    def __init__(self, hub: WatchHub, key: tuple[str, str], seq: int) -> None:
+        self._hub = hub
+        self.key = key
+        self.known_seq = seq
+        """The highest `last_seq` that this watcher was woken for."""
+        self.gone = False
+        """Whether the session has been erased."""
+        self._woken = asyncio.Event()
+
+    def __enter__(self) -> Self:
+        self._hub.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hub.remove(self)
+
+    def arm(self) -> None:
+        """Forget past wake-ups: call it before reading, so that nothing between the read and the wait is missed."""
+        self._woken.clear()
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        self._woken.set()
+
+    async def wait(self, seconds: float | None) -> bool:
+        """Wait until the session may have changed, at most so many seconds; False when the time is up."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class WatchHub:
+    """All followers in this process."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._watchers: dict[tuple[str, str], set[Watcher]] = {}
+        self._poller: asyncio.Task[None] | None = None
+        self.closing = False
+        """Whether the followers are being sent away."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self._watchers.values()))
+
+    def add(self, watcher: Watcher) -> None:
+        """Sign a follower on."""
+        self._watchers.setdefault(watcher.key, set()).add(watcher)
+        if self._poller is None:
+            self._poller = asyncio.get_running_loop().create_task(self._poll())
+
+    def remove(self, watcher: Watcher) -> None:
+        """Sign a follower off."""
+        followers = self._watchers.get(watcher.key, set())
+        followers.discard(watcher)
+        if not followers:
+            self._watchers.pop(watcher.key, None)
+        if not self._watchers and self._poller is not None:
+            self._poller.cancel()
+            self._poller = None
+
+    def changed(self, user_id: str, session_id: str) -> None:
+        """Wake the followers of a session that this process has changed or erased."""
+        for watcher in self._watchers.get((user_id, session_id), ()):
+            watcher.wake()
+
+    def close(self) -> None:
+        """Wake every follower to be sent away."""
+        self.closing = True
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        for followers in self._watchers.values():
+            for watcher in followers:
+                watcher.wake()
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            keys = list(self._watchers)
+            arguments = ([key[0] for key in keys], [key[1] for key in keys])
+            try:
+                rows = await self._database.fetch_once(append_sql.SESSIONS, *arguments)
+            except DATABASE_ERRORS:
+                # Each follower finds out by its own read, which retries, and ends its stream when that does not help.
+                _log.warning("watch poll failed", watched_sessions=len(keys))
+                self._database.on_doubt()
+                self._wake_all()
+                continue
+            last = {(row["user_id"], row["session_id"]): row["last_seq"] for row in rows}
+            for key in keys:
+                self._tell(key, last.get(key))
+
+    def _tell(self, key: tuple[str, str], last_seq: int | None) -> None:
+        for watcher in self._watchers.get(key, ()):
+            # A lower last_seq is another session that was made with the same id.
+            if last_seq is None or last_seq < watcher.known_seq:
+                watcher.gone = True
+            if watcher.gone or (last_seq is not None and last_seq > watcher.known_seq):
+                watcher.known_seq = last_seq or 0
+                watcher.wake()
