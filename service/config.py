@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, NonNegativeInt, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "CHAT_HISTORY_"
+ENV_FILE = ".env"
 MAX_PORT = 65535
 
 
@@ -22,7 +36,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=".env",
+        env_file=ENV_FILE,
         env_ignore_empty=True,
         extra="ignore",
         frozen=True,
@@ -59,8 +73,57 @@ class Settings(BaseSettings):
     read_connections: Annotated[int, Field(ge=1, le=64)] = 4
     """Connections kept for the hot reads while traffic flows."""
 
-    auth: Literal["none"] = "none"
+    search: Literal["on", "off"] = "on"
+    """Search by meaning. `off` imports none of it; search by words works all the same."""
+    index_messages: bool = True
+    """Whether messages are indexed, beside documents."""
+    search_timeout: PositiveFloat = 5.0
+    """Seconds that Qdrant, or the embeddings, have for an answer."""
+    qdrant_url: str | None = Field(default=None, validation_alias=AliasChoices("QDRANT_URL"))
+    """Qdrant, such as `http://localhost:6333`. Unset: the embedded one under `data_dir`, for one process."""
+    qdrant_api_key: SecretStr | None = Field(default=None, validation_alias=AliasChoices("QDRANT_API_KEY"))
+    """Key of that Qdrant."""
+    qdrant_transport: Literal["grpc", "rest"] = "grpc"
+    """How Qdrant is spoken to."""
+    qdrant_grpc_port: Annotated[int, Field(ge=1, le=MAX_PORT)] = 6334
+    """Qdrant's gRPC port."""
+    qdrant_collection: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "chathistory"
+    """What the names of our collections begin with: each deployment in one Qdrant needs its own."""
+    embeddings_url: str | None = Field(default=None, validation_alias=AliasChoices("EMBEDDINGS_URL"))
+    """An OpenAI-compatible endpoint, such as `https://api.openai.com/v1`. Unset: offline embeddings."""
+    embeddings_model: str | None = Field(default=None, validation_alias=AliasChoices("EMBEDDINGS_MODEL"))
+    """Its model."""
+    embeddings_api_key: SecretStr | None = Field(default=None, validation_alias=AliasChoices("EMBEDDINGS_API_KEY"))
+    """Its key."""
+    embeddings_dimensions: PositiveInt | None = Field(
+        default=None, validation_alias=AliasChoices("EMBEDDINGS_DIMENSIONS")
+    )
+    """How long its vectors must be. Unset: as long as they are."""
+
+    auth: Literal["none", "jwt"] = "none"
     """How callers prove who they are. With `none` every caller is a service."""
+    jwt_key: SecretStr | None = None
+    """Key that verifies tokens: a shared secret, a public key (PEM), or the name of a file that holds either."""
+    jwks_url: str | None = None
+    """Where the issuer publishes its keys, instead of `jwt_key`."""
+    jwks_ca: Path | None = None
+    """Authorities that the certificate of `jwks_url` may come from; unset: the system's."""
+    jwks_token_file: Path | None = None
+    """A bearer token to show to `jwks_url`, read anew each time."""
+    jwt_issuer: str | None = None
+    """Who must have issued a token (`iss`)."""
+    jwt_audience: str | None = None
+    """Whom a token must be meant for (`aud`)."""
+    jwt_subject: Literal["user_id", "external_id"] = "user_id"
+    """What a token's `sub` is."""
+    jwt_service_subjects: str = ""
+    """Subjects that are services without the scope `chathistory.service`, with commas between them."""
+    tls_cert: Path | None = None
+    """The server's certificate chain (PEM); read again when it changes, as are the next two."""
+    tls_key: Path | None = None
+    """The key of `tls_cert`."""
+    tls_client_ca: Path | None = None
+    """Authorities that every client's certificate must come from (mutual TLS)."""
     call_timeout: PositiveFloat = 30.0
     """Seconds a call may take whose client set no deadline."""
     max_in_flight: PositiveInt = 1024
@@ -76,18 +139,125 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "console", "json"] = "auto"
     """`auto`: console on a terminal, else JSON lines."""
 
+    @field_validator("listen", "health_listen", "metrics_listen")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            split_address(address)
+        return address
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _check_jwks_url(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
+            raise ValueError("must be an https:// URL: whoever can change the keys on their way can be anybody")
+        if not parts.hostname or parts.username is not None:
+            raise ValueError("must be a URL with a host and without a user")
+        return url
+
     @model_validator(mode="after")
     def _check(self) -> Settings:
-        host, _ = split_address(self.listen)
-        for other in (self.health_listen, self.metrics_listen):
-            if other is not None:
-                split_address(other)
-        if not _is_loopback(host):
+        if (self.embeddings_url is None) != (self.embeddings_model is None):
+            raise ValueError("EMBEDDINGS_URL and EMBEDDINGS_MODEL go together: set both or none")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError(f"{PREFIX}TLS_CERT and {PREFIX}TLS_KEY go together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError(f"{PREFIX}TLS_CLIENT_CA needs {PREFIX}TLS_CERT and {PREFIX}TLS_KEY")
+        if self.auth == "jwt":
+            self._check_jwt()
+        elif self.jwt_key is not None or self.jwks_url is not None:
+            raise ValueError(f"a key for tokens is set, and {PREFIX}AUTH=none would ignore them: set {PREFIX}AUTH=jwt")
+        elif self.tls_client_ca is None and not is_loopback(split_address(self.listen)[0]):
             raise ValueError(
                 f"{PREFIX}LISTEN={self.listen} is not a loopback address, and {PREFIX}AUTH=none lets every caller act for "
-                "every user; listen on 127.0.0.1"
+                f"every user: listen on 127.0.0.1, set {PREFIX}AUTH=jwt, or turn mutual TLS on ({PREFIX}TLS_CLIENT_CA)"
             )
         return self
+
+    def _check_jwt(self) -> None:
+        if (self.jwt_key is None) == (self.jwks_url is None):
+            raise ValueError(f"{PREFIX}AUTH=jwt needs one of {PREFIX}JWT_KEY and {PREFIX}JWKS_URL")
+        if self.jwks_url is not None and not (self.jwt_issuer and self.jwt_audience):
+            raise ValueError(
+                f"{PREFIX}JWKS_URL needs {PREFIX}JWT_ISSUER and {PREFIX}JWT_AUDIENCE: the same keys sign tokens for others"
+            )
+
+
+class BadConfiguration(Exception):
+    """The configuration is malformed: one line a problem, each with the name of its setting and without its value if that is secret."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def load() -> Settings:
+    """Read the configuration.
+
+    Raises:
+        BadConfiguration: as its name says.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [
+            f"{_variable(str(each['loc'][0]))}: {_lower_first(each['msg'])}"
+            if each["loc"]
+            else each["msg"].removeprefix("Value error, ")
+            for each in error.errors()
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        problems = [f"{ENV_FILE} cannot be read: {error}"]
+    raise BadConfiguration(problems) from None
+
+
+def _lower_first(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _variable(field: str) -> str:
+    """Return the environment variable of a field; an alias is one already."""
+    return PREFIX + field.upper() if field in Settings.model_fields else field
+
+
+def _variables() -> list[str]:
+    names: list[str] = []
+    for field, info in Settings.model_fields.items():
+        alias = info.validation_alias
+        names += [str(name) for name in alias.choices] if isinstance(alias, AliasChoices) else [_variable(field)]
+    return names
+
+
+def _given() -> dict[str, str]:
+    """Return every variable that is set, by name, and where: in the environment, or in the `.env` file."""
+    from dotenv import dotenv_values  # noqa: PLC0415 - to explain the configuration, not to read it
+
+    in_file = {name.upper(): ENV_FILE for name, value in dotenv_values(ENV_FILE).items() if value}
+    return in_file | {name.upper(): "the environment" for name, value in os.environ.items() if value}
+
+
+def sources() -> dict[str, str]:
+    """Return the settings that are not left at their defaults, and where each is set."""
+    given = _given()
+    return {name: given[name] for name in _variables() if name in given}
+
+
+def unknown() -> list[str]:
+    """Return a line on each variable that looks like a setting and is none: a typing error would go unnoticed otherwise."""
+    known = _variables()
+    lines = []
+    for name, source in _given().items():
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(
+                name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], 1
+            )
+            meant = next((each for each in known if near and each.removeprefix(PREFIX) == near[0]), None)
+            lines.append(f"{name} in {source} is no setting" + (f"; did you mean {meant}?" if meant else ""))
+    return sorted(lines)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -102,7 +272,8 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a host."""
     if host == "localhost":
         return True
     try:

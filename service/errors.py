@@ -80,6 +80,11 @@ class NotFound(ServiceError):
         """Make the error for a missing message."""
         return cls("message not found", reason="MESSAGE_NOT_FOUND", session_id=session_id, message_id=message_id)
 
+    @classmethod
+    def document(cls, document_id: str) -> NotFound:
+        """Make the error for a missing document."""
+        return cls("document not found", reason="DOCUMENT_NOT_FOUND", document_id=document_id)
+
 
 class AlreadyExists(ServiceError):
     """The id or another unique value is taken by something else."""

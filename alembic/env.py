@@ -1,0 +1,48 @@
+"""Runs migrations on the connection that it is given, or, for a developer's `alembic` command, on the configured database."""
+
+import asyncio
+from typing import Any
+
+from alembic import context
+from sqlalchemy import Connection
+
+from service.config import Settings
+from service.store import migrations, tables
+from service.store.data_folder import running_url
+from service.store.url import Target, parse
+
+
+def number_revisions(_context: Any, _revision: Any, directives: list[Any]) -> None:
+    """Give a new revision the next number, so that a build can compare revisions."""
+    if directives:
+        head = context.script.get_current_head()
+        directives[0].rev_id = f"{int(head or 0) + 1:04d}"
+
+
+def run(connection: Connection) -> None:
+    context.configure(
+        connection=connection,
+        target_metadata=tables.metadata,
+        compare_type=True,
+        compare_server_default=True,
+        process_revision_directives=number_revisions,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def configured_target() -> Target:
+    settings = Settings()
+    url = settings.database_url.get_secret_value() if settings.database_url else running_url(settings.data_dir)
+    if url is None:
+        raise SystemExit("set DATABASE_URL, or start the embedded database: make run")
+    return parse(url).direct()
+
+
+if context.is_offline_mode():
+    raise SystemExit("migrations are run on a database; --sql is not supported")
+given = context.config.attributes.get("connection")
+if given is not None:
+    run(given)
+else:
+    asyncio.run(migrations.in_transaction(configured_target(), run))

@@ -1,0 +1,247 @@
+"""What is at the other end of a connection string, and what to do about it: in words, for `chat-history check`."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import statistics
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import asyncpg
+from sqlalchemy import NullPool, text
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from service.store.database import SchemaVersion, schema_version
+from service.store.failures import driver_error, sqlstate
+from service.store.tables import BUILD, REQUIRED_REVISION
+from service.store.url import Target
+
+OLDEST, NEWEST = 15, 18
+"""Major versions of PostgreSQL that the tests run on."""
+ROUND_TRIPS = 5
+SLOW_ROUND_TRIP = 0.02
+"""Seconds beyond which the database seems to be in another region."""
+
+_SERVER = text(
+    "SELECT current_setting('server_version') AS version, current_setting('server_version_num')::int / 10000 AS major, "
+    "current_user AS account, current_setting('max_connections')::int AS max_connections, "
+    "current_setting('transaction_read_only') = 'on' AS read_only, current_setting('synchronous_commit') AS synchronous_commit, "
+    "current_setting('server_encoding') AS encoding, (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS tls"
+)
+
+
+class Verdict(StrEnum):
+    """What a finding asks of its reader."""
+
+    OK = "ok"
+    NOTE = "note"
+    """Works, and might be better."""
+    TODO = "todo"
+    """Does not work before something is done."""
+
+
+class Finding(NamedTuple):
+    """One line of a report."""
+
+    about: str
+    words: str
+    verdict: Verdict = Verdict.OK
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the database says of itself."""
+
+    version: str
+    major: int
+    account: str
+    max_connections: int
+    read_only: bool
+    synchronous_commit: str
+    encoding: str
+    tls: str | None
+    """The TLS version of the connection, or None."""
+    round_trip: float
+    """The median, in seconds."""
+    schema: SchemaVersion
+
+
+async def describe(target: Target, timeout: float) -> Description:
+    """Connect as the service does and look around.
+
+    Raises:
+        Whatever connecting raises: see `explain`.
+    """
+    engine = create_async_engine(
+        target.url, connect_args={"timeout": timeout} | target.connect_args, poolclass=NullPool, hide_parameters=True
+    )
+    try:
+        async with engine.connect() as connection:
+            row = (await connection.execute(_SERVER)).one()._asdict()
+            row["tls"] = await _tls(connection) or (None if target.pooled else row["tls"])
+            return Description(**row, round_trip=await _round_trip(connection), schema=await schema_version(connection))
+    finally:
+        await engine.dispose()
+
+
+async def _tls(connection: AsyncConnection) -> str | None:
+    """Ask the socket itself: behind a pooler pg_stat_ssl speaks of the pooler's connection, and elsewhere it may be hidden."""
+    driver: Any = (await connection.get_raw_connection()).driver_connection
+    transport = getattr(driver, "_transport", None)
+    channel = transport.get_extra_info("ssl_object") if transport is not None else None
+    return channel.version() if channel is not None else None
+
+
+async def _round_trip(connection: AsyncConnection) -> float:
+    times = []
+    for _ in range(ROUND_TRIPS):
+        start = time.perf_counter()
+        await connection.execute(text("SELECT 1"))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def findings(found: Description, target: Target, pool: int) -> list[Finding]:
+    """Say what a description means.
+
+    Args:
+        found: What `describe` returned.
+        target: What it was asked about.
+        pool: The most connections that one process of the service opens.
+    """
+    return [
+        Finding("database", f"{target.place} as {found.account}"),
+        _on_version(found),
+        _on_route(found, target),
+        _on_tls(found, target),
+        Finding("statements", _on_statements(target)),
+        _on_round_trip(found),
+        _on_schema(found.schema),
+        _on_pool(found, target, pool),
+        *_on_settings(found),
+    ]
+
+
+def _on_version(found: Description) -> Finding:
+    if found.major < OLDEST:
+        return Finding("PostgreSQL", f"{found.version} is not supported: upgrade to {OLDEST} to {NEWEST}", Verdict.TODO)
+    if found.major > NEWEST:
+        return Finding("PostgreSQL", f"{found.version} is newer than {NEWEST}, the newest that is tested", Verdict.NOTE)
+    return Finding("PostgreSQL", found.version)
+
+
+def _on_route(found: Description, target: Target) -> Finding:
+    if found.read_only:
+        return Finding("connection", "read-only: this is a replica, or is set so; connect to the primary", Verdict.TODO)
+    if not target.pooled:
+        return Finding("connection", "direct")
+    direct = target.direct()
+    how = f"; migrations go to {direct.place}" if direct is not target else ""
+    return Finding("connection", f"through a transaction pooler{how}")
+
+
+def _on_tls(found: Description, target: Target) -> Finding:
+    local = _is_local(target)
+    context = target.connect_args.get("ssl")
+    verified = isinstance(context, ssl.SSLContext) and context.verify_mode is ssl.CERT_REQUIRED
+    mode = f"sslmode={target.ssl_mode}"
+    if found.tls and (verified or local):
+        return Finding("TLS", f"{found.tls}, {mode}{', certificate verified' if verified else ''}")
+    if found.tls:
+        return Finding(
+            "TLS", f"{found.tls}, {mode}: nobody looks at the certificate; set sslmode=verify-full", Verdict.NOTE
+        )
+    if local:
+        return Finding("TLS", f"none, and none needed on this machine ({mode})")
+    return Finding("TLS", f"none ({mode}): whoever is on the way can read along; set sslmode=verify-full", Verdict.NOTE)
+
+
+def _is_local(target: Target) -> bool:
+    host = target.url.host or str(target.url.query.get("host", "/"))
+    return host.startswith(("/", "127.")) or host in ("localhost", "::1")
+
+
+def _on_statements(target: Target) -> str:
+    if target.prepared_statements:
+        return "prepared"
+    return "not prepared, as a transaction pooler may not carry them (CHAT_HISTORY_DB_PREPARED_STATEMENTS=on if yours does)"
+
+
+def _on_round_trip(found: Description) -> Finding:
+    words = f"{found.round_trip * 1000:.1f} ms, the median of {ROUND_TRIPS}"
+    if found.round_trip > SLOW_ROUND_TRIP:
+        return Finding("round trip", f"{words}: run the service in the database's region", Verdict.NOTE)
+    return Finding("round trip", words)
+
+
+def _on_schema(schema: SchemaVersion) -> Finding:
+    if schema.problem is not None:
+        return Finding("schema", schema.problem, Verdict.TODO)
+    words = f"revision {schema.revision:04d}, and this build needs {REQUIRED_REVISION:04d}"
+    if schema.revision < BUILD:
+        return Finding(
+            "schema", f"{words} and brings {BUILD:04d}: run `chat-history migrate` when convenient", Verdict.NOTE
+        )
+    return Finding("schema", f"{words} or newer" if schema.revision > BUILD else words)
+
+
+def _on_pool(found: Description, target: Target, pool: int) -> Finding:
+    words = f"up to {pool} connections a process"
+    if target.pooled:
+        return Finding("pool", f"{words}, to the pooler")
+    if pool >= found.max_connections:
+        return Finding(
+            "pool",
+            f"{words}, but the database takes {found.max_connections} in all: lower CHAT_HISTORY_DB_POOL_SIZE",
+            Verdict.TODO,
+        )
+    return Finding("pool", f"{words}; the database takes {found.max_connections} in all")
+
+
+def _on_settings(found: Description) -> list[Finding]:
+    lines = []
+    if found.synchronous_commit == "off":
+        words = "off: a crash may lose what was acknowledged; ALTER DATABASE … SET synchronous_commit = on"
+        lines.append(Finding("synchronous_commit", words, Verdict.TODO))
+    if found.encoding != "UTF8":
+        words = f"{found.encoding} cannot hold every text: create the database with ENCODING 'UTF8'"
+        lines.append(Finding("encoding", words, Verdict.TODO))
+    return lines
+
+
+def explain(error: BaseException, target: Target) -> str:
+    """Say why a database could not be used and what to do, without a password."""
+    cause = driver_error(error)
+    code = sqlstate(error)
+    host = target.url.host
+    if code is not None:
+        return _explain_refusal(code, str(cause), target)
+    if isinstance(cause, socket.gaierror):
+        return f"no host has the name {host}: check DATABASE_URL, and the name service of this machine"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"the certificate of {host} is not trusted ({cause.verify_message}): name its root in the URL with sslrootcert=FILE"
+    if "rejected SSL upgrade" in str(cause):
+        return f"{target.place} offers no TLS, and sslmode={target.ssl_mode} asks for it: turn TLS on there, or set sslmode=disable"
+    if isinstance(cause, TimeoutError):
+        return f"no answer from {target.place}: check host, port and firewall"
+    if isinstance(cause, ConnectionRefusedError | FileNotFoundError) or "Connect call failed" in str(cause):
+        return f"nothing listens at {target.place}: is PostgreSQL running there?"
+    if isinstance(cause, asyncpg.InterfaceError | OSError):
+        return f"{target.place} cannot be reached: {cause}"
+    return f"{target.place} cannot be used: {type(cause).__name__}"
+
+
+def _explain_refusal(code: str, words: str, target: Target) -> str:
+    """Put the server's own refusal in words that help; its text holds names, and never the password."""
+    advice = {
+        "28P01": "check user and password in DATABASE_URL",
+        "28000": "check user and password in DATABASE_URL",
+        "3D000": "create the database, or name another one in DATABASE_URL",
+        "42501": "grant the user what it lacks, or migrate as the owner of the schema",
+        "53300": "lower CHAT_HISTORY_DB_POOL_SIZE, or use a pooler",
+        "57P03": "it is starting or stopping: try again in a moment",
+    }.get(code)
+    return f"{target.place} refuses: {words}" + (f" ({advice})" if advice else "")

@@ -1,0 +1,82 @@
+"""Folders that PostgreSQL may pass through also when the tests run as root (pytest's own are closed)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from service.store.data_folder import Postmaster, end_server
+
+
+@pytest.fixture
+def folder() -> Generator[Path]:
+    """Give a working folder; what still runs on data in it is ended."""
+    made = Path(tempfile.mkdtemp(prefix="chat-history-cli-")).resolve()
+    made.chmod(0o711)
+    yield made
+    for file in made.rglob("postmaster.pid"):
+        server = Postmaster.read(file.parent)
+        if server is not None and server.is_alive():
+            with suppress(ProcessLookupError):
+                end_server(server.pid)
+    shutil.rmtree(made)
+
+
+class Command:
+    """A `chat-history` that runs in a folder, in a process group of its own, with its output in files."""
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+        self.folder = folder
+        self.out, self.err = folder / f"{arguments[0]}.out", folder / f"{arguments[0]}.err"
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", "service", *arguments],
+                cwd=folder, env=os.environ | {"CHAT_HISTORY_LISTEN": "127.0.0.1:0"} | environment,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self, timeout: float = 30.0) -> int:
+        """Wait for its end and return the exit code."""
+        return self.process.wait(timeout)
+
+    def wait_for(self, words: str, timeout: float = 30.0) -> str:
+        """Wait until it has said something on standard output, and return all of that."""
+        give_up = time.monotonic() + timeout
+        while words not in (said := self.out.read_text()):
+            assert self.process.poll() is None, self.err.read_text()
+            assert time.monotonic() < give_up, self.err.read_text()
+            time.sleep(0.02)
+        return said
+
+    @property
+    def said(self) -> str:
+        """What it has said on standard error."""
+        return self.err.read_text()
+
+
+Start = Callable[..., Command]
+
+
+@pytest.fixture
+def start(folder: Path) -> Generator[Start]:
+    """Give a way to start commands; those that still run at the end are killed."""
+    started: list[Command] = []
+
+    def run(*arguments: str, **environment: str) -> Command:
+        started.append(Command(folder, *arguments, **environment))
+        return started[-1]
+
+    yield run
+    for command in started:
+        if command.process.poll() is None:
+            command.process.kill()
+            command.process.wait()

@@ -1,0 +1,180 @@
+"""Connections with TLS: PostgreSQL behind a socket that speaks it, as the embedded one does not."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import ipaddress
+import re
+import ssl
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from service.store.database import SchemaVersion
+from service.store.diagnosis import Description, Verdict, describe, explain, findings
+from service.store.tables import BUILD
+from service.store.url import parse
+from tests.cli.conftest import Start
+from tests.support.cluster import Cluster
+
+_SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
+
+
+class Server(NamedTuple):
+    """A PostgreSQL on TCP, with TLS or without."""
+
+    port: int
+    certificate: Path
+    database: str
+
+    def url(self, query: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{self.database}?{query}"
+
+
+def make_certificate(folder: Path) -> Path:
+    """Make a certificate for 127.0.0.1 that vouches for itself, with its key in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(hours=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    file = folder / "server.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return file
+
+
+@pytest.fixture(params=[True, False], ids=["tls", "plain"])
+async def server(
+    request: pytest.FixtureRequest, cluster: Cluster, database_url: str, tmp_path: Path
+) -> AsyncGenerator[Server]:
+    """Give a PostgreSQL on TCP: what comes is passed on to the socket of the tests' own."""
+    certificate = make_certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            sink.close()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        first = await reader.read(8)
+        if first == _SSL_REQUEST:
+            writer.write(b"S" if request.param else b"N")
+            await writer.drain()
+            try:
+                if request.param:
+                    await writer.start_tls(context)
+                first = await reader.read(8)
+            except OSError:
+                first = b""  # The client does not like the certificate.
+        if first:
+            inner, outer = await asyncio.open_unix_connection(str(cluster.postgres.pgdata / ".s.PGSQL.5432"))
+            outer.write(first)
+            await asyncio.gather(pass_on(reader, outer), pass_on(inner, writer))
+        writer.close()
+
+    listening = await asyncio.start_server(take, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    name = database_url.split("/")[3].split("?", maxsplit=1)[0]
+    yield Server(port, certificate, name)
+    listening.close()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+only_tls = pytest.mark.parametrize("server", [True], indirect=True, ids=["tls"])
+only_plain = pytest.mark.parametrize("server", [False], indirect=True, ids=["plain"])
+
+
+@only_tls
+@pytest.mark.parametrize("mode", ["prefer", "require", "verify-ca", "verify-full"])
+async def test_every_mode_connects_with_tls(server: Server, mode: str) -> None:
+    target = parse(server.url(f"sslmode={mode}" + (f"&sslrootcert={server.certificate}" if "verify" in mode else "")))
+    assert (await describe(target, 5.0)).tls == "TLSv1.3"
+
+
+@only_plain
+@pytest.mark.parametrize("mode", ["prefer", "disable", "allow"])
+async def test_modes_that_do_not_insist_connect_without(server: Server, mode: str) -> None:
+    assert (await describe(parse(server.url(f"sslmode={mode}")), 5.0)).tls is None
+
+
+@only_tls
+async def test_check_reports_tls(server: Server, start: Start) -> None:
+    command = start("check", DATABASE_URL=server.url(f"sslmode=verify-full&sslrootcert={server.certificate}"))
+    assert await asyncio.to_thread(command.wait) == 0
+    assert re.search(r"ok +TLS +TLSv1.3, sslmode=verify-full, certificate verified", command.out.read_text())
+
+
+@only_tls
+async def test_a_certificate_that_nobody_vouches_for_is_explained(server: Server, start: Start) -> None:
+    command = start("check", DATABASE_URL=server.url("sslmode=verify-full"))
+    assert await asyncio.to_thread(command.wait) == 1
+    assert "the certificate of 127.0.0.1 is not trusted (self-signed certificate)" in command.out.read_text()
+
+
+@only_plain
+async def test_a_server_without_tls_is_explained(server: Server) -> None:
+    target = parse(server.url("sslmode=require"))
+    with pytest.raises(OSError, match="rejected SSL") as refused:
+        await describe(target, 5.0)
+    assert f"127.0.0.1:{server.port}/{server.database} offers no TLS" in explain(refused.value, target)
+
+
+@pytest.mark.parametrize(
+    ("query", "tls", "verdict", "words"),
+    [
+        ("sslmode=require", "TLSv1.3", Verdict.NOTE, "nobody looks at the certificate"),
+        ("sslmode=verify-full", "TLSv1.3", Verdict.OK, "certificate verified"),
+        ("sslmode=disable", None, Verdict.NOTE, "whoever is on the way can read along"),
+    ],
+)
+def test_far_away_the_certificate_matters(query: str, tls: str | None, verdict: Verdict, words: str) -> None:
+    found = Description("18.1", 18, "u", 100, False, "on", "UTF8", tls, 0.001, SchemaVersion(BUILD, 1))
+    lines = {line.about: line for line in findings(found, parse(f"postgresql://u@db.example.com/d?{query}"), 12)}
+    assert lines["TLS"].verdict is verdict
+    assert words in lines["TLS"].words
+
+
+def test_what_does_not_fit_is_said_with_what_to_do() -> None:
+    found = Description("14.9", 14, "u", 100, True, "on", "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1))
+    url = "postgresql://u@ep-a-pooler.eu.aws.neon.tech/d"
+    lines = {line.about: line for line in findings(found, parse(url), 12)}
+    todo = {about for about, line in lines.items() if line.verdict is Verdict.TODO}
+    assert todo == {"PostgreSQL", "connection", "schema", "encoding"}
+    assert "upgrade to 15 to 18" in lines["PostgreSQL"].words
+    assert "deploy a newer one" in lines["schema"].words
+    assert "in the database's region" in lines["round trip"].words
+    newer = Description("19.0", 19, "u", 100, False, "on", "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1))
+    lines = {line.about: line for line in findings(newer, parse(url), 12)}
+    assert {line.verdict for line in lines.values()} <= {Verdict.OK, Verdict.NOTE}
+    assert "migrations go to ep-a.eu.aws.neon.tech/d" in lines["connection"].words

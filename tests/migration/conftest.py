@@ -1,0 +1,24 @@
+"""Migrations run on databases of their own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from service.store.url import Target, parse
+from tests.support.cluster import Cluster
+
+
+@pytest.fixture
+def empty(empty_database_url: str) -> Target:
+    """Give a database without a schema."""
+    return parse(empty_database_url)
+
+
+@pytest.fixture
+async def another(cluster: Cluster) -> AsyncGenerator[str]:
+    """Give the connection string of a second database without a schema."""
+    name = await cluster.create_database(empty=True)
+    yield cluster.url(name)
+    await cluster.drop_database(name)

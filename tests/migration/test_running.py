@@ -1,0 +1,203 @@
+"""How migrations run: one at a time, briefly waiting, never stopping an older or newer build."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+from sqlalchemy import Connection, text
+
+from service.store import migrations, tables
+from service.store.database import SchemaVersion
+from service.store.migrations import MigrationError
+from service.store.url import Target
+from tests.migration.test_schema import url_of
+from tests.support.cluster import SUPPORT, fetch
+
+ROOT = Path(migrations.SCRIPTS).parent
+
+
+@asynccontextmanager
+async def somebody_else(target: Target, statement: str) -> AsyncGenerator[asyncpg.Connection]:
+    """Hold a transaction open that has run a statement."""
+    connection = await asyncpg.connect(url_of(target), server_settings={"application_name": SUPPORT})
+    try:
+        async with connection.transaction():
+            await connection.execute(statement)
+            yield connection
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT", "100ms")
+    monkeypatch.setattr(migrations, "STATEMENT_TIMEOUT", "300ms")
+    monkeypatch.setattr(migrations, "PAUSE", 0.1)
+
+
+async def test_of_many_migrators_one_migrates(empty: Target) -> None:
+    done = await asyncio.gather(*(migrations.upgrade(empty) for _ in range(5)))
+    assert sorted(each.before for each in done) == [0] + [tables.BUILD] * 4
+    assert {each.after for each in done} == {tables.BUILD}
+    assert (
+        str(done[0]).startswith("migrated")
+        or str(done[0]) == f"nothing to do: the schema is at revision {tables.BUILD:04d}"
+    )
+
+
+async def test_a_migrator_waits_for_another_without_a_snapshot(empty: Target) -> None:
+    waiting = asyncio.Event()
+    async with somebody_else(empty, f"SELECT pg_advisory_xact_lock({migrations.TURN})") as other:
+        task = asyncio.create_task(migrations.upgrade(empty, on_wait=lambda _words: waiting.set()))
+        await waiting.wait()
+        held = await other.fetch(
+            "SELECT 1 FROM pg_stat_activity WHERE application_name = 'chat-history' AND backend_xmin IS NOT NULL"
+        )
+        assert held == []
+        assert not task.done()
+    assert (await task).after == tables.BUILD
+
+
+async def test_a_migrator_that_never_ends_is_told(empty: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrations, "PATIENCE", 0.0)
+    async with somebody_else(empty, f"SELECT pg_advisory_xact_lock({migrations.TURN})"):
+        with pytest.raises(MigrationError, match="another migration has not ended"):
+            await migrations.upgrade(empty)
+
+
+async def test_locks_of_others_are_waited_for_in_short_tries(empty: Target, impatient: None) -> None:
+    told: list[str] = []
+    again = asyncio.Event()
+
+    def on_wait(words: str) -> None:
+        told.append(words)
+        again.set()
+
+    # Its CREATE TABLE, not committed, holds the name that the migration needs.
+    async with somebody_else(empty, "CREATE TABLE users (id int)") as other:
+        task = asyncio.create_task(migrations.upgrade(empty, on_wait=on_wait))
+        await again.wait()
+        with pytest.raises(asyncpg.PostgresSyntaxError):
+            await other.execute("roll back")
+    assert (await task).after == tables.BUILD
+    assert "others hold the locks" in told[0]
+
+
+async def test_locks_that_are_never_given_free_are_told(empty: Target, impatient: None) -> None:
+    await migrations.upgrade(empty)
+    async with somebody_else(empty, "LOCK TABLE chat_messages IN ACCESS SHARE MODE"):
+        with pytest.raises(MigrationError, match="end long transactions"):
+            await migrations.downgrade(empty)
+    assert (await migrations.upgrade(empty)).before == tables.BUILD
+
+
+async def test_a_slow_statement_is_told(empty: Target, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrations, "_upgrade", lambda connection: connection.execute(text("SELECT pg_sleep(5)")))
+    with pytest.raises(MigrationError, match="statement_timeout"):
+        await migrations.upgrade(empty)
+
+
+async def test_time_outs_are_those_of_the_rules_and_may_be_raised(empty: Target) -> None:
+    seen: list[str] = []
+
+    def look(connection: Connection) -> None:
+        seen.extend(connection.scalar(text(f"SHOW {name}")) or "" for name in ("lock_timeout", "statement_timeout"))
+        connection.execute(text("SET LOCAL statement_timeout = '5min'"))
+
+    await migrations.in_transaction(empty, look)
+    assert seen == ["4s", "5s"]
+
+
+async def test_a_newer_schema_is_left_alone(empty: Target) -> None:
+    await migrations.upgrade(empty)
+    newer = tables.BUILD + 6
+    await fetch(url_of(empty), f"UPDATE alembic_version SET version_num = '{newer:04d}'")
+    done = await migrations.upgrade(empty)
+    assert (done.before, done.after, done.problem) == (newer, newer, None)
+    assert "newer than this build brings" in str(done)
+
+
+async def test_a_contracted_schema_refuses_older_builds(empty: Target) -> None:
+    await migrations.upgrade(empty)
+    await fetch(url_of(empty), f"UPDATE schema_info SET min_build = {tables.BUILD + 1}")
+    problem = (await migrations.upgrade(empty)).problem
+    assert problem is not None
+    assert "deploy a newer one" in problem
+
+
+def test_an_older_schema_names_the_command() -> None:
+    problem = SchemaVersion(tables.REQUIRED_REVISION - 1, 0).problem
+    assert problem is not None
+    assert "chat-history migrate" in problem
+
+
+async def test_another_applications_migrations_are_not_touched(empty: Target) -> None:
+    await fetch(url_of(empty), "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
+    await fetch(url_of(empty), "INSERT INTO alembic_version VALUES ('ae1027a6acf')")
+    with pytest.raises(MigrationError, match="another application"):
+        await migrations.upgrade(empty)
+    [row] = await fetch(url_of(empty), "SELECT version_num, to_regclass('users') IS NULL AS bare FROM alembic_version")
+    assert tuple(row) == ("ae1027a6acf", True)
+
+
+async def test_missing_scripts_are_told(empty: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migrations, "SCRIPTS", tmp_path / "alembic")
+    with pytest.raises(MigrationError, match="not installed"):
+        await migrations.upgrade(empty)
+
+
+async def test_logging_is_left_alone(empty: Target) -> None:
+    logger, root = logging.getLogger("somebody"), logging.getLogger()
+    before = (root.level, list(root.handlers), logger.disabled)
+    await migrations.upgrade(empty)
+    assert (root.level, list(root.handlers), logger.disabled) == before
+
+
+async def test_nothing_to_do_does_not_load_alembic(empty: Target) -> None:
+    await migrations.upgrade(empty)
+    program = (
+        "import asyncio, sys; from service.store import migrations; from service.store.url import parse; "
+        "print(asyncio.run(migrations.upgrade(parse(sys.argv[1])))); sys.exit('alembic' in sys.modules)"
+    )
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", program, url_of(empty)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout
+
+
+async def alembic(target: Target, *arguments: str, cwd: Path = ROOT) -> str:
+    """Run the developers' command."""
+    environment = os.environ | {"DATABASE_URL": url_of(target)}
+    command = [str(Path(sys.executable).with_name("alembic")), *arguments]
+    done = await asyncio.to_thread(
+        lambda: subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd, env=environment)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+async def test_the_developers_command_works(empty: Target) -> None:
+    await alembic(empty, "upgrade", "head")
+    assert f"{tables.BUILD:04d} (head)" in await alembic(empty, "current")
+    assert "No new upgrade operations" in await alembic(empty, "check")
+
+
+async def test_a_new_revision_takes_the_next_number(empty: Target, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "alembic", tmp_path / "alembic", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "alembic.ini", tmp_path)
+    await alembic(empty, "upgrade", "head", cwd=tmp_path)
+    await alembic(empty, "revision", "-m", "more", cwd=tmp_path)
+    made = tmp_path / "alembic" / "versions" / f"{tables.BUILD + 1:04d}_more.py"
+    assert f'down_revision = "{tables.BUILD:04d}"' in made.read_text()

@@ -1,0 +1,113 @@
+"""What the migrations make is what service/store/tables.py says, up and down."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, NullPool
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from service.store import migrations, tables
+from service.store.url import Target, parse
+from tests.support.cluster import SUPPORT, fetch
+
+# What the catalog knows of a schema, as text that does not depend on the order in which things were made.
+_CATALOG = {
+    "tables": """
+        SELECT relname, relkind::text, relpersistence::text, reloptions::text, relrowsecurity FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v', 'm', 'S', 'f')""",
+    "columns": """
+        SELECT relname, attname, format_type(atttypid, atttypmod), attnotnull, attidentity::text, attgenerated::text,
+               attcollation::regcollation::text, attstorage::text, attcompression::text, attstattarget,
+               pg_get_expr(adbin, adrelid)
+        FROM pg_attribute JOIN pg_class c ON c.oid = attrelid LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped""",
+    "constraints": """
+        SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid), convalidated FROM pg_constraint
+        WHERE connamespace = 'public'::regnamespace""",
+    "indexes": """
+        SELECT indrelid::regclass::text, pg_get_indexdef(indexrelid), indisvalid, indisunique FROM pg_index
+        JOIN pg_class c ON c.oid = indexrelid WHERE relnamespace = 'public'::regnamespace""",
+    "functions": "SELECT pg_get_functiondef(oid) FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
+    "triggers": "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal",
+    "types": "SELECT typname FROM pg_type WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd')",
+    "extensions": "SELECT extname FROM pg_extension",
+}
+
+
+async def catalog(url: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Read what a database holds, but for Alembic's own table."""
+    found = {name: [tuple(row) for row in await fetch(url, query)] for name, query in _CATALOG.items()}
+    return {
+        name: sorted((row for row in rows if row[0] != "alembic_version"), key=repr) for name, rows in found.items()
+    }
+
+
+def url_of(target: Target) -> str:
+    return target.url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+async def test_the_migrated_schema_is_that_of_the_metadata(empty: Target, another: str) -> None:
+    await migrations.upgrade(empty)
+    engine = create_async_engine(
+        parse(another).url, poolclass=NullPool, connect_args={"server_settings": {"application_name": SUPPORT}}
+    )
+    async with engine.begin() as connection:
+        await connection.run_sync(tables.metadata.create_all)
+    await engine.dispose()
+    migrated, made = await catalog(url_of(empty)), await catalog(another)
+    assert len(made["tables"]) == len(tables.metadata.tables)
+    for kind, rows in made.items():
+        assert migrated[kind] == rows, kind
+
+
+async def test_alembic_finds_no_difference(empty: Target) -> None:
+    found: list[Any] = []
+
+    def compare(connection: Connection) -> None:
+        options = {"compare_type": True, "compare_server_default": True}
+        found.extend(compare_metadata(MigrationContext.configure(connection, opts=options), tables.metadata))
+
+    await migrations.upgrade(empty)
+    await migrations.in_transaction(empty, compare)
+    assert found == []
+
+
+async def test_each_migration_goes_up_down_and_up_again(empty: Target) -> None:
+    url = url_of(empty)
+    bare = await catalog(url)
+    stages = []
+    await migrations.upgrade(empty)
+    for revision in reversed(revisions()):
+        stages.append(await catalog(url))
+        done = await migrations.downgrade(empty, "-1")
+        assert (done.before, done.after) == (int(revision), int(revision) - 1)
+    assert await catalog(url) == bare
+    for stage in reversed(stages):
+        await migrations.in_transaction(empty, lambda connection: migrations.alembic(connection, "upgrade", "+1"))
+        assert await catalog(url) == stage
+
+
+async def test_the_first_migration_leaves_what_the_service_needs(empty: Target) -> None:
+    done = await migrations.upgrade(empty)
+    assert (done.before, done.after, done.problem) == (0, tables.BUILD, None)
+    assert str(done) == f"migrated the schema from nothing to revision {tables.BUILD:04d}"
+    assert [tuple(row) for row in await fetch(url_of(empty), "SELECT * FROM schema_info")] == [(1, 1)]
+    [user] = await fetch(url_of(empty), "SELECT id::text, fingerprint, email, external_id, name FROM users")
+    assert tuple(user) == (tables.SYSTEM_USER_ID, b"", None, None, "")
+
+
+def revisions() -> list[str]:
+    config = Config()
+    config.set_main_option("script_location", str(migrations.SCRIPTS))
+    config.set_main_option("path_separator", "os")
+    return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+
+
+def test_revisions_are_numbers_in_a_row_and_the_build_is_the_last() -> None:
+    assert revisions() == [f"{number:04d}" for number in range(1, tables.BUILD + 1)]
+    assert 1 <= tables.REQUIRED_REVISION <= tables.BUILD

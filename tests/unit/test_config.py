@@ -1,0 +1,132 @@
+"""The configuration: where it comes from, and how a mistake in it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service import config
+
+SECRET = "s3cret"
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder without a `.env`; the environment has no settings (tests/conftest.py)."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def url() -> str | None:
+    given = config.load().database_url
+    return given.get_secret_value() if given else None
+
+
+def test_nothing_set_means_defaults() -> None:
+    settings = config.load()
+    assert settings.listen == "127.0.0.1:50051"
+    assert settings.data_dir == Path(".data")
+    assert settings.database_url is None
+    assert config.sources() == {}
+    assert config.unknown() == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"DATABASE_URL": "a", "NEON_DATABASE_URL": "b"}, "a"),
+        ({"NEON_DATABASE_URL": "b"}, "b"),
+        ({"DATABASE_URL": "", "NEON_DATABASE_URL": "b"}, "b"),
+        ({"DATABASE_URL": ""}, None),
+    ],
+)
+def test_the_database_url_has_two_names(
+    environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert url() == expected
+
+
+def test_a_file_is_read_and_the_environment_goes_before_it(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty_folder / ".env").write_text(
+        "NEON_DATABASE_URL='postgresql://u@h/d?a=b#c'\nCHAT_HISTORY_LISTEN=127.0.0.1:1\n"
+    )
+    monkeypatch.setenv("CHAT_HISTORY_LISTEN", "127.0.0.1:2")
+    assert url() == "postgresql://u@h/d?a=b#c"
+    assert config.load().listen == "127.0.0.1:2"
+    assert config.sources() == {"CHAT_HISTORY_LISTEN": "the environment", "NEON_DATABASE_URL": ".env"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("CHAT_HISTORY_LISTEN", "nowhere", "CHAT_HISTORY_LISTEN: 'nowhere' is not an address of the form host:port"),
+        ("CHAT_HISTORY_LISTEN", "127.0.0.1:65536", "is not an address"),
+        ("CHAT_HISTORY_METRICS_LISTEN", ":9090", "CHAT_HISTORY_METRICS_LISTEN: ':9090' is not an address"),
+        ("CHAT_HISTORY_HEALTH_LISTEN", "h", "CHAT_HISTORY_HEALTH_LISTEN: 'h' is not an address"),
+        ("CHAT_HISTORY_LISTEN", "0.0.0.0:50051", "not a loopback address"),
+        ("CHAT_HISTORY_LISTEN", "[::]:50051", "not a loopback address"),
+        ("CHAT_HISTORY_DB_POOL_SIZE", "0", "CHAT_HISTORY_DB_POOL_SIZE: input should be greater than 0"),
+        ("CHAT_HISTORY_DB_POOL_SIZE", SECRET, "CHAT_HISTORY_DB_POOL_SIZE: input should be a valid integer"),
+        ("CHAT_HISTORY_DB_PREPARED_STATEMENTS", SECRET, "should be 'auto', 'on' or 'off'"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_setting(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://u:{SECRET}@h/d")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(config.BadConfiguration) as refused:
+        config.load()
+    [problem] = refused.value.problems
+    assert words in problem
+    assert "\n" not in problem
+    assert SECRET not in str(refused.value)
+
+
+def test_every_mistake_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAT_HISTORY_LISTEN", "nowhere")
+    monkeypatch.setenv("CHAT_HISTORY_DB_POOL_SIZE", "none")
+    with pytest.raises(config.BadConfiguration) as refused:
+        config.load()
+    assert len(refused.value.problems) == 2
+
+
+def test_an_unreadable_file_is_told(empty_folder: Path) -> None:
+    (empty_folder / ".env").write_bytes(b"DATABASE_URL=\xff\xfe")
+    with pytest.raises(config.BadConfiguration, match=r"\.env cannot be read"):
+        config.load()
+
+
+def test_a_typing_error_is_noticed(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty_folder / ".env").write_text("CHAT_HISTORY_LISTN=127.0.0.1:1\n")
+    monkeypatch.setenv("CHAT_HISTORY_DATABASE_URL", "postgresql://u@h/d")
+    monkeypatch.setenv("CHAT_HISTORY_ZZZ", "1")
+    assert config.unknown() == [
+        "CHAT_HISTORY_DATABASE_URL in the environment is no setting; did you mean DATABASE_URL?",
+        "CHAT_HISTORY_LISTN in .env is no setting; did you mean CHAT_HISTORY_LISTEN?",
+        "CHAT_HISTORY_ZZZ in the environment is no setting",
+    ]
+
+
+def test_settings_are_frozen_and_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://u:{SECRET}@h/d")
+    settings = config.load()
+    assert SECRET not in f"{settings!r} {settings}"
+    with pytest.raises(ValidationError):
+        settings.listen = "127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("127.0.0.1:50051", ("127.0.0.1", 50051)),
+        ("localhost:0", ("localhost", 0)),
+        ("[::1]:50051", ("::1", 50051)),
+    ],
+)
+def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
+    assert config.split_address(address) == parts

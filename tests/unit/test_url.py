@@ -1,0 +1,221 @@
+"""Connection strings: every form that Neon's console and others print, and none that gives a password away."""
+
+from __future__ import annotations
+
+import ssl
+import traceback
+from pathlib import Path
+
+import pytest
+from sqlalchemy.dialects.postgresql.asyncpg import dialect
+
+from service.store.url import Target, parse
+
+SECRET = "npg_s3cret"
+POOLED = "ep-cool-sun-a1b2c3-pooler.eu-central-1.aws.neon.tech"
+DIRECT = "ep-cool-sun-a1b2c3.eu-central-1.aws.neon.tech"
+
+
+def neon(host: str, query: str = "?sslmode=require&channel_binding=require") -> str:
+    return f"postgresql://neondb_owner:{SECRET}@{host}/neondb{query}"
+
+
+def connection(target: Target) -> dict[str, object]:
+    """What the driver is called with."""
+    driver: dict[str, object] = dialect().create_connect_args(target.url)[1]  # type: ignore[no-untyped-call]
+    return driver | target.connect_args
+
+
+def context(target: Target) -> ssl.SSLContext:
+    found = target.connect_args["ssl"]
+    assert isinstance(found, ssl.SSLContext)
+    return found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        neon(POOLED),
+        f"'{neon(POOLED)}'",
+        f'"{neon(POOLED)}"',
+        f"psql '{neon(POOLED)}'",
+        f"psql {neon(POOLED)}\n",
+        f"  {neon(POOLED)}  ",
+        neon(POOLED).replace("postgresql://", "postgres://"),
+        neon(POOLED).replace("postgresql://", "postgresql+psycopg://"),
+        neon(POOLED, "?sslmode=require"),
+        neon(POOLED, ""),
+        neon(POOLED, "?pgbouncer=true&connect_timeout=10&sslmode=require"),
+        neon(POOLED, "?options=endpoint%3Dep-cool-sun-a1b2c3&sslmode=require"),
+        f"postgresql://{POOLED}/?user=neondb_owner&password={SECRET}&dbname=neondb&sslmode=require",
+    ],
+)
+def test_every_form_of_neons_pooled_string_means_the_same(text: str) -> None:
+    target = parse(text)
+    driver = connection(target)
+    assert (driver["host"], driver["user"], driver["password"], driver["database"]) == (
+        POOLED,
+        "neondb_owner",
+        SECRET,
+        "neondb",
+    )
+    assert driver.keys() <= {
+        "host", "user", "password", "database", "ssl", "server_settings", "timeout",
+        "statement_cache_size", "prepared_statement_cache_size",
+    }  # fmt: skip
+    assert target.pooled
+    assert not target.prepared_statements
+    assert driver["prepared_statement_cache_size"] == 0
+    assert driver["server_settings"] == {"application_name": "chat-history"}
+    assert context(target).check_hostname
+    assert context(target).verify_mode is ssl.CERT_REQUIRED
+    assert "not supported" not in " ".join(target.notes)
+    assert target.place == f"{POOLED}/neondb"
+
+
+def test_neons_direct_string_prepares_statements() -> None:
+    target = parse(neon(DIRECT))
+    assert not target.pooled
+    assert target.prepared_statements
+    assert context(target).check_hostname
+    assert target.direct() is target
+
+
+def test_the_direct_host_of_a_pooled_one_keeps_all_else() -> None:
+    target = parse(neon(POOLED, "?sslmode=verify-full&connect_timeout=7&application_name=mine"))
+    direct = target.direct()
+    assert direct.url == target.url.set(host=DIRECT)
+    assert not direct.pooled
+    assert direct.connect_args == target.connect_args
+    assert direct.ssl_mode == "verify-full"
+    assert direct.connect_args["timeout"] == 7
+    assert direct.connect_args["server_settings"] == {"application_name": "mine"}
+
+
+def test_the_driver_without_channel_binding_is_made_known() -> None:
+    assert any("SCRAM-SHA-256-PLUS" in note for note in parse(neon(DIRECT)).notes)
+    assert parse(neon(DIRECT, "?channel_binding=prefer")).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "prepared", "pooled"),
+    [
+        ("postgresql://u@db.internal/d", "auto", False),
+        ("postgresql://u@db.internal:6432/d", "auto", True),
+        ("postgresql://u@/d?host=db.internal&port=6432", "auto", True),
+        ("postgresql://u@db.internal/d?pgbouncer=true", "auto", True),
+        ("postgresql://u@aws-0-eu.pooler.supabase.com:6543/d", "auto", True),
+        ("postgresql://u@db.internal/d", "off", True),
+    ],
+)
+def test_a_pooler_is_recognised(text: str, prepared: str, pooled: bool) -> None:
+    target = parse(text, prepared_statements=prepared)
+    assert target.pooled is pooled
+    assert target.prepared_statements is not pooled
+    assert target.direct() is target
+
+
+def test_a_pooler_that_carries_prepared_statements_is_still_one() -> None:
+    target = parse(neon(POOLED), prepared_statements="on")
+    assert target.pooled
+    assert target.prepared_statements
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("disable", False), ("allow", "allow"), ("prefer", "prefer"), (None, "prefer")],
+)
+def test_modes_without_a_context_are_the_drivers_own(mode: str | None, expected: object) -> None:
+    target = parse("postgresql://u@db.internal/d" + (f"?sslmode={mode}" if mode else ""))
+    assert target.connect_args["ssl"] == expected
+    assert target.ssl_mode == (mode or "prefer")
+
+
+@pytest.mark.parametrize(
+    ("mode", "verify", "check_hostname"),
+    [
+        ("require", ssl.CERT_NONE, False),
+        ("verify-ca", ssl.CERT_REQUIRED, False),
+        ("verify-full", ssl.CERT_REQUIRED, True),
+    ],
+)
+def test_modes_elsewhere_mean_what_libpq_means(mode: str, verify: ssl.VerifyMode, check_hostname: bool) -> None:
+    found = context(parse(f"postgresql://u@db.internal/d?sslmode={mode}"))
+    assert (found.verify_mode, found.check_hostname) == (verify, check_hostname)
+
+
+def test_require_with_a_root_verifies_the_chain() -> None:
+    root = ssl.get_default_verify_paths().cafile or "system"
+    found = context(parse(f"postgresql://u@db.internal/d?sslmode=require&sslrootcert={root}"))
+    assert (found.verify_mode, found.check_hostname) == (ssl.CERT_REQUIRED, False)
+    found = context(parse("postgresql://u@db.internal/d?sslmode=verify-full&sslrootcert=system"))
+    assert found.check_hostname
+
+
+def test_a_socket_needs_no_tls() -> None:
+    target = parse("postgresql://postgres@/postgres?host=/run/some%20where&sslmode=require")
+    assert connection(target)["host"] == "/run/some where"
+    assert target.connect_args["ssl"] is False
+    assert target.place == "the socket in /run/some where"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "-c%20search_path%3Dchat",
+        "-csearch_path=chat",
+        "--search_path=chat",
+        "--search-path=chat",
+        "endpoint%3Dep-x%20-c%20search_path%3Dchat",
+    ],
+)
+def test_start_up_options_pass_on_a_direct_connection_alone(options: str) -> None:
+    target = parse(f"postgresql://u@db.internal/d?options={options}")
+    assert target.connect_args["server_settings"] == {"application_name": "chat-history", "search_path": "chat"}
+    pooled = parse(f"postgresql://u@db.internal:6432/d?options={options}")
+    assert pooled.connect_args["server_settings"] == {"application_name": "chat-history"}
+    assert any("options" in note for note in pooled.notes)
+
+
+def test_what_is_not_supported_is_named_without_its_value() -> None:
+    target = parse(f"postgresql://u@h/d?sslpassword={SECRET}&gssencmode=disable")
+    assert [note.split()[0] for note in target.notes] == ["gssencmode", "sslpassword"]
+    assert SECRET not in str(target.notes)
+    assert connection(target).keys().isdisjoint({"sslpassword", "gssencmode"})
+
+
+def test_odd_characters_in_a_password_arrive() -> None:
+    target = parse("postgresql://us%40er:p%40s%2Fs%3Aw%25%23%3F%20@h:5433/d")
+    driver = connection(target)
+    assert (driver["user"], driver["password"], driver["port"]) == ("us@er", "p@s/s:w%#? ", 5433)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        SECRET,
+        f"host=h user=u password={SECRET}",
+        f"jdbc:postgresql://h/d?user=u&password={SECRET}",
+        f"mysql://u:{SECRET}@h/d",
+        f"postgresql://u:{SECRET}@h:port/d",
+        f"postgresql://u:x@{SECRET}:y@h/d",
+        f"postgresql://u:x@{SECRET}@h/d",
+        f"postgresql://u:{SECRET}@h1:5432,h2:5432/d",
+        f"postgresql://u:{SECRET}@h/d?sslmode={SECRET}",
+        f"postgresql://u:{SECRET}@h/d?connect_timeout={SECRET}",
+        f"postgresql://u:{SECRET}@/d?host=h&port={SECRET}",
+        f"postgresql://u:{SECRET}@h/d?sslmode=verify-full&sslrootcert=/nowhere/{SECRET}",
+        f"postgresql://u:{SECRET}@h/d?sslmode=require&sslcert=/nowhere/{SECRET}",
+    ],
+)
+def test_a_bad_string_is_refused_without_a_secret(text: str) -> None:
+    with pytest.raises(ValueError, match="database URL") as refused:
+        parse(text)
+    assert SECRET not in "".join(traceback.format_exception(refused.value))
+    assert "\n" not in str(refused.value)
+
+
+def test_no_repr_holds_the_password(tmp_path: Path) -> None:
+    target = parse(neon(POOLED))
+    assert SECRET not in f"{target!r} {target.url!r} {target.place} {target.notes} {target.direct()!r}"
