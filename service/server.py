@@ -8,24 +8,29 @@ import gc
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
-from chathistory.v1 import chat_history_service_pb2
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.config import Settings, split_address
-from service.rpc.auth import trust
+from service.rpc import identity
+from service.rpc.audit import Audited
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import Admission, Pipeline
-from service.rpc.servicer import ChatHistoryServicer
+from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
+from service.rpc.tls import Certificates
 from service.store.append import Appender
 from service.store.database import Database
 from service.store.url import Target
 from service.store.watch import WatchHub
 from service.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from service.search.engine import Search
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
@@ -51,7 +56,13 @@ class Server:
     """The whole service in one process. `start`, then `stop`, once each."""
 
     def __init__(self, settings: Settings, target: Target) -> None:
+        """Wire the parts.
+
+        Raises:
+            BadConfiguration: a key or a certificate cannot be used.
+        """
         self.settings = settings
+        self.certificates = identity.certificates(settings)
         self.database = Database(
             target,
             pool_size=settings.db_pool_size,
@@ -61,11 +72,15 @@ class Server:
             connect_timeout=settings.db_connect_timeout,
             driver_connections=settings.append_lanes + settings.read_connections,
         )
+        self.authenticate = identity.authenticator(settings, self.database)
         self.readiness = Readiness(self.database)
         self.database.on_doubt = self.readiness.doubt
-        self.appender = Appender(self.database, settings.append_lanes)
+        self.search = search = self._make_search()
+        self.health = Health(self.database, self.readiness, (lambda: search.healthy) if search is not None else None)
+        owed = self.search is not None and self.search.messages
+        self.appender = Appender(self.database, settings.append_lanes, owed=owed)
         self.watchers = WatchHub(self.database)
-        self.appender.on_appended = self.watchers.changed
+        self.appender.on_appended = self._appended if owed else self.watchers.changed
         self.calls = Admission(settings.max_in_flight)
         self.streams = Admission(settings.max_watches)
         self.metrics = self._start_metrics()
@@ -81,21 +96,22 @@ class Server:
         """
         settings = self.settings
         observe = self.metrics.observe if self.metrics else None
-        pipeline = Pipeline(trust, self.calls, self.streams, settings.call_timeout, observe)
-        servicer = ChatHistoryServicer(self.database, self.appender, self.watchers, settings.call_timeout)
-        service = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]
-        health = Health(self.database, self.readiness)
+        pipeline = Pipeline(self.authenticate, self.calls, self.streams, settings.call_timeout, observe)
+        servicer = ChatHistoryServicer(self.database, self.appender, self.watchers, settings.call_timeout, self.search)
+        search = self.search
         server = aio.server(options=_OPTIONS)
-        handlers = grpc.method_handlers_generic_handler(SERVICE, pipeline.handlers(service, servicer))
+        handlers = grpc.method_handlers_generic_handler(
+            SERVICE, pipeline.handlers(DESCRIPTOR, Audited(servicer, identified=settings.auth != "none"))
+        )
         server.add_generic_rpc_handlers((handlers,))
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        self.address = _listen(server, settings.listen)
+        self.address = _listen(server, settings.listen, self.certificates)
         self._servers.append(server)
         if settings.health_listen is not None:
             probes = aio.server(options=_OPTIONS)
-            health_pb2_grpc.add_HealthServicer_to_server(health, probes)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, probes)
             _listen(probes, settings.health_listen)
             self._servers.append(probes)
         for each in self._servers:
@@ -104,6 +120,8 @@ class Server:
         gc.collect()
         gc.freeze()
         self.readiness.doubt()
+        if search is not None:
+            search.start()
 
     async def stop(self) -> None:
         """Turn NOT_SERVING, finish what is under way within the grace, and close; no acknowledged write is lost."""
@@ -113,12 +131,31 @@ class Server:
         self.calls.draining = self.streams.draining = True
         # An open stream would eat the whole grace.
         self.watchers.close()
+        self.health.close()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        identity.close(self.authenticate)
         await self.appender.drain()
+        if self.search is not None:
+            await self.search.stop()
         await self.database.close()
         if self.metrics:
             self.metrics.close()
         gc.unfreeze()
+
+    def _make_search(self) -> Search | None:
+        if self.settings.search == "off":
+            return None
+        # Imported here: a service without search does not pay for it.
+        from service.search.engine import Search  # noqa: PLC0415
+
+        search = Search(self.settings, self.database, self.readiness.wait_ready)
+        search.on_change = self.readiness.tell
+        return search
+
+    def _appended(self, user_id: str, session_id: str) -> None:
+        self.watchers.changed(user_id, session_id)
+        if self.search is not None:
+            self.search.wake()
 
     def _start_metrics(self) -> Metrics | None:
         if self.settings.metrics_listen is None:
@@ -133,20 +170,44 @@ class Server:
                 "chat_history_watches_open": ("Open WatchMessages streams.", lambda: len(self.watchers)),
                 "chat_history_appends_waiting": ("Appends that have not left yet.", lambda: self.appender.waiting),
                 "chat_history_connections_in_use": ("Database connections checked out.", pool.checkedout),  # type: ignore[attr-defined]
+                "chat_history_search_ready": (
+                    "Whether the search index answers.",
+                    lambda: self.search is not None and self.search.healthy,
+                ),
+                "chat_history_search_waiting": (
+                    "Documents and sessions that wait to be indexed, when last looked.",
+                    lambda: self.search.figures.waiting if self.search else 0,
+                ),
+                "chat_history_search_failed": (
+                    "Documents and sessions that were given up, when last looked.",
+                    lambda: self.search.figures.failed if self.search else 0,
+                ),
+                "chat_history_search_lag_seconds": (
+                    "Age of the oldest change that was not indexed, when last looked.",
+                    lambda: self.search.figures.lag if self.search else 0,
+                ),
+                "chat_history_search_points": (
+                    "Points written to the search index since the start.",
+                    lambda: self.search.figures.indexed if self.search else 0,
+                ),
                 "chat_history_ready": ("Whether the service is ready.", lambda: self.readiness.ready),
             },
         )
 
 
-def _listen(server: aio.Server, address: str) -> str:
-    """Listen on an address and return it with the port taken.
+def _listen(server: aio.Server, address: str, certificates: Certificates | None = None) -> str:
+    """Listen on an address, in plaintext without certificates, and return it with the port taken.
 
     Raises:
         OSError: it cannot be listened on.
     """
     host, _ = split_address(address)
     try:
-        taken = server.add_insecure_port(address)
+        taken = (
+            server.add_secure_port(address, certificates.credentials())
+            if certificates is not None
+            else server.add_insecure_port(address)
+        )
     except RuntimeError:
         taken = 0
     if not taken:

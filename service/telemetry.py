@@ -38,6 +38,15 @@ def configure_logging(level: str, style: Literal["auto", "console", "json"]) -> 
     )
 
 
+# Written whatever the level of the log.
+_audit = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET))
+
+
+def audit(**fields: str | int) -> None:
+    """Write a line of the audit trail: who did what to whose things, and how it ended; ids only."""
+    _audit.info("audit", **fields)
+
+
 class Metrics:
     """Prometheus figures, served as text."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from chathistory.v1 import message_pb2, session_pb2, user_pb2
@@ -14,12 +14,14 @@ from google.protobuf.struct_pb2 import Struct
 
 from service.errors import InvalidArgument
 from service.store.append_sql import NewMessage
-from service.store.messages import estimate_tokens, measure
+from service.store.messages import estimate_tokens
 from service.store.rows import MessageRow, SessionRow, UserRow
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_MESSAGE_BYTES = 1024 * 1024
 
+_OVERHEAD_BYTES = 192
+"""What a message has in a reply beside what its client sent: ids, seq, times, etag, framing."""
 _MICROS = 1_000_000
 _MESSAGE_OUTPUT_ONLY = ("session_id", "seq", "create_time", "update_time", "etag")
 _SESSION_OUTPUT_ONLY = ("user_id", "last_seq", "message_count", "create_time", "update_time", "etag", "forked_from")
@@ -92,7 +94,7 @@ def user(row: UserRow) -> user_pb2.User:
         external_id=row.external_id or "",
         email=row.email or "",
         name=row.name,
-        metadata=_struct(row.metadata),
+        metadata=struct(row.metadata),
         create_time=time(row.created_us),
         update_time=time(row.updated_us),
         etag=row.etag,
@@ -107,7 +109,7 @@ def session(row: SessionRow) -> session_pb2.Session:
         title=row.title,
         summary=row.summary,
         summarized_through_seq=row.summarized_through_seq,
-        metadata=_struct(row.metadata),
+        metadata=struct(row.metadata),
         state=row.state,  # type: ignore[arg-type]
         last_seq=row.last_seq,
         message_count=row.message_count,
@@ -124,34 +126,45 @@ def _forked_from(row: SessionRow) -> session_pb2.ForkedFrom | None:
     return session_pb2.ForkedFrom(session_id=row.forked_from_id, seq=row.forked_from_seq or 0)
 
 
-def message(row: MessageRow, session_id: str) -> message_pb2.Message:
-    """Make the resource of a row."""
-    reply = message_pb2.Message(
+def message(
+    row: MessageRow, session_id: str, make: Callable[..., message_pb2.Message] = message_pb2.Message
+) -> message_pb2.Message:
+    """Make the resource of a row; `make` may be the `add` of a reply's list, so that nothing is copied."""
+    made = make(
         id=row.id,
         session_id=session_id,
         seq=row.seq,
-        role=row.role,  # type: ignore[arg-type]
+        role=row.role,
         content=row.content,
         token_count=row.token_count,
-        create_time=time(row.created_us),
-        update_time=time(row.updated_us),
         etag=row.etag,
     )
+    # Filled in place: a Timestamp given to the constructor is made, copied and thrown away.
+    moment = made.create_time
+    moment.seconds, moment.nanos = row.created_us // _MICROS, row.created_us % _MICROS * 1000
+    moment = made.update_time
+    moment.seconds, moment.nanos = row.updated_us // _MICROS, row.updated_us % _MICROS * 1000
     # Rarely there: not named above, since each name costs.
     if row.author:
-        reply.author = row.author
+        made.author = row.author
     if row.parts is not None:
         for part in json.loads(row.parts):
-            reply.parts.add(**part)
+            made.parts.add(**part)
     if row.metadata is not None:
-        reply.metadata.update(json.loads(row.metadata))
+        made.metadata.update(json.loads(row.metadata))
     if row.feedback_score is not None:
-        reply.feedback.score = row.feedback_score
-        reply.feedback.comment = row.feedback_comment or ""
-    return reply
+        made.feedback.score = row.feedback_score
+        made.feedback.comment = row.feedback_comment or ""
+    return made
 
 
-def _struct(text: str | None) -> Any:
+def message_size(row: MessageRow) -> int:
+    """Return roughly how many bytes a message takes in a reply."""
+    return message(row, "").ByteSize() + _OVERHEAD_BYTES
+
+
+def struct(text: str | None) -> Any:
+    """Return what a Struct field takes for JSON."""
     return None if text is None else json.loads(text)
 
 
@@ -178,7 +191,7 @@ def new_message(sent: message_pb2.Message, id_: str, field: str) -> NewMessage:
         metadata,
         sent.token_count if sent.HasField("token_count") else None,
         estimate_tokens(content, parts),
-        measure(content, parts, metadata),
+        sent.ByteSize() + _OVERHEAD_BYTES,
         sent.author,
         feedback.score if feedback else None,
         feedback.comment if feedback else None,

@@ -65,6 +65,11 @@ class Readiness:
             self._prober.cancel()
         self._set(ready=False, problem="shutting down")
 
+    def tell(self) -> None:
+        """Have those who listen look again: something else that health reports has changed."""
+        for event in self._listeners:
+            event.set()
+
     def listen(self) -> asyncio.Event:
         """Return an event that is set at every change; give it back to `unlisten`."""
         event = asyncio.Event()
@@ -95,6 +100,8 @@ class Readiness:
             return "the database does not answer in time"
         except DATABASE_ERRORS as error:
             return f"the database does not answer ({type(error).__name__})"
+        except Exception as error:  # noqa: BLE001 - whatever stands in there: ask again, or it would never be ready
+            return f"the schema cannot be read ({type(error).__name__})"
 
     def _set(self, *, ready: bool, problem: str) -> None:
         if (ready, problem) == (self.ready, self.problem):
@@ -107,23 +114,33 @@ class Readiness:
         changed = ready != self.ready
         self.ready, self.problem = ready, problem
         if changed:
-            for event in self._listeners:
-                event.set()
+            self.tell()
 
 
 class Health(health_pb2_grpc.HealthServicer):
     """`grpc.health.v1.Health`, with the names of the contract."""
 
-    def __init__(self, database: Database, readiness: Readiness) -> None:
+    def __init__(
+        self, database: Database, readiness: Readiness, search: Callable[[], bool] | None = None
+    ) -> None:
+        """Take what is reported; without `search` that name is not known."""
         self._database = database
         self._readiness = readiness
         self._asked: asyncio.Task[bool] | None = None
         self._asked_at = 0.0
+        self._closing = False
         self._names: dict[str, Callable[[], bool]] = {
             "": lambda: readiness.ready,
             SERVICE: lambda: readiness.ready,
             "liveness": lambda: True,
         }
+        if search is not None:
+            self._names["search"] = search
+
+    def close(self) -> None:
+        """End every Watch, once it has told how things are: an open stream would eat the whole grace of a shutdown."""
+        self._closing = True
+        self._readiness.tell()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: aio.ServicerContext[Any, Any]
@@ -147,6 +164,8 @@ class Health(health_pb2_grpc.HealthServicer):
                 if status != last:
                     yield health_pb2.HealthCheckResponse(status=status)
                 last = status
+                if self._closing:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "this server is shutting down")
                 await event.wait()
         finally:
             self._readiness.unlisten(event)

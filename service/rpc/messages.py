@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
 
 import uuid_utils
 from chathistory.v1 import message_pb2, session_pb2
@@ -17,7 +18,11 @@ from service.store import context, messages, sessions
 from service.store.append import Append, Appender
 from service.store.append_sql import NewMessage, NewSession
 from service.store.database import Database
+from service.store.sharing import Reads
 from service.store.watch import Watcher, WatchHub
+
+if TYPE_CHECKING:
+    from service.search.engine import Search
 
 DEFAULT_MAX_MESSAGES = 50
 WATCH_PAGE = 100
@@ -29,9 +34,11 @@ class Messages:
     """Appends, reads, changes, erases and follows messages."""
 
     database: Database
+    reads: Reads
     appender: Appender
     watchers: WatchHub
     call_timeout: float
+    search: Search | None
 
     async def AppendMessages(
         self, request: message_pb2.AppendMessagesRequest, call: Call
@@ -78,15 +85,14 @@ class Messages:
         place = paging.place(request.page_token, *bound)
         start = int(place) if place is not None else messages.LAST if descending else 0
         rows, more = await messages.page(
-            self.database, user_id, session_id, start, size, descending=descending, deadline=call.deadline
+            self.reads, user_id, session_id, start, size, descending=descending, deadline=call.deadline
         )
-        page, token = paging.cut(
-            rows,
-            lambda row: convert.message(row, session_id),
-            lambda row: paging.token(str(row.seq), *bound),
-            more=more,
-        )
-        return message_pb2.ListMessagesResponse(messages=page, next_page_token=token)
+        reply = message_pb2.ListMessagesResponse()
+        for row in paging.fitting(rows):
+            convert.message(row, session_id, reply.messages.add)
+        if more or len(reply.messages) < len(rows):
+            reply.next_page_token = paging.token(str(reply.messages[-1].seq), *bound)
+        return reply
 
     async def UpdateMessage(
         self, request: message_pb2.UpdateMessageRequest, call: Call
@@ -101,8 +107,17 @@ class Messages:
             raise InvalidArgument.fields(tuple(FieldViolation(name, "is required") for name in missing))
         values = convert.message_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
         row = await self.database.write(
-            messages.change, call.deadline, user_id, session_id, sent.id.lower(), values, sent.etag
+            messages.change,
+            call.deadline,
+            user_id,
+            session_id,
+            sent.id.lower(),
+            values,
+            sent.etag,
+            convert.message_size,
+            owed=self._indexed(),
         )
+        self._wake()
         return message_pb2.UpdateMessageResponse(message=convert.message(row, session_id))
 
     async def DeleteMessage(
@@ -112,7 +127,10 @@ class Messages:
         user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
         message_id = request.message_id.lower()
         try:
-            gone = await self.database.write(messages.erase, call.deadline, user_id, session_id, message_id)
+            gone = await self.database.write(
+                messages.erase, call.deadline, user_id, session_id, message_id, owed=self._indexed()
+            )
+            self._wake()
         except NotFound:
             if not request.allow_missing:
                 raise
@@ -125,52 +143,59 @@ class Messages:
         """Read what goes into the next prompt."""
         user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
         limits = context.Limits(request.max_messages or DEFAULT_MAX_MESSAGES, request.max_tokens)
-        chosen = await context.get(self.database, user_id, session_id, limits, call.deadline)
-        return message_pb2.GetContextResponse(
-            session=convert.session(chosen.session),
-            messages=[convert.message(row, session_id) for row in chosen.messages],
-            omitted_count=chosen.omitted_count,
-            token_count=chosen.token_count,
+        chosen = await context.get(self.reads, user_id, session_id, limits, call.deadline)
+        reply = message_pb2.GetContextResponse(
+            session=convert.session(chosen.session), omitted_count=chosen.omitted_count, token_count=chosen.token_count
         )
+        for row in chosen.messages:
+            convert.message(row, session_id, reply.messages.add)
+        return reply
 
     async def WatchMessages(
         self, request: message_pb2.WatchMessagesRequest, call: Call
     ) -> AsyncGenerator[message_pb2.WatchMessagesResponse]:
         """Send a session's messages after a seq, then each new one: no gap, no duplicate, in order."""
         user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
-        await self.database.read(sessions.get, call.deadline, user_id, session_id)
+        session = await self.database.read(sessions.get, call.deadline, user_id, session_id)
         loop = asyncio.get_running_loop()
         seq = request.after_seq
-        with Watcher(self.watchers, (user_id, session_id), seq) as watcher:
+        with Watcher(self.watchers, (user_id, session_id), session.created_us, seq) as watcher:
             while True:
                 watcher.arm()
+                left = self._time_left(watcher, call)
                 rows, more = await messages.page(
-                    self.database, user_id, session_id, seq, WATCH_PAGE, deadline=loop.time() + self.call_timeout
+                    self.reads, user_id, session_id, seq, WATCH_PAGE, deadline=loop.time() + self.call_timeout
                 )
                 for row in rows:
                     yield message_pb2.WatchMessagesResponse(message=convert.message(row, session_id))
                     seq = row.seq
-                if self.watchers.closing:
-                    raise draining()
                 if not more:
-                    await self._wait(watcher, call)
+                    await watcher.wait(left)
 
-    async def _wait(self, watcher: Watcher, call: Call) -> None:
-        """Wait until the session may have grown.
+    def _indexed(self) -> bool:
+        return self.search is not None and self.search.messages
+
+    def _wake(self) -> None:
+        if self.search is not None:
+            self.search.wake()
+
+    def _time_left(self, watcher: Watcher, call: Call) -> float | None:
+        """Return for how many seconds the session may be followed on; None for ever.
 
         Raises:
             NotFound: the session has been erased.
             Unauthenticated: what the caller has shown of itself has expired.
             Unavailable: the server is going away (DRAINING).
         """
-        expires_at = call.caller.expires_at
-        left = None if expires_at is None else max(0.0, expires_at - asyncio.get_running_loop().time())
-        if not await watcher.wait(left):
-            raise Unauthenticated("the token has expired")
         if self.watchers.closing:
             raise draining()
         if watcher.gone:
             raise NotFound.session(watcher.key[1])
+        expires_at = call.caller.expires_at
+        left = None if expires_at is None else expires_at - asyncio.get_running_loop().time()
+        if left is not None and left <= 0:
+            raise Unauthenticated("the token has expired")
+        return left
 
 
 def _new_messages(request: message_pb2.AppendMessagesRequest) -> list[NewMessage]:

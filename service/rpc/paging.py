@@ -12,6 +12,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from service.errors import InvalidArgument
+from service.store.rows import MessageRow
 
 Row = TypeVar("Row")
 Resource = TypeVar("Resource", bound=Message)
@@ -50,6 +51,16 @@ def cut(
             break
         page.append(resource)
     return page, token(rows[len(page) - 1]) if more and page else ""
+
+
+def fitting(rows: Sequence[MessageRow]) -> Sequence[MessageRow]:
+    """Return as many messages as fit into a reply, at least one, by the sizes that are stored with them."""
+    total = 0
+    for n, row in enumerate(rows):
+        total += row.size
+        if total > MAX_REPLY_BYTES and n:
+            return rows[:n]
+    return rows
 
 
 def token(place: str, *request: object) -> str:

@@ -96,6 +96,7 @@ class Pipeline:
         self._call_timeout = call_timeout
         self._observe = observe
         self._validate = protovalidate.Validator().validate
+        self._loop = asyncio.get_running_loop()
 
     def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Return the wrapped methods of a servicer, by name.
@@ -120,6 +121,8 @@ class Pipeline:
     def _unary(
         self, name: str, method: Callable[[Any, Call], Awaitable[Any]]
     ) -> Callable[[Any, Context], Awaitable[Any]]:
+        loop = self._loop
+
         async def serve(request: Any, context: Context) -> Any:
             started = time.perf_counter() if self._observe else 0.0
             try:
@@ -127,8 +130,7 @@ class Pipeline:
                 self._calls.enter()
                 try:
                     self._check(request)
-                    left = context.time_remaining()
-                    loop = asyncio.get_running_loop()
+                    left: float | None = context.time_remaining()
                     if left is not None:  # gRPC itself ends the call then.
                         reply = await method(request, Call(caller, loop.time() + left))
                     else:
@@ -145,7 +147,7 @@ class Pipeline:
 
     async def _timed(self, method: Callable[[Any, Call], Awaitable[Any]], request: Any, caller: Caller) -> Any:
         """Serve a call whose client set no deadline."""
-        deadline = asyncio.get_running_loop().time() + self._call_timeout
+        deadline = self._loop.time() + self._call_timeout
         scope = asyncio.timeout_at(deadline)
         try:
             async with scope:
@@ -165,7 +167,7 @@ class Pipeline:
                 self._streams.enter()
                 try:
                     self._check(request)
-                    deadline = asyncio.get_running_loop().time() + (context.time_remaining() or self._call_timeout)
+                    deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
                     async with aclosing(method(request, Call(caller, deadline))) as replies:
                         async for reply in replies:
                             await context.write(reply)

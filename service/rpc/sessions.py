@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import uuid_utils
 from chathistory.v1 import session_pb2
 
@@ -13,6 +15,9 @@ from service.store.database import Database
 from service.store.rows import SessionRow
 from service.store.tables import State
 from service.store.watch import WatchHub
+
+if TYPE_CHECKING:
+    from service.search.engine import Search
 
 _WRITABLE = ("title", "summary", "summarized_through_seq", "metadata", "state")
 
@@ -32,6 +37,7 @@ class Sessions:
 
     database: Database
     watchers: WatchHub
+    search: Search | None
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, call: Call
@@ -91,10 +97,12 @@ class Sessions:
         more = True
         while more:
             _, more = await self.database.write(sessions.erase_slice, call.deadline, user_id, session_id)
-        gone = await self.database.write(sessions.erase, call.deadline, user_id, session_id)
+        gone = await self.database.write(sessions.erase, call.deadline, user_id, session_id, on=self.search is not None)
         if not gone and not request.allow_missing:
             raise NotFound.session(session_id)
-        self.watchers.changed(user_id, session_id)
+        self.watchers.erased(user_id, session_id)
+        if self.search is not None:
+            self.search.wake()
         return session_pb2.DeleteSessionResponse()
 
     async def ForkSession(self, request: session_pb2.ForkSessionRequest, call: Call) -> session_pb2.ForkSessionResponse:
@@ -104,8 +112,17 @@ class Sessions:
         new_id = request.new_session_id.lower() or str(uuid_utils.uuid7())
         fingerprint = convert.fork_fingerprint(source_id, request.through_seq)
         row = await self.database.write(
-            sessions.fork, call.deadline, user_id, source_id, request.through_seq, new_id, fingerprint
+            sessions.fork,
+            call.deadline,
+            user_id,
+            source_id,
+            request.through_seq,
+            new_id,
+            fingerprint,
+            owed=self.search is not None and self.search.messages,
         )
+        if self.search is not None:
+            self.search.wake()
         return session_pb2.ForkSessionResponse(session=convert.session(row))
 
 

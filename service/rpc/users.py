@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import uuid_utils
 from chathistory.v1 import user_pb2
 
 from service.errors import InvalidArgument, NotFound, PermissionDenied
 from service.rpc import convert, masks, paging
 from service.rpc.pipeline import Call
-from service.store import sessions, users
+from service.store import documents, sessions, users
 from service.store.database import Database
 from service.store.tables import SYSTEM_USER_ID
+
+if TYPE_CHECKING:
+    from service.search.engine import Search
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
 
@@ -19,6 +24,7 @@ class Users:
     """Creates, reads, changes and erases users."""
 
     database: Database
+    search: Search | None
 
     async def CreateUser(self, request: user_pb2.CreateUserRequest, call: Call) -> user_pb2.CreateUserResponse:
         """Create a user; a retry with the same id and content returns it."""
@@ -79,14 +85,29 @@ class Users:
         """Erase a user everywhere; what is large goes in slices, the user itself last."""
         call.caller.require_service()
         user_id = call.caller.owner(request.user_id)
-        messages = 0
+        messages = chunks = 0
         more = True
         while more:
             erased, more = await self.database.write(sessions.erase_slice, call.deadline, user_id)
             messages += erased
-        gone = await self.database.write(users.erase, call.deadline, user_id)
+        more = True
+        while more:
+            erased, more = await self.database.write(documents.erase_slice, call.deadline, user_id)
+            chunks += erased
+        gone = await self.database.write(users.erase, call.deadline, user_id, on=self.search is not None)
         if gone is None:
             if not request.allow_missing:
                 raise NotFound.user(user_id)
             return user_pb2.DeleteUserResponse()
-        return user_pb2.DeleteUserResponse(session_count=gone.sessions, message_count=messages + gone.messages)
+        messages, chunks = messages + gone.messages, chunks + gone.chunks
+        vectors = 0
+        if self.search is not None:
+            vectors = chunks + (messages if self.search.messages else 0)
+            self.search.wake()
+        return user_pb2.DeleteUserResponse(
+            session_count=gone.sessions,
+            message_count=messages,
+            document_count=gone.documents,
+            chunk_count=chunks,
+            vector_count=vectors,
+        )

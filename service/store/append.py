@@ -51,6 +51,8 @@ LOCK_TIMEOUT = "75ms"
 """How long a statement waits for a locked session before that session is run apart from its neighbours."""
 APART_STATEMENTS = 4
 """Statements of sessions run apart that are under way at once."""
+SHARED_TRIES = 3
+"""Tries of a statement that meets contention, before its sessions run apart: one of them may meet it every time."""
 MAX_TRIES = 8
 """Tries of an item that meets contention, before the caller is told."""
 REPLY_MARGIN = 0.1
@@ -90,8 +92,8 @@ class Append:
     """
 
     __slots__ = (
-        "attempted", "check", "deadline", "expected", "future", "give_up", "key", "may_create", "messages", "new_session", "pending",
-        "replayed", "size", "solo", "tries",
+        "attempted", "born", "check", "creates", "deadline", "expected", "future", "give_up", "key", "may_create", "messages",
+        "new_session", "pending", "replayed", "size", "solo", "tries",
     )  # fmt: skip
 
     def __init__(
@@ -112,8 +114,12 @@ class Append:
         self.pending = messages
         """Those that are not known to be stored."""
         self.replayed: dict[str, Entry] = {}
+        self.born: int | None = None
+        """When the session was made in which those are; no other with its id will do."""
         self.may_create = may_create
         self.expected = expected_last_seq
+        self.creates = may_create and not expected_last_seq
+        """Whether its statement may make the session: a missing one counts as empty, and holds nothing to replay."""
         self.new_session = new_session
         self.deadline = deadline
         self.give_up = min(deadline - REPLY_MARGIN, loop.time() + OUTAGE_PATIENCE)
@@ -125,6 +131,11 @@ class Append:
         self.tries = 0
         self.size = sum(message.size for message in messages)
         self.future: asyncio.Future[Appended] = loop.create_future()
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether what is known of the session must still be true: then the statement takes nothing else to that session."""
+        return self.expected is not None or self.born is not None
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error, unless the caller is gone."""
@@ -145,8 +156,10 @@ class Append:
 class Appender:
     """Takes appends and shares statements among them."""
 
-    def __init__(self, database: Database, lanes: int = 2) -> None:
+    def __init__(self, database: Database, lanes: int = 2, *, owed: bool = False) -> None:
+        """Take `lanes` statements under way at once; `owed`: whether the search index owes what is appended."""
         self.database = database
+        self.statement = append_sql.APPEND_OWED if owed else append_sql.APPEND
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._apart: dict[Key, _Lane] = {}
         self.apart_permits = asyncio.Semaphore(APART_STATEMENTS)
@@ -205,11 +218,12 @@ class _Lane:
         self._key = key
         self.queue: deque[Append] = deque()
         self.task: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
 
     def put(self, item: Append) -> None:
         self.queue.append(item)
         if self.task is None:
-            self.task = asyncio.get_running_loop().create_task(self._run())
+            self.task = self._loop.create_task(self._run())
 
     async def _run(self) -> None:
         try:
@@ -248,7 +262,7 @@ class _Lane:
 
     def _take(self) -> list[Append]:
         """Take the next batch off the queue, in order; drop what nobody waits for."""
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         batch: list[Append] = []
         later: list[Append] = []
         groups: dict[Key, list[Append]] = {}
@@ -278,15 +292,16 @@ class _Lane:
         self._again(later)
         return batch
 
-    async def _look_up(self, suspects: list[Append]) -> None:
-        """Find which messages of these items are stored; answer those items that are stored whole."""
+    async def _look_up(self, suspects: list[Append]) -> dict[Key, Record]:
+        """Find which messages of these items are stored; answer those items that are stored whole. Returns their sessions."""
         if not suspects:
-            return
+            return {}
         rows = await self._database.fetch_once(append_sql.LOOK_UP, *append_sql.look_up_arguments(suspects))
         stored = {(row["user_id"], row["session_id"], row["id"]): row for row in rows}
         for item in suspects:
             item.check = False
             _note_replays(item, stored)
+        return {(row["user_id"], row["session_id"]): row for row in rows}
 
     async def _store(self, batch: list[Append]) -> None:
         """Run the statement for a batch, answer its items, and see to those that it left out."""
@@ -295,7 +310,13 @@ class _Lane:
         arguments = append_sql.append_arguments(batch, LOCK_TIMEOUT)
         for item in batch:
             item.tries += 1
-        rows = await self._database.fetch_once(append_sql.APPEND, *arguments)
+        try:
+            rows = await self._database.fetch_once(self._appender.statement, *arguments)
+        except DATABASE_ERRORS as error:
+            if classify(error) is Failure.LOST:
+                for item in batch:
+                    item.attempted = True
+            raise
         answers = {(row["user_id"], row["session_id"]): row for row in rows}
         left_out: list[Append] = []
         ends = {key: row["last_seq"] for key, row in answers.items()}
@@ -317,11 +338,8 @@ class _Lane:
 
     async def _explain(self, left_out: list[Append]) -> None:
         """Answer items whose session was missing, archived or not at the expected place: in the contract's order of checks."""
-        arguments = ([item.key[0] for item in left_out], [item.key[1] for item in left_out])
         try:
-            rows = await self._database.fetch_once(append_sql.SESSIONS, *arguments)
-            sessions = {(row["user_id"], row["session_id"]): row for row in rows}
-            await self._look_up([item for item in left_out if item.key in sessions])
+            sessions = await self._look_up(left_out)
         except DATABASE_ERRORS as error:
             await self._recover(left_out, error)
             return
@@ -343,6 +361,10 @@ class _Lane:
         batch = [item for item in batch if not item.future.done()]
         failure = classify(error)
         state = sqlstate(error)
+        contended = (state == "23502" and constraint(error) == "seq") or (
+            failure is Failure.CONTENTION and state != "55P03"
+        )
+        alone = len({item.key for item in batch}) == 1
         if not batch:
             await asyncio.sleep(0)
         elif failure in (Failure.LOST, Failure.REFUSED):
@@ -351,9 +373,9 @@ class _Lane:
             for item in batch:
                 item.check = True
             self._again(batch)
-        elif (state == "23502" and constraint(error) == "seq") or (failure is Failure.CONTENTION and state != "55P03"):
+        elif contended and (alone or max(item.tries for item in batch) <= SHARED_TRIES):
             await self._try_again(batch, error)
-        elif len({item.key for item in batch}) > 1:
+        elif not alone:
             for key in dict.fromkeys(item.key for item in batch):
                 self._appender.run_apart(key, [item for item in batch if item.key == key])
         elif len(batch) > 1:
@@ -371,16 +393,16 @@ class _Lane:
         """Keep a batch until the database is back; the message ids tell then whether it was stored before it went."""
         self._database.on_doubt()
         for item in batch:
-            item.check = item.attempted = True
+            item.check = True
         self._again(batch)
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         for item in self.queue:
             if now >= item.give_up:
                 item.fail(to_service_error(error) or Unavailable("the database does not answer"))
         await asyncio.sleep(backoff(max((item.tries for item in batch), default=1)))
 
     async def _try_again(self, batch: list[Append], error: BaseException) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         for item in batch:
             patient = item.tries < MAX_TRIES or sqlstate(error) == "55P03"
             if not patient or now >= item.give_up:
@@ -395,7 +417,7 @@ class _Lane:
 
 def _collides(group: list[Append], item: Append) -> bool:
     """Whether an item cannot share a statement with others of its session: it would fail, or make them fail."""
-    if item.expected is not None or any(other.expected is not None or other.solo for other in group):
+    if item.is_conditional or any(other.is_conditional or other.solo for other in group):
         return True
     ids = {message.id for other in group for message in other.pending}
     if any(message.id in ids for message in item.pending):
@@ -406,12 +428,11 @@ def _collides(group: list[Append], item: Append) -> bool:
 
 def _note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> None:
     """Take what is stored out of the item's pending messages."""
-    pending: list[NewMessage] = []
+    item.replayed, item.born, item.pending = {}, None, []
     for message in item.messages:
         row = stored.get((*item.key, message.id))
         if row is None:
-            if message.id not in item.replayed:
-                pending.append(message)
+            item.pending.append(message)
         elif row["fingerprint"] != message.fingerprint:
             item.fail(
                 AlreadyExists(
@@ -423,25 +444,28 @@ def _note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> N
             )
             return
         else:
+            item.born = row["born"]
             item.replayed[message.id] = Entry(message.id, row["seq"], row["at"], not item.attempted)
-    item.pending = pending
-    if not pending:
-        item.finish((), created=False)
+    item.creates = item.may_create and not item.expected and item.born is None
+    if not item.pending:
+        first = item.replayed[item.messages[0].id]
+        item.finish((), created=item.attempted and first.seq == 1 and first.created_us == item.born)
 
 
 def _refusal(item: Append, session: Record | None) -> ServiceError | None:
     """Say why the statement left an item out, or None when the reason has gone meanwhile."""
     session_id = item.key[1]
-    if session is None:
-        return None if item.may_create else NotFound.session(session_id)
-    if session["state"] == State.ARCHIVED:
+    if session is None and not item.may_create:
+        return NotFound.session(session_id)
+    if session is not None and session["state"] == State.ARCHIVED:
         return FailedPrecondition("the session is archived", reason="SESSION_ARCHIVED", session_id=session_id)
-    if item.expected is not None and session["last_seq"] != item.expected:
+    last_seq = 0 if session is None else session["last_seq"]
+    if item.expected is not None and last_seq != item.expected:
         return Conflict(
-            f"last_seq is {session['last_seq']}, not {item.expected}",
+            f"last_seq is {last_seq}, not {item.expected}",
             reason="LAST_SEQ_MISMATCH",
             session_id=session_id,
-            last_seq=session["last_seq"],
+            last_seq=last_seq,
         )
     return None
 

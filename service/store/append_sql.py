@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from service.store.driver import Statement
-from service.store.tables import State
+from service.store.tables import Owed, State
 
 if TYPE_CHECKING:
     from service.store.append import Append
@@ -39,15 +39,30 @@ class NewSession(NamedTuple):
 
 
 # Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an
-# expectation ($9 to $11), and one a message ($13 on).
-APPEND = Statement.from_text(f"""
+# expectation ($9 to $12), and one a message ($14 on).
+# With messages indexed, the row of each session in the outbox says which of its messages are new: one row a session, however long
+# nobody looks, updated in place.
+_OWED = f""", owed AS (
+    INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
+    SELECT {Owed.SESSION:d}, a.user_id, a.id, a.last_seq - i.count + 1, a.last_seq
+    FROM appended AS a
+    JOIN unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS i (user_id, id, count) ON i.user_id = a.user_id AND i.id = a.id
+    ORDER BY a.user_id, a.id
+    ON CONFLICT (kind, user_id, entity_id) DO UPDATE SET
+        version = o.version + 1, since = least(o.since, excluded.since), through = greatest(o.through, excluded.through),
+        due_at = CASE WHEN o.due_at = 'infinity' THEN excluded.due_at ELSE o.due_at END
+)"""  # noqa: S608 - nothing but a number of ours goes in
+
+
+def _append(owed: str) -> Statement:
+    return Statement.from_text(f"""
 WITH appended AS (
     INSERT INTO chat_sessions AS s
         (user_id, id, title, summary, metadata, last_seq, message_count, created_at, updated_at, fingerprint)
     SELECT i.user_id, i.id, i.title, i.summary, i.metadata, i.count, i.count, i.at, i.at, i.fingerprint
     FROM (
         SELECT i.*, clock_timestamp() AS at
-        FROM (SELECT set_config('lock_timeout', $12, true)) AS _,
+        FROM (SELECT set_config('lock_timeout', $13, true)) AS _,
              unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::boolean[], $5::text[], $6::text[], $7::jsonb[], $8::bytea[])
              AS i (user_id, id, count, may_create, title, summary, metadata, fingerprint)
         WHERE i.may_create
@@ -60,8 +75,9 @@ WITH appended AS (
         updated_at = greatest(s.updated_at, excluded.updated_at)
     WHERE s.state = {State.ACTIVE:d}
       AND NOT EXISTS (
-        SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[]) AS e (user_id, id, last_seq)
-        WHERE e.user_id = s.user_id AND e.id = s.id AND e.last_seq <> s.last_seq)
+        SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[], $12::bigint[]) AS e (user_id, id, last_seq, born)
+        WHERE e.user_id = s.user_id AND e.id = s.id
+          AND (e.last_seq <> s.last_seq OR e.born <> (date_part('epoch', s.created_at) * 1e6)::bigint))
     RETURNING s.user_id, s.id, s.last_seq, s.updated_at, s.xmax = 0 AS created
 ), stored AS (
     INSERT INTO chat_messages
@@ -70,34 +86,34 @@ WITH appended AS (
     SELECT a.user_id, a.id, CASE WHEN m.may_create OR NOT a.created THEN a.last_seq - m.back END,
            m.id, m.role, m.content, m.parts, m.metadata, m.token_count, m.token_estimate, m.size, m.author,
            m.feedback_score, m.feedback_comment, a.updated_at, a.updated_at, m.fingerprint
-    FROM unnest($13::uuid[], $14::uuid[], $15::bigint[], $16::boolean[], $17::uuid[], $18::smallint[], $19::text[], $20::jsonb[],
-                $21::jsonb[], $22::integer[], $23::integer[], $24::integer[], $25::text[], $26::double precision[], $27::text[],
-                $28::bytea[])
+    FROM unnest($14::uuid[], $15::uuid[], $16::bigint[], $17::boolean[], $18::uuid[], $19::smallint[], $20::text[], $21::jsonb[],
+                $22::jsonb[], $23::integer[], $24::integer[], $25::integer[], $26::text[], $27::double precision[], $28::text[],
+                $29::bytea[])
          AS m (user_id, session_id, back, may_create, id, role, content, parts, metadata, token_count, token_estimate, size,
                author, feedback_score, feedback_comment, fingerprint)
     JOIN appended AS a ON a.user_id = m.user_id AND a.id = m.session_id
-)
+){owed}
 SELECT user_id::text, id::text AS session_id, last_seq, (date_part('epoch', updated_at) * 1e6)::bigint AS at, created
 FROM appended
 """)  # noqa: S608 - nothing but a number of ours goes in
 
-LOOK_UP = Statement.from_text("""
-SELECT m.user_id::text, m.session_id::text, m.id::text, m.seq, m.fingerprint,
-       (date_part('epoch', m.created_at) * 1e6)::bigint AS at
-FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
-JOIN chat_messages AS m ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
-""")
 
-SESSIONS = Statement.from_text("""
-SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq
-FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, id)
-JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
+APPEND = _append("")
+APPEND_OWED = _append(_OWED)
+
+# One row a wanted message whose session is there, so that both are seen at one moment; `id` is NULL where it is not stored.
+LOOK_UP = Statement.from_text("""
+SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS born,
+       m.id::text, m.seq, m.fingerprint, (date_part('epoch', m.created_at) * 1e6)::bigint AS at
+FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
+JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.session_id
+LEFT JOIN chat_messages AS m ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
 """)
 
 
 def in_order(batch: Iterable[Append]) -> list[Append]:
     """Return the items in the order in which they take their places: within a session, one that may make it comes first."""
-    return sorted(batch, key=lambda item: not item.may_create)
+    return sorted(batch, key=lambda item: not item.creates)
 
 
 def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, ...]:
@@ -114,15 +130,15 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         start = left[item.key] - 1
         backs.extend(range(start, start - len(item.pending), -1))
         left[item.key] = start - len(item.pending) + 1
-    expecting = [item for item in items if item.expected is not None]
+    expecting = [item for item in items if item.is_conditional]
     openers = first.values()
-    rows = [(item.key, first[item.key].may_create, message) for item in items for message in item.pending]
+    rows = [(item.key, first[item.key].creates, message) for item in items for message in item.pending]
     messages = [message for _, _, message in rows]
     return (
         [key[0] for key in counts],
         [key[1] for key in counts],
         list(counts.values()),
-        [item.may_create for item in openers],
+        [item.creates for item in openers],
         [item.new_session.title for item in openers],
         [item.new_session.summary for item in openers],
         [item.new_session.metadata for item in openers],
@@ -130,6 +146,7 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         [item.key[0] for item in expecting],
         [item.key[1] for item in expecting],
         [item.expected for item in expecting],
+        [item.born for item in expecting],
         lock_timeout,
         [key[0] for key, _, _ in rows],
         [key[1] for key, _, _ in rows],

@@ -27,10 +27,9 @@ from sqlalchemy import (
 )
 
 from service.errors import NotFound
-from service.store.database import Database
-from service.store.driver import Record, Statement
 from service.store.messages import LAST, PAGE_BYTES, bounded
 from service.store.rows import MESSAGE_COLUMNS, SESSION_COLUMNS, MessageRow, SessionRow
+from service.store.sharing import Reads, Rows, SharedRead
 from service.store.tables import Role, chat_messages, chat_sessions
 
 LOOK_BACK = 1000
@@ -66,23 +65,23 @@ class Limits(NamedTuple):
         )
 
 
-async def get(database: Database, user_id: str, session_id: str, limits: Limits, deadline: float) -> Context:
+async def get(reads: Reads, user_id: str, session_id: str, limits: Limits, deadline: float) -> Context:
     """Choose what goes into the next prompt.
 
     Raises:
         NotFound: this user has no such session.
     """
     ids = {"user_id": user_id, "session_id": session_id}
-    arguments = _OPENING.bind(**ids, seq=LAST, limit=limits.max_messages)
-    session, system, newest = _unpack(await database.fetch(_OPENING, *arguments, deadline=deadline))
+    opening = await reads.fetch(_OPENING, deadline, **ids, seq=LAST, limit=limits.max_messages)
+    session, system, newest = _unpack(opening)
     if session is None:
         raise NotFound.session(session_id)
     whole = _is_last(newest, limits.max_messages)
     farthest = limits.max_messages + LOOK_BACK
     while (chosen := choose(system, newest, limits, whole=whole)) is None:
         wanted = min(max(_CHUNK, len(newest)), farthest - len(newest))
-        arguments = _OLDER.bind(**ids, seq=newest[-1].seq, limit=wanted)
-        older = [MessageRow._make(row) for row in await database.fetch(_OLDER, *arguments, deadline=deadline)]
+        rows = await reads.fetch(_OLDER, deadline, **ids, seq=newest[-1].seq, limit=wanted)
+        older = [MessageRow._make(row) for row in rows]
         newest += older
         whole = _is_last(older, wanted) or len(newest) >= farthest
     omitted = max(0, session.message_count - len(chosen))
@@ -262,16 +261,16 @@ def _leg(kind: int, session: Sequence[ColumnElement[Any]] | None, messages: Sele
     return select(literal_column(str(kind)), *left, *right)
 
 
-_OPENING = Statement(
+_OPENING = SharedRead(
     union_all(
         _leg(0, SESSION_COLUMNS, None).where(*_its_session), _leg(1, None, _leading_system()), _leg(2, None, _newest)
     )
 )
-_OLDER = Statement(_newest)
+_OLDER = SharedRead(_newest)
 _MESSAGE_AT = 1 + len(SESSION_COLUMNS)
 
 
-def _unpack(rows: list[Record]) -> tuple[SessionRow | None, list[MessageRow], list[MessageRow]]:
+def _unpack(rows: Rows) -> tuple[SessionRow | None, list[MessageRow], list[MessageRow]]:
     session: SessionRow | None = None
     system: list[MessageRow] = []
     newest: list[MessageRow] = []

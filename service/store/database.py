@@ -23,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from service.errors import DeadlineExceeded
+from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.store import tables
 from service.store.driver import DriverConnections, Record, Statement
 from service.store.failures import Failure, classify, to_service_error
@@ -36,8 +36,8 @@ PING_AFTER_IDLE = 30.0
 """Seconds after which an idle connection is tried before use."""
 COMMAND_TIMEOUT = 60.0
 """Seconds after which the driver gives any statement up, whatever its caller's deadline."""
-SLOW_STATEMENT = 2.0
-"""Seconds after which an unanswered statement casts doubt on the database."""
+SUSPICIOUS_WAIT = 0.5
+"""Seconds that a call waits for the database before its giving up casts doubt on it."""
 MAX_ATTEMPTS = 6
 """Tries of a transaction that meets contention."""
 OUTAGE_PATIENCE = 15.0
@@ -85,9 +85,8 @@ class Database:
         self._reader = self.engine if target.pooled else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self.driver = DriverConnections(self.engine, min(driver_connections, pool_size))
         self._writes: set[asyncio.Task[Any]] = set()
-        self._in_flight: dict[int, float] = {}
-        self._tickets = 0
-        self._watchdog: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self.driver.on_slow = lambda: self.on_doubt()  # noqa: PLW0108 - it is set later
         self.on_doubt: Callable[[], None] = lambda: None
         """Called when a call has shown, or suggests, that the database does not answer."""
 
@@ -97,7 +96,10 @@ class Database:
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
         """
-        return await self._attempts(lambda: self.fetch_once(statement, *args), deadline)
+        try:
+            return await self.fetch_once(statement, *args)
+        except DATABASE_ERRORS as error:
+            return await self._attempts(lambda: self.fetch_once(statement, *args), deadline, error)
 
     async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
         """Run one statement by the driver in a transaction of its own, without a retry.
@@ -106,7 +108,6 @@ class Database:
             Whatever the driver raises; see `failures.classify`.
         """
         kept = await self.driver.acquire()
-        ticket = self._start()
         try:
             if not self.target.pooled:
                 return await kept.driver.fetch(statement.text, *args)
@@ -116,8 +117,10 @@ class Database:
             # The driver's own limit: the server may be gone without a word, so nobody waits for this connection again.
             kept.driver.terminate()
             raise
+        except asyncio.CancelledError:
+            self._suspect(kept.since)
+            raise
         finally:
-            self._in_flight.pop(ticket, None)
             self.driver.release(kept)
 
     async def read(
@@ -148,22 +151,39 @@ class Database:
     ) -> T:
         """Run a transaction and commit it; a caller that is cancelled meanwhile does not stop it.
 
-        `work` may run several times, each time in a transaction of its own. When the connection is lost during COMMIT it
-        runs again too, so it must find what an earlier run has left, as all work with client-chosen ids does.
+        `work` may run several times, each time in a transaction of its own; also when the connection was lost during COMMIT, and nobody
+        knows whether that one counts. If the next run is then refused, the refusal may be its own predecessor's doing, so the caller
+        is told to find out.
 
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
+            ServiceError: what `work` raises.
         """
+        unknown = False
 
         async def once() -> T:
-            async with self.engine.begin() as connection:
-                return await work(connection, *args, **kwargs)
+            nonlocal unknown
+            async with self.engine.connect() as connection:
+                try:
+                    result = await work(connection, *args, **kwargs)
+                except ServiceError as error:
+                    if not unknown:
+                        raise
+                    raise Unavailable(
+                        "the database went away before it said whether this was done; read and decide"
+                    ) from error
+                try:
+                    await connection.commit()
+                except DATABASE_ERRORS as error:
+                    unknown = unknown or classify(error) is Failure.LOST
+                    raise
+                return result
 
         return await self.shield(self._attempts(once, deadline))
 
     async def shield(self, work: Coroutine[Any, Any, T]) -> T:
         """Carry `work` to its end even when the caller is cancelled; `drain` waits for it."""
-        task = asyncio.get_running_loop().create_task(work)
+        task = self._loop.create_task(work)
         self._writes.add(task)
         task.add_done_callback(self._forget)
         return await asyncio.shield(task)
@@ -178,35 +198,43 @@ class Database:
         while self._writes:
             await asyncio.wait(self._writes)
 
-    async def _attempts(self, once: Callable[[], Awaitable[T]], deadline: float) -> T:
-        """Try until it works, the error is final, or the time is up."""
-        loop = asyncio.get_running_loop()
-        give_up = min(deadline, loop.time() + OUTAGE_PATIENCE)
+    async def _attempts(
+        self, once: Callable[[], Awaitable[T]], deadline: float, error: BaseException | None = None
+    ) -> T:
+        """Try until it works, the error is final, or the time is up; `error` is what a first try has met already."""
+        give_up = min(deadline, self._loop.time() + OUTAGE_PATIENCE)
         attempt = 0
         while True:
+            if error is not None:
+                await self._pause(error, attempt, give_up)
+                attempt += 1
+            started = self._loop.time()
             scope = asyncio.timeout_at(deadline)
             try:
                 async with scope:
-                    ticket = self._start()
-                    try:
-                        return await once()
-                    finally:
-                        self._in_flight.pop(ticket, None)
-            except DATABASE_ERRORS as error:
+                    return await once()
+            except DATABASE_ERRORS as failed:
                 if scope.expired():
-                    self.on_doubt()
+                    self._suspect(started)
                     raise DeadlineExceeded("the database did not answer in time") from None
-                failure = classify(error)
-                if failure in (Failure.LOST, Failure.REFUSED):
-                    self.on_doubt()
-                pause = backoff(attempt)
-                if not self._may_retry(failure, attempt) or loop.time() + pause >= give_up:
-                    known = to_service_error(error)
-                    if known is None:
-                        raise
-                    raise known from None
-                attempt += 1
-                await asyncio.sleep(pause)
+                error = failed
+            except asyncio.CancelledError:
+                self._suspect(started)
+                raise
+
+    async def _pause(self, error: BaseException, attempt: int, give_up: float) -> None:
+        """Wait before the next try, or raise what the caller is told when there is none."""
+        failure = classify(error)
+        if failure in (Failure.LOST, Failure.REFUSED):
+            self.on_doubt()
+        pause = backoff(attempt)
+        if self._may_retry(failure, attempt) and self._loop.time() + pause < give_up:
+            await asyncio.sleep(pause)
+            return
+        known = to_service_error(error)
+        if known is None:
+            raise error
+        raise known from None
 
     @staticmethod
     def _may_retry(failure: Failure, attempt: int) -> bool:
@@ -218,23 +246,10 @@ class Database:
             case _:
                 return False
 
-    def _start(self) -> int:
-        """Note that a statement is under way, so that one that is never answered is noticed."""
-        loop = asyncio.get_running_loop()
-        self._tickets += 1
-        self._in_flight[self._tickets] = loop.time()
-        if self._watchdog is None:
-            self._watchdog = loop.call_later(SLOW_STATEMENT / 2, self._look)
-        return self._tickets
-
-    def _look(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._watchdog = None
-        if not self._in_flight:
-            return
-        if loop.time() - next(iter(self._in_flight.values())) > SLOW_STATEMENT:
+    def _suspect(self, started: float) -> None:
+        """Cast doubt on the database when a call was given up that had waited for it a while."""
+        if self._loop.time() - started > SUSPICIOUS_WAIT:
             self.on_doubt()
-        self._watchdog = loop.call_later(SLOW_STATEMENT / 2, self._look)
 
     async def probe(self, timeout: float) -> SchemaVersion:
         """Ask the database, on any connection, for its schema's version; one try.
@@ -248,8 +263,6 @@ class Database:
     async def close(self) -> None:
         """Wait for writes and close every connection."""
         await self.drain()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
         await self.driver.close()
         await self.engine.dispose()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 IDLE_SECONDS = 2.0
 """How long an unused connection is kept before it goes back to the pool."""
+
+SLOW_SECONDS = 2.0
+"""After which an unanswered statement casts doubt on the database."""
 
 Record = asyncpg.Record
 _DIALECT = dialect.dialect()  # type: ignore[no-untyped-call]
@@ -50,12 +53,13 @@ class Statement:
 class _Kept:
     """One connection that is checked out of SQLAlchemy's pool."""
 
-    __slots__ = ("driver", "last_used", "owner")
+    __slots__ = ("driver", "owner", "since")
 
     def __init__(self, owner: AsyncConnection, driver: asyncpg.Connection) -> None:
         self.owner = owner
         self.driver = driver
-        self.last_used = 0.0
+        self.since = 0.0
+        """When it was last taken or given back, on the loop's clock."""
 
 
 class DriverConnections:
@@ -64,13 +68,17 @@ class DriverConnections:
     def __init__(self, engine: AsyncEngine, size: int) -> None:
         self._engine = engine
         self._size = size
+        # Kept, as asking for it costs a system call each time before Python 3.12.
+        self._loop = asyncio.get_running_loop()
         self._idle: list[_Kept] = []
         self._busy: set[_Kept] = set()
         self._opening = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._reaper: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.on_slow: Callable[[], None] = lambda: None
+        """Called while a statement has been under way for more than SLOW_SECONDS."""
 
     async def acquire(self) -> _Kept:
         """Take a connection, opening one when none is idle and the limit allows.
@@ -82,12 +90,13 @@ class DriverConnections:
             while self._idle:
                 kept = self._idle.pop()
                 if not kept.driver.is_closed():
+                    kept.since = self._loop.time()
                     self._busy.add(kept)
                     return kept
                 self._discard(kept)
             if len(self._busy) + self._opening < self._size:
                 return await self._open()
-            turn = asyncio.get_running_loop().create_future()
+            turn = self._loop.create_future()
             self._waiting.append(turn)
             try:
                 await turn
@@ -102,12 +111,10 @@ class DriverConnections:
         if kept.driver.is_closed() or self._closed:
             self._discard(kept)
         else:
-            loop = asyncio.get_running_loop()
-            kept.last_used = loop.time()
+            kept.since = self._loop.time()
             self._idle.append(kept)
-            if self._reaper is None:
-                self._reaper = loop.call_later(IDLE_SECONDS, self._reap)
-        self._wake()
+        if self._waiting:
+            self._wake()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
@@ -129,8 +136,8 @@ class DriverConnections:
     async def close(self) -> None:
         """Give every idle connection back to the pool and keep none from now on."""
         self._closed = True
-        if self._reaper is not None:
-            self._reaper.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for kept in self._idle:
             self._discard(kept)
         self._idle.clear()
@@ -154,7 +161,10 @@ class DriverConnections:
             raise
         self._opening -= 1
         kept = _Kept(owner, driver)
+        kept.since = self._loop.time()
         self._busy.add(kept)
+        if self._timer is None:
+            self._timer = self._loop.call_later(SLOW_SECONDS / 2, self._tick)
         return kept
 
     def _wake(self) -> None:
@@ -164,18 +174,21 @@ class DriverConnections:
                 turn.set_result(None)
                 return
 
-    def _reap(self) -> None:
-        loop = asyncio.get_running_loop()
-        oldest = loop.time() - IDLE_SECONDS
-        stale = [kept for kept in self._idle if kept.last_used <= oldest]
-        self._idle = [kept for kept in self._idle if kept.last_used > oldest]
+    def _tick(self) -> None:
+        """Give back what nobody needs, and notice a statement that is not answered; only while connections are kept."""
+        now = self._loop.time()
+        stale = [kept for kept in self._idle if now - kept.since >= IDLE_SECONDS]
+        self._idle = [kept for kept in self._idle if now - kept.since < IDLE_SECONDS]
         for kept in stale:
             self._discard(kept)
-        self._reaper = loop.call_later(IDLE_SECONDS, self._reap) if self._idle or self._busy else None
+        if any(now - kept.since > SLOW_SECONDS for kept in self._busy):
+            self.on_slow()
+        again = bool(self._idle or self._busy)
+        self._timer = self._loop.call_later(SLOW_SECONDS / 2, self._tick) if again else None
 
     def _discard(self, kept: _Kept) -> None:
         """Hand a connection back to SQLAlchemy's pool, or have the pool forget it when it is closed."""
-        task = asyncio.get_running_loop().create_task(self._give_back(kept))
+        task = self._loop.create_task(self._give_back(kept))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 

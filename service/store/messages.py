@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, Integer, Select, bindparam, func, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
-from service.store import sessions
-from service.store.database import Database
-from service.store.driver import Statement
+from service.store import outbox, sessions
 from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, one
-from service.store.tables import chat_messages, chat_sessions
+from service.store.sharing import Reads, SharedRead
+from service.store.tables import Owed, chat_messages, chat_sessions
 
 PAGE_BYTES = 3 * 1024 * 1024
 """Where a page stops, so that a reply stays below the 4 MiB that clients take by default."""
-_OVERHEAD_BYTES = 256
-"""Ids, times and framing of a message in a reply, roughly."""
 _BYTES_PER_TOKEN = 4
 """What common tokenizers make of English prose, on average."""
 
 _own = chat_messages.c
-
-
-def measure(content: str, *json: str | None) -> int:
-    """Return roughly how many bytes a message takes in a reply."""
-    return _OVERHEAD_BYTES + len(content.encode()) + sum(len(text) for text in json if text)
 
 
 def estimate_tokens(content: str, parts: str | None) -> int:
@@ -60,15 +54,14 @@ def bounded(match: ColumnElement[bool], order: ColumnElement[Any], limit: Column
 
 
 _seq = bindparam("seq", type_=BigInteger)
-AFTER = bounded(_own.seq > _seq, _own.seq.asc())
-BEFORE = bounded(_own.seq < _seq, _own.seq.desc())
-_AFTER, _BEFORE = Statement(AFTER), Statement(BEFORE)
+_AFTER = SharedRead(bounded(_own.seq > _seq, _own.seq.asc()))
+_BEFORE = SharedRead(bounded(_own.seq < _seq, _own.seq.desc()))
 LAST = 2**63 - 1
 """Beyond every `seq`."""
 
 
 async def page(
-    database: Database,
+    reads: Reads,
     user_id: str,
     session_id: str,
     start: int,
@@ -85,11 +78,10 @@ async def page(
     Raises:
         NotFound: this user has no such session.
     """
-    statement = _BEFORE if descending else _AFTER
-    arguments = statement.bind(user_id=user_id, session_id=session_id, seq=start, limit=limit + 1)
-    records = await database.fetch(statement, *arguments, deadline=deadline)
+    read = _BEFORE if descending else _AFTER
+    records = await reads.fetch(read, deadline, user_id=user_id, session_id=session_id, seq=start, limit=limit + 1)
     if not records:  # Messages cannot be without their session, so only an empty page asks whether there is one.
-        await database.read(sessions.get, deadline, user_id, session_id)
+        await reads.database.read(sessions.get, deadline, user_id, session_id)
     rows = [MessageRow._make(record) for record in records]
     more = len(rows) > limit or sum(row.size for row in rows) >= PAGE_BYTES
     return rows[:limit], more
@@ -116,9 +108,17 @@ def _is(user_id: str, session_id: str, message_id: str) -> tuple[ColumnElement[b
 
 
 async def change(
-    connection: AsyncConnection, user_id: str, session_id: str, message_id: str, values: dict[str, Any], etag: str
+    connection: AsyncConnection,
+    user_id: str,
+    session_id: str,
+    message_id: str,
+    values: dict[str, Any],
+    etag: str,
+    measure: Callable[[MessageRow], int],
+    *,
+    owed: bool = False,
 ) -> MessageRow:
-    """Write some columns of a message; its size and estimated tokens follow.
+    """Write some columns of a message, `parts` and `metadata` given as JSON; its estimated tokens and (by `measure`) size follow.
 
     Raises:
         NotFound: as `get`.
@@ -128,23 +128,28 @@ async def change(
     check_etag(row, etag)
     if not values:
         return row
-    content, parts, metadata = (values.get(name, getattr(row, name)) for name in ("content", "parts", "metadata"))
+    new = row._replace(**values)
     changed = (
         update(chat_messages)
         .where(*_is(user_id, session_id, message_id))
         .values(
-            **values,
-            token_estimate=estimate_tokens(content, parts),
-            size=measure(content, parts, metadata),
+            **values | {name: json.loads(values[name] or "null") for name in ("parts", "metadata") if name in values},
+            token_estimate=estimate_tokens(new.content, new.parts),
+            size=measure(new),
             revision=_own.revision + 1,
             updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
         )
         .returning(*MESSAGE_COLUMNS)
     )
-    return MessageRow._make((await connection.execute(changed)).one())
+    result = MessageRow._make((await connection.execute(changed)).one())
+    if owed and result.content != row.content:
+        await outbox.owe(connection, Owed.SESSION, user_id, session_id, since=row.seq, through=row.seq)
+    return result
 
 
-async def erase(connection: AsyncConnection, user_id: str, session_id: str, message_id: str) -> bool:
+async def erase(
+    connection: AsyncConnection, user_id: str, session_id: str, message_id: str, *, owed: bool = False
+) -> bool:
     """Erase what a message says and leave its tombstone; False when there is nothing to erase.
 
     Raises:
@@ -160,11 +165,14 @@ async def erase(connection: AsyncConnection, user_id: str, session_id: str, mess
             token_count=None, token_estimate=0, size=0, deleted_at=func.clock_timestamp(),
         )
     )  # fmt: skip
-    if (await connection.execute(emptied)).rowcount == 0:
+    seq = await connection.scalar(emptied.returning(_own.seq))
+    if seq is None:
         return False
     await connection.execute(
         update(chat_sessions)
         .where(chat_sessions.c.user_id == user_id, chat_sessions.c.id == session_id)
         .values(message_count=chat_sessions.c.message_count - 1)
     )
+    if owed:
+        await outbox.owe(connection, Owed.SESSION, user_id, session_id, since=seq, through=seq)
     return True

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import BigInteger, ColumnElement, FromClause, Row, Text, cast, func, literal_column
 
 from service.errors import Conflict
-from service.store.tables import chat_messages, chat_sessions, users
+from service.store.tables import chat_messages, chat_sessions, documents, users
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -29,7 +29,7 @@ def time_of(us: int) -> datetime:
 
 def _etag(created_us: int, revision: int) -> str:
     # The time of creation tells a thing from another that had the same id before.
-    return f"{created_us:x}.{revision:x}"
+    return f"{created_us}.{revision}"
 
 
 class UserRow(NamedTuple):
@@ -106,7 +106,32 @@ class MessageRow(NamedTuple):
         return self.token_estimate if self.token_count is None else self.token_count
 
 
-_u, _s = users.c, chat_sessions.c
+class DocumentRow(NamedTuple):
+    """A document, by DOCUMENT_COLUMNS."""
+
+    user_id: str
+    id: str
+    title: str
+    source_uri: str
+    mime_type: str
+    content_sha256: bytes | None
+    size_bytes: int
+    chunk_count: int
+    status: int
+    status_detail: str
+    metadata: str | None
+    created_us: int
+    updated_us: int
+    revision: int
+    fingerprint: bytes
+
+    @property
+    def etag(self) -> str:
+        """Opaque version: changes at every update, not by chunks."""
+        return _etag(self.created_us, self.revision)
+
+
+_u, _s, _d = users.c, chat_sessions.c, documents.c
 
 USER_COLUMNS = (
     cast(_u.id, Text), _u.external_id, _u.email, _u.name, cast(_u.metadata, Text), micros(_u.created_at), micros(_u.updated_at),
@@ -116,6 +141,11 @@ SESSION_COLUMNS = (
     cast(_s.user_id, Text), cast(_s.id, Text), _s.title, _s.summary, _s.summarized_through_seq, cast(_s.metadata, Text), _s.state,
     _s.last_seq, _s.message_count, micros(_s.created_at), micros(_s.updated_at), _s.revision, cast(_s.forked_from_id, Text),
     _s.forked_from_seq, _s.fingerprint,
+)  # fmt: skip
+
+DOCUMENT_COLUMNS = (
+    cast(_d.user_id, Text), cast(_d.id, Text), _d.title, _d.source_uri, _d.mime_type, _d.content_sha256, _d.size_bytes, _d.chunk_count,
+    _d.status, _d.status_detail, cast(_d.metadata, Text), micros(_d.created_at), micros(_d.updated_at), _d.revision, _d.fingerprint,
 )  # fmt: skip
 
 
@@ -130,7 +160,7 @@ def message_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
 
 MESSAGE_COLUMNS = message_columns(chat_messages)
 
-R = TypeVar("R", UserRow, SessionRow, MessageRow)
+R = TypeVar("R", UserRow, SessionRow, MessageRow, DocumentRow)
 
 
 def one(kind: type[R], row: Row[Any] | None) -> R | None:
@@ -138,7 +168,7 @@ def one(kind: type[R], row: Row[Any] | None) -> R | None:
     return None if row is None else kind._make(row)
 
 
-def check_etag(row: UserRow | SessionRow | MessageRow, etag: str) -> None:
+def check_etag(row: UserRow | SessionRow | MessageRow | DocumentRow, etag: str) -> None:
     """Compare an etag that a client sent back.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from sqlalchemy import delete, func, insert, literal, select, tuple_, update
@@ -10,9 +11,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
+from service.store import outbox
 from service.store.failures import sqlstate
 from service.store.rows import SESSION_COLUMNS, SessionRow, check_etag, one, time_of
-from service.store.tables import State, chat_messages, chat_sessions
+from service.store.tables import Owed, State, chat_messages, chat_sessions
 
 SLICE = 10_000
 """Messages erased in one transaction. The cascade of a session of 500,000 held its lock for 0.76 s."""
@@ -103,9 +105,11 @@ async def change(
     return SessionRow._make((await connection.execute(changed)).one())
 
 
-async def erase(connection: AsyncConnection, user_id: str, session_id: str) -> bool:
+async def erase(connection: AsyncConnection, user_id: str, session_id: str, *, on: bool = False) -> bool:
     """Erase a session with its messages; False when there is none."""
     gone = await connection.execute(delete(chat_sessions).where(_own.user_id == user_id, _own.id == session_id))
+    if gone.rowcount:
+        await outbox.owe(connection, Owed.SESSION, user_id, session_id, wipe=True, on=on)
     return gone.rowcount == 1
 
 
@@ -145,7 +149,14 @@ async def erase_slice(connection: AsyncConnection, user_id: str, session_id: str
 
 
 async def fork(
-    connection: AsyncConnection, user_id: str, source_id: str, through_seq: int, new_id: str, fingerprint: bytes
+    connection: AsyncConnection,
+    user_id: str,
+    source_id: str,
+    through_seq: int,
+    new_id: str,
+    fingerprint: bytes,
+    *,
+    owed: bool = False,
 ) -> SessionRow:
     """Copy a session's messages up to `through_seq`, tombstones too, into a new session.
 
@@ -170,14 +181,16 @@ async def fork(
         "title": source.title,
         "summary": source.summary if summarized else "",
         "summarized_through_seq": source.summarized_through_seq if summarized else 0,
+        "metadata": None if source.metadata is None else json.loads(source.metadata),
         "forked_from_id": source_id,
         "forked_from_seq": through_seq,
         "fingerprint": fingerprint,
     }
     made = await create(connection, values)
-    if made.last_seq:
-        return made  # A retry: an earlier try has copied.
+    if made.last_seq or not through_seq:
+        return made  # A retry: an earlier try has copied. Or there is nothing to copy.
     await _copy(connection, user_id, source_id, through_seq, new_id)
+    await outbox.owe(connection, Owed.SESSION, user_id, new_id, through=through_seq, on=owed)
     return await get(connection, user_id, new_id)
 
 
@@ -195,17 +208,13 @@ async def _copy(connection: AsyncConnection, user_id: str, source_id: str, throu
     )
     totals = select(func.count().filter(copied.c.deleted_at.is_(None)), func.max(copied.c.created_at))
     readable, newest = (await connection.execute(totals)).one()
-    source = chat_sessions.alias()
     await connection.execute(
         update(chat_sessions)
         .where(_own.user_id == user_id, _own.id == new_id)
         .values(
-            metadata=select(source.c.metadata)
-            .where(source.c.user_id == user_id, source.c.id == source_id)
-            .scalar_subquery(),
             last_seq=through_seq,
             message_count=readable,
             # The next append's time must not lie before the last copied message's.
-            updated_at=func.greatest(_own.updated_at, newest) if newest else _own.updated_at,
+            updated_at=func.greatest(_own.updated_at, newest),
         )
     )

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -21,14 +22,15 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     Uuid,
+    false,
     func,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-BUILD = 1
+BUILD = 2
 """This build's number: the revision of the newest migration it knows."""
-REQUIRED_REVISION = 1
+REQUIRED_REVISION = 2
 """The oldest schema revision that this build works with."""
 
 SYSTEM_USER_ID = "00000000-0000-0000-0000-000000000000"
@@ -51,6 +53,22 @@ class Role(IntEnum):
     TOOL = 4
 
 
+class DocumentStatus(IntEnum):
+    """Whether search finds a document; the numbers are stored."""
+
+    PENDING = 1
+    INDEXED = 2
+    FAILED = 3
+
+
+class Owed(IntEnum):
+    """What a row of the outbox is about; the numbers are stored."""
+
+    DOCUMENT = 1
+    SESSION = 2
+    USER = 3
+
+
 metadata = MetaData(
     naming_convention={
         "ix": "%(table_name)s_%(column_0_N_name)s_idx",
@@ -64,6 +82,8 @@ metadata = MetaData(
 # Ids are text outside the database: no UUID object is made on the way, and the driver takes both.
 _id = Uuid(as_uuid=False)
 _time = DateTime(timezone=True)
+# None is NULL, not the word of JSON.
+_json = JSONB(none_as_null=True)
 
 
 def _stamps() -> tuple[Column[object], ...]:
@@ -85,7 +105,7 @@ users = Table(
     Column("external_id", Text),
     Column("email", Text),
     Column("name", Text, nullable=False, server_default=""),
-    Column("metadata", JSONB),
+    Column("metadata", _json),
     *_stamps(),
     PrimaryKeyConstraint("id"),
     UniqueConstraint("external_id"),
@@ -100,7 +120,7 @@ chat_sessions = Table(
     Column("title", Text, nullable=False, server_default=""),
     Column("summary", Text, nullable=False, server_default=""),
     Column("summarized_through_seq", BigInteger, nullable=False, server_default=text("0")),
-    Column("metadata", JSONB),
+    Column("metadata", _json),
     Column("state", SmallInteger, nullable=False, server_default=text(str(int(State.ACTIVE)))),
     # The next three change at every append: not indexed, so that the update stays heap-only.
     Column("last_seq", BigInteger, nullable=False, server_default=text("0")),
@@ -124,8 +144,8 @@ chat_messages = Table(
     Column("id", _id, nullable=False),
     Column("role", SmallInteger, nullable=False),
     Column("content", Text, nullable=False),
-    Column("parts", JSONB),
-    Column("metadata", JSONB),
+    Column("parts", _json),
+    Column("metadata", _json),
     Column("token_count", Integer),
     # What token_count would be, guessed from the length; used where the client gave none.
     Column("token_estimate", Integer, nullable=False),
@@ -141,6 +161,91 @@ chat_messages = Table(
     UniqueConstraint("user_id", "session_id", "id"),
     ForeignKeyConstraint(["user_id", "session_id"], ["chat_sessions.user_id", "chat_sessions.id"], ondelete="CASCADE"),
     CheckConstraint("seq > 0", name="seq"),
+)
+
+documents = Table(
+    "documents",
+    metadata,
+    # The nil UUID for shared ones.
+    Column("user_id", _id, nullable=False),
+    Column("id", _id, nullable=False),
+    Column("title", Text, nullable=False, server_default=""),
+    Column("source_uri", Text, nullable=False, server_default=""),
+    Column("mime_type", Text, nullable=False, server_default=""),
+    Column("content_sha256", LargeBinary),
+    Column("size_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("chunk_count", Integer, nullable=False, server_default=text("0")),
+    Column("status", SmallInteger, nullable=False, server_default=text(str(int(DocumentStatus.PENDING)))),
+    Column("status_detail", Text, nullable=False, server_default=""),
+    Column("metadata", _json),
+    *_stamps(),
+    PrimaryKeyConstraint("user_id", "id"),
+    ForeignKeyConstraint(["user_id"], ["users.id"], ondelete="CASCADE"),
+    Index("documents_user_id_created_at_idx", "user_id", "created_at", "id"),
+    # Those without a hash are NULL, and all different.
+    Index("documents_content_key", "user_id", "content_sha256", "source_uri", unique=True),
+)
+
+document_chunks = Table(
+    "document_chunks",
+    metadata,
+    Column("user_id", _id, nullable=False),
+    Column("document_id", _id, nullable=False),
+    Column("chunk_index", Integer, nullable=False),
+    Column("text", Text, nullable=False),
+    # What the client gave (32-bit floats, little-endian): the index must be rebuildable from here. NULL: made of the text.
+    Column("vector", LargeBinary),
+    PrimaryKeyConstraint("user_id", "document_id", "chunk_index"),
+    ForeignKeyConstraint(["user_id", "document_id"], ["documents.user_id", "documents.id"], ondelete="CASCADE"),
+    CheckConstraint("chunk_index >= 0", name="chunk_index"),
+)
+
+# What the search index still owes: one row an entity, without text, and without a foreign key, since it outlives what it is about.
+search_outbox = Table(
+    "search_outbox",
+    metadata,
+    Column("kind", SmallInteger, nullable=False),
+    Column("user_id", _id, nullable=False),
+    Column("entity_id", _id, nullable=False),
+    # Counts changes: the row goes only if nothing has changed since it was taken.
+    Column("version", BigInteger, nullable=False, server_default=text("1")),
+    # Which chunks (by index) or messages (by seq) have changed, and whether points may be left that nothing stands behind.
+    Column("since", BigInteger, nullable=False),
+    Column("through", BigInteger, nullable=False),
+    Column("wipe", Boolean, nullable=False, server_default=false()),
+    # The same of a lease under way: what it has taken off the columns above.
+    Column("taken_since", BigInteger),
+    Column("taken_through", BigInteger),
+    Column("taken_wipe", Boolean, nullable=False, server_default=false()),
+    # When the oldest change came that is not indexed: the lag.
+    Column("owed_at", _time, nullable=False, server_default=func.clock_timestamp()),
+    # When it may be taken: the end of a lease or of a pause; infinity when it was given up.
+    Column("due_at", _time, nullable=False, server_default=func.clock_timestamp()),
+    Column("lease_id", _id),
+    Column("attempts", SmallInteger, nullable=False, server_default=text("0")),
+    Column("detail", Text, nullable=False, server_default=""),
+    PrimaryKeyConstraint("kind", "user_id", "entity_id"),
+    Index("search_outbox_due_at_idx", "due_at"),
+    # Rows come and go: vacuumed by their number, and updated in place (HOT).
+    postgresql_with={"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 5000},
+)
+
+search_indexes = Table(
+    "search_indexes",
+    metadata,
+    # One row an index that was ever built, and how far its rebuilding is.
+    Column("alias", Text, nullable=False),
+    # The collection that is filled now, beside the live one or as the first; all changes go to it too.
+    Column("building", Text),
+    # The last entity that was handed to the outbox.
+    Column("after_kind", SmallInteger, nullable=False, server_default=text("0")),
+    Column("after_user_id", _id, nullable=False, server_default=text(f"'{SYSTEM_USER_ID}'")),
+    Column("after_entity_id", _id, nullable=False, server_default=text(f"'{SYSTEM_USER_ID}'")),
+    Column("handed_out", BigInteger, nullable=False, server_default=text("0")),
+    Column("total", BigInteger, nullable=False, server_default=text("0")),
+    Column("lease_id", _id),
+    Column("lease_until", _time),
+    PrimaryKeyConstraint("alias"),
 )
 
 schema_info = Table(

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, NotFound
-from service.store import sessions
+from service.store import documents, outbox, sessions
 from service.store.failures import constraint
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, one
 from service.store.tables import SYSTEM_USER_ID, chat_sessions, users
@@ -111,13 +111,17 @@ class Erased(NamedTuple):
 
     sessions: int
     messages: int
+    documents: int
+    chunks: int
 
 
-async def erase(connection: AsyncConnection, user_id: str) -> Erased | None:
+async def erase(connection: AsyncConnection, user_id: str, *, on: bool = False) -> Erased | None:
     """Erase a user with everything that is theirs; None when there is no such user."""
     if await _by(connection, users.c.id == user_id, lock=True) is None:
         return None
     messages = await sessions.erase_messages(connection, user_id)
+    erased, chunks = await documents.erase_all(connection, user_id)
     gone = await connection.execute(delete(chat_sessions).where(chat_sessions.c.user_id == user_id))
     await connection.execute(delete(users).where(users.c.id == user_id))
-    return Erased(gone.rowcount, messages)
+    await outbox.owe_user(connection, user_id, on=on)
+    return Erased(gone.rowcount, messages, erased, chunks)

@@ -7,16 +7,23 @@ NOTIFY takes a global lock at commit and does not pass a transaction pooler, so 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 import structlog
 
-from service.store import append_sql
 from service.store.database import DATABASE_ERRORS, Database
+from service.store.driver import Record, Statement
 
 POLL_SECONDS = 0.3
 """Between two looks at what other processes have appended."""
+
+_SESSIONS = Statement.from_text("""
+SELECT s.user_id::text, s.id::text AS session_id, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS born
+FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, id)
+JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
+""")
 
 _log = structlog.get_logger(__name__)
 
@@ -24,9 +31,11 @@ _log = structlog.get_logger(__name__)
 class Watcher:
     """One follower of one session; a context manager that signs off at its end."""
 
-    def __init__(self, hub: WatchHub, key: tuple[str, str], seq: int) -> None:
+    def __init__(self, hub: WatchHub, key: tuple[str, str], born: int, seq: int) -> None:
         self._hub = hub
         self.key = key
+        self.born = born
+        """When the session was created: another one may be made with the same id."""
         self.known_seq = seq
         """The highest `last_seq` that this watcher was woken for."""
         self.gone = False
@@ -50,14 +59,11 @@ class Watcher:
         """Let `wait` return."""
         self._woken.set()
 
-    async def wait(self, seconds: float | None) -> bool:
-        """Wait until the session may have changed, at most so many seconds; False when the time is up."""
-        try:
+    async def wait(self, seconds: float | None) -> None:
+        """Wait until the session may have changed, at most so many seconds."""
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._woken.wait()
-        except TimeoutError:
-            return False
-        return True
 
 
 class WatchHub:
@@ -90,8 +96,14 @@ class WatchHub:
             self._poller = None
 
     def changed(self, user_id: str, session_id: str) -> None:
-        """Wake the followers of a session that this process has changed or erased."""
+        """Wake the followers of a session to which this process has appended."""
         for watcher in self._watchers.get((user_id, session_id), ()):
+            watcher.wake()
+
+    def erased(self, user_id: str, session_id: str) -> None:
+        """Tell the followers of a session that this process has erased."""
+        for watcher in self._watchers.get((user_id, session_id), ()):
+            watcher.gone = True
             watcher.wake()
 
     def close(self) -> None:
@@ -110,22 +122,22 @@ class WatchHub:
             keys = list(self._watchers)
             arguments = ([key[0] for key in keys], [key[1] for key in keys])
             try:
-                rows = await self._database.fetch_once(append_sql.SESSIONS, *arguments)
+                rows = await self._database.fetch_once(_SESSIONS, *arguments)
             except DATABASE_ERRORS:
                 # Each follower finds out by its own read, which retries, and ends its stream when that does not help.
                 _log.warning("watch poll failed", watched_sessions=len(keys))
                 self._database.on_doubt()
                 self._wake_all()
                 continue
-            last = {(row["user_id"], row["session_id"]): row["last_seq"] for row in rows}
+            found = {(row["user_id"], row["session_id"]): row for row in rows}
             for key in keys:
-                self._tell(key, last.get(key))
+                self._tell(key, found.get(key))
 
-    def _tell(self, key: tuple[str, str], last_seq: int | None) -> None:
+    def _tell(self, key: tuple[str, str], session: Record | None) -> None:
         for watcher in self._watchers.get(key, ()):
-            # A lower last_seq is another session that was made with the same id.
-            if last_seq is None or last_seq < watcher.known_seq:
+            if session is None or session["born"] != watcher.born:
                 watcher.gone = True
-            if watcher.gone or (last_seq is not None and last_seq > watcher.known_seq):
-                watcher.known_seq = last_seq or 0
+                watcher.wake()
+            elif session["last_seq"] > watcher.known_seq:
+                watcher.known_seq = session["last_seq"]
                 watcher.wake()

@@ -3,7 +3,10 @@
 import grpc
 import warnings
 
+from chathistory.v1 import document_pb2 as chathistory_dot_v1_dot_document__pb2
+from chathistory.v1 import export_pb2 as chathistory_dot_v1_dot_export__pb2
 from chathistory.v1 import message_pb2 as chathistory_dot_v1_dot_message__pb2
+from chathistory.v1 import search_pb2 as chathistory_dot_v1_dot_search__pb2
 from chathistory.v1 import session_pb2 as chathistory_dot_v1_dot_session__pb2
 from chathistory.v1 import user_pb2 as chathistory_dot_v1_dot_user__pb2
 
@@ -63,6 +66,11 @@ class ChatHistoryServiceStub(object):
                 '/chathistory.v1.ChatHistoryService/DeleteUser',
                 request_serializer=chathistory_dot_v1_dot_user__pb2.DeleteUserRequest.SerializeToString,
                 response_deserializer=chathistory_dot_v1_dot_user__pb2.DeleteUserResponse.FromString,
+                _registered_method=True)
+        self.ExportUserData = channel.unary_stream(
+                '/chathistory.v1.ChatHistoryService/ExportUserData',
+                request_serializer=chathistory_dot_v1_dot_export__pb2.ExportUserDataRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_export__pb2.ExportUserDataResponse.FromString,
                 _registered_method=True)
         self.CreateSession = channel.unary_unary(
                 '/chathistory.v1.ChatHistoryService/CreateSession',
@@ -129,6 +137,56 @@ class ChatHistoryServiceStub(object):
                 request_serializer=chathistory_dot_v1_dot_message__pb2.WatchMessagesRequest.SerializeToString,
                 response_deserializer=chathistory_dot_v1_dot_message__pb2.WatchMessagesResponse.FromString,
                 _registered_method=True)
+        self.SearchMessages = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/SearchMessages',
+                request_serializer=chathistory_dot_v1_dot_message__pb2.SearchMessagesRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_message__pb2.SearchMessagesResponse.FromString,
+                _registered_method=True)
+        self.CreateDocument = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/CreateDocument',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.CreateDocumentRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.CreateDocumentResponse.FromString,
+                _registered_method=True)
+        self.AppendDocumentChunks = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/AppendDocumentChunks',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.AppendDocumentChunksRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.AppendDocumentChunksResponse.FromString,
+                _registered_method=True)
+        self.GetDocument = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/GetDocument',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.GetDocumentRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.GetDocumentResponse.FromString,
+                _registered_method=True)
+        self.ListDocuments = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/ListDocuments',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.ListDocumentsRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.ListDocumentsResponse.FromString,
+                _registered_method=True)
+        self.UpdateDocument = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/UpdateDocument',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.UpdateDocumentRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.UpdateDocumentResponse.FromString,
+                _registered_method=True)
+        self.DeleteDocument = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/DeleteDocument',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.DeleteDocumentRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.DeleteDocumentResponse.FromString,
+                _registered_method=True)
+        self.ListDocumentChunks = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/ListDocumentChunks',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.ListDocumentChunksRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.ListDocumentChunksResponse.FromString,
+                _registered_method=True)
+        self.SearchDocuments = channel.unary_unary(
+                '/chathistory.v1.ChatHistoryService/SearchDocuments',
+                request_serializer=chathistory_dot_v1_dot_document__pb2.SearchDocumentsRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_document__pb2.SearchDocumentsResponse.FromString,
+                _registered_method=True)
+        self.RebuildSearchIndex = channel.unary_stream(
+                '/chathistory.v1.ChatHistoryService/RebuildSearchIndex',
+                request_serializer=chathistory_dot_v1_dot_search__pb2.RebuildSearchIndexRequest.SerializeToString,
+                response_deserializer=chathistory_dot_v1_dot_search__pb2.RebuildSearchIndexResponse.FromString,
+                _registered_method=True)
 
 
 class ChatHistoryServiceServicer(object):
@@ -167,6 +225,13 @@ class ChatHistoryServiceServicer(object):
 
     def DeleteUser(self, request, context):
         """Erases a user with everything that is theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportUserData(self, request, context):
+        """Streams everything of one user: the user, each session with its messages, each document with its chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -263,6 +328,78 @@ class ChatHistoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SearchMessages(self, request, context):
+        """Searches one user's messages by words, by meaning, or by both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateDocument(self, request, context):
+        """Creates a document with its first chunks. The same id with the same content again returns it, and so does the same
+        `content_sha256` and `source_uri` of one owner.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AppendDocumentChunks(self, request, context):
+        """Stores more chunks of a document; the same chunk again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDocument(self, request, context):
+        """Reads one document, the user's own or a shared one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDocuments(self, request, context):
+        """Lists a user's own documents and the shared ones, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateDocument(self, request, context):
+        """Changes fields of a document.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteDocument(self, request, context):
+        """Erases a document with its chunks and vectors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDocumentChunks(self, request, context):
+        """Lists a document's chunks in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchDocuments(self, request, context):
+        """Searches the user's own documents and the shared ones by meaning.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RebuildSearchIndex(self, request, context):
+        """Builds the search index anew from what is stored, beside the live one, and swaps them at the end; tells how far it is.
+        Service callers only. A second call, or one after a break, follows the same work; a caller that goes away does not stop it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChatHistoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -290,6 +427,11 @@ def add_ChatHistoryServiceServicer_to_server(servicer, server):
                     servicer.DeleteUser,
                     request_deserializer=chathistory_dot_v1_dot_user__pb2.DeleteUserRequest.FromString,
                     response_serializer=chathistory_dot_v1_dot_user__pb2.DeleteUserResponse.SerializeToString,
+            ),
+            'ExportUserData': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportUserData,
+                    request_deserializer=chathistory_dot_v1_dot_export__pb2.ExportUserDataRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_export__pb2.ExportUserDataResponse.SerializeToString,
             ),
             'CreateSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateSession,
@@ -355,6 +497,56 @@ def add_ChatHistoryServiceServicer_to_server(servicer, server):
                     servicer.WatchMessages,
                     request_deserializer=chathistory_dot_v1_dot_message__pb2.WatchMessagesRequest.FromString,
                     response_serializer=chathistory_dot_v1_dot_message__pb2.WatchMessagesResponse.SerializeToString,
+            ),
+            'SearchMessages': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchMessages,
+                    request_deserializer=chathistory_dot_v1_dot_message__pb2.SearchMessagesRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_message__pb2.SearchMessagesResponse.SerializeToString,
+            ),
+            'CreateDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateDocument,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.CreateDocumentRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.CreateDocumentResponse.SerializeToString,
+            ),
+            'AppendDocumentChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.AppendDocumentChunks,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.AppendDocumentChunksRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.AppendDocumentChunksResponse.SerializeToString,
+            ),
+            'GetDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDocument,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.GetDocumentRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.GetDocumentResponse.SerializeToString,
+            ),
+            'ListDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDocuments,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.ListDocumentsRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.ListDocumentsResponse.SerializeToString,
+            ),
+            'UpdateDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateDocument,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.UpdateDocumentRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.UpdateDocumentResponse.SerializeToString,
+            ),
+            'DeleteDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDocument,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.DeleteDocumentRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.DeleteDocumentResponse.SerializeToString,
+            ),
+            'ListDocumentChunks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDocumentChunks,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.ListDocumentChunksRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.ListDocumentChunksResponse.SerializeToString,
+            ),
+            'SearchDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchDocuments,
+                    request_deserializer=chathistory_dot_v1_dot_document__pb2.SearchDocumentsRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_document__pb2.SearchDocumentsResponse.SerializeToString,
+            ),
+            'RebuildSearchIndex': grpc.unary_stream_rpc_method_handler(
+                    servicer.RebuildSearchIndex,
+                    request_deserializer=chathistory_dot_v1_dot_search__pb2.RebuildSearchIndexRequest.FromString,
+                    response_serializer=chathistory_dot_v1_dot_search__pb2.RebuildSearchIndexResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -495,6 +687,33 @@ class ChatHistoryService(object):
             '/chathistory.v1.ChatHistoryService/DeleteUser',
             chathistory_dot_v1_dot_user__pb2.DeleteUserRequest.SerializeToString,
             chathistory_dot_v1_dot_user__pb2.DeleteUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportUserData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/ExportUserData',
+            chathistory_dot_v1_dot_export__pb2.ExportUserDataRequest.SerializeToString,
+            chathistory_dot_v1_dot_export__pb2.ExportUserDataResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -846,6 +1065,276 @@ class ChatHistoryService(object):
             '/chathistory.v1.ChatHistoryService/WatchMessages',
             chathistory_dot_v1_dot_message__pb2.WatchMessagesRequest.SerializeToString,
             chathistory_dot_v1_dot_message__pb2.WatchMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchMessages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/SearchMessages',
+            chathistory_dot_v1_dot_message__pb2.SearchMessagesRequest.SerializeToString,
+            chathistory_dot_v1_dot_message__pb2.SearchMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/CreateDocument',
+            chathistory_dot_v1_dot_document__pb2.CreateDocumentRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.CreateDocumentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AppendDocumentChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/AppendDocumentChunks',
+            chathistory_dot_v1_dot_document__pb2.AppendDocumentChunksRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.AppendDocumentChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/GetDocument',
+            chathistory_dot_v1_dot_document__pb2.GetDocumentRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.GetDocumentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/ListDocuments',
+            chathistory_dot_v1_dot_document__pb2.ListDocumentsRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.ListDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/UpdateDocument',
+            chathistory_dot_v1_dot_document__pb2.UpdateDocumentRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.UpdateDocumentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/DeleteDocument',
+            chathistory_dot_v1_dot_document__pb2.DeleteDocumentRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.DeleteDocumentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDocumentChunks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/ListDocumentChunks',
+            chathistory_dot_v1_dot_document__pb2.ListDocumentChunksRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.ListDocumentChunksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/SearchDocuments',
+            chathistory_dot_v1_dot_document__pb2.SearchDocumentsRequest.SerializeToString,
+            chathistory_dot_v1_dot_document__pb2.SearchDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RebuildSearchIndex(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/chathistory.v1.ChatHistoryService/RebuildSearchIndex',
+            chathistory_dot_v1_dot_search__pb2.RebuildSearchIndexRequest.SerializeToString,
+            chathistory_dot_v1_dot_search__pb2.RebuildSearchIndexResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,7 +3,10 @@
 isort:skip_file
 The whole API at one glance."""
 
+from chathistory.v1 import document_pb2 as _document_pb2
+from chathistory.v1 import export_pb2 as _export_pb2
 from chathistory.v1 import message_pb2 as _message_pb2
+from chathistory.v1 import search_pb2 as _search_pb2
 from chathistory.v1 import session_pb2 as _session_pb2
 from chathistory.v1 import user_pb2 as _user_pb2
 from collections import abc as _abc
@@ -48,6 +51,8 @@ class ChatHistoryServiceStub:
     """Changes fields of a user."""
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]
     """Erases a user with everything that is theirs."""
+    ExportUserData: _grpc.UnaryStreamMultiCallable[_export_pb2.ExportUserDataRequest, _export_pb2.ExportUserDataResponse]
+    """Streams everything of one user: the user, each session with its messages, each document with its chunks."""
     CreateSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.CreateSessionResponse]
     """Creates an empty session. The same id with the same content again returns the session, so that a retry is safe."""
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]
@@ -74,6 +79,30 @@ class ChatHistoryServiceStub:
     """Reads what goes into the next prompt: the newest messages within limits, tool calls together with their results."""
     WatchMessages: _grpc.UnaryStreamMultiCallable[_message_pb2.WatchMessagesRequest, _message_pb2.WatchMessagesResponse]
     """Streams a session's messages after a seq, then each new one as it is appended: no gap, no duplicate, in order."""
+    SearchMessages: _grpc.UnaryUnaryMultiCallable[_message_pb2.SearchMessagesRequest, _message_pb2.SearchMessagesResponse]
+    """Searches one user's messages by words, by meaning, or by both."""
+    CreateDocument: _grpc.UnaryUnaryMultiCallable[_document_pb2.CreateDocumentRequest, _document_pb2.CreateDocumentResponse]
+    """Creates a document with its first chunks. The same id with the same content again returns it, and so does the same
+    `content_sha256` and `source_uri` of one owner.
+    """
+    AppendDocumentChunks: _grpc.UnaryUnaryMultiCallable[_document_pb2.AppendDocumentChunksRequest, _document_pb2.AppendDocumentChunksResponse]
+    """Stores more chunks of a document; the same chunk again changes nothing."""
+    GetDocument: _grpc.UnaryUnaryMultiCallable[_document_pb2.GetDocumentRequest, _document_pb2.GetDocumentResponse]
+    """Reads one document, the user's own or a shared one."""
+    ListDocuments: _grpc.UnaryUnaryMultiCallable[_document_pb2.ListDocumentsRequest, _document_pb2.ListDocumentsResponse]
+    """Lists a user's own documents and the shared ones, newest first."""
+    UpdateDocument: _grpc.UnaryUnaryMultiCallable[_document_pb2.UpdateDocumentRequest, _document_pb2.UpdateDocumentResponse]
+    """Changes fields of a document."""
+    DeleteDocument: _grpc.UnaryUnaryMultiCallable[_document_pb2.DeleteDocumentRequest, _document_pb2.DeleteDocumentResponse]
+    """Erases a document with its chunks and vectors."""
+    ListDocumentChunks: _grpc.UnaryUnaryMultiCallable[_document_pb2.ListDocumentChunksRequest, _document_pb2.ListDocumentChunksResponse]
+    """Lists a document's chunks in order."""
+    SearchDocuments: _grpc.UnaryUnaryMultiCallable[_document_pb2.SearchDocumentsRequest, _document_pb2.SearchDocumentsResponse]
+    """Searches the user's own documents and the shared ones by meaning."""
+    RebuildSearchIndex: _grpc.UnaryStreamMultiCallable[_search_pb2.RebuildSearchIndexRequest, _search_pb2.RebuildSearchIndexResponse]
+    """Builds the search index anew from what is stored, beside the live one, and swaps them at the end; tells how far it is.
+    Service callers only. A second call, or one after a break, follows the same work; a caller that goes away does not stop it.
+    """
 
 @_typing.type_check_only
 class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
@@ -93,6 +122,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     """Changes fields of a user."""
     DeleteUser: _aio.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]  # type: ignore[assignment]
     """Erases a user with everything that is theirs."""
+    ExportUserData: _aio.UnaryStreamMultiCallable[_export_pb2.ExportUserDataRequest, _export_pb2.ExportUserDataResponse]  # type: ignore[assignment]
+    """Streams everything of one user: the user, each session with its messages, each document with its chunks."""
     CreateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.CreateSessionResponse]  # type: ignore[assignment]
     """Creates an empty session. The same id with the same content again returns the session, so that a retry is safe."""
     GetSession: _aio.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]  # type: ignore[assignment]
@@ -119,6 +150,30 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     """Reads what goes into the next prompt: the newest messages within limits, tool calls together with their results."""
     WatchMessages: _aio.UnaryStreamMultiCallable[_message_pb2.WatchMessagesRequest, _message_pb2.WatchMessagesResponse]  # type: ignore[assignment]
     """Streams a session's messages after a seq, then each new one as it is appended: no gap, no duplicate, in order."""
+    SearchMessages: _aio.UnaryUnaryMultiCallable[_message_pb2.SearchMessagesRequest, _message_pb2.SearchMessagesResponse]  # type: ignore[assignment]
+    """Searches one user's messages by words, by meaning, or by both."""
+    CreateDocument: _aio.UnaryUnaryMultiCallable[_document_pb2.CreateDocumentRequest, _document_pb2.CreateDocumentResponse]  # type: ignore[assignment]
+    """Creates a document with its first chunks. The same id with the same content again returns it, and so does the same
+    `content_sha256` and `source_uri` of one owner.
+    """
+    AppendDocumentChunks: _aio.UnaryUnaryMultiCallable[_document_pb2.AppendDocumentChunksRequest, _document_pb2.AppendDocumentChunksResponse]  # type: ignore[assignment]
+    """Stores more chunks of a document; the same chunk again changes nothing."""
+    GetDocument: _aio.UnaryUnaryMultiCallable[_document_pb2.GetDocumentRequest, _document_pb2.GetDocumentResponse]  # type: ignore[assignment]
+    """Reads one document, the user's own or a shared one."""
+    ListDocuments: _aio.UnaryUnaryMultiCallable[_document_pb2.ListDocumentsRequest, _document_pb2.ListDocumentsResponse]  # type: ignore[assignment]
+    """Lists a user's own documents and the shared ones, newest first."""
+    UpdateDocument: _aio.UnaryUnaryMultiCallable[_document_pb2.UpdateDocumentRequest, _document_pb2.UpdateDocumentResponse]  # type: ignore[assignment]
+    """Changes fields of a document."""
+    DeleteDocument: _aio.UnaryUnaryMultiCallable[_document_pb2.DeleteDocumentRequest, _document_pb2.DeleteDocumentResponse]  # type: ignore[assignment]
+    """Erases a document with its chunks and vectors."""
+    ListDocumentChunks: _aio.UnaryUnaryMultiCallable[_document_pb2.ListDocumentChunksRequest, _document_pb2.ListDocumentChunksResponse]  # type: ignore[assignment]
+    """Lists a document's chunks in order."""
+    SearchDocuments: _aio.UnaryUnaryMultiCallable[_document_pb2.SearchDocumentsRequest, _document_pb2.SearchDocumentsResponse]  # type: ignore[assignment]
+    """Searches the user's own documents and the shared ones by meaning."""
+    RebuildSearchIndex: _aio.UnaryStreamMultiCallable[_search_pb2.RebuildSearchIndexRequest, _search_pb2.RebuildSearchIndexResponse]  # type: ignore[assignment]
+    """Builds the search index anew from what is stored, beside the live one, and swaps them at the end; tells how far it is.
+    Service callers only. A second call, or one after a break, follows the same work; a caller that goes away does not stop it.
+    """
 
 class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps conversations: users, their sessions, and the messages in them.
@@ -165,6 +220,14 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.DeleteUserResponse, _abc.Awaitable[_user_pb2.DeleteUserResponse]]:
         """Erases a user with everything that is theirs."""
+
+    @_abc_1.abstractmethod
+    def ExportUserData(
+        self,
+        request: _export_pb2.ExportUserDataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_export_pb2.ExportUserDataResponse], _abc.AsyncIterator[_export_pb2.ExportUserDataResponse]]:
+        """Streams everything of one user: the user, each session with its messages, each document with its chunks."""
 
     @_abc_1.abstractmethod
     def CreateSession(
@@ -269,5 +332,89 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_message_pb2.WatchMessagesResponse], _abc.AsyncIterator[_message_pb2.WatchMessagesResponse]]:
         """Streams a session's messages after a seq, then each new one as it is appended: no gap, no duplicate, in order."""
+
+    @_abc_1.abstractmethod
+    def SearchMessages(
+        self,
+        request: _message_pb2.SearchMessagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_message_pb2.SearchMessagesResponse, _abc.Awaitable[_message_pb2.SearchMessagesResponse]]:
+        """Searches one user's messages by words, by meaning, or by both."""
+
+    @_abc_1.abstractmethod
+    def CreateDocument(
+        self,
+        request: _document_pb2.CreateDocumentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.CreateDocumentResponse, _abc.Awaitable[_document_pb2.CreateDocumentResponse]]:
+        """Creates a document with its first chunks. The same id with the same content again returns it, and so does the same
+        `content_sha256` and `source_uri` of one owner.
+        """
+
+    @_abc_1.abstractmethod
+    def AppendDocumentChunks(
+        self,
+        request: _document_pb2.AppendDocumentChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.AppendDocumentChunksResponse, _abc.Awaitable[_document_pb2.AppendDocumentChunksResponse]]:
+        """Stores more chunks of a document; the same chunk again changes nothing."""
+
+    @_abc_1.abstractmethod
+    def GetDocument(
+        self,
+        request: _document_pb2.GetDocumentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.GetDocumentResponse, _abc.Awaitable[_document_pb2.GetDocumentResponse]]:
+        """Reads one document, the user's own or a shared one."""
+
+    @_abc_1.abstractmethod
+    def ListDocuments(
+        self,
+        request: _document_pb2.ListDocumentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.ListDocumentsResponse, _abc.Awaitable[_document_pb2.ListDocumentsResponse]]:
+        """Lists a user's own documents and the shared ones, newest first."""
+
+    @_abc_1.abstractmethod
+    def UpdateDocument(
+        self,
+        request: _document_pb2.UpdateDocumentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.UpdateDocumentResponse, _abc.Awaitable[_document_pb2.UpdateDocumentResponse]]:
+        """Changes fields of a document."""
+
+    @_abc_1.abstractmethod
+    def DeleteDocument(
+        self,
+        request: _document_pb2.DeleteDocumentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.DeleteDocumentResponse, _abc.Awaitable[_document_pb2.DeleteDocumentResponse]]:
+        """Erases a document with its chunks and vectors."""
+
+    @_abc_1.abstractmethod
+    def ListDocumentChunks(
+        self,
+        request: _document_pb2.ListDocumentChunksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.ListDocumentChunksResponse, _abc.Awaitable[_document_pb2.ListDocumentChunksResponse]]:
+        """Lists a document's chunks in order."""
+
+    @_abc_1.abstractmethod
+    def SearchDocuments(
+        self,
+        request: _document_pb2.SearchDocumentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.SearchDocumentsResponse, _abc.Awaitable[_document_pb2.SearchDocumentsResponse]]:
+        """Searches the user's own documents and the shared ones by meaning."""
+
+    @_abc_1.abstractmethod
+    def RebuildSearchIndex(
+        self,
+        request: _search_pb2.RebuildSearchIndexRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_search_pb2.RebuildSearchIndexResponse], _abc.AsyncIterator[_search_pb2.RebuildSearchIndexResponse]]:
+        """Builds the search index anew from what is stored, beside the live one, and swaps them at the end; tells how far it is.
+        Service callers only. A second call, or one after a break, follows the same work; a caller that goes away does not stop it.
+        """
 
 def add_ChatHistoryServiceServicer_to_server(servicer: ChatHistoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

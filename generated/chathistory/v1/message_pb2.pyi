@@ -79,6 +79,34 @@ MESSAGE_ORDER_DESC: MessageOrder.ValueType  # 2
 """By `seq`, newest first."""
 Global___MessageOrder: _TypeAlias = MessageOrder  # noqa: Y015
 
+class _SearchMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEARCH_MODE_UNSPECIFIED: _SearchMode.ValueType  # 0
+    """Not said: HYBRID where search by meaning is on for messages, else LEXICAL."""
+    SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 1
+    """By words: every word of the query must occur."""
+    SEARCH_MODE_SEMANTIC: _SearchMode.ValueType  # 2
+    """By meaning."""
+    SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
+    """By both, the two orders fused."""
+
+class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
+    """How messages are searched."""
+
+SEARCH_MODE_UNSPECIFIED: SearchMode.ValueType  # 0
+"""Not said: HYBRID where search by meaning is on for messages, else LEXICAL."""
+SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 1
+"""By words: every word of the query must occur."""
+SEARCH_MODE_SEMANTIC: SearchMode.ValueType  # 2
+"""By meaning."""
+SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
+"""By both, the two orders fused."""
+Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
+
 @_typing.final
 class Message(_message.Message):
     """One message of a session."""
@@ -841,3 +869,99 @@ class WatchMessagesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchMessagesResponse: _TypeAlias = WatchMessagesResponse  # noqa: Y015
+
+@_typing.final
+class SearchMessagesRequest(_message.Message):
+    """Asks which of a user's messages are about something."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The owner; may be empty for a user caller."""
+    query: _builtins.str
+    """What is looked for, 1 byte to 8 KiB. By words: a "quoted phrase", `or`, and `-word` for what must not occur are understood."""
+    session_id: _builtins.str
+    """Only in this session; empty means in all of the user's."""
+    limit: _builtins.int
+    """How many hits at the most: 0 means 10; at most 100."""
+    mode: Global___SearchMode.ValueType
+    """By words, by meaning, or by both."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        query: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        mode: Global___SearchMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "mode", b"mode", "query", b"query", "session_id", b"session_id", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchMessagesRequest: _TypeAlias = SearchMessagesRequest  # noqa: Y015
+
+@_typing.final
+class SearchMessagesResponse(_message.Message):
+    """What was found, best first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___MessageHit]:
+        """The hits; fewer than asked for where their messages would not fit into a reply."""
+
+    def __init__(
+        self,
+        *,
+        hits: _abc.Iterable[Global___MessageHit] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchMessagesResponse: _TypeAlias = SearchMessagesResponse  # noqa: Y015
+
+@_typing.final
+class MessageHit(_message.Message):
+    """A message that was found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    SNIPPET_FIELD_NUMBER: _builtins.int
+    score: _builtins.float
+    """How well it fits, comparable within one reply: a rank by words, a cosine similarity by meaning, a fused rank by both."""
+    snippet: _builtins.str
+    """The part of `content` that fits, with the query's words between <mark> and </mark>; everything else in it is escaped, so
+    that it can be put into a web page as it is.
+    """
+    @_builtins.property
+    def message(self) -> Global___Message:
+        """The message."""
+
+    def __init__(
+        self,
+        *,
+        message: Global___Message | None = ...,
+        score: _builtins.float = ...,
+        snippet: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "score", b"score", "snippet", b"snippet"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MessageHit: _TypeAlias = MessageHit  # noqa: Y015

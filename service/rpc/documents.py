@@ -1,0 +1,193 @@
+"""The RPCs of documents. A caller reads their own documents and the shared ones; shared ones are written by services alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import uuid_utils
+from chathistory.v1 import document_pb2
+
+from service.errors import InvalidArgument, NotFound
+from service.rpc import convert_documents as convert
+from service.rpc import masks, paging
+from service.rpc.pipeline import Call
+from service.rpc.sessions import same
+from service.store import documents
+from service.store.database import Database
+from service.store.documents import ChunkRow, Place
+from service.store.rows import DocumentRow
+from service.store.tables import SYSTEM_USER_ID
+
+if TYPE_CHECKING:
+    from service.search.engine import Search
+
+MAX_CHUNKS_BYTES = 1024 * 1024
+"""All chunks of one request, serialized."""
+_WRITABLE = ("title", "source_uri", "mime_type", "metadata")
+
+
+def owners(user_id: str, call: Call) -> tuple[str, ...]:
+    """Return whose documents a request is about, in the order in which an id is looked for; a service may mean shared ones alone."""
+    if call.caller.is_service and user_id.lower() in ("", SYSTEM_USER_ID):
+        return (SYSTEM_USER_ID,)
+    return call.caller.owner(user_id), SYSTEM_USER_ID
+
+
+class Documents:
+    """Creates, reads, changes and erases documents."""
+
+    database: Database
+    search: Search | None
+
+    async def CreateDocument(
+        self, request: document_pb2.CreateDocumentRequest, call: Call
+    ) -> document_pb2.CreateDocumentResponse:
+        """Create a document; a retry, or the same content from the same source, returns the one that is there."""
+        sent = request.document
+        if sent.scope == document_pb2.DOCUMENT_SCOPE_SHARED:
+            call.caller.require_service()
+            user_id = SYSTEM_USER_ID
+        else:
+            user_id = call.caller.owner(request.user_id)
+        same("document.user_id", sent.user_id, user_id)
+        document_id = sent.id.lower() or str(uuid_utils.uuid7())
+        values = convert.document_values(sent, request.chunks, document_id) | {"user_id": user_id}
+        chunks = self._chunks(request.chunks)
+        row = await self._write(documents.create, call, values, chunks, on=self.search is not None)
+        return document_pb2.CreateDocumentResponse(document=convert.document(row))
+
+    async def AppendDocumentChunks(
+        self, request: document_pb2.AppendDocumentChunksRequest, call: Call
+    ) -> document_pb2.AppendDocumentChunksResponse:
+        """Store more chunks; the same ones again change nothing."""
+        document_id = request.document_id.lower()
+        chunks = self._chunks(request.chunks)
+        who = await self._writers(request.user_id, document_id, call)
+        row = await self._write(
+            documents.append_chunks, call, who, document_id, request.first_index, chunks, on=self.search is not None
+        )
+        return document_pb2.AppendDocumentChunksResponse(document=convert.document(row))
+
+    async def GetDocument(
+        self, request: document_pb2.GetDocumentRequest, call: Call
+    ) -> document_pb2.GetDocumentResponse:
+        """Read one document."""
+        who = owners(request.user_id, call)
+        row = await self.database.read(documents.get, call.deadline, who, request.document_id.lower())
+        return document_pb2.GetDocumentResponse(document=convert.document(row))
+
+    async def ListDocuments(
+        self, request: document_pb2.ListDocumentsRequest, call: Call
+    ) -> document_pb2.ListDocumentsResponse:
+        """List the documents that a caller finds, newest first."""
+        who = owners(request.user_id, call)
+        filters = {
+            name: value
+            for name in ("status", "source_uri", "mime_type")
+            if (value := getattr(request, name))  # Zero and empty mean any.
+        }
+        bound = ("ListDocuments", *who, request.scope, sorted(filters.items()))
+        size = paging.page_size(request.page_size)
+        after = _place(paging.place(request.page_token, *bound))
+        if request.scope:
+            shared = request.scope == document_pb2.DOCUMENT_SCOPE_SHARED
+            who = tuple(owner for owner in who if (owner == SYSTEM_USER_ID) == shared)
+        rows = await self.database.read(documents.page, call.deadline, who, filters, after, size + 1) if who else []
+
+        def token(row: DocumentRow) -> str:
+            return paging.token(f"{row.created_us} {row.id} {row.user_id}", *bound)
+
+        page, next_token = paging.cut(rows[:size], convert.document, token, more=len(rows) > size)
+        return document_pb2.ListDocumentsResponse(documents=page, next_page_token=next_token)
+
+    async def UpdateDocument(
+        self, request: document_pb2.UpdateDocumentRequest, call: Call
+    ) -> document_pb2.UpdateDocumentResponse:
+        """Change fields of a document."""
+        sent = request.document
+        document_id = sent.id.lower()
+        if not document_id:
+            raise InvalidArgument.field("document.id", "is required")
+        who = owners(request.user_id, call)
+        if sent.user_id.lower() not in ("", *who):
+            raise InvalidArgument.field("document.user_id", "is not the request's")
+        values = convert.document_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
+        who = await self._writers(request.user_id, document_id, call)
+        row = await self.database.write(documents.change, call.deadline, who, document_id, values, sent.etag)
+        return document_pb2.UpdateDocumentResponse(document=convert.document(row))
+
+    async def DeleteDocument(
+        self, request: document_pb2.DeleteDocumentRequest, call: Call
+    ) -> document_pb2.DeleteDocumentResponse:
+        """Erase a document with its chunks, a large one in slices; its vectors follow."""
+        document_id = request.document_id.lower()
+        gone = False
+        try:
+            (user_id,) = await self._writers(request.user_id, document_id, call)
+            more = True
+            while more:
+                _, more = await self.database.write(documents.erase_slice, call.deadline, user_id, document_id)
+            gone = await self._write(documents.erase, call, user_id, document_id, on=self.search is not None)
+        except NotFound:
+            if not request.allow_missing:
+                raise
+        if not gone and not request.allow_missing:
+            raise NotFound.document(document_id)
+        return document_pb2.DeleteDocumentResponse()
+
+    async def ListDocumentChunks(
+        self, request: document_pb2.ListDocumentChunksRequest, call: Call
+    ) -> document_pb2.ListDocumentChunksResponse:
+        """List a document's chunks in order."""
+        who, document_id = owners(request.user_id, call), request.document_id.lower()
+        bound = ("ListDocumentChunks", *who, document_id)
+        size = paging.page_size(request.page_size)
+        first = int(paging.place(request.page_token, *bound) or 0)
+        rows, more = await self.database.read(documents.chunk_page, call.deadline, who, document_id, first, size)
+
+        def token(row: ChunkRow) -> str:
+            return paging.token(str(row.place + 1), *bound)
+
+        page, next_token = paging.cut(rows, convert.chunk, token, more=more)
+        return document_pb2.ListDocumentChunksResponse(chunks=page, next_page_token=next_token)
+
+    def _chunks(self, sent: Sequence[document_pb2.DocumentChunk]) -> list[documents.Chunk]:
+        """Read chunks to store.
+
+        Raises:
+            InvalidArgument: together they are too large, or a vector has another dimension than the index.
+        """
+        if sum(chunk.ByteSize() for chunk in sent) > MAX_CHUNKS_BYTES:
+            raise InvalidArgument.field("chunks", f"must be at most {MAX_CHUNKS_BYTES} bytes together")
+        dimensions = self.search.dimensions if self.search is not None else None
+        for n, chunk in enumerate(sent):
+            if chunk.vector and dimensions not in (None, len(chunk.vector)):
+                raise InvalidArgument.field(f"chunks[{n}].vector", f"must have the index's dimension, {dimensions}")
+        return [convert.new_chunk(chunk) for chunk in sent]
+
+    async def _writers(self, user_id: str, document_id: str, call: Call) -> tuple[str]:
+        """Return the owner of a document that the caller may write.
+
+        Raises:
+            NotFound: there is no such document that the caller could read.
+            PermissionDenied: it is shared, and the caller is a user (SERVICE_ONLY).
+        """
+        row = await self.database.read(documents.get, call.deadline, owners(user_id, call), document_id)
+        if row.user_id == SYSTEM_USER_ID:
+            call.caller.require_service()
+        return (row.user_id,)
+
+    async def _write(self, work: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
+        """Run a transaction that owes the index something, and have that seen to."""
+        result = await self.database.write(work, call.deadline, *args, **kwargs)
+        if self.search is not None:
+            self.search.wake()
+        return result
+
+
+def _place(text: str | None) -> Place | None:
+    if text is None:
+        return None
+    created_us, document_id, user_id = text.split(" ")
+    return Place(int(created_us), document_id, user_id)

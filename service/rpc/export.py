@@ -1,0 +1,94 @@
+"""Everything of one user, as a stream that holds one page at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from chathistory.v1 import export_pb2
+
+from service.rpc import convert, convert_documents
+from service.rpc.pipeline import Call
+from service.store import export, users
+from service.store.database import Database
+from service.store.rows import DocumentRow, SessionRow
+
+PAGE = 100
+CHUNKS = 10
+"""Chunks read at a time: each may have 256 KiB of text and as much of a vector."""
+
+Item = export_pb2.ExportUserDataResponse
+
+
+class Exports:
+    """Hands a user's data out."""
+
+    database: Database
+    call_timeout: float
+
+    async def ExportUserData(self, request: export_pb2.ExportUserDataRequest, call: Call) -> AsyncGenerator[Item]:
+        """Send everything of one user, in order."""
+        user_id = call.caller.owner(request.user_id)
+        async for item in items(self.database, user_id, self.call_timeout):
+            yield item
+
+
+async def items(database: Database, user_id: str, timeout: float) -> AsyncGenerator[Item]:
+    """Read everything of one user, in order; each page has `timeout` seconds.
+
+    Raises:
+        NotFound: there is no such user, or it has been erased meanwhile.
+    """
+    loop = asyncio.get_running_loop()
+
+    def deadline() -> float:
+        return loop.time() + timeout
+
+    yield Item(user=convert.user(await database.read(users.get, deadline(), user_id)))
+    last: str | None = None
+    while page := await database.read(export.sessions_after, deadline(), user_id, last, PAGE):
+        for session in page:
+            yield Item(session=convert.session(session))
+            async for item in _messages(database, session, timeout):
+                yield item
+        last = page[-1].id
+    last = None
+    while found := await database.read(export.documents_after, deadline(), user_id, last, PAGE):
+        for document in found:
+            yield Item(document=convert_documents.document(document))
+            async for item in _chunks(database, document, timeout):
+                yield item
+        last = found[-1].id
+    # An export that ends well is whole: it must not look so when the user was erased under it.
+    await database.read(users.get, deadline(), user_id)
+
+
+async def _chunks(database: Database, document: DocumentRow, timeout: float) -> AsyncGenerator[Item]:
+    """Read the chunks that a document had when it was read."""
+    loop = asyncio.get_running_loop()
+    first = 0
+    while page := await database.read(
+        export.chunks_from, loop.time() + timeout, document.user_id, document.id, first, CHUNKS
+    ):
+        for row in page:
+            if row.place >= document.chunk_count:
+                return
+            chunk = export_pb2.ExportedChunk(document_id=document.id, index=row.place, text=row.text)
+            if row.vector is not None:
+                chunk.vector.extend(convert_documents.unpacked(row.vector))
+            yield Item(chunk=chunk)
+        first = page[-1].place + 1
+
+
+async def _messages(database: Database, session: SessionRow, timeout: float) -> AsyncGenerator[Item]:
+    """Read the messages that a session had when it was read."""
+    loop = asyncio.get_running_loop()
+    seq = 0
+    while page := await database.read(
+        export.messages_after, loop.time() + timeout, session.user_id, session.id, seq, PAGE
+    ):
+        for row in page:
+            if row.seq > session.last_seq:
+                return
+            yield Item(message=convert.message(row, session.id))
+        seq = page[-1].seq

@@ -1,0 +1,154 @@
+"""The RPCs of search. What the index finds is read again from PostgreSQL under the caller's id before anybody sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING
+
+from chathistory.v1 import document_pb2, message_pb2, search_pb2
+
+from service.errors import FailedPrecondition, InvalidArgument
+from service.rpc import convert, convert_documents
+from service.rpc.documents import owners
+from service.rpc.pipeline import Call
+from service.store import documents, lexical
+from service.store.database import Database
+
+if TYPE_CHECKING:
+    from service.search.engine import Search
+
+DEFAULT_LIMIT = 10
+SPARE = 10
+"""Points asked for beyond the limit, since some of what is found may be gone by now."""
+FUSED = 50
+"""Hits of each way that are fused, at the least."""
+RANK_CONSTANT = 60
+"""Of reciprocal rank fusion: how little the first places count above the next; 60 is what its authors found, and others since."""
+MAX_REPLY_BYTES = 3 * 1024 * 1024
+
+Key = tuple[str, str]
+
+
+class Searches:
+    """Searches documents and messages."""
+
+    database: Database
+    search: Search | None
+
+    async def SearchDocuments(
+        self, request: document_pb2.SearchDocumentsRequest, call: Call
+    ) -> document_pb2.SearchDocumentsResponse:
+        """Find the chunks that come nearest in meaning, of the caller's own documents and the shared ones."""
+        who = owners(request.user_id, call)
+        if bool(request.query.strip()) == bool(request.vector):
+            raise InvalidArgument.field("query", "either this or vector is required")
+        search = self._on()
+        limit = request.limit or DEFAULT_LIMIT
+        query = convert_documents.packed(request.vector) if request.vector else request.query
+        ids = [document_id.lower() for document_id in request.document_ids]
+        found = await search.chunks(who, query, ids, limit + SPARE, call.deadline)
+        keys = [(each.point.user_id, each.point.entity_id, int(each.point.item)) for each in found]
+        rows = await self.database.read(documents.found, call.deadline, who, keys) if keys else {}
+        reply = document_pb2.SearchDocumentsResponse()
+        total = 0
+        for key, each in zip(keys, found, strict=True):
+            if key not in rows or len(reply.hits) == limit:
+                continue
+            row, text = rows[key]
+            hit = document_pb2.DocumentHit(
+                document=convert_documents.document(row), chunk_index=key[2], text=text, score=each.score
+            )
+            total += hit.ByteSize()
+            if total > MAX_REPLY_BYTES and reply.hits:
+                break
+            reply.hits.append(hit)
+        return reply
+
+    async def SearchMessages(
+        self, request: message_pb2.SearchMessagesRequest, call: Call
+    ) -> message_pb2.SearchMessagesResponse:
+        """Find a user's messages by words, by meaning, or by both."""
+        user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
+        if not request.query.strip():
+            raise InvalidArgument.field("query", "is required")
+        limit = request.limit or DEFAULT_LIMIT
+        wide = max(FUSED, limit)
+        match self._mode(request.mode):
+            case message_pb2.SEARCH_MODE_LEXICAL:
+                scores = await self._by_words(user_id, request.query, session_id, limit, call)
+            case message_pb2.SEARCH_MODE_SEMANTIC:
+                scores = await self._by_meaning(user_id, request.query, session_id, limit + SPARE, call)
+            case _:
+                scores = fused(
+                    await asyncio.gather(
+                        self._by_words(user_id, request.query, session_id, wide, call),
+                        self._by_meaning(user_id, request.query, session_id, wide, call),
+                    )
+                )
+        keys = list(scores)[: limit + SPARE]
+        said = await lexical.read(self.database, user_id, keys, request.query, call.deadline) if keys else []
+        reply = message_pb2.SearchMessagesResponse()
+        for each in said[:limit]:
+            message = convert.message(each.message, each.session_id)
+            score = scores[each.session_id, each.message.id]
+            reply.hits.add(message=message, score=score, snippet=marked(each.snippet))
+        return reply
+
+    async def RebuildSearchIndex(
+        self, request: search_pb2.RebuildSearchIndexRequest, call: Call
+    ) -> AsyncGenerator[search_pb2.RebuildSearchIndexResponse]:
+        """Build the index anew, and tell how far it is."""
+        call.caller.require_service()
+        async for progress in self._on().rebuild():
+            yield search_pb2.RebuildSearchIndexResponse(
+                total_count=progress.total,
+                done_count=progress.done,
+                failed_count=progress.failed,
+                collection=progress.building or "",
+            )
+
+    def _on(self) -> Search:
+        if self.search is None:
+            raise FailedPrecondition("search is switched off (CHAT_HISTORY_SEARCH)", reason="SEARCH_DISABLED")
+        return self.search
+
+    def _mode(self, asked: message_pb2.SearchMode.ValueType) -> message_pb2.SearchMode.ValueType:
+        """Return how messages are searched.
+
+        Raises:
+            FailedPrecondition: by meaning, and messages are not indexed (SEARCH_DISABLED).
+        """
+        on = self.search is not None and self.search.messages
+        if not asked:
+            return message_pb2.SEARCH_MODE_HYBRID if on else message_pb2.SEARCH_MODE_LEXICAL
+        if asked != message_pb2.SEARCH_MODE_LEXICAL and not on:
+            raise FailedPrecondition(
+                "search of messages by meaning is switched off (CHAT_HISTORY_SEARCH, CHAT_HISTORY_INDEX_MESSAGES)",
+                reason="SEARCH_DISABLED",
+            )
+        return asked
+
+    async def _by_words(self, user_id: str, query: str, session_id: str, limit: int, call: Call) -> dict[Key, float]:
+        found = await lexical.search(self.database, user_id, query, session_id or None, limit, call.deadline)
+        return {(each.session_id, each.message_id): each.rank for each in found}
+
+    async def _by_meaning(self, user_id: str, query: str, session_id: str, limit: int, call: Call) -> dict[Key, float]:
+        found = await self._on().said(user_id, query, session_id, limit, call.deadline)
+        return {(each.point.entity_id, each.point.item): each.score for each in found}
+
+
+def fused(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
+    """Fuse several orders into one by reciprocal ranks: scores of different kinds cannot be added, places can."""
+    scores: dict[Key, float] = {}
+    for order in orders:
+        for place, key in enumerate(order, 1):
+            scores[key] = scores.get(key, 0.0) + 1 / (RANK_CONSTANT + place)
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def marked(snippet: str) -> str:
+    """Put the marks of a match into a page's language, and nothing else of it."""
+    escaped = html.escape(snippet, quote=False)
+    return escaped.replace(lexical.START, "<mark>").replace(lexical.END, "</mark>")

@@ -1,0 +1,106 @@
+"""Embeddings: from texts to vectors (32-bit floats, little-endian), behind one small interface."""
+
+from __future__ import annotations
+
+import array
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from service.search.points import Refused, SearchDown, WrongIndex
+from service.search.process import Child
+
+OFFLINE_MODEL = "wordllama-l2-supercat"
+OFFLINE_DIMENSIONS = 256
+
+
+class Embeddings(Protocol):
+    """Makes vectors."""
+
+    model: str
+    """Goes into the index's name: vectors of two models cannot be compared."""
+
+    async def dimensions(self) -> int:
+        """Return how long a vector is.
+
+        Raises:
+            SearchDown: it cannot be asked now.
+            WrongIndex: it is not what is configured.
+        """
+
+    async def embed(self, texts: Sequence[str]) -> bytes:
+        """Return the texts' vectors, one after the other.
+
+        Raises:
+            SearchDown: it does not answer.
+            Refused: it does not take one of them.
+        """
+
+    async def close(self) -> None:
+        """Let go of everything."""
+
+
+class OfflineEmbeddings:
+    """The embeddings that need no network, in the child process."""
+
+    model = OFFLINE_MODEL
+
+    def __init__(self, child: Child) -> None:
+        self._child = child
+
+    async def dimensions(self) -> int:
+        return OFFLINE_DIMENSIONS
+
+    async def embed(self, texts: Sequence[str]) -> bytes:
+        return (await self._child.call("embed", texts))[1]
+
+    async def close(self) -> None:
+        await self._child.close()
+
+
+class RemoteEmbeddings:
+    """The embeddings of any OpenAI-compatible endpoint."""
+
+    def __init__(self, url: str, model: str, api_key: str | None, dimensions: int | None, timeout: float) -> None:
+        import openai  # noqa: PLC0415 - costs memory where it is not used
+
+        self.model = model
+        self._errors = openai
+        # Some endpoints want no key, and the client wants one.
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=0)
+        self._wanted = dimensions
+        self._known: int | None = None
+
+    async def dimensions(self) -> int:
+        if self._known is None:
+            made = len(await self.embed(["how long is a vector?"])) // 4
+            if self._wanted not in (None, made):
+                raise WrongIndex(f"EMBEDDINGS_DIMENSIONS is {self._wanted}, and {self.model} makes vectors of {made}")
+            self._known = made
+        return self._known
+
+    async def embed(self, texts: Sequence[str]) -> bytes:
+        try:
+            made = await self._client.embeddings.create(model=self.model, input=list(texts))
+        except self._errors.APIStatusError as error:
+            # A wrong key or model name is the operator's to mend, and nothing that was sent is at fault.
+            if error.status_code in (400, 413, 422):
+                raise Refused(f"the embeddings endpoint refuses it ({error.status_code})") from error
+            raise SearchDown(f"the embeddings endpoint answers {error.status_code}") from error
+        except self._errors.OpenAIError as error:
+            raise SearchDown(f"the embeddings endpoint does not answer ({type(error).__name__})") from error
+        vectors = [each.embedding for each in sorted(made.data, key=lambda each: each.index)]
+        if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) > 1:
+            raise SearchDown("the embeddings endpoint has not answered every text alike")
+        return b"".join(map(packed, vectors))
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+def packed(numbers: Iterable[float]) -> bytes:
+    """Return numbers as 32-bit floats, little-endian."""
+    made = array.array("f", numbers)
+    if sys.byteorder == "big":
+        made.byteswap()
+    return made.tobytes()

@@ -1,0 +1,305 @@
+"""Works off what the index owes: takes rows of the outbox, reads what PostgreSQL says now, embeds, writes, and removes the rows.
+
+No transaction is open across a call of the index or the embeddings. A row is leased, so that of several replicas one works on it at a
+time, and nothing is written that could arrive after the lease has ended. It wakes at its start and on this process's own commits; it
+sets itself a timer only while rows wait, so that an idle service asks the database nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import structlog
+
+from service.search.embeddings import Embeddings
+from service.search.points import Changes, Index, Kind, Point, Refused, SearchDown, Wipe
+from service.store import indexed
+from service.store.database import DATABASE_ERRORS, Database, backoff
+from service.store.indexed import Item, Range
+from service.store.outbox import Outbox, Taken
+from service.store.rebuilding import Rebuilding
+from service.store.tables import DocumentStatus, Owed
+
+CLAIM = 64
+"""Rows taken at a time."""
+PAGE = 128
+"""Items read, embedded and written at a time: a search waits for one such batch at the most."""
+LEASE = 60.0
+"""Seconds that a row is ours."""
+MARGIN = 30.0
+"""Seconds of the lease that must be left when something is written: longer than a write can take."""
+MAX_ATTEMPTS = 5
+"""Tries of what is refused, before it is given up."""
+RETRY_BASE, RETRY_CAP = 1.0, 60.0
+RECHECK = 5.0
+"""Seconds between two looks at rows that others hold, at the least."""
+GATHER = 0.02
+"""Seconds to wait after a commit for others, so that they are indexed together."""
+
+_KIND = {Owed.DOCUMENT: Kind.CHUNK, Owed.SESSION: Kind.MESSAGE}
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Figures:
+    """What an operator sees."""
+
+    waiting: int = 0
+    failed: int = 0
+    lag: float = 0.0
+    """Seconds since the oldest change that is not indexed, when last looked."""
+    indexed: int = 0
+    """Points written since the start."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows that were taken together, and what has become of them."""
+
+    lease_id: str
+    until: float
+    rows: list[Taken]
+    building: str | None
+    refused: dict[Taken, str] = field(default_factory=dict)
+
+
+class LeaseLost(Exception):
+    """Somebody else may be at work on the same rows by now."""
+
+
+class Indexer:
+    """One for each server process."""
+
+    def __init__(
+        self,
+        database: Database,
+        index: Index,
+        embeddings: Embeddings,
+        alias: str,
+        *,
+        dimensions: int,
+        messages: bool,
+        on_down: Callable[[str], None],
+    ) -> None:
+        self._database = database
+        self._outbox = Outbox(database)
+        self._rebuilding = Rebuilding(database, alias)
+        self._index = index
+        self._embeddings = embeddings
+        self._dimensions = dimensions
+        self._messages = messages
+        self._on_down = on_down
+        self._loop = asyncio.get_running_loop()
+        self._work = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.figures = Figures()
+
+    def start(self) -> None:
+        """Begin with what is owed."""
+        self._work.set()
+        self._task = self._loop.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop after what is under way is written, or put back; what is left waits for the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def wake(self) -> None:
+        """Look at the outbox: something was committed."""
+        self._work.set()
+
+    async def _run(self) -> None:
+        attempt = 0
+        while True:
+            try:
+                wait = await self._drain()
+                attempt = 0
+            except asyncio.CancelledError:
+                raise
+            except SearchDown as error:
+                # The supervisor asks the index until it answers, and starts us anew.
+                self._on_down(str(error))
+                return
+            except Exception as error:  # noqa: BLE001 - the worker must outlive whatever a row does to it
+                if not isinstance(error, (*DATABASE_ERRORS, LeaseLost)):
+                    _log.error("indexing failed", error=type(error).__name__, exc_info=True)
+                attempt += 1
+                wait = backoff(attempt, base=0.5, cap=30.0) + 0.1
+            await self._sleep(wait)
+
+    async def _sleep(self, seconds: float | None) -> None:
+        """Wait for work, at most so long; None: until something is committed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._work.wait()
+        await asyncio.sleep(GATHER)
+
+    async def _drain(self) -> float | None:
+        """Work until nothing is due; return the seconds until something is, or None."""
+        self._work.clear()
+        while await self._step():
+            pass
+        backlog = await self._outbox.backlog()
+        figures = self.figures
+        figures.waiting, figures.failed, figures.lag = backlog.waiting, backlog.failed, backlog.age
+        if backlog.pause is None:
+            return None
+        return max(backlog.pause, 0.05) if backlog.pause < RECHECK else max(RECHECK, backlog.pause / 2)
+
+    async def _step(self) -> bool:
+        """Take rows and work them off; False when none was due."""
+        batch = _Batch(str(uuid.uuid4()), self._loop.time() + LEASE, [], None)
+        batch.rows = await self._outbox.claim(batch.lease_id, LEASE, CLAIM)
+        if not batch.rows:
+            return False
+        self.figures.lag = max(row.age for row in batch.rows)
+        try:
+            # Read after the rows were taken: whoever starts to build a collection meanwhile owes every row anew.
+            batch.building = await self._rebuilding.collection()
+            await self._do(batch)
+        except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
+            await asyncio.shield(self._give_back(batch))
+            raise
+        except Refused as error:
+            await self._find_refused(batch, str(error))
+        await self._settle(batch)
+        return True
+
+    async def _give_back(self, batch: _Batch) -> None:
+        with suppress(*DATABASE_ERRORS):
+            await self._outbox.put_back(batch.lease_id, batch.rows, 0.0)
+
+    async def _find_refused(self, batch: _Batch, words: str) -> None:
+        """Do each row apart, so that one that is refused holds nobody up."""
+        rows = batch.rows
+        for row in rows:
+            try:
+                batch.rows = [row]
+                await self._do(batch)
+            except Refused as error:
+                batch.refused[row] = str(error) if len(rows) > 1 else words
+            except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
+                batch.rows = rows
+                await asyncio.shield(self._give_back(batch))
+                raise
+        batch.rows = rows
+
+    async def _do(self, batch: _Batch) -> None:
+        """Bring the index to what PostgreSQL says of these rows."""
+        gone = [Wipe(row.user_id) for row in batch.rows if row.kind == Owed.USER]
+        if gone:
+            await self._write(batch, Changes(wipes=gone))
+        for kind in (Owed.DOCUMENT, Owed.SESSION):
+            rows = [row for row in batch.rows if row.kind == kind]
+            if rows:
+                await self._bring(batch, kind, rows)
+
+    async def _bring(self, batch: _Batch, kind: Owed, rows: list[Taken]) -> None:
+        there = await indexed.there(self._database, kind, [(row.user_id, row.entity_id) for row in rows])
+        wipes = [
+            Wipe(row.user_id, _KIND[kind], row.entity_id)
+            for row in rows
+            if row.wipe or (row.user_id, row.entity_id) not in there
+        ]
+        if wipes:
+            await self._write(batch, Changes(wipes=wipes))
+        if kind == Owed.SESSION and not self._messages:
+            return
+        ranges = [
+            Range(row.user_id, row.entity_id, row.since, row.through)
+            for row in rows
+            if (row.user_id, row.entity_id) in there
+        ]
+        while ranges:
+            items = await indexed.items(self._database, kind, ranges, PAGE)
+            if items:
+                await self._write(batch, await self._changes(_KIND[kind], ranges, items))
+            if len(items) < PAGE:
+                break
+            # The last one may go on; those before it are done.
+            last = items[-1]
+            ranges = [ranges[last.range]._replace(since=last.place + 1), *ranges[last.range + 1 :]]
+        if kind == Owed.DOCUMENT:
+            done = {
+                (row.user_id, row.entity_id): there[row.user_id, row.entity_id]
+                for row in rows
+                if (row.user_id, row.entity_id) in there
+            }
+            await indexed.settle(self._database, done, DocumentStatus.INDEXED)
+
+    async def _changes(self, kind: Kind, ranges: Sequence[Range], items: Sequence[Item]) -> Changes:
+        """Embed what has a text; what has none must not be found."""
+        deletes: list[Point] = []
+        points: list[Point] = []
+        wanted: list[str] = []
+        vectors: list[bytes | None] = []
+        for item in items:
+            owner = ranges[item.range]
+            point = Point(owner.user_id, kind, owner.entity_id, item.key)
+            if item.text is None or not item.text.strip():
+                deletes.append(point)
+                continue
+            points.append(point)
+            vectors.append(item.vector)
+            if item.vector is None:
+                wanted.append(item.text)
+            elif len(item.vector) != self._dimensions * 4:
+                raise Refused(
+                    f"the given vectors have dimension {len(item.vector) // 4}, and the index has {self._dimensions}"
+                )
+        made = await self._embeddings.embed(wanted) if wanted else b""
+        size = self._dimensions * 4
+        if len(made) != size * len(wanted):
+            raise Refused("the embeddings have another dimension than the index")
+        parts = iter([made[n : n + size] for n in range(0, len(made), size)])
+        return Changes((), deletes, points, b"".join(next(parts) if vector is None else vector for vector in vectors))
+
+    async def _write(self, batch: _Batch, changes: Changes) -> None:
+        await self._hold(batch)
+        await self._index.write(changes, batch.building)
+        self.figures.indexed += len(changes.points)
+
+    async def _hold(self, batch: _Batch) -> None:
+        """Make sure that the lease outlives the next write.
+
+        Raises:
+            LeaseLost: it has ended, and another may be at work.
+        """
+        if batch.until - self._loop.time() > MARGIN:
+            return
+        asked = self._loop.time()
+        ours = await self._outbox.renew(batch.lease_id, batch.rows, LEASE)
+        if len(ours) < len(batch.rows):
+            raise LeaseLost
+        batch.until = asked + LEASE
+
+    async def _settle(self, batch: _Batch) -> None:
+        """Remove what is done, and put back what was refused."""
+        left = [row for row in batch.rows if row not in batch.refused]
+        for attempt in range(6):
+            if left:
+                reached = await self._outbox.finish(batch.lease_id, left)
+                left = [row for row in left if row[:3] not in reached]
+            if not left:
+                break
+            # An append holds them at this moment. If that goes on, the lease ends by itself and they are done again.
+            await asyncio.sleep(0.005 * 2**attempt)
+        for row, words in batch.refused.items():
+            final = row.attempts + 1 >= MAX_ATTEMPTS
+            _log.warning(
+                "refused by the index", owed=Owed(row.kind).name, entity_id=row.entity_id, reason=words, final=final
+            )
+            pause = None if final else min(RETRY_CAP, RETRY_BASE * 2**row.attempts)
+            await self._outbox.put_back(batch.lease_id, [row], pause, attempts=1, detail=words)
+            if final and row.kind == Owed.DOCUMENT:
+                key = (row.user_id, row.entity_id)
+                there = await indexed.there(self._database, Owed.DOCUMENT, [key])
+                await indexed.settle(self._database, there, DocumentStatus.FAILED, words)

@@ -1,0 +1,96 @@
+"""Builds a collection anew from PostgreSQL, beside the live one; store/rebuilding.py says how nothing gets lost meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+
+import structlog
+
+from service.search.points import Index, SearchDown
+from service.store.database import DATABASE_ERRORS, Database
+from service.store.rebuilding import Place, Rebuilding
+from service.store.tables import SYSTEM_USER_ID, Owed
+
+SLICE = 256
+"""Entities owed at a time."""
+MOST_WAITING = 1000
+"""Entities owed at once, so that what users write meanwhile need not wait for long."""
+LEASE = 30.0
+LOOK = 0.2
+"""Seconds between two looks at how far the workers are."""
+
+_START = (SYSTEM_USER_ID, SYSTEM_USER_ID)
+
+_log = structlog.get_logger(__name__)
+
+
+class Rebuild:
+    """One process's part in rebuilding one index."""
+
+    def __init__(
+        self, database: Database, index: Index, alias: str, *, messages: bool, wake: Callable[[], None]
+    ) -> None:
+        self._state = Rebuilding(database, alias)
+        self._index = index
+        self._messages = messages
+        self._wake = wake
+        self._lease_id = str(uuid.uuid4())
+
+    async def run(self, *, anew: bool) -> None:
+        """Build, or go on with what was begun; return when the new collection is live.
+
+        Args:
+            anew: Whether to build although a collection is there.
+
+        Raises:
+            SearchDown: the index does not answer.
+        """
+        while (place := await self._state.take(self._lease_id, LEASE)) is None:
+            # Another process does it: this one is needed when that one is gone.
+            anew = False
+            await asyncio.sleep(LOOK * 5)
+        try:
+            await self._build(place, anew=anew)
+        except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
+            with suppress(*DATABASE_ERRORS):
+                await asyncio.shield(self._state.let_go(self._lease_id))
+            raise
+
+    async def _build(self, place: Place, *, anew: bool) -> None:
+        live = await self._index.live()
+        collection = place.building
+        if collection is None or live is None:
+            if live is not None and not anew:
+                await self._state.let_go(self._lease_id)
+                return
+            collection = await self._index.create()
+            await self._state.begin(self._lease_id, collection, messages=self._messages)
+            place = Place(collection, 0, *_START, 0, 0)
+            _log.info("building a search index", collection=collection)
+        await self._hand_out(place)
+        while (progress := await self._state.progress()) is not None and progress.waiting:
+            await self._pause()
+        await self._index.publish(collection)
+        await self._state.end(self._lease_id)
+        _log.info("the search index is built", collection=collection)
+
+    async def _hand_out(self, place: Place) -> None:
+        """Owe everything there is, from a place on."""
+        for kind in (Owed.DOCUMENT, Owed.SESSION):
+            if kind < place.kind or (kind == Owed.SESSION and not self._messages):
+                continue
+            after: tuple[str, str] | None = (place.user_id, place.entity_id) if kind == place.kind else _START
+            while after is not None:
+                after = await self._state.hand_out(self._lease_id, kind, after, SLICE, LEASE)
+                self._wake()
+                while (progress := await self._state.progress()) is not None and progress.waiting > MOST_WAITING:
+                    await self._pause()
+
+    async def _pause(self) -> None:
+        self._wake()
+        await asyncio.sleep(LOOK)
+        if await self._state.take(self._lease_id, LEASE) is None:
+            raise SearchDown("another process has taken the rebuilding over")
