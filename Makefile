@@ -25,15 +25,24 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
-install: $(STAMP) ## make .venv with the pinned dependencies, the service and the stubs (both editable)
+install: $(STAMP) ## make .venv with the pinned dependencies; the service, the client and the stubs are editable
 
 .PHONY: run
 run: install ## set everything up, migrate and serve; Ctrl-C stops
 	@exec $(BIN)/chat-history serve --migrate
 
+.PHONY: demo
+demo: install ## the service and the example chatbot on 127.0.0.1:8000, with sample documents; Ctrl-C stops both
+	@exec $(BIN)/python -m examples.chatbot.demo
+
 .PHONY: test
 test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
 	$(BIN)/pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: install ## measure the service beside an echo and others, into docs/; QUICK=1 takes two minutes and keeps apart
+	@benchmarks/needs.sh
+	@$(BIN)/python -m benchmarks all $(if $(QUICK),--quick)
 
 .PHONY: lint
 lint: install $(PROTO_STAMP) ## check style, types, imports between modules, protos and generated code
@@ -66,9 +75,9 @@ clean: ## remove the environments and caches; never .data, where the embedded da
 	rm -rf $(VENV) $(PROTO_VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache dist generated/dist
 	find $(wildcard service tests scripts alembic generated client examples) -name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): requirements/dev.lock pyproject.toml generated/pyproject.toml scripts/venv.sh $(call stale,$(VENV))
+$(STAMP): requirements/dev.lock pyproject.toml generated/pyproject.toml client/pyproject.toml scripts/venv.sh $(call stale,$(VENV))
 	@scripts/venv.sh $(VENV) requirements/dev.lock "$(PYTHON)"
-	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable generated --editable .
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable generated --editable client --editable .
 	@# Fails when pyproject.toml asks for what the lock does not have.
 	@broken=$$($(BIN)/python -m pip check) || { echo "$$broken"; echo "run: make lock"; exit 1; }
 	@scripts/venv.sh --done $(VENV) "$(PYTHON)"

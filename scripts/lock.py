@@ -1,7 +1,7 @@
 """Pins the dependencies of pyproject.toml, with hashes, for every Python and platform it promises.
 
-- dev.lock: the service, its embedded PostgreSQL and the tools; what `make install` installs
-- runtime.lock: the service alone; what a production image installs
+- dev.lock: the service, bearer tokens, search, its embedded PostgreSQL and the tools; what `make install` installs
+- runtime.lock: the service with bearer tokens and search; what a production image installs
 - proto.lock: the generator of generated/, in an environment of its own
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {
-    "dev": ["pyproject.toml", "--extra", "embedded", "--group", "dev"],
-    "runtime": ["pyproject.toml", "--constraints", "requirements/dev.lock"],
+    "dev": ["pyproject.toml", "--extra", "auth", "--extra", "embedded", "--extra", "search", "--group", "dev"],
+    "runtime": ["pyproject.toml", "--extra", "auth", "--extra", "search", "--constraints", "requirements/dev.lock"],
     "proto": ["--group", "proto"],
 }
 
