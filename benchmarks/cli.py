@@ -1,0 +1,272 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import machine, report, work
+from benchmarks.compare import Result, Subject, compare
+from benchmarks.driver import BenchError, Load
+from benchmarks.scenarios import FULL, QUICK, SCENARIOS, SESSIONS, Bench, Variant, enough, with_jwt
+from benchmarks.stack import WORK, Stack
+from service.store.data_folder import EmbeddedError
+
+_BUSY = 15.0
+"""Percent of the machine that others may use before the figures are doubted."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measures the service, beside what it is compared with.",
+)
+console = Console()
+if not console.is_terminal:
+    console.width = 140
+
+InFlight = Annotated[int, typer.Option(help="Calls under way at once.")]
+Rounds = Annotated[int, typer.Option(help="Alternations; medians are shown.")]
+Seconds = Annotated[float, typer.Option(help="Seconds that each server is measured in a round.")]
+Connections = Annotated[int, typer.Option(help="Connections of the load generator.")]
+Jwt = Annotated[bool, typer.Option("--jwt", help="With JWT identity.")]
+Hold = Annotated[bool, typer.Option("--hold", help="Keep the servers until Enter is pressed.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="python -m benchmarks")
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end, or until Ctrl-C or SIGTERM: what was started is ended in any case."""
+
+    async def stoppable() -> None:
+        task = asyncio.ensure_future(work)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        await task
+
+    try:
+        uvloop.run(stoppable())
+    except (BenchError, EmbeddedError) as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
+    except asyncio.CancelledError:
+        console.print("stopped")
+        raise typer.Exit(130) from None
+
+
+@app.command("all")
+def run_all(
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes; rough figures, kept apart.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SCENARIOS)}; kept apart.")] = None,
+) -> None:
+    """Measure everything and write tables and plots: docs/performance.md and docs/bench/."""
+    unknown = set(only or ()) - set(SCENARIOS)
+    if unknown:
+        raise typer.BadParameter(f"no such scenario: {', '.join(sorted(unknown))}")
+    _run(_all(only or list(SCENARIOS), quick=quick, partial=bool(only)))
+
+
+async def _all(names: list[str], *, quick: bool, partial: bool) -> None:
+    busy = await asyncio.to_thread(machine.busy_percent)
+    if busy > _BUSY:
+        console.print(f"[yellow]Other processes use {busy:.0f}% of this machine: the figures will be rough.[/]")
+    found: dict[str, Any] = {}
+    async with Stack() as stack:
+        about = await machine.describe(stack, busy)
+        with _progress() as progress:
+            overall = progress.add_task("all", total=len(names))
+            for name in names:
+                ticker = _Bar(progress, name)
+                found[name] = await SCENARIOS[name](Bench(stack, QUICK if quick else FULL, ticker))
+                progress.advance(overall)
+    results = {"made": about, "plan": (QUICK if quick else FULL).__dict__, **found}
+    for table in report.tables(results):
+        console.print(table.rich())
+    folder = WORK / ("quick" if quick else "partial") if quick or partial else report.COMMITTED
+    written = report.write(results, folder)
+    for path in written:
+        console.print(f"written: {path}", highlight=False)
+
+
+class _Bar:
+    """A scenario's line of the progress display."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(name.replace("_", " "), total=None)
+        self._total = 0
+
+    def expect(self, steps: int) -> None:
+        self._total += steps
+        self._progress.update(self._task, total=self._total)
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+@app.command("append")
+def append(
+    *,
+    in_flight: InFlight = 64,
+    rounds: Rounds = 5,
+    seconds: Seconds = 3.0,
+    connections: Connections = 8,
+    messages: Annotated[int, typer.Option(help="Messages in a call.")] = 1,
+    sessions: Annotated[int, typer.Option(help="Sessions that are written to.")] = SESSIONS,
+    direct: Annotated[bool, typer.Option("--direct", help="Beside asyncpg alone instead of the echo.")] = False,
+    jwt: Jwt = False,
+    hold: Hold = False,
+) -> None:
+    """Compare AppendMessages with the echo."""
+    load = Load(in_flight, seconds, connections=connections)
+    _run(_append(load, rounds, messages, sessions, direct=direct, variant=_variant(jwt=jwt), hold=hold))
+
+
+@app.command("context")
+def get_context(
+    *,
+    in_flight: InFlight = 64,
+    rounds: Rounds = 5,
+    seconds: Seconds = 3.0,
+    connections: Connections = 8,
+    jwt: Jwt = False,
+    hold: Hold = False,
+) -> None:
+    """Compare GetContext of 20 messages with the echo."""
+    _run(
+        _read(
+            "GetContext",
+            Load(in_flight, seconds, connections=connections),
+            rounds,
+            variant=_variant(jwt=jwt),
+            hold=hold,
+        )
+    )
+
+
+@app.command("list")
+def list_messages(
+    *,
+    in_flight: InFlight = 64,
+    rounds: Rounds = 5,
+    seconds: Seconds = 3.0,
+    connections: Connections = 8,
+    jwt: Jwt = False,
+    hold: Hold = False,
+) -> None:
+    """Compare ListMessages of 20 messages with the echo."""
+    _run(
+        _read(
+            "ListMessages",
+            Load(in_flight, seconds, connections=connections),
+            rounds,
+            variant=_variant(jwt=jwt),
+            hold=hold,
+        )
+    )
+
+
+async def _append(
+    load: Load, rounds: int, messages: int, sessions: int, *, direct: bool, variant: Variant, hold: bool
+) -> None:
+    async with Stack() as stack:
+        bench = Bench(stack, FULL, _Nobody())
+        keys = await bench.seeded("append", sessions)
+        bodies = work.append_bodies(keys, enough(load, messages), messages)
+        other, database = ("direct", "append") if direct else ("echo", None)
+        async with stack.service("append", **variant.settings) as service, stack.beside(other, database) as beside:
+            subjects = [
+                Subject("service", service, "AppendMessages", bodies, headers=variant.headers),
+                Subject(other, beside, "AppendMessages", bodies, cycle=not direct),
+            ]
+            result = await _measure(stack, subjects, load, rounds)
+            if messages > 1:
+                console.print(f"messages/s: {result.medians('service').calls_per_second * messages:.0f}")
+            await _hold(hold=hold)
+        rows = await bench.checked_rows("append", result.answered("service", *([other] * direct)) * messages)
+        hot = rows["hot_updates"] / max(rows["session_updates"], 1)
+        console.print(f"{rows['acknowledged']} messages acknowledged and stored; heap-only updates: {hot:.1%}")
+
+
+async def _read(path: str, load: Load, rounds: int, *, variant: Variant, hold: bool) -> None:
+    async with Stack() as stack:
+        keys = await Bench(stack, FULL, _Nobody()).seeded("read", messages=work.SESSION_MESSAGES)
+        bodies = work.context_bodies(keys) if path == "GetContext" else work.list_bodies(keys)
+        async with stack.service("read", **variant.settings) as service, stack.beside("echo") as echo:
+            subjects = [
+                Subject(server.name, server, path, bodies, cycle=True, headers=variant.headers)
+                for server in (service, echo)
+            ]
+            await _measure(stack, subjects, load, rounds)
+            await _hold(hold=hold)
+
+
+def _variant(*, jwt: bool) -> Variant:
+    return with_jwt() if jwt else Variant({})
+
+
+class _Nobody:
+    """Is told how far it is, and does not mind."""
+
+    def expect(self, steps: int) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+
+async def _measure(stack: Stack, subjects: list[Subject], load: Load, rounds: int) -> Result:
+    for subject in subjects:
+        console.print(f"{subject.name}: process {subject.server.pid} at {subject.server.address}", highlight=False)
+    with _progress() as progress:
+        task = progress.add_task(subjects[0].path, total=rounds * len(subjects))
+        result = await compare(stack, subjects, load, rounds, lambda: progress.advance(task))
+    _show(subjects, load, result)
+    return result
+
+
+def _show(subjects: list[Subject], load: Load, result: Result) -> None:
+    first, second = (subject.name for subject in subjects)
+    ours, theirs, ratios = result.medians(first), result.medians(second), result.ratios(first, second)
+    title = f"{subjects[0].path}, {load.in_flight} in flight, medians of {len(result.rounds[first])}"
+    table = Table("", first, second, "ratio", title=title, title_justify="left")
+    for what, label in (
+        ("calls_per_second", "calls/s"),
+        ("p50_us", "p50 µs"),
+        ("p99_us", "p99 µs"),
+        ("cpu_us_per_call", "server CPU µs a call"),
+        ("postgres_us_per_call", "PostgreSQL CPU µs a call"),
+        ("driver_us_per_call", "driver CPU µs a call"),
+        ("bytes_per_reply", "bytes a reply"),
+    ):
+        ratio = f"{ratios[what]:.2f}" if what in ratios else ""
+        table.add_row(label, f"{getattr(ours, what):.0f}", f"{getattr(theirs, what):.0f}", ratio)
+    console.print(table)
+    pairs = zip(result.rounds[first], result.rounds[second], strict=True)
+    shares = " ".join(f"{one.calls_per_second / other.calls_per_second:.2f}" for one, other in pairs)
+    console.print(f"shares by round: {shares}", highlight=False)
+
+
+async def _hold(*, hold: bool) -> None:
+    if hold:
+        with suppress(EOFError):
+            await asyncio.to_thread(input, "the servers run until Enter is pressed ")

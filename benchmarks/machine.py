@@ -1,0 +1,54 @@
+"""What the figures were made with: the machine, the versions, the commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.stack import ROOT, Stack
+
+_PACKAGES = ("grpcio", "protobuf", "asyncpg", "sqlalchemy", "uvloop", "protovalidate", "fastapi", "uvicorn")
+
+
+def busy_percent() -> float:
+    """Return how much of the machine others use, before anything is started."""
+    return psutil.cpu_percent(interval=1.0)
+
+
+async def describe(stack: Stack, busy: float) -> dict[str, Any]:
+    """Describe the machine and what is measured."""
+    return {
+        "at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "postgresql": re.sub(r" .*", "", stack.postgres_version),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "busy_before_percent": round(busy),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, check=False, capture_output=True, text=True)  # noqa: S603, S607
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "service", "generated", "benchmarks", "requirements")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")

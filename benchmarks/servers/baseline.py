@@ -1,0 +1,139 @@
+"""What one would write without the service: FastAPI, Pydantic and SQLAlchemy's ORM over asyncpg, on the same tables.
+
+Written as their documentation writes it: a session a request, the chat session's row locked for the next `seq`, one commit.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase
+
+from benchmarks.servers.serving import announce, database_url, run
+from benchmarks.work import estimated_tokens, reply_size
+from service.store import tables, url
+
+app = FastAPI()
+_target = url.parse(database_url())
+_engine = create_async_engine(_target.url, connect_args=_target.connect_args, pool_size=16, max_overflow=0)
+_new_session = async_sessionmaker(_engine, expire_on_commit=False)
+
+
+class Base(DeclarativeBase):
+    """What is mapped."""
+
+
+class ChatSession(Base):
+    """A session's row."""
+
+    __table__ = tables.chat_sessions
+
+
+class ChatMessage(Base):
+    """A message's row."""
+
+    # `metadata` is taken by SQLAlchemy's own.
+    __table__ = tables.chat_messages
+    __mapper_args__ = {"exclude_properties": ["metadata"]}  # noqa: RUF012 - as SQLAlchemy reads it
+
+
+class MessageIn(BaseModel):
+    """A message to store."""
+
+    id: UUID
+    role: int
+    content: str
+
+
+class MessageOut(BaseModel):
+    """A message that is stored."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    seq: int
+    role: int
+    content: str
+    created_at: datetime
+    updated_at: datetime
+
+
+class Appended(BaseModel):
+    """Where a message stands."""
+
+    id: UUID
+    seq: int
+    created_at: datetime
+
+
+async def _database() -> AsyncIterator[AsyncSession]:
+    async with _new_session() as session:
+        yield session
+
+
+Database = Annotated[AsyncSession, Depends(_database)]
+
+
+@app.post("/users/{user_id}/sessions/{session_id}/messages")
+async def append(user_id: UUID, session_id: UUID, sent: MessageIn, database: Database) -> Appended:
+    """Append a message."""
+    key = {"user_id": str(user_id), "id": str(session_id)}
+    chat: Any = await database.get(ChatSession, key, with_for_update=True)
+    if chat is None:
+        raise HTTPException(404)
+    now = await database.scalar(select(func.clock_timestamp()))
+    chat.last_seq += 1
+    chat.message_count += 1
+    chat.updated_at = now
+    message: Any = ChatMessage(
+        user_id=str(user_id),
+        session_id=str(session_id),
+        seq=chat.last_seq,
+        id=str(sent.id),
+        role=sent.role,
+        content=sent.content,
+        token_estimate=estimated_tokens(sent.content),
+        size=reply_size(sent.content),
+        created_at=now,
+        updated_at=now,
+        fingerprint=b"0123456789abcdef",
+    )
+    database.add(message)
+    await database.commit()
+    return Appended(id=message.id, seq=message.seq, created_at=message.created_at)
+
+
+@app.get("/users/{user_id}/sessions/{session_id}/messages")
+async def list_messages(user_id: UUID, session_id: UUID, database: Database, limit: int = 50) -> list[MessageOut]:
+    """List a session's first messages."""
+    messages: Any = tables.chat_messages.c
+    query = (
+        select(ChatMessage)
+        .where(messages.user_id == str(user_id), messages.session_id == str(session_id))
+        .order_by(messages.seq)
+        .limit(limit)
+    )
+    return [MessageOut.model_validate(row) for row in await database.scalars(query)]
+
+
+async def _main() -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, http="httptools", loop="uvloop", log_level="warning", access_log=False)
+    server = uvicorn.Server(config)
+    # It listens already: who connects before the server takes over waits a moment.
+    announce(f"127.0.0.1:{listening.getsockname()[1]}")
+    await server.serve(sockets=[listening])
+    await _engine.dispose()
+
+
+if __name__ == "__main__":
+    run(_main())

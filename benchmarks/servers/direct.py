@@ -1,0 +1,68 @@
+"""The least that an append can cost when it comes alone: a servicer that runs the same statement by asyncpg directly.
+
+No pipeline, no queue, no SQLAlchemy; one connection, kept open.
+"""
+
+# ruff: noqa: N802, ARG002 - as gRPC names and calls the methods of a servicer
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import asyncpg
+from chathistory.v1 import chat_history_service_pb2_grpc, message_pb2
+
+from benchmarks.servers.serving import database_url, run, serve
+from benchmarks.work import estimated_tokens, reply_size
+from service.store.append import LOCK_TIMEOUT, Append
+from service.store.append_sql import APPEND, NewMessage, append_arguments
+
+
+class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
+    """Appends messages; does nothing else."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+        self._free = asyncio.Lock()
+
+    async def AppendMessages(
+        self, request: message_pb2.AppendMessagesRequest, context: Any
+    ) -> message_pb2.AppendMessagesResponse:
+        """Store the messages."""
+        new = [
+            NewMessage(
+                id=sent.id,
+                role=sent.role,
+                content=sent.content,
+                parts=None,
+                metadata=None,
+                token_count=None,
+                token_estimate=estimated_tokens(sent.content),
+                size=reply_size(sent.content),
+                author="",
+                feedback_score=None,
+                feedback_comment=None,
+                fingerprint=b"0123456789abcdef",
+            )
+            for sent in request.messages
+        ]
+        item = Append(request.user_id, request.session_id, new, 0.0)
+        async with self._free:
+            [row] = await self._connection.fetch(APPEND.text, *append_arguments([item], LOCK_TIMEOUT))
+        time: Any = {"seconds": row["at"] // 1_000_000, "nanos": row["at"] % 1_000_000 * 1000}
+        reply = message_pb2.AppendMessagesResponse(session_id=request.session_id)
+        first = row["last_seq"] - len(new) + 1
+        for seq, message in enumerate(new, first):
+            reply.messages.add(id=message.id, seq=seq, create_time=time)
+        return reply
+
+
+async def _main() -> None:
+    connection = await asyncpg.connect(database_url())
+    await serve(Direct(connection))  # type: ignore[abstract]  # the other methods are not called
+    await connection.close()
+
+
+if __name__ == "__main__":
+    run(_main())

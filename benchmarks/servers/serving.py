@@ -1,0 +1,48 @@
+"""What the servers have in common: the event loop, the address, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+
+import uvloop
+from chathistory.v1 import chat_history_service_pb2_grpc
+from grpc import aio
+
+
+def announce(address: str) -> None:
+    """Tell the process that waits for it where this one listens."""
+    sys.stdout.write(f"{address}\n")
+    sys.stdout.flush()
+
+
+async def until_told() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    told = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    await told.wait()
+
+
+async def serve(servicer: chat_history_service_pb2_grpc.ChatHistoryServiceServicer) -> None:
+    """Serve a plain generated servicer, with nothing around it."""
+    server = aio.server()
+    chat_history_service_pb2_grpc.add_ChatHistoryServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    announce(f"127.0.0.1:{port}")
+    await until_told()
+    await server.stop(1)
+
+
+def run(main: Coroutine[object, object, None]) -> None:
+    """Run a server to its end."""
+    uvloop.run(main)
+
+
+def database_url() -> str:
+    """Return the database that the server is given."""
+    return os.environ["DATABASE_URL"]

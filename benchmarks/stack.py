@@ -1,0 +1,205 @@
+"""What runs while it is measured: PostgreSQL with durable settings, and servers as processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import asyncpg
+import grpc
+import psutil
+from chathistory.v1 import chat_history_service_pb2_grpc
+from grpc_health.v1 import health_pb2
+
+from benchmarks.driver import BenchError, compiled
+from service.store import migrations, url
+from service.store.embedded import EmbeddedPostgres
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / ".bench"
+"""Where the driver, the databases and the logs are, beside the sources: the same disk as the embedded default's."""
+START_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    name: str
+    address: str
+    pid: int
+
+    @property
+    def rss(self) -> int:
+        """Its resident memory in bytes."""
+        return int(psutil.Process(self.pid).memory_info().rss)
+
+    @asynccontextmanager
+    async def stub(self) -> AsyncIterator[chat_history_service_pb2_grpc.ChatHistoryServiceAsyncStub]:
+        """Connect a client, for what need not be fast."""
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            yield chat_history_service_pb2_grpc.ChatHistoryServiceStub(channel)
+
+
+class Stack:
+    """PostgreSQL in a fresh folder, and what is started on it; all of it ends with the block."""
+
+    def __init__(self) -> None:
+        self._exit = AsyncExitStack()
+        self.folder = WORK
+        self.driver = WORK
+
+    async def __aenter__(self) -> Self:
+        self.driver = await asyncio.to_thread(compiled, WORK)
+        self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK))
+        self._exit.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        try:
+            self._postgres = EmbeddedPostgres(self.folder / "data", "nothing: a benchmark")
+            await asyncio.to_thread(self._postgres.start)
+            self._exit.callback(self._postgres.stop)
+            await self._check_durable()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self._exit.aclose()
+
+    async def _check_durable(self) -> None:
+        connection = await asyncpg.connect(self.database_url("postgres"))
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            if await connection.fetchval(f"SHOW {setting}") != "on":
+                raise BenchError(f"{setting} is off: what is measured would not be durable")
+        self.postgres_version: str = await connection.fetchval("SHOW server_version")
+        await connection.close()
+
+    def database_url(self, name: str) -> str:
+        """Return the connection string of one of the databases."""
+        return re.sub(r"/postgres\?", f"/{name}?", self._postgres.url)
+
+    async def new_database(self, name: str) -> str:
+        """Make a database with the service's schema and return its connection string."""
+        connection = await asyncpg.connect(self.database_url("postgres"))
+        await connection.execute(f'CREATE DATABASE "{name}"')
+        await connection.close()
+        address = self.database_url(name)
+        await migrations.upgrade(url.parse(address))
+        return address
+
+    @asynccontextmanager
+    async def connect(self, name: str) -> AsyncIterator[asyncpg.Connection]:
+        """Connect to a database, not by way of any server."""
+        connection = await asyncpg.connect(self.database_url(name))
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+    def postgres_seconds(self) -> float:
+        """Processor time of PostgreSQL and all its processes so far, ended ones included."""
+        main = psutil.Process(self._postgres.pid)
+        times = main.cpu_times()
+        total = times.user + times.system + times.children_user + times.children_system
+        for child in main.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                own = child.cpu_times()
+                total += own.user + own.system
+        return float(total)
+
+    @asynccontextmanager
+    async def service(self, database: str, name: str = "service", **settings: str) -> AsyncIterator[Server]:
+        """Run the service as an operator does: `python -m service serve`; search by meaning is off unless the settings say otherwise."""
+        address = _free_address()
+        environment = {
+            "DATABASE_URL": self.database_url(database),
+            "CHAT_HISTORY_LISTEN": address,
+            "CHAT_HISTORY_LOG_FORMAT": "json",
+            "CHAT_HISTORY_LOG_LEVEL": "warning",
+            "CHAT_HISTORY_DATA_DIR": str(self.folder / f"{name}-data"),
+            "CHAT_HISTORY_SEARCH": "off",
+            **settings,
+        }
+        async with self._run(name, "service", "serve", **environment) as process:
+            server = Server(name, address, process.pid)
+            await self._ready(server, process)
+            yield server
+
+    @asynccontextmanager
+    async def beside(self, module: str, database: str | None = None) -> AsyncIterator[Server]:
+        """Run one of `benchmarks.servers`."""
+        environment = {} if database is None else {"DATABASE_URL": self.database_url(database)}
+        async with self._run(module, f"benchmarks.servers.{module}", **environment) as process:
+            assert process.stdout is not None  # noqa: S101 - a pipe
+            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT)
+            if not line:
+                raise BenchError(f"{module} does not start:\n{self.log(module)}")
+            yield Server(module, line.decode().strip(), process.pid)
+
+    @asynccontextmanager
+    async def _run(
+        self, name: str, module: str, *arguments: str, **environment: str
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("CHAT_HISTORY_", "PG", "NEON_", "QDRANT_"))
+        }
+        with (self.folder / f"{name}.log").open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", module, *arguments),
+                # A folder without a .env file.
+                cwd=self.folder, env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            yield process
+        finally:
+            await _end(process)
+
+    async def _ready(self, server: Server, process: asyncio.subprocess.Process) -> None:
+        give_up = asyncio.get_running_loop().time() + START_TIMEOUT
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            check: Any = channel.unary_unary(
+                "/grpc.health.v1.Health/Check",
+                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                response_deserializer=health_pb2.HealthCheckResponse.FromString,
+            )
+            while process.returncode is None and asyncio.get_running_loop().time() < give_up:
+                with suppress(grpc.aio.AioRpcError):
+                    state = await check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=1)
+                    if state.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                await asyncio.sleep(0.05)
+        raise BenchError(f"{server.name} does not get ready:\n{self.log(server.name)}")
+
+    def log(self, name: str) -> str:
+        """Return the end of a server's log."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
+
+
+def _free_address() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), 10)
+        except TimeoutError:
+            process.kill()
+            await process.wait()

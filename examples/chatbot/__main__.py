@@ -1,0 +1,8 @@
+"""Serves the chatbot: `python -m examples.chatbot`."""
+
+from __future__ import annotations
+
+from .server import serve
+
+if __name__ == "__main__":
+    serve()
