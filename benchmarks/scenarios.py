@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jwt
 from chathistory.v1 import message_pb2
 
-from benchmarks import work
+from benchmarks import layers, work
 from benchmarks.compare import Result, Subject, compare
 from benchmarks.driver import BenchError, Load
 from benchmarks.stack import Server, Stack
@@ -338,6 +338,17 @@ async def baseline(bench: Bench) -> dict[str, Any]:
     }
 
 
+async def pipeline(bench: Bench) -> dict[str, Any]:
+    """Measure what every call passes: each layer in this process, and all of it around the echo."""
+    costs = await layers.measure()
+    load = bench.writing(TYPICAL)
+    bodies = work.append_bodies(work.new_sessions(SESSIONS), enough(load))
+    async with bench.stack.beside("behind") as behind, bench.stack.beside("echo") as echo:
+        subjects = [Subject(server.name, server, "AppendMessages", bodies, cycle=True) for server in (behind, echo)]
+        result = await bench.compare(subjects, load)
+    return {"layers": costs, "runs": [result.as_dict()]}
+
+
 @dataclass(frozen=True)
 class Variant:
     """The service, configured otherwise."""
@@ -402,6 +413,7 @@ SCENARIOS: dict[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {
     "append": append,
     "append_many": append_many,
     "reads": reads,
+    "pipeline": pipeline,
     "contention": contention,
     "growth": growth,
     "long_session": long_session,

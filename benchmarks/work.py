@@ -115,6 +115,14 @@ def write_records(path: Path, records: Iterable[bytes]) -> Path:
     return path
 
 
+def append_request() -> bytes:
+    """Return one append of one message."""
+    [session] = new_sessions(1)
+    message = message_pb2.Message(id=str(uuid_utils.uuid7()), role=message_pb2.ROLE_USER, content=APPEND_CONTENT)
+    request = message_pb2.AppendMessagesRequest(user_id=session.user_id, session_id=session.id, messages=[message])
+    return request.SerializeToString()
+
+
 def append_bodies(sessions: Sequence[Session], count: int, messages: int = 1) -> Bodies:
     """Append in turn to the sessions, every message with an id of its own."""
     return _with_new_ids(

@@ -13,7 +13,7 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.struct_pb2 import Struct
 
 from service.errors import InvalidArgument
-from service.store.append_sql import NewMessage
+from service.store.append_item import NewMessage
 from service.store.messages import estimate_tokens
 from service.store.rows import MessageRow, SessionRow, UserRow
 
@@ -63,7 +63,7 @@ def struct_json(struct: Struct, field: str) -> str | None:
 def _plain(struct: Struct, field: str) -> Any:
     try:
         value = MessageToDict(struct)
-    except SerializeToJsonError:  # JSON has no word for them.
+    except (SerializeToJsonError, ValueError):  # JSON has no word for them.
         raise InvalidArgument.field(field, "must not hold NaN or an infinity") from None
     _check(value, field)
     return value

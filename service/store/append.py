@@ -24,29 +24,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable
 
-from service.errors import (
-    AlreadyExists,
-    Conflict,
-    DeadlineExceeded,
-    FailedPrecondition,
-    NotFound,
-    ServiceError,
-    Unavailable,
-)
+from service.errors import Conflict, DeadlineExceeded, NotFound, Unavailable
 from service.store import append_sql
-from service.store.append_sql import NewMessage, NewSession
-from service.store.database import DATABASE_ERRORS, OUTAGE_PATIENCE, Database, backoff
+from service.store.append_item import Append, Appended, Entry, Key, note_replays, refusal_of
+from service.store.database import DATABASE_ERRORS, Database, backoff
 from service.store.driver import Record
 from service.store.failures import Failure, classify, constraint, sqlstate, to_service_error
-from service.store.tables import State
 
 MAX_BATCH_MESSAGES = 512
 """Messages in one statement."""
 MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Text in one statement, roughly; a single item may be larger."""
+GATHER_TURNS = 4
+"""Turns of the event loop for which a statement waits at the most while more comes in."""
 LOCK_TIMEOUT = "75ms"
 """How long a statement waits for a locked session before that session is run apart from its neighbours."""
 APART_STATEMENTS = 4
@@ -55,102 +47,6 @@ SHARED_TRIES = 3
 """Tries of a statement that meets contention, before its sessions run apart: one of them may meet it every time."""
 MAX_TRIES = 8
 """Tries of an item that meets contention, before the caller is told."""
-REPLY_MARGIN = 0.1
-"""Seconds before its deadline at which an item that waits for the database is answered, so that the answer arrives."""
-
-Key = tuple[str, str]
-
-
-class Entry(NamedTuple):
-    """Where one message stands: its id, its place, when it was stored (microseconds since 1970), and whether it had been before."""
-
-    id: str
-    seq: int
-    created_us: int
-    replayed: bool
-
-
-class Appended(NamedTuple):
-    """What an append came to."""
-
-    session_created: bool
-    entries: list[Entry]
-
-
-class Append:
-    """One caller's append: all of it is stored, or none.
-
-    Args:
-        user_id: The owner, as canonical UUID text.
-        session_id: The session, as canonical UUID text.
-        messages: What to store; each has an id, and no id comes twice.
-        deadline: On the running loop's clock.
-        may_create: Whether a missing session is made.
-        expected_last_seq: What the session's `last_seq` must be, if anything.
-        new_session: Title, metadata (JSON) and fingerprint of a session that is made.
-        check: Whether to ask first which of the messages are stored: the caller says that this is a retry.
-    """
-
-    __slots__ = (
-        "attempted", "born", "check", "creates", "deadline", "expected", "future", "give_up", "key", "may_create", "messages",
-        "new_session", "pending", "replayed", "size", "solo", "tries",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        user_id: str,
-        session_id: str,
-        messages: list[NewMessage],
-        deadline: float,
-        *,
-        may_create: bool = False,
-        expected_last_seq: int | None = None,
-        new_session: NewSession = NewSession(),  # noqa: B008 - an immutable tuple
-        check: bool = False,
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.key: Key = (user_id, session_id)
-        self.messages = messages
-        self.pending = messages
-        """Those that are not known to be stored."""
-        self.replayed: dict[str, Entry] = {}
-        self.born: int | None = None
-        """When the session was made in which those are; no other with its id will do."""
-        self.may_create = may_create
-        self.expected = expected_last_seq
-        self.creates = may_create and not expected_last_seq
-        """Whether its statement may make the session: a missing one counts as empty, and holds nothing to replay."""
-        self.new_session = new_session
-        self.deadline = deadline
-        self.give_up = min(deadline - REPLY_MARGIN, loop.time() + OUTAGE_PATIENCE)
-        self.check = check
-        self.attempted = False
-        """Whether a try of our own may have stored it: then finding it is no replay."""
-        self.solo = False
-        """Whether it must be the only item of its statement."""
-        self.tries = 0
-        self.size = sum(message.size for message in messages)
-        self.future: asyncio.Future[Appended] = loop.create_future()
-
-    @property
-    def is_conditional(self) -> bool:
-        """Whether what is known of the session must still be true: then the statement takes nothing else to that session."""
-        return self.expected is not None or self.born is not None
-
-    def fail(self, error: BaseException) -> None:
-        """Answer with an error, unless the caller is gone."""
-        if not self.future.done():
-            self.future.set_exception(error)
-
-    def finish(self, stored: Iterable[Entry], *, created: bool) -> None:
-        """Answer with what is stored, unless the caller is gone."""
-        if self.future.done():
-            return
-        entries = list(stored)
-        if self.replayed:
-            known = self.replayed | {entry.id: entry for entry in entries}
-            entries = [known[message.id] for message in self.messages]
-        self.future.set_result(Appended(created, entries))
 
 
 class Appender:
@@ -228,11 +124,24 @@ class _Lane:
     async def _run(self) -> None:
         try:
             while self.queue:
+                await self._gather()
                 await self._step()
         finally:
             self.task = None
             if self._key is not None:
                 self._appender.rejoin(self._key)
+
+    async def _gather(self) -> None:
+        """Let requests that have reached this process join, as long as each turn of the event loop brings more of them.
+
+        Under load that doubles what a statement carries; an append that comes alone waits for one turn, some microseconds.
+        """
+        waiting = 0
+        for _ in range(GATHER_TURNS):
+            if len(self.queue) == waiting:
+                return
+            waiting = len(self.queue)
+            await asyncio.sleep(0)
 
     async def _step(self) -> None:
         """Run one batch; whatever happens, each of its items is answered or back in the queue."""
@@ -300,7 +209,7 @@ class _Lane:
         stored = {(row["user_id"], row["session_id"], row["id"]): row for row in rows}
         for item in suspects:
             item.check = False
-            _note_replays(item, stored)
+            note_replays(item, stored)
         return {(row["user_id"], row["session_id"]): row for row in rows}
 
     async def _store(self, batch: list[Append]) -> None:
@@ -347,7 +256,7 @@ class _Lane:
         for item in left_out:
             if item.future.done():
                 continue
-            refusal = _refusal(item, sessions.get(item.key))
+            refusal = refusal_of(item, sessions.get(item.key))
             if refusal is not None:
                 item.fail(refusal)
             elif item.tries >= MAX_TRIES:
@@ -426,54 +335,12 @@ def _collides(group: list[Append], item: Append) -> bool:
     return False
 
 
-def _note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> None:
-    """Take what is stored out of the item's pending messages."""
-    item.replayed, item.born, item.pending = {}, None, []
-    for message in item.messages:
-        row = stored.get((*item.key, message.id))
-        if row is None:
-            item.pending.append(message)
-        elif row["fingerprint"] != message.fingerprint:
-            item.fail(
-                AlreadyExists(
-                    "a message with this id and other content is stored",
-                    reason="MESSAGE_ID_REUSED",
-                    session_id=item.key[1],
-                    message_id=message.id,
-                )
-            )
-            return
-        else:
-            item.born = row["born"]
-            item.replayed[message.id] = Entry(message.id, row["seq"], row["at"], not item.attempted)
-    item.creates = item.may_create and not item.expected and item.born is None
-    if not item.pending:
-        first = item.replayed[item.messages[0].id]
-        item.finish((), created=item.attempted and first.seq == 1 and first.created_us == item.born)
-
-
-def _refusal(item: Append, session: Record | None) -> ServiceError | None:
-    """Say why the statement left an item out, or None when the reason has gone meanwhile."""
-    session_id = item.key[1]
-    if session is None and not item.may_create:
-        return NotFound.session(session_id)
-    if session is not None and session["state"] == State.ARCHIVED:
-        return FailedPrecondition("the session is archived", reason="SESSION_ARCHIVED", session_id=session_id)
-    last_seq = 0 if session is None else session["last_seq"]
-    if item.expected is not None and last_seq != item.expected:
-        return Conflict(
-            f"last_seq is {last_seq}, not {item.expected}",
-            reason="LAST_SEQ_MISMATCH",
-            session_id=session_id,
-            last_seq=last_seq,
-        )
-    return None
-
-
 def _final(item: Append, error: BaseException) -> BaseException:
     """Return what the caller of an item that ran alone is told."""
     if sqlstate(error) == "23503" and constraint(error) == "chat_sessions_user_id_fkey":
         return NotFound.user(item.key[0])
     if sqlstate(error) == "23505":
         return Conflict("the same message is being stored elsewhere; try again", reason="CONTENTION", retry_after=0.1)
+    if sqlstate(error) == "23502" and constraint(error) == "seq":
+        return Conflict("the session is being erased or made anew; try again", reason="CONTENTION", retry_after=0.1)
     return to_service_error(error) or error

@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+from service.store.append_item import Append
 from service.store.driver import Statement
-from service.store.tables import Owed, State
-
-if TYPE_CHECKING:
-    from service.store.append import Append
-
-
-class NewMessage(NamedTuple):
-    """A message to store: its columns in their order. `parts` and `metadata` are JSON, or None when empty."""
-
-    id: str
-    role: int
-    content: str
-    parts: str | None
-    metadata: str | None
-    token_count: int | None
-    token_estimate: int
-    size: int
-    author: str
-    feedback_score: float | None
-    feedback_comment: str | None
-    fingerprint: bytes
-
-
-class NewSession(NamedTuple):
-    """What a session starts with, where an append makes it. `metadata` is JSON, or None when empty."""
-
-    title: str = ""
-    summary: str = ""
-    metadata: str | None = None
-    fingerprint: bytes = b""
-
+from service.store.tables import OPEN_END, Owed, State
 
 # Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an
 # expectation ($9 to $12), and one a message ($14 on).
-# With messages indexed, the row of each session in the outbox says which of its messages are new: one row a session, however long
-# nobody looks, updated in place.
+# With messages indexed, the row of each session in the outbox says from which message on the index owes them. A row that says so
+# already is left as it is: only the first append since the indexer took it changes it, in place. The lock that is taken even so keeps
+# the indexer from taking the row before what is appended here can be seen.
 _OWED = f""", owed AS (
     INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
-    SELECT {Owed.SESSION:d}, a.user_id, a.id, a.last_seq - i.count + 1, a.last_seq
+    SELECT {Owed.SESSION:d}, a.user_id, a.id, a.last_seq - i.count + 1, {OPEN_END}
     FROM appended AS a
     JOIN unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS i (user_id, id, count) ON i.user_id = a.user_id AND i.id = a.id
     ORDER BY a.user_id, a.id
     ON CONFLICT (kind, user_id, entity_id) DO UPDATE SET
         version = o.version + 1, since = least(o.since, excluded.since), through = greatest(o.through, excluded.through),
         due_at = CASE WHEN o.due_at = 'infinity' THEN excluded.due_at ELSE o.due_at END
-)"""  # noqa: S608 - nothing but a number of ours goes in
+    WHERE o.since > excluded.since OR o.through < excluded.through OR o.due_at = 'infinity'
+)"""  # noqa: S608 - nothing but numbers of ours goes in
 
 
 def _append(owed: str) -> Statement:

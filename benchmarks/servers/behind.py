@@ -1,0 +1,37 @@
+"""The echo behind the service's own pipeline: what every call passes, and nothing else of the service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from benchmarks.servers.echo import Echo
+from benchmarks.servers.serving import announce, run, until_told
+from service.rpc.auth import trust
+from service.rpc.health import SERVICE
+from service.rpc.pipeline import Admission, Pipeline
+from service.rpc.servicer import DESCRIPTOR
+
+
+def pipeline(**parts: Any) -> Pipeline:
+    """Return the pipeline as the service makes it, metrics off and identity none, but for the parts given."""
+    made: dict[str, Any] = {"authenticate": trust, "calls": Admission(1024), "streams": Admission(1024), "call_timeout": 30.0}
+    return Pipeline(**(made | parts))
+
+
+async def _serve() -> None:
+    server = aio.server()
+    # The echo's methods take a context and make nothing of it; the pipeline hands them a Call.
+    handlers = pipeline().handlers(DESCRIPTOR, Echo())  # type: ignore[abstract]
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    announce(f"127.0.0.1:{port}")
+    await until_told()
+    await server.stop(1)
+
+
+if __name__ == "__main__":
+    run(_serve())

@@ -1,0 +1,279 @@
+"""Appends that share a statement: none of them pays for another, and races that chance would meet once in a long while."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from service.errors import AlreadyExists, Conflict, DeadlineExceeded, FailedPrecondition, NotFound
+from service.store import append as append_module
+from service.store.append import Appender
+from service.store.append_item import Append, Appended, NewMessage
+from service.store.database import Database
+from service.store.tables import State
+from service.store.url import parse
+from tests.support.appends import (
+    Add,
+    Content,
+    EraseSession,
+    SetState,
+    Word,
+    World,
+    explain,
+    new_message,
+    new_user,
+    stores,
+)
+from tests.support.chat import new_id
+from tests.support.cluster import Cluster, fetch
+from tests.support.faults import arm, install
+from tests.support.history import checked, history
+
+
+class Interrupted(Database):
+    """A database where something happens between two statements of an append."""
+
+    before: Callable[[str], Awaitable[None]]
+    """Is told the text of each hot statement, and awaited, before it leaves."""
+
+    async def fetch_once(self, statement: Any, *args: Any) -> Any:
+        await self.before(statement.text)
+        return await super().fetch_once(statement, *args)
+
+
+class Sessions:
+    """Sessions of one user, appended to through one lane, so that all that comes together shares a statement."""
+
+    def __init__(self, database: Database, url: str, user_id: str) -> None:
+        self.appender = Appender(database, lanes=1)
+        self.url = url
+        self.user_id = user_id
+
+    def start(
+        self, session_id: str, *messages: NewMessage, seconds: float = 30.0, **options: Any
+    ) -> asyncio.Task[Appended]:
+        """Start an append of these messages, or of one."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        item = Append(self.user_id, session_id, list(messages or [new_message(new_id())]), deadline, **options)
+        return asyncio.create_task(self.appender.append(item))
+
+    async def new(self, count: int = 0) -> str:
+        """Make a session of so many messages."""
+        session_id = new_id()
+        await fetch(
+            self.url,
+            "INSERT INTO chat_sessions (user_id, id, fingerprint) VALUES ($1, $2, '')",
+            self.user_id,
+            session_id,
+        )
+        for _ in range(count):
+            await self.start(session_id)
+        return session_id
+
+    async def stored(self, session_id: str) -> list[str]:
+        """Return the ids of what a sound session holds."""
+        return [message.id for message in (await checked(self.url, self.user_id, session_id)).messages]
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncGenerator[Sessions]:
+    async with stores(database_url) as [database]:
+        opened = Sessions(database, database_url, await new_user(database_url))
+        yield opened
+        await opened.appender.drain()
+
+
+async def test_bad_items_do_not_fail_their_neighbours(store: Sessions) -> None:
+    archived, used, short = await store.new(), await store.new(1), await store.new(1)
+    taken = (await store.stored(used))[0]
+    world = World(store.url, [store.appender.database], store.user_id, [archived, short])
+    await world.perform(0, 0, 0, SetState(State.ARCHIVED))
+    good = [await store.new() for _ in range(4)]
+    appended = [
+        store.start(good[0]),
+        store.start(archived),
+        store.start(good[1]),
+        store.start(new_id()),
+        store.start(used, new_message(taken, 1)),
+        store.start(used, new_message(taken)),
+        store.start(good[2]),
+        store.start(short, expected_last_seq=0),
+        store.start(short),
+        store.start(good[3], seconds=-1.0),
+        store.start(good[3]),
+    ]
+    answers = await asyncio.gather(*appended, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [
+        Appended, FailedPrecondition, Appended, NotFound, AlreadyExists, Appended, Appended, Conflict, Appended, DeadlineExceeded,
+        Appended,
+    ]  # fmt: skip
+    assert [len(await store.stored(session_id)) for session_id in (*good, archived, used, short)] == [
+        1,
+        1,
+        1,
+        1,
+        0,
+        1,
+        2,
+    ]
+
+
+async def test_a_missing_user_fails_alone(store: Sessions, database_url: str) -> None:
+    good, user_id = await store.new(), store.user_id
+    first = store.start(good)
+    store.user_id = new_id()
+    second = store.start(new_id(), may_create=True)
+    store.user_id = user_id
+    third = store.start(good)
+    answers = await asyncio.gather(first, second, third, return_exceptions=True)
+    assert isinstance(answers[1], NotFound)
+    assert answers[1].reason == "USER_NOT_FOUND"
+    assert len(await store.stored(good)) == 2
+
+
+@pytest.mark.parametrize("kind", ["40001", "40P01"])
+async def test_a_session_that_fails_every_time_fails_alone(store: Sessions, kind: str) -> None:
+    await install(store.url)
+    cursed, good = await store.new(), [await store.new() for _ in range(5)]
+    await arm(store.url, kind, 1000, content="content 1")
+    bad = store.start(cursed, new_message(new_id(), 1))
+    answers = await asyncio.gather(bad, *map(store.start, good), return_exceptions=True)
+    assert isinstance(answers[0], Conflict)
+    assert answers[0].reason == "CONTENTION"
+    assert [len(await store.stored(session_id)) for session_id in (cursed, *good)] == [0, 1, 1, 1, 1, 1]
+
+
+async def test_a_locked_session_lets_others_pass(store: Sessions, cluster: Cluster) -> None:
+    """In the order of events, not by the clock: the neighbours are done while the lock is still held."""
+    locked, others = await store.new(), [await store.new() for _ in range(5)]
+    holder = await cluster.connect(store.appender.database.target.url.database or "")
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", locked)
+            waiting = [store.start(locked) for _ in range(3)]
+            for _ in range(3):
+                await asyncio.gather(*map(store.start, others))
+            assert not any(task.done() for task in waiting)
+        stored = await asyncio.gather(*waiting)
+    finally:
+        await holder.close()
+    assert sorted(each.entries[0].seq for each in stored) == [1, 2, 3]
+    assert [len(await store.stored(session_id)) for session_id in others] == [3] * 5
+
+
+async def test_a_session_that_stays_locked_is_refused_in_time(store: Sessions, cluster: Cluster) -> None:
+    locked, other = await store.new(), await store.new()
+    holder = await cluster.connect(store.appender.database.target.url.database or "")
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", locked)
+            hopeless = [store.start(locked, seconds=0.7) for _ in range(3)]
+            answers = await asyncio.gather(*hopeless, store.start(other), return_exceptions=True)
+            assert all(isinstance(answer, Conflict | DeadlineExceeded) for answer in answers[:3])
+            assert isinstance(answers[3], Appended)
+        # Nothing of it is left: the session takes appends again, together with others.
+        await asyncio.gather(store.start(locked), store.start(other))
+    finally:
+        await holder.close()
+    assert len(await store.stored(locked)) == 1
+    assert store.appender.waiting == 0
+
+
+async def test_what_is_withdrawn_before_it_has_left_is_not_stored(store: Sessions) -> None:
+    session_id = await store.new()
+    under_way = store.start(session_id)
+    await asyncio.sleep(0)
+    withdrawn = [store.start(session_id) for _ in range(3)]
+    kept = store.start(session_id)
+    await asyncio.sleep(0)
+    for task in withdrawn:
+        task.cancel()
+    await asyncio.gather(under_way, kept)
+    await store.appender.drain()
+    assert len(await store.stored(session_id)) == 2
+
+
+async def test_what_has_left_is_stored_though_its_caller_is_gone(
+    store: Sessions, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(append_module, "LOCK_TIMEOUT", "30s")
+    session_id = await store.new()
+    holder = await cluster.connect(store.appender.database.target.url.database or "")
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id)
+            left = store.start(session_id)
+            while not await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+            left.cancel()
+            await asyncio.wait([left])
+    finally:
+        await holder.close()
+    await store.appender.drain()
+    assert len(await store.stored(session_id)) == 1
+
+
+async def test_a_retry_meets_its_own_first_try_under_way(database_url: str) -> None:
+    """Both stores send the same message before either has committed; the one that comes second finds it by its constraint."""
+    async with stores(database_url, database_url) as databases:
+        world = World(database_url, databases, await new_user(database_url))
+        await world.perform(0, 0, 0, Add((Word(0, 0),), may_create=True))
+        done = await asyncio.gather(*(world.perform(n % 2, 0, 0, Add((Word(1, 0), Word(2, 0)))) for n in range(10)))
+        _, content = await world.content(0)
+        assert content == Content(words=(Word(0, 0), Word(1, 0), Word(2, 0)))
+        assert sorted(each.answer for each in done) == (
+            [("added", False, ((2, False), (3, False)))] + [("added", False, ((2, True), (3, True)))] * 9
+        )
+
+
+@pytest.mark.parametrize("comes_back", [False, True], ids=["gone", "made anew"])
+async def test_what_was_found_in_an_erased_session_counts_no_more(database_url: str, comes_back: bool) -> None:
+    """The look at what is stored, and the statement, must be about one and the same session."""
+    first, second = Word(0, 0), Word(1, 0)
+    database = Interrupted(parse(database_url))
+    async with stores(database_url) as [other]:
+        world = World(database_url, [database, other], await new_user(database_url))
+        looked = erased = False
+
+        async def erase_after_the_look(statement: str) -> None:
+            nonlocal looked, erased
+            if looked and not erased and "INSERT" in statement:
+                erased = True
+                assert (await world.perform(1, 0, 0, EraseSession())).answer == ("erased", True)
+                if comes_back:
+                    await world.perform(1, 0, 0, Add((Word(2, 0), Word(3, 0)), may_create=True))
+            looked = looked or "m.fingerprint" in statement
+
+        database.before = erase_after_the_look
+        try:
+            await world.perform(1, 0, 0, Add((first,), may_create=True))
+            done = await world.perform(0, 0, 0, Add((first, second), may_create=True))
+            _, content = await world.content(0)
+        finally:
+            await database.close()
+        assert erased
+        there = Content(words=(Word(2, 0), Word(3, 0))) if comes_back else None
+        assert explain(there, content, [done]), (done, content)
+
+
+async def test_a_session_erased_under_a_statement_is_not_made_anew(database_url: str, cluster: Cluster) -> None:
+    """The statement has seen the session and waits for its row; when it may go on, there is none."""
+    async with stores(database_url) as [database]:
+        store = Sessions(database, database_url, await new_user(database_url))
+        doomed, good = await store.new(1), await store.new()
+        holder = await cluster.connect(database.target.url.database or "")
+        try:
+            async with holder.transaction():
+                await holder.execute("DELETE FROM chat_sessions WHERE id = $1", doomed)
+                appended = [store.start(doomed), store.start(good)]
+                while not await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                    await asyncio.sleep(0.005)
+            answers = await asyncio.gather(*appended, return_exceptions=True)
+        finally:
+            await holder.close()
+        assert isinstance(answers[0], NotFound)
+        assert await history(database_url, store.user_id, doomed) is None
+        assert len(await store.stored(good)) == 1

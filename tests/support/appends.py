@@ -1,0 +1,343 @@
+"""Appends on two stores at once, a sequential model of them, and the search for an order that explains what was answered.
+
+A *burst* starts many operations in one turn of the loop, so that they share statements and collide. Afterwards `explain` looks for an
+order of them, true to what had ended before what began, in which the model gives every answer that was given, and the tables as
+they are now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from service.errors import (
+    AlreadyExists,
+    Conflict,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    ServiceError,
+    Unavailable,
+)
+from service.store import messages, sessions
+from service.store.append import Appender
+from service.store.append_item import Append, NewMessage, NewSession
+from service.store.database import Database
+from service.store.tables import State
+from service.store.url import parse
+from tests.support.chat import new_id
+from tests.support.cluster import fetch
+from tests.support.history import History, history
+
+NAMES = 6
+"""Message ids of a session: few, so that they meet."""
+
+# --- What is done, and the model of it.
+
+
+class Word(NamedTuple):
+    """A message: which of its session's ids it has, and which of two contents."""
+
+    name: int
+    variant: int
+
+
+@dataclass(frozen=True)
+class Add:
+    """An append."""
+
+    words: tuple[Word, ...]
+    expected: int | None = None
+    may_create: bool = False
+    cancel_after: int | None = None
+    """Turns of the loop after which the caller goes away."""
+
+
+@dataclass(frozen=True)
+class EraseSession:
+    """The session goes, with all that is in it."""
+
+
+@dataclass(frozen=True)
+class EraseMessage:
+    """A message goes and leaves its tombstone."""
+
+    name: int
+
+
+@dataclass(frozen=True)
+class SetState:
+    """The session is archived, or taken back."""
+
+    state: State
+
+
+Operation = Add | EraseSession | EraseMessage | SetState
+
+
+class Content(NamedTuple):
+    """A session as the model sees it; a missing one is None."""
+
+    state: State = State.ACTIVE
+    words: tuple[Word, ...] = ()
+    """In order of seq."""
+    erased: frozenset[int] = frozenset()
+    """Names of those of which a tombstone is left."""
+
+
+Answer = tuple[Any, ...]
+CANCELLED: Answer = ("nobody knows",)
+CONTENTION: Answer = ("contention",)
+
+
+def run(content: Content | None, operation: Operation) -> tuple[Content | None, Answer]:
+    """Carry one operation out, alone."""
+    match operation:
+        case Add():
+            return _add(content, operation)
+        case EraseSession():
+            return None, ("erased", content is not None)
+        case _ if content is None:
+            return None, ("no session",)
+        case EraseMessage(name):
+            there = any(word.name == name for word in content.words) and name not in content.erased
+            return content._replace(erased=content.erased | {name}) if there else content, ("erased", there)
+        case SetState(state):
+            return content._replace(state=state), ("state",)
+
+
+def _add(content: Content | None, add: Add) -> tuple[Content | None, Answer]:
+    created = content is None
+    if content is None and not add.may_create:
+        return None, ("no session",)
+    now = content or Content()
+    places = {word.name: (seq, word.variant) for seq, word in enumerate(now.words, 1)}
+    for word in add.words:
+        if word.name in places and places[word.name][1] != word.variant:
+            return content, ("reused", word.name)
+    fresh = tuple(word for word in add.words if word.name not in places)
+    if fresh and now.state is State.ARCHIVED:
+        return content, ("archived",)
+    if fresh and add.expected not in (None, len(now.words)):
+        return content, ("mismatch", len(now.words))
+    after = now._replace(words=now.words + fresh)
+    seqs = {word.name: seq for seq, word in enumerate(after.words, 1)}
+    return after, ("added", created, tuple((seqs[word.name], word.name in places) for word in add.words))
+
+
+# --- The search for an order.
+
+
+@dataclass
+class Done:
+    """An operation with its answer, and when it began and ended."""
+
+    operation: Operation
+    answer: Answer
+    began: float
+    ended: float
+
+
+def explain(start: Content | None, end: Content | None, done: Sequence[Done], *, flags: bool = True) -> bool:
+    """Say whether some order gives these answers and this end. Without `flags`, `created` and `replayed` are left aside."""
+    # What was refused for contention has done nothing; what nobody knows about may have happened or not.
+    done = [each for each in done if each.answer != CONTENTION]
+    dead: set[tuple[int, Content | None]] = set()
+
+    def search(left: int, content: Content | None) -> bool:
+        waiting = [n for n in range(len(done)) if left >> n & 1]
+        if content == end and all(done[n].answer == CANCELLED for n in waiting):
+            return True
+        if (left, content) in dead:
+            return False
+        first_end = min(done[n].ended for n in waiting) if waiting else math.inf
+        for n in waiting:
+            if done[n].began > first_end:
+                continue
+            after, answer = run(content, done[n].operation)
+            fits = done[n].answer == CANCELLED or _plain(answer, flags) == _plain(done[n].answer, flags)
+            if fits and search(left & ~(1 << n), after):
+                return True
+        dead.add((left, content))
+        return False
+
+    return search((1 << len(done)) - 1, start)
+
+
+def _plain(answer: Answer, flags: bool) -> Answer:
+    if flags or answer[0] != "added":
+        return answer
+    return ("added", tuple(seq for seq, _ in answer[2]))
+
+
+# --- The real thing.
+
+
+@dataclass
+class World:
+    """Two stores on one database, and a user's sessions of one example."""
+
+    url: str
+    databases: list[Database]
+    user_id: str
+    session_ids: list[str] = field(default_factory=lambda: [new_id(), new_id()])
+    lanes: int = 2
+
+    def __post_init__(self) -> None:
+        self.appenders = [Appender(database, self.lanes) for database in self.databases]
+        self._clock = itertools.count()
+        self._ids = [[new_id() for _ in range(NAMES)] for _ in self.session_ids]
+
+    def message_id(self, session: int, name: int) -> str:
+        return self._ids[session][name]
+
+    async def content(self, session: int) -> tuple[History | None, Content | None]:
+        """Read a session from the tables, check what holds of every session, and return it as the model sees it."""
+        found = await history(self.url, self.user_id, self.session_ids[session])
+        if found is None:
+            return None, None
+        found.check()
+        names = {self.message_id(session, name): name for name in range(NAMES)}
+        words = tuple(Word(names[m.id], _variant(m.fingerprint)) for m in found.messages)
+        erased = frozenset(names[m.id] for m in found.messages if m.deleted)
+        return found, Content(State(found.state), words, erased)
+
+    async def perform(self, store: int, session: int, delay: int, operation: Operation) -> Done:
+        """Carry an operation out and note its answer."""
+        for _ in range(delay):
+            await asyncio.sleep(0)
+        began = next(self._clock)
+        try:
+            answer = await self._answer(store, session, operation)
+        except asyncio.CancelledError:
+            return Done(operation, CANCELLED, began, math.inf)
+        return Done(operation, answer, began, next(self._clock))
+
+    async def _answer(self, store: int, session: int, operation: Operation) -> Answer:
+        database, session_id = self.databases[store], self.session_ids[session]
+        deadline = asyncio.get_running_loop().time() + 30
+        try:
+            match operation:
+                case Add():
+                    return await self._append(store, session, operation, deadline)
+                case EraseSession():
+                    return "erased", await database.write(sessions.erase, deadline, self.user_id, session_id)
+                case EraseMessage(name):
+                    message_id = self.message_id(session, name)
+                    gone = await database.write(messages.erase, deadline, self.user_id, session_id, message_id)
+                    return "erased", gone
+                case SetState(state):
+                    await database.write(sessions.change, deadline, self.user_id, session_id, {"state": state}, "")
+                    return ("state",)
+        except ServiceError as error:
+            return self._refusal(session, error)
+
+    async def _append(self, store: int, session: int, add: Add, deadline: float) -> Answer:
+        new = [new_message(self.message_id(session, word.name), word.variant) for word in add.words]
+        item = Append(
+            self.user_id,
+            self.session_ids[session],
+            new,
+            deadline,
+            may_create=add.may_create,
+            expected_last_seq=add.expected,
+            new_session=NewSession(fingerprint=b"x"),
+        )
+        call = asyncio.ensure_future(self.appenders[store].append(item))
+        if add.cancel_after is not None:
+            for _ in range(add.cancel_after):
+                await asyncio.sleep(0)
+            call.cancel()
+        stored = await call
+        assert [entry.id for entry in stored.entries] == [message.id for message in new]
+        return "added", stored.session_created, tuple((entry.seq, entry.replayed) for entry in stored.entries)
+
+    def _refusal(self, session: int, error: ServiceError) -> Answer:
+        match error:
+            case NotFound(reason="SESSION_NOT_FOUND"):
+                return ("no session",)
+            case AlreadyExists(reason="MESSAGE_ID_REUSED"):
+                return "reused", self._ids[session].index(error.metadata["message_id"])
+            case FailedPrecondition(reason="SESSION_ARCHIVED"):
+                return ("archived",)
+            case Conflict(reason="LAST_SEQ_MISMATCH"):
+                return "mismatch", int(error.metadata["last_seq"])
+            case Conflict(reason="CONTENTION"):
+                return CONTENTION
+            case Unavailable() | DeadlineExceeded():
+                return CANCELLED
+        raise error
+
+
+def new_message(message_id: str, variant: int = 0) -> NewMessage:
+    """Make a message; variants differ in their content."""
+    content = f"content {variant}"
+    return NewMessage(message_id, 1, content, None, None, None, 1, len(content), "", None, None, _fingerprint(variant))
+
+
+def _fingerprint(variant: int) -> bytes:
+    return hashlib.blake2b(str(variant).encode(), digest_size=16).digest()
+
+
+def _variant(fingerprint: bytes) -> int:
+    return [_fingerprint(0), _fingerprint(1)].index(fingerprint)
+
+
+class Step(NamedTuple):
+    """One operation: by which store, on which session, and how many turns of the loop after the burst's begin."""
+
+    store: int
+    session: int
+    delay: int
+    operation: Operation
+
+
+async def play(
+    world: World,
+    bursts: Iterable[list[Step]],
+    *,
+    flags: bool = True,
+    prepare: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Run bursts one after the other and look for an order after each; `prepare` is awaited before each."""
+    before: list[Content | None] = [None for _ in world.session_ids]
+    for burst in bursts:
+        if prepare is not None:
+            await prepare()
+        done = await asyncio.gather(*(world.perform(*step) for step in burst))
+        for appender in world.appenders:
+            await appender.drain()
+            assert appender.waiting == 0
+        for database in world.databases:
+            await database.drain()
+        for session, start in enumerate(before):
+            mine = [each for step, each in zip(burst, done, strict=True) if step.session == session]
+            found, before[session] = await world.content(session)
+            if not explain(start, before[session], mine, flags=flags):
+                lines = [f"from {start}", *map(str, mine), f"to {before[session]}: {found}"]
+                raise AssertionError("no order explains\n" + "\n".join(lines))
+
+
+async def new_user(url: str) -> str:
+    """Make a user in the tables and return its id."""
+    user_id = new_id()
+    await fetch(url, "INSERT INTO users (id, fingerprint) VALUES ($1, '')", user_id)
+    return user_id
+
+
+@asynccontextmanager
+async def stores(*urls: str, **options: Any) -> AsyncGenerator[list[Database]]:
+    """Open a store on each of these addresses."""
+    async with AsyncExitStack() as stack:
+        databases = []
+        for url in urls:
+            database = Database(parse(url), **options)
+            stack.push_async_callback(database.close)
+            databases.append(database)
+        yield databases

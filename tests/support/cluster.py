@@ -1,0 +1,179 @@
+"""A real PostgreSQL for one test process: a migrated template, a fresh database for each test, and a log of every statement."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, NamedTuple, Self
+
+import asyncpg
+
+from service.store import migrations
+from service.store.data_folder import Postmaster, end_server, owner
+from service.store.embedded import EmbeddedPostgres
+from service.store.url import parse
+
+SUPPORT = "test-support"
+"""The application name of what the tests themselves ask; such statements are not the service's."""
+_FOLDER = "chat-history-tests-"
+_TEMPLATE = "template_chat_history"
+
+# Tests outlive no crash of the machine; PostgreSQL itself writes down every statement that any process sends, driver-level ones too.
+_SETTINGS = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "autovacuum": "off",
+    "log_statement": "all",
+    "log_parameter_max_length": "0",
+    "log_line_prefix": "<%a|%d> ",
+}
+_LOGGED = re.compile(
+    r"^<(?P<who>[^|\n]*)\|(?P<database>[^>\n]*)> LOG:  (?:statement|execute [^:\n]+): (?P<sql>.*(?:\n\t.*)*)",
+    re.MULTILINE,
+)
+
+
+class Logged(NamedTuple):
+    """One statement that PostgreSQL was sent."""
+
+    who: str
+    database: str
+    sql: str
+
+
+class Cluster:
+    """A PostgreSQL server of our own, as a context manager."""
+
+    running: ClassVar[list[Cluster]] = []
+    """Those of this process."""
+    left: ClassVar[list[Logged]] = []
+    """What was sent to those that have ended, and nobody has looked at."""
+
+    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        """Take settings, by name, beside those that all tests use; only such as need no restart."""
+        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+        self.postgres = EmbeddedPostgres(self.folder, "tests")
+        self._settings = _SETTINGS | dict(settings or {})
+        self._numbers = itertools.count(1)
+        self._read = 0
+
+    def __enter__(self) -> Self:
+        self.folder.chmod(0o711)
+        self.postgres.start()
+        Cluster.running.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.postgres.stop()
+        with suppress(ValueError):
+            Cluster.running.remove(self)
+        Cluster.left += self.new_statements()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def pid(self) -> int:
+        """The process id of the server."""
+        assert self.postgres.pid is not None, "not started"
+        return self.postgres.pid
+
+    @property
+    def pgdata(self) -> Path:
+        """The folder of its data, where its socket is too."""
+        return self.postgres.pgdata
+
+    def url(self, database: str) -> str:
+        """Return the connection string of a database."""
+        return self.postgres.url.replace("/postgres?", f"/{database}?", 1)
+
+    async def prepare(self) -> None:
+        """Set the server up for tests and migrate the template that every test's database is made of."""
+        connection = await self.connect()
+        try:
+            for name, value in self._settings.items():
+                await connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+            await connection.execute("SELECT pg_reload_conf()")
+            await connection.execute(f"CREATE DATABASE {_TEMPLATE}")
+        finally:
+            await connection.close()
+        # A new connection, so that the new settings hold also for the migration.
+        await migrations.upgrade(parse(self.url(_TEMPLATE)))
+
+    async def connect(self, database: str = "postgres") -> asyncpg.Connection:
+        """Open a connection of the tests' own."""
+        return await asyncpg.connect(
+            self.url(database), server_settings={"application_name": SUPPORT}, statement_cache_size=0
+        )
+
+    async def create_database(self, *, empty: bool = False) -> str:
+        """Make a fresh database, migrated unless `empty`, and return its name."""
+        name = f"test_{next(self._numbers)}"
+        template = "template0" if empty else _TEMPLATE
+        connection = await self.connect()
+        try:
+            await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        finally:
+            await connection.close()
+        return name
+
+    async def drop_database(self, name: str) -> None:
+        """Drop a database, whoever is connected."""
+        connection = await self.connect()
+        try:
+            await connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        finally:
+            await connection.close()
+
+    def new_statements(self) -> list[Logged]:
+        """Return what was sent since the last call, by whatever process, but for the tests' own statements.
+
+        PostgreSQL writes a statement down before it runs it, so whatever has been answered is here.
+        """
+        with self.postgres.log.open("rb") as log:
+            log.seek(self._read)
+            raw = log.read()
+        # A line that is being written is left for the next time.
+        raw = raw[: raw.rfind(b"\n") + 1]
+        self._read += len(raw)
+        return list(statements_in(raw.decode(errors="replace")))
+
+
+def all_new_statements() -> list[Logged]:
+    """Return what was sent to any cluster of this process since the last call, but for the tests' own statements."""
+    left, Cluster.left = Cluster.left, []
+    return left + [statement for cluster in Cluster.running for statement in cluster.new_statements()]
+
+
+def statements_in(log: str) -> Iterator[Logged]:
+    """Find the statements in a log of PostgreSQL, but for the tests' own."""
+    for found in _LOGGED.finditer(log):
+        if found["who"] != SUPPORT:
+            yield Logged(found["who"], found["database"], found["sql"].replace("\n\t", "\n"))
+
+
+def sweep() -> None:
+    """Remove what test processes have left that could not end in good order."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        if not (folder / "lock").exists() or owner(folder) is not None:
+            continue  # Somebody's who runs, or is just starting.
+        server = Postmaster.read(folder / "postgres")
+        if server is not None and server.is_alive():
+            with suppress(ProcessLookupError):
+                end_server(server.pid)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def fetch(url: str, sql: str, *args: Any) -> list[asyncpg.Record]:
+    """Ask a database, as the tests themselves."""
+    connection = await asyncpg.connect(url, server_settings={"application_name": SUPPORT}, statement_cache_size=0)
+    try:
+        return await connection.fetch(sql, *args)
+    finally:
+        await connection.close()

@@ -1,0 +1,116 @@
+"""Writers that never give up, a follower, and the judge of what they leave: nothing acknowledged is lost, doubled or moved."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+
+from chathistory.v1 import message_pb2
+from grpc import StatusCode, aio
+
+from tests.support.chat import Chat, new_id, text
+from tests.support.history import checked
+
+RETRIED = {
+    StatusCode.UNAVAILABLE,
+    StatusCode.ABORTED,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.RESOURCE_EXHAUSTED,
+}
+"""What a client tries again, with the same ids: the outcome was a refusal, or is not known."""
+CALL_SECONDS = 5.0
+
+
+class Load:
+    """Several writers to each of several sessions; each sends its request again until it is acknowledged."""
+
+    def __init__(self, chat: Chat, *, sessions: int = 4, writers: int = 3, seed: int = 1) -> None:
+        self._chat = chat
+        self._random = random.Random(seed)
+        self.session_ids = [new_id() for _ in range(sessions)]
+        self._writers = [session_id for session_id in self.session_ids for _ in range(writers)]
+        self.acknowledged: dict[str, list[message_pb2.AppendMessagesResponse]] = {each: [] for each in self.session_ids}
+        self.sent: dict[str, set[str]] = {each: set() for each in self.session_ids}
+        self.seen: dict[str, list[message_pb2.Message]] = {each: [] for each in self.session_ids}
+        """What a follower of each session was sent; it resumes after its last message when its stream breaks."""
+        self.refusals: dict[str, int] = {}
+        self._stopping = False
+
+    @property
+    def count(self) -> int:
+        """How many messages have been acknowledged."""
+        return sum(len(reply.messages) for replies in self.acknowledged.values() for reply in replies)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None]:
+        """Write during a block; at its end every request that is under way is carried through."""
+        writing = [asyncio.create_task(self._write(session_id)) for session_id in self._writers]
+        following = [asyncio.create_task(self._follow(session_id)) for session_id in self.session_ids]
+        try:
+            yield
+            self._stopping = True
+            await asyncio.gather(*writing)
+            async with asyncio.timeout(30):
+                for session_id in self.session_ids:
+                    last = max(entry.seq for reply in self.acknowledged[session_id] for entry in reply.messages)
+                    while not self.seen[session_id] or self.seen[session_id][-1].seq < last:
+                        await asyncio.sleep(0.02)
+        finally:
+            for task in (*writing, *following):
+                task.cancel()
+            await asyncio.wait([*writing, *following])
+
+    async def progress(self, count: int) -> None:
+        """Wait until so many more messages have been acknowledged."""
+        goal = self.count + count
+        async with asyncio.timeout(60):
+            while self.count < goal:
+                await asyncio.sleep(0.01)
+
+    async def _write(self, session_id: str) -> None:
+        while not self._stopping:
+            messages = [text("x" * self._random.randint(1, 300)) for _ in range(self._random.randint(1, 3))]
+            self.sent[session_id].update(message.id for message in messages)
+            request = message_pb2.AppendMessagesRequest(
+                user_id=self._chat.user_id, session_id=session_id, messages=messages, create_if_missing=True
+            )
+            self.acknowledged[session_id].append(await self._until_acknowledged(request))
+
+    async def _until_acknowledged(
+        self, request: message_pb2.AppendMessagesRequest
+    ) -> message_pb2.AppendMessagesResponse:
+        while True:
+            try:
+                return await self._chat.stub.AppendMessages(request, timeout=CALL_SECONDS)
+            except aio.AioRpcError as error:
+                assert error.code() in RETRIED, error
+                self.refusals[error.code().name] = self.refusals.get(error.code().name, 0) + 1
+            await asyncio.sleep(self._random.uniform(0.01, 0.2))
+
+    async def _follow(self, session_id: str) -> None:
+        seen = self.seen[session_id]
+        while True:
+            with suppress(aio.AioRpcError):
+                async for reply in self._chat.watch(session_id, seen[-1].seq if seen else 0):
+                    seen.append(reply.message)
+            await asyncio.sleep(0.05)
+
+    async def check(self, database_url: str) -> None:
+        """Assert that what is stored is what was acknowledged, in its place, once, and what followers saw; and little else."""
+        for session_id in self.session_ids:
+            found = await checked(database_url, self._chat.user_id, session_id)
+            found.holds(self.acknowledged[session_id])
+            stored = [message.id for message in found.messages]
+            assert set(stored) == self.sent[session_id], "every request was carried through, and nothing else came"
+            seen = self.seen[session_id]
+            assert [message.seq for message in seen] == list(range(1, len(seen) + 1)), "a follower sees no gap and no double"
+            assert [message.id for message in seen] == stored[: len(seen)]
+
+
+def patient(**options: int) -> dict[str, int]:
+    """Return options of a channel that finds a restarted server soon."""
+    return {"initial_reconnect_backoff_ms": 50, "min_reconnect_backoff_ms": 50, "max_reconnect_backoff_ms": 200} | options
+
+

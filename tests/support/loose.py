@@ -1,0 +1,13 @@
+"""Messages that take a dict where a message or a Struct belongs, as protobuf itself allows and its type stubs do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chathistory.v1 import document_pb2, message_pb2, session_pb2, user_pb2
+
+User: Any = user_pb2.User
+Session: Any = session_pb2.Session
+Message: Any = message_pb2.Message
+Part: Any = message_pb2.Part
+Document: Any = document_pb2.Document

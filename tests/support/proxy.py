@@ -1,0 +1,187 @@
+"""A proxy on the loopback that breaks the connections that pass through it, before PostgreSQL or before the service.
+
+What can be done, to all connections and to those that come: `cut` (resets), `refuse` (turns newcomers away too), `hold` (a black hole:
+nothing passes, nothing is closed), `delay`, and a `tap` that sees every piece of data and can break its link at exactly that point.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from enum import Enum, auto
+from typing import Self
+
+from sqlalchemy import make_url
+
+_PIECE = 64 * 1024
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Way(Enum):
+    """Where a piece of data goes."""
+
+    UP = auto()
+    """To the server."""
+    DOWN = auto()
+    """To the client."""
+
+
+class Link:
+    """One connection through the proxy: the client's half, and the server's once it is there."""
+
+    def __init__(self, client: asyncio.StreamWriter) -> None:
+        self.halves = [client]
+        self.passed = {Way.UP: 0, Way.DOWN: 0}
+        """Bytes seen, by where they go."""
+
+    def cut(self) -> None:
+        """Reset both halves."""
+        for half in self.halves:
+            reset(half)
+
+    def cut_client(self) -> None:
+        """Reset the client's half only: the server is left with a half-open connection and is told nothing."""
+        reset(self.halves[0])
+
+
+Tap = Callable[[Link, Way, bytes], bool]
+"""Sees a piece before it passes; False swallows it."""
+
+
+class Proxy:
+    """Listens on a free port of 127.0.0.1; an async context manager."""
+
+    def __init__(self, upstream: str) -> None:
+        """Name where connections go: the path of a Unix socket, or `host:port`."""
+        self.upstream = upstream
+        self.tap: Tap = _pass
+        self.delay = 0.0
+        """Seconds by which each piece comes later."""
+        self.links: set[Link] = set()
+        self.accepted = 0
+        """How many connections have come."""
+        self._refusing = False
+        self._open = {way: asyncio.Event() for way in Way}
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
+
+    async def __aenter__(self) -> Self:
+        self.let_pass()
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_PIECE)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        self.cut()
+        for pump in self._pumps:
+            pump.cancel()
+        while self._pumps:
+            await asyncio.wait(self._pumps)
+        await self._server.wait_closed()
+
+    def cut(self) -> None:
+        """Reset every connection; new ones pass."""
+        for link in list(self.links):
+            link.cut()
+
+    def halve(self) -> None:
+        """Reset the clients' halves and leave the server's open, as when a network or a machine has gone away."""
+        for link in list(self.links):
+            link.cut_client()
+
+    def refuse(self) -> None:
+        """Reset every connection, new ones too, until `accept`."""
+        self._refusing = True
+        self.cut()
+
+    def accept(self) -> None:
+        """Take new connections again."""
+        self._refusing = False
+
+    def hold(self, *ways: Way) -> None:
+        """Let nothing pass, in these directions or in both, and close nothing."""
+        for way in ways or Way:
+            self._open[way].clear()
+
+    def let_pass(self) -> None:
+        """Let pass what was held, and what comes."""
+        for gate in self._open.values():
+            gate.set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        if self._refusing:
+            reset(writer)
+            return
+        link = Link(writer)
+        self.links.add(link)
+        # The server's own task: it ends with its pumps, and `__aexit__` cancels it.
+        task = asyncio.current_task()
+        assert task is not None
+        self._pumps.add(task)
+        try:
+            up_reader, up_writer = await self._connect()
+            link.halves.append(up_writer)
+            await asyncio.gather(
+                self._pump(link, Way.UP, reader, up_writer), self._pump(link, Way.DOWN, up_reader, writer)
+            )
+        except OSError:
+            link.cut()
+        except asyncio.CancelledError:
+            link.cut()
+        finally:
+            self.links.discard(link)
+            self._pumps.discard(task)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self.upstream.startswith("/"):
+            return await asyncio.open_unix_connection(self.upstream, limit=_PIECE)
+        host, _, port = self.upstream.rpartition(":")
+        return await asyncio.open_connection(host, int(port), limit=_PIECE)
+
+    async def _pump(self, link: Link, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while piece := await reader.read(_PIECE):
+            await self._open[way].wait()
+            if self.delay:
+                await asyncio.sleep(self.delay)
+            link.passed[way] += len(piece)
+            if not self.tap(link, way, piece):
+                continue
+            writer.write(piece)
+            await writer.drain()
+        await self._open[way].wait()
+        writer.close()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close a connection the hard way: the other side gets a reset instead of an end."""
+    if writer.transport.is_closing():
+        return
+    peer = writer.get_extra_info("socket")
+    if peer is not None and peer.family in (socket.AF_INET, socket.AF_INET6):
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()
+
+
+def _pass(_link: Link, _way: Way, _piece: bytes) -> bool:
+    return True
+
+
+@asynccontextmanager
+async def before_postgres(database_url: str) -> AsyncGenerator[tuple[Proxy, str]]:
+    """Put a proxy before the PostgreSQL of a test, which listens on a Unix socket; give it and the connection string through it."""
+    url = make_url(database_url)
+    async with Proxy(f"{url.query['host']}/.s.PGSQL.5432") as proxy:
+        through = url.set(host="127.0.0.1", port=proxy.port, query={"sslmode": "disable"})
+        yield proxy, through.render_as_string(hide_password=False)

@@ -1,0 +1,25 @@
+"""Serves what `DATABASE_URL` names, in a process of its own, and prints the address when calls are served."""
+
+from __future__ import annotations
+
+import sys
+
+import uvloop
+
+from service import server
+from service.config import Settings
+from service.store.url import parse
+from service.telemetry import configure_logging
+
+
+def main() -> None:
+    settings = Settings()
+    configure_logging(settings.log_level, "json")
+    assert settings.database_url is not None, "DATABASE_URL is not set"
+    target = parse(settings.database_url.get_secret_value(), prepared_statements=settings.db_prepared_statements)
+    uvloop.run(server.run(settings, target, on_ready=lambda address: print(address, flush=True)))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
