@@ -8,6 +8,8 @@ PYTHON ?=
 TEST_WORKERS ?= 2
 # More for pytest: make test PYTEST_ARGS='tests/store -k fork'
 PYTEST_ARGS ?=
+# How many cases `make fuzz` tries.
+CASES ?= 100000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +46,10 @@ bench: install ## measure the service beside an echo and others, into docs/; QUI
 	@benchmarks/needs.sh
 	@$(BIN)/python -m benchmarks all $(if $(QUICK),--quick)
 
+.PHONY: fuzz
+fuzz: install ## send bytes of all kinds to a server of its own; CASES=100000
+	$(BIN)/python -m tests.security.fuzz --cases $(CASES)
+
 .PHONY: lint
 lint: install $(PROTO_STAMP) ## check style, types, imports between modules, protos and generated code
 	$(BIN)/ruff check
@@ -57,6 +63,7 @@ format: install $(PROTO_STAMP) ## put code and protos into the one format, and m
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 	$(PROTO_VENV)/bin/buf format --write protos
+	$(BIN)/python scripts/settings.py
 
 .PHONY: proto
 proto: $(PROTO_STAMP) ## make generated/ from protos/
@@ -72,7 +79,7 @@ lock: install ## pin the dependencies anew: what still fits stays, or all of the
 
 .PHONY: clean
 clean: ## remove the environments and caches; never .data, where the embedded database is
-	rm -rf $(VENV) $(PROTO_VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache dist generated/dist
+	rm -rf $(VENV) $(PROTO_VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache dist generated/dist client/dist
 	find $(wildcard service tests scripts alembic generated client examples) -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): requirements/dev.lock pyproject.toml generated/pyproject.toml client/pyproject.toml scripts/venv.sh $(call stale,$(VENV))

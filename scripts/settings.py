@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import sys
 from pathlib import Path
 
@@ -26,10 +27,11 @@ with one line and exit code 2. `chat-history check` shows what is in force. This
 
 def meanings() -> dict[str, str]:
     """Return each setting's docstring, by its field's name."""
-    body = ast.parse(inspect.getsource(config.Settings)).body[0]
-    assert isinstance(body, ast.ClassDef)
+    [body] = (
+        node.body for node in ast.parse(inspect.getsource(config.Settings)).body if isinstance(node, ast.ClassDef)
+    )
     found: dict[str, str] = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)
@@ -53,7 +55,9 @@ def render() -> str:
         )
         default = info.default
         shown = "" if default in (None, "", PydanticUndefined) or isinstance(default, SecretStr) else f"`{default}`"
-        rows.append(f"| {', '.join(f'`{each}`' for each in names)} | {shown} | {meaning.replace('|', chr(92) + '|')} |\n")
+        rows.append(
+            f"| {', '.join(f'`{each}`' for each in names)} | {shown} | {meaning.replace('|', chr(92) + '|')} |\n"
+        )
     return HEAD + "".join(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import importlib.util
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,9 +17,10 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service.config import Settings, split_address
+from service.config import BadConfiguration, Settings, split_address
 from service.rpc import identity
 from service.rpc.audit import Audited
+from service.rpc.auth import trust
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import Admission, Pipeline
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
+LAST_WRITES = 2.0
+"""Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
 
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -96,13 +100,14 @@ class Server:
         """
         settings = self.settings
         observe = self.metrics.observe if self.metrics else None
-        pipeline = Pipeline(self.authenticate, self.calls, self.streams, settings.call_timeout, observe)
         servicer = ChatHistoryServicer(self.database, self.appender, self.watchers, settings.call_timeout, self.search)
+        audited = Audited(servicer, identified=self.authenticate is not trust)
+        pipeline = Pipeline(
+            self.authenticate, self.calls, self.streams, settings.call_timeout, observe, audited.authorise
+        )
         search = self.search
         server = aio.server(options=_OPTIONS)
-        handlers = grpc.method_handlers_generic_handler(
-            SERVICE, pipeline.handlers(DESCRIPTOR, Audited(servicer, identified=settings.auth != "none"))
-        )
+        handlers = grpc.method_handlers_generic_handler(SERVICE, pipeline.handlers(DESCRIPTOR, audited))
         server.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
@@ -134,10 +139,16 @@ class Server:
         self.health.close()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
         identity.close(self.authenticate)
-        await self.appender.drain()
+        await self.health.finish()
+        try:
+            async with asyncio.timeout(LAST_WRITES):
+                await self.appender.drain()
+        except TimeoutError:
+            self.database.driver.terminate()
+            await self.appender.drain()
         if self.search is not None:
             await self.search.stop()
-        await self.database.close()
+        await self.database.close(LAST_WRITES)
         if self.metrics:
             self.metrics.close()
         gc.unfreeze()
@@ -145,6 +156,14 @@ class Server:
     def _make_search(self) -> Search | None:
         if self.settings.search == "off":
             return None
+        needed = {"wordllama": self.settings.embeddings_url is None, "qdrant_client": True, "openai": True}
+        missing = [name for name, needs in needed.items() if needs and importlib.util.find_spec(name) is None]
+        if missing:
+            raise BadConfiguration(
+                [
+                    f"search is on and {missing[0]} is not installed: pip install 'chat-history[search]', or set CHAT_HISTORY_SEARCH=off"
+                ]
+            )
         # Imported here: a service without search does not pay for it.
         from service.search.engine import Search  # noqa: PLC0415
 

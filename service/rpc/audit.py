@@ -1,7 +1,7 @@
 """The audit trail: a line for each erasure, each export, each act of a service for a user, and each refused reach for another's things.
 
 It tells ids and outcomes, never content. An erasure and an export are always told. An act for a user is told once an hour for each
-service, user and method, and only where callers have names (`CHAT_HISTORY_AUTH=jwt`): a line for every append would cost more than
+service, user and method, and only where callers have names (by token or certificate): a line for every append would cost more than
 the append's share of the database, and one an hour answers who worked with whose data when.
 """
 
@@ -14,6 +14,7 @@ from inspect import isasyncgenfunction
 from typing import Any
 
 from service.errors import PermissionDenied, ServiceError
+from service.rpc.auth import Caller, authorise, is_uuid
 from service.rpc.pipeline import Call
 from service.telemetry import audit
 
@@ -53,6 +54,18 @@ class Audited:
             return method
         return self._at_times_stream(name, method) if isasyncgenfunction(method) else self._at_times(name, method)
 
+    def authorise(self, name: str, caller: Caller, request: Any) -> None:
+        """Refuse what a user may not ask for, and tell of it.
+
+        Raises:
+            PermissionDenied: as `auth.authorise`.
+        """
+        try:
+            authorise(name, caller, request)
+        except PermissionDenied as error:
+            self._denied(name, request, caller, error)
+            raise
+
     def _always(self, act: str, name: str, method: Unary) -> Unary:
         async def audited(request: Any, call: Call) -> Any:
             with _told(act, name, request, call):
@@ -72,11 +85,11 @@ class Audited:
     def _at_times(self, name: str, method: Unary) -> Unary:
         async def audited(request: Any, call: Call) -> Any:
             if call.caller.user_id is None:
-                self._act(name, request, call)
+                self._act(name, request, call.caller)
             try:
                 return await method(request, call)
             except PermissionDenied as error:
-                self._denied(name, request, call, error)
+                self._denied(name, request, call.caller, error)
                 raise
 
         return audited
@@ -84,24 +97,24 @@ class Audited:
     def _at_times_stream(self, name: str, method: Stream) -> Stream:
         async def audited(request: Any, call: Call) -> AsyncGenerator[Any]:
             if call.caller.user_id is None:
-                self._act(name, request, call)
+                self._act(name, request, call.caller)
             try:
                 async with aclosing(method(request, call)) as replies:
                     async for reply in replies:
                         yield reply
             except PermissionDenied as error:
-                self._denied(name, request, call, error)
+                self._denied(name, request, call.caller, error)
                 raise
 
         return audited
 
-    def _act(self, name: str, request: Any, call: Call) -> None:
-        if self._is_new(call.caller.subject, name, getattr(request, "user_id", "")):
-            _tell("act", name, request, call, "allowed")
+    def _act(self, name: str, request: Any, caller: Caller) -> None:
+        if self._is_new(caller.subject, name, getattr(request, "user_id", "")):
+            _tell("act", name, request, caller, "allowed")
 
-    def _denied(self, name: str, request: Any, call: Call, error: PermissionDenied) -> None:
-        if self._is_new(call.caller.subject, name, "denied"):
-            _tell("denied", name, request, call, error.reason)
+    def _denied(self, name: str, request: Any, caller: Caller, error: PermissionDenied) -> None:
+        if self._is_new(caller.subject, name, "denied"):
+            _tell("denied", name, request, caller, error.reason)
 
     def _is_new(self, subject: str, name: str, user_id: str) -> bool:
         now = time.monotonic()
@@ -122,9 +135,9 @@ def _told(act: str, name: str, request: Any, call: Call) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _tell(act, name, request, call, _outcome(error))
+        _tell(act, name, request, call.caller, _outcome(error))
         raise
-    _tell(act, name, request, call, "OK")
+    _tell(act, name, request, call.caller, "OK")
 
 
 def _outcome(error: BaseException) -> str:
@@ -133,9 +146,8 @@ def _outcome(error: BaseException) -> str:
     return "INTERNAL" if isinstance(error, Exception) else "CANCELLED"
 
 
-def _tell(act: str, name: str, request: Any, call: Call, outcome: str) -> None:
-    caller = call.caller
-    ids = {each: value for each in _IDS if (value := getattr(request, each, ""))}
+def _tell(act: str, name: str, request: Any, caller: Caller, outcome: str) -> None:
+    ids = {each: value for each in _IDS if is_uuid(value := getattr(request, each, "").lower())}
     who = {"caller": "service"} if caller.user_id is None else {"caller": "user", "caller_user_id": caller.user_id}
     if caller.subject:
         who["subject"] = caller.subject[:_MAX_TEXT]

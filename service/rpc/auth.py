@@ -40,7 +40,7 @@ class Caller:
     expires_at: float | None = None
     """When what it has shown of itself ends, on the running loop's clock; None for never."""
     subject: str = ""
-    """Whom its token names, in the issuer's words; empty without a token."""
+    """Whom its token or certificate names, in the issuer's words; empty without one."""
 
     @property
     def is_service(self) -> bool:
@@ -75,6 +75,27 @@ class Caller:
             raise PermissionDenied("only a service may do this", reason="SERVICE_ONLY")
 
 
+def is_uuid(text: str) -> bool:
+    """Whether a text is a UUID in canonical form."""
+    return _UUID.fullmatch(text) is not None
+
+
+SERVICE_ONLY = frozenset({"CreateUser", "ListUsers", "DeleteUser", "RebuildSearchIndex"})
+"""RPCs that no user may call, whatever is in the request."""
+
+
+def authorise(rpc: str, caller: Caller, request: Any) -> None:
+    """Refuse what a user may not ask for, before anything else of the request is looked at.
+
+    Raises:
+        PermissionDenied: only services may call this (SERVICE_ONLY), or it is about another user (USER_MISMATCH).
+    """
+    if rpc in SERVICE_ONLY:
+        caller.require_service()
+    if caller.user_id is not None:
+        caller.owner(getattr(request, "user_id", ""))
+
+
 Authenticate = Callable[["aio.ServicerContext[Any, Any]"], Awaitable[Caller]]
 """Turns a call's metadata into its Caller, or raises Unauthenticated."""
 
@@ -84,6 +105,13 @@ _SERVICE = Caller()
 async def trust(_context: aio.ServicerContext[Any, Any]) -> Caller:
     """Take every caller for a service: `CHAT_HISTORY_AUTH=none`, on a loopback address."""
     return _SERVICE
+
+
+async def by_certificate(context: aio.ServicerContext[Any, Any]) -> Caller:
+    """Take every caller for the service that its certificate names: `CHAT_HISTORY_AUTH=none` under mutual TLS."""
+    shown = context.auth_context()
+    names = shown.get("x509_common_name") or shown.get("x509_subject_alternative_name") or ()
+    return Caller(subject=next(iter(names), b"").decode(errors="replace"))
 
 
 class _Known(NamedTuple):
@@ -148,7 +176,7 @@ class BearerTokens:
             left: float | None = context.time_remaining()
             deadline = loop.time() + (LOOK_UP_TIMEOUT if left is None else min(left, LOOK_UP_TIMEOUT))
             user_id = await self._find_user(identity.subject, deadline)
-        if user_id is None or user_id == SYSTEM_USER_ID or not _UUID.fullmatch(user_id):
+        if user_id is None or user_id == SYSTEM_USER_ID or not is_uuid(user_id):
             raise refused()
         return Caller(user_id, expires_at, identity.subject)
 

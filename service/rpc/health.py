@@ -44,15 +44,16 @@ class Readiness:
         """Why it is not ready, in words for the log."""
         self._draining = False
         self._doubted = False
-        self._prober: asyncio.Task[None] | None = None
+        self.prober: asyncio.Task[None] | None = None
+        """Asks the database, while there is doubt."""
         self._listeners: set[asyncio.Event] = set()
         self._first = asyncio.Event()
 
     def doubt(self) -> None:
         """Ask the database, since a call has shown that it may not answer."""
         self._doubted = True
-        if self._prober is None and not self._draining:
-            self._prober = asyncio.get_running_loop().create_task(self._probe())
+        if self.prober is None and not self._draining:
+            self.prober = asyncio.get_running_loop().create_task(self._probe())
 
     async def wait_ready(self) -> None:
         """Wait for the first time that it is ready."""
@@ -61,8 +62,8 @@ class Readiness:
     def drain(self) -> None:
         """Turn NOT_SERVING for good."""
         self._draining = True
-        if self._prober is not None:
-            self._prober.cancel()
+        if self.prober is not None:
+            self.prober.cancel()
         self._set(ready=False, problem="shutting down")
 
     def tell(self) -> None:
@@ -89,7 +90,7 @@ class Readiness:
                 if problem is not None:
                     await asyncio.sleep(PROBE_SECONDS)
         finally:
-            self._prober = None
+            self.prober = None
 
     async def _ask(self) -> str | None:
         try:
@@ -120,9 +121,7 @@ class Readiness:
 class Health(health_pb2_grpc.HealthServicer):
     """`grpc.health.v1.Health`, with the names of the contract."""
 
-    def __init__(
-        self, database: Database, readiness: Readiness, search: Callable[[], bool] | None = None
-    ) -> None:
+    def __init__(self, database: Database, readiness: Readiness, search: Callable[[], bool] | None = None) -> None:
         """Take what is reported; without `search` that name is not known."""
         self._database = database
         self._readiness = readiness
@@ -141,6 +140,13 @@ class Health(health_pb2_grpc.HealthServicer):
         """End every Watch, once it has told how things are: an open stream would eat the whole grace of a shutdown."""
         self._closing = True
         self._readiness.tell()
+
+    async def finish(self) -> None:
+        """End the questions that are under way, once nobody waits for their answers."""
+        questions = [task for task in (self._asked, self._readiness.prober) if task is not None]
+        for task in questions:
+            task.cancel()
+        await asyncio.gather(*questions, return_exceptions=True)
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: aio.ServicerContext[Any, Any]

@@ -6,7 +6,7 @@ import structlog
 
 from service.config import PREFIX, BadConfiguration, Settings, is_loopback, split_address
 from service.rpc import jwks, tokens
-from service.rpc.auth import Authenticate, BearerTokens, by_external_id, trust
+from service.rpc.auth import Authenticate, BearerTokens, by_certificate, by_external_id, trust
 from service.rpc.tls import Certificates, Files
 from service.store.database import Database
 
@@ -20,7 +20,7 @@ def authenticator(settings: Settings, database: Database) -> Authenticate:
         BadConfiguration: the key cannot be used.
     """
     if settings.auth == "none":
-        return trust
+        return trust if settings.tls_client_ca is None else by_certificate
     keys, notes = _keys(settings)
     for note in notes + _notes(settings):
         _log.warning(note)

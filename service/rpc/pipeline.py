@@ -1,4 +1,4 @@
-"""What every call passes, in this order: telemetry, errors, caller, admission, validation; then its method.
+"""What every call passes, in this order: telemetry, errors, caller, admission, validation (after the caller's rights); then its method.
 
 It is composed once per method when the server is built, not as interceptors: each of those costs every call an await and a context.
 """
@@ -23,7 +23,7 @@ from grpc import aio
 
 from service import errors
 from service.rpc import status
-from service.rpc.auth import Authenticate, Caller
+from service.rpc.auth import Authenticate, Caller, authorise
 from service.store.failures import to_service_error
 from service.telemetry import Observer
 
@@ -89,8 +89,10 @@ class Pipeline:
         streams: Admission,
         call_timeout: float,
         observe: Observer | None = None,
+        authorise: Callable[[str, Caller, Any], None] = authorise,
     ) -> None:
         self._authenticate = authenticate
+        self._authorise = authorise
         self._calls = calls
         self._streams = streams
         self._call_timeout = call_timeout
@@ -129,7 +131,7 @@ class Pipeline:
                 caller = await self._authenticate(context)
                 self._calls.enter()
                 try:
-                    self._check(request)
+                    self._check(name, request, caller)
                     left: float | None = context.time_remaining()
                     if left is not None:  # gRPC itself ends the call then.
                         reply = await method(request, Call(caller, loop.time() + left))
@@ -166,7 +168,7 @@ class Pipeline:
                 caller = await self._authenticate(context)
                 self._streams.enter()
                 try:
-                    self._check(request)
+                    self._check(name, request, caller)
                     deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
                     async with aclosing(method(request, Call(caller, deadline))) as replies:
                         async for reply in replies:
@@ -180,9 +182,11 @@ class Pipeline:
 
         return serve
 
-    def _check(self, request: Any) -> None:
+    def _check(self, name: str, request: Any, caller: Caller) -> None:
         if request is _MALFORMED:
             raise errors.InvalidArgument("the request's bytes are no valid message", reason="MALFORMED_REQUEST")
+        if caller.user_id is not None:  # A service may do everything.
+            self._authorise(name, caller, request)
         try:
             self._validate(request)
         except protovalidate.ValidationError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import html
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING
@@ -81,12 +80,10 @@ class Searches:
             case message_pb2.SEARCH_MODE_SEMANTIC:
                 scores = await self._by_meaning(user_id, request.query, session_id, limit + SPARE, call)
             case _:
-                scores = fused(
-                    await asyncio.gather(
-                        self._by_words(user_id, request.query, session_id, wide, call),
-                        self._by_meaning(user_id, request.query, session_id, wide, call),
-                    )
-                )
+                # Meaning first: it is what may be down, and then the words need not be looked for.
+                by_meaning = await self._by_meaning(user_id, request.query, session_id, wide, call)
+                by_words = await self._by_words(user_id, request.query, session_id, wide, call)
+                scores = fused((by_words, by_meaning))
         keys = list(scores)[: limit + SPARE]
         said = await lexical.read(self.database, user_id, keys, request.query, call.deadline) if keys else []
         reply = message_pb2.SearchMessagesResponse()

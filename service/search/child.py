@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from service.search.index import QdrantIndex
 
-NICENESS = 10
+NICENESS = 19
 LOCK_PATIENCE = 10.0
 """Seconds to wait for an earlier child, whose parent was killed, to let go of the folder."""
 _BATCH_CHARACTERS = 65_536

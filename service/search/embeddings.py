@@ -11,7 +11,6 @@ from service.search.points import Refused, SearchDown, WrongIndex
 from service.search.process import Child
 
 OFFLINE_MODEL = "wordllama-l2-supercat"
-OFFLINE_DIMENSIONS = 256
 
 
 class Embeddings(Protocol):
@@ -49,7 +48,8 @@ class OfflineEmbeddings:
         self._child = child
 
     async def dimensions(self) -> int:
-        return OFFLINE_DIMENSIONS
+        # Loads the model, too, for which no search should have to wait.
+        return len(await self.embed(["how long is a vector?"])) // 4
 
     async def embed(self, texts: Sequence[str]) -> bytes:
         return (await self._child.call("embed", texts))[1]

@@ -291,4 +291,3 @@ class Search:
     @staticmethod
     def _unavailable() -> Unavailable:
         return Unavailable("search does not answer now; try again", reason="SEARCH_UNAVAILABLE", retry_after=1.0)
-

@@ -66,9 +66,7 @@ class QdrantIndex:
         vectors = models.VectorParams(size=self._dimensions, distance=models.Distance.COSINE)
         await self._ask(self._client.create_collection(name, vectors_config=vectors))
         for field, schema in _INDEXED.items():
-            await self._ask(
-                self._client.create_payload_index(name, field, field_schema=schema, wait=True)
-            )
+            await self._ask(self._client.create_payload_index(name, field, field_schema=schema, wait=True))
         if await self.live() is None:
             await self._switch(name, replace=False)
         return name
@@ -92,9 +90,13 @@ class QdrantIndex:
 
     async def write(self, changes: Changes, building: str | None) -> None:
         points = self._points(changes)
-        await self._write(self._alias, changes, points)
-        if building is not None and building != await self.live():
+        # Whenever the one that is built takes the live one's place, it has had all that the alias was given.
+        if building is not None:
+            live = await self.live()
             await self._write(building, changes, points)
+            if live == building:
+                return
+        await self._write(self._alias, changes, points)
 
     async def _write(self, collection: str, changes: Changes, points: list[models.PointStruct]) -> None:
         for wipe in changes.wipes:
@@ -109,7 +111,9 @@ class QdrantIndex:
     def _points(self, changes: Changes) -> list[models.PointStruct]:
         size = self._dimensions * 4
         return [
-            models.PointStruct(id=point.id, vector=floats(changes.vectors[n * size : (n + 1) * size]), payload=point._asdict())
+            models.PointStruct(
+                id=point.id, vector=floats(changes.vectors[n * size : (n + 1) * size]), payload=point._asdict()
+            )
             for n, point in enumerate(changes.points)
         ]
 
@@ -146,7 +150,7 @@ class QdrantIndex:
         try:
             async with asyncio.timeout(self._timeout):
                 return await call
-        except Exception as error:  # noqa: BLE001 - three transports, each with errors of its own
+        except Exception as error:
             raise _told(error) from error
 
 
@@ -162,12 +166,20 @@ def _told(error: Exception) -> Exception:
         return SearchDown(f"Qdrant does not answer ({name})")
     # The embedded mode says what is not there, or does not fit, as a ValueError.
     if isinstance(error, ValueError):
-        return SearchDown("the collection is gone") if "not found" in str(error) else Refused(f"Qdrant refuses it ({name})")
+        return (
+            SearchDown("the collection is gone")
+            if "not found" in str(error)
+            else Refused(f"Qdrant refuses it ({name})")
+        )
     code = getattr(error, "code", None)
     if callable(code):  # gRPC, which only rpc/ and server.py import.
         status_name = code().name
         refused = status_name in ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION")
-        return Refused(f"Qdrant refuses it ({status_name})") if refused else SearchDown(f"Qdrant does not answer ({status_name})")
+        return (
+            Refused(f"Qdrant refuses it ({status_name})")
+            if refused
+            else SearchDown(f"Qdrant does not answer ({status_name})")
+        )
     return error
 
 

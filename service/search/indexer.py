@@ -24,7 +24,7 @@ from service.store.outbox import Outbox, Taken
 from service.store.rebuilding import Rebuilding
 from service.store.tables import DocumentStatus, Owed
 
-CLAIM = 64
+CLAIM = 256
 """Rows taken at a time."""
 PAGE = 128
 """Items read, embedded and written at a time: a search waits for one such batch at the most."""
@@ -39,6 +39,10 @@ RECHECK = 5.0
 """Seconds between two looks at rows that others hold, at the least."""
 GATHER = 0.02
 """Seconds to wait after a commit for others, so that they are indexed together."""
+PACE = 0.25
+"""The same while commits come all the time: a session that grows is then taken a few times a second, not at every message."""
+BACKLOG_AGE = 2.0
+"""Seconds that something may wait before there is no more gathering."""
 
 _KIND = {Owed.DOCUMENT: Kind.CHUNK, Owed.SESSION: Kind.MESSAGE}
 
@@ -100,8 +104,10 @@ class Indexer:
         self.figures = Figures()
 
     def start(self) -> None:
-        """Begin with what is owed."""
+        """Begin with what is owed, unless it is at work."""
         self._work.set()
+        if self._task is not None and not self._task.done():
+            return
         self._task = self._loop.create_task(self._run())
 
     async def stop(self) -> None:
@@ -146,7 +152,8 @@ class Indexer:
         """Work until nothing is due; return the seconds until something is, or None."""
         self._work.clear()
         while await self._step():
-            pass
+            if self.figures.lag < BACKLOG_AGE:
+                await asyncio.sleep(PACE)
         backlog = await self._outbox.backlog()
         figures = self.figures
         figures.waiting, figures.failed, figures.lag = backlog.waiting, backlog.failed, backlog.age

@@ -21,7 +21,7 @@ TIMEOUT = 60.0
 """Seconds after which a child that does not answer is taken for stuck, and ended."""
 _ENDING = 5.0
 # One thread each: what computes in the child shares the machine with the database and with those who chat.
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 _KNOWN = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}
 
 _log = structlog.get_logger(__name__)
@@ -30,7 +30,9 @@ _log = structlog.get_logger(__name__)
 class _Run:
     """One life of the child."""
 
-    def __init__(self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.process = process
         self.reader = reader
         self.writer = writer
@@ -43,7 +45,9 @@ class _Run:
         try:
             while True:
                 header_size, blob_size = wire.lengths(await self.reader.readexactly(wire.HEAD_BYTES))
-                frame = wire.decode(await self.reader.readexactly(header_size), await self.reader.readexactly(blob_size))
+                frame = wire.decode(
+                    await self.reader.readexactly(header_size), await self.reader.readexactly(blob_size)
+                )
                 answer = self.waiting.pop(frame.header[0], None)
                 if answer is not None and not answer.done():
                     answer.set_result(frame)

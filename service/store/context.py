@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -98,6 +99,10 @@ class _Total(NamedTuple):
     tokens: int
     size: int
 
+    def with_one_more(self) -> _Total:
+        """Return the least that another message makes of it."""
+        return self._replace(messages=self.messages + 1)
+
     def plus(self, rows: Iterable[MessageRow]) -> _Total:
         messages, tokens, size = self
         for row in rows:
@@ -124,17 +129,30 @@ def choose(
     total = _Total(0, 0, 0).plus(system)
     first = True
     for group in _groups([row for row in newest if row.seq not in leading], whole=whole):
+        if not first and not limits.hold(total.with_one_more()):
+            break
+        if group.verdict is _Verdict.UNKNOWN:
+            return None
         total = total.plus(group.members)
         if not first and not limits.hold(total):
             break
-        if not group.known:
-            return None
         kept += group.members
         first = False
     else:
-        if not whole and (first or limits.hold(total._replace(messages=total.messages + 1))):
+        if not whole and (first or limits.hold(total.with_one_more())):
             return None
     return sorted(kept, key=lambda row: row.seq)
+
+
+class _Verdict(Enum):
+    """What becomes of a group."""
+
+    SENT = auto()
+    """It may be sent, if it fits."""
+    DROPPED = auto()
+    """It may not be sent, whatever older messages say."""
+    UNKNOWN = auto()
+    """Older messages decide."""
 
 
 @dataclass(slots=True, eq=False)
@@ -142,77 +160,92 @@ class _Group:
     """Messages that are sent together or not at all, oldest first."""
 
     members: list[MessageRow]
-    open: dict[str, int] = field(default_factory=dict)
-    """Calls without a result, and the seq of the message that made them."""
-    known: bool = True
-    """Whether everything that decides about it has been read."""
+    verdict: _Verdict = _Verdict.SENT
 
 
 def _groups(newest: Sequence[MessageRow], *, whole: bool) -> list[_Group]:
-    """Put messages into groups, newest group first.
+    """Put messages into groups, newest group first; those that may not be sent are left out.
 
-    With `whole`, what may not be sent is left out: results without their call, and calls without their results. Otherwise such groups
-    are marked as not known, since older messages may complete them.
+    With `whole` there is nothing older, and no verdict is UNKNOWN.
     """
     if not any(row.parts for row in newest):
         return [_Group([row]) for row in newest]
-    groups: list[_Group] = []
-    caller: dict[str, _Group] = {}
-    strays: list[_Group] = []
+    ties = _Ties()
     for row in reversed(newest):
-        calls, results = _tools(row)
-        found = list(dict.fromkeys(caller[result] for result in results if result in caller))
-        if any(result not in caller for result in results):
-            strays.append(_Group([row], known=False))
-            for group in found:
-                group.known = False
-            continue
-        group = _merge(groups, caller, found) if found else _Group([])
-        if not found:
-            groups.append(group)
-        group.members.append(row)
-        for result in results:
-            group.open.pop(result, None)
-        for call in calls:
-            caller[call] = group
-            group.open[call] = row.seq
-    stray_seqs = {group.members[0].seq for group in strays}
+        ties.add(row)
+    groups = ties.groups()
     for group in groups:
-        _settle(group, newest, stray_seqs, whole=whole)
-    if whole:
-        groups = [group for group in groups if group.known]
-    else:
-        groups += strays
-    return sorted(groups, key=lambda group: -group.members[-1].seq)
+        group.verdict = ties.verdict(group, whole=whole)
+    if not whole:
+        # Their call may be further back.
+        groups += [_Group([row], _Verdict.UNKNOWN) for row in ties.strays]
+    return sorted(
+        (group for group in groups if group.verdict is not _Verdict.DROPPED), key=lambda group: -group.members[-1].seq
+    )
 
 
-def _merge(groups: list[_Group], caller: dict[str, _Group], found: list[_Group]) -> _Group:
-    """Make one group of several whose results came in one message."""
-    group, *others = found
-    for other in others:
-        group.members = sorted([*group.members, *other.members], key=lambda row: row.seq)
-        group.open |= other.open
-        group.known &= other.known
-        groups.remove(other)
-        for call in [call for call, owner in caller.items() if owner is other]:
-            caller[call] = group
-    return group
+class _Ties:
+    """Which messages hold the results of whose calls. Messages are added oldest first."""
 
+    def __init__(self) -> None:
+        self.strays: list[MessageRow] = []
+        """Messages with a result whose call is not there, or stands in such a message."""
+        self._caller: dict[str, int] = {}
+        """By a call's id: the seq of the newest message that makes it."""
+        self._open: dict[int, set[str]] = {}
+        """By a message's seq: its calls without a result. Strays have no entry."""
+        self._answers: dict[int, int] = {}
+        """By a message's seq: how many messages hold results of its calls."""
+        self._doubtful: set[int] = set()
+        """Messages of whose calls a stray holds a result."""
+        self._group: dict[int, _Group] = {}
+        self._place: dict[int, int] = {}
+        """By a message's seq: its place among those that are no strays."""
 
-def _settle(group: _Group, newest: Sequence[MessageRow], strays: set[int], *, whole: bool) -> None:
-    """Decide about a group with open calls: it may be sent at the end only."""
-    if whole:
-        group.known = True
-    if not group.open:
-        return
-    head = min(group.open.values())
-    own = {row.seq for row in group.members}
-    after = {row.seq for row in newest if row.seq > head} - own
-    if after - strays:
-        # Something else was said meanwhile. More results cannot come from older messages, except in a stray that waits for its call.
-        group.known = False
-    elif after and not whole:
-        group.known = False
+    def add(self, row: MessageRow) -> None:
+        """Tie a message to those before it."""
+        calls, results = _tools(row)
+        callers = {self._caller.get(result) for result in results}
+        known = {seq for seq in callers if seq is not None and seq in self._open}
+        if callers <= known:
+            for result in results:
+                self._open[self._caller[result]].discard(result)
+            for seq in known:
+                self._answers[seq] += 1
+            self._join(row, known)
+            self._open[row.seq] = calls
+            self._answers[row.seq] = 0
+            self._place[row.seq] = len(self._place)
+        else:
+            self.strays.append(row)
+            self._doubtful |= known
+        self._caller |= dict.fromkeys(calls, row.seq)
+
+    def _join(self, row: MessageRow, callers: set[int]) -> None:
+        """Put a message into the group of those whose calls it answers; several groups become one."""
+        found = list(dict.fromkeys(self._group[seq] for seq in sorted(callers)))
+        group = found[0] if found else _Group([])
+        for other in found[1:]:
+            group.members = sorted([*group.members, *other.members], key=lambda member: member.seq)
+            self._group |= {member.seq: group for member in other.members}
+        group.members.append(row)
+        self._group[row.seq] = group
+
+    def groups(self) -> list[_Group]:
+        """Return the groups."""
+        return list(dict.fromkeys(self._group.values()))
+
+    def verdict(self, group: _Group, *, whole: bool) -> _Verdict:
+        """Say what becomes of a group: one with open calls may be sent at the end only."""
+        seqs = [member.seq for member in group.members]
+        if not whole and any(seq in self._doubtful for seq in seqs):
+            return _Verdict.UNKNOWN
+        heads = [seq for seq in seqs if self._open[seq]]
+        if any(self._answers[head] < len(self._place) - 1 - self._place[head] for head in heads):
+            return _Verdict.DROPPED  # Something else was said since.
+        if not whole and heads and self.strays and self.strays[-1].seq > heads[0]:
+            return _Verdict.UNKNOWN  # Something else was said since, if it may be sent.
+        return _Verdict.SENT
 
 
 def _tools(row: MessageRow) -> tuple[set[str], set[str]]:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import asyncpg
-from sqlalchemy import event, select, text
+from sqlalchemy import NullPool, event, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -44,7 +44,9 @@ OUTAGE_PATIENCE = 15.0
 """Seconds that a call waits at the most for a database that is away."""
 
 # What the driver, SQLAlchemy and the socket raise when a statement or a connection fails.
-DATABASE_ERRORS = (DBAPIError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+DATABASE_ERRORS = (
+    DBAPIError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError,
+)  # fmt: skip
 
 
 def backoff(attempt: int, *, base: float = 0.02, cap: float = 1.0) -> float:
@@ -83,6 +85,9 @@ class Database:
         # Outside a transaction a read costs one round trip instead of three. Behind a transaction pooler each statement of a
         # driver without prepared statements may meet another server unless BEGIN holds it (SQLAlchemy #12836).
         self._reader = self.engine if target.pooled else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        # For a question to the database while calls that wait for locks hold the whole pool.
+        self._apart = create_async_engine(target.url, connect_args=args, poolclass=NullPool, hide_parameters=True)
+        self._limit = pool_size + max_overflow
         self.driver = DriverConnections(self.engine, min(driver_connections, pool_size))
         self._writes: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
@@ -113,8 +118,9 @@ class Database:
                 return await kept.driver.fetch(statement.text, *args)
             async with kept.driver.transaction():
                 return await kept.driver.fetch(statement.text, *args)
-        except TimeoutError:
-            # The driver's own limit: the server may be gone without a word, so nobody waits for this connection again.
+        except (TimeoutError, asyncpg.InternalClientError):
+            # The driver's own limit: the server may be gone without a word, so nobody waits for this connection again. Or the server
+            # has said that it ends this connection, and the end itself has not come yet.
             kept.driver.terminate()
             raise
         except asyncio.CancelledError:
@@ -252,16 +258,21 @@ class Database:
             self.on_doubt()
 
     async def probe(self, timeout: float) -> SchemaVersion:
-        """Ask the database, on any connection, for its schema's version; one try.
+        """Ask the database for its schema's version, on a connection of its own when the pool has none left; one try.
 
         Raises:
             Whatever connecting or the statement raises, and TimeoutError.
         """
-        async with asyncio.timeout(timeout), self._reader.connect() as connection:
+        full = self.engine.pool.checkedout() >= self._limit  # type: ignore[attr-defined]
+        async with asyncio.timeout(timeout), (self._apart if full else self._reader).connect() as connection:
             return await schema_version(connection)
 
-    async def close(self) -> None:
-        """Wait for writes and close every connection."""
+    async def close(self, patience: float | None = None) -> None:
+        """Wait for writes, those that take longer than `patience` seconds are given up, and close every connection."""
+        if self._writes:
+            _, left = await asyncio.wait(self._writes, timeout=patience)
+            for task in left:
+                task.cancel()
         await self.drain()
         await self.driver.close()
         await self.engine.dispose()

@@ -61,7 +61,8 @@ def driver_error(error: BaseException) -> BaseException:
     """Return the driver's own error under SQLAlchemy's wrapping."""
     while isinstance(error, DBAPIError) and error.orig is not None:
         error = error.orig
-    return error.__cause__ if isinstance(error.__cause__, asyncpg.PostgresError) else error
+    cause = error.__cause__
+    return cause if isinstance(cause, asyncpg.PostgresError | asyncpg.InternalClientError) else error
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -92,7 +93,9 @@ def classify(error: BaseException) -> Failure:
         return Failure.REFUSED
     if isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError):
         return Failure.REFUSED
-    if isinstance(cause, asyncpg.InterfaceError | InterfaceError) or getattr(error, "connection_invalidated", False):
+    # InternalClientError: the server has ended the connection between two statements, and the driver has not heard the end of it.
+    lost = asyncpg.InterfaceError | InterfaceError | asyncpg.InternalClientError
+    if isinstance(cause, lost) or getattr(error, "connection_invalidated", False):
         return Failure.LOST
     return Failure.FATAL
 

@@ -131,22 +131,27 @@ class DocumentRow(NamedTuple):
         return _etag(self.created_us, self.revision)
 
 
-_u, _s, _d = users.c, chat_sessions.c, documents.c
+_u, _d = users.c, documents.c
 
 USER_COLUMNS = (
     cast(_u.id, Text), _u.external_id, _u.email, _u.name, cast(_u.metadata, Text), micros(_u.created_at), micros(_u.updated_at),
     _u.revision, _u.fingerprint,
-)  # fmt: skip
-SESSION_COLUMNS = (
-    cast(_s.user_id, Text), cast(_s.id, Text), _s.title, _s.summary, _s.summarized_through_seq, cast(_s.metadata, Text), _s.state,
-    _s.last_seq, _s.message_count, micros(_s.created_at), micros(_s.updated_at), _s.revision, cast(_s.forked_from_id, Text),
-    _s.forked_from_seq, _s.fingerprint,
 )  # fmt: skip
 
 DOCUMENT_COLUMNS = (
     cast(_d.user_id, Text), cast(_d.id, Text), _d.title, _d.source_uri, _d.mime_type, _d.content_sha256, _d.size_bytes, _d.chunk_count,
     _d.status, _d.status_detail, cast(_d.metadata, Text), micros(_d.created_at), micros(_d.updated_at), _d.revision, _d.fingerprint,
 )  # fmt: skip
+
+
+def session_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
+    """Return the columns of a SessionRow, from the table or a subquery of it."""
+    s = source.c
+    return (
+        cast(s.user_id, Text), cast(s.id, Text), s.title, s.summary, s.summarized_through_seq, cast(s.metadata, Text), s.state,
+        s.last_seq, s.message_count, micros(s.created_at), micros(s.updated_at), s.revision, cast(s.forked_from_id, Text),
+        s.forked_from_seq, s.fingerprint,
+    )  # fmt: skip
 
 
 def message_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
@@ -158,6 +163,7 @@ def message_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
     )  # fmt: skip
 
 
+SESSION_COLUMNS = session_columns(chat_sessions)
 MESSAGE_COLUMNS = message_columns(chat_messages)
 
 R = TypeVar("R", UserRow, SessionRow, MessageRow, DocumentRow)

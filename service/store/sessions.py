@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import AlreadyExists, InvalidArgument, NotFound
 from service.store import outbox
 from service.store.failures import sqlstate
-from service.store.rows import SESSION_COLUMNS, SessionRow, check_etag, one, time_of
+from service.store.rows import SESSION_COLUMNS, SessionRow, check_etag, one, session_columns, time_of
 from service.store.tables import Owed, State, chat_messages, chat_sessions
 
 SLICE = 10_000
@@ -66,16 +66,18 @@ async def page(
 ) -> list[SessionRow]:
     """Read `limit` of a user's sessions, newest activity first, after a position (microseconds, id).
 
-    No index serves the order, since an append would have to maintain it: the user's own rows are sorted.
+    No index serves the order, since an append would have to maintain it: the user's own rows are sorted. Only those of the page are
+    then put into the form in which they leave, which costs more than the sort.
     """
-    query = select(*SESSION_COLUMNS).where(_own.user_id == user_id)
+    query = select(chat_sessions).where(_own.user_id == user_id)
     if state is not None:
         query = query.where(_own.state == state)
     if after is not None:
         place = tuple_(literal(time_of(after[0])), literal(after[1], _own.id.type))
         query = query.where(tuple_(_own.updated_at, _own.id) < place)
-    query = query.order_by(_own.updated_at.desc(), _own.id.desc()).limit(limit)
-    return [SessionRow._make(row) for row in await connection.execute(query)]
+    rows = query.order_by(_own.updated_at.desc(), _own.id.desc()).limit(limit).subquery("s")
+    ordered = select(*session_columns(rows)).order_by(rows.c.updated_at.desc(), rows.c.id.desc())
+    return [SessionRow._make(row) for row in await connection.execute(ordered)]
 
 
 async def change(

@@ -69,6 +69,9 @@ class Owed(IntEnum):
     USER = 3
 
 
+OPEN_END = 2**63 - 2
+"""Of a range in the outbox: from there on, whatever comes. Another number than a rebuilding's, which is beyond it."""
+
 metadata = MetaData(
     naming_convention={
         "ix": "%(table_name)s_%(column_0_N_name)s_idx",

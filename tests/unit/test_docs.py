@@ -5,8 +5,9 @@ import re
 import sys
 from pathlib import Path
 
-from scripts import settings
+from chathistory.v1 import chat_history_service_pb2
 
+from scripts import settings
 from service.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +28,6 @@ async def test_the_readme_snippet_works_as_printed(server: Server) -> None:
 
 
 def test_the_readme_names_every_rpc() -> None:
-    from chathistory.v1 import chat_history_service_pb2
-
     readme = (ROOT / "README.md").read_text()
     service = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]
     missing = [method.name for method in service.methods if f"`{method.name}`" not in readme]

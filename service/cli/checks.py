@@ -1,0 +1,112 @@
+"""`check`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from service import config
+from service.cli.common import configuration, run, stoppable
+from service.config import Settings
+from service.store.url import Target, parse
+
+if TYPE_CHECKING:
+    from service.store.diagnosis import Finding
+
+
+def check() -> None:
+    """Connect to what is configured and say what is well and what must be done."""
+    from service.store.data_folder import EmbeddedError
+    from service.store.diagnosis import Finding, Verdict
+
+    settings, target = configuration()
+    report = [_on_configuration(), *(Finding("configuration", line, Verdict.NOTE) for line in config.unknown())]
+    report += _check_identity(settings)
+    try:
+        with stoppable():
+            report += _check_embedded(settings) if target is None else _check(settings, target)
+    except EmbeddedError as error:
+        report.append(Finding("database", str(error), Verdict.TODO))
+    _show(report)
+    raise typer.Exit(any(finding.verdict is Verdict.TODO for finding in report))
+
+
+def _on_configuration() -> Finding:
+    from service.store.diagnosis import Finding
+
+    given = config.sources()
+    by_source: dict[str, list[str]] = {}
+    for name, source in given.items():
+        by_source.setdefault(source, []).append(name)
+    words = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
+    return Finding("configuration", "; ".join([*words, "all else at its defaults" if words else "all at its defaults"]))
+
+
+def _check_identity(settings: Settings) -> list[Finding]:
+    from service.rpc import identity
+    from service.store.diagnosis import Finding, Verdict
+
+    try:
+        return [Finding("identity", note, Verdict.NOTE) for note in identity.check(settings)]
+    except config.BadConfiguration as error:
+        return [Finding("identity", problem, Verdict.TODO) for problem in error.problems]
+
+
+def _check(settings: Settings, target: Target) -> list[Finding]:
+    from service.store import diagnosis
+    from service.store.database import DATABASE_ERRORS
+
+    notes = [diagnosis.Finding("database URL", note, diagnosis.Verdict.NOTE) for note in target.notes]
+    try:
+        found = run(lambda: diagnosis.describe(target, settings.db_connect_timeout))
+    except DATABASE_ERRORS as error:
+        return [diagnosis.Finding("database", diagnosis.explain(error, target), diagnosis.Verdict.TODO), *notes]
+    pool = settings.db_pool_size + settings.db_max_overflow
+    return [*diagnosis.findings(found, target, pool), *notes]
+
+
+def _check_embedded(settings: Settings) -> list[Finding]:
+    from service.store import data_folder, embedded
+    from service.store.diagnosis import Finding, Verdict
+
+    place = f"embedded PostgreSQL in {settings.data_dir.resolve()}, as no DATABASE_URL is set"
+    url = data_folder.running_url(settings.data_dir)
+    if url is None:
+        embedded.find_programs()
+        return [
+            Finding(
+                "database",
+                f"{place}: it is not running; start it with `make run` or `chat-history serve`",
+                Verdict.TODO,
+            )
+        ]
+    holder = data_folder.owner(settings.data_dir)
+    service_line = (
+        Finding("service", f"process {holder.pid}, listening on {holder.listen}")
+        if holder
+        else Finding(
+            "service", "not running, though its database is; `chat-history serve` takes that over", Verdict.TODO
+        )
+    )
+    return [Finding("data", place), service_line, *_check(settings, parse(url))]
+
+
+def _show(report: list[Finding]) -> None:
+    todo = sum(finding.verdict == "todo" for finding in report)
+    end = f"To do: {todo}." if todo else "All is well."
+    if not sys.stdout.isatty():
+        width = max(len(finding.about) for finding in report)
+        print(*(f"{verdict:<4}  {about:<{width}}  {words}" for about, words, verdict in report), "", end, sep="\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colors = {"ok": "green", "note": "yellow", "todo": "bold red"}
+    grid = Table.grid(padding=(0, 2))
+    for finding in report:
+        grid.add_row(Text(finding.verdict, colors[finding.verdict]), Text(finding.about, "bold"), Text(finding.words))
+    console = Console(highlight=False)
+    console.print(grid, "", Text(end, colors["todo" if todo else "ok"]), sep="\n")

@@ -1,0 +1,130 @@
+"""Short ways to call documents and search in a test, and to look into an index from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from chathistory.v1 import document_pb2, message_pb2
+
+from service.server import Server
+from tests.support.chat import Chat
+
+SHARED = document_pb2.DOCUMENT_SCOPE_SHARED
+INDEXED = document_pb2.DOCUMENT_STATUS_INDEXED
+LEXICAL, SEMANTIC, HYBRID = (
+    message_pb2.SEARCH_MODE_LEXICAL,
+    message_pb2.SEARCH_MODE_SEMANTIC,
+    message_pb2.SEARCH_MODE_HYBRID,
+)
+
+
+def chunks(texts: Sequence[str]) -> list[document_pb2.DocumentChunk]:
+    """Make chunks of texts."""
+    return [document_pb2.DocumentChunk(text=text) for text in texts]
+
+
+class Library:
+    """Documents and search as one user's; each method is one call, with the user's id filled in."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.stub = chat.stub
+        self.user_id = chat.user_id
+
+    async def create(self, texts: Sequence[str] = (), **fields: Any) -> document_pb2.Document:
+        request = document_pb2.CreateDocumentRequest(
+            user_id=self.user_id, document=document_pb2.Document(**fields), chunks=chunks(texts)
+        )
+        return (await self.stub.CreateDocument(request)).document
+
+    async def append(self, document_id: str, first_index: int, texts: Sequence[str]) -> document_pb2.Document:
+        request = document_pb2.AppendDocumentChunksRequest(
+            user_id=self.user_id, document_id=document_id, first_index=first_index, chunks=chunks(texts)
+        )
+        return (await self.stub.AppendDocumentChunks(request)).document
+
+    async def get(self, document_id: str) -> document_pb2.Document:
+        request = document_pb2.GetDocumentRequest(user_id=self.user_id, document_id=document_id)
+        return (await self.stub.GetDocument(request)).document
+
+    async def page(self, **fields: Any) -> document_pb2.ListDocumentsResponse:
+        return await self.stub.ListDocuments(document_pb2.ListDocumentsRequest(user_id=self.user_id, **fields))
+
+    async def all(self, **fields: Any) -> list[document_pb2.Document]:
+        """Read page after page to the end."""
+        found: list[document_pb2.Document] = []
+        token = ""
+        while True:
+            reply = await self.page(page_token=token, **fields)
+            found += reply.documents
+            token = reply.next_page_token
+            if not token:
+                return found
+
+    async def update(self, mask: Sequence[str] = (), **fields: Any) -> document_pb2.Document:
+        request = document_pb2.UpdateDocumentRequest(user_id=self.user_id, document=document_pb2.Document(**fields))
+        request.update_mask.paths.extend(mask)
+        return (await self.stub.UpdateDocument(request)).document
+
+    async def delete(self, document_id: str, **fields: Any) -> None:
+        await self.stub.DeleteDocument(
+            document_pb2.DeleteDocumentRequest(user_id=self.user_id, document_id=document_id, **fields)
+        )
+
+    async def texts(self, document_id: str, page_size: int = 0) -> list[str]:
+        """Read all chunks of a document."""
+        found: list[str] = []
+        token = ""
+        while True:
+            reply = await self.stub.ListDocumentChunks(
+                document_pb2.ListDocumentChunksRequest(
+                    user_id=self.user_id, document_id=document_id, page_size=page_size, page_token=token
+                )
+            )
+            assert [chunk.index for chunk in reply.chunks] == list(range(len(found), len(found) + len(reply.chunks)))
+            found += [chunk.text for chunk in reply.chunks]
+            token = reply.next_page_token
+            if not token:
+                return found
+
+    async def search(self, query: str = "", **fields: Any) -> list[document_pb2.DocumentHit]:
+        request = document_pb2.SearchDocumentsRequest(user_id=self.user_id, query=query, **fields)
+        return list((await self.stub.SearchDocuments(request)).hits)
+
+    async def said(
+        self, query: str, mode: message_pb2.SearchMode.ValueType = SEMANTIC, **fields: Any
+    ) -> list[message_pb2.MessageHit]:
+        request = message_pb2.SearchMessagesRequest(user_id=self.user_id, query=query, mode=mode, **fields)
+        return list((await self.stub.SearchMessages(request)).hits)
+
+
+async def comes_true(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
+    """Wait for something."""
+    give_up = time.monotonic() + seconds
+    while not await condition():
+        assert time.monotonic() < give_up, f"not within {seconds} s: {what}"
+        await asyncio.sleep(0.02)
+
+
+async def searchable(server: Server) -> None:
+    """Wait until search answers."""
+
+    async def healthy() -> bool:
+        return server.search is not None and server.search.healthy
+
+    await comes_true(healthy, "search is ready")
+
+
+async def settled(server: Server) -> None:
+    """Wait until the index owes nothing that can be done."""
+    assert server.search is not None
+    outbox = server.search._indexer._outbox if server.search._indexer else None
+    assert outbox is not None
+
+    async def nothing() -> bool:
+        return (await outbox.backlog()).waiting == 0
+
+    await comes_true(nothing, "everything is indexed")

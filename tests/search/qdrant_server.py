@@ -1,0 +1,163 @@
+"""Qdrant's gRPC interface in front of qdrant-client's own local engine: for transport, outages and deadlines.
+
+It answers what this project asks, by the package's own stubs and conversions; what a point, a filter or an alias means is the engine's.
+`python -m tests.search.qdrant_server PORT` serves in a process of its own and prints its port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import grpc
+from grpc import aio
+from qdrant_client import AsyncQdrantClient
+from qdrant_client import grpc as q
+from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc
+from qdrant_client.grpc import collections_service_pb2_grpc as collections_grpc
+from qdrant_client.grpc import points_service_pb2_grpc as points_grpc
+
+
+class QdrantServer:
+    """One Qdrant, which can be stopped and started again with its data, and slowed down."""
+
+    def __init__(self) -> None:
+        self.engine = AsyncQdrantClient(location=":memory:")
+        self.delay = 0.0
+        """Seconds that every answer takes longer."""
+        self.indexes: dict[tuple[str, str], Any] = {}
+        """Payload indexes by collection and field."""
+        self.queries: list[q.QueryPoints] = []
+        self.port = 0
+        self._server: aio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        """What the service is given; its REST port is served by nobody."""
+        return "http://127.0.0.1:1"
+
+    async def start(self, port: int = 0) -> None:
+        """Serve, on the port of before."""
+        server = aio.server(options=[("grpc.so_reuseport", 0)])
+        collections_grpc.add_CollectionsServicer_to_server(_Collections(self), server)  # type: ignore[no-untyped-call]
+        points_grpc.add_PointsServicer_to_server(_Points(self), server)  # type: ignore[no-untyped-call]
+        self.port = server.add_insecure_port(f"127.0.0.1:{port or self.port}")
+        await server.start()
+        self._server = server
+
+    async def stop(self) -> None:
+        """Be away."""
+        if self._server is not None:
+            await self._server.stop(0)
+            self._server = None
+
+    async def points(self, collection: str) -> dict[str, tuple[dict[str, Any], list[float]]]:
+        """Scroll a whole collection: payload and vector by id."""
+        found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+        offset: Any = None
+        while True:
+            records, offset = await self.engine.scroll(
+                collection, limit=1000, offset=offset, with_payload=True, with_vectors=True
+            )
+            found |= {str(each.id): (each.payload or {}, each.vector) for each in records}  # type: ignore[misc]
+            if offset is None:
+                return found
+
+    async def live(self) -> list[str]:
+        """Return the collections that an alias stands for."""
+        return [each.collection_name for each in (await self.engine.get_aliases()).aliases]
+
+
+class _Base:
+    def __init__(self, server: QdrantServer) -> None:
+        self._server = server
+        self._engine = server.engine
+
+    def __getattribute__(self, name: str) -> Any:
+        method = super().__getattribute__(name)
+        if name not in type(self).__dict__ or name.startswith("_"):
+            return method
+
+        async def served(request: Any, context: Any) -> Any:
+            await asyncio.sleep(self._server.delay)
+            try:
+                return await method(request, context)
+            except ValueError as error:
+                known = "not found" in str(error)
+                await context.abort(
+                    grpc.StatusCode.NOT_FOUND if known else grpc.StatusCode.INVALID_ARGUMENT, str(error)
+                )
+
+        return served
+
+
+class _Collections(_Base, collections_grpc.CollectionsServicer):
+    async def List(self, request: Any, context: Any) -> Any:
+        names = [each.name for each in (await self._engine.get_collections()).collections]
+        return q.ListCollectionsResponse(collections=[q.CollectionDescription(name=name) for name in names])
+
+    async def Get(self, request: Any, context: Any) -> Any:
+        info = await self._engine.get_collection(request.collection_name)
+        return q.GetCollectionInfoResponse(result=RestToGrpc.convert_collection_info(info))
+
+    async def Create(self, request: Any, context: Any) -> Any:
+        config = GrpcToRest.convert_vectors_config(request.vectors_config)
+        await self._engine.create_collection(request.collection_name, vectors_config=config)
+        return q.CollectionOperationResponse(result=True)
+
+    async def Delete(self, request: Any, context: Any) -> Any:
+        return q.CollectionOperationResponse(result=await self._engine.delete_collection(request.collection_name))
+
+    async def UpdateAliases(self, request: Any, context: Any) -> Any:
+        operations = [GrpcToRest.convert_alias_operations(each) for each in request.actions]
+        return q.CollectionOperationResponse(result=await self._engine.update_collection_aliases(operations))
+
+    async def ListAliases(self, request: Any, context: Any) -> Any:
+        aliases = (await self._engine.get_aliases()).aliases
+        return q.ListAliasesResponse(aliases=[RestToGrpc.convert_alias_description(each) for each in aliases])
+
+
+class _Points(_Base, points_grpc.PointsServicer):
+    async def CreateFieldIndex(self, request: Any, context: Any) -> Any:
+        self._server.indexes[request.collection_name, request.field_name] = request.field_index_params
+        return _completed()
+
+    async def Upsert(self, request: Any, context: Any) -> Any:
+        points = [GrpcToRest.convert_point_struct(each) for each in request.points]
+        await self._engine.upsert(request.collection_name, points)
+        return _completed()
+
+    async def Delete(self, request: Any, context: Any) -> Any:
+        await self._engine.delete(request.collection_name, GrpcToRest.convert_points_selector(request.points))
+        return _completed()
+
+    async def Query(self, request: Any, context: Any) -> Any:
+        self._server.queries.append(request)
+        reply = await self._engine.query_points(
+            request.collection_name,
+            query=GrpcToRest.convert_query(request.query),
+            query_filter=GrpcToRest.convert_filter(request.filter),
+            limit=request.limit,
+            with_payload=True,
+        )
+        return q.QueryResponse(result=[RestToGrpc.convert_scored_point(each) for each in reply.points])
+
+    async def Count(self, request: Any, context: Any) -> Any:
+        count = await self._engine.count(request.collection_name, GrpcToRest.convert_filter(request.filter))
+        return q.CountResponse(result=q.CountResult(count=count.count))
+
+
+def _completed() -> Any:
+    return q.PointsOperationResponse(result=q.UpdateResult(operation_id=1, status=q.UpdateStatus.Completed))
+
+
+async def _serve(port: int) -> None:
+    server = QdrantServer()
+    await server.start(port)
+    print(server.port, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(int(sys.argv[1])))

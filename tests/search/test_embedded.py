@@ -1,0 +1,240 @@
+"""The embedded default: a child process with Qdrant's local mode and the offline embeddings, on a bare machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from chathistory.v1 import document_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from qdrant_client import QdrantClient
+
+from service.search.embeddings import packed
+from service.server import Server
+from tests.search.library import HYBRID, INDEXED, SEMANTIC, SHARED, Library, comes_true, searchable, settled
+from tests.support.chat import Chat
+from tests.support.cluster import fetch
+from tests.support.servers import channel, code_of, connected, serving
+
+TEXTS = Path(__file__).parent / "texts"
+
+# In other words than the texts', and where the answer stands.
+QUESTIONS = [
+    ("how long may I stay in the reading room at night when the desk is empty", "library.md", "late hours"),
+    ("the pump stopped bringing up water, what can I do", "well.md", "priming"),
+    ("is it dangerous to warm up food from yesterday twice", "kitchen.md", "reheating"),
+    ("who pays when my suitcase gets lost on the train", "railway.md", "luggage"),
+    ("how can I keep slugs away from young lettuce plants", "garden.md", "snails"),
+]
+
+
+def sections(path: Path) -> list[str]:
+    """Cut a text into chunks: one a heading."""
+    return ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]]
+
+
+async def test_questions_in_other_words_find_the_right_chunk(server: Server, library: Library, tmp_path: Path) -> None:
+    made: dict[str, document_pb2.Document] = {}
+    for path in sorted(TEXTS.glob("*.md")):
+        made[path.name] = await library.create(sections(path), title=path.stem, source_uri=path.as_uri())
+    assert len(made) == 10
+    assert all(document.chunk_count >= 3 for document in made.values())
+    await settled(server)
+    right = 0
+    for question, name, heading in QUESTIONS:
+        first = (await library.search(question))[0]
+        right += first.document.id == made[name].id and first.text.lower().startswith(f"## {heading}")
+    assert right >= 4
+    gone = made["well.md"]
+    await library.delete(gone.id)
+    await settled(server)
+    assert gone.id not in {hit.document.id for hit in await library.search(QUESTIONS[1][0], limit=100)}
+    await server.stop()
+    entities = {payload["entity_id"] for payload in scrolled(tmp_path)}
+    assert entities == {document.id for document in made.values()} - {gone.id}
+
+
+def scrolled(folder: Path) -> list[dict[str, Any]]:
+    """Read the embedded index, which nobody else has open, from outside."""
+    client = QdrantClient(path=str(folder / "qdrant"))
+    try:
+        (alias,) = client.get_aliases().aliases
+        records, _ = client.scroll(alias.collection_name, limit=10_000)
+        return [record.payload or {} for record in records]
+    finally:
+        client.close()
+
+
+async def test_nobody_finds_what_is_anothers(server: Server, library: Library, others: Library) -> None:
+    mine = await library.create(["The treasure is buried below the oak."])
+    shared = await library.create(["The museum opens at ten."], scope=SHARED)
+    session = await library.chat.start("I buried the treasure")
+    # The same ids, for things of the other's own.
+    theirs = await others.create(["Nothing about money."], id=mine.id)
+    await others.chat.append(session, "nothing of interest", create_if_missing=True)
+    await settled(server)
+    assert server.search is not None
+    assert server.search._embeddings is not None
+    from service.search.index import floats  # noqa: PLC0415
+
+    vector = floats(await server.search._embeddings.embed(["The treasure is buried below the oak."]))
+    for search in (
+        others.search("where is the treasure buried", limit=100),
+        others.search("where is the treasure buried", limit=100, document_ids=[mine.id, shared.id]),
+        others.search(vector=vector, limit=100),
+    ):
+        hits = await search
+        assert {(hit.document.user_id, hit.document.id) for hit in hits} <= {
+            (others.user_id, theirs.id),
+            (shared.user_id, shared.id),
+        }
+        assert not any("treasure" in hit.text for hit in hits)
+    for mode in (SEMANTIC, HYBRID):
+        for fields in ({}, {"session_id": session}):
+            said = await others.said("buried treasure", mode, **fields)
+            assert [hit.message.content for hit in said] == ["nothing of interest"]
+    assert {hit.document.id for hit in await library.search("opening hours of the museum")} == {mine.id, shared.id}
+    assert (await others.search("opening hours of the museum"))[0].document.id == shared.id
+    found = await library.search(vector=vector)
+    assert (found[0].document.id, round(found[0].score, 3)) == (mine.id, 1.0)
+
+
+async def test_given_vectors_are_taken_and_checked(server: Server, library: Library) -> None:
+    vector = [1.0] + [0.0] * 255
+    request = document_pb2.CreateDocumentRequest(
+        user_id=library.user_id,
+        document=document_pb2.Document(),
+        chunks=[document_pb2.DocumentChunk(text="by hand", vector=vector)],
+    )
+    made = (await library.stub.CreateDocument(request)).document
+    await settled(server)
+    (hit,) = await library.search(vector=vector)
+    assert hit.document.id == made.id
+    assert hit.score == pytest.approx(1.0)
+    for call in (library.search(vector=[1.0]), library.search(), library.search("both", vector=vector)):
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await call
+        assert code_of(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
+    request.chunks[0].vector.pop()
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await library.stub.CreateDocument(request)
+    assert code_of(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(database_url: str, tmp_path: Path) -> None:
+    async with serving(database_url, search="off") as server, connected(server.address) as stub:
+        library = Library(await Chat.of_new_user(stub))
+        chunk = document_pb2.DocumentChunk(text="x", vector=[1.0, 2.0])
+        request = document_pb2.CreateDocumentRequest(
+            user_id=library.user_id, document=document_pb2.Document(), chunks=[chunk]
+        )
+        made = (await stub.CreateDocument(request)).document
+    async with serving(database_url, search="on", data_dir=tmp_path) as server, connected(server.address) as stub:
+        await searchable(server)
+        library = Library(Chat(stub, library.user_id))
+        fine = await library.create(["this one is fine"])
+
+        async def settled_both() -> bool:
+            status = [(await library.get(each.id)).status for each in (made, fine)]
+            return status[1] == INDEXED and (await outbox())[0] >= 1
+
+        async def outbox() -> tuple[int, str]:
+            rows = await fetch(database_url, "SELECT attempts, detail FROM search_outbox")
+            return (rows[0][0], rows[0][1]) if rows else (0, "")
+
+        await comes_true(settled_both, "the one is indexed, the other refused")
+        assert "dimension 2" in (await outbox())[1]
+
+
+async def test_a_child_that_dies_is_started_again(server: Server, library: Library) -> None:
+    await library.create(["The bridge is closed on Sundays."])
+    await settled(server)
+    assert server.search is not None
+    assert server.search._child is not None
+    pid = server.search._child.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    made = await library.create(["The ferry runs all night."])
+
+    async def indexed() -> bool:
+        return (await library.get(made.id)).status == INDEXED
+
+    await comes_true(indexed, "the new child goes on")
+    await searchable(server)
+    assert (await library.search("boat at midnight"))[0].document.id == made.id
+    assert server.search._child.pid not in (None, pid)
+
+
+@pytest.mark.timeout(180)
+async def test_a_server_that_is_killed_loses_nothing(database_url: str, tmp_path: Path, start_process: Any) -> None:
+    environment = {"CHAT_HISTORY_SEARCH": "on", "CHAT_HISTORY_DATA_DIR": str(tmp_path / "data")}
+    people: list[str] = []
+    for life in range(3):
+        process = await start_process(**environment)
+        async with connected(process.address) as stub:
+            library = Library(await Chat.of_new_user(stub))
+            people.append(library.user_id)
+            made = [await library.create([f"life {life}, text {n}"]) for n in range(8)]
+            await library.delete(made[0].id)
+            await library.chat.start(f"said in life {life}")
+            await asyncio.sleep(0.15 * life)
+        await process.kill()
+    process = await start_process(**environment)
+
+    async def done() -> bool:
+        return not await fetch(database_url, "SELECT FROM search_outbox")
+
+    # What was leased when it was killed is taken again when the lease has ended.
+    await comes_true(done, "the index is caught up", 100)
+    await process.stop()
+    chunks = await fetch(database_url, "SELECT user_id::text, document_id::text FROM document_chunks")
+    messages = await fetch(database_url, "SELECT user_id::text, session_id::text FROM chat_messages")
+    found = sorted((payload["user_id"], payload["entity_id"]) for payload in scrolled(tmp_path / "data"))
+    assert found == sorted(tuple(row) for row in [*chunks, *messages])
+    assert len(found) == 3 * 8
+
+
+@pytest.mark.timeout(180)
+async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Library) -> None:
+    session = await library.chat.start("hello")
+    for n in range(20):
+        await library.chat.append(session, f"message {n}")
+
+    async def p99(seconds: float, until: Any = None) -> float:
+        took: list[float] = []
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or (until is not None and not await until()):
+            started = time.perf_counter()
+            await library.chat.context(session, max_messages=20)
+            took.append(time.perf_counter() - started)
+            await asyncio.sleep(0.002)
+        return sorted(took)[int(len(took) * 0.99)]
+
+    await settled(server)
+    quiet = await p99(3)
+    text = "The quick brown fox jumps over the lazy dog, and nobody knows why it would do such a thing at all. " * 8
+    for n in range(10):
+        await library.create([f"{text} {n} {m}" for m in range(100)])
+    assert server.search is not None
+    start, figures = server.search.figures.indexed, server.search.figures
+    busy = await p99(1.0)
+    worst = 0.0
+    async with channel(server.address) as opened:
+        health: Any = health_pb2_grpc.HealthStub(opened)
+        for _ in range(50):
+            asked = time.perf_counter()
+            await health.Check(health_pb2.HealthCheckRequest())
+            worst = max(worst, time.perf_counter() - asked)
+            await asyncio.sleep(0.01)
+    print(f"GetContext p99: quiet {quiet * 1e3:.1f} ms, indexing {busy * 1e3:.1f} ms; health {worst * 1e3:.1f} ms")
+    assert figures.indexed >= start
+    assert worst < 0.1
+    # The figure itself is the benchmark's (benchmarks/search.py): here the machine runs other tests too.
+    assert busy < max(10 * quiet, 0.25)
+    assert packed([1.0]) == b"\x00\x00\x80?"

@@ -1,0 +1,41 @@
+"""`chat-history reindex`, as an operator runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from service.server import Server
+from tests.search.library import Library, settled
+from tests.support.servers import ROOT
+
+
+async def run(*arguments: str) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "service", "reindex", *arguments),
+        cwd=ROOT / "tests",
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    return process.returncode or 0, output.decode()
+
+
+async def test_the_command_waits_until_the_index_is_built(server: Server, library: Library) -> None:
+    made = await library.create(["The lighthouse was built in 1901."])
+    await settled(server)
+    assert server.search is not None
+    assert server.search._index is not None
+    before = await server.search._index.live()
+    code, output = await run("--address", server.address)
+    assert (code, "built anew" in output) == (0, True), output
+    assert await server.search._index.live() != before
+    assert (await library.search("an old tower that shows ships the way"))[0].document.id == made.id
+
+
+async def test_it_says_what_is_wrong() -> None:
+    code, output = await run("--address", "127.0.0.1:1")
+    assert code == 1
+    assert "UNAVAILABLE" in output
+    assert "Traceback" not in output
