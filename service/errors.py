@@ -56,10 +56,13 @@ class InvalidArgument(ServiceError):
 
     @classmethod
     def fields(cls, violations: tuple[FieldViolation, ...]) -> InvalidArgument:
-        """Make the error for several refused fields."""
-        first = violations[0]
-        more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-        return cls(f"{first.field}: {first.description}{more}", violations=violations)
+        """Make the error for several refused fields; what is wrong with one field is said in one entry."""
+        words: dict[str, list[str]] = {}
+        for field, description in violations:
+            words.setdefault(field, []).append(description)
+        entries = tuple(FieldViolation(field, "; ".join(dict.fromkeys(each))) for field, each in words.items())
+        more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+        return cls(f"{entries[0].field}: {entries[0].description}{more}", violations=entries)
 
 
 class NotFound(ServiceError):

@@ -1,0 +1,170 @@
+"""The right to be forgotten: after DeleteUser nothing of what a user said is left anywhere, and the audit trail tells of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chathistory.v1 import document_pb2, export_pb2, message_pb2, session_pb2, user_pb2
+
+from tests.search.library import searchable
+from tests.support import issuer
+from tests.support.chat import Chat, new_id, text
+from tests.support.cluster import fetch
+from tests.support.failures import failure
+from tests.support.issuer import bearer, service_token, token
+from tests.support.loose import Document, Part, Session, User
+from tests.support.servers import AsyncStub, connected, serving
+
+MARKER = "xyzzy-7f3a9c-plugh"
+
+
+async def dump(database_url: str) -> str:
+    """Return every row of every table, as text."""
+    tables = await fetch(
+        database_url,
+        "SELECT format('%I.%I', table_schema, table_name) FROM information_schema.tables "
+        "WHERE table_schema NOT IN ('pg_catalog', 'information_schema') AND table_type = 'BASE TABLE'",
+    )
+    rows = []
+    for (name,) in tables:
+        rows += [f"{name} {row[0]}" for row in await fetch(database_url, f"SELECT t::text FROM {name} AS t")]
+    return "\n".join(rows)
+
+
+async def say_the_marker(stub: AsyncStub, **call: Any) -> Chat:
+    """Make a user who has the marker in every text that there is."""
+    user = User(name=MARKER, external_id=MARKER, email=f"{MARKER}@example.com", metadata={MARKER: MARKER})
+    made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user), **call)).user
+    parts = [
+        Part(tool_call={"id": MARKER, "name": MARKER, "arguments": MARKER}),
+        Part(data={MARKER: [MARKER]}),
+    ]
+    said = text(MARKER, parts=parts, author=MARKER, metadata={MARKER: MARKER}, feedback={"comment": MARKER})
+    session = Session(title=MARKER, summary=MARKER, metadata={MARKER: MARKER})
+    append = message_pb2.AppendMessagesRequest(
+        user_id=made.id, messages=[said, text(f"gone {MARKER}")], session=session
+    )
+    stored = await stub.AppendMessages(append, **call)
+    gone = message_pb2.DeleteMessageRequest(
+        user_id=made.id, session_id=stored.session_id, message_id=append.messages[1].id
+    )
+    await stub.DeleteMessage(gone, **call)
+    fork = session_pb2.ForkSessionRequest(user_id=made.id, session_id=stored.session_id, through_seq=2)
+    await stub.ForkSession(fork, **call)
+    document = Document(title=MARKER, source_uri=f"https://example.com/{MARKER}", metadata={MARKER: MARKER})
+    create = document_pb2.CreateDocumentRequest(user_id=made.id, document=document)
+    create.chunks.add(text=MARKER)
+    await stub.CreateDocument(create, **call)
+    return Chat(stub, made.id)
+
+
+async def provoke(chat: Chat, **call: Any) -> None:
+    """Fail in ways that quote: what is refused must not reach the log either."""
+    for request in (
+        session_pb2.UpdateSessionRequest(user_id=chat.user_id, session=Session(id=new_id(), title=MARKER)),
+        session_pb2.UpdateSessionRequest(user_id=chat.user_id, session=Session(title=MARKER * 50)),
+    ):
+        await failure(chat.stub.UpdateSession(request, **call))
+    taken = user_pb2.CreateUserRequest(user=User(external_id=MARKER))
+    await failure(chat.stub.CreateUser(taken, **call))
+
+
+async def test_nothing_is_left(start_process: Callable[..., Any], database_url: str) -> None:
+    server = await start_process(CHAT_HISTORY_LOG_LEVEL="debug", CHAT_HISTORY_SEARCH="off")
+    async with connected(server.address) as stub:
+        chat = await say_the_marker(stub)
+        await provoke(chat)
+        assert MARKER in await dump(database_url)
+        async for _ in stub.ExportUserData(export_pb2.ExportUserDataRequest(user_id=chat.user_id)):
+            pass
+        gone = await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+        assert (gone.session_count, gone.message_count, gone.document_count, gone.chunk_count) == (2, 2, 1, 1)
+        left = await dump(database_url)
+        assert MARKER not in left
+        assert chat.user_id not in left
+    await server.stop()
+    log = server.log.read_text()
+    assert MARKER not in log
+    assert "erase" in log
+
+
+def trail(log: Path) -> list[dict[str, Any]]:
+    """Return the audit lines of a log, without their times."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return [
+        {name: value for name, value in line.items() if name not in ("timestamp", "level", "event")}
+        for line in lines
+        if line.get("event") == "audit"
+    ]
+
+
+async def test_the_audit_trail(start_process: Callable[..., Any]) -> None:
+    server = await start_process(
+        CHAT_HISTORY_AUTH="jwt", CHAT_HISTORY_JWT_KEY=issuer.SECRET, CHAT_HISTORY_JWT_AUDIENCE=issuer.AUDIENCE,
+        CHAT_HISTORY_LOG_LEVEL="error", CHAT_HISTORY_SEARCH="off",
+    )  # fmt: skip
+    async with connected(server.address) as stub:
+        shown = bearer(service_token("backend"))
+        made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=User()), metadata=shown)).user
+        append = message_pb2.AppendMessagesRequest(user_id=made.id, messages=[text(MARKER)])
+        stored = await stub.AppendMessages(append, metadata=shown)
+        for _ in range(4):
+            await stub.AppendMessages(append, metadata=shown)
+        mine = bearer(token(made.id))
+        await stub.AppendMessages(append, metadata=mine)
+        for _ in range(2):
+            await failure(stub.ListSessions(session_pb2.ListSessionsRequest(user_id=new_id()), metadata=mine))
+        about: dict[str, Any] = {"user_id": made.id, "session_id": stored.session_id}
+        await stub.DeleteSession(session_pb2.DeleteSessionRequest(**about), metadata=mine)
+        await failure(stub.DeleteSession(session_pb2.DeleteSessionRequest(**about), metadata=mine))
+        async for _ in stub.ExportUserData(export_pb2.ExportUserDataRequest(), metadata=mine):
+            pass
+        await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=made.id), metadata=shown)
+    await server.stop()
+    found = trail(server.log)
+    service = {"caller": "service", "subject": "backend"}
+    user = {"caller": "user", "caller_user_id": made.id, "subject": made.id}
+    denied = found.pop(2)
+    assert (denied["act"], denied["outcome"], denied["caller_user_id"]) == ("denied", "USER_MISMATCH", made.id)
+    assert found == [
+        service | {"act": "act", "method": "CreateUser", "outcome": "allowed"},
+        service | {"act": "act", "method": "AppendMessages", "outcome": "allowed", "user_id": made.id},
+        user | {"act": "erase", "method": "DeleteSession", "outcome": "OK"} | about,
+        user | {"act": "erase", "method": "DeleteSession", "outcome": "SESSION_NOT_FOUND"} | about,
+        user | {"act": "export", "method": "ExportUserData", "outcome": "OK"},
+        service | {"act": "erase", "method": "DeleteUser", "outcome": "OK", "user_id": made.id},
+    ]
+    assert MARKER not in server.log.read_text()
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+async def test_nothing_is_left_in_the_search_index(database_url: str, tmp_path: Path) -> None:
+    async with serving(database_url, search="on", data_dir=tmp_path) as server, connected(server.address) as stub:
+        await searchable(server)
+        chat = await say_the_marker(stub)
+        search = message_pb2.SearchMessagesRequest(
+            user_id=chat.user_id, query=MARKER, mode=message_pb2.SEARCH_MODE_SEMANTIC
+        )
+        async with asyncio.timeout(60):
+            while not (await stub.SearchMessages(search)).hits:
+                await asyncio.sleep(0.1)
+        await provoke(chat)
+        await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+        async with asyncio.timeout(60):
+            while await fetch(database_url, "SELECT FROM search_outbox"):
+                await asyncio.sleep(0.1)
+        assert MARKER not in (left := await dump(database_url))
+        assert chat.user_id not in left
+    files = files_in(tmp_path)
+    assert any("qdrant" in str(path) for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert MARKER.encode() not in content, path
+        assert chat.user_id.encode() not in content, path

@@ -1,0 +1,152 @@
+"""Whatever is sent: an answer of the contract, no word of the driver's, and a server that lives."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2, user_pb2
+from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
+from grpc import StatusCode, aio
+from grpc.aio import EOF  # type: ignore[attr-defined]
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.errors import InvalidArgument
+from service.rpc import paging
+from tests.security import fuzz, hostile
+from tests.support.chat import Chat, new_id, text
+from tests.support.cluster import fetch
+from tests.support.failures import fails, read
+from tests.support.loose import Message, Part, Session, User
+from tests.support.servers import AsyncStub
+
+METHODS = {method.name: method for method in DESCRIPTOR.services_by_name["ChatHistoryService"].methods}
+# Things that every example may be about; made once a database.
+IDS = [f"00000000-0000-4000-8000-00000000000{n}" for n in range(1, 4)]
+
+
+async def world(stub: AsyncStub) -> None:
+    user, session, message = IDS
+    await stub.CreateUser(user_pb2.CreateUserRequest(user=User(id=user, name="somebody")))
+    first = Message(id=message, role=message_pb2.ROLE_USER, content="hello")
+    await stub.AppendMessages(
+        message_pb2.AppendMessagesRequest(user_id=user, session_id=session, messages=[first], create_if_missing=True)
+    )
+
+
+async def answer(stub: AsyncStub, rpc: str, request: Any) -> None:
+    call = getattr(stub, rpc)(request, timeout=0.2 if rpc == "WatchMessages" else 20)
+    try:
+        if METHODS[rpc].server_streaming:
+            while await call.read() is not EOF:
+                pass
+        else:
+            await call
+    except aio.AioRpcError as error:
+        if rpc == "WatchMessages" and error.code() is StatusCode.DEADLINE_EXCEEDED:
+            return
+        failed = read(error)
+        assert failed.code not in (StatusCode.INTERNAL, StatusCode.UNKNOWN), (request, failed)
+        said = str(failed).lower()
+        assert not [word for word in hostile.DRIVER_WORDS if word in said], (request, failed)
+    finally:
+        call.cancel()
+
+
+@pytest.mark.parametrize("rpc", METHODS)
+async def test_every_request_has_an_answer_of_the_contract(stub: AsyncStub, rpc: str) -> None:
+    await world(stub)
+    loop = asyncio.get_running_loop()
+
+    @settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
+    @given(hostile.requests(METHODS[rpc].input_type, IDS))
+    def run(request: Any) -> None:
+        asyncio.run_coroutine_threadsafe(answer(stub, rpc, request), loop).result(60)
+
+    await asyncio.to_thread(run)
+    await stub.ListUsers(user_pb2.ListUsersRequest())  # It lives.
+
+
+@pytest.mark.parametrize("words", hostile.INJECTIONS)
+async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, words: str) -> None:
+    short = words[:200]
+    sent = text(
+        words,
+        author=short,
+        metadata={short: [short, {short: short}]},
+        parts=[
+            Part(text=words),
+            Part(tool_call={"id": short, "name": short, "arguments": words}),
+            Part(tool_result={"tool_call_id": short, "content": words}),
+            Part(file={"uri": short, "mime_type": short, "name": short}),
+            Part(citation={"quote": words}),
+            Part(data={short: short}),
+        ],
+        feedback={"score": 1, "comment": short},
+    )
+    session = Session(title=short, metadata={short: short})
+    session_id = await chat.start([sent], session=session)
+    (found,) = await chat.all(session_id)
+    for name in ("content", "author", "metadata", "parts", "feedback"):
+        assert getattr(found, name) == getattr(sent, name), name
+    stored = await chat.get_session(session_id)
+    assert (stored.title, stored.metadata) == (short, session.metadata)
+    changed = await chat.update_session(["summary"], id=session_id, summary=words)
+    assert changed.summary == words
+    user = User(name=short, external_id=short, metadata={short: short})
+    made = (await chat.stub.CreateUser(user_pb2.CreateUserRequest(user=user))).user
+    got = (await chat.stub.GetUser(user_pb2.GetUserRequest(external_id=short))).user
+    assert got == made
+    assert (got.name, got.external_id, got.metadata) == (short, short, user.metadata)
+    search = message_pb2.SearchMessagesRequest(user_id=chat.user_id, query=short, mode=message_pb2.SEARCH_MODE_LEXICAL)
+    await chat.stub.SearchMessages(search)
+    assert (await fetch(database_url, "SELECT count(*) FROM users"))[0][0] == 3  # With the system's.
+
+
+@pytest.mark.parametrize("size", [-1, -(2**31)])
+async def test_negative_page_sizes_are_refused(chat: Chat, size: int) -> None:
+    for call in (
+        chat.list_sessions(page_size=size),
+        chat.stub.ListMessages(
+            message_pb2.ListMessagesRequest(user_id=chat.user_id, session_id=new_id(), page_size=size)
+        ),
+        chat.stub.ListUsers(user_pb2.ListUsersRequest(page_size=size)),
+    ):
+        await fails(call, "FIELD_VIOLATION")
+
+
+async def test_large_page_sizes_are_coerced(chat: Chat) -> None:
+    await chat.list_sessions(page_size=2**31 - 1)
+
+
+@given(st.data())
+@settings(max_examples=100)
+def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
+    good = paging.token("1700000000000000 " + IDS[0], "ListSessions", IDS[1], 0)
+    bad = data.draw(
+        st.one_of(
+            st.text(max_size=60),
+            st.integers(0, len(good) - 1).map(
+                lambda at: good[:at] + ("A" if good[at] != "A" else "B") + good[at + 1 :]
+            ),
+            st.integers(1, len(good) - 1).map(lambda at: good[:at]),
+            st.just(good + "A"),
+            st.just(good + "="),
+        )
+    )
+    if bad in ("", good):
+        return
+    with pytest.raises(InvalidArgument):
+        paging.place(bad, "ListSessions", IDS[1], 0)
+
+
+@pytest.mark.timeout(180)
+async def test_bytes_of_all_kinds(database_url: str, tmp_path: Path) -> None:
+    report = await fuzz.run(database_url, tmp_path, cases=3000, seed=1)
+    assert not report.problems
+    assert report.cases == 3000
+    assert len(report.codes) > 3, "the mutations hit one check only"
+    assert report.grown_mib < 64, report

@@ -1,0 +1,362 @@
+"""Every RPC, by every caller, on everybody's ids: the code and reason of every cell. An RPC without its rows fails."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import pytest
+from chathistory.v1 import document_pb2, export_pb2, message_pb2, search_pb2, session_pb2, user_pb2
+from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
+from grpc import aio
+
+from tests.support import issuer
+from tests.support.chat import new_id
+from tests.support.failures import Failure, read
+from tests.support.issuer import bearer, service_token, token
+from tests.support.servers import AsyncStub, connected, serving
+
+SERVICE = DESCRIPTOR.services_by_name["ChatHistoryService"]
+RPCS = [method.name for method in SERVICE.methods]
+SHOWN = bearer(service_token())
+NIL = "00000000-0000-0000-0000-000000000000"
+
+
+class Things(NamedTuple):
+    """One user, and what is theirs."""
+
+    user: str
+    session: str
+    message: str
+    document: str
+    external_id: str
+    email: str
+
+
+def random_things() -> Things:
+    return Things(new_id(), new_id(), new_id(), new_id(), new_id(), f"{new_id()}@example.com")
+
+
+async def make_things(stub: AsyncStub) -> Things:
+    things = random_things()
+    user = user_pb2.User(id=things.user, external_id=things.external_id, email=things.email)
+    await stub.CreateUser(user_pb2.CreateUserRequest(user=user), metadata=SHOWN)
+    message = message_pb2.Message(id=things.message, role=message_pb2.ROLE_USER, content="mine")
+    append = message_pb2.AppendMessagesRequest(
+        user_id=things.user, session_id=things.session, messages=[message], create_if_missing=True
+    )
+    await stub.AppendMessages(append, metadata=SHOWN)
+    create = document_pb2.CreateDocumentRequest(user_id=things.user, document=document_pb2.Document(id=things.document))
+    create.chunks.add(text="mine too")
+    await stub.CreateDocument(create, metadata=SHOWN)
+    return things
+
+
+# What a row says of a call: OK, or the reason of its failure.
+OK, MISMATCH, SERVICE_ONLY, VIOLATION = "OK", "USER_MISMATCH", "SERVICE_ONLY", "FIELD_VIOLATION"
+NO_USER, NO_SESSION, NO_MESSAGE, NO_DOCUMENT = (
+    f"{what}_NOT_FOUND" for what in ("USER", "SESSION", "MESSAGE", "DOCUMENT")
+)
+
+
+class Row(NamedTuple):
+    """How to call an RPC about somebody's things, and what comes of it."""
+
+    request: Callable[[str, Things], Any]
+    """From the request's `user_id` and the things to name."""
+    missing: str = OK
+    """When the user is right and the thing is another's, or nobody's; OK for a call that names no thing."""
+    no_user: str = ""
+    """When a service names a user who is not there; else as `missing`."""
+    service_only: bool = False
+    unnamed: str = VIOLATION
+    """When a service names no user."""
+
+
+def _append(user: str, t: Things, **more: Any) -> Any:
+    message = message_pb2.Message(role=message_pb2.ROLE_USER, content="again")
+    return message_pb2.AppendMessagesRequest(user_id=user, session_id=t.session, messages=[message], **more)
+
+
+ROWS: dict[str, Row] = {
+    "CreateUser": Row(
+        lambda u, _t: user_pb2.CreateUserRequest(user=user_pb2.User(name=u)), service_only=True, unnamed=OK
+    ),
+    "GetUser": Row(
+        lambda u, _t: user_pb2.GetUserRequest(user_id=u) if u else user_pb2.GetUserRequest(), no_user=NO_USER
+    ),
+    "ListUsers": Row(lambda _u, _t: user_pb2.ListUsersRequest(), service_only=True, unnamed=OK),
+    "UpdateUser": Row(
+        lambda u, _t: user_pb2.UpdateUserRequest(user_id=u, user=user_pb2.User(name="new")), no_user=NO_USER
+    ),
+    "DeleteUser": Row(lambda u, _t: user_pb2.DeleteUserRequest(user_id=u), no_user=NO_USER, service_only=True),
+    "ExportUserData": Row(lambda u, _t: export_pb2.ExportUserDataRequest(user_id=u), no_user=NO_USER),
+    "CreateSession": Row(lambda u, _t: session_pb2.CreateSessionRequest(user_id=u), no_user=NO_USER),
+    "GetSession": Row(lambda u, t: session_pb2.GetSessionRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "ListSessions": Row(lambda u, _t: session_pb2.ListSessionsRequest(user_id=u)),
+    "UpdateSession": Row(
+        lambda u, t: session_pb2.UpdateSessionRequest(
+            user_id=u, session=session_pb2.Session(id=t.session, title="new")
+        ),
+        NO_SESSION,
+    ),
+    "DeleteSession": Row(lambda u, t: session_pb2.DeleteSessionRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "ForkSession": Row(
+        lambda u, t: session_pb2.ForkSessionRequest(user_id=u, session_id=t.session, through_seq=1), NO_SESSION
+    ),
+    "AppendMessages": Row(_append, NO_SESSION),
+    "GetMessage": Row(
+        lambda u, t: message_pb2.GetMessageRequest(user_id=u, session_id=t.session, message_id=t.message), NO_SESSION
+    ),
+    "ListMessages": Row(lambda u, t: message_pb2.ListMessagesRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "UpdateMessage": Row(
+        lambda u, t: message_pb2.UpdateMessageRequest(
+            user_id=u, session_id=t.session, message=message_pb2.Message(id=t.message, content="new")
+        ),
+        NO_SESSION,
+    ),
+    "DeleteMessage": Row(
+        lambda u, t: message_pb2.DeleteMessageRequest(user_id=u, session_id=t.session, message_id=t.message), NO_SESSION
+    ),
+    "GetContext": Row(lambda u, t: message_pb2.GetContextRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "WatchMessages": Row(lambda u, t: message_pb2.WatchMessagesRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "SearchMessages": Row(
+        lambda u, t: message_pb2.SearchMessagesRequest(user_id=u, session_id=t.session, query="mine")
+    ),
+    "CreateDocument": Row(
+        lambda u, _t: document_pb2.CreateDocumentRequest(user_id=u, document=document_pb2.Document(title="x")),
+        no_user=NO_USER,
+    ),
+    "AppendDocumentChunks": Row(
+        lambda u, t: document_pb2.AppendDocumentChunksRequest(
+            user_id=u, document_id=t.document, first_index=1, chunks=[document_pb2.DocumentChunk(text="x")]
+        ),
+        NO_DOCUMENT,
+        unnamed=NO_DOCUMENT,
+    ),
+    "GetDocument": Row(
+        lambda u, t: document_pb2.GetDocumentRequest(user_id=u, document_id=t.document),
+        NO_DOCUMENT,
+        unnamed=NO_DOCUMENT,
+    ),
+    "ListDocuments": Row(lambda u, _t: document_pb2.ListDocumentsRequest(user_id=u), unnamed=OK),
+    "UpdateDocument": Row(
+        lambda u, t: document_pb2.UpdateDocumentRequest(
+            user_id=u, document=document_pb2.Document(id=t.document, title="new")
+        ),
+        NO_DOCUMENT,
+        unnamed=NO_DOCUMENT,
+    ),
+    "DeleteDocument": Row(
+        lambda u, t: document_pb2.DeleteDocumentRequest(user_id=u, document_id=t.document),
+        NO_DOCUMENT,
+        unnamed=NO_DOCUMENT,
+    ),
+    "ListDocumentChunks": Row(
+        lambda u, t: document_pb2.ListDocumentChunksRequest(user_id=u, document_id=t.document),
+        NO_DOCUMENT,
+        unnamed=NO_DOCUMENT,
+    ),
+    # Search is off in these tests: whoever may search is told so.
+    "SearchDocuments": Row(
+        lambda u, t: document_pb2.SearchDocumentsRequest(user_id=u, query="x", document_ids=[t.document]),
+        unnamed="SEARCH_DISABLED",
+    ),
+    "RebuildSearchIndex": Row(lambda _u, _t: search_pb2.RebuildSearchIndexRequest(), service_only=True),
+}
+ALLOWED = {"SearchDocuments": "SEARCH_DISABLED", "RebuildSearchIndex": "SEARCH_DISABLED"}
+"""What OK is for RPCs that these tests switch off."""
+NAMES_NOBODY = {"CreateUser", "ListUsers", "RebuildSearchIndex"}
+
+
+class Case(NamedTuple):
+    """Whose id is named as the user, and whose things are."""
+
+    user: str
+    things: str
+
+
+# "A" and "B" are users; "" names nobody, which means oneself; "?" is somebody who is not there.
+CASES = [Case(u, t) for u in ("A", "B", "", "?") for t in ("A", "B", "?")]
+
+
+def expected(rpc: str, caller: str, case: Case) -> str:
+    """Say what must come of a call: the contract's section on callers, in code."""
+    row = ROWS[rpc]
+    allowed = ALLOWED.get(rpc, OK)
+    if caller != "service":
+        if row.service_only:
+            return SERVICE_ONLY
+        if case.user not in ("", caller):
+            return MISMATCH
+        return allowed if case.things == caller or row.missing == OK else row.missing
+    if rpc in NAMES_NOBODY:
+        return allowed
+    if not case.user:
+        return row.unnamed
+    if case.user == "?":
+        return row.no_user or (allowed if row.missing == OK else row.missing)
+    return allowed if case.things == case.user or row.missing == OK else row.missing
+
+
+@asynccontextmanager
+async def service(database_url: str) -> AsyncGenerator[AsyncStub]:
+    values = {"auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE}
+    async with serving(database_url, **values) as server, connected(server.address) as stub:
+        yield stub
+
+
+async def ask(stub: AsyncStub, rpc: str, request: Any, shown: list[tuple[str, str]]) -> Failure | None:
+    """Call an RPC and return how it failed; of a stream, the first reply is enough."""
+    call = getattr(stub, rpc)(request, metadata=shown, timeout=20)
+    try:
+        if isinstance(call, Awaitable):
+            await call
+        else:
+            await call.read()
+    except aio.AioRpcError as error:
+        return read(error)
+    finally:
+        call.cancel()
+    return None
+
+
+def test_every_rpc_has_its_rows() -> None:
+    assert set(ROWS) == set(RPCS)
+
+
+def test_every_request_names_its_user_in_the_same_field() -> None:
+    for method in SERVICE.methods:
+        if method.name not in NAMES_NOBODY:
+            field = method.input_type.fields_by_name["user_id"]
+            assert field.number == 1
+            assert field.type == field.TYPE_STRING
+
+
+@pytest.mark.parametrize("rpc", RPCS)
+async def test_without_a_good_token_nothing_is_done_or_told(database_url: str, rpc: str) -> None:
+    async with service(database_url) as stub:
+        mine = await make_things(stub)
+        answers = set()
+        requests = [
+            ROWS[rpc].request(mine.user, mine),
+            ROWS[rpc].request(new_id(), random_things()),
+            type(ROWS[rpc].request("", mine))(),
+        ]
+        for request in requests:
+            for shown in ([], *map(bearer, issuer.bad_tokens(mine.user).values())):
+                failed = await ask(stub, rpc, request, shown)
+                assert failed is not None
+                answers.add(str(failed))
+        assert len(answers) == 1
+        assert "TOKEN_INVALID" in answers.pop()
+
+
+@pytest.mark.parametrize("rpc", RPCS)
+async def test_every_cell(database_url: str, rpc: str) -> None:
+    wrong = {}
+    async with service(database_url) as stub:
+        for caller in ("A", "B", "service"):
+            for case in CASES:
+                world = {"A": await make_things(stub), "B": await make_things(stub), "?": random_things()}
+                shown = SHOWN if caller == "service" else bearer(token(world[caller].user))
+                user = world[case.user].user if case.user else ""
+                failed = await ask(stub, rpc, ROWS[rpc].request(user, world[case.things]), shown)
+                found = failed.reason if failed else OK
+                if found != expected(rpc, caller, case):
+                    wrong[caller, case] = (found, expected(rpc, caller, case))
+    assert not wrong
+
+
+@pytest.mark.parametrize("rpc", [rpc for rpc in RPCS if ROWS[rpc].missing != OK])
+async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, rpc: str) -> None:
+    async with service(database_url) as stub:
+        mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
+        answers = []
+        for things in (theirs, nobodys):
+            failed = await ask(stub, rpc, ROWS[rpc].request(mine.user, things), bearer(token(mine.user)))
+            answers.append(str(failed))
+            for name, value in things._asdict().items():
+                answers[-1] = answers[-1].replace(value, name)
+        assert answers[0] == answers[1]
+        # And theirs is as it was.
+        for other in ("GetSession", "GetMessage", "GetDocument"):
+            assert await ask(stub, other, ROWS[other].request(theirs.user, theirs), SHOWN) is None
+
+
+async def test_a_user_is_found_by_its_own_keys_alone(database_url: str) -> None:
+    async with service(database_url) as stub:
+        mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
+        shown = bearer(token(mine.user))
+        for key in ("external_id", "email"):
+            assert await ask(stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(mine, key)}), shown) is None
+            answers = {
+                str(await ask(stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(other, key)}), shown))
+                for other in (theirs, nobodys)
+            }
+            assert len(answers) == 1
+            assert MISMATCH in answers.pop()
+            assert await ask(stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(theirs, key)}), SHOWN) is None
+        change = user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="mine"))
+        failed = await ask(stub, "UpdateUser", change, shown)
+        assert failed is not None
+        assert failed.reason == SERVICE_ONLY
+
+
+async def test_page_tokens_do_not_travel(database_url: str) -> None:
+    async with service(database_url) as stub:
+        mine, theirs = await make_things(stub), await make_things(stub)
+        for things in (mine, theirs):
+            for _ in range(2):
+                await stub.CreateSession(session_pb2.CreateSessionRequest(user_id=things.user), metadata=SHOWN)
+                await stub.AppendMessages(_append(things.user, things), metadata=SHOWN)
+        shown, other = bearer(token(mine.user)), bearer(token(theirs.user))
+        sessions = await stub.ListSessions(session_pb2.ListSessionsRequest(page_size=1), metadata=shown)
+        messages = message_pb2.ListMessagesRequest(session_id=mine.session, page_size=1)
+        page = await stub.ListMessages(messages, metadata=shown)
+        assert sessions.next_page_token
+        assert page.next_page_token
+        for request in (
+            session_pb2.ListSessionsRequest(page_size=1, page_token=sessions.next_page_token),
+            session_pb2.ListSessionsRequest(page_size=1, page_token=page.next_page_token),
+        ):
+            failed = await ask(stub, "ListSessions", request, other)
+            assert failed is not None
+            assert failed.reason == "BAD_PAGE_TOKEN"
+        for session in (mine.session, theirs.session):
+            again = message_pb2.ListMessagesRequest(session_id=session, page_size=1, page_token=page.next_page_token)
+            failed = await ask(stub, "ListMessages", again, other)
+            assert failed is not None
+            assert failed.reason == "BAD_PAGE_TOKEN"
+
+
+@pytest.mark.parametrize(
+    "rpc", [rpc for rpc in RPCS if rpc not in NAMES_NOBODY and not rpc.endswith(("Document", "Documents", "Chunks"))]
+)
+async def test_nobody_is_the_system(database_url: str, rpc: str) -> None:
+    async with service(database_url) as stub:
+        things = random_things()
+        failed = await ask(stub, rpc, ROWS[rpc].request(NIL, things), SHOWN)
+        assert failed is not None
+        assert failed.reason == VIOLATION
+        failed = await ask(stub, rpc, ROWS[rpc].request(NIL, things), bearer(token(NIL)))
+        assert failed is not None
+        assert failed.reason == "TOKEN_INVALID"
+
+
+@pytest.mark.parametrize("rpc", RPCS)
+async def test_rights_come_before_validation(database_url: str, rpc: str) -> None:
+    async with service(database_url) as stub:
+        mine = new_id()
+        request = ROWS[rpc].request(new_id(), random_things())
+        for field in request.DESCRIPTOR.fields:
+            if (
+                field.name != "user_id"
+                and field.type == field.TYPE_STRING
+                and not (field.is_repeated or field.containing_oneof)
+            ):
+                setattr(request, field.name, "no id\0")
+        failed = await ask(stub, rpc, request, bearer(token(mine)))
+        assert failed is not None
+        assert failed.reason == (SERVICE_ONLY if ROWS[rpc].service_only else MISMATCH)

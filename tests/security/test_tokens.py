@@ -1,0 +1,344 @@
+"""Bearer tokens: whom they let in, and that nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from chathistory.v1 import message_pb2, session_pb2, user_pb2
+from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from service.config import BadConfiguration
+from service.rpc import identity, jwks, tokens
+from tests.support import issuer
+from tests.support.chat import Chat, new_id
+from tests.support.failures import Failure, fails, failure
+from tests.support.issuer import KeyServer, bearer, ec_key, ed_key, rsa_key, service_token, token
+from tests.support.loose import Message, User
+from tests.support.servers import channel, connected, serving, settings
+
+HS = {"auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE}
+USER = new_id()
+
+
+def list_sessions(stub: Any, shown: list[tuple[str, str]], user_id: str = "") -> Any:
+    return stub.ListSessions(session_pb2.ListSessionsRequest(user_id=user_id), metadata=shown)
+
+
+async def test_no_bad_token_is_told_why(database_url: str) -> None:
+    answers: dict[str, Failure] = {}
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        await list_sessions(stub, bearer(token(USER)))
+        for kind, bad in issuer.bad_tokens(USER).items():
+            answers[kind] = await fails(list_sessions(stub, bearer(bad)), "TOKEN_INVALID")
+        good = token(USER)
+        shown: dict[str, list[tuple[str, str]]] = {
+            "none": [],
+            "basic": [("authorization", f"Basic {good}")],
+            "bare": [("authorization", good)],
+            "two": bearer(good) + bearer(token(new_id())),
+            "elsewhere": [("x-authorization", f"Bearer {good}")],
+        }
+        for kind, metadata in shown.items():
+            answers[kind] = await fails(list_sessions(stub, metadata), "TOKEN_INVALID")
+        await list_sessions(stub, [("authorization", f"bearer  {good}")])
+    assert len(set(map(str, answers.values()))) == 1, "an answer says more than others"
+
+
+async def test_user_is_the_token_s_subject(database_url: str) -> None:
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token()))
+        mine = bearer(token(made.user.id.upper()))
+        appended = await stub.AppendMessages(
+            message_pb2.AppendMessagesRequest(messages=[Message(role=1, content="hi")]), metadata=mine
+        )
+        assert [each.id for each in (await list_sessions(stub, mine)).sessions] == [appended.session_id]
+        await fails(list_sessions(stub, bearer(token(USER)), made.user.id), "USER_MISMATCH")
+        request = user_pb2.CreateUserRequest(user=User())
+        await fails(stub.CreateUser(request, metadata=mine), "SERVICE_ONLY")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scope": "a chathistory.service b"}, {"scope": ["chathistory.service"]}, {"scp": "chathistory.service"}],
+)
+async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any]) -> None:
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        await stub.ListUsers(user_pb2.ListUsersRequest(), metadata=bearer(token("backend", **changes)))
+        for near in (
+            "chathistory.services",
+            "xchathistory.service",
+            "chathistory,service",
+            7,
+            {"chathistory.service": 1},
+        ):
+            call = stub.ListUsers(user_pb2.ListUsersRequest(), metadata=bearer(token(USER, scope=near)))
+            await fails(call, "SERVICE_ONLY")
+
+
+async def test_a_known_token_ends_with_its_expiry(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "LEEWAY", 0.0)
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        short = bearer(token(USER, exp=int(time.time()) + 2))
+        await list_sessions(stub, short)
+        await asyncio.sleep(2.1)
+        await fails(list_sessions(stub, short), "TOKEN_INVALID")
+
+
+async def test_a_watch_ends_with_its_token(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "LEEWAY", 0.0)
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token()))
+        short = bearer(token(made.user.id, exp=int(time.time()) + 2))
+        created = await stub.CreateSession(session_pb2.CreateSessionRequest(), metadata=short)
+        call = stub.WatchMessages(
+            message_pb2.WatchMessagesRequest(session_id=created.session.id), metadata=short, timeout=10
+        )
+        assert (await failure(_drain(call))).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def _drain(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_external_id_names_a_user_that_exists(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(database_url, jwt_subject="external_id", **HS) as server, connected(server.address) as stub:
+        mine = bearer(token("auth0|7"))
+        await fails(list_sessions(stub, mine), "TOKEN_INVALID")
+        await fails(list_sessions(stub, bearer(token("a\0b"))), "TOKEN_INVALID")
+        user = User(external_id="auth0|7")
+        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=user), metadata=bearer(service_token()))
+        got = await stub.GetUser(user_pb2.GetUserRequest(), metadata=mine)
+        assert got.user.id == made.user.id
+        await fails(list_sessions(stub, bearer(token(made.user.id))), "TOKEN_INVALID")
+        await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=made.user.id), metadata=bearer(service_token()))
+        ahead = time.time() + 60
+        monkeypatch.setattr("service.rpc.auth.time.time", lambda: ahead)
+        await fails(list_sessions(stub, mine), "TOKEN_INVALID")
+
+
+@pytest.mark.parametrize(
+    ("key", "alg"), [(rsa_key(), "RS256"), (rsa_key(), "PS512"), (ec_key(), "ES256"), (ed_key(), "EdDSA")]
+)
+async def test_public_key_in_a_file(database_url: str, tmp_path: Path, key: Any, alg: str) -> None:
+    pem = tmp_path / "key.pem"
+    pem.write_text(issuer.public_pem(key))
+    async with serving(database_url, **HS | {"jwt_key": str(pem)}) as server, connected(server.address) as stub:
+        await list_sessions(stub, bearer(token(USER, key=key, alg=alg)))
+        as_secret = issuer.hs256_with(pem.read_bytes(), issuer.claims(USER))
+        await fails(list_sessions(stub, bearer(as_secret)), "TOKEN_INVALID")
+        as_secret = issuer.hs256_with(pem.read_bytes().strip(), issuer.claims(USER))
+        await fails(list_sessions(stub, bearer(as_secret)), "TOKEN_INVALID")
+        await fails(list_sessions(stub, bearer(token(USER, key=rsa_key(1), alg="RS256"))), "TOKEN_INVALID")
+
+
+@pytest.fixture
+def served() -> Generator[KeyServer]:
+    with issuer.key_server() as started:
+        yield started
+
+
+def by_url(served: KeyServer, **more: Any) -> dict[str, Any]:
+    return HS | {"jwt_key": None, "jwks_url": served.url} | more
+
+
+def signed(kid: str, key: Any, alg: str = "RS256", subject: str = USER, **changes: Any) -> list[tuple[str, str]]:
+    return bearer(token(subject, key=key, alg=alg, headers={"kid": kid}, **changes))
+
+
+async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
+    served.publish(a=rsa_key(), b=ec_key())
+    async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
+        await asyncio.gather(*(list_sessions(stub, signed("a", rsa_key())) for _ in range(20)))
+        await list_sessions(stub, signed("b", ec_key(), "ES256"))
+        assert served.asked == 1
+        await fails(list_sessions(stub, signed("b", rsa_key())), "TOKEN_INVALID")
+        await fails(list_sessions(stub, bearer(token(USER, key=rsa_key(), alg="RS256"))), "TOKEN_INVALID")
+        await fails(list_sessions(stub, signed("a", issuer.SECRET, "HS256")), "TOKEN_INVALID")
+
+
+async def test_flood_of_unknown_keys_asks_once_a_cool_down(database_url: str, served: KeyServer) -> None:
+    served.publish(a=rsa_key())
+    async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
+        await list_sessions(stub, signed("a", rsa_key()))
+        kids = itertools.count()
+        for _ in range(10):
+            flood = (list_sessions(stub, signed(f"x{next(kids)}", rsa_key(1))) for _ in range(50))
+            answers = await asyncio.gather(*map(failure, flood))
+            assert {answer.reason for answer in answers} == {"TOKEN_INVALID"}
+        assert served.asked == 1
+
+
+async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
+    database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.publish(a=rsa_key())
+    async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
+        await list_sessions(stub, signed("a", rsa_key()))
+        served.publish(b=rsa_key(1))
+        await fails(list_sessions(stub, signed("b", rsa_key(1))), "TOKEN_INVALID")  # Cooling down.
+        await list_sessions(stub, signed("a", rsa_key()))
+        monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
+        await list_sessions(stub, signed("b", rsa_key(1)))
+        await fails(list_sessions(stub, signed("a", rsa_key())), "TOKEN_INVALID")
+
+
+async def test_last_good_keys_are_kept(database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
+    monkeypatch.setattr(jwks, "REFRESH", 0.0)
+    served.publish(a=rsa_key())
+    async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
+        await list_sessions(stub, signed("a", rsa_key()))
+        for broken in (True, False):
+            served.fails, served.keys = broken, []
+            for n in range(3):
+                await list_sessions(stub, signed("a", rsa_key(), jti=f"{broken}{n}"))
+                await asyncio.sleep(0.05)
+        assert served.asked > 3
+
+
+async def test_before_the_first_key_a_retry_may_help(
+    database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.fails = True
+    async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
+        assert (await failure(list_sessions(stub, signed("a", rsa_key())))).reason == "KEYS_UNAVAILABLE"
+        served.fails = False
+        served.publish(a=rsa_key())
+        monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
+        await list_sessions(stub, signed("a", rsa_key()))
+
+
+async def test_kubernetes_service_account(database_url: str, served: KeyServer, tmp_path: Path) -> None:
+    shown = tmp_path / "token"
+    shown.write_text("the pod's own token\n")
+    subject = "system:serviceaccount:chat:backend"
+    more = {"jwt_service_subjects": f"system:serviceaccount:ops:import, {subject}", "jwks_token_file": shown}
+    served.publish(k8s=rsa_key())
+    async with serving(database_url, **by_url(served, **more)) as server, connected(server.address) as stub:
+
+        def account(name: str) -> list[tuple[str, str]]:
+            _, _, namespace, account = name.split(":")
+            pod = {"name": f"{account}-6d4cf56db6-x7k2p", "uid": new_id()}
+            about = {"namespace": namespace, "serviceaccount": {"name": account, "uid": new_id()}, "pod": pod}
+            now = int(time.time())
+            changes: dict[str, Any] = {
+                "aud": [issuer.AUDIENCE],
+                "nbf": now,
+                "jti": new_id(),
+                "kubernetes.io": about | {"warnafter": now + 3607},
+            }
+            return signed("k8s", rsa_key(), subject=name, **changes)
+
+        await stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(subject))
+        assert served.shown == ["Bearer the pod's own token"]
+        for other in ("system:serviceaccount:chat:default", "system:serviceaccount:else:backend"):
+            await fails(stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(other)), "TOKEN_INVALID")
+
+
+async def test_malformed_bytes_without_a_token_are_unauthenticated(database_url: str) -> None:
+    path = f"/{DESCRIPTOR.services_by_name['ChatHistoryService'].full_name}/AppendMessages"
+    async with serving(database_url, **HS) as server, channel(server.address) as opened:
+        call = opened.unary_unary(path, request_serializer=lambda data: data, response_deserializer=lambda data: data)
+        for bytes_ in (b"\xff\xff\xff", b"\x0a\x02\xc3\x28"):
+            await fails(call(bytes_), "TOKEN_INVALID")
+            await fails(call(bytes_, metadata=bearer(token(USER))), "MALFORMED_REQUEST")
+
+
+async def test_authorised_before_validated(database_url: str) -> None:
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        await fails(stub.GetSession(session_pb2.GetSessionRequest(session_id="no id")), "TOKEN_INVALID")
+
+
+async def test_verified_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
+    monkeypatch.setattr("service.rpc.auth.MAX_KNOWN_TOKENS", 3)
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        for n in range(10):
+            await list_sessions(stub, bearer(token(USER, jti=str(n))))
+        known = server.authenticate._known  # type: ignore[attr-defined]
+        assert len(known) == 3
+        assert all(isinstance(key, bytes) for key in known)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "short secret": ({"jwt_key": "hunter2"}, "fewer than 16 bytes"),
+    "missing file": ({"jwt_key": "/nowhere/key.pem"}, "No such file"),
+    "folder": ({"jwt_key": "/"}, "directory"),
+    "private key": ({"jwt_key": issuer.private_pem(ec_key())}, "private key"),
+    "broken pem": ({"jwt_key": "-----BEGIN PUBLIC KEY-----\nhunter2\n-----END PUBLIC KEY-----"}, "no public key"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_unusable_key_is_said_in_a_line_without_it(case: str) -> None:
+    values, words = BAD[case]
+    with pytest.raises(BadConfiguration, match=words) as caught:
+        identity.check(settings(**HS | values))
+    assert "hunter2" not in str(caught.value)
+    assert len(caught.value.problems) == 1
+    assert "CHAT_HISTORY_JWT_KEY" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"auth": "jwt"},
+        {"jwt_key": issuer.SECRET},
+        HS | {"jwks_url": "https://issuer.example/jwks"},
+        HS | {"jwt_key": None, "jwks_url": "http://issuer.example/jwks"},
+        HS | {"jwt_key": None, "jwks_url": "file:///etc/passwd"},
+        HS | {"jwt_key": None, "jwks_url": "https://user:password@issuer.example/jwks"},
+        HS | {"jwt_key": None, "jwks_url": "https://issuer.example/jwks", "jwt_audience": None},
+        {"listen": "0.0.0.0:0"},
+        {"listen": "[::]:0"},
+        {"tls_cert": "cert.pem"},
+        {"tls_client_ca": "ca.pem"},
+        {"listen": "0.0.0.0:0", "tls_cert": "cert.pem", "tls_key": "key.pem"},
+    ],
+)
+def test_contradictions_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"CHAT_HISTORY_|jwks_url") as caught:
+        settings(**values)
+    assert issuer.SECRET not in str(caught.value)
+
+
+def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(issuer.SECRET + "\n")
+    assert tokens.load_key(str(tmp_path / "secret"))[0].key == issuer.SECRET.encode()
+
+
+def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
+    weak = issuer.public_jwk(rsa.generate_private_key(65537, 1024)) | {"kid": "weak"}
+    good = issuer.public_jwk(rsa_key()) | {"kid": "good"}
+    other = good | {"kid": "other", "use": "enc"}
+    mixed = good | {"kid": "mixed", "alg": "HS256"}
+    shared = {"kty": "oct", "k": "c2VjcmV0", "kid": "shared", "alg": "HS256"}
+    one = good | {"kid": "one", "alg": "RS512"}
+    found = jwks.read(json.dumps({"keys": [weak, good, other, mixed, shared, one, 7, {"kty": "?"}]}).encode())
+    assert set(found) == {"good", "one"}
+    assert found["one"].algorithms == ("RS512",)
+
+
+async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> None:
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        made = tokens.make(
+            issuer.SECRET, "dev", lifetime=60, issuer=issuer.ISSUER, audience=issuer.AUDIENCE, service=True
+        )
+        await Chat(stub, "").stub.ListUsers(user_pb2.ListUsersRequest(), metadata=bearer(made))
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    private.write_text(issuer.private_pem(ed_key()))
+    public.write_text(issuer.public_pem(ed_key()))
+    async with serving(database_url, **HS | {"jwt_key": str(public)}) as server, connected(server.address) as stub:
+        made = tokens.make(
+            str(private), USER, lifetime=60, issuer=issuer.ISSUER, audience=issuer.AUDIENCE, service=False
+        )
+        await list_sessions(stub, bearer(made))

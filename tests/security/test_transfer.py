@@ -1,0 +1,254 @@
+"""A user's data leaves and comes back: message for message, with times and order; and another chatbot's tables come in."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chathistory.v1 import document_pb2, export_pb2, session_pb2, user_pb2
+
+from service import transfer
+from service.server import Server
+from service.store.url import parse
+from service.transfer import Counts, TransferError
+from tests.support.chat import ASSISTANT, TOOL, Chat, new_id, text, texts
+from tests.support.cluster import fetch
+from tests.support.failures import fails
+from tests.support.history import history
+from tests.support.loose import Document, Part, Session, User
+from tests.support.servers import AsyncStub
+
+
+async def exported(stub: AsyncStub, user_id: str) -> list[export_pb2.ExportUserDataResponse]:
+    return [item async for item in stub.ExportUserData(export_pb2.ExportUserDataRequest(user_id=user_id))]
+
+
+async def to_lines(database_url: str, user_id: str) -> str:
+    file = io.StringIO()
+    await transfer.export_user(parse(database_url), user_id, file.write, lambda: None)
+    return file.getvalue()
+
+
+async def take_in(database_url: str, lines: str, user_id: str | None = None) -> Counts:
+    return await transfer.import_lines(
+        parse(database_url),
+        io.BytesIO(lines.encode()),
+        user_id=user_id,
+        search=False,
+        on_line=lambda _count: None,
+    )
+
+
+async def lively_user(stub: AsyncStub) -> Chat:
+    """Make a user with everything that a user can have."""
+    user = User(email="ada@example.com", external_id="ada", name="Ada ✨", metadata={"plan": "pro", "n": [1, None]})
+    made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user))).user
+    chat = Chat(stub, made.id)
+    call = Part(tool_call={"id": "c1", "name": "weather", "arguments": '{"city": "Ulm"}'})
+    result = Part(tool_result={"tool_call_id": "c1", "content": "sunny", "is_error": False})
+    every = [
+        text("hello\nworld ' \" \\ \u2028 \U0001f600", author="Ada", metadata={"a": {"b": [True, 1.5, "x"]}}),
+        text("", ASSISTANT, parts=[call], token_count=0),
+        text("", TOOL, parts=[result, Part(data={"k": "v"})]),
+        text("sunny", ASSISTANT, feedback={"score": -0.5, "comment": "meh"}, token_count=7),
+    ]
+    first = await chat.start(every, session=Session(title="Weather", metadata={"color": "red"}))
+    gone = [text("to be deleted") for _ in range(2)]
+    await chat.append(first, [gone[0], *texts(3)])
+    await chat.append(first, [gone[1]])
+    for message in gone:
+        await chat.delete(first, message.id)
+    await chat.update(first, every[3].id, ["content"], content="sunny, mostly")
+    await chat.update_session(
+        ["summary", "summarized_through_seq"], id=first, summary="It was sunny.", summarized_through_seq=2
+    )
+    await chat.fork(first, 3)
+    archived = await chat.start(texts(100, "long"))
+    for _ in range(2):
+        await chat.append(archived, texts(75, "longer"))
+    await chat.update_session(["state"], id=archived, state=session_pb2.SESSION_STATE_ARCHIVED)
+    await chat.create_session(title="empty")
+    await create_document(
+        chat, [f"chunk {n} ✨" for n in range(25)], title="A book", source_uri="https://example.com/book"
+    )
+    await create_document(chat, [], title="Nothing", metadata={"k": ["v"]}, content_sha256="ab" * 32)
+    return chat
+
+
+async def create_document(chat: Chat, chunks: list[str], **fields: Any) -> None:
+    request = document_pb2.CreateDocumentRequest(user_id=chat.user_id, document=Document(**fields))
+    for n, each in enumerate(chunks):
+        request.chunks.add(text=each, vector=[0.5, n] if n % 2 else [])
+    await chat.stub.CreateDocument(request)
+
+
+def comparable(items: list[export_pb2.ExportUserDataResponse]) -> list[Any]:
+    """Return items without what is the stored row's own: versions, and the time of a user's or session's last change."""
+    for item in items:
+        kind = getattr(item, item.WhichOneof("item") or "")
+        if not item.HasField("chunk"):
+            kind.ClearField("etag")
+        if item.HasField("session"):
+            item.session.ClearField("user_id")
+        if item.HasField("document"):
+            item.document.ClearField("user_id")
+            item.document.ClearField("update_time")  # Of its last chunk: that came with the import.
+        if item.HasField("user"):
+            item.user.ClearField("id")
+    return items
+
+
+async def test_export_is_everything_in_order(stub: AsyncStub) -> None:
+    chat = await lively_user(stub)
+    await lively_other(stub)
+    items = await exported(stub, chat.user_id)
+    assert items[0].user == (await stub.GetUser(user_pb2.GetUserRequest(user_id=chat.user_id))).user
+    sessions = [item.session for item in items if item.HasField("session")]
+    assert sessions == sorted((await chat.list_sessions()).sessions, key=lambda session: session.id)
+    for session in sessions:
+        mine = [item.message for item in items if item.HasField("message") and item.message.session_id == session.id]
+        assert mine == await chat.all(session.id)
+    kinds = [item.WhichOneof("item") for item in items]
+    assert kinds[:2] == ["user", "session"]
+
+
+async def lively_other(stub: AsyncStub) -> None:
+    other = await Chat.of_new_user(stub)
+    await other.start("somebody else's")
+
+
+async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_url: str) -> None:
+    chat = await lively_user(stub)
+    before = comparable(await exported(stub, chat.user_id))
+    lines = await to_lines(database_url, chat.user_id)
+    histories = {s.id: await history(database_url, chat.user_id, s.id) for s in (await chat.list_sessions()).sessions}
+    await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+    new = new_id()
+    done = await take_in(database_url, lines, new)
+    assert str(done) == "1 users, 4 sessions, 260 messages, 2 documents, 25 chunks"
+    assert comparable(await exported(stub, new)) == before
+    for session_id, old in histories.items():
+        now = await history(database_url, new, session_id)
+        assert now is not None
+        assert old is not None
+        now.check()
+        assert (now.last_seq, now.message_count, now.state) == (old.last_seq, old.message_count, old.state)
+    # The conversation goes on where it was, and a late retry of what is there is known.
+    again = Chat(stub, new)
+    session_id = next(iter(histories))
+    await again.update_session(["state"], id=session_id, state=session_pb2.SESSION_STATE_ACTIVE)
+    end = (await again.get_session(session_id)).last_seq
+    assert [each.seq for each in (await again.append(session_id, "on we go")).messages] == [end + 1]
+
+
+async def test_import_may_be_run_again_and_goes_on_where_it_broke_off(stub: AsyncStub, database_url: str) -> None:
+    chat = await lively_user(stub)
+    before = comparable(await exported(stub, chat.user_id))
+    lines = await to_lines(database_url, chat.user_id)
+    await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+    cut = [line + "\n" for line in lines.split("\n")[:-1]]
+    with pytest.raises(TransferError, match=f"line {len(cut) // 2 + 1} is no JSON"):
+        await take_in(database_url, "".join(cut[: len(cut) // 2]) + '{"message": {"con')
+    total = 0
+    for part in (cut[: len(cut) // 3], cut):
+        total += (await take_in(database_url, "".join(part))).written
+    assert comparable(await exported(stub, chat.user_id)) == before
+    assert (await take_in(database_url, lines)).written == 0
+    assert comparable(await exported(stub, chat.user_id)) == before
+
+
+async def test_import_does_not_mix_with_other_messages(stub: AsyncStub, database_url: str) -> None:
+    chat = await lively_user(stub)
+    lines = await to_lines(database_url, chat.user_id)
+    await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+    other = await Chat.of_new_user(stub)
+    session_id = next(
+        json.loads(line)["session"]["id"] for line in lines.split("\n")[:-1] if "session" in json.loads(line)
+    )
+    await other.append(session_id, "mine", create_if_missing=True)
+    with pytest.raises(TransferError, match="not made by this import"):
+        await take_in(database_url, lines, other.user_id)
+    assert [message.content for message in await other.all(session_id)] == ["mine"]
+
+
+async def test_unique_values_of_another_user_are_said(stub: AsyncStub, database_url: str) -> None:
+    chat = await lively_user(stub)
+    lines = await to_lines(database_url, chat.user_id)
+    with pytest.raises(TransferError, match="another user has this"):
+        await take_in(database_url, lines, new_id())
+
+
+async def test_users_of_the_api_export_themselves_only(stub: AsyncStub, chat: Chat) -> None:
+    await fails(exported(stub, new_id()), "USER_NOT_FOUND")
+
+
+OLD_TABLES = """
+CREATE SCHEMA old;
+CREATE TABLE old.users (id serial PRIMARY KEY, email text, created_at timestamptz DEFAULT now());
+CREATE TABLE old.chat_sessions (id serial PRIMARY KEY, user_id int, title text, created_at timestamp, updated_at timestamp);
+CREATE TABLE old.chat_messages (id serial PRIMARY KEY, session_id int, role text, content text, created_at timestamp);
+INSERT INTO old.users (email) VALUES ('old@example.com'), (NULL);
+INSERT INTO old.chat_sessions (user_id, title, created_at, updated_at)
+    SELECT u, 'chat ' || s, '2021-03-04 05:06:07.891', '2021-03-05' FROM generate_series(1, 2) u, generate_series(1, 3) s;
+INSERT INTO old.chat_messages (session_id, role, content, created_at)
+    SELECT s, CASE WHEN m % 2 = 0 THEN 'assistant' ELSE 'user' END, E'line\\n"' || m || E'" \\\\ ' || s,
+           timestamp '2021-03-04 05:06:07.891' + m * interval '1 second'
+    FROM generate_series(300, 1, -1) m, generate_series(1, 6) s;
+"""
+
+
+def documented_query() -> str:
+    """Return the query that the documentation gives, for tables in the schema `old`."""
+    text_ = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    return re.sub(r"\b(FROM|JOIN) (\w)", r"\1 old.\2", text_.partition("```sql\n")[2].partition("```")[0])
+
+
+async def test_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> None:
+    for statement in filter(str.strip, OLD_TABLES.split(";\n")):
+        await fetch(database_url, statement)
+    lines = "".join(row[0] + "\n" for row in await fetch(database_url, documented_query()))
+    done = await take_in(database_url, lines)
+    assert str(done) == "2 users, 6 sessions, 1800 messages"
+    assert (await take_in(database_url, lines)).written == 0
+    user = (await stub.GetUser(user_pb2.GetUserRequest(external_id="1"))).user
+    assert user.email == "old@example.com"
+    chat = Chat(stub, user.id)
+    sessions = (await chat.list_sessions()).sessions
+    assert sorted(session.title for session in sessions) == ["chat 1", "chat 2", "chat 3"]
+    assert {session.create_time.ToJsonString() for session in sessions} == {"2021-03-04T05:06:07.891Z"}
+    messages = await chat.all(sessions[0].id)
+    assert [message.seq for message in messages] == list(range(1, 301))
+    assert messages[1].role == ASSISTANT
+    assert messages[0].content.startswith('line\n"1" \\ ')
+    assert messages[9].create_time.ToJsonString() == "2021-03-04T05:06:17.891Z"
+    stored = await history(database_url, user.id, sessions[0].id)
+    assert stored is not None
+    stored.check()
+
+
+BAD_LINES = {
+    "[]": "line 1 holds no item",
+    '{"user": {}}': "has no id",
+    '{"user": {"id": "1", "email": "x"}}': "email: ",
+    '{"user": {"id": "1", "nick": "x"}}': 'no field named "nick"',
+    '{"session": {"id": "1"}}': "comes before its user",
+    '{"message": {"content": "x"}}': "comes before its session",
+    '{"user": {"id": "1"}}\n{"session": {}}': "line 2 has no id",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "nobody"}}': "line 3 is no message",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "content": "a\\u0000"}}': "content: ",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "create_time": "soon"}}': "line 3 is no",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "session_id": "2"}}': "not of the session",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n'
+    '{"message": {"role": "user", "seq": 2}}\n{"message": {"role": "user", "seq": 2}}': "line 4 comes after",
+    '{"user": {"id": "1"}}\n{"chunk": {"text": "x"}}': "comes before its document",
+}
+
+
+@pytest.mark.parametrize("lines", BAD_LINES)
+async def test_bad_lines_are_named(server: Server, database_url: str, lines: str) -> None:
+    with pytest.raises(TransferError, match=BAD_LINES[lines]):
+        await take_in(database_url, lines)
