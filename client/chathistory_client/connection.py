@@ -28,6 +28,8 @@ DEFAULT_TIMEOUT = 10.0
 """Seconds that a call may take, its retries and the wait for a connection included."""
 LONG_TIMEOUT = 60.0
 """The same for what erases much."""
+EXPORT_TIMEOUT = 600.0
+"""The same for everything of one user."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from chathistory.v1 import user_pb2
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from chathistory.v1 import export_pb2, user_pb2
 from chathistory.v1.user_pb2 import User
 
-from chathistory_client.connection import LONG_TIMEOUT, Connection
+from chathistory_client.connection import EXPORT_TIMEOUT, LONG_TIMEOUT, Connection
 from chathistory_client.fields import UNSET, Metadata, Unset, put, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
@@ -105,3 +108,18 @@ class Users(Connection):
         """
         request = user_pb2.DeleteUserRequest(user_id=user_id, allow_missing=allow_missing)
         return await self._call(self._stub.DeleteUser, request, timeout, LONG_TIMEOUT)
+
+    async def export_user_data(
+        self, *, user_id: str = "", timeout: float = EXPORT_TIMEOUT
+    ) -> AsyncGenerator[export_pb2.ExportUserDataResponse]:
+        """Read everything of one user, item by item: the user, each session with its messages, each document with its chunks.
+
+        >>> _ = await client.append_messages(user_id=user_id, messages=[message("user", "Hi")])
+        >>> [item.WhichOneof("item") async for item in client.export_user_data(user_id=user_id)]
+        ['user', 'session', 'message']
+        """
+        request = export_pb2.ExportUserDataRequest(user_id=user_id)
+        token = await self._token(self._timeout)
+        async with aclosing(self._stream(self._stub.ExportUserData, request, token, timeout)) as items:
+            async for item in items:
+                yield item

@@ -9,13 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from chathistory_client import ChatHistoryClient, ChatHistoryError, DocumentScope, DocumentStatus, HealthStatus
 
-from .knowledge import load
+from .loader import load
 from .server import configured
 from .settings import Settings
 
@@ -56,11 +57,13 @@ async def service(settings: Settings, client: ChatHistoryClient) -> AsyncIterato
 
 
 async def _becomes_ready(process: subprocess.Popen[bytes], client: ChatHistoryClient) -> None:
-    async with asyncio.timeout(START):
-        while await client.check_health() is not HealthStatus.SERVING:
-            if process.poll() is not None:
-                raise DemoFailed(f"the service did not start (exit code {process.returncode})")
-            await asyncio.sleep(0.2)
+    give_up = time.monotonic() + START
+    while await client.check_health() is not HealthStatus.SERVING:
+        if process.poll() is not None:
+            raise DemoFailed(f"the service did not start (exit code {process.returncode})")
+        if time.monotonic() > give_up:
+            raise DemoFailed(f"the service is not ready after {START:.0f} seconds")
+        await asyncio.sleep(0.2)
 
 
 async def _load(client: ChatHistoryClient) -> None:
@@ -114,11 +117,13 @@ async def run() -> None:
         service(settings, client),
     ):
         await _load(client)
-        # uvicorn sees to the signals itself from here on, and returns when it has stopped.
+        # uvicorn sees to the signals itself while it serves, and afterwards sends itself the one that came again: the service
+        # must be stopped then, so all that a signal means from here on is that the chatbot ends.
+        chatbot = configured(settings)
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, setattr, chatbot, "should_exit", True)
         print(f"\n  the chatbot is at http://{settings.listen}  (Ctrl-C stops everything)\n", flush=True)
-        await configured(settings).serve()
+        await chatbot.serve()
 
 
 def main() -> None:

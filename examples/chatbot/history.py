@@ -15,6 +15,7 @@ from chathistory_client import (
     ChatHistoryError,
     Citation,
     DeadlineExceeded,
+    DocumentHit,
     Internal,
     Message,
     NotFound,
@@ -105,17 +106,21 @@ class History:
         except ChatHistoryError as error:
             _log.info("no passages: %s", error)
             return None
-        return [
-            schemas.Source(
-                document_uuid=UUID(hit.document.id),
-                title=hit.document.title or "Untitled",
-                uri=hit.document.source_uri,
-                chunk_index=hit.chunk_index,
-                text=hit.text[:QUOTE],
-            )
-            for hit in hits
-            if hit.score >= MIN_SCORE
-        ]
+        return [_source(hit) for hit in hits if hit.score >= MIN_SCORE]
+
+
+def _source(hit: DocumentHit) -> schemas.Source:
+    title, text = hit.document.title or "Untitled", hit.text
+    if text.startswith("#"):  # A section: its heading says what the passage is about.
+        heading, _, text = text.partition("\n")
+        title = f"{title}: {heading.lstrip('# ')}"
+    return schemas.Source(
+        document_uuid=UUID(hit.document.id),
+        title=title,
+        uri=hit.document.source_uri,
+        chunk_index=hit.chunk_index,
+        text=text.strip()[:QUOTE],
+    )
 
 
 def cited(sources: Sequence[schemas.Source]) -> list[Part]:
@@ -130,29 +135,26 @@ def cited(sources: Sequence[schemas.Source]) -> list[Part]:
     ]
 
 
-def titles(sources: Sequence[schemas.Source]) -> dict[str, Any]:
-    """Return the documents' names, which a citation has no room for, as an answer's metadata keeps them."""
-    return {str(source.document_uuid): {"title": source.title, "uri": source.uri[:500]} for source in sources}
+def titles(sources: Sequence[schemas.Source]) -> list[dict[str, str]]:
+    """Return the passages' titles, which a citation has no room for, as an answer's metadata keeps them."""
+    return [{"title": source.title, "uri": source.uri[:500]} for source in sources]
 
 
 def sources_of(message: Message) -> list[schemas.Source]:
     """Read the sources of a stored answer."""
-    known: dict[str, Any] = dict(_plain(message).get("documents", {}))
-    found = []
-    for part in message.parts:
-        if part.WhichOneof("kind") == "citation":
-            cite = part.citation
-            document = known.get(cite.document_id, {})
-            found.append(
-                schemas.Source(
-                    document_uuid=UUID(cite.document_id),
-                    title=document.get("title", "Untitled"),
-                    uri=document.get("uri", ""),
-                    chunk_index=cite.chunk_index,
-                    text=cite.quote,
-                )
-            )
-    return found
+    citations = [part.citation for part in message.parts if part.WhichOneof("kind") == "citation"]
+    named = _plain(message).get("sources", [])
+    named += [{}] * (len(citations) - len(named))
+    return [
+        schemas.Source(
+            document_uuid=UUID(citation.document_id),
+            title=name.get("title", "Untitled"),
+            uri=name.get("uri", ""),
+            chunk_index=citation.chunk_index,
+            text=citation.quote,
+        )
+        for citation, name in zip(citations, named, strict=False)
+    ]
 
 
 def stopped(message: Message) -> bool:

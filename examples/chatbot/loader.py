@@ -1,4 +1,4 @@
-"""Loads texts for the chatbot to answer from: `python -m examples.chatbot.knowledge [FOLDER]`. Loading again changes nothing."""
+"""Loads texts for the chatbot to answer from: `python -m examples.chatbot.loader [FOLDER]`. Loading again changes nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def cut(text: str, name: str) -> tuple[str, list[str]]:
     chunks: list[str] = []
     for section in re.split(r"\n(?=#{1,6}\s)", body.strip()):
         chunk = ""
-        for paragraph in re.split(r"\n\s*\n", section.strip()):
+        for wrapped in re.split(r"\n\s*\n", section.strip()):
+            # Lines that were broken for the eye only; lists and code stay as they are.
+            paragraph = (
+                wrapped if re.search(r"^(\s|[-*+>|`#]|\d+\.)", wrapped, re.MULTILINE) else " ".join(wrapped.split("\n"))
+            )
             if chunk and len(chunk) + len(paragraph) > CHUNK:
                 chunks.append(chunk)
                 chunk = ""

@@ -39,15 +39,18 @@ _NOT_NOW = 503
 RETRY_AFTER = 2
 
 
-def responses(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Describe errors in OpenAPI."""
+def responses(*codes: int, of_stream: bool = False) -> dict[int | str, dict[str, Any]]:
+    """Describe errors in OpenAPI; those of a stream, too, are JSON."""
     words = {
         404: "There is no such conversation, or it is somebody else's: nobody can tell which.",
         409: "The message id stands for another message, or the conversation was changed or closed meanwhile.",
         422: "The request itself is wrong; `fields` says where.",
         503: "The history service, or its database, does not answer; `Retry-After` says when to come back.",
     }
-    return {code: {"model": Error, "description": words[code]} for code in codes}
+    body: dict[str, Any] = {"model": Error}
+    if of_stream:
+        body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    return {code: body | {"description": words[code]} for code in codes}
 
 
 def install(app: FastAPI) -> None:

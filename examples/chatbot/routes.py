@@ -10,7 +10,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from chathistory_client import HealthStatus, MessageOrder, NotFound, trace_context
+from chathistory_client import HealthStatus, MessageOrder, NotFound, SearchMode, trace_context
 
 from . import history, schemas
 from .history import History
@@ -21,6 +21,10 @@ from .turns import Turn, Turns
 
 HEALTH_TIMEOUT = 1.5
 """Seconds for the whole of /db-health."""
+DELETE_TIMEOUT = 10.0
+"""Seconds that erasing a conversation may take, however long it is."""
+BY_MEANING = 5
+"""How many messages are shown that have none of the words."""
 
 
 async def _traced(
@@ -80,7 +84,7 @@ async def chat(turn: Begun, turns: Annotated[Turns, Depends(_turns)]) -> schemas
     tags=["chat"],
     summary="Ask, and be answered word by word",
     response_class=EventSourceResponse,
-    responses=responses(404, 409, 422, 503),
+    responses=responses(404, 409, 422, 503, of_stream=True),
 )
 async def chat_stream(turn: Begun, turns: Annotated[Turns, Depends(_turns)]) -> AsyncIterator[ServerSentEvent]:
     """Like `/chat`, by server-sent events: `begin` (Begun), then `delta` (Delta) many times, then `done` (ChatResponse).
@@ -170,7 +174,7 @@ async def change_session(
 )
 async def delete_session(user: UserId, store: Store, session_uuid: UUID) -> None:
     """Erase a conversation with all its messages."""
-    await store.client.delete_session(user_id=user, session_id=str(session_uuid))
+    await store.client.delete_session(user_id=user, session_id=str(session_uuid), timeout=DELETE_TIMEOUT)
 
 
 @router.get("/api/search", tags=["sessions"], summary="Search one's conversations", responses=responses(422, 503))
@@ -182,7 +186,11 @@ async def search(
 ) -> schemas.SearchResult:
     """Find messages in all of one's conversations, best first."""
     try:
-        hits = await store.client.search_messages(user_id=user, query=q, limit=limit)
+        hits = await store.client.search_messages(
+            user_id=user, query=q, limit=limit, mode=SearchMode.SEARCH_MODE_LEXICAL
+        )
+        if not hits:  # No such words: what comes nearest in meaning.
+            hits = await store.client.search_messages(user_id=user, query=q, limit=min(limit, BY_MEANING))
     except NotFound:
         return schemas.SearchResult(hits=[])
     session_ids = {hit.message.session_id for hit in hits}

@@ -150,7 +150,7 @@ class Turns:
         """Store the answer; and the question with it, when the service was away before."""
         if turn.answer is not None or not text:
             return
-        metadata = {"documents": history.titles(turn.sources)} | ({"stopped": True} if turn.stopped else {})
+        metadata = {"sources": history.titles(turn.sources)} | ({"stopped": True} if turn.stopped else {})
         answer = message("assistant", text, id=turn.answer_id, parts=history.cited(turn.sources), metadata=metadata)
         turn.answer = answer
         late = None if turn.question_saved else LAST_CHANCE

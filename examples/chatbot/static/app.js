@@ -107,7 +107,7 @@ function fill(text) {
 }
 
 async function ask(text, message_id = api.newId()) {
-  if (!state.session) $("talk").replaceChildren(); // The greeting.
+  $("talk").querySelector(".greeting")?.remove();
   const asked = question(text);
   const answer = new Answer();
   $("talk").append(asked, answer.element);
@@ -299,6 +299,7 @@ $("rename").onclick = () => {
   $("rename-box").showModal();
   $("rename-text").select();
 };
+$("rename-cancel").onclick = () => $("rename-box").close(); // Not a submit button: Enter means Save.
 $("rename-box").onclose = async () => {
   const title = $("rename-text").value.trim();
   if ($("rename-box").returnValue !== "yes" || !title) return;

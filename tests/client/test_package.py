@@ -1,0 +1,73 @@
+"""The client is a distribution of its own: it installs alone, brings nothing of the server, and works."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+# What grpcio itself asks for comes along.
+ALLOWED = {
+    "chathistory-client", "chathistory-stubs", "googleapis-common-protos", "grpcio", "protobuf", "typing-extensions",
+}  # fmt: skip
+USE = """
+import asyncio, sys
+from chathistory_client import ChatHistoryClient, message
+
+async def main():
+    async with ChatHistoryClient(sys.argv[1], options=[("grpc.enable_http_proxy", 0)]) as client:
+        user = await client.create_user(name="Ada")
+        reply = await client.append_messages(user_id=user.id, messages=[message("user", "Hello!")])
+        page = await client.list_messages(user_id=user.id, session_id=reply.session_id)
+        print([each.content for each in page.messages])
+
+asyncio.run(main())
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command outside of the environment that the tests run in, and return what it says."""
+    unset = ("PYTHONPATH", "VIRTUAL_ENV", "UV_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.network
+async def test_the_client_installs_alone_and_works(server: Server, tmp_path: Path) -> None:
+    def install() -> Path:
+        for project in ("generated", "client"):
+            run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT / project)
+        python = tmp_path / "venv" / "bin" / "python"
+        uv = Path(sys.executable).parent / "uv"
+        run(uv, "venv", "--quiet", "--no-config", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
+        wheels = sorted(tmp_path.glob("*.whl"))
+        run(
+            uv,
+            "pip",
+            "install",
+            "-q",
+            "--no-config",
+            "--only-binary",
+            ":all:",
+            "--python",
+            python,
+            *wheels,
+            cwd=tmp_path,
+        )
+        listed = json.loads(run(uv, "pip", "list", "--no-config", "--format", "json", "--python", python, cwd=tmp_path))
+        assert {each["name"] for each in listed} <= ALLOWED
+        return python
+
+    python = await asyncio.to_thread(install)
+    said = await asyncio.to_thread(run, python, "-W", "error", "-c", USE, server.address, cwd=tmp_path)
+    assert said.strip() == "['Hello!']"

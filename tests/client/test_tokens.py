@@ -1,0 +1,138 @@
+"""Tokens and TLS, against a server that wants them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chathistory_client import ChatHistoryClient, DeadlineExceeded, HealthStatus, Tls, Unauthenticated, message, new_id
+from chathistory_client.tokens import Tokens
+from tests.support import certificates, issuer
+from tests.support.clients import client_of
+from tests.support.servers import serving
+
+JWT: dict[str, Any] = {
+    "auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE,
+}  # fmt: skip
+
+
+class Source:
+    """Gives these tokens, one after the other, and the last one for ever."""
+
+    def __init__(self, *tokens: str) -> None:
+        self._tokens = list(tokens)
+        self.asked = 0
+
+    async def __call__(self) -> str:
+        self.asked += 1
+        await asyncio.sleep(0.01)
+        return self._tokens.pop(0) if len(self._tokens) > 1 else self._tokens[0]
+
+
+async def test_a_refused_token_is_renewed_once_and_the_call_goes_through(database_url: str) -> None:
+    source = Source("spoilt", issuer.service_token())
+    async with serving(database_url, **JWT) as server, client_of(server.address, token=source) as client:
+        users = await asyncio.gather(*(client.create_user() for _ in range(5)))
+
+    assert len({user.id for user in users}) == 5
+    assert source.asked == 2
+
+
+async def test_a_token_that_stays_bad_fails_after_one_renewal(database_url: str) -> None:
+    source = Source("bad", "worse", "worst")
+    async with serving(database_url, **JWT) as server, client_of(server.address, token=source) as client:
+        with pytest.raises(Unauthenticated) as caught:
+            await client.create_user()
+        with pytest.raises(Unauthenticated):
+            async with client_of(server.address, token="static") as other:
+                await other.create_user()
+        assert await client.check_health() is HealthStatus.SERVING
+
+    assert caught.value.reason == "TOKEN_INVALID"
+    assert source.asked == 2
+
+
+async def test_a_watch_goes_on_when_its_token_ends(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.rpc.tokens.LEEWAY", 0)
+    seen: list[int] = []
+    async with (
+        serving(database_url, **JWT) as server,
+        client_of(server.address, token=issuer.service_token()) as backend,
+    ):
+        user = await backend.create_user()
+        started = await backend.append_messages(user_id=user.id, messages=[message("user", "1")])
+        # A token that cannot be looked into, so that only the service's refusal tells that it has ended.
+        source = Source(issuer.token(user.id, exp=int(time.time()) + 2), issuer.token(user.id))
+        monkeypatch.setattr("chathistory_client.tokens._expiry", lambda _token: float("inf"))
+
+        async def watch(client: ChatHistoryClient) -> None:
+            async for each in client.watch_messages(session_id=started.session_id):
+                seen.append(each.seq)
+                if each.seq == 2:
+                    break
+
+        async with client_of(server.address, token=source) as client, asyncio.timeout(20):
+            watching = asyncio.create_task(watch(client))
+            while source.asked < 2:
+                await asyncio.sleep(0.05)
+            await client.append_messages(session_id=started.session_id, messages=[message("user", "2")])
+            await watching
+
+    assert seen == [1, 2]
+
+
+async def test_tokens_that_never_come_do_not_outlast_the_deadline(unused_tcp_port: int) -> None:
+    async def never() -> str:
+        await asyncio.sleep(3600)
+        raise AssertionError("unreachable")
+
+    async with client_of(f"127.0.0.1:{unused_tcp_port}", token=never) as client:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="no token"):
+            await client.get_user(user_id=new_id(), timeout=0.2)
+        assert time.monotonic() - started < 1
+
+
+async def test_a_jwt_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def jwt(exp: float) -> str:
+        body = base64.urlsafe_b64encode(json.dumps({"exp": exp}).encode()).decode().rstrip("=")
+        return f"e30.{body}.sig"
+
+    now = 1_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    source = Source(jwt(now + 300), jwt(now + 600))
+    tokens = Tokens(source)
+
+    first = await tokens.get()
+    now += 269
+    assert await tokens.get() == first
+    now += 2
+    assert await tokens.get() != first
+    assert source.asked == 2
+
+
+@pytest.mark.parametrize("target", ["history.example:50051", "dns:///10.0.0.7:50051"])
+def test_a_token_is_not_sent_in_plaintext_to_another_machine(target: str) -> None:
+    with pytest.raises(ValueError, match="plaintext"):
+        client_of(target, token="secret")
+    client_of(target, token="secret", tls=True)
+    client_of(target, token="secret", allow_insecure_token=True)
+
+
+async def test_tls_and_mutual_tls(database_url: str, tmp_path: Path) -> None:
+    authority = certificates.Authority()
+    files = certificates.write(tmp_path, authority.issue(), authority.pem)
+    mine = authority.issue("backend")
+    async with serving(database_url, **files) as server:
+        mutual = Tls(root_certificates=authority.pem, private_key=mine.key, certificate_chain=mine.cert)
+        async with client_of(server.address, tls=mutual) as client:
+            assert (await client.create_user(name="Ada")).name == "Ada"
+        stranger = Tls(root_certificates=certificates.Authority().pem)
+        async with client_of(server.address, tls=stranger, wait_for_ready=False) as client:
+            assert await client.check_health() is HealthStatus.UNREACHABLE
