@@ -51,6 +51,8 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # What decides in current versions: how long a ping may stay unanswered before the connection counts as dead (60 s by default).
+    ("grpc.http2.ping_timeout_ms", 20_000),
 ]
 
 _log = structlog.get_logger(__name__)
