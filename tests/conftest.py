@@ -18,12 +18,14 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chathistory.v1 import session_pb2
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from service import server as server_module
 from service.server import Server
 from tests.support import sentinel as checks
 from tests.support.chat import Chat
@@ -59,6 +61,20 @@ def sentinel() -> Generator[None]:
     yield
     if found := checks.complaints(all_new_statements()):
         pytest.fail("\n\n".join(found), pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collector() -> Generator[None]:
+    """Let the garbage collector look at what the tests make, and not again and again at what was imported before them."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        # A server sets up the collector of a process of its own; in this one there are many, one after the other.
+        patch.setattr(
+            server_module, "gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None)
+        )
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from tests.support.clients import client_of
 from tests.support.proxy import Proxy, before_postgres
 from tests.support.servers import serving
 
+pytestmark = pytest.mark.faults  # Takes long.
+
 TURNS = 200
 USERS = 20
 

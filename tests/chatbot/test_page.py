@@ -20,6 +20,8 @@ from tests.support.chatbots import Model, chatting
 from tests.support.chromium import DESKTOP, PHONE, barriers, chromium, opened
 from tests.support.proxy import Proxy
 
+pytestmark = pytest.mark.faults  # Takes long.
+
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs" / "pictures"
 DEVICES = pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])

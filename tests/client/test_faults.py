@@ -14,6 +14,8 @@ from tests.conftest import StartProcess
 from tests.support.clients import client_of
 from tests.support.proxy import Proxy, Way
 
+pytestmark = pytest.mark.faults  # Takes long.
+
 
 @pytest.fixture
 async def proxy(server: Server) -> AsyncGenerator[Proxy]:

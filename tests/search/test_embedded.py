@@ -22,6 +22,8 @@ from tests.support.chat import Chat
 from tests.support.cluster import fetch
 from tests.support.servers import channel, code_of, connected, serving
 
+pytestmark = pytest.mark.faults  # Takes long.
+
 TEXTS = Path(__file__).parent / "texts"
 
 # In other words than the texts', and where the answer stands.

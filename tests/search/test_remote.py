@@ -29,6 +29,8 @@ from tests.support.cluster import Cluster, all_new_statements, fetch
 from tests.support.failures import failure as how_it_fails
 from tests.support.servers import channel, code_of, connected, serving
 
+pytestmark = pytest.mark.faults  # Takes long.
+
 FOREIGN = "somebody-elses"
 
 

@@ -277,3 +277,16 @@ async def test_a_session_erased_under_a_statement_is_not_made_anew(database_url:
         assert isinstance(answers[0], NotFound)
         assert await history(database_url, store.user_id, doomed) is None
         assert len(await store.stored(good)) == 1
+
+
+async def test_times_follow_seq_though_the_clock_goes_back(store: Sessions) -> None:
+    """Another replica's clock, or this one's before it was set right, was an hour ahead."""
+    session_id = await store.new(1)
+    for column, table in (("updated_at", "chat_sessions"), ("created_at", "chat_messages")):
+        key = "id" if table == "chat_sessions" else "session_id"
+        await fetch(
+            store.url, f"UPDATE {table} SET {column} = {column} + interval '1 hour' WHERE {key} = $1", session_id
+        )
+    stored = await asyncio.gather(*(store.start(session_id) for _ in range(3)))
+    found = await checked(store.url, store.user_id, session_id)
+    assert {each.entries[0].created_us for each in stored} == {found.messages[0].created_us}

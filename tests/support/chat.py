@@ -76,8 +76,10 @@ class Chat:
 
     async def session_pages(self, **fields: Any) -> AsyncIterator[list[session_pb2.Session]]:
         """Read page after page to the end."""
-        token = ""
+        token, seen = "", set[str]()
         while True:
+            assert token not in seen, "the pages go round in circles"
+            seen.add(token)
             reply = await self.list_sessions(page_token=token, **fields)
             yield list(reply.sessions)
             token = reply.next_page_token
@@ -109,8 +111,10 @@ class Chat:
 
     async def pages(self, session_id: str, **fields: Any) -> AsyncIterator[list[message_pb2.Message]]:
         """Read page after page to the end."""
-        token = ""
+        token, seen = "", set[str]()
         while True:
+            assert token not in seen, "the pages go round in circles"
+            seen.add(token)
             reply = await self.page(session_id, page_token=token, **fields)
             yield list(reply.messages)
             token = reply.next_page_token

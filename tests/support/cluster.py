@@ -118,7 +118,8 @@ class Cluster:
         template = "template0" if empty else _TEMPLATE
         connection = await self.connect()
         try:
-            await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+            # By copying files: faster than through the log, where nothing is synced.
+            await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         finally:
             await connection.close()
         return name

@@ -32,8 +32,10 @@ async def install(database_url: str, table: str = "chat_messages", event: str = 
     for statement in (
         *_INSTALL,
         f"DROP TRIGGER IF EXISTS test_fault ON {table}",
-        f"CREATE CONSTRAINT TRIGGER test_fault AFTER {event} ON {table} DEFERRABLE INITIALLY DEFERRED"
-        " FOR EACH ROW EXECUTE FUNCTION test_fault()",
+        f"""
+        CREATE CONSTRAINT TRIGGER test_fault AFTER {event} ON {table} DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION test_fault()
+        """,
     ):
         await fetch(database_url, statement)
     await arm(database_url, "40001", 0)

@@ -61,7 +61,8 @@ async def history(database_url: str, user_id: str, session_id: str) -> History |
     if not sessions:
         assert not messages, "messages without their session"
         return None
-    return History(*sessions[0], messages)
+    state, last_seq, message_count = sessions[0]
+    return History(state, last_seq, message_count, messages)
 
 
 async def checked(database_url: str, user_id: str, session_id: str) -> History:

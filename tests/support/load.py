@@ -85,7 +85,8 @@ class Load:
             try:
                 return await self._chat.stub.AppendMessages(request, timeout=CALL_SECONDS)
             except aio.AioRpcError as error:
-                assert error.code() in RETRIED, error
+                if error.code() not in RETRIED:
+                    raise
                 self.refusals[error.code().name] = self.refusals.get(error.code().name, 0) + 1
             await asyncio.sleep(self._random.uniform(0.01, 0.2))
 
@@ -105,12 +106,16 @@ class Load:
             stored = [message.id for message in found.messages]
             assert set(stored) == self.sent[session_id], "every request was carried through, and nothing else came"
             seen = self.seen[session_id]
-            assert [message.seq for message in seen] == list(range(1, len(seen) + 1)), "a follower sees no gap and no double"
+            assert [message.seq for message in seen] == list(range(1, len(seen) + 1)), (
+                "a follower sees no gap and no double"
+            )
             assert [message.id for message in seen] == stored[: len(seen)]
 
 
 def patient(**options: int) -> dict[str, int]:
     """Return options of a channel that finds a restarted server soon."""
-    return {"initial_reconnect_backoff_ms": 50, "min_reconnect_backoff_ms": 50, "max_reconnect_backoff_ms": 200} | options
-
-
+    return {
+        "initial_reconnect_backoff_ms": 50,
+        "min_reconnect_backoff_ms": 50,
+        "max_reconnect_backoff_ms": 200,
+    } | options

@@ -1,0 +1,38 @@
+"""What the tests of faults stand on: a proxy between the service and PostgreSQL, and a PostgreSQL that may be killed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator
+from typing import NamedTuple
+
+import pytest
+
+from service.server import Server
+from tests.support.chat import Chat
+from tests.support.cluster import Cluster
+from tests.support.proxy import Proxy, before_postgres
+from tests.support.servers import connected, serving
+
+
+class Broken(NamedTuple):
+    """A service whose connections to PostgreSQL can be broken."""
+
+    server: Server
+    chat: Chat
+    proxy: Proxy
+
+
+@pytest.fixture
+async def broken(database_url: str) -> AsyncGenerator[Broken]:
+    """Give a service behind whose back the database can be cut off."""
+    async with before_postgres(database_url) as (proxy, url), serving(url) as server, connected(server.address) as stub:
+        yield Broken(server, await Chat.of_new_user(stub), proxy)
+        proxy.accept()
+        proxy.let_pass()
+
+
+@pytest.fixture
+def own_cluster() -> Generator[Cluster]:
+    """Give a PostgreSQL of this test's own, which it may stop, kill and start."""
+    with Cluster() as started:
+        yield started

@@ -1,0 +1,282 @@
+"""PostgreSQL goes away, in all the ways it can: calls wait for it as long as they may, and what is stored is stored once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable
+
+import pytest
+from chathistory.v1 import message_pb2
+from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
+from grpc import StatusCode, aio
+
+from service.store.migrations import upgrade
+from service.store.url import parse
+from tests.faults.conftest import Broken
+from tests.support import failures, faults
+from tests.support.chat import Chat, text, texts
+from tests.support.cluster import Cluster, fetch
+from tests.support.history import checked
+from tests.support.load import Load, patient
+from tests.support.proxy import Way, before_postgres
+from tests.support.servers import channel, serving
+
+TERMINATE = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'chat-history'
+"""
+
+
+def every_kind(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Return a call of every way to the database: through the pool, by the driver, in a transaction, in a shared statement."""
+    return {
+        "read": lambda: chat.get_session(session_id),
+        "hot read": lambda: chat.page(session_id),
+        "context": lambda: chat.context(session_id),
+        "write": lambda: chat.update_session(["title"], id=session_id, title="new"),
+        "append": lambda: chat.append(session_id, "more"),
+    }
+
+
+async def visible(database_url: str, message_id: str) -> None:
+    """Wait until a message is committed."""
+    async with asyncio.timeout(20):
+        while not await fetch(database_url, "SELECT FROM chat_messages WHERE id = $1", message_id):
+            await asyncio.sleep(0.01)
+
+
+# --- Before the commit.
+
+
+async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -> None:
+    """Twice, and the third time it is committed: the client sees one success, and no replay."""
+    await faults.install(database_url)
+    session = await chat.create_session()
+    await faults.arm(database_url, "terminate", 2)
+    reply = await chat.append(session.id, texts(3))
+    assert [(entry.seq, entry.replayed) for entry in reply.messages] == [(1, False), (2, False), (3, False)]
+    found = await checked(database_url, chat.user_id, session.id)
+    found.holds([reply])
+    assert found.last_seq == 3
+
+
+@pytest.mark.parametrize("kind", ["terminate", "40001", "40P01"])
+async def test_a_transaction_fails_at_its_commit_and_is_run_again(chat: Chat, database_url: str, kind: str) -> None:
+    session = await chat.create_session()
+    await faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
+    await faults.arm(database_url, kind, 2)
+    changed = await chat.update_session(["title"], id=session.id, title="new", etag=session.etag)
+    assert changed.title == "new"
+    await faults.arm(database_url, kind, 2)
+    assert (await chat.create_session(title="made")).title == "made"
+    await faults.arm(database_url, kind, 2)
+    made = await chat.append("", texts(2))
+    assert made.session_created
+    assert [entry.seq for entry in made.messages] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["40001", "40P01"])
+async def test_what_fails_every_time_ends_in_aborted(chat: Chat, database_url: str, kind: str) -> None:
+    session = await chat.create_session()
+    await faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
+    await faults.arm(database_url, kind, 1000)
+    for call in (chat.append(session.id, "never"), chat.update_session(["title"], id=session.id, title="never")):
+        found = await failures.fails(call, "CONTENTION")
+        assert found.code == StatusCode.ABORTED
+        assert found.retry_after is not None
+    await faults.arm(database_url, kind, 0)
+    assert (await chat.append(session.id, "at last")).messages[0].seq == 1
+
+
+# --- After the commit was sent.
+
+
+@pytest.mark.parametrize("starts", [False, True], ids=["session there", "session started"])
+async def test_the_connection_is_cut_after_the_commit_was_sent(broken: Broken, database_url: str, starts: bool) -> None:
+    """The answer is on its way when the connection breaks. The service looks what has become of it: one row, no replay."""
+    chat, proxy = broken.chat, broken.proxy
+    session_id = await chat.start()  # And the statement is prepared: the next one is sent in one piece.
+    messages = texts(2)
+    proxy.hold(Way.DOWN)
+    call = asyncio.ensure_future(chat.append("" if starts else session_id, messages))
+    await visible(database_url, messages[0].id)
+    assert not call.done()
+    proxy.cut()
+    proxy.let_pass()
+    reply = await call
+    assert [(entry.seq, entry.replayed) for entry in reply.messages] == (
+        [(1, False), (2, False)] if starts else [(2, False), (3, False)]
+    )
+    assert reply.session_created == starts
+    (await checked(database_url, chat.user_id, reply.session_id)).holds([reply])
+    again = await chat.append("" if starts else session_id, messages)
+    assert [(entry.seq, entry.replayed) for entry in again.messages] == [(e.seq, True) for e in reply.messages]
+
+
+async def test_many_appends_are_cut_off_and_none_is_doubled(broken: Broken, database_url: str) -> None:
+    """Shared statements: what was under way, and what was waiting, of several sessions and of the same message."""
+    chat, proxy = broken.chat, broken.proxy
+    session_ids = [await chat.start() for _ in range(4)]
+    same = text("the same")
+    for turn in range(4):
+        calls = [asyncio.ensure_future(chat.append(session_ids[n % 4], f"{turn}.{n}")) for n in range(40)]
+        calls += [asyncio.ensure_future(chat.append(session_ids[0], [same])) for _ in range(10)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        (proxy.cut, proxy.halve)[turn % 2]()
+        replies = await asyncio.gather(*calls)
+        assert len({reply.messages[0].seq for reply in replies[40:]}) == 1
+        for session_id in session_ids:
+            found = await checked(database_url, chat.user_id, session_id)
+            found.holds(reply for reply in replies if reply.session_id == session_id)
+    counts = [(await chat.get_session(session_id)).last_seq for session_id in session_ids]
+    assert counts == [1 + 4 * 10 + 1, *[1 + 4 * 10] * 3]
+
+
+# --- Away, and back.
+
+
+async def test_all_idle_backends_are_ended(chat: Chat, database_url: str) -> None:
+    """As when Neon suspends: the next call of every kind goes through."""
+    session_id = await chat.start()
+    for name, call in every_kind(chat, session_id).items():
+        await asyncio.gather(*(other() for other in every_kind(chat, session_id).values()))
+        [[ended]] = await fetch(database_url, TERMINATE)
+        assert ended > 0, name
+        await call()
+
+
+async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) -> None:
+    session_id = await chat.start()
+
+    async def end_them() -> None:
+        while True:
+            await fetch(database_url, TERMINATE)
+            await asyncio.sleep(0.03)
+
+    ending = asyncio.create_task(end_them())
+    try:
+        for _ in range(6):
+            calls = [call() for call in every_kind(chat, session_id).values() for _ in range(8)]
+            await asyncio.gather(*calls)
+    finally:
+        ending.cancel()
+        await asyncio.wait([ending])
+    assert (await checked(database_url, chat.user_id, session_id)).last_seq == 1 + 6 * 8
+
+
+async def test_the_database_refuses_for_some_seconds(broken: Broken) -> None:
+    """Calls that come meanwhile are answered when it is back, within their deadlines; then it is as it was."""
+    session_id = await broken.chat.start()
+    broken.proxy.refuse()
+    calls = {name: asyncio.ensure_future(call()) for name, call in every_kind(broken.chat, session_id).items()}
+    await asyncio.wait(calls.values(), timeout=4.0)
+    assert not any(call.done() for call in calls.values()), calls
+    broken.proxy.accept()
+    await asyncio.gather(*calls.values())
+
+
+async def test_it_suspends_and_takes_seconds_to_wake(broken: Broken, database_url: str) -> None:
+    """All backends end, and new connections hang before they are answered."""
+    session_id = await broken.chat.start()
+    await fetch(database_url, TERMINATE)
+    broken.proxy.hold()
+    calls = {name: asyncio.ensure_future(call()) for name, call in every_kind(broken.chat, session_id).items()}
+    await asyncio.wait(calls.values(), timeout=3.0)
+    broken.proxy.let_pass()
+    await asyncio.gather(*calls.values())
+
+
+async def test_a_database_that_stays_away_is_unavailable(broken: Broken) -> None:
+    session_id = await broken.chat.start()
+    broken.proxy.refuse()
+    request = message_pb2.AppendMessagesRequest(user_id=broken.chat.user_id, session_id=session_id, messages=texts(1))
+    listing = message_pb2.ListMessagesRequest(user_id=broken.chat.user_id, session_id=session_id)
+    for call in (
+        broken.chat.stub.AppendMessages(request, timeout=1.5),
+        broken.chat.stub.ListMessages(listing, timeout=1.5),
+    ):
+        with pytest.raises(aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
+    broken.proxy.accept()
+    reply = await broken.chat.stub.AppendMessages(request)
+    assert reply.messages[0].seq == 2
+
+
+# --- Under load.
+
+
+async def _cut_under_load(database_url: str, rounds: int, seed: int) -> None:
+    """Break the connections to PostgreSQL in ways that are drawn from a seed, again and again."""
+    drawn = random.Random(seed)
+    print(f"seed {seed}")
+    async with (
+        before_postgres(database_url) as (proxy, url),
+        serving(url) as server,
+        channel(server.address, **patient()) as opened,
+    ):
+        ways: list[Callable[[], object]] = [
+            proxy.cut,
+            proxy.halve,
+            proxy.refuse,
+            proxy.hold,
+            lambda: proxy.hold(Way.UP),
+            lambda: proxy.hold(Way.DOWN),
+            lambda: setattr(proxy, "delay", 0.05),
+        ]
+        load = Load(await Chat.of_new_user(Stub(opened)), seed=seed)
+        async with load.running():
+            for _ in range(rounds):
+                await load.progress(60)
+                drawn.choice(ways)()
+                if drawn.random() < 0.2:
+                    await fetch(database_url, TERMINATE)
+                await asyncio.sleep(drawn.uniform(0.05, 1.5))
+                if drawn.random() < 0.5:
+                    proxy.cut()
+                proxy.accept()
+                proxy.let_pass()
+                proxy.delay = 0.0
+        await load.check(database_url)
+        assert load.count >= 60 * rounds
+        print(f"{load.count} messages, refusals {load.refusals}")
+
+
+async def test_connections_break_under_load(database_url: str) -> None:
+    await _cut_under_load(database_url, rounds=8, seed=7)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_connections_break_under_load_again_and_again(database_url: str, seed: int) -> None:
+    await _cut_under_load(database_url, rounds=40, seed=seed)
+
+
+async def _postgres_killed_under_load(cluster: Cluster, rounds: int) -> None:
+    url = cluster.url("postgres")
+    await upgrade(parse(url))
+    async with serving(url) as server, channel(server.address, **patient()) as opened:
+        load = Load(await Chat.of_new_user(Stub(opened)))
+        async with load.running():
+            for _ in range(rounds):
+                await load.progress(100)
+                os.kill(cluster.pid, signal.SIGKILL)
+                await asyncio.to_thread(cluster.postgres.stop)
+                await asyncio.to_thread(cluster.postgres.start)
+            await load.progress(100)
+        await load.check(url)
+        print(f"{load.count} messages, refusals {load.refusals}")
+
+
+async def test_postgres_is_killed_under_load(own_cluster: Cluster) -> None:
+    await _postgres_killed_under_load(own_cluster, rounds=1)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+async def test_postgres_is_killed_under_load_again_and_again(own_cluster: Cluster) -> None:
+    await _postgres_killed_under_load(own_cluster, rounds=10)

@@ -1,0 +1,165 @@
+"""The service is killed: what it has acknowledged is there, and what it has not is stored at most once, also when it is sent again."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2
+from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
+from grpc import StatusCode, aio
+
+from tests.support.chat import Chat, new_id, texts
+from tests.support.cluster import fetch
+from tests.support.history import checked
+from tests.support.load import Load, patient
+from tests.support.proxy import Proxy, Way, before_postgres
+from tests.support.servers import ServerProcess, channel, connected
+
+
+async def stored(database_url: str, message_id: str) -> None:
+    """Wait until a message is committed."""
+    async with asyncio.timeout(20):
+        while not await fetch(database_url, "SELECT FROM chat_messages WHERE id = $1", message_id):
+            await asyncio.sleep(0.01)
+
+
+async def retried(database_url: str, folder: Path, request: message_pb2.AppendMessagesRequest) -> None:
+    """Send a request again to a new process; it must find what the killed one has stored."""
+    async with ServerProcess(database_url, folder) as process, connected(process.address) as stub:
+        reply = await stub.AppendMessages(request)
+        assert [entry.replayed for entry in reply.messages] == [True] * len(request.messages)
+        assert not reply.session_created
+        found = await checked(database_url, request.user_id, reply.session_id)
+        found.holds([reply])
+        assert found.last_seq == len(request.messages)
+
+
+async def killed_in_mid_call(process: ServerProcess, call: Any, database_url: str, message_id: str) -> None:
+    await stored(database_url, message_id)
+    assert not call.done()
+    await process.kill()
+    with pytest.raises(aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() == StatusCode.UNAVAILABLE
+
+
+async def test_killed_between_the_commit_and_the_reply(database_url: str, tmp_path: Path) -> None:
+    """The reply is held on its way to the client; once the row is there, the process is killed."""
+    async with (
+        ServerProcess(database_url, tmp_path / "first") as process,
+        Proxy(process.address) as proxy,
+        connected(proxy.address) as stub,
+    ):
+        chat = await Chat.of_new_user(stub)
+        messages = texts(3)
+        request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
+        proxy.hold(Way.DOWN)
+        call = stub.AppendMessages(request)
+        await stored(database_url, messages[0].id)
+        assert not call.done()
+        await process.kill()
+        proxy.cut()
+        with pytest.raises(aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == StatusCode.UNAVAILABLE
+    await retried(database_url, tmp_path / "second", request)
+
+
+async def test_killed_before_it_learns_of_the_commit(database_url: str, tmp_path: Path) -> None:
+    """PostgreSQL's answer is held on its way to the service; once the row is there, the process is killed."""
+    async with (
+        before_postgres(database_url) as (proxy, url),
+        ServerProcess(url, tmp_path / "first") as process,
+        connected(process.address) as stub,
+    ):
+        chat = await Chat.of_new_user(stub)
+        await chat.start()  # The statement is prepared: the next one is sent in one piece.
+        messages = texts(3)
+        request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
+        proxy.hold(Way.DOWN)
+        await killed_in_mid_call(process, stub.AppendMessages(request), database_url, messages[0].id)
+    await retried(database_url, tmp_path / "second", request)
+
+
+async def test_killed_while_the_statement_runs(database_url: str, tmp_path: Path) -> None:
+    """PostgreSQL is left with a statement that nobody waits for. Whether it is stored or not, the retry stores it once."""
+    async with ServerProcess(database_url, tmp_path / "first") as process, connected(process.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        calls = [
+            chat.stub.AppendMessages(
+                message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(20))
+            )
+            for _ in range(50)
+        ]
+        requests = [
+            message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(20))
+            for _ in range(50)
+        ]
+        calls += [chat.stub.AppendMessages(request) for request in requests]
+        await asyncio.wait(
+            [asyncio.ensure_future(_settled(call)) for call in calls], return_when=asyncio.FIRST_COMPLETED
+        )
+        await process.kill()
+        first = [reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None]
+    async with ServerProcess(database_url, tmp_path / "second") as process, connected(process.address) as stub:
+        again = await asyncio.gather(*map(stub.AppendMessages, requests))
+    (await checked(database_url, chat.user_id, session_id)).holds([*first, *again])
+
+
+async def _settled(call: Any) -> message_pb2.AppendMessagesResponse | None:
+    try:
+        reply: message_pb2.AppendMessagesResponse = await call
+    except aio.AioRpcError as error:
+        assert error.code() == StatusCode.UNAVAILABLE, error  # noqa: PT017 - one of two ways to end
+        return None
+    return reply
+
+
+async def _killed_again_and_again(database_url: str, folder: Path, rounds: int) -> None:
+    process = await ServerProcess(database_url, folder / "0").start()
+    address = process.address
+    async with channel(address, **patient()) as opened:
+        load = Load(await Chat.of_new_user(Stub(opened)))
+        async with load.running():
+            for turn in range(1, rounds + 1):
+                await load.progress(200)
+                await process.kill()
+                await process.stop()
+                process = await ServerProcess(database_url, folder / f"{turn}", CHAT_HISTORY_LISTEN=address).start()
+            await load.progress(200)
+    await process.stop()
+    await load.check(database_url)
+    assert load.count >= 200 * (rounds + 1)
+    print(f"{load.count} messages, refusals {load.refusals}")
+
+
+async def test_killed_under_load(database_url: str, tmp_path: Path) -> None:
+    await _killed_again_and_again(database_url, tmp_path, rounds=2)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(300)
+async def test_killed_under_load_again_and_again(database_url: str, tmp_path: Path) -> None:
+    await _killed_again_and_again(database_url, tmp_path, rounds=15)
+
+
+async def test_a_session_is_started_once_though_the_first_server_was_killed(database_url: str, tmp_path: Path) -> None:
+    """Fifty clients start the same session; half of them hear nothing and ask another server."""
+    user_messages = texts(2)
+    async with ServerProcess(database_url, tmp_path / "first") as process, connected(process.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        request = message_pb2.AppendMessagesRequest(
+            user_id=chat.user_id, session_id=new_id(), create_if_missing=True, messages=user_messages
+        )
+        calls = [stub.AppendMessages(request) for _ in range(25)]
+        await process.kill()
+        first = [reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None]
+    async with ServerProcess(database_url, tmp_path / "second") as process, connected(process.address) as stub:
+        again = await asyncio.gather(*(stub.AppendMessages(request) for _ in range(25)))
+    found = await checked(database_url, chat.user_id, request.session_id)
+    found.holds([*first, *again])
+    assert found.last_seq == 2

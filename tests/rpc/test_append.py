@@ -1,0 +1,428 @@
+"""AppendMessages: numbered without gap, all or none, once whatever the retries, checked in the contract's order."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2, session_pb2
+
+from service.store.tables import SYSTEM_USER_ID
+from tests.support.chat import ASSISTANT, Chat, new_id, text, texts
+from tests.support.cluster import fetch
+from tests.support.failures import fails, refuses
+
+ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_ARCHIVED
+
+
+def places(reply: message_pb2.AppendMessagesResponse) -> list[tuple[int, bool]]:
+    """Return each message's seq, and whether it was there before."""
+    return [(each.seq, each.replayed) for each in reply.messages]
+
+
+async def stored(chat: Chat, session_id: str) -> list[str]:
+    return [message.content for message in await chat.all(session_id)]
+
+
+# --- Order.
+
+
+async def test_seq_is_1_2_3_over_appends_of_any_size(chat: Chat, session: session_pb2.Session) -> None:
+    sizes = [1, 3, 100, 1, 2]
+    seen: list[int] = []
+    for size in sizes:
+        reply = await chat.append(session.id, texts(size))
+        assert len({each.create_time.ToMicroseconds() for each in reply.messages}) == 1
+        assert not reply.session_created
+        seen += [each.seq for each in reply.messages]
+    assert seen == list(range(1, sum(sizes) + 1))
+    after = await chat.get_session(session.id)
+    assert after.last_seq == after.message_count == sum(sizes)
+
+
+async def test_messages_take_their_places_in_the_requests_order(chat: Chat, session: session_pb2.Session) -> None:
+    sent = texts(50)
+    reply = await chat.append(session.id, sent)
+    assert [each.id for each in reply.messages] == [message.id for message in sent]
+    assert [each.seq for each in reply.messages] == list(range(1, 51))
+    assert await stored(chat, session.id) == [message.content for message in sent]
+
+
+async def test_appends_at_once_leave_no_gap_and_keep_each_request_together(chat: Chat) -> None:
+    session_id = await chat.start()
+    replies = await asyncio.gather(*(chat.append(session_id, texts(3)) for _ in range(30)))
+    blocks = sorted([each.seq for each in reply.messages] for reply in replies)
+    assert [seq for block in blocks for seq in block] == list(range(2, 92))
+    assert [message.seq for message in await chat.all(session_id)] == list(range(1, 92))
+
+
+async def test_sessions_are_numbered_apart(chat: Chat, other: Chat) -> None:
+    session_id = new_id()
+    mine, theirs, second = [
+        (await each.create_session(id=id_)).id for each, id_ in ((chat, session_id), (other, session_id), (chat, ""))
+    ]
+    replies = await asyncio.gather(
+        *(each.append(id_, texts(2)) for _ in range(5) for each, id_ in ((chat, mine), (other, theirs), (chat, second)))
+    )
+    assert sorted(each.seq for reply in replies for each in reply.messages) == sorted([*range(1, 11)] * 3)
+
+
+async def test_no_seq_is_used_up_by_what_was_refused(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(2))
+    await fails(chat.append(session_id, [text("new"), text("other", id=sent[0].id)]), "MESSAGE_ID_REUSED")
+    await fails(chat.append(session_id, "new", expected_last_seq=1), "LAST_SEQ_MISMATCH")
+    await refuses(chat.append(session_id, [text("a\0")]), "messages[0].content")
+    assert places(await chat.append(session_id, "next")) == [(3, False)]
+
+
+# --- Retries.
+
+
+async def test_a_retry_gets_the_same_answer_and_stores_nothing(chat: Chat, session: session_pb2.Session) -> None:
+    sent = [text("one", metadata={"b": 1, "a": {"y": 1, "x": 2}}), text("two", parts=[{"data": {"k": [1]}}])]
+    first = await chat.append(session.id, sent)
+    await chat.append(session.id, "between")
+    again = await chat.append(session.id, sent)
+    assert places(first) == [(1, False), (2, False)]
+    assert places(again) == [(1, True), (2, True)]
+    assert [each.create_time for each in again.messages] == [each.create_time for each in first.messages]
+    assert len(await chat.all(session.id)) == 3
+
+
+async def test_fifty_equal_appends_at_once_store_one(chat: Chat, session: session_pb2.Session) -> None:
+    sent = texts(2)
+    replies = await asyncio.gather(*(chat.append(session.id, sent) for _ in range(50)))
+    assert {tuple(each.seq for each in reply.messages) for reply in replies} == {(1, 2)}
+    assert len({each.create_time.ToMicroseconds() for reply in replies for each in reply.messages}) == 1
+    assert sorted(reply.messages[0].replayed for reply in replies) == [False] + [True] * 49
+    assert await stored(chat, session.id) == ["message 1", "message 2"]
+
+
+async def test_the_spelling_of_an_id_and_of_metadata_makes_no_other_message(chat: Chat) -> None:
+    sent = text("one", metadata={"a": 1, "b": 2})
+    session_id = await chat.start([sent])
+    respelled = text("one", id=sent.id.upper(), metadata={"b": 2, "a": 1}, session_id=session_id)
+    respelled.seq, respelled.etag = 7, "anything"
+    respelled.create_time.seconds = 1
+    assert places(await chat.append(session_id.upper(), [respelled])) == [(1, True)]
+
+
+async def test_what_was_read_may_be_appended_again_as_it_is(chat: Chat) -> None:
+    session_id = await chat.start(
+        [text("one", ASSISTANT, metadata={"k": [None]}, parts=[{"text": "p"}], token_count=0)]
+    )
+    read = await chat.all(session_id)
+    assert places(await chat.append(session_id, read)) == [(1, True)]
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"content": "changed"},
+    {"role": ASSISTANT},
+    {"author": "Bob"},
+    {"metadata": {"k": 2}},
+    {"token_count": 0},
+    {"feedback": {"score": 0}},
+    {"parts": [{"text": "p"}, {"text": "p"}]},
+]
+
+
+@pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
+async def test_the_same_id_with_another_content_is_refused(chat: Chat, change: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"id": new_id(), "content": "one", "metadata": {"k": 1}, "parts": [{"text": "p"}]}
+    session_id = await chat.start([text(**fields)])
+    await fails(
+        chat.append(session_id, [text(**fields | change)]),
+        "MESSAGE_ID_REUSED",
+        session_id=session_id,
+        message_id=fields["id"],
+    )
+    assert await stored(chat, session_id) == ["one"]
+
+
+async def test_the_same_id_in_another_session_is_another_message(chat: Chat, other: Chat) -> None:
+    sent = text("one")
+    first = await chat.start([sent])
+    second = (await chat.create_session()).id
+    theirs = (await other.create_session(id=first)).id
+    assert places(await chat.append(second, [text("two", id=sent.id)])) == [(1, False)]
+    assert places(await other.append(theirs, [text("three", id=sent.id)])) == [(1, False)]
+    assert (await stored(chat, first), await stored(chat, second), await stored(other, theirs)) == (
+        ["one"],
+        ["two"],
+        ["three"],
+    )
+
+
+async def test_without_ids_a_retry_is_not_recognised_and_the_server_makes_ids(
+    chat: Chat, session: session_pb2.Session
+) -> None:
+    sent = [text("one", id=""), text("one", id="")]
+    replies = [await chat.append(session.id, sent) for _ in range(2)]
+    assert [seq for reply in replies for seq, _ in places(reply)] == [1, 2, 3, 4]
+    ids = [each.id for reply in replies for each in reply.messages]
+    assert len(set(ids)) == 4
+    assert all(uuid.UUID(each).version == 7 for each in ids)
+    assert [message.id for message in await chat.all(session.id)] == ids
+
+
+async def test_an_id_twice_in_one_request_is_refused(chat: Chat, session: session_pb2.Session) -> None:
+    sent = text("one")
+    await refuses(chat.append(session.id, [sent, text("two"), sent]), "messages[2].id")
+    await refuses(chat.append(session.id, [sent, text("one", id=sent.id.upper())]), "messages[1].id")
+    assert await stored(chat, session.id) == []
+
+
+# --- Replays mixed with new ones.
+
+
+async def test_in_a_mix_replays_keep_their_places_and_new_ones_lie_together(
+    chat: Chat, session: session_pb2.Session
+) -> None:
+    old, new = texts(4, "old"), texts(3, "new")
+    await chat.append(session.id, old)
+    reply = await chat.append(session.id, [new[0], old[2], new[1], old[0], new[2]])
+    assert places(reply) == [(5, False), (3, True), (6, False), (1, True), (7, False)]
+    assert [each.id for each in reply.messages] == [new[0].id, old[2].id, new[1].id, old[0].id, new[2].id]
+    assert [message.seq for message in await chat.all(session.id)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+async def test_a_mix_is_all_or_nothing(chat: Chat, session: session_pb2.Session) -> None:
+    old = texts(2, "old")
+    await chat.append(session.id, old)
+    wrong = text("other", id=old[1].id)
+    for request in ([text("new"), wrong], [wrong, text("new")], [old[0], text("new"), wrong]):
+        await fails(chat.append(session.id, request), "MESSAGE_ID_REUSED", message_id=wrong.id)
+    assert await stored(chat, session.id) == ["old 1", "old 2"]
+    after = await chat.get_session(session.id)
+    assert (after.last_seq, after.message_count) == (2, 2)
+
+
+async def test_overlapping_requests_at_once_store_each_message_once(chat: Chat, session: session_pb2.Session) -> None:
+    sent = texts(12)
+    requests = [sent[start : start + 5] for start in range(8)] * 3
+    replies = await asyncio.gather(*(chat.append(session.id, request) for request in requests))
+    seqs = {each.id: each.seq for reply in replies for each in reply.messages}
+    assert all(seqs[each.id] == each.seq for reply in replies for each in reply.messages)
+    assert sorted(seqs.values()) == list(range(1, 13))
+    assert {message.id: message.seq for message in await chat.all(session.id)} == seqs
+
+
+async def test_one_bad_append_does_not_fail_those_that_share_its_statement(
+    chat: Chat, session: session_pb2.Session
+) -> None:
+    used = text("used")
+    await chat.append(session.id, [used])
+    bad = [
+        chat.append(session.id, [text("other", id=used.id)]),
+        chat.append(new_id(), "lost"),
+        chat.append(session.id, "late", expected_last_seq=0),
+        Chat(chat.stub, new_id()).append("", texts(1)),
+    ]
+    good = [chat.append(session.id, f"good {n}") for n in range(20)]
+    *refused, _ = results = await asyncio.gather(*bad, *good, return_exceptions=True)
+    assert all(isinstance(result, Exception) for result in refused[:4])
+    assert sorted(reply.messages[0].seq for reply in results[4:] if not isinstance(reply, BaseException)) == list(
+        range(2, 22)
+    )
+
+
+# --- Starting a session.
+
+
+async def test_an_append_without_a_session_starts_one_that_the_retry_finds(chat: Chat) -> None:
+    sent = texts(2)
+    first = await chat.append("", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}})
+    assert first.session_created
+    assert first.session_id == str(uuid.uuid5(uuid.UUID(chat.user_id), sent[0].id))
+    again = await chat.append("", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}})
+    assert (again.session_id, again.session_created, places(again)) == (first.session_id, False, [(1, True), (2, True)])
+    respelled = [text("message 1", id=sent[0].id.upper()), sent[1]]
+    assert (await chat.append("", respelled)).session_id == first.session_id
+    session = await chat.get_session(first.session_id)
+    assert (session.title, session.summary, dict(session.metadata)) == ("T", "S", {"k": 1})
+    assert (session.last_seq, session.message_count, session.state) == (2, 2, ACTIVE)
+    assert len((await chat.list_sessions()).sessions) == 1
+
+
+async def test_equal_starts_at_once_make_one_session(chat: Chat) -> None:
+    sent = texts(2)
+    replies = await asyncio.gather(*(chat.append("", sent) for _ in range(30)))
+    assert len({reply.session_id for reply in replies}) == 1
+    assert sum(reply.session_created for reply in replies) == 1
+    assert sum(each.replayed for reply in replies for each in reply.messages) == 58
+    assert len(await chat.all(replies[0].session_id)) == 2
+
+
+async def test_two_users_with_one_message_id_start_two_sessions(chat: Chat, other: Chat) -> None:
+    sent = texts(1)
+    assert await chat.start(sent) != await other.start(sent)
+
+
+async def test_without_a_message_id_each_call_starts_another_session(chat: Chat) -> None:
+    ids = {await chat.start([text("one", id="")]) for _ in range(3)}
+    assert len(ids) == 3
+
+
+async def test_an_unknown_session_is_made_only_when_that_is_asked_for(chat: Chat) -> None:
+    session_id, sent = new_id(), texts(1)
+    await fails(chat.append(session_id, sent), "SESSION_NOT_FOUND", session_id=session_id)
+    assert len((await chat.list_sessions()).sessions) == 0
+    made = await chat.append(session_id.upper(), sent, create_if_missing=True, session={"title": "T"})
+    assert (made.session_id, made.session_created, places(made)) == (session_id, True, [(1, False)])
+    again = await chat.append(session_id, sent, create_if_missing=True, session={"title": "U"})
+    assert (again.session_created, places(again)) == (False, [(1, True)])
+    assert (await chat.get_session(session_id)).title == "T"
+
+
+async def test_many_first_appends_at_once_make_one_session(chat: Chat) -> None:
+    session_id = new_id()
+    replies = await asyncio.gather(*(chat.append(session_id, texts(2), create_if_missing=True) for _ in range(30)))
+    assert sum(reply.session_created for reply in replies) == 1
+    assert sorted(each.seq for reply in replies for each in reply.messages) == list(range(1, 61))
+    created = next(reply for reply in replies if reply.session_created)
+    assert created.messages[0].seq == 1
+
+
+async def test_a_session_that_an_append_has_made_is_the_one_that_a_create_would_have(chat: Chat) -> None:
+    session_id = new_id()
+    await chat.append(session_id, "hello", create_if_missing=True, session={"title": "T", "metadata": {"k": 1}})
+    assert (await chat.create_session(id=session_id, title="T", metadata={"k": 1})).last_seq == 1
+    await fails(chat.create_session(id=session_id, title="U"), "ID_TAKEN")
+
+
+async def test_what_is_said_of_a_session_that_is_there_is_ignored(chat: Chat) -> None:
+    session_id = (await chat.create_session(title="kept")).id
+    for fields in ({}, {"create_if_missing": True}):
+        await chat.append(session_id, "hello", session={"title": "ignored"}, **fields)
+    assert (await chat.get_session(session_id)).title == "kept"
+
+
+async def test_a_session_to_make_must_fit_the_request(chat: Chat, other: Chat) -> None:
+    session_id = new_id()
+    for session, field in (
+        ({"id": new_id()}, "session.id"),
+        ({"user_id": other.user_id}, "session.user_id"),
+        ({"state": ARCHIVED}, "session.state"),
+        ({"summarized_through_seq": 1}, "session.summarized_through_seq"),
+        ({"title": "a\0"}, "session.title"),
+    ):
+        await refuses(chat.append(session_id, "hello", create_if_missing=True, session=session), field)
+    made = {"id": session_id.upper(), "user_id": chat.user_id, "state": ACTIVE}
+    assert (await chat.append(session_id, "hello", create_if_missing=True, session=made)).session_created
+
+
+async def test_a_message_names_its_session_rightly_or_not_at_all(chat: Chat, session: session_pb2.Session) -> None:
+    await refuses(chat.append(session.id, [text("a"), text("b", session_id=new_id())]), "messages[1].session_id")
+    assert places(await chat.append(session.id, [text("a", session_id=session.id.upper())])) == [(1, False)]
+
+
+async def test_a_session_needs_its_user(chat: Chat) -> None:
+    nobody = Chat(chat.stub, new_id())
+    await fails(nobody.append("", texts(1)), "USER_NOT_FOUND", user_id=nobody.user_id)
+    await fails(nobody.append(new_id(), texts(1), create_if_missing=True), "USER_NOT_FOUND")
+    await fails(nobody.append(session_id := new_id(), texts(1)), "SESSION_NOT_FOUND", session_id=session_id)
+    await refuses(Chat(chat.stub, "").append("", texts(1)), "user_id")
+    await refuses(Chat(chat.stub, SYSTEM_USER_ID).append("", texts(1)), "user_id")
+
+
+async def test_an_erased_session_can_be_started_again_and_counts_anew(chat: Chat) -> None:
+    sent = texts(3)
+    session_id = await chat.start(sent)
+    await chat.delete_session(session_id)
+    again = await chat.append("", sent[:1])
+    assert (again.session_id, again.session_created, places(again)) == (session_id, True, [(1, False)])
+
+
+# --- What is checked, and in which order: session, replay, archived, expected_last_seq.
+
+
+async def test_an_expectation_holds_or_the_current_value_comes_back(chat: Chat, session: session_pb2.Session) -> None:
+    assert places(await chat.append(session.id, texts(2), expected_last_seq=0)) == [(1, False), (2, False)]
+    found = await fails(
+        chat.append(session.id, "x", expected_last_seq=0), "LAST_SEQ_MISMATCH", session_id=session.id, last_seq=2
+    )
+    assert found.retry_after is None
+    await fails(chat.append(session.id, "x", expected_last_seq=3), "LAST_SEQ_MISMATCH", last_seq=2)
+    assert places(await chat.append(session.id, "x", expected_last_seq=2)) == [(3, False)]
+
+
+async def test_of_appends_with_one_expectation_one_wins(chat: Chat, session: session_pb2.Session) -> None:
+    results = await asyncio.gather(
+        *(chat.append(session.id, texts(2), expected_last_seq=0) for _ in range(20)), return_exceptions=True
+    )
+    won = [result for result in results if isinstance(result, message_pb2.AppendMessagesResponse)]
+    assert len(won) == 1
+    assert [message.id for message in await chat.all(session.id)] == [each.id for each in won[0].messages]
+
+
+async def test_a_deleted_message_still_counts_for_an_expectation(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(2))
+    await chat.delete(session_id, sent[1].id)
+    await fails(chat.append(session_id, "x", expected_last_seq=1), "LAST_SEQ_MISMATCH", last_seq=2)
+    assert places(await chat.append(session_id, "x", expected_last_seq=2)) == [(3, False)]
+
+
+async def test_a_session_that_is_to_be_made_counts_as_empty(chat: Chat) -> None:
+    session_id = new_id()
+    wrong = chat.append(session_id, texts(1), create_if_missing=True, expected_last_seq=1)
+    await fails(wrong, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
+    await fails(chat.get_session(session_id), "SESSION_NOT_FOUND")
+    made = await chat.append(session_id, texts(1), create_if_missing=True, expected_last_seq=0)
+    assert made.session_created
+    assert (await chat.append("", texts(1), expected_last_seq=0)).session_created
+
+
+async def test_a_missing_session_comes_before_everything(chat: Chat) -> None:
+    elsewhere = await chat.start(sent := texts(1))
+    await fails(chat.append(new_id(), [text("other", id=sent[0].id)], expected_last_seq=9), "SESSION_NOT_FOUND")
+    assert len(await chat.all(elsewhere)) == 1
+
+
+async def test_a_request_of_replays_alone_succeeds_whatever_follows(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(3))
+    assert places(await chat.append(session_id, sent[:2], expected_last_seq=0)) == [(1, True), (2, True)]
+    await chat.update_session(id=session_id, state=ARCHIVED)
+    assert places(await chat.append(session_id, sent)) == [(1, True), (2, True), (3, True)]
+    assert places(await chat.append(session_id, sent, expected_last_seq=77)) == [(1, True), (2, True), (3, True)]
+    assert places(await chat.append("", sent)) == [(1, True), (2, True), (3, True)]
+
+
+async def test_a_reused_id_comes_before_archived_and_expectation(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(2))
+    wrong = [text("new"), text("other", id=sent[0].id)]
+    await fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
+    await chat.update_session(id=session_id, state=ARCHIVED)
+    await fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
+
+
+async def test_archived_comes_before_the_expectation(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(2))
+    await chat.update_session(id=session_id, state=ARCHIVED)
+    for request in ([text("new")], [sent[0], text("new")]):
+        await fails(chat.append(session_id, request, expected_last_seq=0), "SESSION_ARCHIVED", session_id=session_id)
+        await fails(chat.append(session_id, request), "SESSION_ARCHIVED")
+        await fails(chat.append(session_id, request, create_if_missing=True), "SESSION_ARCHIVED")
+    assert len(await chat.all(session_id)) == 2
+
+
+async def test_the_expectation_holds_for_a_mix_too(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(2))
+    await fails(chat.append(session_id, [sent[1], text("new")], expected_last_seq=1), "LAST_SEQ_MISMATCH", last_seq=2)
+    assert places(await chat.append(session_id, [sent[1], text("new")], expected_last_seq=2)) == [(2, True), (3, False)]
+
+
+# --- What is in the database afterwards.
+
+
+async def test_the_sessions_counts_are_those_of_its_messages(chat: Chat, database_url: str) -> None:
+    session_ids = [await chat.start() for _ in range(3)]
+    appends = [chat.append(session_id, texts(n)) for n in (1, 2, 3) for session_id in session_ids]
+    await asyncio.gather(*appends)
+    rows = await fetch(
+        database_url,
+        """SELECT s.last_seq, s.message_count, count(m), min(m.seq), max(m.seq), max(m.created_at) = s.updated_at AS at
+           FROM chat_sessions AS s JOIN chat_messages AS m ON m.session_id = s.id GROUP BY s.user_id, s.id""",
+    )
+    assert [tuple(row) for row in rows] == [(7, 7, 7, 1, 7, True)] * 3

@@ -1,0 +1,333 @@
+"""Many writers at once, through two servers on one database: order, replays and conflicts as if they had come one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Iterable
+from contextlib import AsyncExitStack
+from typing import TypeVar
+
+import pytest
+from chathistory.v1 import message_pb2, session_pb2
+from grpc import StatusCode, aio
+
+from tests.support import failures
+from tests.support.chat import Chat, new_id, text, texts
+from tests.support.cluster import Cluster
+from tests.support.history import History, Stored, checked, history
+from tests.support.servers import connected, serving
+
+Reply = message_pb2.AppendMessagesResponse
+T = TypeVar("T")
+
+
+@pytest.fixture
+async def chats(database_url: str) -> AsyncGenerator[tuple[Chat, Chat]]:
+    """Give one user's things through two servers."""
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(serving(database_url)) for _ in range(2)]
+        stubs = [await stack.enter_async_context(connected(server.address)) for server in servers]
+        first = await Chat.of_new_user(stubs[0])
+        yield first, Chat(stubs[1], first.user_id)
+
+
+async def settle(calls: Iterable[Awaitable[T]]) -> tuple[list[T], list[failures.Failure]]:
+    """Wait for calls; return what those that went well gave, and how the others failed."""
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    good: list[T] = []
+    bad: list[failures.Failure] = []
+    for each in done:
+        if isinstance(each, aio.AioRpcError):
+            bad.append(failures.read(each))
+        elif isinstance(each, BaseException):
+            raise each
+        else:
+            good.append(each)
+    return good, bad
+
+
+def seqs(reply: Reply) -> list[int]:
+    return [entry.seq for entry in reply.messages]
+
+
+def test_the_judge_refuses_what_is_unsound() -> None:
+    """Most tests here stand on `History.check`: it must refuse a tie, a gap and a clock that goes back."""
+
+    def stored(*rows: tuple[int, int]) -> History:
+        messages = [Stored(seq, new_id(), "", at, b"", False) for seq, at in rows]
+        return History(1, rows[-1][0], len(rows), messages)
+
+    stored((1, 5), (2, 5), (3, 6)).check()
+    for wrong in (stored((1, 5), (1, 5)), stored((1, 5), (3, 5)), stored((1, 5), (2, 4))):
+        with pytest.raises(AssertionError):
+            wrong.check()
+
+
+async def test_a_hundred_writers_of_one_session(chats: tuple[Chat, Chat], database_url: str) -> None:
+    session = await chats[0].create_session()
+
+    async def writer(number: int) -> list[Reply]:
+        chat = chats[number % 2]
+        return [await chat.append(session.id, texts(1 + (number + turn) % 3, f"{number}.{turn}")) for turn in range(3)]
+
+    async with asyncio.timeout(60):
+        replies = list(itertools.chain.from_iterable(await asyncio.gather(*map(writer, range(100)))))
+    found = await checked(database_url, chats[0].user_id, session.id)
+    found.holds(replies)
+    total = sum(len(reply.messages) for reply in replies)
+    assert sorted(itertools.chain.from_iterable(map(seqs, replies))) == list(range(1, total + 1))
+    for reply in replies:
+        first = reply.messages[0].seq
+        assert seqs(reply) == list(range(first, first + len(reply.messages))), (
+            "the messages of a request are neighbours"
+        )
+        assert not any(entry.replayed for entry in reply.messages)
+    listed = await chats[1].all(session.id, page_size=100)
+    assert [(m.id, m.seq, m.create_time.ToMicroseconds()) for m in listed] == [
+        (m.id, m.seq, m.created_us) for m in found.messages
+    ]
+
+
+async def test_writers_of_many_sessions_do_not_mix_them_up(chats: tuple[Chat, Chat], database_url: str) -> None:
+    session_ids = [(await chats[0].create_session()).id for _ in range(8)]
+    calls = [(session_ids[n % 8], chats[n // 8 % 2].append(session_ids[n % 8], texts(2))) for n in range(160)]
+    replies = await asyncio.gather(*(call for _, call in calls))
+    for session_id in session_ids:
+        mine = [reply for (asked, _), reply in zip(calls, replies, strict=True) if asked == session_id]
+        assert all(reply.session_id == session_id for reply in mine)
+        found = await checked(database_url, chats[0].user_id, session_id)
+        found.holds(mine)
+        assert found.last_seq == 40
+
+
+async def test_fifty_identical_appends_store_one(chats: tuple[Chat, Chat], database_url: str) -> None:
+    session = await chats[0].create_session()
+    await chats[0].append(session.id, "before")
+    message = text("once")
+    replies = await asyncio.gather(*(chats[n % 2].append(session.id, [message]) for n in range(50)))
+    answers = Counter(
+        (r.session_id, r.messages[0].id, r.messages[0].seq, r.messages[0].create_time.ToMicroseconds()) for r in replies
+    )
+    assert len(answers) == 1
+    assert sum(not reply.messages[0].replayed for reply in replies) == 1
+    found = await checked(database_url, chats[0].user_id, session.id)
+    found.holds(replies)
+    assert found.last_seq == 2
+
+
+async def test_fifty_identical_appends_start_one_session(chats: tuple[Chat, Chat], database_url: str) -> None:
+    messages = texts(3)
+    replies = await asyncio.gather(*(chats[n % 2].append("", messages) for n in range(50)))
+    assert {reply.session_id for reply in replies} == {str(uuid.uuid5(uuid.UUID(chats[0].user_id), messages[0].id))}
+    assert sum(reply.session_created for reply in replies) == 1
+    fresh = [reply for reply in replies if not any(entry.replayed for entry in reply.messages)]
+    assert len(fresh) == 1
+    assert fresh[0].session_created
+    assert all(seqs(reply) == [1, 2, 3] for reply in replies)
+    (await checked(database_url, chats[0].user_id, replies[0].session_id)).holds(replies)
+
+
+async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_message_id_is_written(chat: Chat) -> None:
+    message = text("once")
+    first = await chat.append("", [message])
+    message.id = message.id.upper()
+    again = await chat.append("", [message])
+    assert again.session_id == first.session_id
+    assert again.messages[0].replayed
+
+
+async def test_one_of_those_who_take_an_id_gets_it(chats: tuple[Chat, Chat], database_url: str) -> None:
+    session = await chats[0].create_session()
+    message_id = new_id()
+    calls = [chats[n % 2].append(session.id, [text(f"content {n % 5}", id=message_id)]) for n in range(40)]
+    good, bad = await settle(calls)
+    assert len(good) == 8, "the winner and its replays"
+    assert sum(not reply.messages[0].replayed for reply in good) == 1
+    assert {(each.reason, each.metadata["message_id"]) for each in bad} == {("MESSAGE_ID_REUSED", message_id)}
+    assert (await checked(database_url, chats[0].user_id, session.id)).last_seq == 1
+
+
+async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str) -> None:
+    """Windows that slide over one list of messages: each mixes what others have sent already with what is new."""
+    session = await chats[0].create_session()
+    messages = texts(60)
+    windows = [messages[start : start + 6] for start in range(0, 55, 2)] * 2
+    replies = await asyncio.gather(*(chats[n % 2].append(session.id, window) for n, window in enumerate(windows)))
+    found = await checked(database_url, chats[0].user_id, session.id)
+    found.holds(replies)
+    assert found.last_seq == len(messages)
+    assert Counter(e.id for reply in replies for e in reply.messages if not e.replayed) == Counter(
+        m.id for m in messages
+    )
+    for window, reply in zip(windows, replies, strict=True):
+        assert [entry.id for entry in reply.messages] == [message.id for message in window]
+        fresh = [entry.seq for entry in reply.messages if not entry.replayed]
+        assert not fresh or fresh == list(range(fresh[0], fresh[0] + len(fresh))), "what is new lies next to each other"
+
+
+async def test_one_of_those_who_expect_the_same_last_seq_is_served(chats: tuple[Chat, Chat], database_url: str) -> None:
+    session = await chats[0].create_session()
+    for last_seq in (0, 1):
+        good, bad = await settle(
+            chats[n % 2].append(session.id, f"{last_seq}.{n}", expected_last_seq=last_seq) for n in range(20)
+        )
+        assert [seqs(reply) for reply in good] == [[last_seq + 1]]
+        assert {(each.reason, each.metadata["last_seq"]) for each in bad} == {("LAST_SEQ_MISMATCH", str(last_seq + 1))}
+    (await checked(database_url, chats[0].user_id, session.id)).check()
+
+
+async def test_a_session_that_is_not_there_counts_as_empty(chat: Chat, database_url: str) -> None:
+    session_id = new_id()
+    call = chat.append(session_id, "hello", create_if_missing=True, expected_last_seq=1)
+    await failures.fails(call, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
+    assert await history(database_url, chat.user_id, session_id) is None
+    reply = await chat.append(session_id, "hello", create_if_missing=True, expected_last_seq=0)
+    assert reply.session_created
+
+
+async def test_many_make_the_session_that_is_missing(chats: tuple[Chat, Chat], database_url: str) -> None:
+    session_id = new_id()
+    calls = [
+        chats[n % 2].append(session_id, f"{n}", create_if_missing=True, session=session_pb2.Session(title=f"title {n}"))
+        for n in range(40)
+    ]
+    replies = await asyncio.gather(*calls)
+    makers = [reply for reply in replies if reply.session_created]
+    assert len(makers) == 1
+    assert seqs(makers[0]) == [1]
+    title = (await chats[0].get_session(session_id)).title
+    assert title == f"title {replies.index(makers[0])}"
+    found = await checked(database_url, chats[0].user_id, session_id)
+    found.holds(replies)
+    assert found.last_seq == 40
+
+
+async def test_a_live_chat_is_retitled_with_its_etag(chats: tuple[Chat, Chat], database_url: str) -> None:
+    session = await chats[0].create_session(title="before")
+    writing = [asyncio.create_task(chats[n % 2].append(session.id, f"{n}")) for n in range(60)]
+    for number in range(5):
+        session = await chats[number % 2].update_session(
+            ["title"], id=session.id, title=f"title {number}", etag=session.etag
+        )
+    replies = await asyncio.gather(*writing)
+    after = await chats[0].get_session(session.id)
+    assert (after.title, after.last_seq, after.etag) == ("title 4", 60, session.etag)
+    (await checked(database_url, chats[0].user_id, session.id)).holds(replies)
+
+
+async def test_appends_meet_updates_and_erasures(chats: tuple[Chat, Chat], database_url: str) -> None:
+    """Everything that locks the same rows, at once: no deadlock reaches a caller, and the counts stay right."""
+    session = await chats[0].create_session()
+    first = await chats[0].append(session.id, texts(20))
+    ids = [entry.id for entry in first.messages]
+    work: list[Awaitable[object]] = [chats[n % 2].append(session.id, texts(2, f"{n}")) for n in range(40)]
+    work += [chats[n % 2].delete(session.id, ids[n]) for n in range(10)]
+    work += [chats[n % 2].update(session.id, ids[10 + n], ["content"], content="edited") for n in range(10)]
+    work += [chats[n % 2].fork(session.id, 20) for n in range(6)]
+    good, bad = await settle(work)
+    assert not bad
+    found = await checked(database_url, chats[0].user_id, session.id)
+    assert (found.last_seq, found.message_count) == (100, 90)
+    for fork in [each for each in good if isinstance(each, session_pb2.Session)]:
+        assert (await checked(database_url, chats[0].user_id, fork.id)).last_seq == 20
+
+
+async def test_sessions_come_and_go_under_appends(chats: tuple[Chat, Chat], database_url: str) -> None:
+    """Appends that may make the session race with its erasure: each is stored or not, and what is left is sound."""
+    session_id = new_id()
+
+    async def write(number: int) -> None:
+        chat = chats[number % 2]
+        if number % 5 == 0:
+            await chat.delete_session(session_id, allow_missing=True)
+        else:
+            await chat.append(session_id, texts(2, f"{number}"), create_if_missing=number % 5 != 1)
+
+    _, bad = await settle(write(number) for number in range(100))
+    assert {each.reason for each in bad} <= {"SESSION_NOT_FOUND"}
+    found = await history(database_url, chats[0].user_id, session_id)
+    if found is not None:
+        found.check()
+
+
+async def test_a_locked_session_does_not_hold_up_the_others(chat: Chat, cluster: Cluster, database_url: str) -> None:
+    """In the order of events: its neighbours have their answers while the lock is held, and it has its own afterwards."""
+    locked, *others = [await chat.create_session() for _ in range(9)]
+    holder = await cluster.connect(database_url.partition("?")[0].rpartition("/")[2])
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", locked.id)
+            waiting = [asyncio.create_task(chat.append(locked.id, f"{n}")) for n in range(4)]
+            for _ in range(3):
+                await asyncio.gather(*(chat.append(session.id, "meanwhile") for session in others))
+            assert not any(task.done() for task in waiting)
+        replies = await asyncio.gather(*waiting)
+    finally:
+        await holder.close()
+    (await checked(database_url, chat.user_id, locked.id)).holds(replies)
+
+
+async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(
+    chat: Chat, cluster: Cluster, database_url: str
+) -> None:
+    session = await chat.create_session()
+    holder = await cluster.connect(database_url.partition("?")[0].rpartition("/")[2])
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session.id)
+            request = message_pb2.AppendMessagesRequest(
+                user_id=chat.user_id, session_id=session.id, messages=[text("never")]
+            )
+            with pytest.raises(aio.AioRpcError) as caught:
+                await chat.stub.AppendMessages(request, timeout=1.0)
+            assert caught.value.code() in (StatusCode.ABORTED, StatusCode.DEADLINE_EXCEEDED)
+    finally:
+        await holder.close()
+    assert seqs(await chat.append(session.id, "afterwards")) == [1]
+
+
+async def test_reads_that_share_a_statement_are_not_mixed_up(chat: Chat, other: Chat) -> None:
+    """Pages and contexts of two users' sessions, of different lengths, all at once: each reader gets its own, in order."""
+    owned = [(whose, await whose.start(texts(3 + 7 * n, f"{n}"))) for n in range(6) for whose in (chat, other)]
+    descending = message_pb2.MESSAGE_ORDER_DESC
+
+    def reads() -> list[Awaitable[message_pb2.ListMessagesResponse | message_pb2.GetContextResponse]]:
+        return [
+            call
+            for whose, session_id in owned
+            for call in (
+                whose.page(session_id),
+                whose.page(session_id, page_size=2),
+                whose.page(session_id, page_size=5, order=descending),
+                whose.context(session_id, max_messages=4),
+            )
+        ]
+
+    alone = [(await call).SerializeToString() for call in reads()]
+    for _ in range(3):
+        together = await asyncio.gather(*reads())
+        assert [each.SerializeToString() for each in together] == alone
+    # One user's id with another's session: nothing, however many read it rightly at the same time.
+    wrong = [other.page(owned[0][1]), other.context(owned[0][1])]
+    _, refused = await settle([*reads(), *wrong, *reads()])
+    assert [each.reason for each in refused] == ["SESSION_NOT_FOUND", "SESSION_NOT_FOUND"]
+
+
+async def test_a_read_sees_what_was_acknowledged_before_it(chats: tuple[Chat, Chat]) -> None:
+    """Whoever has taken the append, and however many reads are under way."""
+    session = await chats[0].create_session()
+
+    async def write_and_read(number: int) -> None:
+        for turn in range(4):
+            reply = await chats[number % 2].append(session.id, f"{number}.{turn}")
+            seq = reply.messages[0].seq
+            page = await chats[turn % 2].page(session.id, page_size=1, order=message_pb2.MESSAGE_ORDER_DESC)
+            assert page.messages[0].seq >= seq
+            context = await chats[(turn + 1) % 2].context(session.id, max_messages=1)
+            assert context.messages[-1].seq >= seq
+            assert (await chats[turn % 2].get_session(session.id)).last_seq >= seq
+
+    await asyncio.gather(*map(write_and_read, range(24)))

@@ -1,0 +1,326 @@
+"""The contract's table of errors: each reason that these methods have is produced here once, with its code and its details."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import asyncpg
+import pytest
+from chathistory.v1 import message_pb2, session_pb2, user_pb2
+from grpc import StatusCode, aio
+
+from service.server import Server
+from service.store import append, database, sessions
+from tests.support import issuer
+from tests.support.chat import Chat, new_id, text, texts
+from tests.support.cluster import SUPPORT, Cluster, fetch
+from tests.support.failures import Failure, fails, failure, refuses
+from tests.support.servers import channel, connected, serving
+
+ARCHIVED = session_pb2.SESSION_STATE_ARCHIVED
+Produce = Callable[[Chat], Awaitable[Failure]]
+
+
+async def field_violation(chat: Chat) -> Failure:
+    return await refuses(chat.page("x"), "session_id")
+
+
+async def bad_page_token(chat: Chat) -> Failure:
+    return await failure(chat.page(new_id(), page_token="x"))
+
+
+async def user_not_found(chat: Chat) -> Failure:
+    return await failure(chat.stub.GetUser(user_pb2.GetUserRequest(user_id=new_id())))
+
+
+async def session_not_found(chat: Chat) -> Failure:
+    return await failure(chat.get_session(new_id()))
+
+
+async def message_not_found(chat: Chat) -> Failure:
+    return await failure(chat.get(await chat.start(), new_id()))
+
+
+async def email_taken(chat: Chat) -> Failure:
+    request = user_pb2.CreateUserRequest(user=user_pb2.User(email="a@example.com"))
+    await chat.stub.CreateUser(request)
+    request.user.id = ""
+    return await failure(chat.stub.CreateUser(request))
+
+
+async def external_id_taken(chat: Chat) -> Failure:
+    request = user_pb2.CreateUserRequest(user=user_pb2.User(external_id="x"))
+    await chat.stub.CreateUser(request)
+    return await failure(chat.stub.CreateUser(request))
+
+
+async def id_taken(chat: Chat) -> Failure:
+    made = await chat.create_session()
+    return await failure(chat.create_session(id=made.id, title="other"))
+
+
+async def message_id_reused(chat: Chat) -> Failure:
+    session_id = await chat.start([sent := text("one")])
+    return await failure(chat.append(session_id, [text("two", id=sent.id)]))
+
+
+async def etag_mismatch(chat: Chat) -> Failure:
+    made = await chat.create_session()
+    return await failure(chat.update_session(id=made.id, title="x", etag="old"))
+
+
+async def last_seq_mismatch(chat: Chat) -> Failure:
+    return await failure(chat.append(await chat.start(), "x", expected_last_seq=0))
+
+
+async def session_archived(chat: Chat) -> Failure:
+    made = await chat.create_session(state=ARCHIVED)
+    return await failure(chat.append(made.id, "x"))
+
+
+PLAIN: dict[str, tuple[Produce, StatusCode, set[str]]] = {
+    "FIELD_VIOLATION": (field_violation, StatusCode.INVALID_ARGUMENT, set()),
+    "BAD_PAGE_TOKEN": (bad_page_token, StatusCode.INVALID_ARGUMENT, set()),
+    "USER_NOT_FOUND": (user_not_found, StatusCode.NOT_FOUND, {"user_id"}),
+    "SESSION_NOT_FOUND": (session_not_found, StatusCode.NOT_FOUND, {"session_id"}),
+    "MESSAGE_NOT_FOUND": (message_not_found, StatusCode.NOT_FOUND, {"session_id", "message_id"}),
+    "EMAIL_TAKEN": (email_taken, StatusCode.ALREADY_EXISTS, set()),
+    "EXTERNAL_ID_TAKEN": (external_id_taken, StatusCode.ALREADY_EXISTS, set()),
+    "ID_TAKEN": (id_taken, StatusCode.ALREADY_EXISTS, {"session_id"}),
+    "MESSAGE_ID_REUSED": (message_id_reused, StatusCode.ALREADY_EXISTS, {"session_id", "message_id"}),
+    "ETAG_MISMATCH": (etag_mismatch, StatusCode.ABORTED, {"id", "etag"}),
+    "LAST_SEQ_MISMATCH": (last_seq_mismatch, StatusCode.ABORTED, {"session_id", "last_seq"}),
+    "SESSION_ARCHIVED": (session_archived, StatusCode.FAILED_PRECONDITION, {"session_id"}),
+}
+
+
+@pytest.mark.parametrize("reason", PLAIN)
+async def test_what_the_caller_has_to_mend(chat: Chat, reason: str) -> None:
+    produce, code, metadata = PLAIN[reason]
+    found = await produce(chat)
+    assert (found.code, found.reason) == (code, reason)
+    assert set(found.metadata) == metadata
+    assert found.retry_after is None, "waiting would not help"
+    assert found.message
+
+
+async def test_bytes_that_are_no_request_are_malformed(server: Server) -> None:
+    async with channel(server.address) as opened:
+        method = opened.unary_unary("/chathistory.v1.ChatHistoryService/GetSession")  # type: ignore[call-arg]
+        found = await fails(method(b"\xff"), "MALFORMED_REQUEST")
+    assert found.code == StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_method_that_is_not_there_is_unimplemented(server: Server) -> None:
+    async with channel(server.address) as opened:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await opened.unary_unary("/chathistory.v1.ChatHistoryService/DropEverything")(b"")  # type: ignore[call-arg]
+    assert caught.value.code() == StatusCode.UNIMPLEMENTED
+
+
+# --- What waiting mends.
+
+
+@asynccontextmanager
+async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
+    """Keep a session's row locked, as a long transaction of somebody else's would."""
+    connection = await asyncpg.connect(url, server_settings={"application_name": SUPPORT})
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id)
+            yield
+    finally:
+        await connection.close()
+
+
+async def test_an_append_to_a_session_that_stays_locked_is_contention(chat: Chat, database_url: str) -> None:
+    session_id = await chat.start()
+    request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(1))
+    async with locked(database_url, session_id):
+        found = await fails(chat.stub.AppendMessages(request, timeout=2.0), "CONTENTION")
+    assert (found.code, found.retry_after is not None) == (StatusCode.ABORTED, True)
+    assert (await chat.stub.AppendMessages(request)).messages[0].seq == 2
+
+
+async def test_a_locked_session_holds_up_no_other(chat: Chat, database_url: str) -> None:
+    held, free = await chat.start(), [await chat.start() for _ in range(8)]
+    async with locked(database_url, held):
+        waiting = asyncio.create_task(chat.append(held, "later"))
+        for session_id in free:
+            assert (await chat.append(session_id, "now")).messages[0].seq == 2
+        assert not waiting.done()
+    assert (await waiting).messages[0].seq == 2
+
+
+async def test_a_call_without_a_deadline_of_its_own_gets_the_servers(database_url: str) -> None:
+    async with serving(database_url, call_timeout=0.5) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        async with locked(database_url, session_id):
+            found = await fails(chat.update_session(id=session_id, title="x"), "DEADLINE_EXCEEDED")
+        assert found.code == StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_callers_deadline_ends_its_call(chat: Chat, database_url: str) -> None:
+    session_id = await chat.start()
+    request = session_pb2.UpdateSessionRequest(
+        user_id=chat.user_id, session=session_pb2.Session(id=session_id, title="x")
+    )
+    async with locked(database_url, session_id):
+        with pytest.raises(aio.AioRpcError) as caught:
+            await chat.stub.UpdateSession(request, timeout=0.3)
+    assert caught.value.code() == StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -> None:
+    async with serving(database_url, max_in_flight=2, max_watches=1) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        async with locked(database_url, session_id):
+            waiting = [asyncio.create_task(chat.append(session_id, "later")) for _ in range(2)]
+            while server.calls.in_flight < 2:
+                await asyncio.sleep(0.01)
+            found = await fails(chat.get_session(session_id), "OVERLOADED")
+            assert (found.code, found.retry_after is not None) == (StatusCode.RESOURCE_EXHAUSTED, True)
+        await asyncio.gather(*waiting)
+        await chat.get_session(session_id)
+        watch = chat.watch(session_id)
+        await watch.read()
+        await fails(anext(aiter(chat.watch(session_id))), "OVERLOADED")
+        watch.cancel()
+
+
+async def test_a_server_that_goes_away_sends_its_callers_elsewhere(chat: Chat, server: Server) -> None:
+    session_id = await chat.start()
+    watch = chat.watch(session_id)
+    await watch.read()
+    server.calls.draining = True
+    server.watchers.close()
+    for call in (chat.get_session(session_id), chat.append(session_id, "x"), watch.read()):
+        found = await fails(call, "DRAINING")
+        assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
+
+
+async def test_a_database_that_is_away_is_told_and_comes_back(
+    cluster: Cluster, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (database, append):
+        monkeypatch.setattr(module, "OUTAGE_PATIENCE", 0.5)
+    sockets = tmp_path / "s"
+    sockets.symlink_to(cluster.pgdata)
+    url = database_url.replace(str(cluster.pgdata), str(sockets))
+    async with serving(url) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        sockets.unlink()
+        await fetch(
+            database_url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()",
+        )
+        for call in (
+            chat.get_session(session_id),
+            chat.update_session(id=session_id, title="x"),
+            chat.append(session_id, [sent := text("x")]),
+            chat.page(session_id),
+            chat.context(session_id),
+        ):
+            found = await fails(call, "DATABASE_UNAVAILABLE")
+            assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
+            assert str(tmp_path) not in str(found)
+        sockets.symlink_to(cluster.pgdata)
+        assert (await chat.append(session_id, [sent])).messages[0].seq == 2
+
+
+# --- What is our own fault.
+
+
+async def test_a_defect_says_nothing_of_itself(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session_id = await chat.start("a secret message")
+
+    async def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("postgresql://somebody:hunter2@db.example/x: a secret message")
+
+    monkeypatch.setattr(sessions, "get", broken)
+    found = await fails(chat.get_session(session_id), "INTERNAL")
+    assert (found.code, found.message) == (StatusCode.INTERNAL, "internal error")
+    assert set(found.metadata) == {"request_id"}
+    written = "".join(capsys.readouterr())
+    assert found.metadata["request_id"] in written
+    assert "hunter2" not in written + str(found)
+    assert "a secret message" not in written + str(found)
+
+
+async def test_a_statement_that_the_database_refuses_says_nothing_of_itself(
+    chat: Chat, database_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session_id = await chat.start("a secret message")
+    await fetch(database_url, "ALTER TABLE chat_sessions RENAME COLUMN title TO headline")
+    for call in (
+        chat.get_session(session_id),
+        chat.update_session(id=session_id, title="hunter2"),
+        chat.context(session_id),
+    ):
+        found = await fails(call, "INTERNAL")
+        assert found.message == "internal error"
+        assert "title" not in str(found)
+    written = "".join(capsys.readouterr())
+    assert "hunter2" not in written
+    assert "SELECT" not in written
+    await fetch(database_url, "ALTER TABLE chat_sessions RENAME COLUMN headline TO title")
+    assert (await chat.get_session(session_id)).id == session_id
+
+
+# --- Who may do what.
+
+JWT = {"auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE}
+
+
+async def test_a_caller_without_a_token_is_not_known(database_url: str) -> None:
+    async with serving(database_url, **JWT) as server, connected(server.address) as stub:
+        found = await fails(Chat(stub, new_id()).list_sessions(), "TOKEN_INVALID")
+    assert found.code == StatusCode.UNAUTHENTICATED
+
+
+async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(database_url: str) -> None:
+    async with serving(database_url, **JWT) as server, connected(server.address) as stub:
+        service = issuer.bearer(issuer.service_token())
+        made = [
+            (
+                await stub.CreateUser(
+                    user_pb2.CreateUserRequest(user=user_pb2.User(email=f"{n}@x.example")), metadata=service
+                )
+            ).user
+            for n in range(2)
+        ]
+        mine, theirs = (user.id for user in made)
+        me = issuer.bearer(issuer.token(mine))
+        get = user_pb2.GetUserRequest
+        for own in (get(), get(user_id=mine), get(email="0@X.example")):
+            assert (await stub.GetUser(own, metadata=me)).user.id == mine
+        named = session_pb2.ListSessionsRequest
+        assert list((await stub.ListSessions(named(), metadata=me)).sessions) == []
+        for call in (
+            stub.GetUser(get(user_id=theirs), metadata=me),
+            stub.GetUser(get(email="1@x.example"), metadata=me),
+            stub.GetUser(get(email="nobody@x.example"), metadata=me),
+            stub.ListSessions(named(user_id=theirs), metadata=me),
+            stub.UpdateUser(user_pb2.UpdateUserRequest(user=user_pb2.User(id=theirs, name="x")), metadata=me),
+            stub.AppendMessages(message_pb2.AppendMessagesRequest(user_id=theirs, messages=texts(1)), metadata=me),
+        ):
+            found = await fails(call, "USER_MISMATCH")
+            assert found.code == StatusCode.PERMISSION_DENIED
+        for call_ in (
+            stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User()), metadata=me),
+            stub.ListUsers(user_pb2.ListUsersRequest(), metadata=me),
+            stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=mine), metadata=me),
+            stub.UpdateUser(user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="x")), metadata=me),
+        ):
+            found = await fails(call_, "SERVICE_ONLY")
+            assert found.code == StatusCode.PERMISSION_DENIED
+        changed = user_pb2.UpdateUserRequest(user=user_pb2.User(name="me"))
+        assert (await stub.UpdateUser(changed, metadata=me)).user.name == "me"

@@ -1,0 +1,386 @@
+"""Health: ready only while calls can be served, by the evidence of the calls themselves; alive in any case; and never a cost."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2, session_pb2, user_pb2
+from grpc import StatusCode, aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.rpc.health import SERVICE
+from service.server import Server
+from service.store import migrations, tables
+from service.store.url import parse
+from tests.support.chat import Chat, new_id
+from tests.support.cluster import Cluster, fetch
+from tests.support.proxy import before_postgres
+from tests.support.servers import channel, connected, serving
+from tests.support.servers import settings as server_settings
+from tests.support.statements import Sent, database_name
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+READY = ("", SERVICE)
+
+
+class Probe:
+    """A client of the health service."""
+
+    def __init__(self, opened: aio.Channel) -> None:
+        self._stub: Any = health_pb2_grpc.HealthStub(opened)
+
+    async def check(self, name: str = "") -> int:
+        reply = await self._stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+        return int(reply.status)
+
+    async def ready(self) -> bool:
+        """Say whether it is ready; both names must say the same."""
+        first, second = await asyncio.gather(*map(self.check, READY))
+        assert first == second
+        return first == SERVING
+
+    def watch(self, name: str = "") -> Any:
+        return self._stub.Watch(health_pb2.HealthCheckRequest(service=name))
+
+    async def becomes(self, wanted: bool, seconds: float = 5.0) -> None:
+        """Wait until it is ready, or is not; within the contract's five seconds."""
+        async with asyncio.timeout(seconds):
+            while await self.ready() != wanted:
+                assert await self.check("liveness") == SERVING
+                await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def started(url: str, **values: Any) -> AsyncGenerator[tuple[Server, Probe]]:
+    """Run a server that may not become ready."""
+    server = Server(server_settings(**values), parse(url))
+    await server.start()
+    try:
+        async with channel(server.address) as opened:
+            yield server, Probe(opened)
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+async def probe(server: Server) -> AsyncGenerator[Probe]:
+    async with channel(server.address) as opened:
+        yield Probe(opened)
+
+
+@asynccontextmanager
+async def traffic(chat: Chat, timeout: float = 1.0) -> AsyncGenerator[None]:
+    """Call all the time, reads and appends, and never mind what becomes of them."""
+
+    async def again_and_again(call: Callable[[], Awaitable[object]]) -> None:
+        while True:
+            with suppress(aio.AioRpcError, TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await call()
+            await asyncio.sleep(0.02)
+
+    session_id = new_id()
+    await chat.append(session_id, "first", create_if_missing=True)
+    tasks = [
+        asyncio.create_task(again_and_again(lambda: chat.append(session_id, "more"))),
+        asyncio.create_task(again_and_again(lambda: chat.page(session_id))),
+        asyncio.create_task(again_and_again(lambda: chat.get_session(session_id))),
+    ]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def test_a_ready_server_says_so(probe: Probe) -> None:
+    assert await probe.ready()
+    assert await probe.check("liveness") == SERVING
+    assert await probe.check("database") == SERVING
+
+
+async def test_a_name_that_is_not_there(probe: Probe) -> None:
+    with pytest.raises(aio.AioRpcError) as caught:
+        await probe.check("chathistory.v1.Nothing")
+    assert caught.value.code() == StatusCode.NOT_FOUND
+    watch = probe.watch("chathistory.v1.Nothing")
+    assert (await watch.read()).status == UNKNOWN
+    watch.cancel()
+
+
+async def test_it_is_not_ready_before_there_is_a_schema(empty_database_url: str) -> None:
+    async with started(empty_database_url) as (server, probe):
+        assert not await probe.ready()
+        assert await probe.check("database") == SERVING
+        async with asyncio.timeout(5):
+            while "migrate" not in server.readiness.problem:
+                await asyncio.sleep(0.02)
+        assert not await probe.ready()
+        await migrations.upgrade(parse(empty_database_url))
+        await probe.becomes(True)
+        async with connected(server.address) as stub:
+            await Chat.of_new_user(stub)
+
+
+async def test_it_is_not_ready_with_a_schema_that_is_too_old(database_url: str) -> None:
+    older = f"{tables.REQUIRED_REVISION - 1:04d}"
+    [now] = await fetch(database_url, "SELECT version_num FROM alembic_version")
+    await fetch(database_url, "UPDATE alembic_version SET version_num = $1", older)
+    async with started(database_url) as (server, probe):
+        async with asyncio.timeout(5):
+            while older not in server.readiness.problem:
+                await asyncio.sleep(0.02)
+        assert not await probe.ready()
+        assert await probe.check("liveness") == SERVING
+        await fetch(database_url, "UPDATE alembic_version SET version_num = $1", now[0])
+        await probe.becomes(True)
+
+
+async def test_an_old_build_is_ready_with_a_newer_schema_until_it_is_contracted(database_url: str) -> None:
+    await fetch(database_url, "UPDATE alembic_version SET version_num = '9999'")
+    async with started(database_url) as (server, probe):
+        await probe.becomes(True)
+    await fetch(database_url, "UPDATE schema_info SET min_build = $1", tables.BUILD)
+    async with started(database_url) as (server, probe):
+        await probe.becomes(True)
+    await fetch(database_url, "UPDATE schema_info SET min_build = $1", tables.BUILD + 1)
+    async with started(database_url) as (server, probe):
+        async with asyncio.timeout(5):
+            while "deploy a newer" not in server.readiness.problem:
+                await asyncio.sleep(0.02)
+        assert not await probe.ready()
+        assert await probe.check("liveness") == SERVING
+
+
+async def test_a_schema_that_is_not_ours_does_not_end_the_asking(database_url: str) -> None:
+    [now] = await fetch(database_url, "SELECT version_num FROM alembic_version")
+    await fetch(database_url, "UPDATE alembic_version SET version_num = 'a1b2c3'")
+    async with started(database_url) as (server, probe):
+        async with asyncio.timeout(5):
+            while server.readiness.problem == "not asked yet":
+                await asyncio.sleep(0.02)
+        assert not await probe.ready()
+        await fetch(database_url, "UPDATE alembic_version SET version_num = $1", now[0])
+        await probe.becomes(True)
+
+
+async def test_it_starts_without_a_database_and_waits_for_it(database_url: str) -> None:
+    async with before_postgres(database_url) as (proxy, url):
+        proxy.refuse()
+        async with started(url) as (_, probe):
+            assert not await probe.ready()
+            assert await probe.check("database") == NOT_SERVING
+            assert await probe.check("liveness") == SERVING
+            proxy.accept()
+            await probe.becomes(True)
+
+
+async def test_postgres_is_stopped_and_comes_back_under_traffic() -> None:
+    """The real thing: a PostgreSQL of its own, stopped in good order (57P01 on every connection) and started again."""
+    with Cluster() as cluster:
+        await cluster.prepare()
+        url = cluster.url(await cluster.create_database())
+        async with started(url) as (server, probe), connected(server.address) as stub:
+            await probe.becomes(True)
+            chat = await Chat.of_new_user(stub)
+            async with traffic(chat):
+                await asyncio.to_thread(cluster.postgres.stop)
+                await probe.becomes(False)
+                assert await probe.check("database") == NOT_SERVING
+                await asyncio.to_thread(cluster.postgres.start)
+                await probe.becomes(True)
+                await chat.start()
+                async with asyncio.timeout(5):
+                    while await probe.check("database") != SERVING:
+                        await asyncio.sleep(0.1)
+
+
+async def test_the_database_is_gone_without_a_word_under_traffic(database_url: str) -> None:
+    """A black hole: nothing is refused and nothing answered. Calls end on time, and it recovers by itself."""
+    async with before_postgres(database_url) as (proxy, url), serving(url) as server, channel(server.address) as opened:
+        probe = Probe(opened)
+        async with connected(server.address) as stub:
+            chat = await Chat.of_new_user(stub)
+            async with traffic(chat):
+                proxy.hold()
+                await probe.becomes(False)
+                proxy.let_pass()
+                await probe.becomes(True)
+                await chat.start()
+
+
+async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(database_url: str) -> None:
+    async with before_postgres(database_url) as (proxy, url), serving(url) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session = await chat.create_session()
+        proxy.hold()
+        requests: dict[str, dict[str, Any]] = {
+            "GetSession": {"session_id": session.id},
+            "ListMessages": {"session_id": session.id},
+            "GetContext": {"session_id": session.id},
+            "AppendMessages": {"session_id": session.id, "messages": [{"role": 1, "content": "?", "id": new_id()}]},
+            "DeleteSession": {"session_id": session.id},
+        }
+        async with asyncio.timeout(20):
+            for name, fields in requests.items():
+                kind = getattr(message_pb2, f"{name}Request", None) or getattr(session_pb2, f"{name}Request")
+                with pytest.raises(aio.AioRpcError) as caught:
+                    await getattr(stub, name)(kind(user_id=chat.user_id, **fields), timeout=0.8)
+                assert caught.value.code() in (StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE), name
+        proxy.let_pass()
+        async with asyncio.timeout(20):
+            while True:
+                with suppress(aio.AioRpcError):
+                    await chat.start()
+                    break
+                await asyncio.sleep(0.05)
+
+
+async def test_the_name_database_tells_the_truth_of_an_idle_service(database_url: str) -> None:
+    async with before_postgres(database_url) as (proxy, url), serving(url) as server, channel(server.address) as opened:
+        probe = Probe(opened)
+        assert await probe.check("database") == SERVING
+        proxy.refuse()
+        # Its answer serves for a second; readiness follows what it has found.
+        async with asyncio.timeout(5):
+            while await probe.check("database") == SERVING:
+                await asyncio.sleep(0.05)
+        await probe.becomes(False)
+        proxy.accept()
+        async with asyncio.timeout(5):
+            while await probe.check("database") == NOT_SERVING:
+                await asyncio.sleep(0.05)
+        await probe.becomes(True)
+
+
+async def test_those_who_ask_for_the_database_together_share_one_answer(
+    probe: Probe, cluster: Cluster, database_url: str
+) -> None:
+    await probe.check("database")
+    await asyncio.sleep(1.1)  # That answer serves no more.
+    sent = Sent(cluster, database_url)
+    assert set(await asyncio.gather(*(probe.check("database") for _ in range(50)))) == {SERVING}
+    together = len(sent.so_far())
+    assert together > 0, "it does ask"
+    await asyncio.sleep(1.1)
+    sent = Sent(cluster, database_url)
+    await probe.check("database")
+    assert len(sent.so_far()) == together, "fifty cost as much as one"
+
+
+async def test_watch_tells_every_change(database_url: str) -> None:
+    async with before_postgres(database_url) as (proxy, url):
+        proxy.refuse()
+        async with started(url) as (server, probe), connected(server.address) as stub:
+            watch = probe.watch(SERVICE)
+            alive = probe.watch("liveness")
+            assert (await watch.read()).status == NOT_SERVING
+            assert (await alive.read()).status == SERVING
+            async with asyncio.timeout(20):
+                for _ in range(2):
+                    proxy.accept()
+                    assert (await watch.read()).status == SERVING
+                    proxy.refuse()
+                    with suppress(aio.AioRpcError):
+                        await stub.CreateUser(_new_user(), timeout=0.5)
+                    assert (await watch.read()).status == NOT_SERVING
+            alive.cancel()
+            watch.cancel()
+
+
+async def test_a_watch_of_health_does_not_hold_up_the_end(database_url: str) -> None:
+    """It is told of the end, and is ended: a load balancer that follows health must not eat the whole grace."""
+    async with (
+        serving(database_url, shutdown_grace=600.0, shutdown_delay=0.3) as server,
+        channel(server.address) as opened,
+    ):
+        watches = [Probe(opened).watch(name) for name in ("", SERVICE, "liveness")]
+        for watch in watches:
+            assert (await watch.read()).status == SERVING
+        stopping = asyncio.create_task(server.stop())
+        for watch in watches[:2]:
+            assert (await watch.read()).status == NOT_SERVING
+        async with asyncio.timeout(20):
+            for watch in watches:
+                assert await watch.code() == StatusCode.UNAVAILABLE
+            await stopping
+
+
+async def test_probes_of_an_idle_service_cost_no_statement(
+    probe: Probe, chat: Chat, cluster: Cluster, database_url: str
+) -> None:
+    await probed(probe, chat, Sent(cluster, database_url), seconds=3.0)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(120)
+async def test_a_minute_of_probes_costs_no_statement(
+    probe: Probe, chat: Chat, cluster: Cluster, database_url: str
+) -> None:
+    await probed(probe, chat, Sent(cluster, database_url), seconds=60.0)
+
+
+async def probed(probe: Probe, chat: Chat, before: Sent, seconds: float) -> None:
+    """Use the service, then leave it alone but for a kubelet's and a load balancer's probes."""
+    await chat.start()
+    used = len(before.so_far())
+    assert used > 0
+    watch = probe.watch()
+    await watch.read()
+    for _ in range(int(seconds)):
+        assert await probe.ready()
+        assert await probe.check("liveness") == SERVING
+        await asyncio.sleep(1.0)
+    assert before.so_far()[used:] == []
+    watch.cancel()
+
+
+async def test_locked_rows_are_no_outage(database_url: str, cluster: Cluster) -> None:
+    """Every connection of a small pool waits for a row that somebody holds: slow, but the database is there."""
+    async with (
+        serving(database_url, db_pool_size=2, db_max_overflow=0, db_pool_timeout=0.5) as server,
+        channel(server.address) as opened,
+    ):
+        probe = Probe(opened)
+        async with connected(server.address) as stub:
+            chat = await Chat.of_new_user(stub)
+            session = await chat.create_session()
+            holder = await cluster.connect(database_name(database_url))
+            try:
+                async with holder.transaction():
+                    await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session.id)
+                    waiting = [
+                        asyncio.create_task(chat.update_session(["title"], id=session.id, title=f"{n}"))
+                        for n in range(4)
+                    ]
+                    for _ in range(30):
+                        assert await probe.ready(), server.readiness.problem
+                        await asyncio.sleep(0.1)
+            finally:
+                await holder.close()
+            await asyncio.wait(waiting)
+            assert not any(task.exception() for task in waiting)
+
+
+async def test_health_is_served_on_a_port_of_its_own_as_well(database_url: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    async with serving(database_url, health_listen=f"127.0.0.1:{port}"), channel(f"127.0.0.1:{port}") as opened:
+        assert await Probe(opened).ready()
+        async with connected(f"127.0.0.1:{port}") as stub:
+            with pytest.raises(aio.AioRpcError) as caught:
+                await stub.CreateUser(_new_user())
+        assert caught.value.code() == StatusCode.UNIMPLEMENTED
+
+
+def _new_user() -> Any:
+    return user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody"))

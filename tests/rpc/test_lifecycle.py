@@ -1,0 +1,245 @@
+"""The end and the beginning of a server: nothing acknowledged is lost, nobody is kept waiting, and one port has one server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2
+from google.protobuf import descriptor_pb2
+from grpc import StatusCode, aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from service.server import Server
+from service.store.url import parse
+from tests.conftest import StartProcess
+from tests.support import failures
+from tests.support.chat import Chat, new_id, text
+from tests.support.cluster import Cluster
+from tests.support.history import History, checked
+from tests.support.servers import ServerProcess, channel, connected, serving
+from tests.support.servers import settings as server_settings
+from tests.support.statements import database_name
+
+
+class Writer:
+    """Appends one message after the other to a session of its own, and keeps what was acknowledged."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.session_id = new_id()
+        self.acknowledged: list[message_pb2.AppendMessagesResponse] = []
+        self.sent: list[str] = []
+        self.failed: list[aio.AioRpcError] = []
+
+    async def write(self) -> None:
+        """Write until a call fails."""
+        while True:
+            message = text(f"{len(self.sent)}")
+            self.sent.append(message.id)
+            try:
+                self.acknowledged.append(await self.chat.append(self.session_id, [message], create_if_missing=True))
+            except aio.AioRpcError as error:
+                self.failed.append(error)
+                return
+
+    def check(self, found: History) -> None:
+        """Assert that what was acknowledged is there, and of the rest nothing that was not sent."""
+        found.holds(self.acknowledged)
+        stored = [message.id for message in found.messages]
+        assert stored == self.sent[: len(stored)]
+        assert len(stored) - len(self.acknowledged) <= 1
+
+
+async def exhaust(replies: AsyncIterator[object]) -> None:
+    async for _ in replies:
+        pass
+
+
+async def test_sigterm_under_load_with_a_watch_open(start_process: StartProcess, database_url: str) -> None:
+    process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
+    async with connected(process.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        writers = [Writer(chat) for _ in range(12)]
+        writing = [asyncio.create_task(writer.write()) for writer in writers]
+        while any(len(writer.acknowledged) < 5 for writer in writers):
+            await asyncio.sleep(0.01)
+        replies = aiter(chat.watch(writers[0].session_id))
+        await anext(replies)
+        process.send(signal.SIGTERM)
+        # Long before the grace is over: an open stream must not eat it.
+        async with asyncio.timeout(30):
+            await asyncio.gather(*writing)
+            with pytest.raises(aio.AioRpcError) as ended:
+                await exhaust(replies)
+            assert await process.wait() == 0
+        assert failures.read(ended.value).reason == "DRAINING"
+    for writer in writers:
+        assert [error.code() for error in writer.failed] == [StatusCode.UNAVAILABLE]
+        writer.check(await checked(database_url, chat.user_id, writer.session_id))
+    assert "Traceback" not in process.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_idle_server_ends_at_once(start_process: StartProcess, number: signal.Signals) -> None:
+    process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
+    async with connected(process.address) as stub:
+        await Chat.of_new_user(stub)
+        process.send(number)
+        async with asyncio.timeout(30):
+            assert await process.wait() == 0
+
+
+async def test_a_signal_before_it_is_ready_ends_it_too(empty_database_url: str, tmp_path: Path) -> None:
+    async with asyncio.timeout(60):
+        process = ServerProcess(empty_database_url, tmp_path / "server")
+        await process.start(ready=False)
+        while "not ready" not in (process.log.read_text() if process.log.exists() else ""):
+            await asyncio.sleep(0.02)
+        process.send(signal.SIGTERM)
+        assert await process.wait() == 0
+        await process.stop()
+
+
+async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(database_url: str, cluster: Cluster) -> None:
+    holder = await cluster.connect(database_name(database_url))
+    try:
+        async with serving(database_url, shutdown_grace=30.0) as server, connected(server.address) as stub:
+            chat = await Chat.of_new_user(stub)
+            session = await chat.create_session()
+            async with holder.transaction():
+                await holder.execute("LOCK TABLE chat_sessions IN ACCESS EXCLUSIVE MODE")
+                under_way = [asyncio.create_task(chat.append(session.id, f"{n}")) for n in range(5)]
+                under_way.append(asyncio.create_task(chat.update_session(["title"], id=session.id, title="new")))  # type: ignore[arg-type]
+                while server.calls.in_flight < len(under_way):
+                    await asyncio.sleep(0.01)
+                stopping = asyncio.create_task(server.stop())
+                while not server.calls.draining:
+                    await asyncio.sleep(0.01)
+                with pytest.raises(aio.AioRpcError) as refused:
+                    await chat.get_session(session.id)
+                assert refused.value.code() == StatusCode.UNAVAILABLE
+                assert not stopping.done()
+            replies = await asyncio.gather(*under_way)
+            await stopping
+            found = await checked(database_url, chat.user_id, session.id)
+            found.holds(replies[:5])
+            assert found.last_seq == 5
+    finally:
+        await holder.close()
+
+
+async def test_health_says_so_before_calls_are_refused(database_url: str) -> None:
+    """Load balancers need a moment to notice: until it is over, calls are served."""
+    async with serving(database_url, shutdown_delay=1.0) as server, channel(server.address) as opened:
+        health: Any = health_pb2_grpc.HealthStub(opened)
+        async with connected(server.address) as stub:
+            chat = await Chat.of_new_user(stub)
+            stopping = asyncio.create_task(server.stop())
+            await asyncio.sleep(0)
+            reply = await health.Check(health_pb2.HealthCheckRequest())
+            assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            alive = await health.Check(health_pb2.HealthCheckRequest(service="liveness"))
+            assert alive.status == health_pb2.HealthCheckResponse.SERVING
+            await chat.start()
+            assert not stopping.done()
+            await stopping
+
+
+async def test_calls_that_do_not_end_are_cut_off_after_the_grace(database_url: str, cluster: Cluster) -> None:
+    holder = await cluster.connect(database_name(database_url))
+    try:
+        async with serving(database_url, shutdown_grace=0.5) as server, connected(server.address) as stub:
+            chat = await Chat.of_new_user(stub)
+            session = await chat.create_session()
+            async with holder.transaction():
+                await holder.execute("LOCK TABLE chat_sessions IN ACCESS EXCLUSIVE MODE")
+                endless = [
+                    asyncio.create_task(chat.get_session(session.id)),
+                    asyncio.create_task(chat.append(session.id, "?")),
+                    asyncio.create_task(chat.update_session(["title"], id=session.id, title="?")),
+                ]
+                while server.calls.in_flight < 3:
+                    await asyncio.sleep(0.01)
+                async with asyncio.timeout(30):
+                    await server.stop()
+                await asyncio.wait(endless)
+            assert all(isinstance(task.exception(), aio.AioRpcError) for task in endless)
+    finally:
+        await holder.close()
+
+
+async def test_a_second_server_on_the_port_fails(server: Server, database_url: str, tmp_path: Path) -> None:
+    second = Server(server_settings(listen=server.address), parse(database_url))
+    with pytest.raises(OSError, match="cannot listen"):
+        await second.start()
+    await second.stop()
+    process = ServerProcess(database_url, tmp_path / "second", CHAT_HISTORY_LISTEN=server.address)
+    await process.start(ready=False)
+    process.send(signal.SIGCONT)  # The test sees to its end.
+    async with asyncio.timeout(30):
+        assert await process.wait() != 0
+    await process.stop()
+    assert process.address == ""
+
+
+async def test_a_restart_takes_the_port_at_once(database_url: str, tmp_path: Path) -> None:
+    """Connections of the one before may linger; the next must not wait for them."""
+    async with ServerProcess(database_url, tmp_path / "first") as first:
+        async with connected(first.address) as stub:
+            chat = await Chat.of_new_user(stub)
+            session_id = await chat.start()
+            await first.kill()
+        async with ServerProcess(database_url, tmp_path / "second", CHAT_HISTORY_LISTEN=first.address) as second:
+            assert second.address == first.address
+            async with connected(second.address) as stub:
+                assert (await Chat(stub, chat.user_id).get_session(session_id)).last_seq == 1
+
+
+async def test_starting_and_stopping_leaves_nothing(database_url: str) -> None:
+    for _ in range(3):
+        async with serving(database_url) as server, connected(server.address) as stub:
+            await Chat.of_new_user(stub)
+
+
+async def test_stopping_right_after_the_start(database_url: str) -> None:
+    server = Server(server_settings(), parse(database_url))
+    await server.start()
+    await server.stop()
+
+
+async def test_reflection_tells_the_whole_api(server: Server) -> None:
+    """A client that has nothing but the address can ask for every message that it needs."""
+    async with channel(server.address) as opened:
+        connection: Any = opened
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(connection)
+
+        async def ask(**fields: Any) -> reflection_pb2.ServerReflectionResponse:
+            call = stub.ServerReflectionInfo()
+            await call.write(reflection_pb2.ServerReflectionRequest(**fields))
+            reply: reflection_pb2.ServerReflectionResponse = await call.read()
+            await call.done_writing()
+            with suppress(aio.AioRpcError):
+                await call.read()
+            return reply
+
+        services = {each.name for each in (await ask(list_services="")).list_services_response.service}
+        assert services >= {"chathistory.v1.ChatHistoryService", "grpc.health.v1.Health"}
+        files: dict[str, descriptor_pb2.FileDescriptorProto] = {}
+        found = await ask(file_containing_symbol="chathistory.v1.ChatHistoryService")
+        todo = list(found.file_descriptor_response.file_descriptor_proto)
+        while todo:
+            file = descriptor_pb2.FileDescriptorProto.FromString(todo.pop())
+            files[file.name] = file
+            for name in file.dependency:
+                if name not in files:
+                    answer = await ask(file_by_filename=name)
+                    assert not answer.HasField("error_response"), name
+                    todo += answer.file_descriptor_response.file_descriptor_proto
+        assert {"chathistory/v1/message.proto", "buf/validate/validate.proto"} <= files.keys()

@@ -1,0 +1,430 @@
+"""Messages: everything that is sent comes back as it was, changes under its etag, and leaves an empty tombstone when it is erased."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2
+from google.protobuf.struct_pb2 import Struct
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.store.messages import estimate_tokens
+from tests.support.chat import ASSISTANT, SYSTEM, TOOL, USER, Chat, new_id, text, texts
+from tests.support.cluster import fetch
+from tests.support.failures import fails, refuses
+
+# Everything that PostgreSQL's text can hold: no NUL, and no lone surrogates, which UTF-8 cannot hold either.
+anything = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=200)
+# PostgreSQL's numbers know no -0, which is equal to 0.
+finite = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)
+numbers = st.one_of(finite, st.integers(-(2**53), 2**53).map(float))
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), numbers, anything),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(anything, inner, max_size=4)),
+    max_leaves=12,
+)
+objects = st.dictionaries(anything, json_values, max_size=5)
+
+INJECTIONS = [
+    "'; DROP TABLE chat_messages; --",
+    '"); DELETE FROM users; --',
+    "$1 $2 %s %(user_id)s :user_id ? {0}",
+    "\\'; SELECT pg_sleep(10); --",
+    "\\u0000 \\x00 \\0 \\\\",
+    "NULL",
+    "{}",
+    "1e999",
+    "<script>alert(1)</script>",
+    "👩‍👩‍👧‍👦 \uff46\uff55\uff4c\uff4c \u202e right to left \u200b\ufeff \U0010ffff",
+    "e\u0301 is not \u00e9",
+    " \t\r\n leading and trailing \n\r\t ",
+]
+
+
+def struct(value: dict[str, Any]) -> Struct:
+    made = Struct()
+    made.update(value)
+    return made
+
+
+def part(**kind: Any) -> message_pb2.Part:
+    return message_pb2.Part(**kind)
+
+
+def all_parts() -> list[message_pb2.Part]:
+    """Return one of each kind, full and bare."""
+    return [
+        part(text="a text"),
+        part(text=""),
+        part(tool_call={"id": "c", "name": "f", "arguments": '{"a": 1,  "b": "\\n"}'}),
+        part(tool_call={"id": "c2"}),
+        part(tool_result={"tool_call_id": "c", "content": "done", "is_error": True}),
+        part(tool_result={"tool_call_id": "c2"}),
+        part(file={"uri": "s3://b/k", "mime_type": "image/png", "name": "k", "size_bytes": 2**53 + 1}),
+        part(file={}),
+        part(citation={"document_id": new_id(), "chunk_index": 3, "quote": "so"}),
+        part(citation={}),
+        part(data=struct({"a": [1, None, {"b": True}], "": ""})),
+        part(data=struct({})),
+    ]
+
+
+async def test_everything_that_is_sent_comes_back(chat: Chat) -> None:
+    sent = text(
+        "content",
+        ASSISTANT,
+        parts=all_parts(),
+        metadata={"k": {"n": [1, 2.5, None, "x"]}},
+        token_count=12,
+        author="Ada",
+        feedback={"score": -0.25, "comment": "meh"},
+    )
+    reply = await chat.append("", [sent])
+    got = await chat.get(reply.session_id, sent.id)
+    assert got.seq == 1
+    assert got.session_id == reply.session_id
+    assert got.create_time == got.update_time == reply.messages[0].create_time
+    assert got.etag
+    for name in ("session_id", "seq", "create_time", "update_time", "etag"):
+        got.ClearField(name)
+    assert got == sent
+    assert [each.WhichOneof("kind") for each in got.parts] == [each.WhichOneof("kind") for each in sent.parts]
+
+
+async def test_a_message_is_the_same_however_it_is_read(chat: Chat) -> None:
+    sent = text("content", ASSISTANT, parts=all_parts()[:2], metadata={"k": 1}, feedback={"score": 1})
+    session_id = await chat.start([sent])
+    got = await chat.get(session_id, sent.id.upper())
+    assert await chat.all(session_id) == [got]
+    assert await chat.all(session_id, order="MESSAGE_ORDER_DESC") == [got]
+    assert list((await chat.context(session_id)).messages) == [got]
+    watch = chat.watch(session_id)
+    assert (await watch.read()).message == got
+    watch.cancel()
+
+
+async def test_a_message_may_be_as_good_as_empty(chat: Chat) -> None:
+    for role in (USER, ASSISTANT, SYSTEM, TOOL):
+        sent = text("", role)
+        got = await chat.get(await chat.start([sent]), sent.id)
+        assert (got.role, got.content, list(got.parts), got.author) == (role, "", [], "")
+        assert not any(got.HasField(name) for name in ("metadata", "token_count", "feedback"))
+
+
+async def test_a_token_count_of_none_and_of_zero_are_told_apart(chat: Chat) -> None:
+    sent = [text("four words of it"), text("four words of it", token_count=0)]
+    session_id = await chat.start(sent)
+    none, zero = await chat.all(session_id)
+    assert not none.HasField("token_count")
+    assert zero.HasField("token_count")
+    assert (await chat.context(session_id)).token_count == estimate_tokens("four words of it", None)
+
+
+@pytest.mark.parametrize("value", INJECTIONS)
+async def test_whatever_a_text_says_is_stored_verbatim(chat: Chat, value: str) -> None:
+    sent = text(
+        value,
+        metadata={value: [value, {value: value}]},
+        author=value,
+        feedback={"comment": value},
+        parts=[
+            {"text": value},
+            {"tool_call": {"id": value, "name": value, "arguments": value}},
+            {"tool_result": {"tool_call_id": value, "content": value}},
+            {"file": {"uri": value, "mime_type": value, "name": value}},
+            {"citation": {"quote": value}},
+        ],
+    )
+    session_id = await chat.start([sent], session={"title": value, "summary": value, "metadata": {value: value}})
+    got = await chat.get(session_id, sent.id)
+    assert (got.content, got.author, got.feedback.comment) == (value, value, value)
+    assert got.metadata == sent.metadata
+    assert list(got.parts) == list(sent.parts)
+    session = await chat.get_session(session_id)
+    assert (session.title, session.summary, dict(session.metadata)) == (value, value, {value: value})
+    changed = await chat.update(session_id, sent.id, content=value + value)
+    assert changed.content == value + value
+
+
+async def test_texts_and_structs_of_any_content_come_back(chat: Chat) -> None:
+    loop = asyncio.get_running_loop()
+
+    @given(anything, objects, st.lists(st.one_of(anything, objects), max_size=4))
+    @settings(max_examples=60)
+    def comes_back(content: str, metadata: dict[str, Any], parts: list[str | dict[str, Any]]) -> None:
+        sent = text(content, parts=[{"text": part} if isinstance(part, str) else {"data": part} for part in parts])
+        sent.metadata.update(metadata)
+
+        async def there_and_back() -> message_pb2.Message:
+            return await chat.get(await chat.start([sent]), sent.id)
+
+        got = asyncio.run_coroutine_threadsafe(there_and_back(), loop).result(30)
+        assert got.content == content
+        # An empty Struct is none; in all else nothing is lost, not even a number's last bit.
+        assert got.metadata == sent.metadata
+        assert list(got.parts) == list(sent.parts)
+
+    await asyncio.to_thread(comes_back)
+
+
+@pytest.mark.parametrize(
+    "number", [0.1, 1 / 3, -0.0, 1e-320, 1.7976931348623157e308, 5e-324, 2.0**63, 123456789012345680.0, 1e22]
+)
+async def test_a_number_keeps_its_last_bit(chat: Chat, number: float) -> None:
+    sent = text("x", metadata={"n": number}, parts=[{"data": {"n": number}}])
+    got = await chat.get(await chat.start([sent]), sent.id)
+    assert got.metadata["n"] == got.parts[0].data["n"] == number
+
+
+# --- Times.
+
+
+async def test_times_are_the_servers_and_rise_with_seq(chat: Chat) -> None:
+    sent = texts(3)
+    sent[1].create_time.seconds = 1
+    session_id = await chat.start(sent)
+    for _ in range(3):
+        await asyncio.gather(*(chat.append(session_id, texts(2)) for _ in range(4)))
+    got = await chat.all(session_id)
+    times = [message.create_time.ToMicroseconds() for message in got]
+    assert times == sorted(times)
+    assert times[0] > 1_700_000_000_000_000
+
+
+async def test_times_never_go_back_even_when_the_clock_does(chat: Chat, database_url: str) -> None:
+    session_id = await chat.start(texts(2))
+    # As if an earlier append had met a clock that ran an hour fast.
+    await fetch(database_url, "UPDATE chat_sessions SET updated_at = '2100-01-01' WHERE id = $1", session_id)
+    await fetch(
+        database_url,
+        "UPDATE chat_messages SET created_at = '2100-01-01' WHERE session_id = $1",
+        session_id,
+    )
+    await chat.append(session_id, texts(2))
+    await chat.update_session(id=session_id, title="x")
+    await chat.append(session_id, texts(1))
+    times = [message.create_time.ToMicroseconds() for message in await chat.all(session_id)]
+    assert times == sorted(times)
+
+
+# --- Reading one.
+
+
+async def test_a_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
+    session_id, elsewhere = await chat.start(), await chat.start(sent := texts(1))
+    theirs = await other.start(foreign := texts(1))
+    for missing in (new_id(), sent[0].id, foreign[0].id):
+        for call in (
+            chat.get(session_id, missing),
+            chat.update(session_id, missing, content="x"),
+            chat.delete(session_id, missing),
+        ):
+            await fails(call, "MESSAGE_NOT_FOUND", session_id=session_id, message_id=missing)
+    assert len(await chat.all(elsewhere)) == len(await other.all(theirs)) == 1
+
+
+# --- Updating.
+
+
+async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
+    sent = text("before", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], author="Ada")
+    session_id = await chat.start([sent])
+    changed = await chat.update(session_id, sent.id, content="after", feedback={"score": 1, "comment": "good"})
+    assert (changed.content, changed.feedback.score, changed.feedback.comment) == ("after", 1, "good")
+    assert (changed.token_count, changed.metadata["k"], changed.author, len(changed.parts)) == (5, 1, "Ada", 1)
+    assert (changed.seq, changed.role) == (1, USER)
+    assert await chat.get(session_id, sent.id) == changed
+
+
+async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Chat) -> None:
+    sent = text("c", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], feedback={"score": 1})
+    session_id = await chat.start([sent])
+    mask = ("parts", "metadata", "token_count", "feedback")
+    changed = await chat.update(session_id, sent.id, mask, content="ignored")
+    assert changed.content == "c"
+    assert not changed.parts
+    assert not any(changed.HasField(name) for name in ("metadata", "token_count", "feedback"))
+    assert (await chat.update(session_id, sent.id, ("content",))).content == ""
+
+
+async def test_feedback_of_zero_is_feedback(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("c")])
+    changed = await chat.update(session_id, sent.id, ("feedback",), feedback={})
+    assert changed.HasField("feedback")
+    assert (changed.feedback.score, changed.feedback.comment) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "path", ["id", "session_id", "seq", "role", "author", "create_time", "etag", "feedback.score", "nope"]
+)
+async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
+    session_id = await chat.start([sent := text("c")])
+    before = await chat.get(session_id, sent.id)
+    await refuses(chat.update(session_id, sent.id, ("content", path), content="x"), "update_mask")
+    assert await chat.get(session_id, sent.id) == before
+
+
+async def test_an_update_names_its_session_and_message(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("c")])
+
+    def request(**fields: Any) -> message_pb2.UpdateMessageRequest:
+        return message_pb2.UpdateMessageRequest(**fields)
+
+    inside = request(
+        user_id=chat.user_id, message={"id": sent.id, "session_id": session_id.upper(), "content": "in it"}
+    )
+    assert (await chat.stub.UpdateMessage(inside)).message.content == "in it"
+    await refuses(
+        chat.stub.UpdateMessage(request(user_id=chat.user_id, message={"content": "x"})), "session_id", "message.id"
+    )
+    await refuses(chat.update(session_id, "", content="x"), "message.id")
+    elsewhere = request(user_id=chat.user_id, session_id=session_id, message={"id": sent.id, "session_id": new_id()})
+    await refuses(chat.stub.UpdateMessage(elsewhere), "message.session_id")
+    await refuses(chat.stub.UpdateMessage(request(user_id=chat.user_id, session_id=session_id)), "message")
+
+
+async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("first")])
+    first = await chat.get(session_id, sent.id)
+    second = await chat.update(session_id, sent.id, content="second", etag=first.etag)
+    assert second.etag != first.etag
+    assert second.update_time.ToMicroseconds() >= first.update_time.ToMicroseconds()
+    assert second.create_time == first.create_time
+    found = await fails(chat.update(session_id, sent.id, content="third", etag=first.etag), "ETAG_MISMATCH")
+    assert found.metadata["etag"] == second.etag
+    assert await chat.get(session_id, sent.id) == second
+
+
+async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("c")])
+    etag = (await chat.get(session_id, sent.id)).etag
+    results = await asyncio.gather(
+        *(chat.update(session_id, sent.id, content=f"{n}", etag=etag) for n in range(8)), return_exceptions=True
+    )
+    won = [result for result in results if isinstance(result, message_pb2.Message)]
+    assert len(won) == 1
+    assert await chat.get(session_id, sent.id) == won[0]
+
+
+async def test_an_update_estimates_its_tokens_again(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("short")])
+    for content, parts in (("much longer " * 50, []), ("much longer " * 50, [{"text": "and more " * 50}]), ("", [])):
+        await chat.update(session_id, sent.id, ("content", "parts"), content=content, parts=parts)
+        stored = (await chat.get(session_id, sent.id)).parts
+        as_json = json.dumps([{"text": part.text} for part in stored], separators=(",", ":")) if stored else None
+        assert (await chat.context(session_id)).token_count == estimate_tokens(content, as_json)
+
+
+async def test_an_update_leaves_the_session_and_the_retry_of_the_append_alone(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("first"), text("second")])
+    before = await chat.get_session(session_id)
+    await chat.update(session_id, sent.id, content="edited", metadata={"k": 1})
+    assert await chat.get_session(session_id) == before
+    reply = await chat.append(session_id, [sent])
+    assert [(each.seq, each.replayed) for each in reply.messages] == [(1, True)]
+    assert (await chat.get(session_id, sent.id)).content == "edited"
+
+
+# --- Erasing.
+
+
+async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumbered(chat: Chat) -> None:
+    sent = texts(5)
+    session_id = await chat.start(sent)
+    await chat.delete(session_id, sent[1].id)
+    await chat.delete(session_id, sent[4].id.upper())
+    left = [1, 3, 4]
+    assert [each.seq for each in await chat.all(session_id)] == left
+    assert [each.seq for each in await chat.all(session_id, order="MESSAGE_ORDER_DESC", page_size=2)] == left[::-1]
+    assert [each.seq for each in (await chat.context(session_id)).messages] == left
+    await fails(chat.get(session_id, sent[1].id), "MESSAGE_NOT_FOUND")
+    await fails(chat.update(session_id, sent[1].id, content="back"), "MESSAGE_NOT_FOUND")
+    session = await chat.get_session(session_id)
+    assert (session.last_seq, session.message_count) == (5, 3)
+    watch = chat.watch(session_id)
+    assert [(await watch.read()).message.seq for _ in left] == left
+    watch.cancel()
+    assert (await chat.append(session_id, "next")).messages[0].seq == 6
+
+
+async def test_an_erased_message_leaves_no_word_behind(chat: Chat, database_url: str) -> None:
+    sent = text(
+        "content",
+        ASSISTANT,
+        parts=[{"text": "p"}],
+        metadata={"k": 1},
+        author="Ada",
+        token_count=3,
+        feedback={"score": 1, "comment": "c"},
+    )
+    session_id = await chat.start([sent])
+    await chat.delete(session_id, sent.id)
+    (row,) = await fetch(database_url, "SELECT * FROM chat_messages WHERE session_id = $1", session_id)
+    assert (row["content"], row["author"], row["parts"], row["metadata"]) == ("", "", None, None)
+    assert (row["feedback_score"], row["feedback_comment"], row["token_count"]) == (None, None, None)
+    assert (str(row["id"]), row["seq"], len(row["fingerprint"])) == (sent.id, 1, 16)
+
+
+async def test_a_late_retry_does_not_bring_an_erased_message_back(chat: Chat) -> None:
+    sent = texts(3)
+    session_id = await chat.start(sent)
+    first = (await chat.append(session_id, sent)).messages
+    await chat.delete(session_id, sent[1].id)
+    again = (await chat.append(session_id, sent)).messages
+    assert again == first
+    assert all(each.replayed for each in again)
+    assert [each.seq for each in await chat.all(session_id)] == [1, 3]
+    assert (await chat.get_session(session_id)).message_count == 2
+
+
+async def test_an_erased_messages_id_stays_taken(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("first"), text("second")])
+    await chat.delete(session_id, sent.id)
+    await fails(
+        chat.append(session_id, [text("other", id=sent.id)]),
+        "MESSAGE_ID_REUSED",
+        session_id=session_id,
+        message_id=sent.id,
+    )
+
+
+async def test_a_missing_message_is_erased_only_if_that_is_allowed(chat: Chat) -> None:
+    session_id = await chat.start([sent := text("c")])
+    await chat.delete(session_id, sent.id)
+    await fails(chat.delete(session_id, sent.id), "MESSAGE_NOT_FOUND", session_id=session_id, message_id=sent.id)
+    await fails(chat.delete(new_id(), sent.id), "SESSION_NOT_FOUND")
+    for missing in (
+        chat.delete(session_id, sent.id, allow_missing=True),
+        chat.delete(new_id(), sent.id, allow_missing=True),
+    ):
+        await missing
+    assert (await chat.get_session(session_id)).message_count == 0
+
+
+async def test_twenty_erasures_of_one_message_at_once_count_once(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(3))
+    await asyncio.gather(*(chat.delete(session_id, sent[0].id, allow_missing=True) for _ in range(20)))
+    assert (await chat.get_session(session_id)).message_count == 2
+
+
+async def test_a_session_all_of_whose_messages_are_erased_is_empty_and_goes_on(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(3))
+    for message in sent:
+        await chat.delete(session_id, message.id)
+    assert await chat.all(session_id) == []
+    context = await chat.context(session_id)
+    assert (list(context.messages), context.omitted_count, context.token_count) == ([], 0, 0)
+    assert (await chat.append(session_id, "next", expected_last_seq=3)).messages[0].seq == 4
+
+
+def test_an_estimate_rises_with_the_length() -> None:
+    assert estimate_tokens("", None) == 0
+    assert estimate_tokens("a", None) == 1
+    assert estimate_tokens("é" * 100, None) > estimate_tokens("e" * 100, None)
+    assert estimate_tokens("a" * 4000, '[{"text":"b"}]') > estimate_tokens("a" * 4000, None)
+    assert math.isclose(estimate_tokens("a" * 4000, None), 1000)

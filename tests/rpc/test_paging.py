@@ -1,0 +1,306 @@
+"""Lists: every entry once and in order whatever happens meanwhile, pages of a bounded size, tokens that fit their request alone."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2, session_pb2, user_pb2
+
+from tests.support.chat import Chat, new_id, text, texts
+from tests.support.cluster import fetch
+from tests.support.failures import fails, refuses
+
+ASC, DESC = message_pb2.MESSAGE_ORDER_ASC, message_pb2.MESSAGE_ORDER_DESC
+MIB = 1024 * 1024
+
+
+async def fill(chat: Chat, session_id: str, count: int) -> None:
+    """Append so many messages, a hundred at a time."""
+    for start in range(0, count, 100):
+        await chat.append(session_id, texts(min(100, count - start)))
+
+
+async def seqs(chat: Chat, session_id: str, **fields: Any) -> list[int]:
+    return [message.seq for message in await chat.all(session_id, **fields)]
+
+
+# --- Order and completeness.
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 12, 13, 14, 100])
+async def test_pages_meet_without_gap_or_overlap(chat: Chat, page_size: int) -> None:
+    session_id = await chat.start(texts(13))
+    for order, expected in ((ASC, list(range(1, 14))), (DESC, list(range(13, 0, -1)))):
+        pages = [[each.seq for each in page] async for page in chat.pages(session_id, page_size=page_size, order=order)]
+        assert [seq for page in pages for seq in page] == expected
+        assert all(len(page) == page_size for page in pages[:-1])
+        assert pages[-1]
+
+
+async def test_messages_come_oldest_first_unless_asked_otherwise(chat: Chat) -> None:
+    session_id = await chat.start(texts(3))
+    assert await seqs(chat, session_id) == [1, 2, 3]
+    assert await seqs(chat, session_id, order=ASC) == [1, 2, 3]
+    assert await seqs(chat, session_id, order=DESC) == [3, 2, 1]
+
+
+async def test_pages_pass_over_what_was_erased_and_are_full_all_the_same(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(12))
+    for erased in (0, 3, 4, 5, 11):
+        await chat.delete(session_id, sent[erased].id)
+    left = [2, 3, 7, 8, 9, 10, 11]
+    for order, expected in ((ASC, left), (DESC, left[::-1])):
+        pages = [[each.seq for each in page] async for page in chat.pages(session_id, page_size=3, order=order)]
+        assert pages == [expected[0:3], expected[3:6], expected[6:]]
+
+
+async def test_a_page_that_ends_at_an_erased_message_goes_on_after_it(chat: Chat) -> None:
+    session_id = await chat.start(sent := texts(6))
+    first = await chat.page(session_id, page_size=2)
+    await chat.delete(session_id, sent[1].id)
+    await chat.delete(session_id, sent[2].id)
+    second = await chat.page(session_id, page_size=2, page_token=first.next_page_token)
+    assert [each.seq for each in second.messages] == [4, 5]
+
+
+async def test_an_empty_session_has_one_empty_page(chat: Chat) -> None:
+    session = await chat.create_session()
+    for order in (ASC, DESC):
+        assert await chat.page(session.id, order=order) == message_pb2.ListMessagesResponse()
+    await fails(chat.page(new_id()), "SESSION_NOT_FOUND")
+
+
+@pytest.mark.timeout(240)
+async def test_ten_thousand_messages_are_read_once_each_while_others_append(chat: Chat) -> None:
+    session_id = await chat.start(texts(1))
+    await fill(chat, session_id, 9_999)
+    done = asyncio.Event()
+
+    async def talk() -> None:
+        while not done.is_set():
+            await chat.append(session_id, texts(2))
+
+    talkers = [asyncio.create_task(talk()) for _ in range(3)]
+    for page_size in (1000, 333):
+        up = await seqs(chat, session_id, page_size=page_size, order=ASC)
+        down = await seqs(chat, session_id, page_size=page_size, order=DESC)
+        assert up == list(range(1, len(up) + 1))
+        assert down == list(range(len(down), 0, -1))
+        assert 10_000 <= len(up) <= len(down)
+    done.set()
+    await asyncio.gather(*talkers)
+
+
+# --- How large a page is.
+
+
+async def test_a_page_holds_50_unless_asked_otherwise_and_1000_at_the_most(chat: Chat) -> None:
+    session_id = await chat.start(texts(1))
+    await fill(chat, session_id, 1_009)
+    for page_size, expected in ((0, 50), (1, 1), (999, 999), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)):
+        for order in (ASC, DESC):
+            page = await chat.page(session_id, page_size=page_size, order=order)
+            assert len(page.messages) == expected
+            assert page.next_page_token
+    assert (await chat.page(session_id, page_size=5)).messages[0].content == "message 1"
+
+
+async def test_lists_of_sessions_and_users_have_the_same_sizes(chat: Chat, database_url: str) -> None:
+    insert = "INSERT INTO {} SELECT {} gen_random_uuid(), '' FROM generate_series(1, 1010)"
+    await fetch(database_url, insert.format("chat_sessions (user_id, id, fingerprint)", f"'{chat.user_id}',"))
+    await fetch(database_url, insert.format("users (id, fingerprint)", ""))
+    for page_size, expected in ((0, 50), (1, 1), (1000, 1000), (1001, 1000)):
+        assert len((await chat.list_sessions(page_size=page_size)).sessions) == expected
+        listed = await chat.stub.ListUsers(user_pb2.ListUsersRequest(page_size=page_size))
+        assert len(listed.users) == expected
+
+
+@pytest.mark.parametrize("page_size", [-1, -(2**31)])
+async def test_a_negative_page_size_is_refused(chat: Chat, page_size: int) -> None:
+    session_id = await chat.start()
+    await refuses(chat.page(session_id, page_size=page_size), "page_size")
+    await refuses(chat.list_sessions(page_size=page_size), "page_size")
+    await refuses(chat.stub.ListUsers(user_pb2.ListUsersRequest(page_size=page_size)), "page_size")
+
+
+def heavy(size: int) -> message_pb2.Message:
+    """Make a message that is serialized to about so many bytes, of parts and content."""
+    quarter = "x" * (size // 4 - 100)
+    return text(quarter, parts=[{"text": quarter} for _ in range(3)])
+
+
+async def test_a_reply_stops_at_3_mib_and_the_next_page_goes_on(chat: Chat) -> None:
+    session_id = (await chat.create_session()).id
+    for _ in range(7):
+        await chat.append(session_id, [heavy(MIB - 1000), text("small")])
+    for order in (ASC, DESC):
+        pages = [page async for page in chat.pages(session_id, page_size=1000, order=order)]
+        assert sorted(each.seq for page in pages for each in page) == list(range(1, 15))
+        assert all(sum(each.ByteSize() for each in page) <= 3 * MIB for page in pages)
+        assert 3 <= len(pages) <= 4
+
+
+async def test_a_reply_counts_bytes_and_not_characters(chat: Chat) -> None:
+    session_id = (await chat.create_session()).id
+    wide = "語" * (MIB // 3 // 4 - 100)
+    for _ in range(6):
+        await chat.append(session_id, [text(wide, parts=[{"tool_result": {"tool_call_id": "c", "content": wide}}] * 3)])
+    pages = [page async for page in chat.pages(session_id)]
+    assert [each.seq for page in pages for each in page] == [1, 2, 3, 4, 5, 6]
+    assert all(sum(each.ByteSize() for each in page) <= 3 * MIB for page in pages)
+
+
+# What takes little room where it is stored, and much on the wire.
+BULKY: dict[str, Callable[[], message_pb2.Message]] = {
+    "numbers": lambda: text("x", parts=[{"data": {"n": [1] * 20_000}}]),
+    "nulls": lambda: text("x", parts=[{"data": {"n": [None] * 10_000}}]),
+    "keys": lambda: text("x", parts=[{"data": {str(n): n for n in range(9_000)}}]),
+    "wide letters": lambda: text("x", parts=[{"text": "語" * 70_000}]),
+    "metadata": lambda: text("x", metadata={"n": [1] * 1_400}),
+    "comments": lambda: text("x", author="語" * 256, feedback={"comment": "語" * 4096}),
+}
+
+
+@pytest.mark.parametrize("kind", BULKY)
+async def test_every_reply_stays_below_what_clients_take(chat: Chat, kind: str) -> None:
+    message = BULKY[kind]()
+    count = 5 * MIB // message.ByteSize() + 1
+    session_id = (await chat.create_session()).id
+    some = min(count, 3 * MIB // message.ByteSize(), 100)
+    for start in range(0, count, some):
+        sent = [message_pb2.Message() for _ in range(min(some, count - start))]
+        for each in sent:
+            each.CopyFrom(message)
+            each.id = new_id()
+        await chat.append(session_id, sent)
+    listed = await chat.page(session_id, page_size=1000)
+    context = await chat.context(session_id, max_messages=1000)
+    for reply in (listed, context):
+        assert reply.ByteSize() < 3.5 * MIB
+        assert reply.messages
+    assert len(await chat.all(session_id, page_size=1000)) == count
+
+
+async def test_a_list_of_heavy_sessions_stops_too(chat: Chat) -> None:
+    for _ in range(60):
+        await chat.create_session(summary="x" * 65_000)
+    pages = [page async for page in chat.session_pages(page_size=1000)]
+    assert [len(page) > 0 for page in pages] == [True, True]
+    assert len({session.id for page in pages for session in page}) == 60
+    assert all(sum(session.ByteSize() for session in page) <= 3 * MIB for page in pages)
+
+
+# --- Tokens.
+
+Turn = Callable[[str], Awaitable[Any]]
+
+
+async def lists(chat: Chat) -> list[tuple[str, Turn]]:
+    """Return the token of each list's second page, and how to ask for a page by a token."""
+    session_id = await chat.start(texts(5))
+    for _ in range(3):
+        await chat.create_session()
+        await chat.stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="x")))
+
+    async def users(token: str) -> user_pb2.ListUsersResponse:
+        return await chat.stub.ListUsers(user_pb2.ListUsersRequest(page_token=token, page_size=2))
+
+    async def sessions(token: str) -> session_pb2.ListSessionsResponse:
+        return await chat.list_sessions(page_token=token, page_size=2)
+
+    async def messages(token: str) -> message_pb2.ListMessagesResponse:
+        return await chat.page(session_id, page_token=token, page_size=2)
+
+    turns: list[Turn] = [users, sessions, messages]
+    return [((await turn("")).next_page_token, turn) for turn in turns]
+
+
+def tampered(token: str) -> list[str]:
+    """Return tokens that are nearly this one."""
+    flipped = [token[:n] + ("B" if token[n] == "A" else "A") + token[n + 1 :] for n in range(len(token))]
+    raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+    longer = base64.urlsafe_b64encode(raw + b"1").decode().rstrip("=")
+    return [
+        *flipped, token[:-1], token[1:], token + "A", token + "=", token + "==", " " + token, token + "\n", token * 2, longer,
+        "A", "AAAA", "=", "!", "é", "'; DROP TABLE users; --", "0", "1", new_id(), "A" * 1024,
+    ]  # fmt: skip
+
+
+async def test_a_tampered_token_is_refused(chat: Chat) -> None:
+    for token, turn in await lists(chat):
+        assert token
+        for bad in tampered(token):
+            found = await fails(turn(bad), "BAD_PAGE_TOKEN")
+            assert found.fields == []
+        await turn(token)
+
+
+async def test_a_token_too_long_for_a_token_is_refused_by_its_length(chat: Chat) -> None:
+    for _, turn in await lists(chat):
+        await refuses(turn("A" * 1025), "page_token")
+
+
+async def test_a_token_fits_its_own_list_alone(chat: Chat) -> None:
+    listed = await lists(chat)
+    for token, turn in listed:
+        for other_token, _ in listed:
+            if other_token != token:
+                await fails(turn(other_token), "BAD_PAGE_TOKEN")
+
+
+async def test_a_token_does_not_fit_another_session_order_state_or_user(chat: Chat, other: Chat) -> None:
+    session_id = await chat.start(texts(5))
+    another = await chat.start(texts(5))
+    theirs = (await other.create_session(id=session_id)).id
+    await other.append(theirs, texts(5))
+    token = (await chat.page(session_id, page_size=2)).next_page_token
+    for call in (
+        chat.page(session_id, page_token=token, order=DESC),
+        chat.page(another, page_token=token),
+        other.page(theirs, page_token=token),
+    ):
+        await fails(call, "BAD_PAGE_TOKEN")
+    await other.create_session()
+    token = (await chat.list_sessions(page_size=1)).next_page_token
+    for call_ in (
+        chat.list_sessions(page_token=token, state=session_pb2.SESSION_STATE_ACTIVE),
+        other.list_sessions(page_token=token),
+    ):
+        await fails(call_, "BAD_PAGE_TOKEN")
+
+
+async def test_a_token_fits_another_page_size_and_another_spelling_of_the_ids(chat: Chat) -> None:
+    session_id = await chat.start(texts(5))
+    token = (await chat.page(session_id, page_size=2)).next_page_token
+    shouting = Chat(chat.stub, chat.user_id.upper())
+    page = await shouting.page(session_id.upper(), page_token=token, page_size=3, order=ASC)
+    assert [each.seq for each in page.messages] == [3, 4, 5]
+    assert page.next_page_token == ""
+
+
+async def test_a_token_can_be_used_again_and_is_the_same_each_time(chat: Chat) -> None:
+    session_id = await chat.start(texts(5))
+    tokens = {(await chat.page(session_id, page_size=2)).next_page_token for _ in range(2)}
+    assert len(tokens) == 1
+    token = tokens.pop()
+    assert await chat.page(session_id, page_token=token) == await chat.page(session_id, page_token=token)
+
+
+async def test_a_token_of_a_list_that_is_gone_says_so(chat: Chat) -> None:
+    session_id = await chat.start(texts(5))
+    token = (await chat.page(session_id, page_size=2)).next_page_token
+    await chat.delete_session(session_id)
+    await fails(chat.page(session_id, page_token=token), "SESSION_NOT_FOUND")
+
+
+async def test_a_token_goes_on_where_its_page_ended_when_the_list_has_shrunk(chat: Chat) -> None:
+    session_ids = [(await chat.create_session()).id for _ in range(5)]
+    first = await chat.list_sessions(page_size=2)
+    await chat.delete_session(first.sessions[1].id)
+    await chat.delete_session(session_ids[2])
+    second = await chat.list_sessions(page_size=2, page_token=first.next_page_token)
+    assert [session.id for session in second.sessions] == session_ids[1::-1]

@@ -1,0 +1,353 @@
+"""What every call passes: requests that are no requests, too large or too many, and failures whose words must not get out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from chathistory.v1 import chat_history_service_pb2, message_pb2, user_pb2
+from google.protobuf.struct_pb2 import Value
+from grpc import StatusCode, aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.server import Server
+from service.store import sessions
+from tests.support import failures
+from tests.support.chat import Chat, new_id, text
+from tests.support.cluster import Cluster, fetch
+from tests.support.servers import ServerProcess, channel, connected, serving
+from tests.support.statements import database_name
+
+_SERVICE = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]
+METHODS = [(f"/{_SERVICE.full_name}/{method.name}", method.server_streaming) for method in _SERVICE.methods]
+SECRET = "postgresql://somebody:s3cr3t@db.example/chat"
+
+
+def _call(opened: Any, path: str, *, streaming: bool, data: bytes, **options: Any) -> Any:
+    """Call a method with bytes of our own choice."""
+    if streaming:
+        return opened.unary_stream(path)(data, **options).read()
+    return opened.unary_unary(path)(data, **options)
+
+
+@asynccontextmanager
+async def locked(cluster: Cluster, database_url: str, *tables: str) -> AsyncGenerator[Any]:
+    """Hold tables, so that whatever reads or writes them waits in the middle of its statement."""
+    holder = await cluster.connect(database_name(database_url))
+    try:
+        async with holder.transaction():
+            await holder.execute(f"LOCK TABLE {', '.join(tables)} IN ACCESS EXCLUSIVE MODE")
+            yield holder
+    finally:
+        await holder.close()
+
+
+async def waiting(holder: Any, count: int = 1) -> None:
+    """Wait until so many statements wait for a lock."""
+    async with asyncio.timeout(20):
+        while await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < count:
+            await asyncio.sleep(0.01)
+
+
+# --- What is no request.
+
+
+async def test_bytes_that_are_no_message_are_refused(server: Server) -> None:
+    async with channel(server.address) as opened:
+        for path, streaming in METHODS:
+            for data in (b"\x0a\x7f", b"\xff" * 40):
+                await failures.fails(_call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST")
+
+
+async def test_text_that_is_not_utf8_is_refused(server: Server) -> None:
+    """In every text field of every method's request."""
+    async with channel(server.address) as opened:
+        for (path, streaming), method in zip(METHODS, _SERVICE.methods, strict=True):
+            for field in method.input_type.fields:
+                if field.type == field.TYPE_STRING:
+                    data = _field(field.number, b"\xff\xfe")
+                    await failures.fails(_call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST")
+
+
+async def test_the_server_lives_on_after_them(server: Server, chat: Chat) -> None:
+    async with channel(server.address) as opened:
+        calls = [
+            _call(opened, path, streaming=streaming, data=b"\xff" * n)
+            for n in range(1, 20)
+            for path, streaming in METHODS
+        ]
+        done = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(each, aio.AioRpcError) for each in done)
+    await chat.start()
+
+
+async def test_a_message_nested_too_deeply_is_refused(server: Server, chat: Chat) -> None:
+    value = Value(string_value="deep").SerializeToString()
+    for _ in range(200):
+        entry = _field(1, b"a") + _field(2, value)
+        value = _field(5, _field(1, entry))
+    metadata = _field(1, _field(1, b"a") + _field(2, value))
+    request = _field(1, chat.user_id.encode()) + _field(2, _field(6, metadata))
+    path = "/chathistory.v1.ChatHistoryService/CreateSession"
+    async with channel(server.address) as opened:
+        await failures.fails(_call(opened, path, streaming=False, data=request), "MALFORMED_REQUEST")
+    await chat.start()
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """Encode a length-delimited field."""
+    length, size = b"", len(data)
+    while size > 0x7F:
+        length += bytes((size & 0x7F | 0x80,))
+        size >>= 7
+    return bytes((number << 3 | 2,)) + length + bytes((size,)) + data
+
+
+async def test_a_method_that_is_not_there(server: Server) -> None:
+    async with channel(server.address) as opened:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await _call(opened, "/chathistory.v1.ChatHistoryService/Nothing", streaming=False, data=b"")
+    assert caught.value.code() == StatusCode.UNIMPLEMENTED
+
+
+# --- What is too much.
+
+
+def _large(chat: Chat, session_id: str, size: int) -> message_pb2.AppendMessagesRequest:
+    messages = [text("x" * 200_000) for _ in range(-(-size // 200_000))]
+    return message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=messages)
+
+
+async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
+    session = await chat.create_session()
+    async with asyncio.TaskGroup() as group:
+        others = [group.create_task(chat.append(session.id, f"{n}")) for n in range(10)]
+        for size in (5, 20):
+            with pytest.raises(aio.AioRpcError) as caught:
+                await chat.stub.AppendMessages(_large(chat, session.id, size << 20))
+            assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
+    assert all(other.done() for other in others)
+    just_below = _large(chat, session.id, 4_000_000)
+    assert 4_000_000 < just_below.ByteSize() < 4 << 20
+    await chat.stub.AppendMessages(just_below)
+    assert (await chat.get_session(session.id)).last_seq == 30
+
+
+async def test_a_request_that_swells_when_it_is_unpacked_is_refused(database_url: str, tmp_path: Path) -> None:
+    """A gzip bomb: some kilobytes on the wire that are 150 MB. The server must not hold what it refuses."""
+    async with ServerProcess(database_url, tmp_path / "server") as process:
+        status = Path(f"/proc/{process.pid}/status")
+
+        def resident_peak() -> int:
+            [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+            return int(line.split()[1]) * 1024
+
+        async with channel(process.address, max_send_message_length=-1) as opened:
+            before = resident_peak()
+            data = message_pb2.AppendMessagesRequest(
+                user_id=new_id(), messages=[message_pb2.Message(content="0" * (150 << 20))]
+            ).SerializeToString()
+            for _ in range(3):
+                with pytest.raises(aio.AioRpcError) as caught:
+                    await _call(
+                        opened,
+                        "/chathistory.v1.ChatHistoryService/AppendMessages",
+                        streaming=False,
+                        data=data,
+                        compression=grpc.Compression.Gzip,
+                    )
+                assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
+            assert resident_peak() - before < 50 << 20
+        async with connected(process.address) as stub:
+            await (await Chat.of_new_user(stub)).start()
+
+
+async def test_metadata_of_twenty_kilobytes_is_refused(chat: Chat, server: Server) -> None:
+    # A client of grpc's own would not send what it knows to be too large for the peer: it hears of the limit on connecting.
+    async with channel(server.address, max_metadata_size=100_000, absolute_max_metadata_size=200_000) as opened:
+        path = "/chathistory.v1.ChatHistoryService/ListUsers"
+        with pytest.raises(aio.AioRpcError) as caught:
+            await _call(opened, path, streaming=False, data=b"", metadata=(("x-large", "y" * 20_000),))
+        assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
+        await _call(opened, path, streaming=False, data=b"", metadata=(("x-small", "y" * 2_000),))
+    await chat.start()
+
+
+async def test_more_calls_than_are_let_in_are_told_to_come_again(cluster: Cluster, database_url: str) -> None:
+    async with serving(database_url, max_in_flight=5) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session = await chat.create_session()
+        async with locked(cluster, database_url, "chat_sessions") as holder:
+            held = [asyncio.create_task(chat.get_session(session.id)) for _ in range(5)]
+            await waiting(holder, 1)
+            while server.calls.in_flight < 5:
+                await asyncio.sleep(0.01)
+            for _ in range(3):
+                refused = await failures.fails(chat.get_session(session.id), "OVERLOADED")
+                assert refused.retry_after
+            async with channel(server.address) as opened:
+                health: Any = health_pb2_grpc.HealthStub(opened)
+                for name in ("", "liveness", "database"):
+                    reply = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+                    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        await asyncio.gather(*held)
+        await chat.get_session(session.id)
+
+
+async def test_a_thousand_clients_share_the_pool(chat: Chat, server: Server, database_url: str) -> None:
+    session_ids = [await chat.start() for _ in range(10)]
+    calls: list[Callable[[str], Any]] = [
+        chat.get_session,
+        chat.page,
+        chat.context,
+        lambda each: chat.append(each, "more"),
+    ]
+    most = 0
+
+    async def count() -> None:
+        nonlocal most
+        while True:
+            [[now]] = await fetch(
+                database_url,
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'chat-history'",
+            )
+            most = max(most, now)
+            await asyncio.sleep(0.02)
+
+    counting = asyncio.create_task(count())
+    await asyncio.gather(*(calls[n % 4](session_ids[n % 10]) for n in range(1000)))
+    counting.cancel()
+    await asyncio.wait([counting])
+    assert 0 < most <= server.settings.db_pool_size + server.settings.db_max_overflow
+    assert (await chat.get_session(session_ids[3])).last_seq == 1 + 50
+
+
+# --- What takes too long, and who goes away.
+
+
+async def test_a_call_without_a_deadline_has_one_all_the_same(cluster: Cluster, database_url: str) -> None:
+    async with serving(database_url, call_timeout=0.6) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        async with locked(cluster, database_url, "chat_sessions", "chat_messages"):
+            await failures.fails(chat.get_session(session_id), "DEADLINE_EXCEEDED")
+            await failures.fails(chat.page(session_id), "DEADLINE_EXCEEDED")
+            await failures.fails(chat.update_session(["title"], id=session_id, title="new"), "DEADLINE_EXCEEDED")
+            # An append asks again and again: it ends at its last question's answer, or at the deadline.
+            found = await failures.failure(chat.append(session_id, "more"))
+            assert found.reason in ("CONTENTION", "DEADLINE_EXCEEDED")
+        await chat.append(session_id, "more")
+
+
+async def test_five_hundred_calls_are_cancelled_in_mid_statement(
+    chat: Chat, server: Server, cluster: Cluster, database_url: str
+) -> None:
+    """The pool is as before, the connections are sound, and nothing is left that the garbage collector would warn of."""
+    session_id = await chat.start()
+    calls: list[Callable[[], Any]] = [
+        lambda: chat.get_session(session_id),
+        lambda: chat.page(session_id),
+        lambda: chat.context(session_id),
+        lambda: chat.append(session_id, "cancelled"),
+        chat.list_sessions,
+        lambda: chat.update_session(["title"], id=session_id, title="cancelled"),
+        lambda: chat.watch(session_id).read(),
+    ]
+    for turn in range(10):
+        async with locked(cluster, database_url, "chat_sessions", "chat_messages") as holder:
+            begun = [asyncio.create_task(calls[(turn + n) % len(calls)]()) for n in range(50)]
+            await waiting(holder, 4)
+            for task in begun:
+                task.cancel()
+            await asyncio.wait(begun)
+            assert all(task.cancelled() for task in begun)
+    async with asyncio.timeout(20):
+        while server.calls.in_flight or server.streams.in_flight or server.appender.waiting:
+            await asyncio.sleep(0.01)
+        await server.database.drain()
+    await asyncio.gather(*(chat.append(session_id, "more") for _ in range(20)))
+    await asyncio.gather(*(chat.page(session_id) for _ in range(20)))
+    await asyncio.gather(*(chat.get_session(session_id) for _ in range(20)))
+    [[backends]] = await fetch(
+        database_url,
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'chat-history'",
+    )
+    assert backends <= server.settings.db_pool_size + server.settings.db_max_overflow
+    [[idle]] = await fetch(
+        database_url,
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'",
+    )
+    assert idle == 0
+
+
+# --- What goes wrong inside.
+
+
+@pytest.mark.parametrize("kind", ["unary", "stream"])
+async def test_a_cancellation_from_within_is_answered(chat: Chat, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """gRPC itself would send no status, and the client would wait for its deadline."""
+    session_id = await chat.start()
+
+    async def cancelled(*_args: object, **_options: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(sessions, "get", cancelled)
+    call = chat.get_session(session_id) if kind == "unary" else chat.watch(session_id).read()
+    async with asyncio.timeout(20):
+        await failures.fails(call, "INTERNAL")
+
+
+async def test_a_defect_in_the_database_is_not_explained_to_clients(
+    chat: Chat, database_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    session_id = await chat.start()
+    await fetch(database_url, "ALTER TABLE chat_messages RENAME COLUMN content TO s3cr3t")
+    for call in (chat.page(session_id), chat.append(session_id, "more"), chat.watch(session_id).read()):
+        found = await failures.fails(call, "INTERNAL")
+        assert found.message == "internal error"
+        assert set(found.metadata) == {"request_id"}
+        told = capfd.readouterr()
+        assert found.metadata["request_id"] in told.out + told.err
+        assert "s3cr3t" not in told.out + told.err
+    await chat.get_session(session_id)
+
+
+_SABOTAGE = f"""
+import sys
+from service.store import sessions
+from tests.support.serve import main
+async def get(*args, **options):
+    raise RuntimeError({SECRET!r}) from ValueError({SECRET!r})
+sessions.get = get
+main()
+"""
+
+
+async def test_an_exception_that_holds_a_connection_string_tells_nobody(database_url: str, tmp_path: Path) -> None:
+    """Nor does the log of the real process, at its most talkative."""
+    process = ServerProcess(
+        database_url, tmp_path / "server", command=("-c", _SABOTAGE), CHAT_HISTORY_LOG_LEVEL="debug"
+    )
+    async with process, connected(process.address) as stub:
+        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody")))
+        chat = Chat(stub, made.user.id)
+        for call in (chat.get_session(new_id()), chat.watch(new_id()).read()):
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call
+            error = caught.value
+            found = failures.read(error)
+            assert (found.reason, found.message) == ("INTERNAL", "internal error")
+            sent = (
+                f"{error.details()} {error.debug_error_string()} {error.trailing_metadata()} {error.initial_metadata()}"
+            )
+            assert "s3cr3t" not in sent
+            assert "Runtime" not in sent
+            log = process.log.read_text()
+            assert found.metadata["request_id"] in log
+            assert "RuntimeError" in log
+            assert "s3cr3t" not in log

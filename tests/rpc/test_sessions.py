@@ -1,0 +1,550 @@
+"""Sessions: created once, listed newest activity first, changed under their etag, forked and erased with all that is in them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2, session_pb2
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from service.server import Server
+from service.store import sessions
+from tests.support.chat import ASSISTANT, SYSTEM, Chat, new_id, text, texts
+from tests.support.cluster import fetch
+from tests.support.failures import fails, failure, refuses
+
+ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_ARCHIVED
+
+
+# --- Creating.
+
+
+async def test_a_created_session_reads_as_it_was_sent(chat: Chat) -> None:
+    made = await chat.create_session(title="Plans", summary="so far", metadata={"topic": {"deep": [1, "x", None]}})
+    assert (made.user_id, made.title, made.summary, made.state) == (chat.user_id, "Plans", "so far", ACTIVE)
+    assert (made.last_seq, made.message_count, made.summarized_through_seq) == (0, 0, 0)
+    assert made.create_time == made.update_time
+    assert made.id[14] == "7"
+    assert not made.HasField("forked_from")
+    assert await chat.get_session(made.id.upper()) == made
+
+
+async def test_a_session_may_be_created_with_nothing_said_of_it(chat: Chat) -> None:
+    reply = await chat.stub.CreateSession(session_pb2.CreateSessionRequest(user_id=chat.user_id))
+    assert (reply.session.title, reply.session.state) == ("", ACTIVE)
+    assert not reply.session.HasField("metadata")
+
+
+async def test_a_session_may_be_created_archived(chat: Chat) -> None:
+    assert (await chat.create_session(state=ARCHIVED)).state == ARCHIVED
+
+
+async def test_a_retry_of_the_same_create_returns_the_session(chat: Chat) -> None:
+    sent: dict[str, Any] = {"id": new_id(), "title": "T", "metadata": {"a": 1, "b": [2]}}
+    first = await chat.create_session(**sent)
+    assert await chat.create_session(**sent) == first
+    assert await chat.create_session(**sent | {"id": sent["id"].upper(), "user_id": chat.user_id}) == first
+    echoed = session_pb2.CreateSessionRequest(user_id=chat.user_id)
+    echoed.session.CopyFrom(first)
+    echoed.session.ClearField("state")
+    assert (await chat.stub.CreateSession(echoed)).session == first
+    assert len((await chat.list_sessions()).sessions) == 1
+
+
+async def test_a_retry_after_updates_and_appends_returns_the_session_as_it_is_now(chat: Chat) -> None:
+    sent = {"id": new_id(), "title": "before"}
+    await chat.create_session(**sent)
+    await chat.append(sent["id"], texts(3))
+    changed = await chat.update_session(id=sent["id"], title="after")
+    again = await chat.create_session(**sent)
+    assert again == changed
+    assert (again.title, again.last_seq) == ("after", 3)
+
+
+@pytest.mark.parametrize("change", [{"title": "U"}, {"summary": "s"}, {"metadata": {"a": 2}}, {"state": ARCHIVED}])
+async def test_the_same_id_with_another_content_is_taken(chat: Chat, change: dict[str, Any]) -> None:
+    sent: dict[str, Any] = {"id": new_id(), "title": "T", "metadata": {"a": 1}}
+    await chat.create_session(**sent)
+    await fails(chat.create_session(**sent | change), "ID_TAKEN", session_id=sent["id"])
+
+
+async def test_the_order_of_keys_in_metadata_makes_no_other_content(chat: Chat) -> None:
+    session_id = new_id()
+    first = await chat.create_session(id=session_id, metadata={"a": 1, "b": 2, "c": 3})
+    assert await chat.create_session(id=session_id, metadata={"c": 3, "b": 2, "a": 1}) == first
+
+
+async def test_twenty_equal_creates_at_once_make_one_session(chat: Chat) -> None:
+    session_id = new_id()
+    made = await asyncio.gather(*(chat.create_session(id=session_id, title="T") for _ in range(20)))
+    assert len({each.SerializeToString(deterministic=True) for each in made}) == 1
+
+
+async def test_a_session_needs_its_user(chat: Chat) -> None:
+    nobody = Chat(chat.stub, new_id())
+    await fails(nobody.create_session(), "USER_NOT_FOUND", user_id=nobody.user_id)
+    await refuses(Chat(chat.stub, "").create_session(), "user_id")
+
+
+async def test_an_owner_inside_the_session_must_be_the_requests(chat: Chat, other: Chat) -> None:
+    await refuses(chat.create_session(user_id=other.user_id), "session.user_id")
+    made = await chat.create_session(user_id=chat.user_id.upper())
+    await refuses(chat.update_session(id=made.id, user_id=other.user_id, title="x"), "session.user_id")
+
+
+async def test_a_new_session_has_nothing_that_a_summary_could_cover(chat: Chat) -> None:
+    await refuses(chat.create_session(summary="s", summarized_through_seq=1), "session.summarized_through_seq")
+
+
+# --- Whose they are.
+
+
+async def test_two_users_may_have_sessions_with_the_same_id(chat: Chat, other: Chat) -> None:
+    session_id = new_id()
+    mine = await chat.create_session(id=session_id, title="mine")
+    theirs = await other.create_session(id=session_id, title="theirs")
+    await chat.append(session_id, "hello")
+    await other.delete_session(session_id)
+    assert theirs.title == "theirs"
+    assert (await chat.get_session(session_id)).title == mine.title
+    assert [message.content for message in await chat.all(session_id)] == ["hello"]
+
+
+async def test_another_users_session_is_missing_exactly_as_one_that_never_was(chat: Chat, other: Chat) -> None:
+    theirs, never = await other.start(texts(2)), new_id()
+    sent = (await other.all(theirs))[0].id
+
+    def calls(session_id: str) -> list[Any]:
+        return [
+            chat.get_session(session_id),
+            chat.update_session(id=session_id, title="x"),
+            chat.delete_session(session_id),
+            chat.fork(session_id, 1),
+            chat.append(session_id, "x"),
+            chat.get(session_id, sent),
+            chat.page(session_id),
+            chat.update(session_id, sent, content="x"),
+            chat.delete(session_id, sent),
+            chat.context(session_id),
+            anext(aiter(chat.watch(session_id))),
+        ]
+
+    for foreign, missing in zip(calls(theirs), calls(never), strict=True):
+        one = await fails(foreign, "SESSION_NOT_FOUND", session_id=theirs)
+        two = await fails(missing, "SESSION_NOT_FOUND", session_id=never)
+        assert one == two._replace(metadata=one.metadata)
+        assert set(one.metadata) == set(two.metadata)
+    assert [message.content for message in await other.all(theirs)] == ["message 1", "message 2"]
+    assert (await other.get_session(theirs)).title == ""
+
+
+# --- Listing.
+
+
+async def ids(chat: Chat, **fields: Any) -> list[str]:
+    return [session.id async for page in chat.session_pages(**fields) for session in page]
+
+
+async def test_sessions_are_listed_newest_activity_first(chat: Chat) -> None:
+    first, second, third = [(await chat.create_session()).id for _ in range(3)]
+    assert await ids(chat) == [third, second, first]
+    await chat.append(first, "hello")
+    assert await ids(chat) == [first, third, second]
+    await chat.update_session(id=second, title="x")
+    assert await ids(chat) == [second, first, third]
+
+
+async def test_a_users_list_holds_nobody_elses_sessions(chat: Chat, other: Chat) -> None:
+    mine = [(await chat.create_session()).id for _ in range(2)]
+    await other.create_session()
+    assert await ids(chat) == mine[::-1]
+    assert await ids(Chat(chat.stub, new_id())) == []
+
+
+async def test_a_list_may_hold_one_state_only(chat: Chat) -> None:
+    active = (await chat.create_session()).id
+    archived = (await chat.create_session(state=ARCHIVED)).id
+    assert await ids(chat, state=ACTIVE) == [active]
+    assert await ids(chat, state=ARCHIVED) == [archived]
+    assert await ids(chat) == [archived, active]
+    await chat.update_session(id=active, state=ARCHIVED)
+    assert await ids(chat, state=ACTIVE) == []
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 7, 30])
+async def test_pages_meet_without_gap_or_overlap_also_among_sessions_of_one_time(
+    chat: Chat, database_url: str, page_size: int
+) -> None:
+    await asyncio.gather(*(chat.create_session() for _ in range(15)))
+    # Three times only: most boundaries lie between sessions of the same one.
+    await fetch(
+        database_url,
+        "UPDATE chat_sessions SET updated_at = '2026-01-01'::timestamptz + (get_byte(uuid_send(id), 15) % 3) * interval '1 us'",
+    )
+    expected = await fetch(database_url, "SELECT id::text FROM chat_sessions ORDER BY updated_at DESC, id DESC")
+    pages = [[session.id for session in page] async for page in chat.session_pages(page_size=page_size)]
+    assert [each for page in pages for each in page] == [row["id"] for row in expected]
+    assert all(len(page) == page_size for page in pages[:-1])
+    assert pages[-1]
+
+
+async def test_paging_while_others_append_shows_each_quiet_session_once(chat: Chat) -> None:
+    quiet = [(await chat.create_session()).id for _ in range(12)]
+    busy = [(await chat.create_session()).id for _ in range(4)]
+    seen: list[str] = []
+    async for page in chat.session_pages(page_size=2):
+        seen += [session.id for session in page]
+        await asyncio.gather(*(chat.append(each, "more") for each in busy), chat.create_session())
+    assert [each for each in seen if each in quiet] == quiet[::-1]
+    # One that becomes active moves to the front, before the place where the pages go on.
+    assert all(seen.count(each) <= 1 for each in busy)
+
+
+# --- Updating.
+
+
+async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
+    made = await chat.create_session(title="T", summary="S", metadata={"k": 1})
+    changed = await chat.update_session(id=made.id, title="U", state=ARCHIVED)
+    assert (changed.title, changed.summary, changed.state) == ("U", "S", ARCHIVED)
+    assert changed.metadata["k"] == 1
+    assert await chat.get_session(made.id) == changed
+
+
+async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Chat) -> None:
+    made = await chat.create_session(title="T", summary="S", metadata={"k": 1})
+    changed = await chat.update_session(("summary", "metadata"), id=made.id, title="ignored", state=ARCHIVED)
+    assert (changed.title, changed.summary, changed.state) == ("T", "", ACTIVE)
+    assert not changed.HasField("metadata")
+
+
+@pytest.mark.parametrize(
+    "path", ["id", "user_id", "last_seq", "message_count", "create_time", "etag", "forked_from", "nope", "metadata.k"]
+)
+async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
+    made = await chat.create_session()
+    await refuses(chat.update_session(("title", path), id=made.id, title="U"), "update_mask")
+    assert await chat.get_session(made.id) == made
+
+
+async def test_a_state_must_be_said_to_be_written(chat: Chat) -> None:
+    made = await chat.create_session()
+    await refuses(chat.update_session(("state",), id=made.id), "session.state")
+
+
+async def test_an_update_names_its_session(chat: Chat) -> None:
+    await refuses(chat.update_session(title="x"), "session.id")
+    request = session_pb2.UpdateSessionRequest(user_id=chat.user_id, update_mask=FieldMask(paths=["title"]))
+    await refuses(chat.stub.UpdateSession(request), "session")
+
+
+async def test_a_summary_covers_at_most_what_was_said(chat: Chat) -> None:
+    session_id = await chat.start(texts(3))
+    await refuses(
+        chat.update_session(id=session_id, summary="s", summarized_through_seq=4), "session.summarized_through_seq"
+    )
+    changed = await chat.update_session(id=session_id, summary="s", summarized_through_seq=3)
+    assert (changed.summary, changed.summarized_through_seq) == ("s", 3)
+
+
+async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(chat: Chat) -> None:
+    made = await chat.create_session()
+    second = await chat.update_session(id=made.id, title="B", etag=made.etag)
+    assert second.etag != made.etag
+    found = await fails(chat.update_session(id=made.id, title="C", etag=made.etag), "ETAG_MISMATCH")
+    assert found.metadata["etag"] == second.etag
+    assert await chat.get_session(made.id) == second
+
+
+async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
+    made = await chat.create_session()
+    results = await asyncio.gather(
+        *(chat.update_session(id=made.id, title=f"{n}", etag=made.etag) for n in range(8)), return_exceptions=True
+    )
+    won = [result for result in results if isinstance(result, session_pb2.Session)]
+    assert len(won) == 1
+    assert await chat.get_session(made.id) == won[0]
+
+
+async def test_the_etag_of_an_erased_session_does_not_fit_a_new_one_with_its_id(chat: Chat) -> None:
+    first = await chat.create_session()
+    await chat.delete_session(first.id)
+    await chat.create_session(id=first.id)
+    await fails(chat.update_session(id=first.id, title="x", etag=first.etag), "ETAG_MISMATCH")
+
+
+async def test_a_live_chat_is_retitled_with_its_etag_while_it_is_appended_to(chat: Chat) -> None:
+    session_id = await chat.start()
+    session = await chat.get_session(session_id)
+    done = asyncio.Event()
+
+    async def talk() -> int:
+        count = 0
+        while not done.is_set():
+            await chat.append(session_id, f"message {count}")
+            count += 1
+        return count
+
+    talkers = [asyncio.create_task(talk()) for _ in range(4)]
+    for number in range(10):
+        session = await chat.update_session(id=session_id, title=f"title {number}", etag=session.etag)
+    done.set()
+    counts = await asyncio.gather(*talkers)
+    after = await chat.get_session(session_id)
+    assert (after.title, after.etag) == ("title 9", session.etag)
+    assert after.last_seq == after.message_count == sum(counts) + 1
+    assert after.last_seq > session.last_seq or session.last_seq == after.last_seq
+
+
+async def test_an_append_moves_counts_and_time_but_not_the_etag(chat: Chat) -> None:
+    before = await chat.create_session()
+    reply = await chat.append(before.id, texts(2))
+    after = await chat.get_session(before.id)
+    assert (after.last_seq, after.message_count, after.etag) == (2, 2, before.etag)
+    assert after.update_time == reply.messages[-1].create_time
+    assert after.update_time.ToMicroseconds() >= before.update_time.ToMicroseconds()
+
+
+async def test_an_archived_session_reads_changes_and_comes_back(chat: Chat) -> None:
+    session_id = await chat.start(texts(2))
+    first = (await chat.all(session_id))[0].id
+    await chat.update_session(id=session_id, state=ARCHIVED)
+    await fails(chat.append(session_id, "more"), "SESSION_ARCHIVED", session_id=session_id)
+    assert len(await chat.all(session_id)) == 2
+    assert len((await chat.context(session_id)).messages) == 2
+    await chat.update(session_id, first, content="edited")
+    await chat.delete(session_id, first)
+    await chat.update_session(id=session_id, title="kept")
+    await chat.fork(session_id, 2)
+    await chat.update_session(id=session_id, state=ACTIVE)
+    assert (await chat.append(session_id, "more")).messages[0].seq == 3
+
+
+# --- Erasing.
+
+
+async def count(url: str, session_id: str) -> int:
+    rows = await fetch(url, "SELECT count(*) FROM chat_messages WHERE session_id = $1", session_id)
+    return int(rows[0][0])
+
+
+@pytest.mark.parametrize("slice_size", [sessions.SLICE, 4])
+async def test_a_session_goes_with_its_messages_and_nothing_else_does(
+    chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch, slice_size: int
+) -> None:
+    monkeypatch.setattr(sessions, "SLICE", slice_size)
+    gone, kept = await chat.start(texts(13)), await chat.start(texts(13))
+    same_id = (await other.create_session(id=gone)).id
+    await other.append(same_id, texts(13))
+    await chat.delete(gone, (await chat.all(gone))[5].id)
+    await chat.delete_session(gone)
+    await fails(chat.get_session(gone), "SESSION_NOT_FOUND", session_id=gone)
+    await fails(chat.all(gone), "SESSION_NOT_FOUND")
+    assert [each.id for each in (await chat.list_sessions()).sessions] == [kept]
+    assert len(await chat.all(kept)) == len(await other.all(same_id)) == 13
+    assert await count(database_url, gone) == 13
+
+
+async def test_a_missing_session_is_erased_only_if_that_is_allowed(chat: Chat) -> None:
+    missing = new_id()
+    await fails(chat.delete_session(missing), "SESSION_NOT_FOUND", session_id=missing)
+    await chat.delete_session(missing, allow_missing=True)
+    session_id = await chat.start()
+    await chat.delete_session(session_id, allow_missing=True)
+    await fails(chat.delete_session(session_id), "SESSION_NOT_FOUND")
+
+
+async def test_an_erased_sessions_id_may_be_used_again_for_an_empty_one(chat: Chat) -> None:
+    sent = texts(3)
+    session_id = await chat.start(sent)
+    await chat.delete_session(session_id)
+    again = await chat.create_session(id=session_id)
+    assert (again.last_seq, again.message_count) == (0, 0)
+    reply = await chat.append(session_id, sent)
+    assert [(each.seq, each.replayed) for each in reply.messages] == [(1, False), (2, False), (3, False)]
+
+
+async def test_a_session_half_erased_in_slices_still_counts_right_and_can_be_erased(
+    chat: Chat, database_url: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "SLICE", 4)
+    session_id = await chat.start(texts(10))
+    deadline = asyncio.get_running_loop().time() + 10
+    erased, more = await server.database.write(sessions.erase_slice, deadline, chat.user_id, session_id)
+    assert (erased, more) == (4, True)
+    assert (await chat.get_session(session_id)).message_count == len(await chat.all(session_id)) == 6
+    assert (await chat.append(session_id, "more")).messages[0].seq == 11
+    await chat.delete_session(session_id)
+    assert await count(database_url, session_id) == 0
+
+
+# --- Forking.
+
+
+def bare(message: message_pb2.Message) -> message_pb2.Message:
+    """Return a message without what tells a fork's from its source's."""
+    copy = message_pb2.Message()
+    copy.CopyFrom(message)
+    copy.ClearField("session_id")
+    return copy
+
+
+async def test_a_fork_has_the_messages_up_to_a_seq_with_ids_seq_and_times(chat: Chat) -> None:
+    source = await chat.start(
+        [
+            text("be kind", SYSTEM, metadata={"k": [1]}, author="app"),
+            text("hello", token_count=7, feedback={"score": 0.5, "comment": "c"}),
+            text("look", ASSISTANT, parts=[{"tool_call": {"id": "c1", "name": "f", "arguments": "{}"}}]),
+            *texts(3),
+        ],
+        session={"title": "T", "metadata": {"k": "v"}},
+    )
+    original = await chat.all(source)
+    await chat.update(source, original[1].id, content="edited")
+    original = await chat.all(source)
+    before = await chat.get_session(source)
+    fork = await chat.fork(source, 4)
+    assert fork.id != source
+    assert (fork.title, fork.state, dict(fork.metadata)) == ("T", ACTIVE, {"k": "v"})
+    assert (fork.last_seq, fork.message_count) == (4, 4)
+    assert (fork.forked_from.session_id, fork.forked_from.seq) == (source, 4)
+    assert await chat.get_session(fork.id) == fork
+    copies = await chat.all(fork.id)
+    assert [bare(each) for each in copies] == [bare(each) for each in original[:4]]
+    assert {each.session_id for each in copies} == {fork.id}
+    assert await chat.get_session(source) == before
+    assert await chat.all(source) == original
+
+
+async def test_fork_and_source_go_their_own_ways(chat: Chat) -> None:
+    source = await chat.start(sent := texts(4))
+    fork = await chat.fork(source, 2)
+    assert (await chat.append(fork.id, "other way")).messages[0].seq == 3
+    await chat.update(fork.id, sent[0].id, content="edited in the fork")
+    await chat.delete(fork.id, sent[1].id)
+    assert [each.content for each in await chat.all(source)] == [f"message {n}" for n in (1, 2, 3, 4)]
+    await chat.delete_session(source)
+    assert [each.content for each in await chat.all(fork.id)] == ["edited in the fork", "other way"]
+
+
+async def test_a_fork_keeps_what_was_deleted_deleted(chat: Chat) -> None:
+    sent = texts(5)
+    source = await chat.start(sent)
+    await chat.delete(source, sent[1].id)
+    await chat.delete(source, sent[3].id)
+    fork = await chat.fork(source, 4)
+    assert (fork.last_seq, fork.message_count) == (4, 2)
+    assert [each.seq for each in await chat.all(fork.id)] == [1, 3]
+    await fails(chat.get(fork.id, sent[1].id), "MESSAGE_NOT_FOUND")
+    retry = await chat.append(fork.id, [sent[3]])
+    assert [(each.seq, each.replayed) for each in retry.messages] == [(4, True)]
+    await fails(chat.get(fork.id, sent[3].id), "MESSAGE_NOT_FOUND")
+    assert (await chat.append(fork.id, "next")).messages[0].seq == 5
+
+
+async def test_a_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
+    sent = texts(3)
+    source = await chat.start(sent)
+    fork = await chat.fork(source, 2)
+    reply = await chat.append(fork.id, sent)
+    assert [(each.seq, each.replayed) for each in reply.messages] == [(1, True), (2, True), (3, False)]
+
+
+@pytest.mark.parametrize(("through", "summary", "covered"), [(2, "", 0), (3, "so far", 3), (5, "so far", 3)])
+async def test_a_fork_keeps_a_summary_that_covers_nothing_beyond_it(
+    chat: Chat, through: int, summary: str, covered: int
+) -> None:
+    source = await chat.start(texts(5))
+    await chat.update_session(id=source, summary="so far", summarized_through_seq=3)
+    fork = await chat.fork(source, through)
+    assert (fork.summary, fork.summarized_through_seq) == (summary, covered)
+
+
+async def test_a_fork_of_nothing_is_empty_and_one_of_more_than_all_is_refused(chat: Chat) -> None:
+    source = await chat.start(texts(3))
+    empty = await chat.fork(source, 0)
+    assert (empty.last_seq, empty.message_count, empty.forked_from.session_id) == (0, 0, source)
+    assert (await chat.append(empty.id, "first")).messages[0].seq == 1
+    await refuses(chat.fork(source, 4), "through_seq")
+    await refuses(chat.fork(source, -1), "through_seq")
+    assert (await chat.fork(source, 3)).message_count == 3
+
+
+async def test_a_fork_with_an_id_of_the_clients_may_be_retried(chat: Chat) -> None:
+    source = await chat.start(texts(3))
+    new = new_id()
+    first = await chat.fork(source, 2, new)
+    assert await chat.fork(source, 2, new.upper()) == first
+    await chat.append(new, "more")
+    again = await chat.fork(source, 2, new)
+    assert (again.last_seq, again.message_count) == (3, 3)
+    assert [each.seq for each in await chat.all(new)] == [1, 2, 3]
+    await fails(chat.fork(source, 3, new), "ID_TAKEN", session_id=new)
+    await fails(chat.fork(source, 2, source), "ID_TAKEN", session_id=source)
+    await chat.append(source, "and on")
+    await fails(chat.fork(source, 4, new), "ID_TAKEN")
+
+
+async def test_a_retried_fork_of_nothing_leaves_what_has_become_of_it(chat: Chat) -> None:
+    source = (await chat.create_session(metadata={"k": "source"})).id
+    new = new_id()
+    assert dict((await chat.fork(source, 0, new)).metadata) == {"k": "source"}
+    changed = await chat.update_session(id=new, metadata={"k": "changed"})
+    assert await chat.fork(source, 0, new) == changed
+
+    async def talk() -> None:
+        for number in range(20):
+            await chat.append(new, f"message {number}")
+
+    talking = asyncio.create_task(talk())
+    for _ in range(10):
+        await chat.fork(source, 0, new)
+    await talking
+    assert [each.seq for each in await chat.all(new)] == list(range(1, 21))
+
+
+async def test_equal_forks_at_once_make_one(chat: Chat) -> None:
+    source = await chat.start(texts(5))
+    new = new_id()
+    made = await asyncio.gather(*(chat.fork(source, 5, new) for _ in range(10)))
+    assert {each.SerializeToString(deterministic=True) for each in made} == {
+        made[0].SerializeToString(deterministic=True)
+    }
+    assert len(await chat.all(new)) == 5
+
+
+async def test_a_fork_taken_while_messages_arrive_is_exact(chat: Chat) -> None:
+    source = await chat.start(texts(5))
+
+    async def talk() -> None:
+        for number in range(20):
+            await chat.append(source, f"more {number}")
+
+    talking = asyncio.create_task(talk())
+    forks = [await chat.fork(source, 5) for _ in range(10)]
+    await talking
+    for fork in forks:
+        assert (fork.last_seq, fork.message_count) == (5, 5)
+        assert [each.seq for each in await chat.all(fork.id)] == [1, 2, 3, 4, 5]
+
+
+async def test_the_next_message_of_a_fork_is_no_older_than_the_last_copied(chat: Chat, database_url: str) -> None:
+    source = await chat.start(texts(2))
+    await fetch(database_url, "UPDATE chat_messages SET created_at = '2100-01-01' WHERE session_id = $1", source)
+    fork = await chat.fork(source, 2)
+    await chat.append(fork.id, "next")
+    times = [each.create_time.ToMicroseconds() for each in await chat.all(fork.id)]
+    assert times == sorted(times)
+
+
+async def test_a_session_of_another_user_cannot_be_forked_into_ones_own(chat: Chat, other: Chat) -> None:
+    theirs = await other.start(texts(2))
+    found = await failure(chat.fork(theirs, 1))
+    assert found.reason == "SESSION_NOT_FOUND"
+    assert await ids(chat) == []
+    # With the same id on both sides each forks its own.
+    mine = await chat.create_session(id=theirs)
+    assert (await chat.fork(mine.id, 0)).message_count == 0
+    await refuses(chat.fork(mine.id, 1), "through_seq")

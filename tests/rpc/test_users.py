@@ -1,0 +1,320 @@
+"""Users: created once whatever the retries, unique where they must be, found by each key, changed under their etag, erased whole."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from chathistory.v1 import user_pb2
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from service.server import Server
+from service.store import sessions
+from service.store.tables import SYSTEM_USER_ID
+from tests.support.chat import Chat, new_id, text, texts
+from tests.support.cluster import fetch
+from tests.support.failures import fails, refuses
+from tests.support.servers import AsyncStub
+
+
+async def create(stub: AsyncStub, **fields: Any) -> user_pb2.User:
+    return (await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(**fields)))).user
+
+
+async def get(stub: AsyncStub, **key: str) -> user_pb2.User:
+    return (await stub.GetUser(user_pb2.GetUserRequest(**key))).user
+
+
+async def update(stub: AsyncStub, mask: tuple[str, ...] = (), **fields: Any) -> user_pb2.User:
+    request = user_pb2.UpdateUserRequest(user=user_pb2.User(**fields), update_mask=FieldMask(paths=mask))
+    return (await stub.UpdateUser(request)).user
+
+
+async def delete(stub: AsyncStub, user_id: str, **fields: Any) -> user_pb2.DeleteUserResponse:
+    return await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=user_id, **fields))
+
+
+async def list_ids(stub: AsyncStub, page_size: int = 0) -> list[str]:
+    ids: list[str] = []
+    token, seen = "", set[str]()
+    while True:
+        assert token not in seen, "the pages go round in circles"
+        seen.add(token)
+        reply = await stub.ListUsers(user_pb2.ListUsersRequest(page_size=page_size, page_token=token))
+        ids += [user.id for user in reply.users]
+        token = reply.next_page_token
+        if not token:
+            return ids
+
+
+async def test_a_created_user_reads_as_it_was_sent(stub: AsyncStub) -> None:
+    made = await create(
+        stub,
+        external_id="crm-7",
+        email="Ada@Example.com",
+        name="Ada",
+        metadata={"plan": "pro", "tags": ["a", None, 1.5]},
+    )
+    assert (made.external_id, made.email, made.name) == ("crm-7", "Ada@Example.com", "Ada")
+    assert dict(made.metadata)["plan"] == "pro"
+    assert made.create_time.ToMicroseconds() > 0
+    assert made.etag
+    assert await get(stub, user_id=made.id) == made
+
+
+async def test_the_server_makes_ids_of_version_7_that_sort_by_time(stub: AsyncStub) -> None:
+    ids = [(await create(stub)).id for _ in range(3)]
+    assert [each[14] for each in ids] == ["7", "7", "7"]
+    assert ids == sorted(ids)
+
+
+async def test_output_only_fields_are_ignored_in_a_request(stub: AsyncStub) -> None:
+    made = await create(stub, id=new_id(), etag="mine", create_time={"seconds": 1}, update_time={"seconds": 1})
+    assert made.etag != "mine"
+    assert made.create_time.seconds > 1
+
+
+async def test_a_retry_of_the_same_create_returns_the_user(stub: AsyncStub) -> None:
+    sent: dict[str, Any] = {
+        "id": new_id(),
+        "email": "a@example.com",
+        "external_id": "x",
+        "name": "A",
+        "metadata": {"k": 1},
+    }
+    first = await create(stub, **sent)
+    assert await create(stub, **sent) == first
+    assert await create(stub, **sent | {"id": sent["id"].upper()}) == first
+    assert await list_ids(stub) == [sent["id"]]
+
+
+async def test_a_retry_that_echoes_output_only_fields_is_still_the_same(stub: AsyncStub) -> None:
+    first = await create(stub, id=new_id(), name="A")
+    again = await stub.CreateUser(user_pb2.CreateUserRequest(user=first))
+    assert again.user == first
+
+
+async def test_a_retry_after_an_update_returns_the_user_as_it_is_now(stub: AsyncStub) -> None:
+    sent = {"id": new_id(), "name": "before"}
+    await create(stub, **sent)
+    changed = await update(stub, id=sent["id"], name="after")
+    assert await create(stub, **sent) == changed
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "B"}, {"email": "b@example.com"}, {"metadata": {"k": 2}}, {"external_id": "y"}]
+)
+async def test_the_same_id_with_another_content_is_taken(stub: AsyncStub, change: dict[str, Any]) -> None:
+    sent: dict[str, Any] = {"id": new_id(), "email": "a@example.com", "name": "A", "metadata": {"k": 1}}
+    await create(stub, **sent)
+    await fails(create(stub, **sent | change), "ID_TAKEN", user_id=sent["id"])
+
+
+async def test_twenty_equal_creates_at_once_make_one_user(stub: AsyncStub) -> None:
+    sent = {"id": new_id(), "email": "a@example.com", "external_id": "x"}
+    made = await asyncio.gather(*(create(stub, **sent) for _ in range(20)))
+    assert len({user.SerializeToString(deterministic=True) for user in made}) == 1
+    assert await list_ids(stub) == [sent["id"]]
+
+
+async def test_an_email_address_belongs_to_one_user_whatever_its_case(stub: AsyncStub) -> None:
+    await create(stub, email="ada@example.com")
+    await fails(create(stub, email="ADA@Example.COM"), "EMAIL_TAKEN")
+    other = await create(stub, email="bob@example.com")
+    await fails(update(stub, id=other.id, email="Ada@example.com"), "EMAIL_TAKEN")
+    assert (await get(stub, user_id=other.id)).email == "bob@example.com"
+
+
+async def test_an_external_id_belongs_to_one_user_and_case_counts(stub: AsyncStub) -> None:
+    await create(stub, external_id="crm-1")
+    await create(stub, external_id="CRM-1")
+    await fails(create(stub, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
+    other = await create(stub)
+    await fails(update(stub, id=other.id, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
+
+
+async def test_any_number_of_users_have_no_email_address_and_no_external_id(stub: AsyncStub) -> None:
+    made = [await create(stub, name="nobody") for _ in range(3)]
+    first, second, _ = made
+    await update(stub, ("email", "external_id"), id=first.id)
+    await update(stub, ("email", "external_id"), id=second.id)
+    assert len(await list_ids(stub)) == 3
+
+
+async def test_what_a_user_gives_up_another_may_take(stub: AsyncStub) -> None:
+    first = await create(stub, email="ada@example.com", external_id="x")
+    await update(stub, ("email", "external_id"), id=first.id)
+    second = await create(stub, email="ada@example.com", external_id="x")
+    await delete(stub, second.id)
+    await update(stub, id=first.id, email="ada@example.com", external_id="x")
+
+
+async def test_a_user_is_found_by_each_of_its_keys(stub: AsyncStub) -> None:
+    made = await create(stub, email="Ada@Example.com", external_id="crm 7/ü")
+    assert await get(stub, user_id=made.id.upper()) == made
+    assert await get(stub, email="aDA@eXAMPLE.com") == made
+    assert await get(stub, external_id="crm 7/ü") == made
+
+
+async def test_a_missing_user_is_not_found_by_any_key(stub: AsyncStub) -> None:
+    missing = new_id()
+    await fails(get(stub, user_id=missing), "USER_NOT_FOUND", user_id=missing)
+    await fails(get(stub, email="nobody@example.com"), "USER_NOT_FOUND")
+    await fails(get(stub, external_id="nobody"), "USER_NOT_FOUND")
+    await fails(update(stub, id=missing, name="x"), "USER_NOT_FOUND", user_id=missing)
+    await fails(delete(stub, missing), "USER_NOT_FOUND", user_id=missing)
+
+
+async def test_a_service_names_whom_it_asks_for(stub: AsyncStub) -> None:
+    await refuses(get(stub), "user_id")
+    await refuses(get(stub, email=""), "user_id")
+    await refuses(get(stub, external_id=""), "user_id")
+    await refuses(update(stub, name="x"), "user_id")
+
+
+async def test_the_systems_own_user_is_nobodys(stub: AsyncStub) -> None:
+    await refuses(create(stub, id=SYSTEM_USER_ID), "user.id")
+    await refuses(get(stub, user_id=SYSTEM_USER_ID), "user_id")
+    await refuses(update(stub, id=SYSTEM_USER_ID, name="x"), "user_id")
+    await refuses(delete(stub, SYSTEM_USER_ID), "user_id")
+    assert await list_ids(stub) == []
+
+
+async def test_users_are_listed_in_order_of_id_each_once(stub: AsyncStub) -> None:
+    made = sorted((await asyncio.gather(*(create(stub, name=str(n)) for n in range(7)))), key=lambda user: user.id)
+    for page_size in (1, 2, 3, 7, 0):
+        assert await list_ids(stub, page_size) == [user.id for user in made]
+    page = await stub.ListUsers(user_pb2.ListUsersRequest(page_size=2))
+    assert list(page.users) == made[:2]
+
+
+async def test_an_empty_mask_writes_every_field_that_is_set(stub: AsyncStub) -> None:
+    made = await create(stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1})
+    changed = await update(stub, id=made.id, name="B", metadata={"k": 2})
+    assert (changed.name, changed.metadata["k"]) == ("B", 2)
+    assert (changed.email, changed.external_id) == ("a@example.com", "x")
+    assert await get(stub, user_id=made.id) == changed
+
+
+async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(stub: AsyncStub) -> None:
+    made = await create(stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1})
+    changed = await update(stub, ("email", "metadata"), id=made.id, name="ignored")
+    assert (changed.name, changed.external_id) == ("A", "x")
+    assert changed.email == ""
+    assert not changed.HasField("metadata")
+
+
+@pytest.mark.parametrize("path", ["id", "create_time", "update_time", "etag", "nonsense", "metadata.k", "*", ""])
+async def test_a_mask_of_what_cannot_be_written_is_refused(stub: AsyncStub, path: str) -> None:
+    made = await create(stub)
+    await refuses(update(stub, ("name", path), id=made.id, name="B"), "update_mask")
+    assert await get(stub, user_id=made.id) == made
+
+
+async def test_every_bad_path_of_a_mask_is_named(stub: AsyncStub) -> None:
+    made = await create(stub)
+    found = await refuses(update(stub, ("id", "nope"), id=made.id), "update_mask")
+    assert "'id'" in found.descriptions[0]
+    assert "'nope'" in found.descriptions[0]
+
+
+async def test_the_user_of_an_update_may_be_named_in_either_place(stub: AsyncStub) -> None:
+    made = await create(stub)
+    for request in (
+        user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(name="a")),
+        user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(id=made.id.upper(), name="b")),
+        user_pb2.UpdateUserRequest(user=user_pb2.User(id=made.id, name="c")),
+    ):
+        assert (await stub.UpdateUser(request)).user.name == request.user.name
+    both = user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(id=new_id(), name="d"))
+    await refuses(stub.UpdateUser(both), "user.id")
+
+
+async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(stub: AsyncStub) -> None:
+    made = await create(stub, name="A")
+    second = await update(stub, id=made.id, name="B", etag=made.etag)
+    assert second.etag != made.etag
+    assert second.update_time.ToMicroseconds() >= made.update_time.ToMicroseconds()
+    found = await fails(update(stub, id=made.id, name="C", etag=made.etag), "ETAG_MISMATCH")
+    assert found.metadata["etag"] == second.etag
+    assert (await get(stub, user_id=made.id)) == second
+    third = await update(stub, id=made.id, name="C")
+    assert third.etag not in (made.etag, second.etag)
+
+
+async def test_of_two_updates_with_one_etag_one_wins(stub: AsyncStub) -> None:
+    made = await create(stub)
+    results = await asyncio.gather(
+        *(update(stub, id=made.id, name=f"{n}", etag=made.etag) for n in range(8)), return_exceptions=True
+    )
+    won = [result for result in results if isinstance(result, user_pb2.User)]
+    assert len(won) == 1
+    assert (await get(stub, user_id=made.id)) == won[0]
+
+
+async def test_the_etag_of_an_erased_user_does_not_fit_a_new_one_with_its_id(stub: AsyncStub) -> None:
+    first = await create(stub, id=new_id())
+    await delete(stub, first.id)
+    await create(stub, id=first.id)
+    await fails(update(stub, id=first.id, name="x", etag=first.etag), "ETAG_MISMATCH")
+
+
+async def test_an_update_of_nothing_changes_nothing(stub: AsyncStub) -> None:
+    made = await create(stub, name="A")
+    assert await update(stub, id=made.id) == made
+
+
+async def rows_of(url: str, user_id: str) -> list[int]:
+    tables = {"users": "id", "chat_sessions": "user_id", "chat_messages": "user_id"}
+    return [(await fetch(url, f"SELECT count(*) FROM {t} WHERE {c} = $1", user_id))[0][0] for t, c in tables.items()]
+
+
+async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
+    chat: Chat, other: Chat, database_url: str
+) -> None:
+    for each in (chat, other):
+        first = await each.start(texts(5))
+        await each.start(texts(3))
+        await each.create_session()
+        await each.delete(first, (await each.all(first))[0].id)
+    counts = await delete(chat.stub, chat.user_id)
+    # A deleted message was erased before: it is not counted again.
+    assert (counts.session_count, counts.message_count) == (3, 7)
+    assert (counts.document_count, counts.chunk_count, counts.vector_count) == (0, 0, 0)
+    assert await rows_of(database_url, chat.user_id) == [0, 0, 0]
+    assert await rows_of(database_url, other.user_id) == [1, 3, 8]
+    await fails(get(chat.stub, user_id=chat.user_id), "USER_NOT_FOUND")
+    await fails(delete(chat.stub, chat.user_id), "USER_NOT_FOUND")
+    assert await delete(chat.stub, chat.user_id, allow_missing=True) == user_pb2.DeleteUserResponse()
+
+
+async def test_a_user_of_more_than_a_slice_is_erased_in_slices(
+    chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "SLICE", 7)
+    kept = await other.start(texts(30))
+    long = await chat.start(texts(25))
+    await chat.start(texts(6))
+    for message in (await chat.all(long))[:3]:
+        await chat.delete(long, message.id)
+    counts = await delete(chat.stub, chat.user_id)
+    assert (counts.session_count, counts.message_count) == (2, 28)
+    assert await rows_of(database_url, chat.user_id) == [0, 0, 0]
+    assert len(await other.all(kept)) == 30
+
+
+async def test_things_of_an_erased_user_cannot_come_back(chat: Chat, server: Server) -> None:
+    session_id = await chat.start([sent := text("hello")])
+    await delete(chat.stub, chat.user_id)
+    for call in (
+        chat.append(session_id, [sent]),
+        chat.get_session(session_id),
+        chat.all(session_id),
+        chat.context(session_id),
+    ):
+        await fails(call, "SESSION_NOT_FOUND")
+    await fails(chat.append("", [sent]), "USER_NOT_FOUND", user_id=chat.user_id)
+    await fails(chat.append(session_id, [sent], create_if_missing=True), "USER_NOT_FOUND")
+    await fails(chat.create_session(), "USER_NOT_FOUND")
+    assert (await chat.list_sessions()).sessions == []

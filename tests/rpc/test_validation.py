@@ -1,0 +1,542 @@
+"""What is refused before anything is looked at: each limit from both sides, and every bad field by its name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2, session_pb2, user_pb2
+from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
+from grpc import StatusCode, aio
+
+from service.server import Server
+from tests.support.chat import Chat, new_id, text
+from tests.support.failures import Failure, fails, failure, read, refuses
+from tests.support.servers import AsyncStub, channel
+
+ID = "0192d3a4-0000-7000-8000-000000000001"
+
+
+def full_user() -> dict[str, Any]:
+    return {
+        "id": ID, "external_id": "x", "email": "a@example.com", "name": "n", "metadata": {"k": ["v", {"kk": "vv"}]}, "etag": "e",
+    }  # fmt: skip
+
+
+def full_session() -> dict[str, Any]:
+    return {"id": ID, "user_id": ID, "title": "t", "summary": "s", "metadata": {"k": ["v", {"kk": "vv"}]}, "etag": "e"}
+
+
+def full_message() -> dict[str, Any]:
+    parts = [
+        {"text": "t"},
+        {"tool_call": {"id": "i", "name": "n", "arguments": "a"}},
+        {"tool_result": {"tool_call_id": "i", "content": "c"}},
+        {"file": {"uri": "u", "mime_type": "m", "name": "n"}},
+        {"citation": {"document_id": ID, "quote": "q"}},
+        {"data": {"k": ["v", {"kk": "vv"}]}},
+    ]
+    return {
+        "id": ID, "session_id": ID, "role": 2, "content": "c", "parts": parts, "metadata": {"k": ["v", {"kk": "vv"}]}, "author": "a",
+        "feedback": {"comment": "c"}, "etag": "e",
+    }  # fmt: skip
+
+
+_KEYS = {"user_id": ID, "session_id": ID}
+_MASK = {"paths": ["title"]}
+
+
+def requests() -> dict[str, Message]:
+    """Return a request of each method with every field set, and nothing wrong in any of them."""
+    made: dict[str, tuple[Any, dict[str, Any]]] = {
+        "CreateUser": (user_pb2.CreateUserRequest, {"user": full_user()}),
+        "GetUser": (user_pb2.GetUserRequest, {"user_id": ID}),
+        "GetUser by email": (user_pb2.GetUserRequest, {"email": "a@example.com"}),
+        "GetUser by external id": (user_pb2.GetUserRequest, {"external_id": "x"}),
+        "ListUsers": (user_pb2.ListUsersRequest, {"page_size": 1}),
+        "UpdateUser": (user_pb2.UpdateUserRequest, {"user_id": ID, "user": full_user()}),
+        "DeleteUser": (user_pb2.DeleteUserRequest, {"user_id": ID}),
+        "CreateSession": (session_pb2.CreateSessionRequest, {"user_id": ID, "session": full_session()}),
+        "GetSession": (session_pb2.GetSessionRequest, _KEYS),
+        "ListSessions": (session_pb2.ListSessionsRequest, {"user_id": ID, "state": 1}),
+        "UpdateSession": (session_pb2.UpdateSessionRequest, {"user_id": ID, "session": full_session()}),
+        "UpdateSession by mask": (
+            session_pb2.UpdateSessionRequest,
+            {"user_id": ID, "session": {"id": ID, "title": "t"}, "update_mask": _MASK},
+        ),
+        "DeleteSession": (session_pb2.DeleteSessionRequest, _KEYS),
+        "ForkSession": (session_pb2.ForkSessionRequest, _KEYS | {"new_session_id": new_id()}),
+        "AppendMessages": (
+            message_pb2.AppendMessagesRequest,
+            _KEYS | {"messages": [full_message()], "create_if_missing": True, "session": full_session()},
+        ),
+        "GetMessage": (message_pb2.GetMessageRequest, _KEYS | {"message_id": ID}),
+        "ListMessages": (message_pb2.ListMessagesRequest, _KEYS | {"order": 2}),
+        "UpdateMessage": (message_pb2.UpdateMessageRequest, _KEYS | {"message": full_message()}),
+        "DeleteMessage": (message_pb2.DeleteMessageRequest, _KEYS | {"message_id": ID}),
+        "GetContext": (message_pb2.GetContextRequest, _KEYS | {"max_messages": 1}),
+        "WatchMessages": (message_pb2.WatchMessagesRequest, _KEYS),
+    }
+    return {name: kind(**fields) for name, (kind, fields) in made.items()}
+
+
+def request_of(name: str) -> Message:
+    return requests()[name]
+
+
+async def call(stub: AsyncStub, name: str, request: Message) -> Any:
+    """Call the method of which this is a request."""
+    started = getattr(stub, name.partition(" ")[0])(request)
+    return await (anext(aiter(started)) if name == "WatchMessages" else started)
+
+
+async def outcome(stub: AsyncStub, name: str, request: Message) -> Failure | None:
+    """Return how a call fails, None when it does not."""
+    try:
+        await call(stub, name, request)
+    except aio.AioRpcError as error:
+        return read(error)
+    return None
+
+
+# --- Paths: `messages[0].parts[1].text`, as the service writes them.
+
+
+def strings_in(message: Message, prefix: str = "") -> Iterator[str]:
+    """Yield the path of every string in a message; of a Struct's only the Struct's own."""
+    for field, value in message.ListFields():
+        path = f"{prefix}{field.name}"
+        many = field.is_repeated
+        if isinstance(value, Struct):
+            yield path
+        elif field.cpp_type == field.CPPTYPE_STRING:
+            if not many:
+                yield path
+        elif field.cpp_type == field.CPPTYPE_MESSAGE:
+            for n, each in enumerate(value if many else [value]):
+                yield from strings_in(each, f"{path}[{n}]." if many else f"{path}.")
+
+
+def put(request: Message, path: str, value: Any) -> Message:
+    """Set the field at a path."""
+    *way, last = path.split(".")
+    at: Any = request
+    for step in way:
+        name, _, index = step.partition("[")
+        at = getattr(at, name)
+        if index:
+            at = at[int(index.rstrip("]"))]
+    if isinstance(value, dict):
+        getattr(at, last).Clear()
+        getattr(at, last).update(value)
+    elif isinstance(value, list):
+        del getattr(at, last)[:]
+        getattr(at, last).extend(value)
+    else:
+        setattr(at, last, value)
+    return request
+
+
+def at_path(request: Message, path: str) -> Any:
+    at: Any = request
+    for step in path.split("."):
+        name, _, index = step.partition("[")
+        at = getattr(at, name)
+        if index:
+            at = at[int(index.rstrip("]"))]
+    return at
+
+
+@pytest.mark.parametrize("name", requests())
+async def test_nothing_is_wrong_with_a_full_request(stub: AsyncStub, name: str) -> None:
+    found = await outcome(stub, name, request_of(name))
+    assert found is None or found.code in (StatusCode.NOT_FOUND, StatusCode.ABORTED), found
+
+
+@pytest.mark.parametrize("name", requests())
+async def test_a_nul_in_any_text_is_refused_by_the_fields_name(stub: AsyncStub, name: str) -> None:
+    for path in strings_in(request_of(name)):
+        is_struct = isinstance(at_path(request_of(name), path), Struct)
+        bad = [{"a\0": 1}, {"a": "\0"}, {"a": [{"b": ["c\0"]}]}, {"a": {"b\0": None}}] if is_struct else ["\0", "a\0b"]
+        for value in bad:
+            found = await outcome(stub, name, put(request_of(name), path, value))
+            assert found is not None, f"{path} = {value!r} was taken"
+            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+            if not path.endswith("id") and "email" not in path:
+                assert found.descriptions == ["must not contain NUL"]
+
+
+async def test_a_nul_in_a_mask_is_refused(chat: Chat) -> None:
+    session = await chat.create_session()
+    await refuses(chat.update_session(("title\0",), id=session.id), "update_mask")
+
+
+NOT_UUIDS = [
+    "x", ID[:-1], ID + "0", ID.replace("-", ""), "{" + ID + "}", "urn:uuid:" + ID, ID.replace("0", "g", 1), " " + ID, ID + "\n",
+    "'; DROP TABLE users; --", "../" + ID,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", requests())
+async def test_an_id_is_a_uuid(stub: AsyncStub, name: str) -> None:
+    ids = [path for path in strings_in(request_of(name)) if at_path(request_of(name), path) == ID]
+    for path in ids:
+        for bad in NOT_UUIDS:
+            found = await outcome(stub, name, put(request_of(name), path, bad))
+            assert found is not None, f"{path} = {bad!r} was taken"
+            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+
+
+REQUIRED = [
+    ("CreateUser", "user"),
+    ("UpdateUser", "user"),
+    ("DeleteUser", "user_id"),
+    ("GetSession", "session_id"),
+    ("UpdateSession", "session"),
+    ("DeleteSession", "session_id"),
+    ("ForkSession", "session_id"),
+    ("AppendMessages", "messages"),
+    ("GetMessage", "session_id"),
+    ("GetMessage", "message_id"),
+    ("ListMessages", "session_id"),
+    ("UpdateMessage", "message"),
+    ("DeleteMessage", "session_id"),
+    ("DeleteMessage", "message_id"),
+    ("GetContext", "session_id"),
+    ("WatchMessages", "session_id"),
+]
+
+
+@pytest.mark.parametrize(("name", "field"), REQUIRED)
+async def test_what_is_required_must_be_there(stub: AsyncStub, name: str, field: str) -> None:
+    request = request_of(name)
+    request.ClearField(field)
+    await refuses(call(stub, name, request), field)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in requests() if "user_id" in requests()[name].DESCRIPTOR.fields_by_name]
+)
+async def test_a_service_names_the_user_it_acts_for(stub: AsyncStub, name: str) -> None:
+    request = request_of(name)
+    request.ClearField("user_id")
+    if name.startswith("GetUser"):
+        request = user_pb2.GetUserRequest()
+    if name == "UpdateUser":
+        request = user_pb2.UpdateUserRequest(user=user_pb2.User(name="n"))
+    await refuses(call(stub, name, request), "user_id")
+
+
+# Path, the longest that is taken, and whether bytes or characters count.
+LENGTHS: list[tuple[str, str, int, str]] = [
+    ("CreateUser", "user.external_id", 256, "characters"),
+    ("CreateUser", "user.name", 256, "characters"),
+    ("CreateUser", "user.etag", 64, "characters"),
+    ("GetUser by external id", "external_id", 256, "characters"),
+    ("GetUser by email", "email", 320, "characters"),
+    ("CreateSession", "session.title", 512, "characters"),
+    ("CreateSession", "session.summary", 64 * 1024, "bytes"),
+    ("UpdateSession", "session.etag", 64, "characters"),
+    ("AppendMessages", "messages[0].content", 256 * 1024, "bytes"),
+    ("AppendMessages", "messages[0].author", 256, "characters"),
+    ("AppendMessages", "messages[0].feedback.comment", 4096, "characters"),
+    ("AppendMessages", "messages[0].parts[0].text", 256 * 1024, "bytes"),
+    ("AppendMessages", "messages[0].parts[1].tool_call.id", 256, "characters"),
+    ("AppendMessages", "messages[0].parts[1].tool_call.name", 256, "characters"),
+    ("AppendMessages", "messages[0].parts[1].tool_call.arguments", 256 * 1024, "bytes"),
+    ("AppendMessages", "messages[0].parts[2].tool_result.tool_call_id", 256, "characters"),
+    ("AppendMessages", "messages[0].parts[2].tool_result.content", 256 * 1024, "bytes"),
+    ("AppendMessages", "messages[0].parts[3].file.uri", 2048, "characters"),
+    ("AppendMessages", "messages[0].parts[3].file.mime_type", 256, "characters"),
+    ("AppendMessages", "messages[0].parts[3].file.name", 512, "characters"),
+    ("AppendMessages", "messages[0].parts[4].citation.quote", 64 * 1024, "bytes"),
+    ("AppendMessages", "session.title", 512, "characters"),
+    ("UpdateMessage", "message.content", 256 * 1024, "bytes"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "longest", "unit"), LENGTHS, ids=str)
+async def test_a_text_has_a_greatest_length(stub: AsyncStub, name: str, path: str, longest: int, unit: str) -> None:
+    letter = "語" if unit == "characters" else "é"
+    count = longest // len(letter.encode()) if unit == "bytes" else longest
+    for value, taken in ((letter * count, True), (letter * (count + 1), False), ("x" * (longest + 1), False)):
+        found = await outcome(stub, name, put(request_of(name), path, value))
+        if taken:
+            assert found is None or found.reason != "FIELD_VIOLATION", found
+        else:
+            assert found is not None, f"{path} of {len(value)} was taken"
+            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+
+
+NUMBERS: list[tuple[str, str, list[Any], list[Any]]] = [
+    ("ListUsers", "page_size", [0, 1, 5000], [-1, -(2**31)]),
+    ("ListSessions", "page_size", [0, 1, 5000], [-1]),
+    ("ListSessions", "state", [0, 1, 2], [3, -1]),
+    ("CreateSession", "session.state", [0, 1, 2], [3, -1]),
+    ("UpdateSession", "session.summarized_through_seq", [0, 1], [-1, 2]),
+    ("ListMessages", "page_size", [0, 1, 5000], [-1]),
+    ("ListMessages", "order", [0, 1, 2], [3, -1]),
+    ("AppendMessages", "messages[0].role", [1, 2, 3, 4], [0, 5, -1]),
+    ("AppendMessages", "messages[0].token_count", [0, 2**31 - 1], [-1]),
+    ("AppendMessages", "messages[0].feedback.score", [-1, 0, 1], [-1.01, 1.01, math.inf, -math.inf, math.nan]),
+    ("AppendMessages", "messages[0].parts[3].file.size_bytes", [0, 2**63 - 1], [-1]),
+    ("AppendMessages", "messages[0].parts[4].citation.chunk_index", [0, 2**31 - 1], [-1]),
+    ("AppendMessages", "expected_last_seq", [0], [-1]),
+    ("UpdateMessage", "message.feedback.score", [-1, 1], [1.01, math.nan]),
+    ("ForkSession", "through_seq", [0], [-1, 2**63 - 1]),
+    ("GetContext", "max_messages", [0, 1, 1000], [-1, 1001]),
+    ("GetContext", "max_tokens", [0, 1, 2**31 - 1], [-1]),
+    ("WatchMessages", "after_seq", [0], [-1]),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "good", "bad"), NUMBERS, ids=str)
+async def test_a_number_has_its_range(stub: AsyncStub, name: str, path: str, good: list[Any], bad: list[Any]) -> None:
+    chat = await Chat.of_new_user(stub)
+    session_id = await chat.start([text("hello", id=ID)])
+    await chat.create_session(id=ID)
+    await chat.append(ID, [text("hello", id=ID)])
+    for values, taken in ((good, True), (bad, False)):
+        for value in values:
+            request = put(request_of(name), path, value)
+            if "user_id" in request.DESCRIPTOR.fields_by_name:
+                put(request, "user_id", chat.user_id)
+            for part in ("session", "message", "user"):
+                if part in request.DESCRIPTOR.fields_by_name and request.HasField(part):
+                    getattr(request, part).ClearField("etag")
+                    if part == "session":
+                        request.session.user_id = chat.user_id  # type: ignore[attr-defined]
+            found = await outcome(stub, name, request)
+            refused = found is not None and found.reason == "FIELD_VIOLATION"
+            assert refused is not taken, f"{path} = {value}: {found}"
+            if found is not None and refused:
+                assert found.fields == [path]
+    assert (await chat.get_session(session_id)).last_seq == 1
+
+
+@pytest.mark.parametrize(
+    "address", ["x", "a@", "@b", "a@b@c", "a b@c.example", "a@b..c", "a@-b.example", "<a@b.example>", "a@b\n"]
+)
+async def test_an_email_address_is_one(stub: AsyncStub, address: str) -> None:
+    for name in ("CreateUser", "UpdateUser"):
+        await refuses(call(stub, name, put(request_of(name), "user.email", address)), "user.email")
+
+
+async def test_an_email_address_may_be_unusual(stub: AsyncStub) -> None:
+    for address in (
+        "a+b.c@x.example",
+        "x@localhost",
+        "!#$%&'*+/=?^_`{|}~-@x.example",
+        "a" * 64 + "@" + "b" * 60 + ".example",
+    ):
+        request = user_pb2.CreateUserRequest(user=user_pb2.User(email=address))
+        assert (await stub.CreateUser(request)).user.email == address
+
+
+# --- Structs.
+
+STRUCTS = [
+    ("CreateUser", "user.metadata"),
+    ("UpdateUser", "user.metadata"),
+    ("CreateSession", "session.metadata"),
+    ("UpdateSession", "session.metadata"),
+    ("AppendMessages", "messages[0].metadata"),
+    ("AppendMessages", "session.metadata"),
+    ("UpdateMessage", "message.metadata"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [*STRUCTS, ("AppendMessages", "messages[0].parts[5].data"), ("UpdateMessage", "message.parts[5].data")],
+)
+async def test_a_struct_holds_no_number_that_json_has_no_word_for(stub: AsyncStub, name: str, path: str) -> None:
+    for number in (math.nan, math.inf, -math.inf):
+        for value in ({"n": number}, {"a": [1, {"b": [number]}]}):
+            await refuses(call(stub, name, put(request_of(name), path, value)), path)
+
+
+def of_size(size: int) -> Struct:
+    """Make a Struct that is serialized to exactly so many bytes."""
+    made = Struct()
+    made["k"] = ""
+    count = size - made.ByteSize()
+    while made.ByteSize() != size:
+        made["k"] = "x" * count
+        count -= 1
+    assert made.ByteSize() == size
+    return made
+
+
+@pytest.mark.parametrize(("name", "path"), STRUCTS)
+async def test_metadata_takes_16_kib(stub: AsyncStub, name: str, path: str) -> None:
+    for size, taken in ((16 * 1024, True), (16 * 1024 + 1, False)):
+        request = request_of(name)
+        at_path(request, path).CopyFrom(of_size(size))
+        found = await outcome(stub, name, request)
+        if taken:
+            assert found is None or found.reason != "FIELD_VIOLATION", found
+        else:
+            assert found is not None
+            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+
+
+async def test_an_empty_value_in_a_struct_is_null(chat: Chat) -> None:
+    sent = text("x")
+    sent.metadata.fields["k"].Clear()
+    session_id = await chat.start([sent])
+    assert (await chat.get(session_id, sent.id)).metadata["k"] is None
+
+
+# --- How much.
+
+
+async def test_an_append_takes_1_to_100_messages(chat: Chat) -> None:
+    session = await chat.create_session()
+    await refuses(chat.append(session.id, []), "messages")
+    await refuses(chat.append(session.id, [text("x") for _ in range(101)]), "messages")
+    assert len((await chat.append(session.id, [text("x") for _ in range(100)])).messages) == 100
+
+
+async def test_a_message_takes_64_parts_each_of_a_kind(chat: Chat) -> None:
+    session = await chat.create_session()
+    part = {"text": "p"}
+    await chat.append(session.id, [text("x", parts=[part] * 64)])
+    await refuses(chat.append(session.id, [text("x", parts=[part] * 65)]), "messages[0].parts")
+    found = await refuses(chat.append(session.id, [text("x", parts=[part, {}])]), "messages[0].parts[1].kind")
+    assert found.descriptions
+    for name, field in (("tool_call", "id"), ("tool_result", "tool_call_id")):
+        await refuses(chat.append(session.id, [text("x", parts=[{name: {}}])]), f"messages[0].parts[0].{name}.{field}")
+
+
+def mebibyte(over: int = 0) -> message_pb2.Message:
+    """Make a message that is serialized to one MiB, and `over` bytes more."""
+    quarter = "x" * (256 * 1024)
+    made = text(quarter, parts=[{"text": quarter}, {"text": quarter}, {"text": ""}])
+    made.parts[2].text = "x" * (1024 * 1024 - made.ByteSize() + over)
+    made.parts[2].text = made.parts[2].text[made.ByteSize() - 1024 * 1024 - over :]
+    assert made.ByteSize() == 1024 * 1024 + over
+    return made
+
+
+async def test_a_message_takes_one_mebibyte_and_comes_back(chat: Chat) -> None:
+    session_id = await chat.start([sent := mebibyte()])
+    got = await chat.get(session_id, sent.id)
+    assert (got.content, list(got.parts)) == (sent.content, list(sent.parts))
+    assert len((await chat.context(session_id)).messages) == 1
+    await refuses(chat.append(session_id, [text("x"), mebibyte(1)]), "messages[1]")
+    too_much = [{"text": "x" * 262144}] * 4
+    await refuses(chat.update(session_id, sent.id, parts=too_much), "message")
+    assert (await chat.get_session(session_id)).last_seq == 1
+
+
+async def test_a_request_beyond_4_mib_is_refused_and_the_next_call_is_served(chat: Chat) -> None:
+    session_id = await chat.start()
+    with pytest.raises(aio.AioRpcError) as caught:
+        await chat.append(session_id, [mebibyte() for _ in range(4)])
+    assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
+    assert len((await chat.append(session_id, [mebibyte() for _ in range(3)])).messages) == 3
+
+
+# --- Several at once.
+
+
+async def test_every_bad_field_has_one_entry(stub: AsyncStub) -> None:
+    request = request_of("AppendMessages")
+    for path, value in (
+        ("user_id", "x"),
+        ("messages[0].content", "a\0"),
+        ("messages[0].feedback.score", 2),
+        ("session.title", "\0"),
+    ):
+        put(request, path, value)
+    found = await fails(call(stub, "AppendMessages", request), "FIELD_VIOLATION")
+    assert sorted(found.fields) == ["messages[0].content", "messages[0].feedback.score", "session.title", "user_id"]
+    assert re.fullmatch(r"user_id: .* \(and 3 more\)", found.message)
+
+
+async def test_a_field_that_breaks_two_rules_has_one_entry(stub: AsyncStub) -> None:
+    request = put(request_of("AppendMessages"), "messages[0].content", "\0" * (256 * 1024 + 1))
+    await refuses(call(stub, "AppendMessages", request), "messages[0].content")
+
+
+async def test_a_long_list_of_bad_fields_is_cut(chat: Chat) -> None:
+    found = await failure(chat.append(new_id(), [text("a\0", author="\0") for _ in range(100)]))
+    assert found.reason == "FIELD_VIOLATION"
+    assert len(found.fields) == 20
+
+
+# --- Bytes that are no request.
+
+
+def nested(depth: int) -> bytes:
+    """Return an AppendMessagesRequest whose metadata is nested so deep."""
+
+    def field(number: int, data: bytes) -> bytes:
+        length = len(data)
+        varint = b""
+        while length > 0x7F:
+            varint += bytes([length & 0x7F | 0x80])
+            length >>= 7
+        return bytes([number << 3 | 2]) + varint + bytes([length]) + data
+
+    value = b""
+    for _ in range(depth):
+        value = field(6, field(1, value))  # Value.list_value, ListValue.values
+    struct = field(1, field(1, b"k") + field(2, value))
+    return field(1, ID.encode()) + field(3, field(7, struct))
+
+
+MALFORMED = {
+    "no message": b"\xff\xff\xff",
+    "cut short": b"\x0a\x24" + ID.encode()[:20],
+    "wrong UTF-8": b"\x0a\x04\xff\xfe\xfd\xfc",
+    "lone surrogate": b"\x0a\x03\xed\xa0\x80",
+    "group without end": b"\x0b",
+}
+
+
+def call_raw(opened: aio.Channel, name: str, data: bytes) -> Any:
+    """Call a method with these bytes, and give the reply's."""
+    method: Any = opened.unary_stream if name == "WatchMessages" else opened.unary_unary
+    started = method(f"/chathistory.v1.ChatHistoryService/{name}")(data)
+    return anext(aiter(started)) if name == "WatchMessages" else started
+
+
+@pytest.mark.parametrize("name", ["AppendMessages", "GetSession", "WatchMessages"])
+async def test_bytes_that_are_no_request_are_refused_and_the_next_call_is_served(server: Server, name: str) -> None:
+    async with channel(server.address) as opened:
+        for kind, data in MALFORMED.items():
+            found = await failure(call_raw(opened, name, data))
+            assert (found.reason, found.fields) == ("MALFORMED_REQUEST", []), kind
+        reply = await call_raw(opened, "ListUsers", b"")
+        assert user_pb2.ListUsersResponse.FromString(reply).next_page_token == ""
+
+
+async def test_a_struct_nested_beyond_measure_is_refused(server: Server) -> None:
+    async with channel(server.address) as opened:
+        for depth in (60, 300, 20_000):
+            assert (await failure(call_raw(opened, "AppendMessages", nested(depth)))).reason == "MALFORMED_REQUEST"
+
+
+async def test_fields_of_a_later_version_are_passed_over(server: Server, chat: Chat) -> None:
+    request = session_pb2.CreateSessionRequest(user_id=chat.user_id, session=session_pb2.Session(title="t"))
+    unknown = b"\xfa\x7f\x03new"  # Field 2047, a string.
+    async with channel(server.address) as opened:
+        reply = await call_raw(opened, "CreateSession", request.SerializeToString() + unknown)
+    assert session_pb2.CreateSessionResponse.FromString(reply).session.title == "t"
+
+
+async def test_a_struct_as_deep_as_a_request_may_be_comes_back(chat: Chat) -> None:
+    value: list[Any] = []
+    for _ in range(45):
+        value = [value]
+    sent = text("x", metadata={"k": value}, parts=[{"data": {"k": value}}])
+    session_id = await chat.start([sent])
+    got = await chat.get(session_id, sent.id)
+    assert (got.metadata, list(got.parts)) == (sent.metadata, list(sent.parts))
+    assert await chat.all(session_id) == [got]

@@ -1,0 +1,302 @@
+"""WatchMessages: what was there, then what comes, once and in order, whoever appends; and every way in which it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+from chathistory.v1 import message_pb2, user_pb2
+from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
+
+from service.server import Server
+from tests.conftest import StartProcess
+from tests.support import failures
+from tests.support.chat import Chat, new_id, text, texts
+from tests.support.cluster import Cluster, fetch
+from tests.support.history import checked
+from tests.support.servers import channel, connected, serving
+from tests.support.statements import Sent
+
+ENOUGH = 20.0
+"""Seconds after which what has not come will not come."""
+
+
+class Follower:
+    """A client that follows a session and keeps what it is sent."""
+
+    def __init__(self, chat: Chat, session_id: str, after_seq: int = 0) -> None:
+        self.after_seq = after_seq
+        self.got: list[message_pb2.Message] = []
+        self._call = chat.watch(session_id, after_seq)
+        self._came = asyncio.Event()
+        self._task = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        async for reply in self._call:
+            self.got.append(reply.message)
+            self._came.set()
+
+    @property
+    def seqs(self) -> list[int]:
+        return [message.seq for message in self.got]
+
+    async def reaches(self, seq: int) -> None:
+        """Wait until a message with this seq, or a later one, has come."""
+        async with asyncio.timeout(ENOUGH):
+            while not self.got or self.got[-1].seq < seq:
+                self._came.clear()
+                waiting = asyncio.create_task(self._came.wait())
+                await asyncio.wait([waiting, self._task], return_when=asyncio.FIRST_COMPLETED)
+                if self._task.done():
+                    waiting.cancel()
+                    await asyncio.wait([waiting])
+                    await self._task
+                    raise AssertionError(f"the stream has ended after {self.seqs}")
+
+    async def ends(self) -> failures.Failure:
+        """Wait for the end of the stream and return how it failed."""
+        async with asyncio.timeout(ENOUGH):
+            return await failures.failure(self._task)
+
+    async def leave(self) -> None:
+        self._call.cancel()
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.exception()
+
+
+@asynccontextmanager
+async def following(chat: Chat, session_id: str, after_seq: int = 0) -> AsyncGenerator[Follower]:
+    follower = Follower(chat, session_id, after_seq)
+    try:
+        yield follower
+    finally:
+        await follower.leave()
+
+
+@pytest.fixture
+async def pair(database_url: str) -> AsyncGenerator[tuple[Chat, Chat]]:
+    """Give one user's things through two servers."""
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(serving(database_url)) for _ in range(2)]
+        stubs = [await stack.enter_async_context(connected(server.address)) for server in servers]
+        first = await Chat.of_new_user(stubs[0])
+        yield first, Chat(stubs[1], first.user_id)
+
+
+async def test_two_processes_take_appends_and_every_follower_gets_all(
+    start_process: StartProcess, database_url: str
+) -> None:
+    """Followers on both, from the beginning and from the middle, from before the load and out of its midst."""
+    async with AsyncExitStack() as stack:
+        processes = await asyncio.gather(start_process(), start_process())
+        stubs = [await stack.enter_async_context(connected(process.address)) for process in processes]
+        chats = [await Chat.of_new_user(stubs[0])]
+        chats.append(Chat(stubs[1], chats[0].user_id))
+        session = await chats[0].create_session()
+        await chats[0].append(session.id, texts(7))
+        followers = [
+            await stack.enter_async_context(following(chat, session.id, after_seq))
+            for chat in chats
+            for after_seq in (0, 5, 40)
+        ]
+
+        async def write(number: int) -> None:
+            for turn in range(8):
+                await chats[number % 2].append(session.id, texts(1 + turn % 3, f"{number}.{turn}"))
+                if turn == 3 and number < 2:
+                    followers.append(await stack.enter_async_context(following(chats[number], session.id)))
+
+        await asyncio.gather(*map(write, range(12)))
+        stored = (await checked(database_url, chats[0].user_id, session.id)).messages
+        for follower in followers:
+            await follower.reaches(len(stored))
+            assert follower.seqs == list(range(follower.after_seq + 1, len(stored) + 1))
+            assert [(m.id, m.content) for m in follower.got] == [
+                (m.id, m.content) for m in stored[follower.after_seq :]
+            ]
+
+
+async def test_a_long_session_is_replayed_page_by_page(chat: Chat) -> None:
+    session_id = await chat.start(texts(100))
+    for _ in range(3):
+        await chat.append(session_id, texts(100))
+    async with following(chat, session_id) as follower:
+        await follower.reaches(400)
+        await chat.append(session_id, "live")
+        await follower.reaches(401)
+        assert follower.seqs == list(range(1, 402))
+        assert [m.SerializeToString() for m in follower.got] == [
+            m.SerializeToString() for m in await chat.all(session_id)
+        ]
+
+
+async def test_erased_and_edited_messages_are_not_sent(chat: Chat) -> None:
+    messages = texts(6)
+    session_id = await chat.start(messages)
+    await chat.delete(session_id, messages[1].id)
+    await chat.delete(session_id, messages[5].id)
+    async with following(chat, session_id) as follower:
+        await follower.reaches(5)
+        await chat.update(session_id, messages[0].id, ["content"], content="edited")
+        await chat.delete(session_id, messages[2].id)
+        await chat.append(session_id, messages[1:2])  # The late retry of an erased one.
+        await chat.append(session_id, "live")
+        await follower.reaches(7)
+        assert follower.seqs == [1, 3, 4, 5, 7]
+        assert follower.got[0].content == "message 1"
+
+
+async def test_a_follower_may_be_ahead_of_the_session(chat: Chat) -> None:
+    session_id = await chat.start(texts(2))
+    async with following(chat, session_id, after_seq=4) as ahead, following(chat, session_id) as beside:
+        for n in range(4):
+            await chat.append(session_id, f"{n}")
+            await asyncio.sleep(0.2)  # Time for the looks at the database that come on their own.
+        await asyncio.gather(ahead.reaches(6), beside.reaches(6))
+        assert ahead.seqs == [5, 6]
+
+
+@pytest.mark.parametrize("eraser", [0, 1], ids=["same server", "other server"])
+async def test_the_end_of_the_session_ends_it(pair: tuple[Chat, Chat], eraser: int) -> None:
+    session_id = await pair[0].start(texts(3))
+    async with following(pair[0], session_id) as follower:
+        await follower.reaches(3)
+        await pair[eraser].delete_session(session_id)
+        ended = await follower.ends()
+    assert (ended.reason, ended.metadata) == ("SESSION_NOT_FOUND", {"session_id": session_id})
+    assert follower.seqs == [1, 2, 3]
+
+
+@pytest.mark.parametrize("eraser", [0, 1], ids=["same server", "other server"])
+async def test_a_new_session_of_the_same_id_is_not_followed(pair: tuple[Chat, Chat], eraser: int) -> None:
+    session_id = await pair[0].start(texts(3))
+    async with following(pair[0], session_id) as follower:
+        await follower.reaches(3)
+        await pair[eraser].delete_session(session_id)
+        await pair[eraser].append(session_id, texts(3, "new"), create_if_missing=True)
+        assert (await follower.ends()).reason == "SESSION_NOT_FOUND"
+    assert follower.seqs == [1, 2, 3]
+
+
+async def test_the_end_of_the_user_ends_it(chat: Chat) -> None:
+    session_id = await chat.start(texts(2))
+    async with following(chat, session_id) as follower:
+        await follower.reaches(2)
+        await chat.stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+        assert (await follower.ends()).reason == "SESSION_NOT_FOUND"
+
+
+async def test_what_is_missing_or_foreign_cannot_be_followed(chat: Chat, other: Chat) -> None:
+    session_id = await chat.start()
+    for whose, asked in ((chat, new_id()), (other, session_id)):
+        async with following(whose, asked) as follower:
+            ended = await follower.ends()
+        assert (ended.reason, ended.metadata) == ("SESSION_NOT_FOUND", {"session_id": asked})
+
+
+async def test_draining_ends_it(database_url: str) -> None:
+    async with serving(database_url) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start(texts(3))
+        async with following(chat, session_id) as follower:
+            await follower.reaches(3)
+            stopping = asyncio.create_task(server.stop())
+            ended = await follower.ends()
+            await stopping
+        assert ended.reason == "DRAINING"
+        assert ended.retry_after is not None
+
+
+async def test_too_many_followers_are_refused(database_url: str) -> None:
+    async with serving(database_url, max_watches=3) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await (await stack.enter_async_context(following(chat, session_id))).reaches(1)
+            async with following(chat, session_id) as follower:
+                ended = await follower.ends()
+            assert ended.reason == "OVERLOADED"
+            await chat.append(session_id, "others are served")
+        while server.streams.in_flight:
+            await asyncio.sleep(0.01)
+        async with following(chat, session_id) as follower:
+            await follower.reaches(2)
+
+
+async def test_it_outlives_the_connections_to_the_database(chat: Chat, database_url: str, server: Server) -> None:
+    session_id = await chat.start(texts(2))
+    async with following(chat, session_id) as follower:
+        await follower.reaches(2)
+        for turn in range(3, 6):
+            await fetch(
+                database_url,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            )
+            await chat.append(session_id, f"{turn}")
+            await follower.reaches(turn)
+        assert follower.seqs == [1, 2, 3, 4, 5]
+
+
+async def test_a_slow_reader_holds_up_nobody(chat: Chat, server: Server) -> None:
+    """It takes its time, the server does not read ahead of it without bound, and in the end it has everything."""
+    large = "x" * 100_000
+    session_id = await chat.start([text(large) for _ in range(20)])
+    for _ in range(4):
+        await chat.append(session_id, [text(large) for _ in range(20)])
+    # A channel of its own with a small window, so that what is not read is not taken either.
+    async with channel(server.address, **{"http2.lookahead_bytes": 65_536, "http2.bdp_probe": 0}) as narrow:
+        slow: Any = Chat(ChatHistoryServiceStub(narrow), chat.user_id).watch(session_id)
+        first = await slow.read()
+        async with following(chat, session_id) as quick:
+            await quick.reaches(100)
+            await chat.append(session_id, "live")
+            await quick.reaches(101)
+        got = [first.message.seq]
+        while got[-1] < 101:
+            reply = await slow.read()
+            assert isinstance(reply, message_pb2.WatchMessagesResponse), "the stream has ended"
+            got.append(reply.message.seq)
+        assert got == list(range(1, 102))
+        slow.cancel()
+
+
+async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
+    chat: Chat, server: Server, cluster: Cluster, database_url: str
+) -> None:
+    session_ids = [await chat.start() for _ in range(5)]
+    async with AsyncExitStack() as stack:
+        followers = [await stack.enter_async_context(following(chat, each)) for each in session_ids for _ in range(3)]
+        await asyncio.gather(*(follower.reaches(1) for follower in followers))
+        sent = Sent(cluster, database_url)
+        latest: list[str] = []
+        async with asyncio.timeout(ENOUGH):
+            # Once all have caught up, nothing is sent but the one look.
+            while len(latest) < 4 or len(set(latest)) > 1:
+                await asyncio.sleep(0.05)
+                latest = [logged.sql for logged in sent.so_far()][-4:]
+    while server.streams.in_flight:
+        await asyncio.sleep(0.01)
+    sent = Sent(cluster, database_url)
+    await asyncio.sleep(1.0)  # Three looks' time.
+    assert sent.so_far() == []
+
+
+async def test_leaving_while_messages_come_leaves_nothing_behind(chat: Chat, server: Server) -> None:
+    session_id = await chat.start()
+
+    async def come_and_go() -> None:
+        async with following(chat, session_id) as follower:
+            await follower.reaches(1)
+
+    async with asyncio.TaskGroup() as group:
+        for n in range(40):
+            group.create_task(come_and_go())
+            group.create_task(chat.append(session_id, f"{n}"))
+    while server.streams.in_flight or len(server.watchers):
+        await asyncio.sleep(0.01)

@@ -1,0 +1,200 @@
+"""Whatever comes together, and whatever breaks meanwhile, the outcome is that of one append after the other, in some order.
+
+Two stores, each with connections of its own, work on one database; `tests/support/appends.py` says how an outcome is judged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Iterable
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.store import append as append_module
+from service.store.database import Database
+from service.store.tables import State
+from tests.support.appends import (
+    CANCELLED,
+    NAMES,
+    Add,
+    Content,
+    Done,
+    EraseMessage,
+    EraseSession,
+    Operation,
+    SetState,
+    Step,
+    Word,
+    World,
+    explain,
+    new_user,
+    play,
+    stores,
+)
+from tests.support.faults import arm, install
+from tests.support.proxy import Link, Proxy, Way, before_postgres
+
+# --- What Hypothesis draws.
+
+_words = st.lists(
+    st.builds(Word, st.integers(0, NAMES - 1), st.sampled_from([0, 0, 0, 0, 1])),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda word: word.name,
+).map(tuple)
+_adds = st.builds(
+    Add,
+    words=_words,
+    expected=st.none() | st.none() | st.integers(0, 5),
+    may_create=st.booleans(),
+)
+_leaving = st.builds(Add, words=_words, may_create=st.booleans(), cancel_after=st.integers(0, 40))
+_others = st.one_of(
+    st.just(EraseSession()),
+    st.builds(EraseMessage, st.integers(0, NAMES - 1)),
+    st.builds(SetState, st.sampled_from([State.ARCHIVED, State.ACTIVE, State.ACTIVE])),
+)
+
+
+def _bursts(operations: st.SearchStrategy[Operation], size: int) -> st.SearchStrategy[list[list[Step]]]:
+    step = st.builds(Step, st.integers(0, 1), st.integers(0, 1), st.sampled_from([0, 0, 0, 1, 5, 30]), operations)
+    return st.lists(st.lists(step, min_size=1, max_size=size), min_size=1, max_size=3)
+
+
+# --- Fixtures: the stores live as long as a test, each of its examples has a user of its own.
+
+
+@pytest.fixture
+async def databases(database_url: str) -> AsyncGenerator[list[Database]]:
+    async with stores(database_url, database_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def cut_off(database_url: str) -> AsyncGenerator[tuple[list[Database], Cutter]]:
+    """Two stores whose connections break."""
+    async with before_postgres(database_url) as (proxy, url), stores(url, url) as opened:
+        yield opened, Cutter(proxy)
+
+
+# --- The properties.
+
+
+def test_the_search_finds_what_cannot_be() -> None:
+    """The judge itself: it must refuse a lost message, a gap, a double and an answer that comes too early."""
+    word, other = Word(0, 0), Word(1, 0)
+    first = Done(Add((word,), may_create=True), ("added", True, ((1, False),)), 0, 1)
+    assert explain(None, Content(words=(word,)), [first])
+    assert not explain(None, None, [first])
+    assert not explain(None, Content(words=(word, other)), [first])
+    again = Done(Add((word,)), ("added", False, ((1, False),)), 0, 1)
+    assert not explain(Content(words=(word,)), Content(words=(word,)), [again])
+    late = Done(Add((other,)), ("added", False, ((1, False),)), 2, 3)
+    assert not explain(
+        Content(), Content(words=(other, word)), [Done(Add((word,)), ("added", False, ((2, False),)), 0, 1), late]
+    )
+    unknown = Done(Add((word,), may_create=True), CANCELLED, 0, math.inf)
+    assert explain(None, None, [unknown])
+    assert explain(None, Content(words=(word,)), [unknown])
+    assert not explain(None, Content(words=(word, word)), [unknown])
+
+
+@pytest.mark.parametrize("batch_messages", [512, 2], ids=["wide", "narrow"])
+@settings(max_examples=60)
+@given(
+    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 10), lanes=st.integers(1, 2), owed=st.booleans()
+)
+async def test_any_interleaving_is_some_order(
+    database_url: str,
+    databases: list[Database],
+    monkeypatch: pytest.MonkeyPatch,
+    batch_messages: int,
+    bursts: list[list[Step]],
+    lanes: int,
+    owed: bool,
+) -> None:
+    monkeypatch.setattr(append_module, "MAX_BATCH_MESSAGES", batch_messages)
+    await play(World(database_url, databases, await new_user(database_url), lanes=lanes, owed=owed), bursts)
+
+
+@settings(max_examples=40)
+@given(
+    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 8),
+    kind=st.sampled_from(["40001", "40P01", "terminate"]),
+    counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+)
+async def test_what_fails_at_its_commit_is_tried_again(
+    database_url: str, databases: list[Database], bursts: list[list[Step]], kind: str, counts: list[int]
+) -> None:
+    """Serialization failures, deadlocks and the end of the backend itself, at the last moment before a commit."""
+    await install(database_url)
+    left = iter(counts)
+
+    async def prepare() -> None:
+        await arm(database_url, kind, next(left))
+
+    world = World(database_url, databases, await new_user(database_url))
+    await play(world, bursts, flags=kind != "terminate", prepare=prepare)
+
+
+class Cut(NamedTuple):
+    """A connection that breaks: at which piece that is sent to the server, and where exactly."""
+
+    piece: int
+    where: str
+
+
+class Cutter:
+    """Breaks connections as drawn; what has been sent counts from `begin`."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._cuts: dict[int, str] = {}
+        self._doomed: set[Link] = set()
+        self._sent = 0
+        proxy.tap = self._tap
+
+    def begin(self, cuts: Iterable[Cut]) -> None:
+        self._cuts = {cut.piece: cut.where for cut in cuts}
+        self._doomed.clear()
+        self._sent = 0
+
+    def _tap(self, link: Link, way: Way, _piece: bytes) -> bool:
+        if way is Way.DOWN:
+            if link in self._doomed:
+                link.cut()  # It is done, and nobody is told.
+                return False
+            return True
+        self._sent += 1
+        match self._cuts.get(self._sent):
+            case "unsent":
+                link.cut()
+                return False
+            case "unanswered":
+                self._doomed.add(link)
+            case "half":
+                asyncio.get_running_loop().call_soon(link.cut_client)  # It is under way, with nobody to tell.
+        return True
+
+
+_cuts = st.lists(st.builds(Cut, st.integers(1, 12), st.sampled_from(["unsent", "unanswered", "half"])), max_size=4)
+
+
+@settings(max_examples=40)
+@given(bursts=_bursts(st.one_of(_adds, _adds, _leaving), 8), cuts=st.lists(_cuts, min_size=3, max_size=3))
+async def test_what_is_lost_on_the_way_is_stored_once(
+    database_url: str, cut_off: tuple[list[Database], Cutter], bursts: list[list[Step]], cuts: list[list[Cut]]
+) -> None:
+    """Connections cut before a statement has left, while it is under way, and after it was committed."""
+    databases, cutter = cut_off
+    left = iter(cuts)
+
+    async def prepare() -> None:
+        cutter.begin(next(left))
+
+    cutter.begin([])
+    world = World(database_url, databases, await new_user(database_url))
+    await play(world, bursts, flags=False, prepare=prepare)

@@ -1,0 +1,228 @@
+"""The sentinel: every statement says whose things it touches, whatever process sends it, and the sentinel sees one that does not."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pglast
+import pytest
+from chathistory.v1 import user_pb2
+from pglast.stream import RawStream
+
+from service.server import Server
+from service.store.driver import Statement
+from tests.support import sentinel
+from tests.support.chat import Chat, new_id, texts
+from tests.support.cluster import Logged, all_new_statements, statements_in
+
+ast: Any = pglast.ast
+
+FINE = {
+    "equal to a parameter": "SELECT * FROM chat_sessions WHERE user_id = $1::UUID AND id = $2",
+    "equal to a parameter, the other way round": "SELECT 1 FROM chat_sessions AS s WHERE $1 = s.user_id",
+    "a user by id": "SELECT * FROM users WHERE users.id = $1",
+    "one of two owners": "SELECT 1 FROM chat_messages WHERE user_id IN ($1, '00000000-0000-0000-0000-000000000000')",
+    "one of an array": "SELECT 1 FROM chat_messages WHERE user_id = ANY ($1::uuid[])",
+    "a row of both": "DELETE FROM chat_sessions WHERE (user_id, id) = ($1, $2)",
+    "joined with unnest": (
+        "SELECT s.id FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, id) "
+        "JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id"
+    ),
+    "by way of another table": (
+        "SELECT m.id FROM chat_sessions AS s JOIN chat_messages AS m ON m.user_id = s.user_id AND m.session_id = s.id "
+        "WHERE s.user_id = $1"
+    ),
+    "the side that may be missing": (
+        "SELECT s.id FROM chat_sessions AS s LEFT JOIN chat_messages AS m ON m.user_id = s.user_id WHERE s.user_id = $1"
+    ),
+    "fed from a CTE": (
+        "WITH gone AS (DELETE FROM chat_messages WHERE user_id = $1 RETURNING user_id, session_id) "
+        "UPDATE chat_sessions AS s SET message_count = 0 FROM gone WHERE s.user_id = gone.user_id"
+    ),
+    "an inserted parameter": "INSERT INTO chat_sessions (id, user_id) VALUES ($1, $2)",
+    "inserted from unnest": "INSERT INTO chat_sessions (user_id, id) SELECT i.u, i.s FROM unnest($1::uuid[], $2::uuid[]) AS i (u, s)",
+    "an upsert on the owner's key": (
+        "INSERT INTO chat_sessions AS s (user_id, id) VALUES ($1, $2) ON CONFLICT (user_id, id) DO UPDATE SET last_seq = s.last_seq "
+        "WHERE NOT EXISTS (SELECT FROM chat_messages AS m WHERE m.user_id = s.user_id)"
+    ),
+    "a subquery of the outer row's owner": (
+        "SELECT 1 FROM chat_sessions AS s WHERE s.user_id = $1 AND EXISTS (SELECT FROM chat_messages AS m WHERE m.user_id = s.user_id)"
+    ),
+    "no user's table": "SELECT min_build FROM schema_info",
+}
+
+BROKEN = {
+    "by id alone": "SELECT * FROM chat_sessions WHERE id = $1",
+    "all of them": "SELECT count(*) FROM chat_messages",
+    "an alternative": "SELECT 1 FROM chat_sessions WHERE user_id = $1 OR id = $2",
+    "anybody but one": "SELECT 1 FROM chat_sessions WHERE user_id != $1",
+    "not that owner": "SELECT 1 FROM chat_sessions WHERE NOT (user_id = $1)",
+    "from an owner on": "SELECT 1 FROM chat_sessions WHERE user_id >= $1",
+    "the column itself": "SELECT 1 FROM chat_sessions AS s WHERE s.user_id = s.user_id",
+    "a value written into the text": "SELECT 1 FROM chat_sessions WHERE user_id = '0192d3a4-0000-7000-8000-000000000001'",
+    "a join by the session alone": (
+        "SELECT 1 FROM chat_sessions AS s JOIN chat_messages AS m ON m.session_id = s.id WHERE s.user_id = $1"
+    ),
+    "a join that constrains the other side": (
+        "SELECT 1 FROM chat_sessions AS s LEFT JOIN chat_messages AS m ON s.user_id = $1 AND m.user_id = $1"
+    ),
+    "two tables equal to each other alone": (
+        "SELECT 1 FROM chat_sessions AS s JOIN chat_messages AS m ON m.user_id = s.user_id WHERE s.id = $1"
+    ),
+    "a subquery that forgets": "SELECT 1 FROM users WHERE id = $1 AND EXISTS (SELECT FROM chat_sessions AS s WHERE s.id = $2)",
+    "a subquery in what is selected": "SELECT (SELECT count(*) FROM chat_messages) FROM users WHERE id = $1",
+    "a subquery in FROM": "SELECT 1 FROM (SELECT user_id FROM chat_sessions) AS s WHERE s.user_id = $1",
+    "a CTE that forgets": "WITH s AS (SELECT user_id FROM chat_sessions) SELECT 1 FROM s WHERE s.user_id = $1",
+    "one branch of a union": "SELECT id FROM users WHERE id = $1 UNION ALL SELECT id FROM chat_sessions WHERE id = $1",
+    "an update of all": "UPDATE chat_sessions SET title = $1",
+    "an update that gives away": "UPDATE chat_sessions SET user_id = id WHERE user_id = $1",
+    "an update by id": "UPDATE chat_messages SET content = $1 WHERE session_id = $2 AND id = $3",
+    "a delete by id": "DELETE FROM chat_sessions WHERE id = $1",
+    "an insert of another row's owner": "INSERT INTO chat_sessions (user_id, id) SELECT s.id, $1 FROM chat_sessions AS s WHERE s.user_id = $2",
+    "an insert that does not say": "INSERT INTO chat_messages (session_id, id) VALUES ($1, $2)",
+    "one row of an insert": "INSERT INTO chat_sessions (user_id, id) VALUES ($1, $2), (gen_random_uuid(), $3)",
+    "an upsert on another key": (
+        "INSERT INTO users AS u (id, external_id) VALUES ($1, $2) ON CONFLICT (external_id) DO UPDATE SET name = excluded.name"
+    ),
+    "explained": "EXPLAIN ANALYZE DELETE FROM chat_messages",
+    "copied": "COPY users TO STDOUT",
+    "truncated": "TRUNCATE chat_messages",
+    "merged": "MERGE INTO chat_sessions AS s USING users AS u ON s.user_id = u.id WHEN MATCHED THEN DELETE",
+    "hidden in a block": "DO $$ BEGIN DELETE FROM users; END $$",
+    "nearly a named one": "SELECT id FROM users WHERE users.id > $1::UUID ORDER BY users.id",
+    "a second statement": "SELECT 1; DELETE FROM users",
+    "not readable": "SELEC 1",
+}
+
+
+@pytest.mark.parametrize("sql", FINE.values(), ids=FINE.keys())
+def test_a_statement_that_says_whose_it_is_passes(sql: str) -> None:
+    assert sentinel.problems(sql) == ()
+
+
+@pytest.mark.parametrize("sql", BROKEN.values(), ids=BROKEN.keys())
+def test_a_statement_that_does_not_say_whose_it_is_is_found(sql: str) -> None:
+    assert sentinel.problems(sql)
+
+
+def test_every_table_of_a_user_is_watched() -> None:
+    assert {"users", "chat_sessions", "chat_messages"} <= set(sentinel.OWNERS)
+
+
+async def test_a_broken_statement_of_the_driver_is_caught(server: Server) -> None:
+    await server.database.fetch_once(Statement.from_text("SELECT count(*)\nFROM chat_messages"))
+    (found,) = sentinel.complaints(all_new_statements())
+    assert "chat_messages: user_id is not constrained" in found.replace(" AS chat_messages", "")
+    assert "SELECT count(*)\nFROM chat_messages" in found
+
+
+async def test_a_broken_statement_of_another_process_is_caught(database_url: str) -> None:
+    program = f"""
+import asyncio, asyncpg
+async def main():
+    connection = await asyncpg.connect({database_url!r})
+    await connection.execute("UPDATE chat_sessions SET title = ''")
+    await connection.close()
+asyncio.run(main())
+"""
+    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program], check=True)
+    (found,) = sentinel.complaints(all_new_statements())
+    assert "chat_sessions: user_id is not constrained" in found.replace(" AS chat_sessions", "")
+
+
+async def use_everything(stub_chat: Chat) -> None:
+    """Call every method, so that every statement is sent."""
+    chat, stub = stub_chat, stub_chat.stub
+    user = user_pb2.User(id=chat.user_id, email="somebody@example.com", external_id="somebody")
+    await stub.UpdateUser(user_pb2.UpdateUserRequest(user=user))
+    for key in ({"user_id": chat.user_id}, {"email": "somebody@example.com"}, {"external_id": "somebody"}):
+        await stub.GetUser(user_pb2.GetUserRequest(**key))
+    await stub.ListUsers(user_pb2.ListUsersRequest())
+    session = await chat.create_session(title="one")
+    sent = texts(4)
+    for request in (sent, sent, texts(1)):
+        await chat.append(session.id, request)
+    await chat.append(new_id(), texts(1), create_if_missing=True)
+    await chat.get_session(session.id)
+    _ = [page async for page in chat.session_pages(page_size=1)]
+    await chat.list_sessions(state="SESSION_STATE_ARCHIVED")
+    await chat.update_session(id=session.id, title="two")
+    await chat.fork(session.id, 3)
+    await chat.get(session.id, sent[0].id)
+    for order in ("MESSAGE_ORDER_ASC", "MESSAGE_ORDER_DESC"):
+        _ = await chat.all(session.id, page_size=2, order=order)
+    await chat.context(session.id)
+    watch = chat.watch(session.id)
+    await watch.read()
+    watch.cancel()
+    await chat.update(session.id, sent[1].id, content="changed")
+    await chat.delete(session.id, sent[2].id)
+    await chat.delete_session(session.id)
+    await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+
+
+def without_owners(sql: str) -> str:
+    """Make every condition on an owner TRUE."""
+    owner_columns = set(sentinel.OWNERS.values())
+
+    def is_owner(node: Any) -> bool:
+        return isinstance(node, ast.ColumnRef) and getattr(node.fields[-1], "sval", None) in owner_columns
+
+    tree = pglast.parse_sql(sql)
+    for node in list(sentinel.nodes_of([each.stmt for each in tree])):
+        for name in node:
+            value = getattr(node, name)
+            if isinstance(value, tuple):
+                setattr(node, name, tuple(_true() if _is_equality(each, is_owner) else each for each in value))
+            elif _is_equality(value, is_owner):
+                setattr(node, name, _true())
+    return str(RawStream()(tree))
+
+
+def _is_equality(node: Any, is_owner: Any) -> bool:
+    return isinstance(node, ast.A_Expr) and any(map(is_owner, (node.lexpr, node.rexpr)))
+
+
+def _true() -> Any:
+    return ast.A_Const(val=ast.Boolean(boolval=True))
+
+
+async def test_every_statement_of_the_service_passes_and_would_not_without_its_owner(chat: Chat) -> None:
+    all_new_statements()
+    await use_everything(chat)
+    seen = all_new_statements()
+    assert sentinel.complaints(seen) == []
+    flat = {" ".join(statement.sql.split()).rstrip("; ") for statement in seen}
+    for name in ("list users", "look a user up by e-mail address", "look a user up by external id"):
+        assert any(re.fullmatch(sentinel.NAMED[name], sql) for sql in flat), f"{name}: no statement is it any more"
+    reading = [sql for sql in flat if _touches_rows(sql)]
+    assert len(reading) > 20
+    passing = [sql for sql in reading if not sentinel.problems(without_owners(sql))]
+    # What only inserts has no condition to take away, only the owner that it gives.
+    assert [sql for sql in passing if without_owners(sql) != RawStream()(pglast.parse_sql(sql))] == []
+    assert all(sql.startswith("INSERT INTO") for sql in passing)
+
+
+def _touches_rows(sql: str) -> bool:
+    names = {
+        getattr(node, "relname", None) for node in sentinel.nodes_of([each.stmt for each in pglast.parse_sql(sql)])
+    }
+    named = any(re.fullmatch(pattern, sql) for pattern in sentinel.NAMED.values())
+    return bool(names & set(sentinel.OWNERS)) and not named
+
+
+def test_what_the_tests_themselves_ask_is_left_out() -> None:
+    log = (
+        "<chat-history|test_1> LOG:  execute __asyncpg_stmt_1__: SELECT 1\n\tFROM a\n"
+        "<test-support|test_1> LOG:  statement: SELECT 2\n"
+        "<chat-history|test_1> ERROR:  no such thing\n<chat-history|test_1> STATEMENT:  SELECT 3\n"
+        "<|test_2> LOG:  statement: BEGIN;\n"
+    )
+    assert list(statements_in(log)) == [
+        Logged("chat-history", "test_1", "SELECT 1\nFROM a"),
+        Logged("", "test_2", "BEGIN;"),
+    ]
