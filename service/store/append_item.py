@@ -11,7 +11,7 @@ from service.store.database import OUTAGE_PATIENCE
 from service.store.driver import Record
 from service.store.tables import State
 
-REPLY_MARGIN = 0.1
+REPLY_MARGIN = 0.25
 """Seconds before its deadline at which an item that waits for the database is answered, so that the answer arrives."""
 
 Key = tuple[str, str]

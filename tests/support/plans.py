@@ -71,12 +71,11 @@ class Plan:
 
     def rows_read(self, table: str) -> int:
         """Return how many rows of a table were looked at, kept or not."""
-        return round(
-            sum(
-                node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
-                for node in self.scans(table)
-            )
-        )
+        counts = [
+            node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
+            for node in self.scans(table)
+        ]
+        return int(sum(counts))
 
     def __str__(self) -> str:
         return json.dumps(self.root, indent=1)
@@ -94,7 +93,9 @@ async def explained(url: str, statements: Sequence[Sent], table: str) -> list[Pl
             given = f"({', '.join(map(_literal, args))})" if args else ""
             for mode in ("force_custom_plan", "force_generic_plan"):
                 await connection.execute(f"SET plan_cache_mode = {mode}")
-                found = await connection.fetchval(f"EXPLAIN (ANALYZE, TIMING OFF, BUFFERS, FORMAT JSON) EXECUTE s{number}{given}")
+                found = await connection.fetchval(
+                    f"EXPLAIN (ANALYZE, TIMING OFF, BUFFERS, FORMAT JSON) EXECUTE s{number}{given}"
+                )
                 plans.append(Plan(json.loads(found)[0]))
     finally:
         await connection.close()
