@@ -160,13 +160,16 @@ async def fork(
     *,
     owed: bool = False,
 ) -> SessionRow:
-    """Copy a session's messages up to `through_seq`, tombstones too, into a new session.
+    """Copy a session's messages up to `through_seq`, tombstones too, into a new session, or return what an earlier try has made.
 
     Raises:
         NotFound: this user has no such session.
         InvalidArgument: `through_seq` lies beyond `last_seq`.
         AlreadyExists: `new_id` is another session's (ID_TAKEN).
     """
+    earlier = await find(connection, user_id, new_id)
+    if earlier is not None and earlier.fingerprint == fingerprint:
+        return earlier  # Whatever has become of the source since.
     # KEY SHARE keeps the source from being erased meanwhile, and lets appends pass.
     lock = (
         select(_own.id).where(_own.user_id == user_id, _own.id == source_id).with_for_update(read=True, key_share=True)
@@ -190,7 +193,7 @@ async def fork(
     }
     made = await create(connection, values)
     if made.last_seq or not through_seq:
-        return made  # A retry: an earlier try has copied. Or there is nothing to copy.
+        return made  # Another try of the same has copied meanwhile. Or there is nothing to copy.
     await _copy(connection, user_id, source_id, through_seq, new_id)
     await outbox.owe(connection, Owed.SESSION, user_id, new_id, through=through_seq, on=owed)
     return await get(connection, user_id, new_id)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import asyncpg
 import pytest
+import structlog
 from chathistory.v1 import message_pb2, session_pb2, user_pb2
 from grpc import StatusCode, aio
 
+from service.rpc import pipeline
 from service.server import Server
 from service.store import append_item, database, sessions
 from tests.support import issuer
@@ -241,6 +244,9 @@ async def test_a_defect_says_nothing_of_itself(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session_id = await chat.start("a secret message")
+
+    # A logger of its own: the module's may be bound to what an earlier test had for its standard error.
+    monkeypatch.setattr(pipeline, "_log", structlog.wrap_logger(structlog.PrintLogger(sys.stderr)))
 
     async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("postgresql://somebody:hunter2@db.example/x: a secret message")

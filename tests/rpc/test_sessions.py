@@ -487,6 +487,15 @@ async def test_a_fork_with_an_id_of_the_clients_may_be_retried(chat: Chat) -> No
     await fails(chat.fork(source, 4, new), "ID_TAKEN")
 
 
+async def test_a_retried_fork_outlives_its_source(chat: Chat) -> None:
+    source = await chat.start(texts(3))
+    new = new_id()
+    first = await chat.fork(source, 2, new)
+    await chat.delete_session(source)
+    assert await chat.fork(source, 2, new) == first
+    await fails(chat.fork(source, 2), "SESSION_NOT_FOUND", session_id=source)
+
+
 async def test_a_retried_fork_of_nothing_leaves_what_has_become_of_it(chat: Chat) -> None:
     source = (await chat.create_session(metadata={"k": "source"})).id
     new = new_id()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -81,7 +81,11 @@ async def cut_off(database_url: str) -> AsyncGenerator[tuple[list[Database], Cut
         yield opened, Cutter(proxy)
 
 
-# --- The properties.
+# --- The properties: some dozens of examples at every run, and hundreds with -m faults.
+
+
+def _at_length(test: Any) -> Any:
+    return pytest.mark.faults(pytest.mark.timeout(900)(test))
 
 
 def test_the_search_finds_what_cannot_be() -> None:
@@ -103,12 +107,7 @@ def test_the_search_finds_what_cannot_be() -> None:
     assert not explain(None, Content(words=(word, word)), [unknown])
 
 
-@pytest.mark.parametrize("batch_messages", [512, 2], ids=["wide", "narrow"])
-@settings(max_examples=60)
-@given(
-    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 10), lanes=st.integers(1, 2), owed=st.booleans()
-)
-async def test_any_interleaving_is_some_order(
+async def _any_interleaving(
     database_url: str,
     databases: list[Database],
     monkeypatch: pytest.MonkeyPatch,
@@ -121,13 +120,17 @@ async def test_any_interleaving_is_some_order(
     await play(World(database_url, databases, await new_user(database_url), lanes=lanes, owed=owed), bursts)
 
 
-@settings(max_examples=40)
-@given(
-    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 8),
-    kind=st.sampled_from(["40001", "40P01", "terminate"]),
-    counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+_interleavings = given(
+    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 10), lanes=st.integers(1, 2), owed=st.booleans()
 )
-async def test_what_fails_at_its_commit_is_tried_again(
+_widths = pytest.mark.parametrize("batch_messages", [512, 2], ids=["wide", "narrow"])
+test_any_interleaving_is_some_order = _widths(settings(max_examples=40)(_interleavings(_any_interleaving)))
+test_any_interleaving_is_some_order_at_length = _at_length(
+    _widths(settings(max_examples=600)(_interleavings(_any_interleaving)))
+)
+
+
+async def _fails_at_its_commit(
     database_url: str, databases: list[Database], bursts: list[list[Step]], kind: str, counts: list[int]
 ) -> None:
     """Serialization failures, deadlocks and the end of the backend itself, at the last moment before a commit."""
@@ -139,6 +142,17 @@ async def test_what_fails_at_its_commit_is_tried_again(
 
     world = World(database_url, databases, await new_user(database_url))
     await play(world, bursts, flags=kind != "terminate", prepare=prepare)
+
+
+_commit_failures = given(
+    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 8),
+    kind=st.sampled_from(["40001", "40P01", "terminate"]),
+    counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+)
+test_what_fails_at_its_commit_is_tried_again = settings(max_examples=25)(_commit_failures(_fails_at_its_commit))
+test_what_fails_at_its_commit_is_tried_again_at_length = _at_length(
+    settings(max_examples=100)(_commit_failures(_fails_at_its_commit))
+)
 
 
 class Cut(NamedTuple):
@@ -183,9 +197,7 @@ class Cutter:
 _cuts = st.lists(st.builds(Cut, st.integers(1, 12), st.sampled_from(["unsent", "unanswered", "half"])), max_size=4)
 
 
-@settings(max_examples=40)
-@given(bursts=_bursts(st.one_of(_adds, _adds, _leaving), 8), cuts=st.lists(_cuts, min_size=3, max_size=3))
-async def test_what_is_lost_on_the_way_is_stored_once(
+async def _lost_on_the_way(
     database_url: str, cut_off: tuple[list[Database], Cutter], bursts: list[list[Step]], cuts: list[list[Cut]]
 ) -> None:
     """Connections cut before a statement has left, while it is under way, and after it was committed."""
@@ -198,3 +210,10 @@ async def test_what_is_lost_on_the_way_is_stored_once(
     cutter.begin([])
     world = World(database_url, databases, await new_user(database_url))
     await play(world, bursts, flags=False, prepare=prepare)
+
+
+_losses = given(bursts=_bursts(st.one_of(_adds, _adds, _leaving), 8), cuts=st.lists(_cuts, min_size=3, max_size=3))
+test_what_is_lost_on_the_way_is_stored_once = settings(max_examples=25)(_losses(_lost_on_the_way))
+test_what_is_lost_on_the_way_is_stored_once_at_length = _at_length(
+    settings(max_examples=200)(_losses(_lost_on_the_way))
+)

@@ -44,7 +44,7 @@ U, S = (USER, "", ""), (SYSTEM, "", "")
 
 
 @given(histories(), st.integers(0, 12), wants())
-@settings(max_examples=1500)
+@settings(max_examples=1000)
 # Two calls with one id, whose results come in one message: only the newer one is answered.
 @example(conversation((ASSISTANT, "ab", ""), (ASSISTANT, "a", ""), (TOOL, "", "ab"), U), 0, ANY)
 @example(conversation((ASSISTANT, "ab", ""), (ASSISTANT, "a", ""), (TOOL, "", "ab")), 0, ANY)
@@ -60,7 +60,7 @@ def test_the_choice_is_the_models(history: list[Said], through: int, wanted: Wan
 
 
 @given(histories(), st.integers(0, 12), wants())
-@settings(max_examples=600)
+@settings(max_examples=400)
 def test_a_choice_from_the_newest_messages_alone_is_right_or_put_off(
     history: list[Said], through: int, wanted: Wanted
 ) -> None:
@@ -72,7 +72,7 @@ def test_a_choice_from_the_newest_messages_alone_is_right_or_put_off(
 
 
 @given(histories(), st.integers(0, 12), wants())
-@settings(max_examples=600)
+@settings(max_examples=400)
 def test_what_is_chosen_is_what_model_apis_take(history: list[Said], through: int, wanted: Wanted) -> None:
     """What the contract promises of every prompt, looked for in the prompt itself and not in how it was made."""
     by_seq = {each.seq: each for each in history}
