@@ -17,7 +17,12 @@ from service.rpc.servicer import DESCRIPTOR
 
 def pipeline(**parts: Any) -> Pipeline:
     """Return the pipeline as the service makes it, metrics off and identity none, but for the parts given."""
-    made: dict[str, Any] = {"authenticate": trust, "calls": Admission(1024), "streams": Admission(1024), "call_timeout": 30.0}
+    made: dict[str, Any] = {
+        "authenticate": trust,
+        "calls": Admission(1024),
+        "streams": Admission(1024),
+        "call_timeout": 30.0,
+    }
     return Pipeline(**(made | parts))
 
 
