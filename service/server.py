@@ -34,6 +34,8 @@ from service.telemetry import Metrics
 if TYPE_CHECKING:
     from service.search.engine import Search
 
+LINGER = 0.25
+"""Seconds for which a server that had calls under way still refuses new ones by itself before it stops listening."""
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
 LAST_WRITES = 2.0
@@ -132,14 +134,16 @@ class Server:
 
     async def stop(self) -> None:
         """Turn NOT_SERVING, finish what is under way within the grace, and close; no acknowledged write is lost."""
-        grace = self.settings.shutdown_grace
+        loop = asyncio.get_running_loop()
         self.readiness.drain()
         await asyncio.sleep(self.settings.shutdown_delay)
         self.calls.draining = self.streams.draining = True
         # An open stream would eat the whole grace.
         self.watchers.close()
+        give_up = loop.time() + self.settings.shutdown_grace
+        await self._see_off(give_up)
         self.health.close()
-        await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        await asyncio.gather(*(server.stop(max(0.0, give_up - loop.time())) for server in self._servers))
         identity.close(self.authenticate)
         await self.health.finish()
         try:
@@ -177,6 +181,15 @@ class Server:
         self.watchers.changed(user_id, session_id)
         if self.search is not None:
             self.search.wake()
+
+    async def _see_off(self, give_up: float) -> None:
+        """Let calls under way end, while those that come are told to go elsewhere: gRPC itself would cancel them without a reason."""
+        if not self.calls.in_flight:
+            return
+        loop = asyncio.get_running_loop()
+        while self.calls.in_flight and loop.time() < give_up:  # noqa: ASYNC110 - once, at the end: no call pays for an event
+            await asyncio.sleep(LINGER / 10)
+        await asyncio.sleep(LINGER)
 
     def _start_metrics(self) -> Metrics | None:
         if self.settings.metrics_listen is None:
