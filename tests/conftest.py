@@ -55,6 +55,17 @@ def pytest_configure(config: pytest.Config) -> None:
         sweep()
 
 
+LONG = ("chatbot", "faults", "security")
+"""Folders whose tests `make test-faults` runs, as `make test` is to end within five minutes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the long folders."""
+    for item in items:
+        if item.path.parent.name in LONG:
+            item.add_marker(pytest.mark.faults)
+
+
 @pytest.fixture(autouse=True)
 def sentinel() -> Generator[None]:
     """Fail the test during which a statement was sent that could touch another user's things."""

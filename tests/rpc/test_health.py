@@ -43,6 +43,8 @@ class Probe:
     async def ready(self) -> bool:
         """Say whether it is ready; both names must say the same."""
         first, second = await asyncio.gather(*map(self.check, READY))
+        if first != second:  # It changed between the two.
+            first, second = await asyncio.gather(*map(self.check, READY))
         assert first == second
         return first == SERVING
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import Any
 
 import grpc
 import pytest
-import structlog
 from chathistory.v1 import chat_history_service_pb2, message_pb2, user_pb2
 from google.protobuf.struct_pb2 import Value
 from grpc import StatusCode, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.rpc import pipeline
 from service.server import Server
 from service.store import sessions
+from tests.conftest import StartProcess
 from tests.support import failures
 from tests.support.chat import Chat, new_id, text
 from tests.support.cluster import Cluster, fetch
@@ -322,20 +320,21 @@ async def test_a_cancellation_from_within_is_answered(chat: Chat, monkeypatch: p
 
 
 async def test_a_defect_in_the_database_is_not_explained_to_clients(
-    chat: Chat, database_url: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    start_process: StartProcess, database_url: str
 ) -> None:
-    # A logger of its own: the module's may be bound to what an earlier test had for its standard error.
-    monkeypatch.setattr(pipeline, "_log", structlog.wrap_logger(structlog.PrintLogger(sys.stderr)))
-    session_id = await chat.start()
-    await fetch(database_url, "ALTER TABLE chat_messages RENAME COLUMN content TO s3cr3t")
-    for call in (chat.page(session_id), chat.append(session_id, "more"), chat.watch(session_id).read()):
-        found = await failures.fails(call, "INTERNAL")
-        assert found.message == "internal error"
-        assert set(found.metadata) == {"request_id"}
-        told = capfd.readouterr()
-        assert found.metadata["request_id"] in told.out + told.err
-        assert "s3cr3t" not in told.out + told.err
-    await chat.get_session(session_id)
+    process = await start_process(CHAT_HISTORY_LOG_LEVEL="debug")
+    async with connected(process.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        await fetch(database_url, "ALTER TABLE chat_messages RENAME COLUMN content TO s3cr3t")
+        for call in (chat.page(session_id), chat.append(session_id, "more"), chat.watch(session_id).read()):
+            found = await failures.fails(call, "INTERNAL")
+            assert found.message == "internal error"
+            assert set(found.metadata) == {"request_id"}
+            log = process.log.read_text()
+            assert found.metadata["request_id"] in log
+            assert "s3cr3t" not in log
+        await chat.get_session(session_id)
 
 
 _SABOTAGE = f"""
