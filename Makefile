@@ -41,8 +41,8 @@ demo: install ## the service and the example chatbot on 127.0.0.1:8000, with sam
 test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
 	$(BIN)/pytest -n $(TEST_WORKERS) -m 'not faults' $(PYTEST_ARGS)
 
-.PHONY: test-faults
-test-faults: install ## run the long tests: faults, outages, the browser, the index against real processes
+.PHONY: test-long
+test-long: install ## run the long tests: faults, outages, the browser, the index against real processes
 	$(BIN)/pytest -n $(TEST_WORKERS) -m faults $(PYTEST_ARGS)
 
 .PHONY: bench
