@@ -51,6 +51,7 @@ async def visible(database_url: str, message_id: str) -> None:
 # --- Before the commit.
 
 
+@pytest.mark.case(n=6)
 async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -> None:
     """Twice, and the third time it is committed: the client sees one success, and no replay."""
     await faults.install(database_url)
@@ -63,6 +64,8 @@ async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -
     assert found.last_seq == 3
 
 
+@pytest.mark.case(n=6)
+@pytest.mark.case(n=13)
 @pytest.mark.parametrize("kind", ["terminate", "40001", "40P01"])
 async def test_a_transaction_fails_at_its_commit_and_is_run_again(chat: Chat, database_url: str, kind: str) -> None:
     session = await chat.create_session()
@@ -78,6 +81,7 @@ async def test_a_transaction_fails_at_its_commit_and_is_run_again(chat: Chat, da
     assert [entry.seq for entry in made.messages] == [1, 2]
 
 
+@pytest.mark.case(n=13)
 @pytest.mark.parametrize("kind", ["40001", "40P01"])
 async def test_what_fails_every_time_ends_in_aborted(chat: Chat, database_url: str, kind: str) -> None:
     session = await chat.create_session()
@@ -94,6 +98,7 @@ async def test_what_fails_every_time_ends_in_aborted(chat: Chat, database_url: s
 # --- After the commit was sent.
 
 
+@pytest.mark.case(n=7)
 @pytest.mark.parametrize("starts", [False, True], ids=["session there", "session started"])
 async def test_the_connection_is_cut_after_the_commit_was_sent(broken: Broken, database_url: str, starts: bool) -> None:
     """The answer is on its way when the connection breaks. The service looks what has become of it: one row, no replay."""
@@ -116,6 +121,7 @@ async def test_the_connection_is_cut_after_the_commit_was_sent(broken: Broken, d
     assert [(entry.seq, entry.replayed) for entry in again.messages] == [(e.seq, True) for e in reply.messages]
 
 
+@pytest.mark.case(n=7)
 async def test_many_appends_are_cut_off_and_none_is_doubled(broken: Broken, database_url: str) -> None:
     """Shared statements: what was under way, and what was waiting, of several sessions and of the same message."""
     chat, proxy = broken.chat, broken.proxy
@@ -138,6 +144,7 @@ async def test_many_appends_are_cut_off_and_none_is_doubled(broken: Broken, data
 # --- Away, and back.
 
 
+@pytest.mark.case(n=10)
 async def test_all_idle_backends_are_ended(chat: Chat, database_url: str) -> None:
     """As when Neon suspends: the next call of every kind goes through."""
     session_id = await chat.start()
@@ -167,6 +174,7 @@ async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) ->
     assert (await checked(database_url, chat.user_id, session_id)).last_seq == 1 + 6 * 8
 
 
+@pytest.mark.case(n=11)
 async def test_the_database_refuses_for_some_seconds(broken: Broken) -> None:
     """Calls that come meanwhile are answered when it is back, within their deadlines; then it is as it was."""
     session_id = await broken.chat.start()
@@ -189,6 +197,7 @@ async def test_it_suspends_and_takes_seconds_to_wake(broken: Broken, database_ur
     await asyncio.gather(*calls.values())
 
 
+@pytest.mark.case(n=11)
 async def test_a_database_that_stays_away_is_unavailable(broken: Broken) -> None:
     session_id = await broken.chat.start()
     broken.proxy.refuse()
@@ -272,10 +281,12 @@ async def _postgres_killed_under_load(cluster: Cluster, rounds: int) -> None:
         print(f"{load.count} messages, refusals {load.refusals}")
 
 
+@pytest.mark.case(n=16)
 async def test_postgres_is_killed_under_load(own_cluster: Cluster) -> None:
     await _postgres_killed_under_load(own_cluster, rounds=1)
 
 
+@pytest.mark.case(n=16)
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 async def test_postgres_is_killed_under_load_again_and_again(own_cluster: Cluster) -> None:

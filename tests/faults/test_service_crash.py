@@ -137,10 +137,12 @@ async def _killed_again_and_again(database_url: str, folder: Path, rounds: int) 
     print(f"{load.count} messages, refusals {load.refusals}")
 
 
+@pytest.mark.case(n=15)
 async def test_killed_under_load(database_url: str, tmp_path: Path) -> None:
     await _killed_again_and_again(database_url, tmp_path, rounds=2)
 
 
+@pytest.mark.case(n=15)
 @pytest.mark.faults
 @pytest.mark.timeout(300)
 async def test_killed_under_load_again_and_again(database_url: str, tmp_path: Path) -> None:

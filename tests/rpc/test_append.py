@@ -91,6 +91,7 @@ async def test_a_retry_gets_the_same_answer_and_stores_nothing(chat: Chat, sessi
     assert len(await chat.all(session.id)) == 3
 
 
+@pytest.mark.case(n=9)
 async def test_fifty_equal_appends_at_once_store_one(chat: Chat, session: session_pb2.Session) -> None:
     sent = texts(2)
     replies = await asyncio.gather(*(chat.append(session.id, sent) for _ in range(50)))
@@ -128,6 +129,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.case(n=8)
 @pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
 async def test_the_same_id_with_another_content_is_refused(chat: Chat, change: dict[str, Any]) -> None:
     fields: dict[str, Any] = {"id": new_id(), "content": "one", "metadata": {"k": 1}, "parts": [{"text": "p"}]}

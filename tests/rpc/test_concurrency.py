@@ -66,6 +66,7 @@ def test_the_judge_refuses_what_is_unsound() -> None:
             wrong.check()
 
 
+@pytest.mark.case(n=14)
 async def test_a_hundred_writers_of_one_session(chats: tuple[Chat, Chat], database_url: str) -> None:
     session = await chats[0].create_session()
 
@@ -103,6 +104,7 @@ async def test_writers_of_many_sessions_do_not_mix_them_up(chats: tuple[Chat, Ch
         assert found.last_seq == 40
 
 
+@pytest.mark.case(n=9)
 async def test_fifty_identical_appends_store_one(chats: tuple[Chat, Chat], database_url: str) -> None:
     session = await chats[0].create_session()
     await chats[0].append(session.id, "before")
@@ -118,6 +120,7 @@ async def test_fifty_identical_appends_store_one(chats: tuple[Chat, Chat], datab
     assert found.last_seq == 2
 
 
+@pytest.mark.case(n=9)
 async def test_fifty_identical_appends_start_one_session(chats: tuple[Chat, Chat], database_url: str) -> None:
     messages = texts(3)
     replies = await asyncio.gather(*(chats[n % 2].append("", messages) for n in range(50)))
@@ -139,6 +142,7 @@ async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_me
     assert again.messages[0].replayed
 
 
+@pytest.mark.case(n=8)
 async def test_one_of_those_who_take_an_id_gets_it(chats: tuple[Chat, Chat], database_url: str) -> None:
     session = await chats[0].create_session()
     message_id = new_id()

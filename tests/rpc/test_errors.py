@@ -240,6 +240,7 @@ async def test_a_database_that_is_away_is_told_and_comes_back(
 # --- What is our own fault.
 
 
+@pytest.mark.case(n=4)
 async def test_a_defect_says_nothing_of_itself(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -207,6 +207,7 @@ async def test_postgres_is_stopped_and_comes_back_under_traffic() -> None:
                         await asyncio.sleep(0.1)
 
 
+@pytest.mark.case(n=12)
 async def test_the_database_is_gone_without_a_word_under_traffic(database_url: str) -> None:
     """A black hole: nothing is refused and nothing answered. Calls end on time, and it recovers by itself."""
     async with before_postgres(database_url) as (proxy, url), serving(url) as server, channel(server.address) as opened:
@@ -221,6 +222,7 @@ async def test_the_database_is_gone_without_a_word_under_traffic(database_url: s
                 await chat.start()
 
 
+@pytest.mark.case(n=12)
 async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(database_url: str) -> None:
     async with before_postgres(database_url) as (proxy, url), serving(url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)

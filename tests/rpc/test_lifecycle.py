@@ -62,6 +62,7 @@ async def exhaust(replies: AsyncIterator[object]) -> None:
         pass
 
 
+@pytest.mark.case(n=17)
 async def test_sigterm_under_load_with_a_watch_open(start_process: StartProcess, database_url: str) -> None:
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
     async with connected(process.address) as stub:

@@ -58,6 +58,7 @@ async def waiting(holder: Any, count: int = 1) -> None:
 # --- What is no request.
 
 
+@pytest.mark.case(n=1)
 async def test_bytes_that_are_no_message_are_refused(server: Server) -> None:
     async with channel(server.address) as opened:
         for path, streaming in METHODS:
@@ -65,6 +66,7 @@ async def test_bytes_that_are_no_message_are_refused(server: Server) -> None:
                 await failures.fails(_call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST")
 
 
+@pytest.mark.case(n=1)
 async def test_text_that_is_not_utf8_is_refused(server: Server) -> None:
     """In every text field of every method's request."""
     async with channel(server.address) as opened:
@@ -75,6 +77,7 @@ async def test_text_that_is_not_utf8_is_refused(server: Server) -> None:
                     await failures.fails(_call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST")
 
 
+@pytest.mark.case(n=1)
 async def test_the_server_lives_on_after_them(server: Server, chat: Chat) -> None:
     async with channel(server.address) as opened:
         calls = [
@@ -124,6 +127,7 @@ def _large(chat: Chat, session_id: str, size: int) -> message_pb2.AppendMessages
     return message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=messages)
 
 
+@pytest.mark.case(n=3)
 async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
     session = await chat.create_session()
     async with asyncio.TaskGroup() as group:
@@ -139,6 +143,7 @@ async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
     assert (await chat.get_session(session.id)).last_seq == 30
 
 
+@pytest.mark.case(n=3)
 async def test_a_request_that_swells_when_it_is_unpacked_is_refused(database_url: str, tmp_path: Path) -> None:
     """A gzip bomb: some kilobytes on the wire that are 150 MB. The server must not hold what it refuses."""
     async with ServerProcess(database_url, tmp_path / "server") as process:
@@ -168,6 +173,7 @@ async def test_a_request_that_swells_when_it_is_unpacked_is_refused(database_url
             await (await Chat.of_new_user(stub)).start()
 
 
+@pytest.mark.case(n=3)
 async def test_metadata_of_twenty_kilobytes_is_refused(chat: Chat, server: Server) -> None:
     # A client of grpc's own would not send what it knows to be too large for the peer: it hears of the limit on connecting.
     async with channel(server.address, max_metadata_size=100_000, absolute_max_metadata_size=200_000) as opened:
@@ -179,6 +185,7 @@ async def test_metadata_of_twenty_kilobytes_is_refused(chat: Chat, server: Serve
     await chat.start()
 
 
+@pytest.mark.case(n=18)
 async def test_more_calls_than_are_let_in_are_told_to_come_again(cluster: Cluster, database_url: str) -> None:
     async with serving(database_url, max_in_flight=5) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
@@ -245,6 +252,7 @@ async def test_a_call_without_a_deadline_has_one_all_the_same(cluster: Cluster, 
         await chat.append(session_id, "more")
 
 
+@pytest.mark.case(n=5)
 async def test_five_hundred_calls_are_cancelled_in_mid_statement(
     chat: Chat, server: Server, cluster: Cluster, database_url: str
 ) -> None:
@@ -319,6 +327,7 @@ async def test_a_cancellation_from_within_is_answered(chat: Chat, monkeypatch: p
         await failures.fails(call, "INTERNAL")
 
 
+@pytest.mark.case(n=4)
 async def test_a_defect_in_the_database_is_not_explained_to_clients(
     start_process: StartProcess, database_url: str
 ) -> None:
@@ -348,6 +357,7 @@ main()
 """
 
 
+@pytest.mark.case(n=4)
 async def test_an_exception_that_holds_a_connection_string_tells_nobody(database_url: str, tmp_path: Path) -> None:
     """Nor does the log of the real process, at its most talkative."""
     process = ServerProcess(

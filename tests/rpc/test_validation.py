@@ -157,6 +157,7 @@ async def test_nothing_is_wrong_with_a_full_request(stub: AsyncStub, name: str) 
     assert found is None or found.code in (StatusCode.NOT_FOUND, StatusCode.ABORTED), found
 
 
+@pytest.mark.case(n=2)
 @pytest.mark.parametrize("name", requests())
 async def test_a_nul_in_any_text_is_refused_by_the_fields_name(stub: AsyncStub, name: str) -> None:
     for path in strings_in(request_of(name)):

@@ -190,6 +190,7 @@ async def test_the_end_of_the_user_ends_it(chat: Chat) -> None:
         assert (await follower.ends()).reason == "SESSION_NOT_FOUND"
 
 
+@pytest.mark.case(n=19)
 async def test_what_is_missing_or_foreign_cannot_be_followed(chat: Chat, other: Chat) -> None:
     session_id = await chat.start()
     for whose, asked in ((chat, new_id()), (other, session_id)):

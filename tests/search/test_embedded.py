@@ -73,6 +73,7 @@ def scrolled(folder: Path) -> list[dict[str, Any]]:
         client.close()
 
 
+@pytest.mark.case(n=19)
 async def test_nobody_finds_what_is_anothers(server: Server, library: Library, others: Library) -> None:
     mine = await library.create(["The treasure is buried below the oak."])
     shared = await library.create(["The museum opens at ten."], scope=SHARED)

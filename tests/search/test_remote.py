@@ -121,6 +121,7 @@ async def test_every_query_names_its_owners(database_url: str, qdrant: QdrantSer
             assert library.user_id in owners[0].match.keywords.strings
 
 
+@pytest.mark.case(n=24)
 async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
     database_url: str, qdrant: QdrantServer, remote: dict[str, Any]
 ) -> None:
@@ -262,6 +263,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.case(n=24)
 @pytest.mark.timeout(300)
 async def test_the_index_equals_postgres_whatever_happens(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any sequence of writes, crashes and outages ends, when all is back, with an index that holds what PostgreSQL holds."""

@@ -70,6 +70,7 @@ async def test_every_request_has_an_answer_of_the_contract(stub: AsyncStub, rpc:
     await stub.ListUsers(user_pb2.ListUsersRequest())  # It lives.
 
 
+@pytest.mark.case(n=20)
 @pytest.mark.parametrize("words", hostile.INJECTIONS)
 async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, words: str) -> None:
     short = words[:200]
@@ -106,6 +107,7 @@ async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, wor
     assert (await fetch(database_url, "SELECT count(*) FROM users"))[0][0] == 3  # With the system's.
 
 
+@pytest.mark.case(n=20)
 @pytest.mark.parametrize("size", [-1, -(2**31)])
 async def test_negative_page_sizes_are_refused(chat: Chat, size: int) -> None:
     for call in (
@@ -122,6 +124,7 @@ async def test_large_page_sizes_are_coerced(chat: Chat) -> None:
     await chat.list_sessions(page_size=2**31 - 1)
 
 
+@pytest.mark.case(n=20)
 @given(st.data())
 @settings(max_examples=100)
 def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
@@ -143,6 +146,7 @@ def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
         paging.place(bad, "ListSessions", IDS[1], 0)
 
 
+@pytest.mark.case(n=1)
 @pytest.mark.timeout(180)
 async def test_bytes_of_all_kinds(database_url: str, tmp_path: Path) -> None:
     report = await fuzz.run(database_url, tmp_path, cases=3000, seed=1)

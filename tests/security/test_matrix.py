@@ -234,6 +234,7 @@ def test_every_request_names_its_user_in_the_same_field() -> None:
             assert field.type == field.TYPE_STRING
 
 
+@pytest.mark.case(n=21)
 @pytest.mark.parametrize("rpc", RPCS)
 async def test_without_a_good_token_nothing_is_done_or_told(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
@@ -253,6 +254,7 @@ async def test_without_a_good_token_nothing_is_done_or_told(database_url: str, r
         assert "TOKEN_INVALID" in answers.pop()
 
 
+@pytest.mark.case(n=19)
 @pytest.mark.parametrize("rpc", RPCS)
 async def test_every_cell(database_url: str, rpc: str) -> None:
     wrong = {}
@@ -269,6 +271,7 @@ async def test_every_cell(database_url: str, rpc: str) -> None:
     assert not wrong
 
 
+@pytest.mark.case(n=19)
 @pytest.mark.parametrize("rpc", [rpc for rpc in RPCS if ROWS[rpc].missing != OK])
 async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
@@ -304,6 +307,7 @@ async def test_a_user_is_found_by_its_own_keys_alone(database_url: str) -> None:
         assert failed.reason == SERVICE_ONLY
 
 
+@pytest.mark.case(n=19)
 async def test_page_tokens_do_not_travel(database_url: str) -> None:
     async with service(database_url) as stub:
         mine, theirs = await make_things(stub), await make_things(stub)

@@ -33,6 +33,7 @@ def list_sessions(stub: Any, shown: list[tuple[str, str]], user_id: str = "") ->
     return stub.ListSessions(session_pb2.ListSessionsRequest(user_id=user_id), metadata=shown)
 
 
+@pytest.mark.case(n=21)
 async def test_no_bad_token_is_told_why(database_url: str) -> None:
     answers: dict[str, Failure] = {}
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
@@ -166,6 +167,7 @@ async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
         await fails(list_sessions(stub, signed("a", issuer.SECRET, "HS256")), "TOKEN_INVALID")
 
 
+@pytest.mark.case(n=21)
 async def test_flood_of_unknown_keys_asks_once_a_cool_down(database_url: str, served: KeyServer) -> None:
     served.publish(a=rsa_key())
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
@@ -245,6 +247,7 @@ async def test_kubernetes_service_account(database_url: str, served: KeyServer, 
             await fails(stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(other)), "TOKEN_INVALID")
 
 
+@pytest.mark.case(n=1)
 async def test_malformed_bytes_without_a_token_are_unauthenticated(database_url: str) -> None:
     path = f"/{DESCRIPTOR.services_by_name['ChatHistoryService'].full_name}/AppendMessages"
     async with serving(database_url, **HS) as server, channel(server.address) as opened:
