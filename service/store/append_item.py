@@ -7,12 +7,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from service.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, ServiceError
-from service.store.database import OUTAGE_PATIENCE
+from service.store.database import patience_ends
 from service.store.driver import Record
 from service.store.tables import State
-
-REPLY_MARGIN = 0.25
-"""Seconds before its deadline at which an item that waits for the database is answered, so that the answer arrives."""
 
 Key = tuple[str, str]
 """A user's id and a session's."""
@@ -105,7 +102,7 @@ class Append:
         """Whether its statement may make the session: a missing one counts as empty, and holds nothing to replay."""
         self.new_session = new_session
         self.deadline = deadline
-        self.give_up = min(deadline - REPLY_MARGIN, loop.time() + OUTAGE_PATIENCE)
+        self.give_up = patience_ends(deadline, loop.time())
         self.check = check
         self.attempted = False
         """Whether a try of our own may have stored it: then finding it is no replay."""

@@ -42,6 +42,8 @@ MAX_ATTEMPTS = 6
 """Tries of a transaction that meets contention."""
 OUTAGE_PATIENCE = 15.0
 """Seconds that a call waits at the most for a database that is away."""
+REPLY_MARGIN = 0.25
+"""Seconds before its deadline at which a call that waits for the database is answered, so that the answer arrives."""
 
 # What the driver, SQLAlchemy and the socket raise when a statement or a connection fails.
 DATABASE_ERRORS = (
@@ -52,6 +54,11 @@ DATABASE_ERRORS = (
 def backoff(attempt: int, *, base: float = 0.02, cap: float = 1.0) -> float:
     """Return how long to wait before the next attempt, in seconds: full jitter, so that retries spread out."""
     return random.uniform(0, min(cap, base * 2**attempt))  # noqa: S311 - spreads load, keeps no secret
+
+
+def patience_ends(deadline: float, now: float) -> float:
+    """Return when a call stops waiting for a database that is away; all are times of the running loop's clock, in seconds."""
+    return min(deadline - min(REPLY_MARGIN, (deadline - now) / 4), now + OUTAGE_PATIENCE)
 
 
 class Database:
@@ -208,7 +215,7 @@ class Database:
         self, once: Callable[[], Awaitable[T]], deadline: float, error: BaseException | None = None
     ) -> T:
         """Try until it works, the error is final, or the time is up; `error` is what a first try has met already."""
-        give_up = min(deadline, self._loop.time() + OUTAGE_PATIENCE)
+        give_up = patience_ends(deadline, self._loop.time())
         attempt = 0
         while True:
             if error is not None:

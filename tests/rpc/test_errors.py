@@ -16,7 +16,7 @@ from grpc import StatusCode, aio
 
 from service.rpc import pipeline
 from service.server import Server
-from service.store import append_item, database, sessions
+from service.store import database, sessions
 from tests.support import issuer
 from tests.support.chat import Chat, new_id, text, texts
 from tests.support.cluster import SUPPORT, Cluster, fetch
@@ -210,8 +210,7 @@ async def test_a_server_that_goes_away_sends_its_callers_elsewhere(chat: Chat, s
 async def test_a_database_that_is_away_is_told_and_comes_back(
     cluster: Cluster, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (database, append_item):
-        monkeypatch.setattr(module, "OUTAGE_PATIENCE", 0.5)
+    monkeypatch.setattr(database, "OUTAGE_PATIENCE", 0.5)
     sockets = tmp_path / "s"
     sockets.symlink_to(cluster.pgdata)
     url = database_url.replace(str(cluster.pgdata), str(sockets))

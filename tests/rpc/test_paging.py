@@ -119,6 +119,7 @@ async def test_lists_of_sessions_and_users_have_the_same_sizes(chat: Chat, datab
         assert len(listed.users) == expected
 
 
+@pytest.mark.case(n=20)
 @pytest.mark.parametrize("page_size", [-1, -(2**31)])
 async def test_a_negative_page_size_is_refused(chat: Chat, page_size: int) -> None:
     session_id = await chat.start()
@@ -230,6 +231,7 @@ def tampered(token: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.case(n=20)
 async def test_a_tampered_token_is_refused(chat: Chat) -> None:
     for token, turn in await lists(chat):
         assert token
@@ -252,6 +254,7 @@ async def test_a_token_fits_its_own_list_alone(chat: Chat) -> None:
                 await fails(turn(other_token), "BAD_PAGE_TOKEN")
 
 
+@pytest.mark.case(n=19)
 async def test_a_token_does_not_fit_another_session_order_state_or_user(chat: Chat, other: Chat) -> None:
     session_id = await chat.start(texts(5))
     another = await chat.start(texts(5))

@@ -37,6 +37,7 @@ async def test_words_in_any_case_and_language(library: Library) -> None:
     assert await found(library, "'; DROP TABLE users --") == set()
 
 
+@pytest.mark.case(n=19)
 async def test_only_ones_own_and_only_what_is_there(library: Library, others: Library) -> None:
     session = await library.chat.start("a secret word: zebra")
     (message,) = await library.chat.all(session)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chathistory.v1 import message_pb2, user_pb2
+from chathistory.v1 import document_pb2, message_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
 from grpc import StatusCode, aio
 from grpc.aio import EOF  # type: ignore[attr-defined]
@@ -20,7 +20,7 @@ from tests.security import fuzz, hostile
 from tests.support.chat import Chat, new_id, text
 from tests.support.cluster import fetch
 from tests.support.failures import fails, read
-from tests.support.loose import Message, Part, Session, User
+from tests.support.loose import Document, Message, Part, Session, User
 from tests.support.servers import AsyncStub
 
 METHODS = {method.name: method for method in DESCRIPTOR.services_by_name["ChatHistoryService"].methods}
@@ -102,6 +102,14 @@ async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, wor
     got = (await chat.stub.GetUser(user_pb2.GetUserRequest(external_id=short))).user
     assert got == made
     assert (got.name, got.external_id, got.metadata) == (short, short, user.metadata)
+    document = Document(title=short, source_uri=short, metadata={short: short})
+    create = document_pb2.CreateDocumentRequest(
+        user_id=chat.user_id, document=document, chunks=[document_pb2.DocumentChunk(text=words)]
+    )
+    kept = (await chat.stub.CreateDocument(create)).document
+    assert (kept.title, kept.source_uri, kept.metadata) == (short, short, document.metadata)
+    listing = document_pb2.ListDocumentChunksRequest(user_id=chat.user_id, document_id=kept.id)
+    assert [chunk.text for chunk in (await chat.stub.ListDocumentChunks(listing)).chunks] == [words]
     search = message_pb2.SearchMessagesRequest(user_id=chat.user_id, query=short, mode=message_pb2.SEARCH_MODE_LEXICAL)
     await chat.stub.SearchMessages(search)
     assert (await fetch(database_url, "SELECT count(*) FROM users"))[0][0] == 3  # With the system's.

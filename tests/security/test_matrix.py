@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
 import pytest
 from chathistory.v1 import document_pb2, export_pb2, message_pb2, search_pb2, session_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
 from grpc import aio
+from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from tests.support import issuer
 from tests.support.chat import new_id
@@ -42,13 +43,13 @@ async def make_things(stub: AsyncStub) -> Things:
     things = random_things()
     user = user_pb2.User(id=things.user, external_id=things.external_id, email=things.email)
     await stub.CreateUser(user_pb2.CreateUserRequest(user=user), metadata=SHOWN)
-    message = message_pb2.Message(id=things.message, role=message_pb2.ROLE_USER, content="mine")
+    message = message_pb2.Message(id=things.message, role=message_pb2.ROLE_USER, content=f"mine {things.user}")
     append = message_pb2.AppendMessagesRequest(
         user_id=things.user, session_id=things.session, messages=[message], create_if_missing=True
     )
     await stub.AppendMessages(append, metadata=SHOWN)
     create = document_pb2.CreateDocumentRequest(user_id=things.user, document=document_pb2.Document(id=things.document))
-    create.chunks.add(text="mine too")
+    create.chunks.add(text=f"mine too {things.user}")
     await stub.CreateDocument(create, metadata=SHOWN)
     return things
 
@@ -288,6 +289,30 @@ async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, r
             assert await ask(stub, other, ROWS[other].request(theirs.user, theirs), SHOWN) is None
 
 
+@pytest.mark.case(n=19)
+@pytest.mark.parametrize("rpc", RPCS)
+async def test_no_reply_holds_what_is_another_s(database_url: str, rpc: str) -> None:
+    async with service(database_url) as stub:
+        mine, theirs = await make_things(stub), await make_things(stub)
+        for things in (theirs, mine):
+            call = getattr(stub, rpc)(ROWS[rpc].request(mine.user, things), metadata=bearer(token(mine.user)))
+            replies = []
+            with suppress(aio.AioRpcError):
+                if isinstance(call, Awaitable):
+                    replies.append(await call)
+                else:
+                    while (reply := await call.read()) is not EOF:
+                        replies.append(reply)
+                        if rpc == "WatchMessages":
+                            break
+            call.cancel()
+            told = "".join(map(str, replies))
+            assert not [value for value in theirs if value in told]
+        named = rpc not in NAMES_NOBODY and not ROWS[rpc].service_only and rpc not in ALLOWED
+        assert bool(replies) == named, "of one's own things there is an answer"
+
+
+@pytest.mark.case(n=19)
 async def test_a_user_is_found_by_its_own_keys_alone(database_url: str) -> None:
     async with service(database_url) as stub:
         mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
