@@ -7,6 +7,7 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from chathistory.v1 import message_pb2, session_pb2
@@ -203,7 +204,7 @@ async def test_a_database_that_stays_away_is_unavailable(broken: Broken) -> None
     """Calls of every kind are told so, and when to come back, before their deadlines."""
     user_id, session_id, stub = broken.chat.user_id, await broken.chat.start(), broken.chat.stub
     broken.proxy.refuse()
-    owned = {"user_id": user_id, "session_id": session_id}
+    owned: Any = {"user_id": user_id, "session_id": session_id}
     request = message_pb2.AppendMessagesRequest(**owned, messages=texts(1))
     title = session_pb2.Session(id=session_id, title="new")
     await asyncio.gather(

@@ -294,9 +294,10 @@ async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, r
 async def test_no_reply_holds_what_is_another_s(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
         mine, theirs = await make_things(stub), await make_things(stub)
+        replies: list[Any] = []
         for things in (theirs, mine):
             call = getattr(stub, rpc)(ROWS[rpc].request(mine.user, things), metadata=bearer(token(mine.user)))
-            replies = []
+            replies.clear()
             with suppress(aio.AioRpcError):
                 if isinstance(call, Awaitable):
                     replies.append(await call)
