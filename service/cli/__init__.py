@@ -5,6 +5,7 @@ What serves must stay small, so what only one command needs is imported inside t
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -30,6 +31,8 @@ app.command()(access.reindex)
 
 def main() -> None:
     """Run the command line."""
+    # The embedded PostgreSQL may be started while gRPC runs, by fork, whose handlers in gRPC can leave the child hanging.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     app(prog_name="chat-history")
 
 

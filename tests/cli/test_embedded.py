@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,47 @@ async def test_a_crash_of_all_is_recovered_from(data: Path, held: subprocess.Pop
     os.kill(server.pid, signal.SIGKILL)
     with EmbeddedPostgres(data, "here") as postgres:
         assert [row["n"] for row in await fetch(postgres.url, "SELECT n FROM kept")] == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
+async def test_it_is_started_again_when_it_has_ended(
+    data: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setattr(embedded, "RESTART_AFTER", 0.3)
+    told: list[str] = []
+    with EmbeddedPostgres(data, "here") as postgres:
+        postgres.keep_up(told.append)
+        await fetch(postgres.url, "CREATE TABLE kept AS SELECT 1 AS n")
+        for turn in (1, 2):
+            assert postgres.pid is not None
+            os.kill(postgres.pid, number)
+            async with asyncio.timeout(30):
+                while len(told) < 2 * turn:
+                    await asyncio.sleep(0.02)
+            assert "ended" in told[-2]
+            assert "runs again" in told[-1]
+            assert running_url(data) == postgres.url
+            assert [row["n"] for row in await fetch(postgres.url, "SELECT n FROM kept")] == [1]
+    assert postgres.pid is None
+    assert len(told) == 4, "it is not started again when it was told to stop"
+
+
+@pytest.mark.parametrize("wait", [60.0, 0.0], ids=["before", "while"])
+def test_a_stop_before_or_while_it_is_started_again(data: Path, monkeypatch: pytest.MonkeyPatch, wait: float) -> None:
+    monkeypatch.setattr(embedded, "RESTART_AFTER", wait)
+    told: list[str] = []
+    with EmbeddedPostgres(data, "here") as postgres:
+        first = postgres.pid
+        assert first is not None
+        postgres.keep_up(told.append)
+        os.kill(first, signal.SIGKILL)
+        give_up = time.monotonic() + 30
+        while not told or (wait == 0.0 and postgres.pid in (None, first)):
+            assert time.monotonic() < give_up
+            time.sleep(0.001)
+    assert running_url(data) is None
+    assert owner(data) is None
+    assert len(told) == 1
 
 
 @pytest.fixture

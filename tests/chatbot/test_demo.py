@@ -1,0 +1,47 @@
+"""The demo as somebody without a browser meets it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.store.data_folder import Postmaster
+from tests.support.chatbots import Browser
+from tests.support.demo import demo
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
+async def test_postgres_goes_and_comes_back_without_a_restart(
+    tmp_path: Path, unused_tcp_port_factory: Any, number: signal.Signals
+) -> None:
+    data = tmp_path / "data"
+    async with (
+        demo(data, (unused_tcp_port_factory(), unused_tcp_port_factory())) as address,
+        Browser(address) as browser,
+    ):
+
+        async def health(wanted: int, within: float) -> None:
+            async with asyncio.timeout(within):
+                while (await browser.get("/db-health")).status_code != wanted:
+                    await asyncio.sleep(0.1)
+
+        first = await browser.ask("Is a message ever stored twice?")
+        assert (first["saved"], bool(first["sources"])) == (True, True)
+        session = first["session_uuid"]
+        await health(200, 10)
+        server = Postmaster.read(data / "postgres")
+        assert server is not None
+        os.kill(server.pid, number)
+        await health(503, 5)  # Two seconds are promised; the machine may be busy.
+        meanwhile = await browser.ask("Are you there?", session_uuid=session)
+        assert (meanwhile["saved"], bool(meanwhile["answer"])) == (False, True)
+        await health(200, 60)
+        again = await browser.ask("And now?", session_uuid=session)
+        assert again["saved"] is True
+        said = [each["content"] for each in await browser.read(session) if each["role"] == "user"]
+        assert said == ["Is a message ever stored twice?", "And now?"]
