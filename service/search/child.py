@@ -7,12 +7,16 @@ It runs below the parent's priority: indexing must not slow chat down.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import pickle
 import signal
 import socket
+import sqlite3
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +33,12 @@ NICENESS = 19
 LOCK_PATIENCE = 10.0
 """Seconds to wait for an earlier child, whose parent was killed, to let go of the folder."""
 _BATCH_CHARACTERS = 65_536
-"""Texts embedded at a time: the model pads each to the longest one."""
+"""Texts taken apart at a time: a hundred bytes of memory a word."""
+
+_BROKEN = (ValueError, EOFError, KeyError, pickle.UnpicklingError, sqlite3.DatabaseError)
+"""What reading an index raises of which a file was cut off."""
+_WARNINGS = ("Payload indexes have no effect in the local Qdrant", "Local mode is not recommended for collections")
+"""What qdrant-client says of its embedded mode to programmers; docs/search.md says it to operators."""
 
 _ERRORS = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}
 
@@ -43,48 +52,73 @@ class Offline:
         self._model: WordLlamaInference | None = None
 
     async def embed(self, texts: list[str], _blob: bytes) -> tuple[Any, bytes]:
-        """Return one vector a text."""
+        """Return one vector a text: the mean of its words', of length 1.
+
+        The model's own method pads every text to the longest of its batch and works on the padding; this takes half of its time.
+        """
         import numpy as np  # noqa: PLC0415 - the child of an index without these embeddings does not pay for them
 
-        if self._model is None:
-            import wordllama  # noqa: PLC0415
-
-            folder = Path(wordllama.__file__).parent
-            self._model = wordllama.WordLlama.load(cache_dir=folder, disable_download=True)
-        model = self._model
-        # Texts of like length together, so that little is padding.
-        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-        vectors: list[Any] = [None] * len(texts)
-        while order:
-            longest = len(texts[order[-1]]) or 1
-            size = max(1, _BATCH_CHARACTERS // longest)
-            batch, order = order[-size:], order[:-size]
-            with np.errstate(all="ignore"):
-                made = model.embed([texts[n] for n in batch], norm=True)
-            # A text of which the model knows nothing has no direction.
-            made = np.nan_to_num(np.asarray(made, dtype="<f4"))
-            for n, vector in zip(batch, made, strict=True):
-                vectors[n] = vector.tobytes()
+        model = self._model = self._model or _load()
+        vectors = []
+        for batch in _batches(texts):
+            for encoded in model.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                total = model.embedding.take(encoded.ids, axis=0, mode="clip").sum(axis=0)
+                # A text of which the model knows nothing has no direction.
+                vectors.append((total / (np.linalg.norm(total) or 1.0)).astype("<f4").tobytes())
         return None, b"".join(vectors)
+
+
+def _load() -> WordLlamaInference:
+    import wordllama  # noqa: PLC0415
+
+    model = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+    model.tokenizer.no_padding()
+    return model
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Cut a list into parts of _BATCH_CHARACTERS, or one text."""
+    batch: list[str] = []
+    room = _BATCH_CHARACTERS
+    for text in texts:
+        if batch and len(text) > room:
+            yield batch
+            batch, room = [], _BATCH_CHARACTERS
+        batch.append(text)
+        room -= len(text)
+    if batch:
+        yield batch
 
 
 class Local:
     """The embedded Qdrant, opened by the first request."""
 
     def __init__(self) -> None:
+        self._client: Any = None
         self._index: QdrantIndex | None = None
 
     async def setup(self, given: dict[str, Any], _blob: bytes) -> tuple[Any, bytes]:
-        """Open the folder."""
+        """Open the folder; answer where to one that could not be read was moved, if any was."""
         from qdrant_client import AsyncQdrantClient  # noqa: PLC0415 - as above
 
         from service.search.index import QdrantIndex  # noqa: PLC0415
 
         if self._index is None:
-            client = await _open(AsyncQdrantClient, given["folder"])
-            self._index = QdrantIndex(client, given["alias"], given["dimensions"])
-            _relax(client)
+            self._client, aside = await _open(AsyncQdrantClient, given["folder"])
+            self._index = QdrantIndex(self._client, given["alias"], given["dimensions"])
+            self._fit()
+            return aside, b""
         return None, b""
+
+    def _fit(self) -> None:
+        from service.search import embedded  # noqa: PLC0415 - as above
+
+        embedded.fit(self._client)
+
+    def _commit(self) -> None:
+        from service.search import embedded  # noqa: PLC0415 - as above
+
+        embedded.commit(self._client)
 
     @property
     def index(self) -> QdrantIndex:
@@ -100,7 +134,7 @@ class Local:
     async def create(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
         """As `Index.create`."""
         name = await self.index.create()
-        _relax(self.index._client)  # noqa: SLF001
+        self._fit()
         return name, b""
 
     async def live(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
@@ -120,7 +154,11 @@ class Local:
             [Point(*each) for each in given["points"]],
             blob,
         )
-        await self.index.write(changes, given["building"])
+        try:
+            await self.index.write(changes, given["building"])
+        finally:
+            # What was done before something failed is in memory already, and right.
+            self._commit()
         return None, b""
 
     async def search(self, given: Sequence[Any], blob: bytes) -> tuple[Any, bytes]:
@@ -132,11 +170,18 @@ class Local:
         return await self.index.count(Wipe(*given)), b""
 
 
-async def _open(kind: Any, folder: str) -> Any:
+async def _open(kind: Any, folder: str) -> tuple[Any, str | None]:
+    """Open the folder; return the client, and where to a folder that could not be read was moved."""
     give_up = time.monotonic() + LOCK_PATIENCE
+    aside: str | None = None
     while True:
         try:
-            return kind(path=folder)
+            return kind(path=folder), aside
+        except _BROKEN as error:
+            # All of it can be built again from PostgreSQL, which begins when nothing is found here.
+            if isinstance(error, sqlite3.OperationalError) or aside is not None:
+                raise
+            aside = _put_aside(Path(folder))
         except RuntimeError as error:
             # Another child has it: one that is just ending, or one of a server that runs.
             if time.monotonic() > give_up:
@@ -144,15 +189,15 @@ async def _open(kind: Any, folder: str) -> Any:
             await asyncio.sleep(0.1)
 
 
-def _relax(client: Any) -> None:
-    """Spare the embedded index a flush to the disk for every point: all of it can be built again from PostgreSQL.
+def _put_aside(folder: Path) -> str:
+    """Move a folder away, unless a process has it open.
 
-    A process that is killed loses nothing by this; a machine that loses its power may (`chat-history reindex`).
+    Raises:
+        OSError: one has.
     """
-    for collection in getattr(getattr(client, "_client", None), "collections", {}).values():
-        storage = getattr(getattr(collection, "storage", None), "storage", None)
-        if storage is not None:
-            storage.execute("PRAGMA synchronous = OFF")
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return str(folder.rename(folder.with_name(f"{folder.name}.broken-{time.time_ns():x}")))
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
@@ -183,6 +228,9 @@ async def serve(connection: socket.socket) -> None:
                 answer = wire.encode([number, None, result], blob)
             except Exception as error:  # noqa: BLE001 - the parent decides what it means
                 name = type(error).__name__
+                if operation == "embed" and isinstance(error, (ValueError, TypeError, OverflowError)):
+                    # The text's fault, which another try would not mend.
+                    error, name = Refused("the model does not take it"), "Refused"
                 words = str(error) if name in _ERRORS else f"{operation} failed in the child process ({name})"
                 answer = wire.encode([number, name, words])
             connection.sendall(answer)
@@ -193,6 +241,8 @@ def main() -> None:
     # The parent ends us, by closing the socket: a Ctrl-C goes to both, and what is under way is finished first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message, UserWarning)
     with suppress(OSError):
         os.nice(NICENESS)
     with socket.socket(fileno=int(sys.argv[1])) as connection:

@@ -106,7 +106,9 @@ class Child:
         """
         run = await self._ready()
         if operation != "embed" and not run.is_set_up:
-            await self._ask(run, "setup", self.setup)
+            aside, _ = await self._ask(run, "setup", self.setup)
+            if aside is not None:
+                _log.warning("the embedded index could not be read, and is built anew", moved_to=aside)
             run.is_set_up = True
         return await self._ask(run, operation, given, blob)
 

@@ -13,9 +13,12 @@ import grpc
 import pytest
 from chathistory.v1 import document_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from qdrant_client import QdrantClient
+from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
+from service.search import embedded
 from service.search.embeddings import packed
+from service.search.index import QdrantIndex
+from service.search.points import Changes, Kind, Point, Wipe
 from service.server import Server
 from tests.search.library import HYBRID, INDEXED, SEMANTIC, SHARED, Library, comes_true, searchable, settled
 from tests.support.chat import Chat
@@ -172,6 +175,100 @@ async def test_a_child_that_dies_is_started_again(server: Server, library: Libra
     await searchable(server)
     assert (await library.search("boat at midnight"))[0].document.id == made.id
     assert server.search._child.pid not in (None, pid)
+
+
+def broken(folder: Path) -> list[Path]:
+    """Return the files of indexes that were put aside."""
+    return [path for path in folder.glob("qdrant.broken-*/**/*") if path.is_file()]
+
+
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")
+async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
+    client = AsyncQdrantClient(path=str(tmp_path / "qdrant"))
+    index = QdrantIndex(client, "masks", 2)
+    name = await index.create()
+    collection = client._client.collections[name]  # type: ignore[attr-defined]
+    slow = collection._payload_and_non_deleted_mask
+    embedded.fit(client)
+    points = [
+        Point(f"user {n % 3}", (Kind.CHUNK, Kind.MESSAGE)[n % 2], f"entity {n % 5}", str(n // 2)) for n in range(60)
+    ]
+
+    async def same() -> int:
+        found = 0
+        for users in (["user 0"], ["user 1", "user 2", "nobody"], ["nobody"], []):
+            for kind in Kind:
+                for entities in ([], ["entity 3"]):
+                    fields: dict[str, list[str]] = {
+                        "user_id": users,
+                        "kind": [kind],
+                        "entity_id": entities or ["entity 0", "entity 1"],
+                    }
+                    meant = models.Filter(
+                        must=[
+                            models.FieldCondition(key=field, match=models.MatchAny(any=list(values)))
+                            for field, values in fields.items()
+                        ]
+                    )
+                    for vector in (None, ""):
+                        ours = list(map(bool, collection._payload_and_non_deleted_mask(meant, vector)))
+                        assert ours == list(map(bool, slow(meant, vector)))
+                        found += sum(ours)
+        return found
+
+    for start in range(0, 60, 20):
+        await index.write(Changes((), (), points[start : start + 20], packed([1.0, float(start)]) * 20), None)
+        assert await same()
+    embedded.commit(client)
+    await index.write(Changes([Wipe("user 1")], points[:5], points[:1], packed([0.5, 1.0])), None)
+    assert await same()
+    assert await index.count(Wipe("user 1")) == 0
+    # Another's filter goes the package's way.
+    other = models.Filter(must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=Kind.CHUNK))])
+    assert list(collection._payload_and_non_deleted_mask(other)) == list(slow(other))
+    embedded.commit(client)
+    await client.close()
+    kept = {(payload["user_id"], payload["item"], payload["entity_id"]) for payload in scrolled(tmp_path)}
+    gone = points[1:5]
+    assert kept == {(p.user_id, p.item, p.entity_id) for p in points if p.user_id != "user 1" and p not in gone}
+
+
+@pytest.mark.parametrize("file", ["meta.json", "storage.sqlite"])
+async def test_an_index_that_cannot_be_read_is_built_anew(
+    server: Server, library: Library, database_url: str, tmp_path: Path, file: str
+) -> None:
+    made = await library.create(["The bakery opens at five."])
+    await settled(server)
+    await server.stop()
+    (path,) = (tmp_path / "qdrant").rglob(file)
+    path.write_bytes(b"cut o")
+    async with serving(database_url, search="on", data_dir=tmp_path) as again, connected(again.address) as stub:
+        await searchable(again)
+        library = Library(Chat(stub, library.user_id))
+
+        async def found() -> bool:
+            return [hit.document.id for hit in await library.search("when is there bread")] == [made.id]
+
+        await comes_true(found, "it is built from PostgreSQL")
+    assert any(each.read_bytes() == b"cut o" for each in broken(tmp_path) if each.name == file)
+
+
+async def test_an_index_that_another_process_has_open_is_left_alone(
+    server: Server, library: Library, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await library.create(["The bakery opens at five."])
+    await settled(server)
+    async with serving(database_url, search="on", data_dir=tmp_path) as second:
+        assert second.search is not None
+
+        async def told() -> bool:
+            assert second.search is not None
+            return "another process" in second.search.problem
+
+        await comes_true(told, "it says why")
+        assert not second.search.healthy
+    assert len(await library.search("when is there bread")) == 1
+    assert not broken(tmp_path)
 
 
 @pytest.mark.timeout(180)
