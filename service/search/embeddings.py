@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from service.search.points import Refused, SearchDown, WrongIndex
+from service.search.points import Refused, SearchBusy, SearchDown, WrongIndex
 from service.search.process import Child
 
+_TOO_MANY_REQUESTS = 429
 OFFLINE_MODEL = "wordllama-l2-supercat"
 
 
@@ -86,7 +87,8 @@ class RemoteEmbeddings:
             # A wrong key or model name is the operator's to mend, and nothing that was sent is at fault.
             if error.status_code in (400, 413, 422):
                 raise Refused(f"the embeddings endpoint refuses it ({error.status_code})") from error
-            raise SearchDown(f"the embeddings endpoint answers {error.status_code}") from error
+            kind = SearchBusy if error.status_code == _TOO_MANY_REQUESTS else SearchDown
+            raise kind(f"the embeddings endpoint answers {error.status_code}") from error
         except self._errors.OpenAIError as error:
             raise SearchDown(f"the embeddings endpoint does not answer ({type(error).__name__})") from error
         vectors = [each.embedding for each in sorted(made.data, key=lambda each: each.index)]

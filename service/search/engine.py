@@ -15,13 +15,15 @@ from service.config import Settings
 from service.errors import InvalidArgument, Unavailable
 from service.search.embeddings import Embeddings, OfflineEmbeddings, RemoteEmbeddings
 from service.search.indexer import Figures, Indexer
-from service.search.points import Found, Index, Kind, Question, Refused, SearchDown, WrongIndex, alias_of
+from service.search.points import Found, Index, Kind, Question, Refused, SearchBusy, SearchDown, WrongIndex, alias_of
 from service.search.process import Child, ChildIndex
 from service.search.rebuild import Rebuild
 from service.store.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox import Outbox
 from service.store.rebuilding import Progress, Rebuilding
 
+STEADY = 30.0
+"""Seconds that search must have been up for its next fall to be a new one: else the pauses go on growing."""
 PROBE_CAP = 5.0
 """Seconds between two tries to open what is down, at the most."""
 REPLY_MARGIN = 0.1
@@ -87,12 +89,15 @@ class Search:
     async def _supervise(self) -> None:
         """Open, and open again whenever something was down."""
         await self._wait_ready()
+        loop = asyncio.get_running_loop()
         attempt = 0
         while True:
             try:
                 await self._open()
-                attempt = 0
+                opened = loop.time()
                 await self._down.wait()
+                if loop.time() - opened > STEADY:
+                    attempt = 0
             except (SearchDown, WrongIndex) as error:
                 self._fell(str(error))
             except DATABASE_ERRORS as error:
@@ -208,9 +213,10 @@ class Search:
             try:
                 await work.run(anew=anew)
                 return
-            except (SearchDown, *DATABASE_ERRORS) as error:
+            except Exception as error:  # noqa: BLE001 - it must be built, whatever is in the way now
                 attempt += 1
-                _log.warning("building the search index pauses", problem=type(error).__name__)
+                known = isinstance(error, (SearchDown, *DATABASE_ERRORS))
+                _log.warning("building the search index pauses", problem=type(error).__name__, exc_info=not known)
                 await asyncio.sleep(0.5 + backoff(attempt, base=0.5, cap=30.0))
 
     def _wake_or_start(self) -> None:
@@ -280,10 +286,10 @@ class Search:
         try:
             async with asyncio.timeout_at(limit):
                 yield
+        except (SearchBusy, TimeoutError):
+            raise self._unavailable() from None
         except SearchDown as error:
             self._fell(str(error))
-            raise self._unavailable() from None
-        except TimeoutError:
             raise self._unavailable() from None
         except Refused:
             raise InvalidArgument.field("query", "cannot be embedded") from None

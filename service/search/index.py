@@ -18,7 +18,7 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from service.search.points import Changes, Found, Point, Question, Refused, SearchDown, Wipe, WrongIndex
+from service.search.points import Changes, Found, Point, Question, Refused, SearchBusy, SearchDown, Wipe, WrongIndex
 
 T = TypeVar("T")
 
@@ -159,10 +159,14 @@ def _told(error: Exception) -> Exception:
     name = type(error).__name__
     if isinstance(error, UnexpectedResponse):
         status = error.status_code or _SERVER_ERROR
-        if status in (_TOO_MANY_REQUESTS, _NOT_FOUND) or status >= _SERVER_ERROR:
+        if status == _TOO_MANY_REQUESTS:
+            return SearchBusy(f"Qdrant answers {status}")
+        if status == _NOT_FOUND or status >= _SERVER_ERROR:
             return SearchDown(f"Qdrant answers {status}")
         return Refused(f"Qdrant refuses it ({status})")
-    if isinstance(error, ResponseHandlingException | ResourceExhaustedResponse | OSError | TimeoutError):
+    if isinstance(error, ResourceExhaustedResponse):
+        return SearchBusy("Qdrant takes no more now")
+    if isinstance(error, ResponseHandlingException | OSError | TimeoutError):
         return SearchDown(f"Qdrant does not answer ({name})")
     # The embedded mode says what is not there, or does not fit, as a ValueError.
     if isinstance(error, ValueError):

@@ -8,6 +8,8 @@ sets itself a timer only while rows wait, so that an idle service asks the datab
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,11 +18,11 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.search.embeddings import Embeddings
-from service.search.points import Changes, Index, Kind, Point, Refused, SearchDown, Wipe
+from service.search.points import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
 from service.store import indexed
 from service.store.database import DATABASE_ERRORS, Database, backoff
 from service.store.indexed import Item, Range
-from service.store.outbox import Outbox, Taken
+from service.store.outbox import MAX_ATTEMPTS, Backlog, Outbox, Taken
 from service.store.rebuilding import Rebuilding
 from service.store.tables import DocumentStatus, Owed
 
@@ -32,13 +34,16 @@ LEASE = 60.0
 """Seconds that a row is ours."""
 MARGIN = 30.0
 """Seconds of the lease that must be left when something is written: longer than a write can take."""
-MAX_ATTEMPTS = 5
-"""Tries of what is refused, before it is given up."""
 RETRY_BASE, RETRY_CAP = 1.0, 60.0
 RECHECK = 5.0
 """Seconds between two looks at rows that others hold, at the least."""
 GATHER = 0.02
 """Seconds to wait after a commit for others, so that they are indexed together."""
+REST = 3.0
+"""How long to rest after a batch, as a multiple of what it took, when this process uses all of a core; nothing below half of one.
+What indexes takes a core from those who chat: on a small machine it does so for a quarter of the time, while they keep it busy."""
+SMALL = 3
+"""Cores of a small machine, at the most."""
 PACE = 0.25
 """The same while commits come all the time: a session that grows is then taken a few times a second, not at every message."""
 BACKLOG_AGE = 2.0
@@ -55,10 +60,15 @@ class Figures:
 
     waiting: int = 0
     failed: int = 0
-    lag: float = 0.0
-    """Seconds since the oldest change that is not indexed, when last looked."""
     indexed: int = 0
     """Points written since the start."""
+    oldest: float | None = None
+    """When the oldest change came that is not indexed, on the monotonic clock."""
+
+    @property
+    def lag(self) -> float:
+        """Seconds since then; it goes on growing while the index does not answer."""
+        return 0.0 if self.oldest is None else max(0.0, time.monotonic() - self.oldest)
 
 
 @dataclass(slots=True)
@@ -70,6 +80,7 @@ class _Batch:
     rows: list[Taken]
     building: str | None
     refused: dict[Taken, str] = field(default_factory=dict)
+    """Rows of which something was refused, and why."""
 
 
 class LeaseLost(Exception):
@@ -100,6 +111,7 @@ class Indexer:
         self._on_down = on_down
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.Event()
+        self._small = len(os.sched_getaffinity(0)) <= SMALL
         self._task: asyncio.Task[None] | None = None
         self.figures = Figures()
 
@@ -121,6 +133,9 @@ class Indexer:
     def wake(self) -> None:
         """Look at the outbox: something was committed."""
         self._work.set()
+        if self.figures.oldest is None:
+            self.figures.oldest = time.monotonic()
+            self.figures.waiting += 1
 
     async def _run(self) -> None:
         attempt = 0
@@ -130,6 +145,9 @@ class Indexer:
                 attempt = 0
             except asyncio.CancelledError:
                 raise
+            except SearchBusy:
+                attempt += 1
+                wait = backoff(attempt, base=0.5, cap=30.0) + 0.5
             except SearchDown as error:
                 # The supervisor asks the index until it answers, and starts us anew.
                 self._on_down(str(error))
@@ -151,15 +169,25 @@ class Indexer:
     async def _drain(self) -> float | None:
         """Work until nothing is due; return the seconds until something is, or None."""
         self._work.clear()
+        looked = self._loop.time()
         while await self._step():
             if self.figures.lag < BACKLOG_AGE:
                 await asyncio.sleep(PACE)
-        backlog = await self._outbox.backlog()
-        figures = self.figures
-        figures.waiting, figures.failed, figures.lag = backlog.waiting, backlog.failed, backlog.age
+            if self._loop.time() - looked > RECHECK:
+                await self._look()
+                looked = self._loop.time()
+        backlog = await self._look()
         if backlog.pause is None:
             return None
         return max(backlog.pause, 0.05) if backlog.pause < RECHECK else max(RECHECK, backlog.pause / 2)
+
+    async def _look(self) -> Backlog:
+        """Count what is owed."""
+        backlog = await self._outbox.backlog()
+        figures = self.figures
+        figures.waiting, figures.failed = backlog.waiting, backlog.failed
+        figures.oldest = time.monotonic() - backlog.age if backlog.waiting else None
+        return backlog
 
     async def _step(self) -> bool:
         """Take rows and work them off; False when none was due."""
@@ -167,7 +195,7 @@ class Indexer:
         batch.rows = await self._outbox.claim(batch.lease_id, LEASE, CLAIM)
         if not batch.rows:
             return False
-        self.figures.lag = max(row.age for row in batch.rows)
+        self.figures.oldest = time.monotonic() - max(row.age for row in batch.rows)
         try:
             # Read after the rows were taken: whoever starts to build a collection meanwhile owes every row anew.
             batch.building = await self._rebuilding.collection()
@@ -226,9 +254,14 @@ class Indexer:
             if (row.user_id, row.entity_id) in there
         ]
         while ranges:
+            started, used = self._loop.time(), time.process_time()
             items = await indexed.items(self._database, kind, ranges, PAGE)
             if items:
-                await self._write(batch, await self._changes(_KIND[kind], ranges, items))
+                changes, refused = await self._changes(_KIND[kind], ranges, items)
+                by_entity = {(row.user_id, row.entity_id): row for row in rows}
+                batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
+                await self._write(batch, changes)
+                await asyncio.sleep(self._rest(self._loop.time() - started, time.process_time() - used))
             if len(items) < PAGE:
                 break
             # The last one may go on; those before it are done.
@@ -238,36 +271,66 @@ class Indexer:
             done = {
                 (row.user_id, row.entity_id): there[row.user_id, row.entity_id]
                 for row in rows
-                if (row.user_id, row.entity_id) in there
+                if (row.user_id, row.entity_id) in there and row not in batch.refused
             }
             await indexed.settle(self._database, done, DocumentStatus.INDEXED)
 
-    async def _changes(self, kind: Kind, ranges: Sequence[Range], items: Sequence[Item]) -> Changes:
-        """Embed what has a text; what has none must not be found."""
+    def _rest(self, took: float, used: float) -> float:
+        """Return how long to rest after a batch that took so many seconds, of which this process used some of a core."""
+        if not self._small or not took:
+            return 0.0
+        return min(REST * took * max(0.0, 2 * used / took - 1), LEASE - MARGIN)
+
+    async def _changes(
+        self, kind: Kind, ranges: Sequence[Range], items: Sequence[Item]
+    ) -> tuple[Changes, dict[tuple[str, str], str]]:
+        """Embed what has a text; what has none, or is refused, must not be found.
+
+        Returns:
+            What to change, and by entity why something of it is refused.
+        """
+        wanted = [item.text or "" for item in items if item.vector is None and not item.blank]
+        made = iter(await self._embed(wanted))
         deletes: list[Point] = []
         points: list[Point] = []
-        wanted: list[str] = []
-        vectors: list[bytes | None] = []
+        vectors: list[bytes] = []
+        refused: dict[tuple[str, str], str] = {}
         for item in items:
             owner = ranges[item.range]
             point = Point(owner.user_id, kind, owner.entity_id, item.key)
-            if item.text is None or not item.text.strip():
+            vector: bytes | str = b""
+            if not item.blank:
+                vector = next(made) if item.vector is None else self._fitting(item.vector)
+            if isinstance(vector, str):
+                refused[owner.user_id, owner.entity_id] = vector
+            if vector and isinstance(vector, bytes):
+                points.append(point)
+                vectors.append(vector)
+            else:
                 deletes.append(point)
-                continue
-            points.append(point)
-            vectors.append(item.vector)
-            if item.vector is None:
-                wanted.append(item.text)
-            elif len(item.vector) != self._dimensions * 4:
-                raise Refused(
-                    f"the given vectors have dimension {len(item.vector) // 4}, and the index has {self._dimensions}"
-                )
-        made = await self._embeddings.embed(wanted) if wanted else b""
+        return Changes((), deletes, points, b"".join(vectors)), refused
+
+    def _fitting(self, vector: bytes) -> bytes | str:
+        """Return a vector that was given, or why it is refused."""
+        if len(vector) == self._dimensions * 4:
+            return vector
+        return f"the given vectors have dimension {len(vector) // 4}, and the index has {self._dimensions}"
+
+    async def _embed(self, texts: Sequence[str]) -> list[bytes | str]:
+        """Return the vectors of texts, or why one is refused: the others are taken all the same."""
+        if not texts:
+            return []
+        try:
+            made = await self._embeddings.embed(texts)
+        except Refused as error:
+            if len(texts) == 1:
+                return [str(error)]
+            half = len(texts) // 2
+            return await self._embed(texts[:half]) + await self._embed(texts[half:])
         size = self._dimensions * 4
-        if len(made) != size * len(wanted):
-            raise Refused("the embeddings have another dimension than the index")
-        parts = iter([made[n : n + size] for n in range(0, len(made), size)])
-        return Changes((), deletes, points, b"".join(next(parts) if vector is None else vector for vector in vectors))
+        if len(made) != size * len(texts):
+            raise SearchDown("the embeddings have another dimension than the index")
+        return [made[n : n + size] for n in range(0, len(made), size)]
 
     async def _write(self, batch: _Batch, changes: Changes) -> None:
         await self._hold(batch)

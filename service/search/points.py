@@ -69,6 +69,10 @@ class SearchDown(Exception):
     """The index or the embeddings do not answer: nothing is wrong with what they were asked, and a later try may succeed."""
 
 
+class SearchBusy(SearchDown):
+    """They answer, and take no more at this moment."""
+
+
 class Refused(Exception):
     """What was asked is refused, and would be again: the text says why, without what was asked."""
 

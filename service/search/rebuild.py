@@ -70,14 +70,14 @@ class Rebuild:
             await self._state.begin(self._lease_id, collection, messages=self._messages)
             place = Place(collection, 0, *_START, 0, 0)
             _log.info("building a search index", collection=collection)
-        await self._hand_out(place)
+        await self._hand_out(place, collection)
         while (progress := await self._state.progress()) is not None and progress.waiting:
-            await self._pause()
+            await self._pause(collection)
         await self._index.publish(collection)
         await self._state.end(self._lease_id)
         _log.info("the search index is built", collection=collection)
 
-    async def _hand_out(self, place: Place) -> None:
+    async def _hand_out(self, place: Place, collection: str) -> None:
         """Owe everything there is, from a place on."""
         for kind in (Owed.DOCUMENT, Owed.SESSION):
             if kind < place.kind or (kind == Owed.SESSION and not self._messages):
@@ -87,10 +87,11 @@ class Rebuild:
                 after = await self._state.hand_out(self._lease_id, kind, after, SLICE, LEASE)
                 self._wake()
                 while (progress := await self._state.progress()) is not None and progress.waiting > MOST_WAITING:
-                    await self._pause()
+                    await self._pause(collection)
 
-    async def _pause(self) -> None:
+    async def _pause(self, collection: str) -> None:
         self._wake()
         await asyncio.sleep(LOOK)
-        if await self._state.take(self._lease_id, LEASE) is None:
+        place = await self._state.take(self._lease_id, LEASE)
+        if place is None or place.building != collection:
             raise SearchDown("another process has taken the rebuilding over")

@@ -34,6 +34,11 @@ class Item(NamedTuple):
     text: str | None
     vector: bytes | None
 
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing to find."""
+        return not (self.text and self.text.strip())
+
 
 _ASKED = "unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[]) WITH ORDINALITY AS w (user_id, entity_id, since, through, n)"
 

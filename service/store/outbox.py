@@ -26,6 +26,9 @@ from service.store.tables import Owed, search_indexes, search_outbox
 LAST = 2**63 - 1
 """Beyond every chunk's index and every message's seq."""
 
+MAX_ATTEMPTS = 5
+"""Tries of what is refused, before it is given up. A session that was given up and grows is tried with what is new alone."""
+
 _own = search_outbox.c
 _KEY = ("kind", "user_id", "entity_id")
 _NEVER: ColumnElement[datetime] = literal_column("'infinity'::timestamptz")
@@ -122,8 +125,10 @@ WITH due AS (
 )
 UPDATE search_outbox AS o SET
     lease_id = $2, due_at = clock_timestamp() + $3 * interval '1 second',
-    taken_since = least(o.taken_since, o.since), taken_through = greatest(o.taken_through, o.through),
+    taken_since = CASE WHEN o.kind = {Owed.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN o.since ELSE least(o.taken_since, o.since) END,
+    taken_through = greatest(o.taken_through, o.through),
     taken_wipe = o.taken_wipe OR o.wipe,
+    attempts = CASE WHEN o.kind = {Owed.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN 0 ELSE o.attempts END,
     since = {LAST}, through = -1, wipe = false
 FROM due AS d
 WHERE o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id

@@ -9,12 +9,17 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+from chathistory.v1 import document_pb2
+from grpc import StatusCode
 
+from service.search import indexer
 from service.search.embeddings import RemoteEmbeddings
 from service.search.index import floats
 from service.search.points import Refused, SearchDown, WrongIndex
-from tests.search.library import INDEXED, Library, comes_true, searchable, settled
+from tests.search.library import INDEXED, SEMANTIC, Library, comes_true, searchable, settled
 from tests.support.chat import Chat
+from tests.support.cluster import fetch
+from tests.support.failures import failure
 from tests.support.servers import connected, serving
 
 
@@ -23,6 +28,8 @@ class Endpoint:
 
     def __init__(self) -> None:
         self.status = 200
+        self.refused = "\0"
+        """Any request with this in a text is answered 400."""
         self.seen: list[tuple[str, dict[str, object]]] = []
         self.url = ""
 
@@ -33,6 +40,7 @@ class Endpoint:
         )
         sent = json.loads(await reader.readexactly(length))
         self.seen.append((head, sent))
+        status = 400 if any(self.refused in text for text in sent["input"]) else self.status
         data = [
             {
                 "object": "embedding",
@@ -48,9 +56,9 @@ class Endpoint:
             "model": sent["model"],
             "usage": {"prompt_tokens": 1, "total_tokens": 1},
         }
-        body = json.dumps(reply if self.status == 200 else {"error": {"message": "no"}}).encode()
+        body = json.dumps(reply if status == 200 else {"error": {"message": "no"}}).encode()
         writer.write(
-            f"HTTP/1.1 {self.status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
             "connection: close\r\n\r\n".encode()
             + body
         )
@@ -114,5 +122,83 @@ async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: 
 
         async def indexed() -> bool:
             return (await library.get(late.id)).status == INDEXED
+
+        await comes_true(indexed, "it is caught up")
+
+
+async def test_one_text_that_is_refused_holds_no_other_up(
+    database_url: str, tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexer, "RETRY_BASE", 0.01)
+    endpoint.refused = "poison"
+    given = {"search": "on", "data_dir": tmp_path, "EMBEDDINGS_URL": endpoint.url, "EMBEDDINGS_MODEL": "tiny"}
+    async with serving(database_url, **given) as server, connected(server.address) as stub:
+        await searchable(server)
+        library = Library(await Chat.of_new_user(stub))
+        made = await library.create([f"text {n}" if n != 70 else "poison" for n in range(100)])
+        fine = await library.create(["nothing is wrong with this one"])
+        session = await library.chat.start("before")
+        for text in ("poison", "after"):
+            await library.chat.append(session, text)
+
+        async def given_up() -> bool:
+            return (await library.get(made.id)).status == document_pb2.DOCUMENT_STATUS_FAILED
+
+        await comes_true(given_up, "the document is given up")
+        await settled(server)
+        document = await library.get(made.id)
+        assert "refuses" in document.status_detail
+        assert [each.id for each in (await library.page(status=document.status)).documents] == [made.id]
+        assert (await library.get(fine.id)).status == INDEXED
+        found = {hit.chunk_index for hit in await library.search("text 99", document_ids=[made.id], limit=100)}
+        assert found == set(range(100)) - {70}
+        assert {hit.message.content for hit in await library.said("after", SEMANTIC)} == {"before", "after"}
+        search = server.search
+        assert search is not None
+        assert search.healthy
+
+        async def told() -> bool:
+            return (search.figures.failed, search.figures.lag) == (2, 0.0)
+
+        await comes_true(told, "the figures say so")
+        # What comes later is indexed without asking for the rest again.
+        asked = len(endpoint.seen)
+        await library.chat.append(session, "later")
+        await settled(server)
+        assert [sent["input"] for _, sent in endpoint.seen[asked:]] == [["later"]]
+        assert "later" in {hit.message.content for hit in await library.said("later", SEMANTIC)}
+    endpoint.refused = "\0"
+    async with serving(database_url, **given) as server, connected(server.address) as stub:
+        await searchable(server)
+        library = Library(Chat(stub, library.user_id))
+
+        async def indexed() -> bool:
+            return (await library.get(made.id)).status == INDEXED
+
+        await comes_true(indexed, "the next start tries it again")
+        assert await fetch(database_url, "SELECT FROM search_outbox") == []
+
+
+async def test_an_endpoint_that_takes_no_more_now_is_not_down(
+    database_url: str, tmp_path: Path, endpoint: Endpoint
+) -> None:
+    given = {"search": "on", "data_dir": tmp_path, "EMBEDDINGS_URL": endpoint.url, "EMBEDDINGS_MODEL": "tiny"}
+    async with serving(database_url, **given) as server, connected(server.address) as stub:
+        await searchable(server)
+        library = Library(await Chat.of_new_user(stub))
+        endpoint.status = 429
+        asked = len(endpoint.seen)
+        made = await library.create(["some text"])
+        failed = await failure(library.search("anything"))
+        assert (failed.code, failed.reason) == (StatusCode.UNAVAILABLE, "SEARCH_UNAVAILABLE")
+        await asyncio.sleep(2.0)
+        assert server.search is not None
+        assert server.search.healthy
+        assert 2 <= len(endpoint.seen) - asked <= 6, "asked again, and more and more seldom"
+        assert server.search.figures.lag > 1.0
+        endpoint.status = 200
+
+        async def indexed() -> bool:
+            return (await library.get(made.id)).status == INDEXED
 
         await comes_true(indexed, "it is caught up")

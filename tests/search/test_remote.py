@@ -28,6 +28,7 @@ from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, all_new_statements, fetch
 from tests.support.failures import failure as how_it_fails
 from tests.support.servers import channel, code_of, connected, serving
+from tests.support.statements import Sent
 
 pytestmark = pytest.mark.faults  # Takes long.
 
@@ -145,11 +146,39 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
         await library.delete(doomed.id)
         late = await library.create(["Written during the outage: the cellar is flooded."])
         assert (await library.get(late.id)).status != INDEXED
+        assert server.search is not None
+        before = server.search.figures.lag
+        await asyncio.sleep(0.2)
+        assert server.search.figures.lag > before > 0
         await qdrant.start()
         await searchable(server)
         await index_equals_postgres(database_url, server, qdrant)
+        await comes_true(lambda: _no_lag(server), "the lag is over")
         assert (await library.get(late.id)).status == INDEXED
         assert (await library.search("water damage downstairs"))[0].document.id == late.id
+
+
+async def _no_lag(server: Server) -> bool:
+    assert server.search is not None
+    return (server.search.figures.lag, server.search.figures.waiting) == (0.0, 0)
+
+
+async def test_an_idle_index_asks_the_database_nothing(
+    cluster: Cluster, database_url: str, qdrant: QdrantServer, remote: dict[str, Any]
+) -> None:
+    async with at_work(database_url, remote) as (server, library):
+        await library.create(["found"])
+        await settled(server)
+        await comes_true(lambda: _no_lag(server), "the indexer has nothing left")
+        await asyncio.sleep(0.5)
+        sent = Sent(cluster, database_url)
+        await asyncio.sleep(7)
+        assert sent.so_far() == []
+        await qdrant.stop()
+        assert (await how_it_fails(library.search("found"))).reason == "SEARCH_UNAVAILABLE"
+        sent = Sent(cluster, database_url)
+        await asyncio.sleep(7)
+        assert sent.so_far() == []
 
 
 async def test_a_qdrant_that_does_not_answer_in_time(
