@@ -303,6 +303,66 @@ def _pipeline(found: dict[str, Any]) -> list[Table]:
     ]
 
 
+def _search(found: dict[str, Any]) -> list[Table]:
+    appends, documents, recall = found["appends"], found["documents"], found["recall"]
+    medians, ratios = appends["run"]["medians"], appends["run"]["ratios"]["plain"]
+    rows = [
+        [
+            label,
+            _number(medians[name]["calls_per_second"]),
+            _bold(ratios["calls_per_second"]) if name == "indexed" else "",
+            *(_number(medians[name][f"{process}_us_per_call"]) for process in ("cpu", "postgres")),
+            _number(child),
+            _number(medians[name]["driver_us_per_call"]),
+        ]
+        for name, label, child in (
+            ("indexed", "messages indexed", appends["child_us_per_append"]),
+            ("plain", "search off", 0),
+        )
+    ]
+    columns = (
+        "64 in flight",
+        "calls/s",
+        "share",
+        "service µs",
+        "PostgreSQL µs",
+        "search process µs",
+        "load generator µs",
+    )
+    note = (
+        f"{appends['indexed_meanwhile']:.0%} of the messages were indexed while they came, the rest within "
+        f"{appends['seconds_to_catch_up']:.1f} s after. µs: processor time an append, by process. {_rows_note(appends['rows'])}"
+    )
+    p99 = documents["context_p99_us"]
+    figures = [
+        ["documents of 20 chunks indexed a second", f"{documents['documents_per_second']:.0f}"],
+        ["chunks of 800 characters indexed a second", _number(documents["chunks_per_second"])],
+        *(
+            [f"SearchDocuments p50 ms, {_number(int(size))} own chunks", f"{p50:.1f}"]
+            for size, p50 in documents["search_p50_ms"].items()
+        ),
+        [
+            "GetContext p99 ms, quiet / while 1,000 chunks are indexed",
+            f"{_ms(p99['quiet'])} / {_ms(p99['indexing'])}: **{documents['context_p99_ratio']:.2f}**",
+        ],
+        ["health ms meanwhile, the slowest", f"{documents['health_worst_ms']:.0f}"],
+        [
+            f"recall@5, {recall['questions']:.0f} questions on {recall['sections']:.0f} sections",
+            f"{recall['recall_at_5']:.2f}",
+        ],
+        ["right section first", f"{recall['first']:.2f}"],
+        [
+            "MB resident, service / search process",
+            " / ".join(_mb(documents["memory"][name]) for name in ("server", "child")),
+        ],
+    ]
+    others = f"Beside the user's own chunks the index holds {_number(documents['others_chunks'])} of others."
+    return [
+        Table("AppendMessages with messages indexed, beside search off", columns, rows, note),
+        Table("Search, in the embedded default", ("", "figure"), figures, others),
+    ]
+
+
 def _rows_note(rows: dict[str, Any]) -> str:
     hot = rows["hot_updates"] / max(rows["session_updates"], 1)
     return (
@@ -321,6 +381,7 @@ _TABLES = {
     "long_session": _long_session,
     "baseline": _baseline,
     "variants": _variants,
+    "search": _search,
 }
 
 

@@ -16,6 +16,7 @@ from chathistory.v1 import message_pb2
 from benchmarks import layers, work
 from benchmarks.compare import Result, Subject, compare
 from benchmarks.driver import BenchError, Load
+from benchmarks.search import search
 from benchmarks.stack import Server, Stack
 from benchmarks.work import Session
 from service.rpc.tokens import SERVICE_SCOPE
@@ -41,12 +42,15 @@ class Plan:
     stored: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     long_session: int = 1_000_000
     memory_seconds: float = 20.0
+    chunks: tuple[int, ...] = (1_000, 10_000)
+    """Of one user, when documents are searched."""
+    searches: int = 60
 
 
 FULL = Plan()
 QUICK = Plan(
     rounds=2, seconds=0.5, read_seconds=0.4, warmup=0.15, in_flight=(1, 64), stored=(10_000, 100_000), long_session=50_000,
-    memory_seconds=2.0,
+    memory_seconds=2.0, chunks=(1_000, 2_000), searches=20,
 )  # fmt: skip
 
 
@@ -419,4 +423,5 @@ SCENARIOS: dict[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {
     "long_session": long_session,
     "baseline": baseline,
     "variants": variants,
+    "search": search,
 }

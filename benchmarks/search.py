@@ -1,144 +1,179 @@
-"""`python -m benchmarks.search`: documents and search, in the embedded default.
+"""Documents and search, in the embedded default: Qdrant's local mode and the offline embeddings, in a process of their own.
 
 - appends with message indexing on, while the outbox is drained, beside appends with search off;
 - documents and chunks indexed a second;
-- SearchDocuments at 10^3 and 10^4 chunks;
-- GetContext while 1,000 chunks are indexed, beside the same in quiet;
-- recall@5 of the offline embeddings on the labelled questions of tests/search/texts.
+- SearchDocuments with more and more chunks stored;
+- GetContext and health while 1,000 chunks are indexed, beside GetContext in quiet;
+- recall of the offline embeddings on the labelled questions of tests/search/texts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import csv
-import sys
 import time
 from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import psutil
 from chathistory.v1 import document_pb2, user_pb2
 from grpc_health.v1 import health_pb2
 
 from benchmarks import work
-from benchmarks.compare import Figures, Subject, once
+from benchmarks.compare import Figures, Result, Subject, once
 from benchmarks.driver import Load
-from benchmarks.stack import ROOT, WORK, Server, Stack
-
-TEXTS = ROOT / "tests" / "search" / "texts"
-ON = {"CHAT_HISTORY_SEARCH": "on"}
-SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody knows why it does such a thing on a rainy day. "
-CHUNK = SENTENCE * 8
-"""About 800 characters, as chunkers cut them."""
-ROUNDS = 3
-SECONDS = 3.0
-QUERIES = 60
-HITS = 10
-SMALL = 1_000
+from benchmarks.stack import ROOT, Server, Stack
 
 if TYPE_CHECKING:
     from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceAsyncStub as Stub
 
+    from benchmarks.scenarios import Bench
 
-async def measure(stack: Stack, *, quick: bool = False) -> dict[str, Any]:
+TEXTS = ROOT / "tests" / "search" / "texts"
+ON = {"CHAT_HISTORY_SEARCH": "on"}
+_SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody knows why it does such a thing on a rainy day. "
+_CHUNK = _SENTENCE * 8
+"""About 800 characters, as chunkers cut them."""
+_CHUNKS = 20
+"""A document."""
+_SESSIONS = 200
+_IN_FLIGHT = 64
+_READERS = 4
+_HITS = 10
+_DRAIN_SECONDS = 300
+
+_OWED = """
+SELECT coalesce(sum(s.last_seq - least(o.since, o.taken_since) + 1), 0)::bigint
+FROM search_outbox AS o JOIN chat_sessions AS s ON s.user_id = o.user_id AND s.id = o.entity_id
+"""
+
+
+async def search(bench: Bench) -> dict[str, Any]:
     """Take all figures."""
-    rounds, large = (1, 2_000) if quick else (ROUNDS, 10_000)
     return {
-        "append": await appends(stack, rounds),
-        "documents": await documents(stack, large),
-        "recall": await recall(stack),
+        "appends": await _appends(bench),
+        "documents": await _documents(bench),
+        "recall": await _recall(bench.stack),
     }
 
 
-async def appends(stack: Stack, rounds: int) -> dict[str, float]:
-    """Append at 64 in flight with message indexing and without, in turn; the outbox is empty before each round."""
-    subjects: list[tuple[str, Subject]] = []
-    figures: dict[str, list[Figures]] = {"off": [], "on": []}
-    load = Load(64, SECONDS)
-    for name in figures:
-        await stack.new_database(f"append-{name}")
+async def _appends(bench: Bench) -> dict[str, Any]:
+    """Append with message indexing on and off, in turn; the outbox is empty before each."""
+    stack, plan = bench.stack, bench.plan
+    load = bench.writing(_IN_FLIGHT)
+    bench.ticker.expect(2 * plan.rounds)
+    keys = {name: await bench.seeded(f"search-{name}", _SESSIONS) for name in ("indexed", "plain")}
+    result = Result(load, {name: [] for name in keys})
+    child_us: list[float] = []
+    shares: list[float] = []
+    drained: list[float] = []
     async with (
-        stack.service("append-off", "append-off") as off,
-        stack.service("append-on", "append-on", **ON) as on,
+        stack.service("search-indexed", "indexed", **ON) as indexed,
+        stack.service("search-plain", "plain") as plain,
     ):
-        for name, server in (("off", off), ("on", on)):
-            keys = work.new_sessions(200)
-            async with stack.connect(f"append-{name}") as connection:
-                await work.seed(connection, keys)
-            bodies = work.append_bodies(keys, 40_000)
-            subjects.append((name, Subject(name, server, "AppendMessages", bodies)))
-        await _search_ready(on)
-        drained = 0.0
-        waiting = 0
-        for _ in range(rounds):
-            for name, subject in subjects:
-                figures[name].append(await once(stack, subject, load, stack.folder))
-                if name == "on":
-                    waiting = await _waiting(stack, "append-on")
-                    started = time.perf_counter()
-                    await _drained(stack, "append-on")
-                    drained = time.perf_counter() - started
-    rates = {name: median(each.calls_per_second for each in taken) for name, taken in figures.items()}
-    pairs = zip(figures["on"], figures["off"], strict=True)
+        await _search_ready(indexed)
+        subjects = [
+            Subject(name, server, "AppendMessages", bench.appends(keys[name], load))
+            for name, server in (("indexed", indexed), ("plain", plain))
+        ]
+        for _ in range(plan.rounds):
+            for subject in subjects:
+                before = _child_seconds(subject.server)
+                figures = await once(stack, subject, load, stack.folder)
+                result.rounds[subject.name].append(figures)
+                if subject.name == "indexed":
+                    child_us.append((_child_seconds(indexed) - before) / figures.answered * 1e6)
+                    shares.append(1 - await _owed_messages(stack, "search-indexed") / figures.answered)
+                    drained.append(await _drained(stack, "search-indexed"))
+                bench.ticker.advance()
+    rows = await bench.checked_rows("search-indexed", result.answered("indexed"))
     return {
-        "off_per_second": rates["off"],
-        "on_per_second": rates["on"],
-        "share": median(a.calls_per_second / b.calls_per_second for a, b in pairs),
-        "off_server_us": median(each.cpu_us_per_call for each in figures["off"]),
-        "on_server_us": median(each.cpu_us_per_call for each in figures["on"]),
-        "off_postgres_us": median(each.postgres_us_per_call for each in figures["off"]),
-        "on_postgres_us": median(each.postgres_us_per_call for each in figures["on"]),
-        "sessions_waiting_at_the_end": waiting,
-        "seconds_to_drain": drained,
+        "run": result.as_dict(),
+        "rows": rows,
+        "child_us_per_append": round(median(child_us), 1),
+        "indexed_meanwhile": round(median(shares), 3),
+        "seconds_to_catch_up": round(median(drained), 2),
     }
 
 
-async def documents(stack: Stack, large: int) -> dict[str, float]:
-    """Index documents, search them, and read contexts meanwhile."""
-    await stack.new_database("documents")
-    figures: dict[str, float] = {}
-    keys = work.new_sessions(50)
-    async with stack.connect("documents") as connection:
-        await work.seed(connection, keys, work.SESSION_MESSAGES)
-    async with stack.service("documents", "documents", **ON) as server, server.stub() as stub:
+def _child_seconds(server: Server) -> float:
+    """Return the processor time of a server's child process so far."""
+    times = [child.cpu_times() for child in psutil.Process(server.pid).children()]
+    return float(sum(each.user + each.system for each in times))
+
+
+async def _documents(bench: Bench) -> dict[str, Any]:
+    """Index documents, read contexts meanwhile, and search."""
+    stack, plan = bench.stack, bench.plan
+    keys = await bench.seeded("search-documents", 50, work.SESSION_MESSAGES)
+    quiet: list[Figures] = []
+    busy: list[Figures] = []
+    health: list[float] = []
+    sizes = plan.chunks
+    p50_ms: dict[str, float] = {}
+    bench.ticker.expect(plan.rounds + len(sizes))
+    async with (
+        stack.service("search-documents", "documents", **ON) as server,
+        server.stub() as stub,
+    ):
         await _search_ready(server)
-        await _drained(stack, "documents")
-        user_id = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="reader")))).user.id
+        await _drained(stack, "search-documents")
+        users = [await _user(stub) for _ in range(plan.rounds + 1)]
         contexts = Subject("documents", server, "GetContext", work.context_bodies(keys), cycle=True)
-        quiet = await once(stack, contexts, Load(4, SECONDS), stack.folder)
-        stored = 0
-        for size in (SMALL, large):
+        load = Load(_READERS, plan.read_seconds, 0.0)
+        for user_id in users[1:]:
+            quiet.append(await once(stack, contexts, load, stack.folder))
+            reading = asyncio.create_task(once(stack, contexts, load, stack.folder))
+            asked = asyncio.create_task(_health(server, reading))
+            await _create(stub, user_id, 0, 1_000)
+            busy.append(await reading)
+            health.append(await asked)
+            await _drained(stack, "search-documents")
+            bench.ticker.advance()
+        stored, documents, seconds = 0, 0, 0.0
+        for size in sizes:
             started = time.perf_counter()
-            made = await _create(stub, user_id, stored, size)
-            if size == SMALL:
-                busy = await once(stack, contexts, Load(4, 1.0, warmup=0.0), stack.folder)
-                figures |= {"context_p99_quiet_us": quiet.p99_us, "context_p99_indexing_us": busy.p99_us}
-                worst = await _health(server, 30)
-                figures["health_worst_ms"] = worst * 1e3
-            await _drained(stack, "documents")
-            seconds = time.perf_counter() - started
-            if size != SMALL:
-                figures |= {"chunks_per_second": (size - stored) / seconds, "documents_per_second": made / seconds}
+            documents += await _create(stub, users[0], stored, size)
+            await _drained(stack, "search-documents")
+            seconds += time.perf_counter() - started
             stored = size
-            figures[f"search_p50_ms_at_{size}"] = await _search(stub, user_id)
-        figures["rss_server_mb"] = server.rss / 2**20
-    return figures
+            p50_ms[str(size)] = round(await _search(stub, users[0], plan.searches), 1)
+            bench.ticker.advance()
+        memory = {
+            "server": server.rss,
+            "child": sum(c.memory_info().rss for c in psutil.Process(server.pid).children()),
+        }
+    pairs = zip(busy, quiet, strict=True)
+    return {
+        "documents_per_second": round(documents / seconds, 1),
+        "chunks_per_second": round(stored / seconds),
+        "search_p50_ms": p50_ms,
+        "others_chunks": 1_000 * plan.rounds,
+        "context_p99_us": {
+            "quiet": median(each.p99_us for each in quiet),
+            "indexing": median(each.p99_us for each in busy),
+        },
+        "context_p99_ratio": round(median(ours.p99_us / theirs.p99_us for ours, theirs in pairs), 2),
+        "health_worst_ms": round(max(health) * 1e3, 1),
+        "memory": memory,
+    }
 
 
-async def recall(stack: Stack) -> dict[str, float]:
+async def _recall(stack: Stack) -> dict[str, float]:
     """Ask the labelled questions: how often the right section is first, or among the first five."""
-    await stack.new_database("recall")
+    await stack.new_database("search-recall")
     with (TEXTS / "questions.tsv").open(newline="") as file:
         questions = list(csv.DictReader(file, delimiter="\t"))
-    async with stack.service("recall", "recall", **ON) as server, server.stub() as stub:
+    async with stack.service("search-recall", "recall", **ON) as server, server.stub() as stub:
         await _search_ready(server)
-        user_id = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="reader")))).user.id
+        user_id = await _user(stub)
         files = sorted(TEXTS.glob("*.md"))
         for path in files:
             sections = ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]]
             await stub.CreateDocument(_request(user_id, sections, path.name))
-        await _drained(stack, "recall")
+        await _drained(stack, "search-recall")
         places: list[int] = []
         for each in questions:
             request = document_pb2.SearchDocumentsRequest(user_id=user_id, query=each["question"], limit=5)
@@ -150,9 +185,13 @@ async def recall(stack: Stack) -> dict[str, float]:
     return {
         "questions": len(questions),
         "sections": sum(path.read_text().count("\n## ") for path in files),
-        "first": sum(place == 1 for place in places) / len(places),
-        "recall_at_5": sum(place > 0 for place in places) / len(places),
+        "first": round(sum(place == 1 for place in places) / len(places), 3),
+        "recall_at_5": round(sum(place > 0 for place in places) / len(places), 3),
     }
+
+
+async def _user(stub: Stub) -> str:
+    return (await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="reader")))).user.id
 
 
 def _request(user_id: str, texts: Sequence[str], title: str = "") -> document_pb2.CreateDocumentRequest:
@@ -163,73 +202,65 @@ def _request(user_id: str, texts: Sequence[str], title: str = "") -> document_pb
     )
 
 
-async def _create(stub: Stub, user_id: str, first: int, end: int, chunks: int = 20) -> int:
+async def _create(stub: Stub, user_id: str, first: int, end: int) -> int:
     """Store documents until there are so many chunks; return how many documents."""
-    starts = range(first, end, chunks)
+    starts = range(first, end, _CHUNKS)
     for start in starts:
-        texts = [f"{start + n} {CHUNK}" for n in range(chunks)]
-        await stub.CreateDocument(_request(user_id, texts))
+        await stub.CreateDocument(_request(user_id, [f"{start + n} {_CHUNK}" for n in range(_CHUNKS)]))
     return len(starts)
 
 
-async def _search(stub: Stub, user_id: str) -> float:
+async def _search(stub: Stub, user_id: str, times: int) -> float:
+    """Return the median in milliseconds."""
     took: list[float] = []
-    for n in range(QUERIES):
+    for n in range(times):
         request = document_pb2.SearchDocumentsRequest(
             user_id=user_id, query=f"{n} what does the animal do when it rains"
         )
         started = time.perf_counter()
         reply = await stub.SearchDocuments(request)
         took.append(time.perf_counter() - started)
-        assert len(reply.hits) == HITS  # noqa: S101 - a figure of failed searches is none
+        assert len(reply.hits) == _HITS  # noqa: S101 - a figure of failed searches is none
     return median(took) * 1e3
 
 
-async def _check(server: Server, name: str) -> bool:
-    async with grpc.aio.insecure_channel(server.address) as opened:
-        call = opened.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        reply = await call(health_pb2.HealthCheckRequest(service=name))
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+async def _check(channel: grpc.aio.Channel, name: str) -> bool:
+    call: Any = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    reply = await call(health_pb2.HealthCheckRequest(service=name))
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 async def _search_ready(server: Server) -> None:
-    async with asyncio.timeout(30):
-        while not await _check(server, "search"):  # noqa: ASYNC110 - another process's
+    async with asyncio.timeout(30), grpc.aio.insecure_channel(server.address) as channel:
+        while not await _check(channel, "search"):  # noqa: ASYNC110 - another process's
             await asyncio.sleep(0.1)
 
 
-async def _health(server: Server, times: int) -> float:
+async def _health(server: Server, until: asyncio.Task[Any]) -> float:
+    """Ask for readiness until something is over; return the longest that an answer took, in seconds."""
     worst = 0.0
-    for _ in range(times):
-        started = time.perf_counter()
-        await _check(server, "")
-        worst = max(worst, time.perf_counter() - started)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        while not until.done():
+            started = time.perf_counter()
+            await _check(channel, "")
+            worst = max(worst, time.perf_counter() - started)
+            await asyncio.sleep(0.02)
     return worst
 
 
-async def _waiting(stack: Stack, database: str) -> int:
+async def _owed_messages(stack: Stack, database: str) -> int:
     async with stack.connect(database) as connection:
-        return int(await connection.fetchval("SELECT count(*) FROM search_outbox"))
+        return int(await connection.fetchval(_OWED))
 
 
-async def _drained(stack: Stack, database: str) -> None:
-    async with asyncio.timeout(300):
-        while await _waiting(stack, database):  # noqa: ASYNC110 - another process's
-            await asyncio.sleep(0.1)
-
-
-async def _main() -> None:
-    WORK.mkdir(exist_ok=True)
-    async with Stack() as stack:
-        for part, figures in (await measure(stack, quick="--quick" in sys.argv)).items():
-            print(part)  # noqa: T201
-            for name, value in figures.items():
-                print(f"  {name:30} {value:12.2f}")  # noqa: T201
-
-
-if __name__ == "__main__":
-    asyncio.run(_main())
+async def _drained(stack: Stack, database: str) -> float:
+    """Wait until the index owes nothing; return the seconds that it took."""
+    started = time.perf_counter()
+    async with asyncio.timeout(_DRAIN_SECONDS), stack.connect(database) as connection:
+        while await connection.fetchval("SELECT count(*) FROM search_outbox"):  # noqa: ASYNC110 - another process's
+            await asyncio.sleep(0.05)
+    return time.perf_counter() - started
