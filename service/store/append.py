@@ -45,8 +45,8 @@ APART_STATEMENTS = 4
 """Statements of sessions run apart that are under way at once."""
 SHARED_TRIES = 3
 """Tries of a statement that meets contention, before its sessions run apart: one of them may meet it every time."""
-MAX_TRIES = 8
-"""Tries of an item that meets contention, before the caller is told."""
+MAX_BEATEN = 8
+"""Tries of an item in which others came first, before the caller is told."""
 
 
 class Appender:
@@ -256,10 +256,11 @@ class _Lane:
         for item in left_out:
             if item.future.done():
                 continue
+            item.beaten += 1
             refusal = refusal_of(item, sessions.get(item.key))
             if refusal is not None:
                 item.fail(refusal)
-            elif item.tries >= MAX_TRIES:
+            elif item.beaten >= MAX_BEATEN:
                 item.fail(Conflict("the session changes too fast; try again", session_id=item.key[1], retry_after=0.1))
             else:
                 again.append(item)
@@ -313,8 +314,8 @@ class _Lane:
     async def _try_again(self, batch: list[Append], error: BaseException) -> None:
         now = self._loop.time()
         for item in batch:
-            patient = item.tries < MAX_TRIES or sqlstate(error) == "55P03"
-            if not patient or now >= item.give_up:
+            item.beaten += sqlstate(error) != "55P03"
+            if item.beaten >= MAX_BEATEN or now >= item.give_up:
                 item.fail(_final(item, error))
         self._again([item for item in batch if not item.future.done()])
         await asyncio.sleep(backoff(batch[0].tries, base=0.002, cap=0.05) if batch else 0)
@@ -342,5 +343,7 @@ def _final(item: Append, error: BaseException) -> BaseException:
     if sqlstate(error) == "23505":
         return Conflict("the same message is being stored elsewhere; try again", reason="CONTENTION", retry_after=0.1)
     if sqlstate(error) == "23502" and constraint(error) == "seq":
+        # The session went between snapshot and lock. The next try would see that it is gone, or there anew: the item's time was up
+        # before, or somebody has erased and made it again as often as it tried.
         return Conflict("the session is being erased or made anew; try again", reason="CONTENTION", retry_after=0.1)
     return to_service_error(error) or error

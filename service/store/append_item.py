@@ -72,7 +72,7 @@ class Append:
     """
 
     __slots__ = (
-        "attempted", "born", "check", "creates", "deadline", "expected", "future", "give_up", "key", "may_create", "messages",
+        "attempted", "beaten", "born", "check", "creates", "deadline", "expected", "future", "give_up", "key", "may_create", "messages",
         "new_session", "pending", "replayed", "size", "solo", "tries",
     )  # fmt: skip
 
@@ -109,6 +109,8 @@ class Append:
         self.solo = False
         """Whether it must be the only item of its statement."""
         self.tries = 0
+        self.beaten = 0
+        """Of its tries, those in which others came first; neither a lock waited for nor a database away is one."""
         self.size = sum(message.size for message in messages)
         self.future: asyncio.Future[Appended] = loop.create_future()
 

@@ -1,8 +1,11 @@
 """Weak locks of others on a session's row, as every foreign key check takes them, do not make the session look new."""
 
+import asyncio
+
 import asyncpg
 import pytest
 
+from tests.support import failures
 from tests.support.chat import Chat
 
 
@@ -27,3 +30,15 @@ async def test_an_append_finds_the_session_under_the_locks_of_others(chat: Chat,
         await connection.close()
     assert [each.seq for each in reply.messages] == [1]
     assert not reply.session_created
+
+
+async def test_an_append_that_waits_for_an_erasure_finds_the_session_gone(chat: Chat, database_url: str) -> None:
+    """However often it had to ask while the lock was held, which a large erasure holds for longer than the append's patience."""
+    session = await chat.create_session()
+    eraser = await asyncpg.connect(database_url)
+    async with eraser.transaction():
+        await eraser.execute("DELETE FROM chat_sessions WHERE user_id = $1 AND id = $2", chat.user_id, session.id)
+        waiting = [asyncio.create_task(failures.failure(chat.append(session.id, f"{n}"))) for n in range(3)]
+        await asyncio.sleep(2)  # Each try waits for the lock for 75 ms.
+    await eraser.close()
+    assert {found.reason for found in await asyncio.gather(*waiting)} == {"SESSION_NOT_FOUND"}
