@@ -31,6 +31,10 @@ _ROLES = {
     "developer": "system",
     "function": "tool",
 }
+MAX_SEQ = 10_000_000
+"""Of a session in a file: each place without a message becomes a tombstone, and a mere number must not cost more than a while."""
+CLOCKS_DIFFER = 24 * 3600
+"""Seconds that a time may lie ahead. All that is appended to a session comes after its newest time, so one far ahead would stay."""
 _UNKNOWN = 'holds no item: a line is {"user": …}, {"session": …}, {"message": …}, {"document": …} or {"chunk": …}'
 
 
@@ -94,7 +98,7 @@ class Reader:
         """
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadLine("is no JSON") from None
         if not isinstance(line, dict) or len(line) != 1 or not isinstance(body := next(iter(line.values())), dict):
             raise BadLine(_UNKNOWN)
@@ -142,7 +146,7 @@ class Reader:
         self._seq = 0
         session = self._parsed(body, session_pb2.Session())
         created, updated = _times(session)
-        last_seq, summarized = session.last_seq, session.summarized_through_seq
+        last_seq, summarized = _place(session.last_seq), session.summarized_through_seq
         session.summarized_through_seq = 0  # Of a session that is being created, no message can be summarized yet.
         origin = session.forked_from.session_id, session.forked_from.seq
         values = convert.session_values(session, self._session_id) | {
@@ -162,7 +166,7 @@ class Reader:
             raise BadLine("is not of the session before it")
         if isinstance(role := body.get("role"), str) and not role.startswith("ROLE_"):
             body["role"] = f"ROLE_{_ROLES.get(role.lower(), role).upper()}"
-        seq = int(body.pop("seq", self._seq + 1))
+        seq = _place(int(body.pop("seq", self._seq + 1)))
         if seq <= self._seq:
             raise BadLine("comes after a message with its seq or a higher one")
         session = uuid.UUID(self._session_id)
@@ -210,6 +214,12 @@ class Reader:
         return parsed
 
 
+def _place(seq: int) -> int:
+    if seq > MAX_SEQ:
+        raise BadLine(f"has a place beyond {MAX_SEQ:,}")
+    return seq
+
+
 def _broken_rule(violation: protovalidate.Violation) -> str:
     found = violation.proto
     path = ".".join(element.field_name for element in found.field.elements) if found.field else ""
@@ -217,11 +227,17 @@ def _broken_rule(violation: protovalidate.Violation) -> str:
 
 
 def _times(item: Any) -> tuple[int, int]:
-    """Return when an item was made and changed; what is not said is now, or when it was made."""
+    """Return when an item was made and changed; what is not said is now, or when it was made.
+
+    Raises:
+        BadLine: a time lies in the future.
+    """
     now = Timestamp()
     now.GetCurrentTime()
     created = item.create_time if item.HasField("create_time") else now
     updated = item.update_time if item.HasField("update_time") else created
+    if max(created.seconds, updated.seconds) > now.seconds + CLOCKS_DIFFER:
+        raise BadLine("has a time that lies in the future")
     return created.ToMicroseconds(), updated.ToMicroseconds()
 
 

@@ -12,7 +12,8 @@ from service.store.tables import OPEN_END, Owed, State
 # Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an
 # expectation ($9 to $12), and one a message ($14 on).
 # A session that the statement has made is told by its times: a new one's are the same, and an append to one that was there always sets
-# the second beyond the first. (That a new row's xmax is 0 is no sign: so is an updated one's when others had locked it.)
+# the second beyond the first, whatever an import has set them to. (That a new row's xmax is 0 is no sign: so is an updated one's when
+# others had locked it.)
 # With messages indexed, the row of each session in the outbox says from which message on the index owes them. A row that says so
 # already is left as it is: only the first append since the indexer took it changes it, in place. The lock that is taken even so keeps
 # the indexer from taking the row before what is appended here can be seen.
@@ -47,7 +48,7 @@ WITH appended AS (
     ON CONFLICT (user_id, id) DO UPDATE SET
         last_seq = s.last_seq + excluded.last_seq,
         message_count = s.message_count + excluded.message_count,
-        updated_at = greatest(s.updated_at + interval '1 microsecond', excluded.updated_at)
+        updated_at = greatest(greatest(s.updated_at, s.created_at) + interval '1 microsecond', excluded.updated_at)
     WHERE s.state = {State.ACTIVE:d}
       AND NOT EXISTS (
         SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[], $12::bigint[]) AS e (user_id, id, last_seq, born)

@@ -152,8 +152,15 @@ async def end_session(
     }
     missing = select(*columns.values()).where(~there.exists())
     await connection.execute(insert(chat_messages).from_select(list(columns), missing))
+    newest = (
+        select(func.max(_message.created_at))
+        .where(_message.user_id == user_id, _message.session_id == session_id)
+        .scalar_subquery()
+    )
+    updated_at = _own.updated_at if updated_us is None else time_of(updated_us)
     await connection.execute(
         update(chat_sessions)
         .where(_own.user_id == user_id, _own.id == session_id)
-        .values(last_seq=last_seq, updated_at=_own.updated_at if updated_us is None else time_of(updated_us))
+        # Whatever the file says: the next append's time must not lie before the last message's.
+        .values(last_seq=last_seq, updated_at=func.greatest(_own.created_at, updated_at, newest))
     )

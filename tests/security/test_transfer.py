@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,33 @@ async def test_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> 
     stored.check()
 
 
+@pytest.mark.parametrize("ahead", [0, 600])
+@pytest.mark.parametrize("before", [-1e-6, 0, 1e-6, 60])
+async def test_a_session_goes_on_whatever_times_it_came_with(
+    stub: AsyncStub, database_url: str, ahead: float, before: float
+) -> None:
+    """Also when it says that it was changed before it was made, or its messages after it, and when all that is yet to come."""
+    chat = await Chat.of_new_user(stub)
+    session_id, made = new_id(), datetime.now(UTC) + timedelta(seconds=ahead)
+    changed = made - timedelta(seconds=before)
+    body = {"create_time": made.isoformat(), "update_time": changed.isoformat()}
+    for last_seq, messages in ((0, []), (1, [{"role": "user", "content": "old", "create_time": made.isoformat()}])):
+        session_id = new_id()
+        lines = [
+            {"session": body | {"id": session_id, "last_seq": last_seq}},
+            *({"message": each} for each in messages),
+        ]
+        await take_in(database_url, "\n".join(map(json.dumps, lines)), chat.user_id)
+        reply = await chat.append(session_id, "on we go")
+        assert [each.seq for each in reply.messages] == [last_seq + 1]
+        assert not reply.session_created
+        again = await chat.append(session_id, "and on", create_if_missing=True)
+        assert not again.session_created
+        stored = await history(database_url, chat.user_id, session_id)
+        assert stored is not None
+        stored.check()
+
+
 BAD_LINES = {
     "[]": "line 1 holds no item",
     '{"user": {}}': "has no id",
@@ -245,6 +273,10 @@ BAD_LINES = {
     '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n'
     '{"message": {"role": "user", "seq": 2}}\n{"message": {"role": "user", "seq": 2}}': "line 4 comes after",
     '{"user": {"id": "1"}}\n{"chunk": {"text": "x"}}': "comes before its document",
+    '{"user": {"id": "1", "create_time": "2999-01-01"}}': "lies in the future",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1", "last_seq": "9223372036854775807"}}': "line 2 has a place beyond",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "seq": 1e15}}': "line 3 has a place beyond",
+    '{"user": ' + '{"id":' * 100_000: "is no JSON",
 }
 
 
