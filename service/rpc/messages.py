@@ -163,8 +163,9 @@ class Messages:
             while True:
                 watcher.arm()
                 left = self._time_left(watcher, call)
-                rows, more = await messages.page(
-                    self.reads, user_id, session_id, seq, WATCH_PAGE, deadline=loop.time() + self.call_timeout
+                deadline = loop.time() + self.call_timeout
+                rows, more = await messages.following(
+                    self.reads, user_id, session_id, watcher.born, seq, WATCH_PAGE, deadline=deadline
                 )
                 for row in rows:
                     yield message_pb2.WatchMessagesResponse(message=convert.message(row, session_id))

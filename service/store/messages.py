@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Integer, Select, bindparam, func, literal_column, select, update
+from sqlalchemy import BigInteger, ColumnElement, Integer, Select, and_, bindparam, func, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
 from service.store import outbox, sessions
-from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, one
-from service.store.sharing import Reads, SharedRead
+from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, micros, one
+from service.store.sharing import Reads, Rows, SharedRead
 from service.store.tables import Owed, chat_messages, chat_sessions
 
 PAGE_BYTES = 3 * 1024 * 1024
@@ -56,6 +56,16 @@ def bounded(match: ColumnElement[bool], order: ColumnElement[Any], limit: Column
 _seq = bindparam("seq", type_=BigInteger)
 _AFTER = SharedRead(bounded(_own.seq > _seq, _own.seq.asc()))
 _BEFORE = SharedRead(bounded(_own.seq < _seq, _own.seq.desc()))
+_same_session = (
+    select(chat_sessions.c.id)
+    .where(
+        chat_sessions.c.user_id == bindparam("user_id", type_=_own.user_id.type),
+        chat_sessions.c.id == bindparam("session_id", type_=_own.session_id.type),
+        micros(chat_sessions.c.created_at) == bindparam("born", type_=BigInteger),
+    )
+    .exists()
+)
+_FOLLOWING = SharedRead(bounded(and_(_own.seq > _seq, _same_session), _own.seq.asc()))
 LAST = 2**63 - 1
 """Beyond every `seq`."""
 
@@ -82,6 +92,28 @@ async def page(
     records = await reads.fetch(read, deadline, user_id=user_id, session_id=session_id, seq=start, limit=limit + 1)
     if not records:  # Messages cannot be without their session, so only an empty page asks whether there is one.
         await reads.database.read(sessions.get, deadline, user_id, session_id)
+    return _cut(records, limit)
+
+
+async def following(
+    reads: Reads, user_id: str, session_id: str, born: int, start: int, limit: int, *, deadline: float
+) -> tuple[list[MessageRow], bool]:
+    """Read as `page` does, from the session that was created at `born` and from no other that has come by its id since.
+
+    Raises:
+        NotFound: that session is gone.
+    """
+    records = await reads.fetch(
+        _FOLLOWING, deadline, user_id=user_id, session_id=session_id, born=born, seq=start, limit=limit + 1
+    )
+    if not records:
+        session = await reads.database.read(sessions.get, deadline, user_id, session_id)
+        if session.created_us != born:
+            raise NotFound.session(session_id)
+    return _cut(records, limit)
+
+
+def _cut(records: Rows, limit: int) -> tuple[list[MessageRow], bool]:
     rows = [MessageRow._make(record) for record in records]
     more = len(rows) > limit or sum(row.size for row in rows) >= PAGE_BYTES
     return rows[:limit], more

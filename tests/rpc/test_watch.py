@@ -12,6 +12,7 @@ from chathistory.v1 import message_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 
 from service.server import Server
+from service.store import watch
 from tests.conftest import StartProcess
 from tests.support import failures
 from tests.support.chat import Chat, new_id, text, texts
@@ -178,6 +179,20 @@ async def test_a_new_session_of_the_same_id_is_not_followed(pair: tuple[Chat, Ch
         await follower.reaches(3)
         await pair[eraser].delete_session(session_id)
         await pair[eraser].append(session_id, texts(3, "new"), create_if_missing=True)
+        assert (await follower.ends()).reason == "SESSION_NOT_FOUND"
+    assert follower.seqs == [1, 2, 3]
+
+
+async def test_a_new_session_of_the_same_id_is_not_followed_for_a_moment(
+    pair: tuple[Chat, Chat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Erased elsewhere and made anew between two looks: what wakes the follower is the new session's first append."""
+    monkeypatch.setattr(watch, "POLL_SECONDS", 600.0)
+    session_id = await pair[0].start(texts(3))
+    async with following(pair[0], session_id) as follower:
+        await follower.reaches(3)
+        await pair[1].delete_session(session_id)
+        await pair[0].append(session_id, texts(9, "new"), create_if_missing=True)
         assert (await follower.ends()).reason == "SESSION_NOT_FOUND"
     assert follower.seqs == [1, 2, 3]
 
