@@ -22,7 +22,7 @@ from service.rpc import identity
 from service.rpc.audit import Audited
 from service.rpc.auth import trust
 from service.rpc.health import SERVICE, Health, Readiness
-from service.rpc.pipeline import Admission, Pipeline
+from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 from service.rpc.tls import Certificates
 from service.store.append import Appender
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 LINGER = 0.25
 """Seconds for which a server that had calls under way still refuses new ones by itself before it stops listening."""
-MAX_REQUEST_BYTES = 4 * 1024 * 1024
 MAX_METADATA_BYTES = 16 * 1024
 LAST_WRITES = 2.0
 """Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
 
 _OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    # What is too large by less than as much again is read, to be refused with a reason; beyond, gRPC refuses it without one.
+    ("grpc.max_receive_message_length", 2 * MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES // 2),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),

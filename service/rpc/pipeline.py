@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, NoReturn
 
 import grpc
@@ -30,6 +31,9 @@ from service.telemetry import Observer
 _log = structlog.get_logger(__name__)
 
 Context = aio.ServicerContext[Any, Any]
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""Of a request, unpacked; beyond it REQUEST_TOO_LARGE."""
 
 
 @dataclass(slots=True)
@@ -72,11 +76,11 @@ def draining() -> errors.Unavailable:
     return errors.Unavailable("this server is shutting down; try again", reason="DRAINING", retry_after=0.1)
 
 
-class _Malformed:
-    """Stands for a request whose bytes are no message of its type."""
+class _Unread(Enum):
+    """Stands for a request whose bytes were not read, until it is known who sends it."""
 
-
-_MALFORMED = _Malformed()
+    MALFORMED = auto()
+    TOO_LARGE = auto()
 
 
 class Pipeline:
@@ -183,8 +187,10 @@ class Pipeline:
         return serve
 
     def _check(self, name: str, request: Any, caller: Caller) -> None:
-        if request is _MALFORMED:
+        if request is _Unread.MALFORMED:
             raise errors.InvalidArgument("the request's bytes are no valid message", reason="MALFORMED_REQUEST")
+        if request is _Unread.TOO_LARGE:
+            raise errors.TooLarge(f"a request must be at most {MAX_REQUEST_BYTES} bytes")
         if caller.user_id is not None:  # A service may do everything.
             self._authorise(name, caller, request)
         try:
@@ -225,10 +231,12 @@ def _parser(kind: type[Message]) -> Callable[[bytes], Any]:
     parse = kind.FromString
 
     def deserialize(data: bytes) -> Any:
+        if len(data) > MAX_REQUEST_BYTES:
+            return _Unread.TOO_LARGE
         try:
             return parse(data)
         except (DecodeError, ValueError, RecursionError):
-            return _MALFORMED
+            return _Unread.MALFORMED
 
     return deserialize
 

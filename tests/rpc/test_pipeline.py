@@ -132,15 +132,24 @@ async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
     session = await chat.create_session()
     async with asyncio.TaskGroup() as group:
         others = [group.create_task(chat.append(session.id, f"{n}")) for n in range(10)]
-        for size in (5, 20):
-            with pytest.raises(aio.AioRpcError) as caught:
-                await chat.stub.AppendMessages(_large(chat, session.id, size << 20))
-            assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
+        found = await failures.fails(chat.stub.AppendMessages(_large(chat, session.id, 5 << 20)), "REQUEST_TOO_LARGE")
+        assert found.code == StatusCode.RESOURCE_EXHAUSTED
+        # Beyond what is read at all: gRPC's own words.
+        with pytest.raises(aio.AioRpcError) as caught:
+            await chat.stub.AppendMessages(_large(chat, session.id, 20 << 20))
+        assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
     assert all(other.done() for other in others)
     just_below = _large(chat, session.id, 4_000_000)
     assert 4_000_000 < just_below.ByteSize() < 4 << 20
     await chat.stub.AppendMessages(just_below)
     assert (await chat.get_session(session.id)).last_seq == 30
+
+
+async def test_the_largest_request_is_as_large_as_the_limit_says(server: Server) -> None:
+    async with channel(server.address) as opened:
+        path = "/chathistory.v1.ChatHistoryService/ListUsers"
+        for size, reason in ((4 << 20, "MALFORMED_REQUEST"), ((4 << 20) + 1, "REQUEST_TOO_LARGE")):
+            await failures.fails(_call(opened, path, streaming=False, data=b"\xff" * size), reason)
 
 
 @pytest.mark.case(n=3)
