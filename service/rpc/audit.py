@@ -118,7 +118,7 @@ class Audited:
 
     def _is_new(self, subject: str, name: str, user_id: str) -> bool:
         now = time.monotonic()
-        key = (subject, name, user_id)
+        key = (subject[:_MAX_TEXT], name, user_id)
         told_at = self._told.get(key)
         if told_at is not None and now - told_at < AGAIN_SECONDS:
             return False

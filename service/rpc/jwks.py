@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,8 +22,12 @@ COOL_DOWN = 30.0
 """Seconds between two fetches that unknown key ids cause: a flood of them must not become a flood of fetches."""
 REFRESH = 300.0
 """Age, in seconds, at which keys in use are fetched again, so that a withdrawn one goes."""
+FIRST_COOL_DOWN = 2.0
+"""The same while there is no key at all: nobody can be served, and the issuer may only be starting."""
 FETCH_TIMEOUT = 5.0
-"""Seconds for one fetch."""
+"""Seconds that the issuer may let a fetch wait for its next bytes."""
+FETCH_SECONDS = 10.0
+"""For all of them."""
 MAX_BYTES = 1024 * 1024
 
 Fetch = Callable[[], bytes]
@@ -37,7 +43,7 @@ class Jwks:
         self._fetch = fetch
         self._keys: dict[str | None, Key] = {}
         self._published = b""
-        self._asked_at = float("-inf")
+        self._asked_at = self._fetched_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
     async def find(self, kid: object) -> Key | None:
@@ -48,14 +54,16 @@ class Jwks:
         """
         key = self._known(kid)
         if key is None:
-            self._renew_after(COOL_DOWN)
+            self._renew()
             if (task := self._task) is not None:
                 # All who wait share the one fetch, and none of them can end it.
                 await asyncio.wait((task,))
             key = self._known(kid)
         if key is None and not self._keys:
             raise Unavailable(
-                "the keys of the token issuer cannot be fetched; try again", reason="KEYS_UNAVAILABLE", retry_after=5.0
+                "the keys of the token issuer cannot be fetched; try again",
+                reason="KEYS_UNAVAILABLE",
+                retry_after=FIRST_COOL_DOWN,
             )
         return key
 
@@ -66,25 +74,29 @@ class Jwks:
 
     def touch(self) -> None:
         """Fetch in the background when the keys have become old."""
-        self._renew_after(REFRESH)
+        if asyncio.get_running_loop().time() - self._fetched_at >= REFRESH:
+            self._renew()
 
     def close(self) -> None:
         """End a fetch that is under way."""
         if self._task is not None:
             self._task.cancel()
 
-    def _renew_after(self, seconds: float) -> None:
+    def _renew(self) -> None:
+        """Start a fetch, unless one is under way or was a short while ago."""
         loop = asyncio.get_running_loop()
-        if self._task is None and loop.time() - self._asked_at >= seconds:
+        pause = COOL_DOWN if self._keys else FIRST_COOL_DOWN
+        if self._task is None and loop.time() - self._asked_at >= pause:
             self._asked_at = loop.time()
-            self._task = loop.create_task(self._renew())
+            self._task = loop.create_task(self._fetched())
 
-    async def _renew(self) -> None:
+    async def _fetched(self) -> None:
         try:
-            async with asyncio.timeout(FETCH_TIMEOUT * 2):
+            async with asyncio.timeout(FETCH_SECONDS + FETCH_TIMEOUT):
                 published = await asyncio.to_thread(self._fetch)
             if published != self._published:
                 self._take(published)
+            self._fetched_at = asyncio.get_running_loop().time()
         except Exception as error:  # noqa: BLE001 - the last good keys stay, whatever is wrong with the new ones
             _log.warning("token keys could not be fetched", error=type(error).__name__, keys_kept=len(self._keys))
         finally:
@@ -137,6 +149,24 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def _body(reply: HTTPResponse) -> bytes:
+    """Read a reply, of which each piece may come in time and all of them never end.
+
+    Raises:
+        ValueError: it is too large.
+        TimeoutError: it takes too long.
+    """
+    give_up = time.monotonic() + FETCH_SECONDS
+    body = b""
+    while piece := reply.read1(MAX_BYTES + 1 - len(body)):
+        body += piece
+        if len(body) > MAX_BYTES:
+            raise ValueError("the key set is too large")
+        if time.monotonic() > give_up:
+            raise TimeoutError
+    return body
+
+
 def over_http(url: str, ca: Path | None = None, token_file: Path | None = None) -> Fetch:
     """Return how to fetch a URL, to be called in a thread.
 
@@ -161,9 +191,6 @@ def over_http(url: str, ca: Path | None = None, token_file: Path | None = None) 
             headers["Authorization"] = f"Bearer {token_file.read_text().strip()}"
         request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the configuration has checked it
         with opener.open(request, timeout=FETCH_TIMEOUT) as reply:
-            body: bytes = reply.read(MAX_BYTES + 1)
-        if len(body) > MAX_BYTES:
-            raise ValueError("the key set is too large")
-        return body
+            return _body(reply)
 
     return fetch

@@ -29,6 +29,7 @@ MIN_SECRET_BYTES = 16
 STRONG_SECRET_BYTES = 32
 """What RFC 7518 asks of a secret for HS256."""
 MIN_RSA_BITS = 2048
+_HOW_TO = "`openssl rand -hex 32`"
 
 _HMAC = {0: "HS256", 48: "HS384", 64: "HS512"}
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
@@ -179,17 +180,13 @@ def load_key(value: str) -> tuple[Key, list[str]]:
         return public_key(_read_pem(text.encode())), []
     secret = text.encode()
     if len(secret) < MIN_SECRET_BYTES:
-        raise ValueError(
-            f"the shared secret has fewer than {MIN_SECRET_BYTES} bytes: make one with `openssl rand -base64 48`"
-        )
+        raise ValueError(f"the shared secret has fewer than {MIN_SECRET_BYTES} bytes: make one with {_HOW_TO}")
     notes = []
     if len(secret) < STRONG_SECRET_BYTES:
         import warnings  # noqa: PLC0415
 
         warnings.filterwarnings("ignore", message="The HMAC key is")  # Said once, here.
-        notes.append(
-            f"the shared secret has fewer than {STRONG_SECRET_BYTES} bytes: make a longer one with `openssl rand -base64 48`"
-        )
+        notes.append(f"the shared secret has fewer than {STRONG_SECRET_BYTES} bytes: make a longer one with {_HOW_TO}")
     return Key(secret, tuple(name for length, name in _HMAC.items() if len(secret) >= length)), notes
 
 
@@ -208,7 +205,11 @@ def _file(name: str) -> str | None:
         if not _FILE_NAME.fullmatch(name):
             return None
         reason = getattr(error, "strerror", None) or "it is no text"
-        raise ValueError(f"the key file {name!r} cannot be read: {reason}") from None
+        # Without the name: it may be the secret itself, as one in 64 that base64 writes begins with a slash.
+        raise ValueError(
+            f"it is written like the name of a file, which cannot be read: {reason}. If it is meant as a shared secret, take one "
+            f"that is not written so: {_HOW_TO}"
+        ) from None
 
 
 def _read_pem(text: bytes) -> object:

@@ -216,8 +216,57 @@ async def test_before_the_first_key_a_retry_may_help(
         assert (await failure(list_sessions(stub, signed("a", rsa_key())))).reason == "KEYS_UNAVAILABLE"
         served.fails = False
         served.publish(a=rsa_key())
-        monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
+        asked = served.asked
+        assert (await failure(list_sessions(stub, signed("a", rsa_key())))).reason == "KEYS_UNAVAILABLE"
+        assert served.asked == asked  # Cooling down.
+        monkeypatch.setattr(jwks, "FIRST_COOL_DOWN", 0.0)
         await list_sessions(stub, signed("a", rsa_key()))
+
+
+async def test_a_refresh_that_failed_is_tried_again_after_the_cool_down(
+    database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when the keys would have become old again: a withdrawn key must not live on for that long."""
+    served.publish(a=rsa_key())
+    async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
+        old = signed("a", rsa_key())
+        await list_sessions(stub, old)
+        served.publish(b=rsa_key(1))
+        served.fails = True
+        keys = server.authenticate._keys  # type: ignore[attr-defined]
+        keys._fetched_at = keys._asked_at = float("-inf")  # A long time ago.
+        await list_sessions(stub, old)
+        async with asyncio.timeout(10):
+            while served.asked < 2 or keys._task is not None:
+                await asyncio.sleep(0.01)
+        served.fails = False
+        await list_sessions(stub, old)
+        assert served.asked == 2
+        monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
+        async with asyncio.timeout(10):
+            while (await status_of(list_sessions(stub, old))) == "OK":
+                await asyncio.sleep(0.01)
+
+
+async def status_of(call: Any) -> str:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
+
+
+def test_a_key_set_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte by byte, each in time: the thread that reads it must not be lost."""
+    monkeypatch.setattr(jwks, "FETCH_SECONDS", 0.3)
+    with issuer.dripping_server() as url, pytest.raises(TimeoutError):
+        jwks.over_http(url)()
+
+
+def test_a_key_set_that_is_too_large_is_given_up(served: KeyServer) -> None:
+    served.keys = [{"kid": "x" * jwks.MAX_BYTES}]
+    with pytest.raises(ValueError, match="too large"):
+        jwks.over_http(served.url)()
 
 
 async def test_kubernetes_service_account(database_url: str, served: KeyServer, tmp_path: Path) -> None:
@@ -275,6 +324,7 @@ async def test_verified_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch, data
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "short secret": ({"jwt_key": "hunter2"}, "fewer than 16 bytes"),
     "missing file": ({"jwt_key": "/nowhere/key.pem"}, "No such file"),
+    "secret like a file's name": ({"jwt_key": "/hunter2hunter2hunter2hunter2hunter2hunter2"}, "openssl"),
     "folder": ({"jwt_key": "/"}, "directory"),
     "private key": ({"jwt_key": issuer.private_pem(ec_key())}, "private key"),
     "broken pem": ({"jwt_key": "-----BEGIN PUBLIC KEY-----\nhunter2\n-----END PUBLIC KEY-----"}, "no public key"),
