@@ -541,3 +541,13 @@ async def test_a_struct_as_deep_as_a_request_may_be_comes_back(chat: Chat) -> No
     got = await chat.get(session_id, sent.id)
     assert (got.metadata, list(got.parts)) == (sent.metadata, list(sent.parts))
     assert await chat.all(session_id) == [got]
+
+
+async def test_numbers_of_a_struct_come_back(chat: Chat) -> None:
+    numbers = [0.1, -1.5, 1e308, -1e308, 5e-324, float(2**53), 1 / 3, -0.0]
+    sent = text("x", metadata={"n": numbers}, parts=[{"data": {"n": numbers}}])
+    session_id = await chat.start([sent])
+    got = await chat.get(session_id, sent.id)
+    for struct in (got.metadata, got.parts[0].data):
+        # -0.0 is equal to 0.0, which it has become.
+        assert [value.number_value for value in struct.fields["n"].list_value.values] == numbers

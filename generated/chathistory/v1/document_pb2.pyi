@@ -123,7 +123,9 @@ class Document(_message.Message):
     """Opaque version of the document: changes at every UpdateDocument. Sent back in an update, it must still match."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Anything the caller wants to keep beside the document, at most 16 KiB serialized."""
+        """Anything the caller wants to keep beside the document, at most 16 KiB serialized.
+        Numbers come back as they are, but -0 as 0; neither NaN nor an infinity is one.
+        """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

@@ -148,7 +148,9 @@ class Message(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Anything the caller wants to keep beside the message, at most 16 KiB serialized."""
+        """Anything the caller wants to keep beside the message, at most 16 KiB serialized.
+        Numbers come back as they are, but -0 as 0; neither NaN nor an infinity is one.
+        """
 
     @_builtins.property
     def feedback(self) -> Global___Feedback:
@@ -221,7 +223,7 @@ class Part(_message.Message):
 
     @_builtins.property
     def data(self) -> _struct_pb2.Struct:
-        """Anything else."""
+        """Anything else; numbers as in `metadata`."""
 
     def __init__(
         self,

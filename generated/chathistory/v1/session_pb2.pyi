@@ -87,7 +87,9 @@ class Session(_message.Message):
     """
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Anything the caller wants to keep beside the session, at most 16 KiB serialized."""
+        """Anything the caller wants to keep beside the session, at most 16 KiB serialized.
+        Numbers come back as they are, but -0 as 0; neither NaN nor an infinity is one.
+        """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

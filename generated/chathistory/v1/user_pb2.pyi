@@ -47,7 +47,9 @@ class User(_message.Message):
     """Opaque version of the user: changes at every UpdateUser. Sent back in an update, it must still match."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Anything the caller wants to keep beside the user, at most 16 KiB serialized."""
+        """Anything the caller wants to keep beside the user, at most 16 KiB serialized.
+        Numbers come back as they are, but -0 as 0; neither NaN nor an infinity is one.
+        """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
