@@ -114,6 +114,8 @@ class _Lane:
         self._key = key
         self.queue: deque[Append] = deque()
         self.task: asyncio.Task[None] | None = None
+        self._outages = 0
+        """Times in a row that the database was away."""
         self._loop = asyncio.get_running_loop()
 
     def put(self, item: Append) -> None:
@@ -157,6 +159,7 @@ class _Lane:
             else:
                 async with self._appender.apart_permits:
                     await self._store(batch)
+            self._outages = 0
         except DATABASE_ERRORS as error:
             await self._recover(batch, error)
         except Exception as error:  # noqa: BLE001 - a defect must fail its callers, not hang them and all that come later
@@ -271,9 +274,7 @@ class _Lane:
         batch = [item for item in batch if not item.future.done()]
         failure = classify(error)
         state = sqlstate(error)
-        contended = (state == "23502" and constraint(error) == "seq") or (
-            failure is Failure.CONTENTION and state != "55P03"
-        )
+        contended = (state == "23502" and constraint(error) == "seq") or failure is Failure.CONTENTION
         alone = len({item.key for item in batch}) == 1
         if not batch:
             await asyncio.sleep(0)
@@ -305,11 +306,17 @@ class _Lane:
         for item in batch:
             item.check = True
         self._again(batch)
-        now = self._loop.time()
-        for item in self.queue:
-            if now >= item.give_up:
-                item.fail(to_service_error(error) or Unavailable("the database does not answer"))
-        await asyncio.sleep(backoff(max((item.tries for item in batch), default=1)))
+        ask_at = self._loop.time() + backoff(self._outages)
+        self._outages += 1
+        while True:
+            now = self._loop.time()
+            for item in self.queue:
+                if now >= item.give_up:
+                    item.fail(to_service_error(error) or Unavailable("the database does not answer"))
+            waiting = [item.give_up for item in self.queue if not item.future.done()]
+            if now >= ask_at or not waiting:
+                return
+            await asyncio.sleep(min(ask_at, *waiting) - now)
 
     async def _try_again(self, batch: list[Append], error: BaseException) -> None:
         now = self._loop.time()

@@ -27,6 +27,7 @@ from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.store import tables
 from service.store.driver import DriverConnections, Record, Statement
 from service.store.failures import Failure, classify, to_service_error
+from service.store.permits import NoTurn, Permits
 from service.store.url import Target
 
 P = ParamSpec("P")
@@ -44,6 +45,10 @@ OUTAGE_PATIENCE = 15.0
 """Seconds that a call waits at the most for a database that is away."""
 REPLY_MARGIN = 0.25
 """Seconds before its deadline at which a call that waits for the database is answered, so that the answer arrives."""
+LOCK_WAIT = 0.2
+"""Seconds that a transaction waits for a lock of somebody else's before it gives its connection back and tries again."""
+HOT_SHARE = 2
+"""Connections that are left for all else, where the pool is small, when the hot statements have theirs."""
 
 # What the driver, SQLAlchemy and the socket raise when a statement or a connection fails.
 DATABASE_ERRORS = (
@@ -61,8 +66,26 @@ def patience_ends(deadline: float, now: float) -> float:
     return min(deadline - min(REPLY_MARGIN, (deadline - now) / 4), now + OUTAGE_PATIENCE)
 
 
+class _Connection(asyncpg.Connection):
+    """Begins its transactions with a bound on their waits for locks, in the same round trip.
+
+    A transaction pooler refuses that bound as a start-up parameter, and a statement of its own would cost each write a round trip.
+    """
+
+    __slots__ = ()
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        if query.startswith("BEGIN"):
+            query += f" SET LOCAL lock_timeout = {LOCK_WAIT * 1000:.0f};"
+        return await super().execute(query, *args, timeout=timeout)
+
+
 class Database:
-    """One PostgreSQL, reached through one pool."""
+    """One PostgreSQL, reached through one pool.
+
+    The pool's connections are shared out, so that nobody's waits are everybody's: some are for the hot statements alone (`driver`), the
+    rest is given to users in turn, and of that rest a third is never held by transactions, which may wait for locks.
+    """
 
     def __init__(
         self,
@@ -77,6 +100,7 @@ class Database:
     ) -> None:
         self.target = target
         args = {"timeout": connect_timeout, "command_timeout": COMMAND_TIMEOUT} | target.connect_args
+        args["connection_class"] = _Connection
         self.engine: AsyncEngine = create_async_engine(
             target.url,
             connect_args=args,
@@ -95,7 +119,11 @@ class Database:
         # For a question to the database while calls that wait for locks hold the whole pool.
         self._apart = create_async_engine(target.url, connect_args=args, poolclass=NullPool, hide_parameters=True)
         self._limit = pool_size + max_overflow
-        self.driver = DriverConnections(self.engine, min(driver_connections, pool_size))
+        hot = max(1, min(driver_connections, pool_size, self._limit - HOT_SHARE))
+        self.driver = DriverConnections(self.engine, hot)
+        rest = max(1, self._limit - hot)
+        self._permits, self._write_permits = Permits(rest), Permits(rest - rest // 3)
+        self._pool_timeout = pool_timeout
         self._writes: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self.driver.on_slow = lambda: self.on_doubt()  # noqa: PLW0108 - it is set later
@@ -111,7 +139,7 @@ class Database:
         try:
             return await self.fetch_once(statement, *args)
         except DATABASE_ERRORS as error:
-            return await self._attempts(lambda: self.fetch_once(statement, *args), deadline, error)
+            return await self._attempts(lambda _: self.fetch_once(statement, *args), deadline, error)
 
     async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
         """Run one statement by the driver in a transaction of its own, without a retry.
@@ -148,9 +176,10 @@ class Database:
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
         """
+        whose = _owner(args)
 
-        async def once() -> T:
-            async with self._reader.connect() as connection:
+        async def once(give_up: float) -> T:
+            async with self._permits.one(whose, self._patience(give_up)), self._reader.connect() as connection:
                 return await work(connection, *args, **kwargs)
 
         return await self._attempts(once, deadline)
@@ -173,10 +202,16 @@ class Database:
             ServiceError: what `work` raises.
         """
         unknown = False
+        whose = _owner(args)
 
-        async def once() -> T:
+        async def once(give_up: float) -> T:
             nonlocal unknown
-            async with self.engine.connect() as connection:
+            give_up -= LOCK_WAIT
+            async with (
+                self._write_permits.one(whose, self._patience(give_up)),
+                self._permits.one(whose, self._patience(give_up)),
+                self.engine.connect() as connection,
+            ):
                 try:
                     result = await work(connection, *args, **kwargs)
                 except ServiceError as error:
@@ -212,9 +247,12 @@ class Database:
             await asyncio.wait(self._writes)
 
     async def _attempts(
-        self, once: Callable[[], Awaitable[T]], deadline: float, error: BaseException | None = None
+        self, once: Callable[[float], Awaitable[T]], deadline: float, error: BaseException | None = None
     ) -> T:
-        """Try until it works, the error is final, or the time is up; `error` is what a first try has met already."""
+        """Try until it works, the error is final, or the time is up; `error` is what a first try has met already.
+
+        `once` is given the time by which it must have what it waits for.
+        """
         give_up = patience_ends(deadline, self._loop.time())
         attempt = 0
         while True:
@@ -225,15 +263,20 @@ class Database:
             scope = asyncio.timeout_at(deadline)
             try:
                 async with scope:
-                    return await once()
+                    return await once(give_up)
             except DATABASE_ERRORS as failed:
                 if scope.expired():
                     self._suspect(started)
                     raise DeadlineExceeded("the database did not answer in time") from None
-                error = failed
+                if error is None or not isinstance(failed, NoTurn):
+                    error = failed  # Else what it has met before says more.
             except asyncio.CancelledError:
                 self._suspect(started)
                 raise
+
+    def _patience(self, give_up: float) -> float:
+        """Return how many seconds a call may wait for a connection."""
+        return min(self._pool_timeout, give_up - self._loop.time())
 
     async def _pause(self, error: BaseException, attempt: int, give_up: float) -> None:
         """Wait before the next try, or raise what the caller is told when there is none."""
@@ -241,6 +284,8 @@ class Database:
         if failure in (Failure.LOST, Failure.REFUSED):
             self.on_doubt()
         pause = backoff(attempt)
+        if failure is Failure.LOCKED:
+            give_up -= LOCK_WAIT  # The next wait may be in vain too.
         if self._may_retry(failure, attempt) and self._loop.time() + pause < give_up:
             await asyncio.sleep(pause)
             return
@@ -254,7 +299,7 @@ class Database:
         match failure:
             case Failure.CONTENTION:
                 return attempt + 1 < MAX_ATTEMPTS
-            case Failure.LOST | Failure.REFUSED:
+            case Failure.LOCKED | Failure.LOST | Failure.REFUSED:
                 return True
             case _:
                 return False
@@ -317,6 +362,14 @@ async def schema_version(connection: AsyncConnection) -> SchemaVersion:
     revision = select(text("version_num")).select_from(text("alembic_version")).scalar_subquery()
     row = (await connection.execute(select(revision, select(tables.schema_info.c.min_build).scalar_subquery()))).one()
     return SchemaVersion(int(row[0] or 0), int(row[1] or 0))
+
+
+def _owner(args: tuple[Any, ...]) -> str:
+    """Return whose things some work is about: its first argument is the owner, or a new row's values with it."""
+    first = args[0] if args else ""
+    if isinstance(first, dict):
+        first = first.get("user_id", "")
+    return str(first)
 
 
 def _ping_after_idle(engine: AsyncEngine) -> None:

@@ -21,6 +21,8 @@ class Failure(Enum):
 
     CONTENTION = auto()
     """Rolled back because of others: the same transaction may succeed on a fresh snapshot."""
+    LOCKED = auto()
+    """Rolled back as somebody holds what it needs for longer than it was to wait."""
     LOST = auto()
     """The connection is gone. Nothing was committed unless COMMIT had been sent: then nobody knows."""
     REFUSED = auto()
@@ -36,7 +38,7 @@ class Failure(Enum):
 _BY_SQLSTATE = {
     "40001": Failure.CONTENTION,  # serialization_failure
     "40P01": Failure.CONTENTION,  # deadlock_detected
-    "55P03": Failure.CONTENTION,  # lock_not_available
+    "55P03": Failure.LOCKED,  # lock_not_available
     "57014": Failure.CANCELLED,  # query_canceled
     "57P01": Failure.LOST,  # admin_shutdown: also how Neon suspends
     "57P02": Failure.LOST,  # crash_shutdown
@@ -103,7 +105,7 @@ def classify(error: BaseException) -> Failure:
 def to_service_error(error: BaseException) -> ServiceError | None:
     """Return what the caller is told about a database error, or None when it is a defect (INTERNAL)."""
     match classify(error):
-        case Failure.CONTENTION:
+        case Failure.CONTENTION | Failure.LOCKED:
             return Conflict("too many writers at once; try again", reason="CONTENTION", retry_after=0.1)
         case Failure.LOST | Failure.REFUSED:
             return Unavailable(

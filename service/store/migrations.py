@@ -111,7 +111,7 @@ async def _migrate(target: Target, work: Callable[[Connection], None], on_wait: 
             return await _try(target, work, on_wait)
         except DATABASE_ERRORS as error:
             failure = classify(error)
-            if failure is Failure.CONTENTION:
+            if failure in (Failure.CONTENTION, Failure.LOCKED):
                 busy += 1
                 if busy == TRIES:
                     raise MigrationError(_BUSY) from error

@@ -1,0 +1,62 @@
+"""The database turns connections away: appends wait, and do not storm it meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+
+from service.store.append import Appender
+from service.store.append_item import Append
+from tests.support.appends import new_message, new_user, stores
+from tests.support.chat import new_id
+from tests.support.proxy import before_postgres
+
+AWAY = 4.0
+LANES = 2
+
+
+async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url: str) -> None:
+    user_id = await new_user(database_url)
+    async with before_postgres(database_url) as (proxy, url), stores(url) as [database]:
+        appender = Appender(database, LANES)
+        loop = asyncio.get_running_loop()
+
+        def begin() -> asyncio.Future[object]:
+            item = Append(user_id, new_id(), [new_message(new_id())], loop.time() + 14, may_create=True)
+            return asyncio.ensure_future(appender.append(item))
+
+        await begin()
+        proxy.refuse()
+        waiting = []
+        before = proxy.accepted
+        for _ in range(20):
+            waiting.append(begin())
+            await asyncio.sleep(AWAY / 20)
+        asked = proxy.accepted - before
+        assert not any(each.done() for each in waiting)
+        # Full jitter up to a second: about ten times in all. With pauses of some hundredths it was hundreds.
+        assert LANES <= asked < 15 * LANES, asked
+        proxy.accept()
+        async with asyncio.timeout(10):
+            await asyncio.gather(*waiting)
+        await appender.drain()
+
+
+async def test_who_cannot_wait_longer_is_told_though_the_lane_rests(database_url: str) -> None:
+    """Each in time to hear of it, however long the lane would wait before it asks again."""
+    user_id = await new_user(database_url)
+    async with before_postgres(database_url) as (proxy, url), stores(url) as [database]:
+        appender = Appender(database, 1)
+        loop = asyncio.get_running_loop()
+        proxy.refuse()
+        deadlines = [loop.time() + 2 + n / 10 for n in range(20)]
+        items = [Append(user_id, new_id(), [new_message(new_id())], each, may_create=True) for each in deadlines]
+        answered: list[float] = []
+
+        async def told(item: Append) -> None:
+            answer = await asyncio.gather(appender.append(item), return_exceptions=True)
+            answered.append(loop.time())
+            assert getattr(answer[0], "reason", "") == "DATABASE_UNAVAILABLE"
+
+        await asyncio.gather(*map(told, items))
+        assert all(at < deadline for at, deadline in zip(answered, deadlines, strict=True))
+        await appender.drain()

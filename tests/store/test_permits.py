@@ -1,0 +1,77 @@
+"""Who gets a permit next, and that none is lost."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.store.permits import Permits
+
+
+async def test_users_take_turns_whatever_one_of_them_asks_for() -> None:
+    permits = Permits(1)
+    order: list[str] = []
+
+    async def use(whose: str) -> None:
+        async with permits.one(whose, 20):
+            order.append(whose)
+            await asyncio.sleep(0)
+
+    async with permits.one("somebody", 20):
+        flood = [asyncio.create_task(use("flood")) for _ in range(100)]
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(use(whose)) for whose in "aabc"]
+        await asyncio.sleep(0)
+        assert not order
+    await asyncio.gather(*flood, *others)
+    assert order[:8] == ["flood", "a", "b", "c", "flood", "a", "flood", "flood"]
+    assert len(order) == 104
+    assert permits.free == 1
+
+
+async def test_no_more_than_so_many_hold_one() -> None:
+    permits = Permits(3)
+    most = now = 0
+
+    async def use() -> None:
+        nonlocal most, now
+        async with permits.one("", 20):
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(0)
+            now -= 1
+
+    await asyncio.gather(*(use() for _ in range(20)))
+    assert (most, permits.free) == (3, 3)
+
+
+async def test_who_waits_too_long_is_told_and_nothing_is_lost() -> None:
+    permits = Permits(1)
+    async with permits.one("a", 20):
+        with pytest.raises(TimeoutError):
+            async with permits.one("b", 0.01):
+                pytest.fail("there was none")
+    async with permits.one("c", 0.01):
+        pass
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+async def test_who_goes_away_when_the_turn_comes_passes_it_on(turns: int) -> None:
+    permits = Permits(1)
+
+    async def use() -> None:
+        async with permits.one("a", 20):
+            await asyncio.sleep(0)
+
+    async with permits.one("somebody", 20):
+        leaving = asyncio.create_task(use())
+        staying = asyncio.create_task(use())
+        await asyncio.sleep(0)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    leaving.cancel()
+    async with asyncio.timeout(20):
+        await staying
+        await asyncio.wait([leaving])
+    assert permits.free == 1
