@@ -49,10 +49,10 @@ class _Method:
 class _Open:
     """An admission that looks at nothing."""
 
-    def enter(self) -> None:
+    def enter(self, whose: str) -> None:
         pass
 
-    def leave(self) -> None:
+    def leave(self, whose: str) -> None:
         pass
 
 

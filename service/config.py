@@ -127,9 +127,10 @@ class Settings(BaseSettings):
     call_timeout: PositiveFloat = 30.0
     """Seconds a call may take whose client set no deadline."""
     max_in_flight: PositiveInt = 1024
-    """Calls under way at once; further ones are refused with RESOURCE_EXHAUSTED."""
+    """Calls under way at once, all of them one user's if nobody else calls. A quarter more is kept for users who have few under way;
+    further ones are refused with RESOURCE_EXHAUSTED, and told when to come again."""
     max_watches: PositiveInt = 1000
-    """Open WatchMessages streams at once."""
+    """Open streams (WatchMessages, ExportUserData) at once, shared out as calls are."""
     shutdown_grace: PositiveFloat = 20.0
     """Seconds that calls under way get at shutdown."""
     shutdown_delay: Annotated[float, Field(ge=0)] = 0.0

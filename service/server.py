@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 LINGER = 0.25
 """Seconds for which a server that had calls under way still refuses new ones by itself before it stops listening."""
 MAX_METADATA_BYTES = 16 * 1024
+MAX_PENDING = 4096
 LAST_WRITES = 2.0
 """Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
 
@@ -48,6 +49,10 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # One process a port: a second one must fail instead of silently taking half of the connections.
     ("grpc.so_reuseport", 0),
+    # Calls that wait to be taken up. Beyond 1,000 gRPC would end some as CANCELLED, which tells nobody to come again; admission refuses
+    # them with a reason. This bounds memory alone.
+    ("grpc.server.max_pending_requests", MAX_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
     # Below the clients' interval, or their pings end in GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

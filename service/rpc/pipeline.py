@@ -6,6 +6,7 @@ It is composed once per method when the server is built, not as interceptors: ea
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -35,6 +36,11 @@ Context = aio.ServicerContext[Any, Any]
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Of a request, unpacked; beyond it REQUEST_TOO_LARGE."""
 
+REFUSALS = 200
+"""Refusals a second beyond which those who are refused are told to wait longer."""
+MIN_PAUSE, MAX_PAUSE = 0.25, 8.0
+"""Seconds that they are told to wait, half as much more or less."""
+
 
 @dataclass(slots=True)
 class Call:
@@ -46,15 +52,22 @@ class Call:
 
 
 class Admission:
-    """How much work is let in at once. Health checks do not pass here, so they answer also under overload."""
+    """How much work is let in at once, whose. Health checks do not pass here, so they answer also under overload.
+
+    One user alone may fill the limit. A quarter more is there for those who have little under way then, so that nobody who floods keeps
+    others out; the fuller that is, the less somebody may have to be let in.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.most = limit + max(1, limit // 4)
         self.in_flight = 0
         self.draining = False
+        self._counts: dict[str, int] = {}
+        self._refusals = _Refusals()
 
-    def enter(self) -> None:
-        """Let a call in; `leave` must follow.
+    def enter(self, whose: str) -> None:
+        """Let a user's call in; `leave` must follow.
 
         Raises:
             Unavailable: the server is going away (DRAINING).
@@ -62,13 +75,42 @@ class Admission:
         """
         if self.draining:
             raise draining()
-        if self.in_flight >= self.limit:
-            raise errors.Overloaded("too many calls are under way; try again", retry_after=0.5)
+        count = self._counts.get(whose, 0)
+        if self.in_flight >= self.limit and count >= self.most - self.in_flight:
+            raise errors.Overloaded("too many calls are under way; try again", retry_after=self._refusals.pause())
+        self._counts[whose] = count + 1
         self.in_flight += 1
 
-    def leave(self) -> None:
-        """Note that a call has ended."""
+    def leave(self, whose: str) -> None:
+        """Note that a user's call has ended."""
         self.in_flight -= 1
+        count = self._counts[whose]
+        if count > 1:
+            self._counts[whose] = count - 1
+        else:
+            del self._counts[whose]
+
+
+class _Refusals:
+    """When those who are refused should come again: the more of them there are, the later, as each costs nearly what a call does."""
+
+    def __init__(self) -> None:
+        self._pause = MIN_PAUSE
+        self._second = 0.0
+        self._count = 0
+
+    def pause(self) -> float:
+        """Count a refusal and return for how many seconds to wait; never the same, so that they do not come together again."""
+        now = time.monotonic()
+        past = now - self._second
+        if past >= 1:
+            if self._count > REFUSALS and past < MAX_PAUSE:
+                self._pause = min(self._pause * 2, MAX_PAUSE)
+            elif self._count < REFUSALS / 2 or past >= MAX_PAUSE:
+                self._pause = max(self._pause / 2, MIN_PAUSE)
+            self._second, self._count = now, 0
+        self._count += 1
+        return self._pause * random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, keeps no secret
 
 
 def draining() -> errors.Unavailable:
@@ -133,7 +175,8 @@ class Pipeline:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                self._calls.enter()
+                whose = caller.user_id or getattr(request, "user_id", "") or ""
+                self._calls.enter(whose)
                 try:
                     self._check(name, request, caller)
                     left: float | None = context.time_remaining()
@@ -142,7 +185,7 @@ class Pipeline:
                     else:
                         reply = await self._timed(method, request, caller)
                 finally:
-                    self._calls.leave()
+                    self._calls.leave(whose)
             except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
                 await self._fail(name, context, error, started)
             if self._observe:
@@ -170,7 +213,8 @@ class Pipeline:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                self._streams.enter()
+                whose = caller.user_id or getattr(request, "user_id", "") or ""
+                self._streams.enter(whose)
                 try:
                     self._check(name, request, caller)
                     deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
@@ -178,7 +222,7 @@ class Pipeline:
                         async for reply in replies:
                             await context.write(reply)
                 finally:
-                    self._streams.leave()
+                    self._streams.leave(whose)
             except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
                 await self._fail(name, context, error, started)
             if self._observe:

@@ -81,7 +81,8 @@ async def test_overload_says_when_to_come_back_and_is_not_tried_again(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = counted(server, monkeypatch)
-    monkeypatch.setattr(server.calls, "limit", 0)
+    for name in ("limit", "most"):
+        monkeypatch.setattr(server.calls, name, 0)
     with pytest.raises(Overloaded) as caught:
         await client.get_user(user_id=owner)
 
@@ -118,9 +119,9 @@ def counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     tries: list[None] = []
     enter = server.calls.enter
 
-    def count() -> None:
+    def count(whose: str) -> None:
         tries.append(None)
-        enter()
+        enter(whose)
 
     monkeypatch.setattr(server.calls, "enter", count)
     return tries

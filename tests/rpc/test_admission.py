@@ -1,0 +1,56 @@
+"""More is asked than can be carried: the excess is told when to come again, and nobody is kept out by somebody else's flood."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.support import failures
+from tests.support.chat import Chat
+from tests.support.cluster import Cluster
+from tests.support.servers import channel, connected, serving
+from tests.support.statements import database_name
+
+
+@pytest.mark.case(n=18)
+async def test_one_users_flood_is_refused_and_others_are_served(database_url: str, cluster: Cluster) -> None:
+    """The flood's calls hang, so that they do not make room by being answered; two thousand are beyond what is let in."""
+    limit = 40
+    async with serving(database_url, max_in_flight=limit) as server, connected(server.address) as stub:
+        flooder, other = await Chat.of_new_user(stub), await Chat.of_new_user(stub)
+        mine, theirs = await flooder.create_session(), await other.start()
+        holder = await cluster.connect(database_name(database_url))
+        try:
+            async with holder.transaction(), channel(server.address) as opened:
+                await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", mine.id)
+                flood = [
+                    asyncio.create_task(flooder.update_session(["title"], id=mine.id, title=f"{n}"))
+                    for n in range(2000)
+                ]
+                while server.calls.in_flight < limit or sum(task.done() for task in flood) < 2000 - limit:
+                    await asyncio.sleep(0.01)
+                health: Any = health_pb2_grpc.HealthStub(opened)
+                for turn in range(5):
+                    async with asyncio.timeout(10):
+                        await other.append(theirs, f"{turn}")
+                        await other.page(theirs)
+                        await other.update_session(["title"], id=theirs, title=f"{turn}")
+                        await asyncio.gather(*(other.context(theirs) for _ in range(4)))
+                        reply = await health.Check(health_pb2.HealthCheckRequest())
+                        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+                    refused = await failures.fails(flooder.get_session(mine.id), "OVERLOADED")
+                    assert refused.retry_after
+        finally:
+            await holder.close()
+        done = await asyncio.gather(*flood, return_exceptions=True)
+        refusals = [each for each in done if isinstance(each, BaseException)]
+        assert len(done) - len(refusals) == limit
+        for each in refusals:
+            assert isinstance(each, aio.AioRpcError)
+            found = failures.read(each)
+            assert (found.reason, bool(found.retry_after)) == ("OVERLOADED", True)
+        await flooder.get_session(mine.id)
