@@ -70,7 +70,7 @@ _OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.min_reconnect_backoff_ms", 3_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),
-    # Pages stop at 3 MiB; a context may hold one group of messages that is larger.
+    # Replies stop at 3 MiB; a later version of the service may allow more.
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
 ]
 

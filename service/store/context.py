@@ -3,6 +3,10 @@
 A *group* is a message, or an assistant message with tool calls together with the messages that hold their results. A result belongs
 to the newest earlier call with its id. A message with a result whose call is not there is never sent, and a call that lacks a result
 only when nothing comes after it but its own results: model APIs refuse both.
+
+A reply holds `max_bytes` at the most, or clients would refuse it. What is kept first, even above the other limits, is in that order:
+the newest group (of one that is too large itself, its beginning), then leading SYSTEM messages from the first on, then older groups.
+The first that does not fit ends the choice.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ from service.store.tables import Role, chat_messages, chat_sessions
 
 LOOK_BACK = 1000
 """How many messages beyond the limit are searched for what is missing, so that no session's length counts."""
+LOOK_BACK_BYTES = 8 * PAGE_BYTES
+"""The same in bytes, which are held in memory."""
 LEADING = 1000
 """How many leading SYSTEM messages are looked at."""
 _CHUNK = 50
@@ -84,14 +90,19 @@ async def get(reads: Reads, user_id: str, session_id: str, limits: Limits, deadl
         rows = await reads.fetch(_OLDER, deadline, **ids, seq=newest[-1].seq, limit=wanted)
         older = [MessageRow._make(row) for row in rows]
         newest += older
-        whole = _is_last(older, wanted) or len(newest) >= farthest
+        far = len(newest) >= farthest or _size(newest) >= LOOK_BACK_BYTES
+        whole = far or _is_last(older, wanted)
     omitted = max(0, session.message_count - len(chosen))
     return Context(session, chosen, omitted, sum(row.tokens for row in chosen))
 
 
 def _is_last(rows: Sequence[MessageRow], wanted: int) -> bool:
     """Whether a read has come to the session's beginning: it returned less than asked for, and not because of its size."""
-    return len(rows) < wanted and sum(row.size for row in rows) < PAGE_BYTES
+    return len(rows) < wanted and _size(rows) < PAGE_BYTES
+
+
+def _size(rows: Iterable[MessageRow]) -> int:
+    return sum(row.size for row in rows)
 
 
 class _Total(NamedTuple):
@@ -125,23 +136,48 @@ def choose(
         The messages, or None when older ones must be known to decide.
     """
     leading = {row.seq for row in system}
-    kept = list(system)
-    total = _Total(0, 0, 0).plus(system)
-    first = True
+    kept: list[MessageRow] | None = None
+    total = _Total(0, 0, 0)
     for group in _groups([row for row in newest if row.seq not in leading], whole=whole):
-        if not first and not limits.hold(total.with_one_more()):
+        if kept is not None and not limits.hold(total.with_one_more()):
             break
         if group.verdict is _Verdict.UNKNOWN:
             return None
+        if kept is None:
+            kept = _first(system, group.members, limits.max_bytes)
+            total = total.plus(kept)
+            if total.messages < len(system) + len(group.members):
+                break
+            continue
         total = total.plus(group.members)
-        if not first and not limits.hold(total):
+        if not limits.hold(total):
             break
         kept += group.members
-        first = False
     else:
-        if not whole and (first or limits.hold(total.with_one_more())):
+        if not whole and (kept is None or limits.hold(total.with_one_more())):
             return None
-    return sorted(kept, key=lambda row: row.seq)
+    return sorted(_fitting(system, limits.max_bytes) if kept is None else kept, key=lambda row: row.seq)
+
+
+def _first(system: Sequence[MessageRow], newest: list[MessageRow], max_bytes: int) -> list[MessageRow]:
+    """Return what is kept first of the leading SYSTEM messages and the newest group: all of it, unless that is too large to be sent."""
+    kept = _fitting(newest, max_bytes)
+    if len(kept) < len(newest):
+        # A part of the results of its calls, and nothing else, may follow them.
+        while sum(len(group.members) for group in _groups(kept[::-1], whole=True)) < len(kept):
+            kept.pop()
+    return kept + _fitting(system, max_bytes - _size(kept))
+
+
+def _fitting(rows: Iterable[MessageRow], max_bytes: int) -> list[MessageRow]:
+    """Return the rows up to the first that does not fit."""
+    kept: list[MessageRow] = []
+    for row in rows:
+        max_bytes -= row.size
+        if max_bytes < 0:
+            break
+        kept.append(row)
+    return kept
 
 
 class _Verdict(Enum):

@@ -193,6 +193,49 @@ async def test_a_heavy_session_is_cut_by_its_bytes(chat: Chat) -> None:
     assert len(reply.messages) == 15
 
 
+READABLE = 3 * 1024 * 1024
+"""What a reply's messages take at the most; the channel of these tests refuses more than 4 MiB, as every client's does."""
+
+
+async def test_megabytes_of_leading_system_messages_are_cut_and_the_newest_message_stays(chat: Chat) -> None:
+    session_id = (await chat.create_session()).id
+    for n in range(30):
+        await chat.append(session_id, [text(f"{n}" + "x" * 200_000, SYSTEM)])
+    await chat.append(session_id, texts(3))
+    reply = await chat.context(session_id)
+    assert seqs(reply) == [*range(1, 16), 33]
+    assert reply.ByteSize() <= READABLE
+    assert reply.omitted_count == 17
+    assert seqs(await chat.context(session_id, max_messages=1, max_tokens=1)) == [*range(1, 16), 33]
+
+
+async def test_of_a_newest_group_that_is_too_large_the_beginning_comes(chat: Chat) -> None:
+    calls = [{"tool_call": {"id": f"c{n}"}} for n in range(40)]
+    session_id = await chat.start([text("be kind", SYSTEM), text("question"), text("", ASSISTANT, parts=calls)])
+    for n in range(40):
+        result = {"tool_result": {"tool_call_id": f"c{n}", "content": "x" * 200_000}}
+        await chat.append(session_id, [text("", TOOL, parts=[result])])
+    reply = await chat.context(session_id)
+    assert seqs(reply) == [1, *range(3, 19)], (
+        "the call, the results that fit, and the system message that fits beside them"
+    )
+    assert reply.ByteSize() <= READABLE
+    await chat.append(session_id, [text("answer", ASSISTANT)])
+    assert seqs(await chat.context(session_id)) == [1, 44]
+
+
+async def test_the_call_of_heavy_results_is_looked_for_within_a_bound(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is looked at is held in memory: however many megabytes of results there are, only so many are read."""
+    monkeypatch.setattr(context, "LOOK_BACK_BYTES", 4 * 1024 * 1024)
+    session_id = await chat.start([text("question"), text("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}])])
+    for _ in range(50):
+        result = {"tool_result": {"tool_call_id": "c", "content": "x" * 200_000}}
+        await chat.append(session_id, [text("", TOOL, parts=[result])])
+    assert seqs(await chat.context(session_id)) == []
+
+
 async def test_a_prompt_is_of_one_user_and_one_session(chat: Chat, other: Chat) -> None:
     session_id = await chat.start(texts(3, "mine"))
     await chat.start(texts(3, "elsewhere"))

@@ -8,6 +8,8 @@ The contract leaves open, and the docstrings of service/store/context.py say:
 - A call that lacks a result may be sent when nothing comes after it but its own results; messages that are never sent for want of
   their call do not count as coming after.
 - The newest group is the one with the newest message. The first group that does not fit ends the choice.
+- No limit of bytes is ever broken: of a newest group that is too large as much is kept of its beginning as may be sent, then leading
+  SYSTEM messages from the first on, then older groups; again the first that does not fit ends the choice.
 - Deleted messages are not there; leading SYSTEM messages are those before the first other message of the session.
 """
 
@@ -68,12 +70,35 @@ def expected(history: Sequence[Said], through: int, wanted: Wanted) -> list[int]
     rest = [each for each in there[len(leading) :] if each.seq > through]
     callers = _callers(rest)
     rest = [each for each in rest if each.seq in callers]
-    kept = leading
-    for number, group in enumerate(_groups(rest, callers)):
-        if number > 0 and not wanted.allows([*kept, *group]):
-            break
-        kept = [*kept, *group]
+    groups = _groups(rest, callers)
+    newest = groups[0] if groups else []
+    kept = max((part for part in _beginnings(newest) if _size(part) <= wanted.max_bytes), key=len, default=[])
+    whole = len(kept) == len(newest)
+    system = max((part for part in _parts(leading) if _size([*kept, *part]) <= wanted.max_bytes), key=len)
+    kept = [*kept, *system]
+    if whole and len(system) == len(leading):
+        for group in groups[1:]:
+            if not wanted.allows([*kept, *group]):
+                break
+            kept = [*kept, *group]
     return sorted(each.seq for each in kept)
+
+
+def _size(messages: Sequence[Said]) -> int:
+    return sum(each.size for each in messages)
+
+
+def _parts(messages: Sequence[Said]) -> list[Sequence[Said]]:
+    return [messages[:count] for count in range(len(messages) + 1)]
+
+
+def _beginnings(group: Sequence[Said]) -> list[Sequence[Said]]:
+    """Return the beginnings of a group that may be sent by themselves: their open calls are at the end."""
+    return [
+        part
+        for part in _parts(group)
+        if len(part) == len(group) or all(_may_be_sent(each, part, _callers(part)) for each in part)
+    ]
 
 
 def _callers(rest: Sequence[Said]) -> dict[int, dict[str, int]]:
@@ -120,7 +145,7 @@ def histories(draw: st.DrawFn, max_size: int = 14) -> list[Said]:
     drafts = draw(st.lists(st.one_of(_anything(), _exchange()), max_size=max_size))
     flat = [each for draft in drafts for each in draft]
     head = draw(st.integers(0, 2))
-    flat = [Said(0, SYSTEM, tokens=draw(_tokens)) for _ in range(head)] + flat
+    flat = [Said(0, SYSTEM, tokens=draw(_tokens), size=draw(st.integers(1, 4))) for _ in range(head)] + flat
     return [Said(seq, e.role, e.calls, e.results, e.tokens, e.size, e.deleted) for seq, e in enumerate(flat, 1)]
 
 

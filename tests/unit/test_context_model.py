@@ -81,9 +81,13 @@ def test_what_is_chosen_is_what_model_apis_take(history: list[Said], through: in
     assert chosen is not None
     prompt = [by_seq[each.seq] for each in chosen]
     assert [each.seq for each in prompt] == sorted({each.seq for each in prompt})
-    assert [each.seq for each in prompt[: len(system)]] == [each.seq for each in system]
+    leading = [each.seq for each in system]
+    kept = [each.seq for each in prompt if each.seq in leading]
+    assert kept == leading[: len(kept)]
+    assert len(kept) == len(leading) or sum(each.size for each in history) > wanted.max_bytes
+    assert sum(each.size for each in prompt) <= wanted.max_bytes
     assert not any(each.deleted for each in prompt)
-    assert all(each.seq > through for each in prompt[len(system) :])
+    assert all(each.seq > through for each in prompt[len(kept) :])
     for place, message in enumerate(prompt):
         before, after = prompt[:place], prompt[place + 1 :]
         assert all(any(each in other.asks for other in before) for each in message.answers), "a result without its call"

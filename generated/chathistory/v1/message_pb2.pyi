@@ -799,7 +799,10 @@ class GetContextResponse(_message.Message):
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The messages, oldest first: the leading SYSTEM messages, then the newest groups that fit. An assistant's tool calls
-        and their results come together or not at all; a call still waiting for results only at the end.
+        and their results come together or not at all; a call still waiting for results only at the end. They never exceed
+        3 MiB, so that clients can take the reply: the newest group is kept first, then leading SYSTEM messages from the
+        first on, then older groups, up to the first that does not fit; of a newest group that is larger by itself, its
+        beginning is kept. `omitted_count` tells that something was left out.
         """
 
     def __init__(
