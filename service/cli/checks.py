@@ -63,7 +63,9 @@ def _check(settings: Settings, target: Target) -> list[Finding]:
         found = run(lambda: diagnosis.describe(target, settings.db_connect_timeout))
     except DATABASE_ERRORS as error:
         return [diagnosis.Finding("database", diagnosis.explain(error, target), diagnosis.Verdict.TODO), *notes]
-    pool = settings.db_pool_size + settings.db_max_overflow
+    pool = diagnosis.Pool(
+        settings.db_pool_size, settings.db_max_overflow, settings.db_pool_recycle, settings.db_connect_timeout
+    )
     return [*diagnosis.findings(found, target, pool), *notes]
 
 

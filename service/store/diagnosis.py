@@ -14,7 +14,7 @@ import asyncpg
 from sqlalchemy import NullPool, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from service.store.database import SchemaVersion, schema_version
+from service.store.database import PING_AFTER_IDLE, SchemaVersion, schema_version
 from service.store.failures import driver_error, sqlstate
 from service.store.tables import BUILD, REQUIRED_REVISION
 from service.store.url import Target
@@ -22,6 +22,8 @@ from service.store.url import Target
 OLDEST, NEWEST = 15, 18
 """Major versions of PostgreSQL that the tests run on."""
 ROUND_TRIPS = 5
+NEON_SUSPENDS, NEON_WAKES = 300, 10
+"""Seconds after which Neon suspends a database by default, and which it may need to wake."""
 SLOW_ROUND_TRIP = 0.02
 """Seconds beyond which the database seems to be in another region."""
 
@@ -104,14 +106,20 @@ async def _round_trip(connection: AsyncConnection) -> float:
     return statistics.median(times)
 
 
-def findings(found: Description, target: Target, pool: int) -> list[Finding]:
-    """Say what a description means.
+class Pool(NamedTuple):
+    """The pool of one process of the service; times in seconds."""
 
-    Args:
-        found: What `describe` returned.
-        target: What it was asked about.
-        pool: The most connections that one process of the service opens.
-    """
+    size: int
+    """Connections kept."""
+    overflow: int
+    """Connections beyond those."""
+    recycle: float
+    """After which a connection is replaced."""
+    connect_timeout: float
+
+
+def findings(found: Description, target: Target, pool: Pool) -> list[Finding]:
+    """Say what a description means, which `describe` has made of a target, for a service with that pool."""
     return [
         Finding("database", f"{target.place} as {found.account}"),
         _on_version(found),
@@ -120,7 +128,8 @@ def findings(found: Description, target: Target, pool: int) -> list[Finding]:
         Finding("statements", _on_statements(target)),
         _on_round_trip(found),
         _on_schema(found.schema),
-        _on_pool(found, target, pool),
+        _on_pool(found, target, pool.size + pool.overflow),
+        _on_connections(target, pool),
         *_on_settings(found),
     ]
 
@@ -199,6 +208,23 @@ def _on_pool(found: Description, target: Target, pool: int) -> Finding:
             Verdict.TODO,
         )
     return Finding("pool", f"{words}; the database takes {found.max_connections} in all")
+
+
+def _on_connections(target: Target, pool: Pool) -> Finding:
+    timeout = target.connect_args.get("timeout", pool.connect_timeout)
+    words = (
+        f"{pool.size} kept, the last used first; tried before use after {PING_AFTER_IDLE:g} s idle, replaced after {pool.recycle:g} s; "
+        f"{timeout:g} s to connect"
+    )
+    if not target.is_neon:
+        return Finding("connections", words)
+    if pool.recycle >= NEON_SUSPENDS:
+        words += f": Neon suspends after {NEON_SUSPENDS} s by default, so set CHAT_HISTORY_DB_POOL_RECYCLE below that"
+        return Finding("connections", words, Verdict.NOTE)
+    if timeout < NEON_WAKES:
+        words += f": a suspended Neon database may take longer to wake, so allow {NEON_WAKES} s"
+        return Finding("connections", words, Verdict.NOTE)
+    return Finding("connections", f"{words}: fits Neon's suspending and waking")
 
 
 def _on_settings(found: Description) -> list[Finding]:

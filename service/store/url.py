@@ -45,10 +45,15 @@ class Target:
         port = f":{self.url.port}" if self.url.port else ""
         return f"{host}{port}/{self.url.database or ''}"
 
+    @property
+    def is_neon(self) -> bool:
+        """Whether it is one of Neon's, which suspends what is idle."""
+        return _is_neon(self.url.host or "")
+
     def direct(self) -> Target:
         """Return Neon's direct host for a pooled one, for migrations; others unchanged."""
         host = self.url.host or ""
-        if not (_is_neon(host) and "-pooler." in host):
+        if not (self.is_neon and "-pooler." in host):
             return self
         return replace(self, url=self.url.set(host=host.replace("-pooler.", ".", 1)), pooled=False)
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from service.store.database import SchemaVersion
-from service.store.diagnosis import Description, Verdict, describe, explain, findings
+from service.store.diagnosis import Description, Pool, Verdict, describe, explain, findings
 from service.store.tables import BUILD
 from service.store.url import parse
 from tests.cli.conftest import Start
@@ -150,6 +150,9 @@ async def test_a_server_without_tls_is_explained(server: Server) -> None:
     assert f"127.0.0.1:{server.port}/{server.database} offers no TLS" in explain(refused.value, target)
 
 
+POOL = Pool(8, 4, 240, 12)
+
+
 @pytest.mark.parametrize(
     ("query", "tls", "verdict", "words"),
     [
@@ -160,7 +163,7 @@ async def test_a_server_without_tls_is_explained(server: Server) -> None:
 )
 def test_far_away_the_certificate_matters(query: str, tls: str | None, verdict: Verdict, words: str) -> None:
     found = Description("18.1", 18, "u", 100, False, "on", "UTF8", tls, 0.001, SchemaVersion(BUILD, 1))
-    lines = {line.about: line for line in findings(found, parse(f"postgresql://u@db.example.com/d?{query}"), 12)}
+    lines = {line.about: line for line in findings(found, parse(f"postgresql://u@db.example.com/d?{query}"), POOL)}
     assert lines["TLS"].verdict is verdict
     assert words in lines["TLS"].words
 
@@ -168,13 +171,35 @@ def test_far_away_the_certificate_matters(query: str, tls: str | None, verdict: 
 def test_what_does_not_fit_is_said_with_what_to_do() -> None:
     found = Description("14.9", 14, "u", 100, True, "on", "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1))
     url = "postgresql://u@ep-a-pooler.eu.aws.neon.tech/d"
-    lines = {line.about: line for line in findings(found, parse(url), 12)}
+    lines = {line.about: line for line in findings(found, parse(url), POOL)}
     todo = {about for about, line in lines.items() if line.verdict is Verdict.TODO}
     assert todo == {"PostgreSQL", "connection", "schema", "encoding"}
     assert "upgrade to 15 to 18" in lines["PostgreSQL"].words
     assert "deploy a newer one" in lines["schema"].words
     assert "in the database's region" in lines["round trip"].words
     newer = Description("19.0", 19, "u", 100, False, "on", "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1))
-    lines = {line.about: line for line in findings(newer, parse(url), 12)}
+    lines = {line.about: line for line in findings(newer, parse(url), POOL)}
     assert {line.verdict for line in lines.values()} <= {Verdict.OK, Verdict.NOTE}
     assert "migrations go to ep-a.eu.aws.neon.tech/d" in lines["connection"].words
+
+
+@pytest.mark.parametrize("host", ["ep-a.eu.aws.neon.tech", "ep-a-pooler.eu.aws.neon.tech"])
+@pytest.mark.parametrize(
+    ("query", "pool", "verdict", "words"),
+    [
+        ("", POOL, Verdict.OK, "12 s to connect: fits Neon's suspending and waking"),
+        ("", POOL._replace(recycle=300), Verdict.NOTE, "set CHAT_HISTORY_DB_POOL_RECYCLE below that"),
+        ("", POOL._replace(connect_timeout=3), Verdict.NOTE, "may take longer to wake"),
+        ("?connect_timeout=3", POOL, Verdict.NOTE, "3 s to connect: a suspended"),
+        ("?connect_timeout=15", POOL._replace(connect_timeout=3), Verdict.OK, "15 s to connect: fits"),
+    ],
+)
+def test_what_does_not_fit_neons_suspending_is_said(
+    host: str, query: str, pool: Pool, verdict: Verdict, words: str
+) -> None:
+    found = Description("18.1", 18, "u", 100, False, "on", "UTF8", "TLSv1.3", 0.001, SchemaVersion(BUILD, 1))
+    lines = {line.about: line for line in findings(found, parse(f"postgresql://u@{host}/d{query}"), pool)}
+    assert lines["connections"].verdict is verdict
+    assert words in lines["connections"].words
+    elsewhere = {line.about: line for line in findings(found, parse("postgresql://u@db.example.com/d"), pool)}
+    assert elsewhere["connections"].verdict is Verdict.OK

@@ -1,0 +1,140 @@
+"""The pool as Neon needs it: what is kept, in which order it is used, when it is tried or replaced, and how long connecting may take."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.errors import Unavailable
+from service.store import database as module
+from service.store.database import Database
+from service.store.url import parse
+from tests.support.cluster import Cluster
+from tests.support.proxy import Way, before_postgres
+from tests.support.servers import serving, settings
+from tests.support.statements import Sent
+
+OWNER = "a user"
+
+
+def soon(seconds: float = 20.0) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def backend(connection: AsyncConnection, _owner: str) -> int:
+    return int(await connection.scalar(text("SELECT pg_backend_pid()")) or 0)
+
+
+async def backends(database: Database, count: int) -> list[int]:
+    """Use so many connections at once, which are given back in this order."""
+    turn = asyncio.Semaphore(0)
+    held: list[int] = []
+
+    async def hold(connection: AsyncConnection, owner: str) -> int:
+        held.append(await backend(connection, owner))
+        await turn.acquire()
+        return held[-1]
+
+    tasks = [asyncio.create_task(database.read(hold, soon(), OWNER)) for _ in range(count)]
+    async with asyncio.timeout(20):
+        while len(held) < count:
+            await asyncio.sleep(0.01)
+    for _ in tasks:
+        turn.release()
+        await asyncio.sleep(0.05)
+    await asyncio.gather(*tasks)
+    return held
+
+
+def test_the_defaults_fit_what_neon_does() -> None:
+    """It suspends after five idle minutes, and takes seconds to wake at the worst."""
+    given = settings()
+    assert 60 <= given.db_pool_recycle < 300
+    assert 10 <= given.db_connect_timeout <= 15
+    assert module.PING_AFTER_IDLE == 30
+
+
+@pytest.mark.parametrize("route", ["on", "off"], ids=["direct", "pooled"])
+async def test_the_service_takes_them(database_url: str, route: str) -> None:
+    async with serving(parse(database_url, prepared_statements=route)) as server:
+        pool = server.database.engine.pool
+        assert pool._recycle == server.settings.db_pool_recycle
+        assert pool._pool.use_lifo  # type: ignore[attr-defined]
+        assert (pool._pool.maxsize, pool._max_overflow) == (8, 4)  # type: ignore[attr-defined]
+
+
+async def test_the_last_used_connection_is_used_first_and_the_others_age(database_url: str) -> None:
+    database = Database(parse(database_url))
+    held = await backends(database, 4)
+    assert len(set(held)) == 4
+    assert [await database.read(backend, soon(), OWNER) for _ in range(6)] == [held[-1]] * 6
+    await database.close()
+
+
+async def test_an_old_connection_is_replaced(database_url: str) -> None:
+    database = Database(parse(database_url), recycle=1)
+    first = await database.read(backend, soon(), OWNER)
+    assert await database.read(backend, soon(), OWNER) == first
+    await asyncio.sleep(1.2)
+    assert await database.read(backend, soon(), OWNER) != first
+    await database.close()
+
+
+async def test_only_what_has_idled_long_is_tried_before_use(
+    database_url: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Database(parse(database_url))
+    first = await database.read(backend, soon(), OWNER)
+    sent = Sent(cluster, database_url)
+    assert await database.read(backend, soon(), OWNER) == first
+    assert [each.sql for each in sent.so_far()] == ["SELECT pg_backend_pid()"]
+    monkeypatch.setattr(module, "PING_AFTER_IDLE", 0.0)
+    await asyncio.sleep(0.05)
+    sent = Sent(cluster, database_url)
+    assert await database.read(backend, soon(), OWNER) == first
+    *ping, last = [each.sql for each in sent.so_far()]
+    assert ping, "it was tried"
+    assert last == "SELECT pg_backend_pid()"
+    await database.close()
+
+
+async def test_connecting_takes_no_longer_than_it_may(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody answers the connection attempts; a URL's own time-out goes before the setting."""
+    monkeypatch.setattr(module, "OUTAGE_PATIENCE", 0.1)
+    async with before_postgres(database_url) as (proxy, url):
+        proxy.hold(Way.DOWN)
+        for address, connect_timeout in ((url, 0.3), (f"{url}&connect_timeout=1", 600.0)):
+            database = Database(parse(address), connect_timeout=connect_timeout)
+            async with asyncio.timeout(20):
+                with pytest.raises(Unavailable):
+                    await database.read(backend, soon(60), OWNER)
+            await database.close()
+
+
+async def test_hot_statements_have_connections_of_their_own_whatever_else_is_held(database_url: str) -> None:
+    """All that may be held for other things is held, and much more asked for."""
+    database = Database(parse(database_url))
+    turn = asyncio.Event()
+
+    async def hold(connection: AsyncConnection, owner: str) -> int:
+        found = await backend(connection, owner)
+        await turn.wait()
+        return found
+
+    held = [
+        asyncio.create_task(kind(hold, soon(60), f"{n % 5}"))
+        for n in range(50)
+        for kind in (database.read, database.write)
+    ]
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        kept = [await database.driver.acquire() for _ in range(6)]
+    for each in kept:
+        database.driver.release(each)
+    assert database.engine.pool.checkedout() == 12  # type: ignore[attr-defined]
+    turn.set()
+    assert len(set(await asyncio.gather(*held))) <= 12
+    await database.close()
