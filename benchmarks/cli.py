@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import machine, report, work
+from benchmarks import machine, overload, report, work
 from benchmarks.compare import Result, Subject, compare
 from benchmarks.driver import BenchError, Load
 from benchmarks.scenarios import FULL, QUICK, SCENARIOS, SESSIONS, Bench, Variant, enough, with_jwt
@@ -183,6 +183,21 @@ def list_messages(
             hold=hold,
         )
     )
+
+
+@app.command("overload")
+def overload_() -> None:
+    """Load the service with four times what it can carry; the table is for docs/stability.md."""
+    _run(_overload())
+
+
+async def _overload() -> None:
+    async with Stack() as stack:
+        with _progress() as progress:
+            phases = await overload.overload(Bench(stack, FULL, _Bar(progress, "overload")))
+    found = overload.table(phases)
+    console.print(found.rich())
+    console.print(found.markdown(), markup=False, highlight=False)
 
 
 async def _append(

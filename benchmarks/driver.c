@@ -1,13 +1,17 @@
-/* Closed-loop load: keeps so many requests in flight, each with a body of its own, and looks at every reply's status.
+/* Load: keeps so many requests in flight (callers, each of which asks again when it is answered), or with --rate sends so many a second
+ * whatever is answered (then --in-flight is the most that may be open). Each has a body of its own; every reply's status is looked at.
+ * With --patient a caller that is refused with a RetryInfo waits for as long as that says.
  *
  *   driver --address 127.0.0.1:50051 --path /chathistory.v1.ChatHistoryService/AppendMessages --bodies FILE --in-flight 64
  *          [--connections 8] [--warmup 0.5] [--seconds 3] [--cycle] [--header name:value]... [--pid PID]... [--http1]
+ *          [--patient] [--rate 1000]
  *
  * FILE holds records of a 32-bit little-endian length and so many bytes. With gRPC a record is one request message; with --http1 it is
  * one whole HTTP/1.1 request, and every connection carries one request at a time. A record is sent once, unless --cycle.
  *
- * Prints one JSON object: what was answered in the window that follows the warm-up, how long it took, the statuses of all replies
- * (also of those outside the window), the processor time of this process and of each --pid during the window.
+ * Prints one JSON object: the good replies in the window that follows the warm-up and how long they took, how many others there were in
+ * it, the statuses of all replies (also of those outside the window), the processor time of this process and of each --pid during the
+ * window.
  *
  * HTTP/2 is libnghttp2's work. One thread, one epoll loop.
  */
@@ -42,9 +46,15 @@ typedef struct stream {
   uint32_t length, sent;
   uint64_t started;
   int status, http_status;
-  uint64_t reply_bytes;
+  uint64_t reply_bytes, retry_after;
   struct stream *next;
 } stream;
+
+/* A caller that waits before it asks again. */
+typedef struct rest {
+  uint64_t until;
+  connection *of;
+} rest;
 
 struct connection {
   int fd;
@@ -52,7 +62,7 @@ struct connection {
   bool wants_out;
   uint8_t *out; /* What the socket did not take yet. */
   size_t out_length, out_at, out_room;
-  int in_flight;
+  int in_flight, resting;
   stream *done; /* Streams that have ended and are free. */
   /* HTTP/1.1: the reply that is being read. */
   uint8_t *in;
@@ -65,8 +75,10 @@ static nghttp2_nv headers[MAX_HEADERS];
 static size_t header_count;
 static uint8_t *bodies;
 static size_t bodies_length, body_at;
-static bool cycle, http1, stopping;
-static uint64_t window_start, window_end, replies_in_window, bytes_in_window, sent_total, statuses[STATUSES];
+static bool cycle, http1, stopping, patient;
+static rest *resting; /* A heap, the first to end on top. */
+static size_t resting_count, resting_room;
+static uint64_t due, window_start, window_end, replies_in_window, refused_in_window, bytes_in_window, sent_total, statuses[STATUSES];
 static uint32_t *latencies;
 static size_t latency_room, outstanding;
 static int epoll_fd, shown;
@@ -143,11 +155,40 @@ static stream *new_stream(connection *owner) {
   return request;
 }
 
+static void begin_rest(connection *of, uint64_t until) {
+  if (resting_count == resting_room) {
+    resting_room = resting_room ? resting_room * 2 : 1 << 12;
+    resting = grow(resting, resting_room * sizeof *resting);
+  }
+  size_t at = resting_count++;
+  for (size_t parent; at > 0 && resting[parent = (at - 1) / 2].until > until; at = parent) resting[at] = resting[parent];
+  resting[at] = (rest){until, of};
+  of->resting++;
+}
+
+static connection *end_rest(void) {
+  connection *of = resting[0].of;
+  rest last = resting[--resting_count];
+  size_t at = 0;
+  for (size_t child; (child = 2 * at + 1) < resting_count; at = child) {
+    if (child + 1 < resting_count && resting[child + 1].until < resting[child].until) child++;
+    if (resting[child].until >= last.until) break;
+    resting[at] = resting[child];
+  }
+  resting[at] = last;
+  of->resting--;
+  return of;
+}
+
+static bool is_good(const stream *reply) { return reply->status == (http1 ? 200 : 0); }
+
 static void end_stream(stream *reply) {
   connection *owner = reply->owner;
   uint64_t now = now_ns();
   statuses[reply->status]++;
-  if (now >= window_start && now < window_end) {
+  if (patient && reply->retry_after && !stopping) begin_rest(owner, now + reply->retry_after);
+  if (now >= window_start && now < window_end && !is_good(reply)) refused_in_window++;
+  if (now >= window_start && now < window_end && is_good(reply)) {
     if (replies_in_window == latency_room) {
       latency_room = latency_room ? latency_room * 2 : 1 << 16;
       latencies = grow(latencies, latency_room * sizeof *latencies);
@@ -240,6 +281,47 @@ static void call(connection *to) {
   if (id < 0) die("cannot send a request: %s", nghttp2_strerror(id));
 }
 
+static const uint8_t *find(const uint8_t *in, size_t length, const char *what) {
+  return memmem(in, length, what, strlen(what));
+}
+
+static uint64_t read_varint(const uint8_t **at, const uint8_t *end) {
+  uint64_t value = 0;
+  for (int shift = 0; *at < end && shift < 64; shift += 7) {
+    uint8_t byte = *(*at)++;
+    value |= (uint64_t)(byte & 0x7f) << shift;
+    if (byte < 0x80) break;
+  }
+  return value;
+}
+
+/* Returns the nanoseconds that the RetryInfo of a google.rpc.Status says, given in base64; 0 without one. */
+static uint64_t read_retry_after(const uint8_t *text, size_t length) {
+  uint8_t data[2048];
+  size_t count = 0;
+  uint32_t bits = 0;
+  for (size_t n = 0; n < length && count < sizeof data; n++) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    const char *digit = memchr(digits, text[n], 64);
+    if (digit == NULL) break;
+    bits = bits << 6 | (uint32_t)(digit - digits);
+    if (n % 4) data[count++] = (uint8_t)(bits >> (6 - n % 4 * 2));
+  }
+  const uint8_t *end = data + count, *at = find(data, count, "google.rpc.RetryInfo");
+  if (at == NULL) return 0;
+  at += strlen("google.rpc.RetryInfo");
+  /* The Any's value, in it the delay, in it seconds and nanoseconds. */
+  if (end - at < 4 || at[0] != 0x12 || at[2] != 0x0a) return 0;
+  at += 4;
+  uint64_t delay = 0;
+  while (at < end) {
+    uint8_t key = *at++;
+    if (key != 0x08 && key != 0x10) break;
+    delay += read_varint(&at, end) * (key == 0x08 ? 1000000000u : 1u);
+  }
+  return delay;
+}
+
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_length, const uint8_t *value,
                      size_t length, uint8_t flags, void *user) {
   (void)flags, (void)user;
@@ -250,6 +332,8 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
     reply->status = status >= 0 && status < NO_STATUS ? status : NO_STATUS;
   } else if (name_length == 7 && memcmp(name, ":status", 7) == 0) {
     reply->http_status = atoi((const char *)value);
+  } else if (patient && name_length == 23 && memcmp(name, "grpc-status-details-bin", 23) == 0) {
+    reply->retry_after = read_retry_after(value, length);
   } else if (name_length == 12 && memcmp(name, "grpc-message", 12) == 0 && length && shown < SHOWN) {
     shown++;
     fprintf(stderr, "driver: a reply says: %.*s\n", (int)length, (const char *)value);
@@ -328,7 +412,7 @@ static void read_reply(connection *from, const uint8_t *data, size_t length) {
 /* -- the loop -- */
 
 static void fill(connection *to, int wanted) {
-  while (!stopping && to->in_flight < wanted) {
+  while (!stopping && to->in_flight + to->resting < wanted) {
     if (http1)
       request(to);
     else
@@ -383,14 +467,16 @@ static uint32_t quantile(double share) {
   return latencies[(size_t)(share * (double)(replies_in_window - 1) + 0.5)];
 }
 
+static int share(int index, int in_flight, int connections) { return in_flight / connections + (index < in_flight % connections); }
+
 int main(int count, char **arguments) {
   int in_flight = 1, connections = 1, pids[MAX_PIDS], pid_count = 0, extra_count = 0, option;
-  double warmup = 0.5, seconds = 3, pid_seconds[MAX_PIDS] = {0}, own = 0;
+  double warmup = 0.5, seconds = 3, rate = 0, pid_seconds[MAX_PIDS] = {0}, own = 0;
   const char *file = NULL, *extra[MAX_HEADERS / 2][2];
   static const struct option options[] = {
       {"address", 1, 0, 'a'}, {"path", 1, 0, 'p'},    {"bodies", 1, 0, 'b'}, {"in-flight", 1, 0, 'n'}, {"connections", 1, 0, 'c'},
       {"warmup", 1, 0, 'w'},  {"seconds", 1, 0, 's'}, {"cycle", 0, 0, 'y'},  {"pid", 1, 0, 'i'},       {"http1", 0, 0, '1'},
-      {"header", 1, 0, 'h'},  {0, 0, 0, 0},
+      {"header", 1, 0, 'h'},  {"patient", 0, 0, 't'}, {"rate", 1, 0, 'r'},   {0, 0, 0, 0},
   };
   while ((option = getopt_long(count, arguments, "", options, NULL)) != -1) switch (option) {
       case 'a': authority = optarg; break;
@@ -406,6 +492,8 @@ int main(int count, char **arguments) {
         pids[pid_count++] = atoi(optarg);
         break;
       case '1': http1 = true; break;
+      case 't': patient = true; break;
+      case 'r': rate = atof(optarg); break;
       case 'h': {
         char *value = strchr(optarg, ':');
         if (value == NULL) die("--header takes name:value");
@@ -440,18 +528,27 @@ int main(int count, char **arguments) {
   uint64_t started = now_ns();
   window_start = started + (uint64_t)(warmup * 1e9);
   window_end = UINT64_MAX;
-  for (int n = 0; n < connections; n++) fill(&all[n], in_flight / connections + (n < in_flight % connections));
+  const bool closed_loop = rate <= 0;
+  for (int n = 0; n < connections; n++) fill(&all[n], closed_loop ? share(n, in_flight, connections) : 0);
   uint64_t opened = 0, closed = 0;
   while (phase != DRAINING || outstanding > 0) {
     struct epoll_event events[64];
-    int ready = epoll_wait(epoll_fd, events, 64, 2);
+    int ready = epoll_wait(epoll_fd, events, 64, closed_loop ? 2 : 1);
     for (int n = 0; n < ready; n++) {
       connection *which = events[n].data.ptr;
       if (events[n].events & (EPOLLIN | EPOLLERR | EPOLLHUP)) receive(which);
-      int index = (int)(which - all);
-      fill(which, in_flight / connections + (index < in_flight % connections));
+      fill(which, closed_loop ? share((int)(which - all), in_flight, connections) : 0);
     }
     uint64_t now = now_ns();
+    while (resting_count && resting[0].until <= now) {
+      connection *which = end_rest();
+      fill(which, share((int)(which - all), in_flight, connections));
+    }
+    /* What is due by now, in turn on all connections; beyond the most that may be open it is not sent at all. */
+    for (; !closed_loop && !stopping && due < (uint64_t)((double)(now - started) / 1e9 * rate); due++) {
+      connection *which = &all[due % (uint64_t)connections];
+      if (outstanding < (size_t)in_flight) fill(which, which->in_flight + 1);
+    }
     if (phase == WARMING && now >= window_start) {
       phase = MEASURING;
       opened = now;
@@ -470,7 +567,8 @@ int main(int count, char **arguments) {
   }
 
   qsort(latencies, replies_in_window, sizeof *latencies, by_value);
-  printf("{\"replies\": %llu, \"seconds\": %.6f, \"bytes\": %llu, \"sent\": %llu, \"driver_cpu\": %.4f", (unsigned long long)replies_in_window,
+  printf("{\"refused\": %llu, ", (unsigned long long)refused_in_window);
+  printf("\"replies\": %llu, \"seconds\": %.6f, \"bytes\": %llu, \"sent\": %llu, \"driver_cpu\": %.4f", (unsigned long long)replies_in_window,
          (double)(closed - opened) / 1e9, (unsigned long long)bytes_in_window, (unsigned long long)sent_total, own);
   printf(", \"p50\": %u, \"p90\": %u, \"p99\": %u, \"max\": %u, \"cpu\": [", quantile(0.5), quantile(0.9), quantile(0.99), quantile(1));
   for (int n = 0; n < pid_count; n++) printf("%s%.4f", n ? ", " : "", pid_seconds[n]);
