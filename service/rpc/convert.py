@@ -130,21 +130,20 @@ def message(
     row: MessageRow, session_id: str, make: Callable[..., message_pb2.Message] = message_pb2.Message
 ) -> message_pb2.Message:
     """Make the resource of a row; `make` may be the `add` of a reply's list, so that nothing is copied."""
-    made = make(
-        id=row.id,
-        session_id=session_id,
-        seq=row.seq,
-        role=row.role,
-        content=row.content,
-        token_count=row.token_count,
-        etag=row.etag,
-    )
-    # Filled in place: a Timestamp given to the constructor is made, copied and thrown away.
+    # Field by field and in place: names in the constructor cost more, and a Timestamp given to it is made, copied and thrown away.
+    made = make()
+    made.id = row.id
+    made.session_id = session_id
+    made.seq = row.seq
+    made.role = row.role  # type: ignore[assignment]
+    made.content = row.content
+    made.etag = row.etag
     moment = made.create_time
     moment.seconds, moment.nanos = row.created_us // _MICROS, row.created_us % _MICROS * 1000
     moment = made.update_time
     moment.seconds, moment.nanos = row.updated_us // _MICROS, row.updated_us % _MICROS * 1000
-    # Rarely there: not named above, since each name costs.
+    if row.token_count is not None:
+        made.token_count = row.token_count
     if row.author:
         made.author = row.author
     if row.parts is not None:

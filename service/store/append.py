@@ -32,13 +32,12 @@ from service.store.append_item import Append, Appended, Entry, Key, note_replays
 from service.store.database import DATABASE_ERRORS, Database, backoff
 from service.store.driver import Record
 from service.store.failures import Failure, classify, constraint, sqlstate, to_service_error
+from service.store.gather import Gather
 
 MAX_BATCH_MESSAGES = 512
 """Messages in one statement."""
 MAX_BATCH_BYTES = 4 * 1024 * 1024
 """Text in one statement, roughly; a single item may be larger."""
-GATHER_TURNS = 4
-"""Turns of the event loop for which a statement waits at the most while more comes in."""
 LOCK_TIMEOUT = "75ms"
 """How long a statement waits for a locked session before that session is run apart from its neighbours."""
 APART_STATEMENTS = 4
@@ -117,6 +116,7 @@ class _Lane:
         self._outages = 0
         """Times in a row that the database was away."""
         self._loop = asyncio.get_running_loop()
+        self._gather = Gather()
 
     def put(self, item: Append) -> None:
         self.queue.append(item)
@@ -126,24 +126,12 @@ class _Lane:
     async def _run(self) -> None:
         try:
             while self.queue:
-                await self._gather()
+                await self._gather.wait(self.queue, MAX_BATCH_MESSAGES)
                 await self._step()
         finally:
             self.task = None
             if self._key is not None:
                 self._appender.rejoin(self._key)
-
-    async def _gather(self) -> None:
-        """Let requests that have reached this process join, as long as each turn of the event loop brings more of them.
-
-        Under load that doubles what a statement carries; an append that comes alone waits for one turn, some microseconds.
-        """
-        waiting = 0
-        for _ in range(GATHER_TURNS):
-            if len(self.queue) == waiting:
-                return
-            waiting = len(self.queue)
-            await asyncio.sleep(0)
 
     async def _step(self) -> None:
         """Run one batch; whatever happens, each of its items is answered or back in the queue."""

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -112,7 +113,7 @@ class _Total(NamedTuple):
 
     def with_one_more(self) -> _Total:
         """Return the least that another message makes of it."""
-        return self._replace(messages=self.messages + 1)
+        return _Total(self.messages + 1, self.tokens, self.size)  # `_replace` takes five times as long.
 
     def plus(self, rows: Iterable[MessageRow]) -> _Total:
         messages, tokens, size = self
@@ -337,6 +338,7 @@ _OPENING = SharedRead(
 )
 _OLDER = SharedRead(_newest)
 _MESSAGE_AT = 1 + len(SESSION_COLUMNS)
+_seq_of = attrgetter("seq")
 
 
 def _unpack(rows: Rows) -> tuple[SessionRow | None, list[MessageRow], list[MessageRow]]:
@@ -348,5 +350,5 @@ def _unpack(rows: Rows) -> tuple[SessionRow | None, list[MessageRow], list[Messa
             session = SessionRow._make(row[1:_MESSAGE_AT])
         else:
             (system if row[0] == 1 else newest).append(MessageRow._make(row[_MESSAGE_AT:]))
-    newest.sort(key=lambda row: -row.seq)
+    newest.sort(key=_seq_of, reverse=True)
     return session, system, newest

@@ -17,6 +17,7 @@ from sqlalchemy import ClauseElement
 
 from service.store.database import DATABASE_ERRORS, Database
 from service.store.driver import Statement
+from service.store.gather import Gather
 
 WIDTH = 16
 """Reads in one statement: each may return a page of 3 MiB."""
@@ -77,11 +78,12 @@ class _Line:
         self._under_way = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
+        self._gather = Gather()
 
     async def fetch(self, arguments: tuple[Any, ...], deadline: float) -> Rows:
-        """Leave alone when nothing is under way, else wait for the next shared statement."""
-        if self._under_way < IN_FLIGHT and not self._queue:
-            self._under_way += 1
+        """Leave alone when nothing is under way and nothing was, else with the next shared statement."""
+        if not self._under_way and self._gather.last == 1:
+            self._under_way = 1
             try:
                 return await self._database.fetch(self._read.alone, *arguments, deadline=deadline)
             finally:
@@ -89,6 +91,7 @@ class _Line:
                 self._go_on()
         asked = _Asked(arguments, self._loop.create_future())
         self._queue.append(asked)
+        self._go_on()
         try:
             return await asked.answer
         except _RunAlone:
@@ -103,8 +106,10 @@ class _Line:
 
     async def _run(self) -> None:
         try:
-            while batch := self._take():
-                await self._together(batch)
+            while self._queue:
+                await self._gather.wait(self._queue, WIDTH)
+                if batch := self._take():
+                    await self._together(batch)
         finally:
             # At once, and not when the task's callbacks run: who comes between must find a place or somebody who will take it along.
             self._under_way -= 1
