@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from chathistory_client import HealthStatus, MessageOrder, NotFound, SearchMode, trace_context
+from chathistory_client import (
+    FailedPrecondition,
+    HealthStatus,
+    MessageOrder,
+    NotFound,
+    SearchMode,
+    Unavailable,
+    trace_context,
+)
 
 from . import history, schemas
-from .history import History
+from .history import MIN_SCORE, History
 from .identity import documented, user_id
 from .model import Model
 from .problems import responses
@@ -189,8 +198,12 @@ async def search(
         hits = await store.client.search_messages(
             user_id=user, query=q, limit=limit, mode=SearchMode.SEARCH_MODE_LEXICAL
         )
-        if not hits:  # No such words: what comes nearest in meaning.
-            hits = await store.client.search_messages(user_id=user, query=q, limit=min(limit, BY_MEANING))
+        if not hits:  # No such words: what is near in meaning, where that can be told.
+            with suppress(FailedPrecondition, Unavailable):
+                near = await store.client.search_messages(
+                    user_id=user, query=q, limit=min(limit, BY_MEANING), mode=SearchMode.SEARCH_MODE_SEMANTIC
+                )
+                hits = [hit for hit in near if hit.score >= MIN_SCORE]
     except NotFound:
         return schemas.SearchResult(hits=[])
     session_ids = {hit.message.session_id for hit in hits}

@@ -13,7 +13,7 @@ from playwright.async_api import Browser, Page, expect
 
 from service.server import Server
 from tests.support.chatbots import Model, chatting
-from tests.support.chromium import DESKTOP, PHONE, barriers, chromium, opened
+from tests.support.chromium import DESKTOP, PHONE, at_rest, barriers, chromium, opened
 from tests.support.demo import demo
 from tests.support.proxy import Proxy
 
@@ -46,7 +46,7 @@ async def take(page: Page, name: str) -> None:
     """Take a picture for the docs."""
     if os.environ.get("PICTURES"):
         PICTURES.mkdir(exist_ok=True)
-        await page.wait_for_timeout(300)
+        await at_rest(page)
         await page.screenshot(path=PICTURES / f"{name}.png", scale="css", caret="initial")
 
 
@@ -155,7 +155,7 @@ async def test_an_answer_can_be_stopped_and_what_there_is_stays(
         await page.get_by_role("button", name="Stop the answer").click()
         await expect(page.locator(".remark")).to_have_text("This answer was stopped before its end.")
         await page.reload()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             # The backend hears of it, and stores what there is, a moment later.
             while await page.locator(".said").count() < 2 or not await page.locator(".prose").inner_text():
                 await page.reload()
@@ -165,12 +165,35 @@ async def test_an_answer_can_be_stopped_and_what_there_is_stays(
     assert complaints == []
 
 
+async def test_another_conversation_is_begun_in_the_middle_of_an_answer(
+    chrome: Browser, server: Server, model: Model, complaints: list[str]
+) -> None:
+    model.words, model.pause = [f"word{n} " for n in range(300)], 0.03
+    async with (
+        model.serving() as settings,
+        chatting(server.address, **settings) as address,
+        opened(chrome, complaints, **DESKTOP) as page,
+    ):
+        await page.goto(address)
+        await page.get_by_label("Your question").fill("Go on")
+        await page.keyboard.press("Enter")
+        await expect(page.locator(".prose").last).to_contain_text("word5")
+        await page.locator("a.new").click()
+        await expect(page.locator("#talk")).to_have_attribute("aria-busy", "false")
+        model.words, model.pause = ["Herons ", "wade."], 0.0
+        await ask(page, "Do herons wade?")
+        await expect(page.locator(".prose")).to_have_text("Herons wade.")
+        await page.get_by_role("link", name="Go on").click()
+        await expect(page.locator(".remark")).to_have_text("This answer was stopped before its end.")
+    assert complaints == []
+
+
 async def test_the_page_says_when_history_is_not_saved_and_when_it_is_again(
     chrome: Browser, server: Server, complaints: list[str]
 ) -> None:
     async with (
         Proxy(server.address) as proxy,
-        chatting(proxy.address, history_timeout=0.5) as address,
+        chatting(proxy.address, history_timeout=2.0) as address,
         opened(chrome, complaints, **DESKTOP) as page,
     ):
         await page.goto(address)
@@ -202,7 +225,6 @@ async def test_nothing_keeps_people_out(
         assert await barriers(page) == []
         if device is PHONE:
             await page.get_by_role("button", name="Show the list").click()
-            await page.wait_for_timeout(400)
             assert await barriers(page) == []
             await page.keyboard.press("Escape")
         await page.get_by_role("button", name="Rename this").click()

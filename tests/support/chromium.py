@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import axe_playwright_python
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
 from tests.support.tools import require
 
@@ -16,6 +16,9 @@ _ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+# How long to wait for what must come: a busy machine is no failure.
+_PATIENCE = 30_000
+expect.set_options(timeout=_PATIENCE)
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
 PHONE: dict[str, Any] = {
     "viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True,
@@ -37,7 +40,7 @@ async def opened(browser: Browser, complaints: list[str], **device: Any) -> Asyn
     """Open a page of somebody new; what its console complains of is noted."""
     context = await browser.new_context(**device, locale="en-GB", timezone_id="UTC")
     page = await context.new_page()
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(_PATIENCE)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on(
         "console",
@@ -49,8 +52,14 @@ async def opened(browser: Browser, complaints: list[str], **device: Any) -> Asyn
     await context.close()
 
 
+async def at_rest(page: Page) -> None:
+    """Wait until nothing moves any more."""
+    await page.evaluate("Promise.allSettled(document.getAnimations({ subtree: true }).map(each => each.finished))")
+
+
 async def barriers(page: Page) -> list[str]:
     """Return what axe finds that keeps people out."""
+    await at_rest(page)
     script = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text()
     # As the browser's own tool does it: the page's policy does not hold for what is evaluated in it.
     await page.evaluate(script)

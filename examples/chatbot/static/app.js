@@ -9,7 +9,9 @@ const $ = (id) => document.getElementById(id);
 const NEW = "New conversation";
 const WHILE_AWAY = 3000; // Milliseconds between two looks at a database that does not answer; a healthy one is left in peace.
 
-const state = { session: null, sessions: [], more: "", answering: null, away: false, loading: 0 };
+const NARROW = matchMedia("(max-width: 760px)");
+
+const state = { session: null, sessions: null, unread: false, more: "", answering: null, away: false, loading: 0 };
 
 // --- where we are -----------------------------------------------------------------------------------------------------------
 
@@ -29,7 +31,7 @@ function go(path) {
 }
 
 async function open() {
-  state.answering?.abort();
+  leave();
   const uuid = here();
   const turn = ++state.loading;
   drawer(false);
@@ -59,6 +61,14 @@ async function open() {
   } finally {
     $("talk").setAttribute("aria-live", "polite");
   }
+}
+
+// What is answered elsewhere is broken off; the backend keeps what there is of it.
+function leave() {
+  if (!state.answering) return;
+  state.answering.abort();
+  state.answering = null;
+  busy(false);
 }
 
 function drawn(message) {
@@ -192,20 +202,30 @@ async function loadList(page_token = "") {
     const page = await api.sessions(page_token);
     state.sessions = page_token ? [...state.sessions, ...page.sessions] : page.sessions;
     state.more = page.next_page_token;
-    drawList();
   } catch {
+    state.unread = true;
     check();
   }
+  drawList();
 }
 
 function drawList() {
   if ($("find-text").value.trim()) return; // What was found stands there.
   const more = state.more && (() => loadList(state.more));
-  $("list").replaceChildren(...sessionList(state.sessions, here() ?? state.session?.session_uuid, more));
+  if (state.sessions) list(sessionList(state.sessions, here() ?? state.session?.session_uuid, more));
+  else if (state.unread) list([element("p", { className: "empty" }, "Your conversations cannot be read now.")]);
 }
 
-let searching;
+// Whoever stands in the list with the keyboard stays where they are.
+function list(nodes) {
+  const focused = $("list").contains(document.activeElement) && document.activeElement.getAttribute("href");
+  $("list").replaceChildren(...nodes);
+  if (focused) $("list").querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+let searching, typing;
 async function find() {
+  clearTimeout(typing);
   searching?.abort();
   const text = $("find-text").value.trim();
   if (!text) {
@@ -215,18 +235,22 @@ async function find() {
   searching = new AbortController();
   try {
     const { hits } = await api.search(text, searching.signal);
-    $("list").replaceChildren(...hitList(hits));
+    list(hitList(hits));
   } catch (error) {
     if (error.name === "AbortError") return;
-    $("list").replaceChildren(element("p", { className: "empty" }, "Search does not answer now."));
+    list([element("p", { className: "empty" }, "Search does not answer now.")]);
   }
 }
 
 function drawer(open) {
+  const within = $("side").contains(document.activeElement);
   $("app").classList.toggle("side-open", open);
   $("open-side").setAttribute("aria-expanded", String(open));
+  $("main").inert = open; // The keyboard stays in the list while it covers the conversation.
   if (open) $("close-side").focus();
+  else if (within && NARROW.matches) $("open-side").focus();
 }
+NARROW.onchange = () => drawer(false);
 
 // --- is it being kept? ------------------------------------------------------------------------------------------------------
 
@@ -283,7 +307,6 @@ function grow() {
 }
 $("question").oninput = grow;
 
-let typing;
 $("find-text").oninput = () => {
   clearTimeout(typing);
   typing = setTimeout(find, 200);
@@ -329,7 +352,7 @@ $("delete-box").onclose = async () => {
 
 $("state").onclick = check;
 $("open-side").onclick = () => drawer(true);
-$("close-side").onclick = () => (drawer(false), $("open-side").focus());
+$("close-side").onclick = () => drawer(false);
 $("veil").onclick = () => drawer(false);
 $("theme").onclick = () => {
   const root = document.documentElement;
@@ -342,12 +365,12 @@ $("theme").onclick = () => {
 addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
     event.preventDefault();
-    if (matchMedia("(max-width: 760px)").matches) drawer(true);
+    if (NARROW.matches) drawer(true);
     $("find-text").focus();
   } else if (event.key === "Escape") {
     if ($("find-text").value && document.activeElement === $("find-text")) {
       $("find-text").value = "";
-      drawList();
+      find();
     } else drawer(false);
   }
 });

@@ -3,6 +3,7 @@
 import { element } from "./markdown.js";
 
 const DAY = 24 * 3600 * 1000;
+const LEAD = 28; // Characters before what was found, so that it can be seen in two short lines.
 
 function age(date) {
   const today = new Date().setHours(0, 0, 0, 0);
@@ -64,8 +65,13 @@ export function hitList(hits) {
 
 // The service escapes snippets; this reads them back without trusting that it did.
 function marked(snippet) {
-  return snippet.split(/<mark>(.*?)<\/mark>/s).map((part, index) => {
-    const text = part.replace(/&(lt|gt|quot|#39|#x27|amp);/g, (_, name) => ({ lt: "<", gt: ">", quot: '"', amp: "&" })[name] ?? "'");
-    return index % 2 ? element("mark", {}, text) : text;
-  });
+  const parts = snippet.split(/<mark>(.*?)<\/mark>/s).map(plain);
+  if (parts.length > 1 && parts[0].length > LEAD) parts[0] = `…${parts[0].slice(-LEAD).replace(/^\S*\s+/, "")}`;
+  return parts.map((text, index) => (index % 2 ? element("mark", {}, text) : text));
+}
+
+function plain(text) {
+  return text
+    .replace(/&(lt|gt|quot|#39|#x27|amp);/g, (_, name) => ({ lt: "<", gt: ">", quot: '"', amp: "&" })[name] ?? "'")
+    .replace(/\*\*|`|^(?:>|#+) /gm, "");
 }
