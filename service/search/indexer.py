@@ -248,31 +248,17 @@ class Indexer:
             await self._write(batch, Changes(wipes=wipes))
         if kind == Owed.SESSION and not self._messages:
             return
-        ranges = [
-            Range(row.user_id, row.entity_id, row.since, row.through)
-            for row in rows
-            if (row.user_id, row.entity_id) in there
-        ]
-        while ranges:
+        by_entity = {(row.user_id, row.entity_id): row for row in rows if (row.user_id, row.entity_id) in there}
+        ranges = (Range(*entity, row.since, min(row.through, there[entity])) for entity, row in by_entity.items())
+        for page in indexed.pages(ranges, PAGE):
             started, used = self._loop.time(), time.process_time()
-            items = await indexed.items(self._database, kind, ranges, PAGE)
-            if items:
-                changes, refused = await self._changes(_KIND[kind], ranges, items)
-                by_entity = {(row.user_id, row.entity_id): row for row in rows}
-                batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
+            changes, refused = await self._changes(_KIND[kind], page, await indexed.items(self._database, kind, page))
+            batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
+            if changes.points or changes.deletes:
                 await self._write(batch, changes)
-                await asyncio.sleep(self._rest(self._loop.time() - started, time.process_time() - used))
-            if len(items) < PAGE:
-                break
-            # The last one may go on; those before it are done.
-            last = items[-1]
-            ranges = [ranges[last.range]._replace(since=last.place + 1), *ranges[last.range + 1 :]]
+            await asyncio.sleep(self._rest(self._loop.time() - started, time.process_time() - used))
         if kind == Owed.DOCUMENT:
-            done = {
-                (row.user_id, row.entity_id): there[row.user_id, row.entity_id]
-                for row in rows
-                if (row.user_id, row.entity_id) in there and row not in batch.refused
-            }
+            done = {entity: there[entity] for entity, row in by_entity.items() if row not in batch.refused}
             await indexed.settle(self._database, done, DocumentStatus.INDEXED)
 
     def _rest(self, took: float, used: float) -> float:

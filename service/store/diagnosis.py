@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from service.store.database import PING_AFTER_IDLE, SchemaVersion, schema_version
 from service.store.failures import driver_error, sqlstate
+from service.store.outbox import BACKLOG, Backlog
 from service.store.tables import BUILD, REQUIRED_REVISION
 from service.store.url import Target
 
@@ -26,12 +27,18 @@ NEON_SUSPENDS, NEON_WAKES = 300, 10
 """Seconds after which Neon suspends a database by default, and which it may need to wake."""
 SLOW_ROUND_TRIP = 0.02
 """Seconds beyond which the database seems to be in another region."""
+LATE = 60.0
+"""Seconds that something may wait for the index before that is worth a note."""
 
 _SERVER = text(
     "SELECT current_setting('server_version') AS version, current_setting('server_version_num')::int / 10000 AS major, "
     "current_user AS account, current_setting('max_connections')::int AS max_connections, "
     "current_setting('transaction_read_only') = 'on' AS read_only, current_setting('synchronous_commit') AS synchronous_commit, "
     "current_setting('server_encoding') AS encoding, (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS tls"
+)
+
+_GIVEN_UP = text(
+    "SELECT count(*), min(entity_id::text || ' (' || detail || ')') FILTER (WHERE due_at = 'infinity') FROM search_outbox"
 )
 
 
@@ -54,6 +61,15 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Owing:
+    """What the search index still owes."""
+
+    backlog: Backlog
+    given_up: str
+    """One thing that was given up, and why."""
+
+
+@dataclass(frozen=True)
 class Description:
     """What the database says of itself."""
 
@@ -69,6 +85,8 @@ class Description:
     round_trip: float
     """The median, in seconds."""
     schema: SchemaVersion
+    owed: Owing | None = None
+    """None where the schema does not fit."""
 
 
 async def describe(target: Target, timeout: float) -> Description:
@@ -84,9 +102,17 @@ async def describe(target: Target, timeout: float) -> Description:
         async with engine.connect() as connection:
             row = (await connection.execute(_SERVER)).one()._asdict()
             row["tls"] = await _tls(connection) or (None if target.pooled else row["tls"])
-            return Description(**row, round_trip=await _round_trip(connection), schema=await schema_version(connection))
+            round_trip, schema = await _round_trip(connection), await schema_version(connection)
+            owed = await _owed(connection) if schema.problem is None else None
+            return Description(**row, round_trip=round_trip, schema=schema, owed=owed)
     finally:
         await engine.dispose()
+
+
+async def _owed(connection: AsyncConnection) -> Owing:
+    backlog = (await connection.execute(text(BACKLOG.text))).one()
+    _, given_up = (await connection.execute(_GIVEN_UP)).one()
+    return Owing(Backlog(*backlog), given_up or "")
 
 
 async def _tls(connection: AsyncConnection) -> str | None:
@@ -131,6 +157,7 @@ def findings(found: Description, target: Target, pool: Pool) -> list[Finding]:
         _on_pool(found, target, pool.size + pool.overflow),
         _on_connections(target, pool),
         *_on_settings(found),
+        *_on_search(found.owed),
     ]
 
 
@@ -235,6 +262,22 @@ def _on_settings(found: Description) -> list[Finding]:
     if found.encoding != "UTF8":
         words = f"{found.encoding} cannot hold every text: create the database with ENCODING 'UTF8'"
         lines.append(Finding("encoding", words, Verdict.TODO))
+    return lines
+
+
+def _on_search(owed: Owing | None) -> list[Finding]:
+    if owed is None:
+        return []
+    waiting, failed, age = owed.backlog.waiting, owed.backlog.failed, owed.backlog.age
+    words = (
+        f"{waiting} documents and sessions wait to be indexed, the oldest for {age:.0f} s"
+        if waiting
+        else "all is indexed"
+    )
+    lines = [Finding("search", words, Verdict.NOTE if age > LATE else Verdict.OK)]
+    if failed:
+        more = f"{failed} given up, such as {owed.given_up}: `chat-history reindex` tries it again"
+        lines.append(Finding("search", more, Verdict.NOTE))
     return lines
 
 

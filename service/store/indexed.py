@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from service.store.database import Database
@@ -20,6 +20,24 @@ class Range(NamedTuple):
     entity_id: str
     since: int
     through: int
+
+
+def pages(ranges: Iterable[Range], size: int) -> Iterator[list[Range]]:
+    """Cut ranges into parts of `size` places, so that a page reads no more than it is about."""
+    page: list[Range] = []
+    room = size
+    for whole in ranges:
+        since = whole.since
+        while since <= whole.through:
+            part = whole._replace(since=since, through=min(whole.through, since + room - 1))
+            page.append(part)
+            room -= part.through - since + 1
+            since = part.through + 1
+            if not room:
+                yield page
+                page, room = [], size
+    if page:
+        yield page
 
 
 class Item(NamedTuple):
@@ -47,7 +65,7 @@ SELECT w.n - 1, c.chunk_index, c.chunk_index::text, left(c.text, {MAX_TEXT}), c.
 FROM {_ASKED}
 JOIN document_chunks AS c
   ON c.user_id = w.user_id AND c.document_id = w.entity_id AND c.chunk_index BETWEEN w.since AND w.through
-ORDER BY w.n, c.chunk_index LIMIT $5
+ORDER BY w.n, c.chunk_index
 """)  # noqa: S608 - nothing but text of ours goes in
 
 _MESSAGES = Statement.from_text(f"""
@@ -55,7 +73,7 @@ SELECT w.n - 1, m.seq, m.id::text, CASE WHEN m.deleted_at IS NULL THEN left(m.co
 FROM {_ASKED}
 JOIN chat_messages AS m
   ON m.user_id = w.user_id AND m.session_id = w.entity_id AND m.seq BETWEEN w.since AND w.through
-ORDER BY w.n, m.seq LIMIT $5
+ORDER BY w.n, m.seq
 """)  # noqa: S608
 
 _THERE = {
@@ -64,7 +82,7 @@ SELECT w.n - 1, d.chunk_count FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALIT
 JOIN documents AS d ON d.user_id = w.user_id AND d.id = w.id
 """),
     Owed.SESSION: Statement.from_text("""
-SELECT w.n - 1, 0 FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
+SELECT w.n - 1, s.last_seq FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
 JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 """),
 }
@@ -73,15 +91,15 @@ _ITEMS = {Owed.DOCUMENT: _CHUNKS, Owed.SESSION: _MESSAGES}
 
 
 async def there(database: Database, kind: Owed, entities: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    """Return which of these documents or sessions (user id, id) are there, and how many chunks a document has."""
+    """Return which of these documents or sessions (user id, id) are there, and how many chunks or messages each has had."""
     rows = await database.fetch_once(_THERE[kind], [user for user, _ in entities], [entity for _, entity in entities])
     return {entities[row[0]]: row[1] for row in rows}
 
 
-async def items(database: Database, kind: Owed, ranges: Sequence[Range], limit: int) -> list[Item]:
-    """Read the items of these ranges in order, at most `limit`."""
+async def items(database: Database, kind: Owed, ranges: Sequence[Range]) -> list[Item]:
+    """Read the items of these ranges in order."""
     columns = zip(*ranges, strict=True)
-    return [Item(*row) for row in await database.fetch_once(_ITEMS[kind], *map(list, columns), limit)]
+    return [Item(*row) for row in await database.fetch_once(_ITEMS[kind], *map(list, columns))]
 
 
 _SETTLE = Statement.from_text("""

@@ -171,7 +171,7 @@ UPDATE search_outbox AS o SET
 FROM mine AS m WHERE {_IS_MINE} RETURNING {_IDS}
 """)  # noqa: S608
 
-_BACKLOG = Statement.from_text("""
+BACKLOG = Statement.from_text("""
 SELECT count(*) FILTER (WHERE due_at < 'infinity'), count(*) FILTER (WHERE due_at = 'infinity'),
        coalesce(date_part('epoch', clock_timestamp() - min(owed_at) FILTER (WHERE due_at < 'infinity')), 0),
        date_part('epoch', min(due_at) FILTER (WHERE due_at < 'infinity') - clock_timestamp())
@@ -229,7 +229,7 @@ class Outbox:
 
     async def backlog(self) -> Backlog:
         """Count what is owed."""
-        return Backlog(*(await self._database.fetch_once(_BACKLOG))[0])
+        return Backlog(*(await self._database.fetch_once(BACKLOG))[0])
 
     async def retry_failed(self) -> None:
         """Let rows that were given up be taken again."""

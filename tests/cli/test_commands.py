@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -138,11 +139,26 @@ async def test_check_tells_all_when_all_is_well(start: Start, database_url: str)
     assert code == 0, said
     for words in (
         "DATABASE_URL", "from the environment", "PostgreSQL", "direct", "none needed on this machine", "prepared",
-        "round trip", f"revision {tables.BUILD:04d}", "up to 12 connections a process",
+        "round trip", "all is indexed", f"revision {tables.BUILD:04d}", "up to 12 connections a process",
         "8 kept, the last used first; tried before use after 30 s idle, replaced after 240 s; 12 s to connect", "All is well.",
     ):  # fmt: skip
         assert words in said
     assert "todo" not in said
+
+
+async def test_check_tells_what_the_search_index_owes(start: Start, database_url: str) -> None:
+    owed = (
+        "INSERT INTO search_outbox (kind, user_id, entity_id, since, through, owed_at, due_at, detail) VALUES "
+        "($1, gen_random_uuid(), '0192f3a4-0000-7000-8000-000000000000', 0, 1, now() - interval '5 minutes', $2, 'refused')"
+    )
+    await fetch(database_url, owed, 2, datetime.now(UTC))
+    await fetch(database_url, owed, 1, datetime.now(UTC) + timedelta(days=1))
+    await fetch(database_url, "UPDATE search_outbox SET due_at = 'infinity' WHERE kind = 1")
+    code, said = await checked(start, database_url)
+    assert code == 0, said
+    flat = " ".join(said.split())
+    assert re.search(r"note search 1 documents and sessions wait to be indexed, the oldest for 30\d s", flat), said
+    assert "1 given up, such as 0192f3a4-0000-7000-8000-000000000000 (refused)" in flat
 
 
 async def test_check_says_what_to_do(start: Start, empty_database_url: str) -> None:

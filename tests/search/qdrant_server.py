@@ -29,6 +29,8 @@ class QdrantServer:
         self.indexes: dict[tuple[str, str], Any] = {}
         """Payload indexes by collection and field."""
         self.queries: list[q.QueryPoints] = []
+        self.upserted: list[str] = []
+        """Ids of points, in the order of their writing."""
         self.port = 0
         self._server: aio.Server | None = None
 
@@ -125,6 +127,7 @@ class _Points(_Base, points_grpc.PointsServicer):
 
     async def Upsert(self, request: Any, context: Any) -> Any:
         points = [GrpcToRest.convert_point_struct(each) for each in request.points]
+        self._server.upserted += [str(each.id) for each in points]
         await self._engine.upsert(request.collection_name, points)
         return _completed()
 

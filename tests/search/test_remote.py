@@ -281,6 +281,11 @@ async def test_two_replicas_share_the_work(database_url: str, qdrant: QdrantServ
         await asyncio.gather(*made)
         await index_equals_postgres(database_url, one, qdrant)
         await settled(two)
+        assert one.search is not None
+        assert two.search is not None
+        done = [server.search.figures.indexed for server in (one, two) if server.search]
+        assert sum(done) == len(qdrant.upserted) == len(set(qdrant.upserted)) == 80, "each is done once"
+        assert all(done), "both take their part"
 
 
 STEPS = st.lists(
