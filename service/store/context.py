@@ -137,9 +137,15 @@ def choose(
         The messages, or None when older ones must be known to decide.
     """
     leading = {row.seq for row in system}
+    rows = [row for row in newest if row.seq not in leading] if leading else newest
+    if rows and not any(row.parts for row in rows):
+        # As it is nearly always: each message is a group, and all of them fit. The way below takes four times as long.
+        total = _Total(0, 0, 0).plus(system).plus(rows)
+        if limits.hold(total) and (whole or not limits.hold(total.with_one_more())):
+            return sorted([*system, *rows], key=_seq_of)
     kept: list[MessageRow] | None = None
     total = _Total(0, 0, 0)
-    for group in _groups([row for row in newest if row.seq not in leading], whole=whole):
+    for group in _groups(rows, whole=whole):
         if kept is not None and not limits.hold(total.with_one_more()):
             break
         if group.verdict is _Verdict.UNKNOWN:
@@ -157,7 +163,7 @@ def choose(
     else:
         if not whole and (kept is None or limits.hold(total.with_one_more())):
             return None
-    return sorted(_fitting(system, limits.max_bytes) if kept is None else kept, key=lambda row: row.seq)
+    return sorted(_fitting(system, limits.max_bytes) if kept is None else kept, key=_seq_of)
 
 
 def _first(system: Sequence[MessageRow], newest: list[MessageRow], max_bytes: int) -> list[MessageRow]:
