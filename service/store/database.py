@@ -25,7 +25,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.store import tables
-from service.store.driver import DriverConnections, Record, Statement
+from service.store.driver import DriverConnections, Record, Statement, fetch_in_transaction
 from service.store.failures import Failure, classify, to_service_error
 from service.store.permits import NoTurn, Permits
 from service.store.url import Target
@@ -80,6 +80,22 @@ class _Connection(asyncpg.Connection):
         return await super().execute(query, *args, timeout=timeout)
 
 
+class _PooledConnection(_Connection):
+    """A connection to a transaction pooler: a statement that nobody waits for any more is left by ending the connection.
+
+    asyncpg would send a request to cancel on a connection of its own, and PgBouncer 1.18 ends itself when such a client goes away too
+    early (github.com/pgbouncer/pgbouncer/issues/801), with the connections of everybody else.
+    """
+
+    __slots__ = ()
+
+    async def _cancel(self, waiter: asyncio.Future[None], cancel_waiter: asyncio.Future[None] | None = None) -> None:
+        self.terminate()
+        for each in (waiter, cancel_waiter):
+            if each is not None and not each.done():
+                each.set_result(None)
+
+
 class Database:
     """One PostgreSQL, reached through one pool.
 
@@ -100,7 +116,7 @@ class Database:
     ) -> None:
         self.target = target
         args = {"timeout": connect_timeout, "command_timeout": COMMAND_TIMEOUT} | target.connect_args
-        args["connection_class"] = _Connection
+        args["connection_class"] = _PooledConnection if target.pooled else _Connection
         self.engine: AsyncEngine = create_async_engine(
             target.url,
             connect_args=args,
@@ -151,8 +167,7 @@ class Database:
         try:
             if not self.target.pooled:
                 return await kept.driver.fetch(statement.text, *args)
-            async with kept.driver.transaction():
-                return await kept.driver.fetch(statement.text, *args)
+            return await fetch_in_transaction(kept.driver, statement, *args)
         except (TimeoutError, asyncpg.InternalClientError):
             # The driver's own limit: the server may be gone without a word, so nobody waits for this connection again. Or the server
             # has said that it ends this connection, and the end itself has not come yet.

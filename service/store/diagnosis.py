@@ -291,7 +291,7 @@ def explain(error: BaseException, target: Target) -> str:
     if isinstance(cause, socket.gaierror):
         return f"no host has the name {host}: check DATABASE_URL, and the name service of this machine"
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"the certificate of {host} is not trusted ({cause.verify_message}): name its root in the URL with sslrootcert=FILE"
+        return _explain_certificate(cause.verify_message, target)
     if "rejected SSL upgrade" in str(cause):
         return f"{target.place} offers no TLS, and sslmode={target.ssl_mode} asks for it: turn TLS on there, or set sslmode=disable"
     if isinstance(cause, TimeoutError):
@@ -301,6 +301,14 @@ def explain(error: BaseException, target: Target) -> str:
     if isinstance(cause, asyncpg.InterfaceError | OSError):
         return f"{target.place} cannot be reached: {cause}"
     return f"{target.place} cannot be used: {type(cause).__name__}"
+
+
+def _explain_certificate(words: str, target: Target) -> str:
+    if "certificate is not valid for" in words:
+        return f"the certificate of {target.place} is for another name ({words}): put the name that it is for into DATABASE_URL"
+    return (
+        f"the certificate of {target.url.host} is not trusted ({words}): name its root in the URL with sslrootcert=FILE"
+    )
 
 
 def _explain_refusal(code: str, words: str, target: Target) -> str:

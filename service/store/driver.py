@@ -50,6 +50,35 @@ class Statement:
         return tuple(values[name] for name in self.names)
 
 
+async def fetch_in_transaction(driver: asyncpg.Connection, statement: Statement, *args: Any) -> list[Record]:
+    """Run a statement between BEGIN and COMMIT, and leave no transaction open on the connection, whatever happens.
+
+    Not by asyncpg's own block: when a caller goes away during its BEGIN, asyncpg takes the next block on the connection for a part of
+    that one, so that it ends in RELEASE SAVEPOINT where COMMIT should be, and what it has stored is lost.
+
+    Raises:
+        Whatever the driver raises; a connection whose state is not known is cut.
+    """
+    try:
+        await driver.execute("BEGIN;")
+        rows = await driver.fetch(statement.text, *args)
+        await driver.execute("COMMIT")
+    except asyncpg.PostgresError:
+        # The statement has failed, and the connection is sound unless it was ended.
+        if driver.is_in_transaction():
+            try:
+                await driver.execute("ROLLBACK")
+            except BaseException:
+                driver.terminate()
+                raise
+        raise
+    except BaseException:
+        # Nobody waits for the answer: a network that has gone silent would hold up a caller who has gone away.
+        driver.terminate()
+        raise
+    return rows
+
+
 class _Kept:
     """One connection that is checked out of SQLAlchemy's pool."""
 

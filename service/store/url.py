@@ -146,6 +146,9 @@ def _server_settings(query: dict[str, str], *, pooled: bool) -> tuple[dict[str, 
     if pooled and len(settings) > 1:
         notes.append("options in the database URL are left out: a pooler refuses start-up parameters")
         settings = {"application_name": settings["application_name"]}
+    if pooled:
+        # As PostgreSQL spells it: PgBouncer takes asyncpg's own spelling for another encoding, and sets it before each transaction.
+        settings["client_encoding"] = "UTF8"
     return settings, notes
 
 

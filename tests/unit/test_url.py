@@ -66,7 +66,7 @@ def test_every_form_of_neons_pooled_string_means_the_same(text: str) -> None:
     assert target.pooled
     assert not target.prepared_statements
     assert driver["prepared_statement_cache_size"] == 0
-    assert driver["server_settings"] == {"application_name": "chat-history"}
+    assert driver["server_settings"] == {"application_name": "chat-history", "client_encoding": "UTF8"}
     assert context(target).check_hostname
     assert context(target).verify_mode is ssl.CERT_REQUIRED
     assert "not supported" not in " ".join(target.notes)
@@ -89,7 +89,7 @@ def test_the_direct_host_of_a_pooled_one_keeps_all_else() -> None:
     assert direct.connect_args == target.connect_args
     assert direct.ssl_mode == "verify-full"
     assert direct.connect_args["timeout"] == 7
-    assert direct.connect_args["server_settings"] == {"application_name": "mine"}
+    assert direct.connect_args["server_settings"]["application_name"] == "mine"
 
 
 def test_the_driver_without_channel_binding_is_made_known() -> None:
@@ -173,7 +173,7 @@ def test_start_up_options_pass_on_a_direct_connection_alone(options: str) -> Non
     target = parse(f"postgresql://u@db.internal/d?options={options}")
     assert target.connect_args["server_settings"] == {"application_name": "chat-history", "search_path": "chat"}
     pooled = parse(f"postgresql://u@db.internal:6432/d?options={options}")
-    assert pooled.connect_args["server_settings"] == {"application_name": "chat-history"}
+    assert pooled.connect_args["server_settings"].keys() == {"application_name", "client_encoding"}
     assert any("options" in note for note in pooled.notes)
 
 
