@@ -30,6 +30,7 @@ from service.server import Server
 from tests.support import sentinel as checks
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster, all_new_statements, sweep
+from tests.support.route import THROUGH, routed
 from tests.support.servers import AsyncStub, ServerProcess, connected, serving
 
 pytest.register_assert_rewrite("tests.support.failures")
@@ -44,6 +45,11 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("tests")
 
 StartProcess = Callable[..., Awaitable[ServerProcess]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run choose how services get to their databases."""
+    parser.addoption("--through", choices=THROUGH, help="what stands between services and PostgreSQL")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -111,6 +117,12 @@ def cluster() -> Generator[Cluster]:
     with Cluster() as started:
         asyncio.run(started.prepare())
         yield started
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _route(request: pytest.FixtureRequest) -> Generator[None]:
+    with routed(request.config.getoption("--through")):
+        yield
 
 
 @pytest.fixture

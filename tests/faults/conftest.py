@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from typing import NamedTuple
 
 import pytest
@@ -20,6 +20,17 @@ class Broken(NamedTuple):
     server: Server
     chat: Chat
     proxy: Proxy
+
+
+def every_kind(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[object]]]:
+    """Return a call of every way to the database: through the pool, by the driver, in a transaction, in a shared statement."""
+    return {
+        "read": lambda: chat.get_session(session_id),
+        "hot read": lambda: chat.page(session_id),
+        "context": lambda: chat.context(session_id),
+        "write": lambda: chat.update_session(["title"], id=session_id, title="new"),
+        "append": lambda: chat.append(session_id, "more"),
+    }
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from grpc import StatusCode
 
 from service.store.migrations import upgrade
 from service.store.url import parse
-from tests.faults.conftest import Broken
+from tests.faults.conftest import Broken, every_kind
 from tests.support import failures, faults
 from tests.support.chat import Chat, text, texts
 from tests.support.cluster import Cluster, fetch
@@ -30,17 +30,6 @@ TERMINATE = """
 SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'chat-history'
 """
-
-
-def every_kind(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[object]]]:
-    """Return a call of every way to the database: through the pool, by the driver, in a transaction, in a shared statement."""
-    return {
-        "read": lambda: chat.get_session(session_id),
-        "hot read": lambda: chat.page(session_id),
-        "context": lambda: chat.context(session_id),
-        "write": lambda: chat.update_session(["title"], id=session_id, title="new"),
-        "append": lambda: chat.append(session_id, "more"),
-    }
 
 
 async def visible(database_url: str, message_id: str) -> None:

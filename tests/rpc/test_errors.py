@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import asyncpg
 import pytest
@@ -19,8 +18,9 @@ from service.server import Server
 from service.store import database, sessions
 from tests.support import issuer
 from tests.support.chat import Chat, new_id, text, texts
-from tests.support.cluster import SUPPORT, Cluster, fetch
+from tests.support.cluster import SUPPORT, fetch
 from tests.support.failures import Failure, fails, failure, refuses
+from tests.support.proxy import before_postgres
 from tests.support.servers import channel, connected, serving
 
 ARCHIVED = session_pb2.SESSION_STATE_ARCHIVED
@@ -208,20 +208,13 @@ async def test_a_server_that_goes_away_sends_its_callers_elsewhere(chat: Chat, s
 
 
 async def test_a_database_that_is_away_is_told_and_comes_back(
-    cluster: Cluster, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "OUTAGE_PATIENCE", 0.5)
-    sockets = tmp_path / "s"
-    sockets.symlink_to(cluster.pgdata)
-    url = database_url.replace(str(cluster.pgdata), str(sockets))
-    async with serving(url) as server, connected(server.address) as stub:
+    async with before_postgres(database_url) as (proxy, url), serving(url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
-        sockets.unlink()
-        await fetch(
-            database_url,
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()",
-        )
+        proxy.refuse()
         for call in (
             chat.get_session(session_id),
             chat.update_session(id=session_id, title="x"),
@@ -231,8 +224,8 @@ async def test_a_database_that_is_away_is_told_and_comes_back(
         ):
             found = await fails(call, "DATABASE_UNAVAILABLE")
             assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
-            assert str(tmp_path) not in str(found)
-        sockets.symlink_to(cluster.pgdata)
+            assert str(proxy.port) not in str(found)
+        proxy.accept()
         assert (await chat.append(session_id, [sent])).messages[0].seq == 2
 
 

@@ -20,7 +20,7 @@ from service.store.url import parse
 from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, fetch
 from tests.support.proxy import before_postgres
-from tests.support.servers import channel, connected, serving
+from tests.support.servers import channel, connected, serving, target_of
 from tests.support.servers import settings as server_settings
 from tests.support.statements import Sent, database_name
 
@@ -64,7 +64,7 @@ class Probe:
 @asynccontextmanager
 async def started(url: str, **values: Any) -> AsyncGenerator[tuple[Server, Probe]]:
     """Run a server that may not become ready."""
-    server = Server(server_settings(**values), parse(url))
+    server = Server(server_settings(**values), target_of(url))
     await server.start()
     try:
         async with channel(server.address) as opened:

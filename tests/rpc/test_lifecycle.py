@@ -17,13 +17,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from service.server import Server
-from service.store.url import parse
 from tests.conftest import StartProcess
 from tests.support import failures
 from tests.support.chat import Chat, new_id, text
 from tests.support.cluster import Cluster
 from tests.support.history import History, checked
-from tests.support.servers import ServerProcess, channel, connected, serving
+from tests.support.servers import ServerProcess, channel, connected, serving, target_of
 from tests.support.servers import settings as server_settings
 from tests.support.statements import database_name
 
@@ -177,7 +176,7 @@ async def test_calls_that_do_not_end_are_cut_off_after_the_grace(database_url: s
 
 
 async def test_a_second_server_on_the_port_fails(server: Server, database_url: str, tmp_path: Path) -> None:
-    second = Server(server_settings(listen=server.address), parse(database_url))
+    second = Server(server_settings(listen=server.address), target_of(database_url))
     with pytest.raises(OSError, match="cannot listen"):
         await second.start()
     await second.stop()
@@ -210,7 +209,7 @@ async def test_starting_and_stopping_leaves_nothing(database_url: str) -> None:
 
 
 async def test_stopping_right_after_the_start(database_url: str) -> None:
-    server = Server(server_settings(), parse(database_url))
+    server = Server(server_settings(), target_of(database_url))
     await server.start()
     await server.stop()
 

@@ -295,7 +295,8 @@ async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
             # Once all have caught up, nothing is sent but the one look.
             while len(latest) < 4 or len(set(latest)) > 1:
                 await asyncio.sleep(0.05)
-                latest = [logged.sql for logged in sent.so_far()][-4:]
+                # Behind a pooler the look is a transaction.
+                latest = [each.sql for each in sent.so_far() if not each.sql.startswith(("BEGIN", "COMMIT"))][-4:]
     while server.streams.in_flight:
         await asyncio.sleep(0.01)
     sent = Sent(cluster, database_url)

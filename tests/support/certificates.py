@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+
+_LOOPBACK = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
 
 
 class Pair(NamedTuple):
@@ -22,25 +25,27 @@ class Pair(NamedTuple):
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1 and localhost."""
+    """Signs certificates, for 127.0.0.1 and localhost unless other hosts are named."""
 
     def __init__(self, name: str = "tests") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._cert = self._sign(self._name, self._key.public_key(), authority=True)
+        self._cert = self._sign(self._name, self._key.public_key(), _LOOPBACK, authority=True)
         self.pem = self._cert.public_bytes(Encoding.PEM)
 
-    def issue(self, name: str = "localhost") -> Pair:
-        """Make a certificate."""
+    def issue(self, name: str = "localhost", hosts: Sequence[str] = ()) -> Pair:
+        """Make a certificate, for `hosts` alone when there are any."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        cert = self._sign(subject, key.public_key(), authority=False)
+        names = [x509.DNSName(host) for host in hosts] or _LOOPBACK
+        cert = self._sign(subject, key.public_key(), names, authority=False)
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return Pair(cert.public_bytes(Encoding.PEM), private)
 
-    def _sign(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, authority: bool) -> x509.Certificate:
+    def _sign(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, names: Sequence[x509.GeneralName], *, authority: bool
+    ) -> x509.Certificate:
         now = dt.datetime.now(dt.UTC)
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         return (
             x509.CertificateBuilder()
             .subject_name(subject)

@@ -16,6 +16,8 @@ from typing import Self
 
 from sqlalchemy import make_url
 
+from tests.support.route import routed_url
+
 _PIECE = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)
 
@@ -180,8 +182,9 @@ def _pass(_link: Link, _way: Way, _piece: bytes) -> bool:
 
 @asynccontextmanager
 async def before_postgres(database_url: str) -> AsyncGenerator[tuple[Proxy, str]]:
-    """Put a proxy before the PostgreSQL of a test, which listens on a Unix socket; give it and the connection string through it."""
-    url = make_url(database_url)
-    async with Proxy(f"{url.query['host']}/.s.PGSQL.5432") as proxy:
-        through = url.set(host="127.0.0.1", port=proxy.port, query={"sslmode": "disable"})
-        yield proxy, through.render_as_string(hide_password=False)
+    """Put a proxy on a service's way to a test's database; give it and the connection string through it."""
+    url = make_url(routed_url(database_url))
+    upstream = f"{url.host}:{url.port}" if url.host else f"{url.query['host']}/.s.PGSQL.5432"
+    async with Proxy(upstream) as proxy:
+        through = url.set(host="127.0.0.1", port=proxy.port).difference_update_query(["host"])
+        yield proxy, through.update_query_dict({"sslmode": "disable"}).render_as_string(hide_password=False)

@@ -21,6 +21,7 @@ from pydantic_settings import SettingsConfigDict
 from service.config import Settings
 from service.server import Server
 from service.store.url import Target, parse
+from tests.support.route import routed_url
 
 if TYPE_CHECKING:
     from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceAsyncStub
@@ -45,10 +46,15 @@ def settings(**values: Any) -> Settings:
     return _Settings(**given)
 
 
+def target_of(database_url: str) -> Target:
+    """Return how a service gets to a test's database."""
+    return parse(routed_url(database_url))
+
+
 @asynccontextmanager
 async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[Server]:
     """Run a server in this process; at the end it must have let go of everything that it took."""
-    target = parse(database_url) if isinstance(database_url, str) else database_url
+    target = target_of(database_url) if isinstance(database_url, str) else database_url
     server = Server(settings(**values), target)
     await server.start()
     try:
@@ -126,7 +132,7 @@ class ServerProcess:
         self._environment = (
             inherited
             | {
-                "DATABASE_URL": database_url,
+                "DATABASE_URL": routed_url(database_url),
                 "CHAT_HISTORY_LISTEN": "127.0.0.1:0",
                 "CHAT_HISTORY_SHUTDOWN_GRACE": "3",
                 "CHAT_HISTORY_SEARCH": "off",

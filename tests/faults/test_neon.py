@@ -1,0 +1,258 @@
+"""Neon, as near as one machine comes to it: Debian's PostgreSQL with TLS, a pooler with TLS before it, and the console's own strings.
+
+A name service of the tests' knows Neon's two hosts; an authority of the tests' stands for the public one that vouches for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from chathistory.v1 import message_pb2
+
+from service.store import diagnosis, migrations, tables
+from service.store.database import DATABASE_ERRORS
+from service.store.url import parse
+from tests.faults.conftest import every_kind
+from tests.support import pgbouncer, tls_postgres
+from tests.support.certificates import Authority
+from tests.support.chat import Chat, texts
+from tests.support.cluster import fetch
+from tests.support.history import checked
+from tests.support.pgbouncer import PgBouncer
+from tests.support.proxy import Proxy
+from tests.support.servers import ROOT, connected, serving
+from tests.support.tls_postgres import DATABASE, PASSWORD, USER, TlsPostgres
+from tests.support.tools import lacking
+
+ENDPOINT = "ep-cool-sun-a1b2c3d4"
+REGION = "eu-central-1.aws.neon.tech"
+DIRECT, POOLED = f"{ENDPOINT}.{REGION}", f"{ENDPOINT}-pooler.{REGION}"
+END_ALL = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
+
+
+class Machine(NamedTuple):
+    """A PostgreSQL that speaks TLS, and who has signed its certificate."""
+
+    postgres: TlsPostgres
+    authority: Authority
+
+
+@pytest.fixture(scope="module")
+def machine(cluster: object) -> Generator[Machine]:
+    """Give a PostgreSQL whose certificate is for localhost and Neon's hosts, and not for 127.0.0.1."""
+    if tls_postgres.programs() is None:
+        lacking("Debian's postgresql is not installed")
+    authority = Authority("the tests' public authority")
+    with TlsPostgres(authority.issue(hosts=["localhost", f"*.{REGION}"])) as postgres:
+        asyncio.run(migrations.upgrade(parse(f"{postgres.local_url}&sslmode=disable")))
+        yield Machine(postgres, authority)
+
+
+@pytest.fixture
+def root(machine: Machine, tmp_path: Path) -> Path:
+    """Give the file of the right authority."""
+    file = tmp_path / "root.crt"
+    file.write_bytes(machine.authority.pem)
+    return file
+
+
+@pytest.fixture
+def other_root(tmp_path: Path) -> Path:
+    """Give the file of an authority that has signed nothing of ours."""
+    file = tmp_path / "other.crt"
+    file.write_bytes(Authority("somebody else").pem)
+    return file
+
+
+class Neon(NamedTuple):
+    """Both hosts of one compute, and where names lead."""
+
+    postgres: TlsPostgres
+    places: dict[str, int]
+    """The port of each host on this machine."""
+
+
+@pytest.fixture
+def neon(machine: Machine, root: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Neon]:
+    """Give a compute with a pooler, its names, and trust in who has signed its certificates."""
+    if pgbouncer.program() is None:
+        lacking("pgbouncer is not installed")
+    certificate = machine.authority.issue(hosts=[f"*.{REGION}"])
+    settings = {
+        "client_tls_sslmode": "require",
+        "client_tls_cert_file": "{folder}/tls.crt",
+        "client_tls_key_file": "{folder}/tls.key",
+    }
+    files = {"tls.crt": certificate.cert, "tls.key": certificate.key}
+    with PgBouncer(machine.postgres.local_url, settings, files) as pooler:
+        places = {DIRECT: machine.postgres.port, POOLED: pooler.port}
+        real = socket.getaddrinfo
+
+        def look_up(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+            if host in places:
+                assert port == 5432, "the console's strings name no port"
+                host, port = "127.0.0.1", places[host]
+            return real(host, port, *args, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        # What the system's store of authorities is for OpenSSL.
+        monkeypatch.setenv("SSL_CERT_FILE", str(root))
+        yield Neon(machine.postgres, places)
+
+
+def printed(host: str, query: str = "?sslmode=require&channel_binding=require") -> str:
+    return f"postgresql://{USER}:{PASSWORD}@{host}/{DATABASE}{query}"
+
+
+@pytest.fixture
+async def proxy(neon: Neon) -> AsyncGenerator[Proxy]:
+    """Put a proxy before both hosts."""
+    async with Proxy(f"127.0.0.1:{neon.places[POOLED]}") as opened:
+        yield opened
+
+
+# --- The console's strings.
+
+
+@pytest.mark.parametrize(
+    ("string", "prepared"),
+    [
+        (printed(POOLED), False),
+        (printed(DIRECT), True),
+        (f"psql '{printed(POOLED)}'", False),
+        (printed(POOLED, "?sslmode=require"), False),
+        (printed(POOLED, ""), False),
+        (printed(DIRECT, f"?sslmode=require&options=endpoint%3D{ENDPOINT}"), True),
+        (printed(POOLED, f"?options=endpoint%3D{ENDPOINT}&sslmode=require&channel_binding=require"), False),
+        (printed(POOLED, "?pgbouncer=true&connect_timeout=15&sslmode=require"), False),
+    ],
+)
+async def test_the_consoles_strings_work_as_they_are(neon: Neon, string: str, prepared: bool) -> None:
+    target = parse(string)
+    assert (target.prepared_statements, target.pooled) == (prepared, not prepared)
+    async with serving(target) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        for _ in range(3):
+            await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+        assert (await checked(neon.postgres.local_url, chat.user_id, session_id)).last_seq == 4
+    found = await diagnosis.describe(target, 10.0)
+    assert found.tls == "TLSv1.3"
+    verdicts = {line.about: line for line in diagnosis.findings(found, target, diagnosis.Pool(8, 4, 240, 12))}
+    assert "certificate verified" in verdicts["TLS"].words
+    assert ("through a transaction pooler" in verdicts["connection"].words) is not prepared
+    assert PASSWORD not in str(verdicts)
+
+
+async def test_migrations_take_the_direct_host(neon: Neon) -> None:
+    """Where the service is given the pooled host; that one is away."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        neon.places[POOLED] = nobody.getsockname()[1]
+        done = await migrations.upgrade(parse(printed(POOLED)))
+        assert done.after == tables.BUILD
+        with pytest.raises(OSError, match="Connect call failed"):
+            await diagnosis.describe(parse(printed(POOLED)), 5.0)
+
+
+@pytest.mark.parametrize("host", [DIRECT, POOLED])
+async def test_neon_is_verified_also_with_require(
+    neon: Neon, host: str, other_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neon's certificates are public: one of another authority is somebody else's, whatever the mode says."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(other_root))
+    target = parse(printed(host))
+    with pytest.raises(DATABASE_ERRORS) as refused:
+        await diagnosis.describe(target, 5.0)
+    words = diagnosis.explain(refused.value, target)
+    assert f"the certificate of {host} is not trusted" in words
+    assert PASSWORD not in words
+
+
+# --- TLS as libpq means it, asked as an operator asks.
+
+
+RIGHT, WRONG = "the right authority", "another authority"
+
+
+@pytest.mark.parametrize(
+    ("mode", "authority", "host", "words"),
+    [
+        ("require", None, "localhost", "TLSv1.3, sslmode=require"),
+        ("require", None, "127.0.0.1", "TLSv1.3, sslmode=require"),
+        ("require", WRONG, "localhost", "is not trusted"),
+        ("verify-ca", RIGHT, "127.0.0.1", "TLSv1.3, sslmode=verify-ca, certificate verified"),
+        ("verify-ca", WRONG, "localhost", "is not trusted"),
+        ("verify-full", RIGHT, "localhost", "TLSv1.3, sslmode=verify-full, certificate verified"),
+        ("verify-full", None, "localhost", "is not trusted"),
+        ("verify-full", WRONG, "localhost", "is not trusted"),
+        ("verify-full", RIGHT, "127.0.0.1", "is for another name"),
+        ("disable", None, "localhost", "no encryption"),
+    ],
+)
+async def test_check_says_what_a_certificate_is_worth(
+    machine: Machine,
+    root: Path,
+    other_root: Path,
+    tmp_path: Path,
+    mode: str,
+    authority: str | None,
+    host: str,
+    words: str,
+) -> None:
+    query = {"sslmode": mode}
+    if authority is not None:
+        query["sslrootcert"] = str(root if authority == RIGHT else other_root)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "service", "check",
+        cwd=tmp_path, env=os.environ | {"DATABASE_URL": machine.postgres.url(host, **query), "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    said = (await process.communicate())[0].decode()
+    assert words in said, said
+    assert process.returncode == (0 if words.startswith("TLS") else 1), said
+    assert PASSWORD not in said
+    assert "Traceback" not in said
+
+
+async def test_a_wrong_password_is_refused_without_repeating_it(machine: Machine) -> None:
+    target = parse(machine.postgres.url("localhost", sslmode="require").replace(PASSWORD, "npg_wrong"))
+    with pytest.raises(DATABASE_ERRORS) as refused:
+        await diagnosis.describe(target, 5.0)
+    words = diagnosis.explain(refused.value, target)
+    assert "check user and password" in words
+    assert "npg_wrong" not in words
+
+
+# --- Suspended.
+
+
+@pytest.mark.case(n=10)
+@pytest.mark.parametrize("host", [DIRECT, POOLED])
+async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(neon: Neon, proxy: Proxy, host: str) -> None:
+    """All backends have ended, and new connections are answered three seconds later only."""
+    proxy.upstream = f"127.0.0.1:{neon.places[host]}"
+    neon.places[host] = proxy.port
+    async with serving(parse(printed(host))) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+        [[ended]] = await fetch(neon.postgres.local_url, END_ALL)
+        assert ended > 0
+        proxy.hold()
+        proxy.cut()
+        request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(1))
+        calls = [asyncio.ensure_future(call()) for call in every_kind(chat, session_id).values()]
+        calls.append(asyncio.ensure_future(stub.AppendMessages(request, timeout=10)))
+        _, waiting = await asyncio.wait(calls, timeout=3.0)
+        assert len(waiting) == len(calls), "nothing is answered, and nothing is refused"
+        proxy.let_pass()
+        await asyncio.gather(*calls)
+        assert (await checked(neon.postgres.local_url, chat.user_id, session_id)).last_seq == 4

@@ -1,0 +1,311 @@
+"""A transaction pooler between the service and PostgreSQL: it ends, comes back, shares few connections, and migrations run meanwhile.
+
+`make test-faults` also runs all of tests/rpc through it (`pytest --through pgbouncer tests/rpc`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
+from sqlalchemy import Connection, make_url, text
+
+from service.server import Server
+from service.store import migrations, tables
+from service.store.database import Database
+from service.store.driver import Statement
+from service.store.url import parse
+from tests.faults.conftest import every_kind
+from tests.support import pgbouncer
+from tests.support.chat import Chat
+from tests.support.cluster import Cluster, fetch
+from tests.support.history import checked
+from tests.support.load import Load, patient
+from tests.support.pgbouncer import PgBouncer
+from tests.support.proxy import Link, Proxy, Way
+from tests.support.servers import ROOT, channel, connected, serving
+from tests.support.statements import database_name
+from tests.support.tools import lacking
+
+FEW = 3
+"""Connections to PostgreSQL that all clients of the pooler share."""
+
+
+@pytest.fixture
+def pooler(cluster: Cluster) -> Generator[PgBouncer]:
+    """Give a PgBouncer of this test's own."""
+    if pgbouncer.program() is None:
+        lacking("pgbouncer is not installed")
+    with PgBouncer(cluster.url("postgres"), {"default_pool_size": str(FEW)}) as started:
+        yield started
+
+
+@pytest.fixture
+def pooled_url(pooler: PgBouncer, database_url: str) -> str:
+    """Give the connection string of the test's database through the pooler."""
+    return pooler.url(database_name(database_url))
+
+
+@asynccontextmanager
+async def under_load(url: str, **load: int) -> AsyncGenerator[tuple[Server, Load]]:
+    """Run a service with writers and followers, who never give up."""
+    async with serving(url) as server, channel(server.address, **patient()) as opened:
+        running = Load(await Chat.of_new_user(Stub(opened)), **load)
+        async with running.running():
+            yield server, running
+        print(f"{running.count} messages, refusals {running.refusals}")
+
+
+# --- As it is.
+
+
+async def test_few_connections_serve_many_and_no_statement_keeps_a_name(
+    cluster: Cluster, pooled_url: str, database_url: str
+) -> None:
+    """Each transaction of two services may meet any of the pooler's connections; what one has prepared another does not know."""
+    before = cluster.postgres.log.stat().st_size
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(serving(pooled_url)) for _ in range(2)]
+        assert not any(server.database.target.prepared_statements for server in servers)
+        stubs = [await stack.enter_async_context(connected(server.address)) for server in servers]
+        chat = await Chat.of_new_user(stubs[0])
+        chats = [chat, Chat(stubs[1], chat.user_id)]
+        session_ids = [await chat.start() for _ in range(4)]
+        calls = [call for each in chats for s in session_ids for call in every_kind(each, s).values()]
+        for _ in range(5):
+            await asyncio.gather(*(call() for call in calls))
+        [[connections]] = await fetch(
+            database_url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-history'"
+        )
+        assert 0 < connections <= FEW
+    for session_id in session_ids:
+        assert (await checked(database_url, chat.user_id, session_id)).last_seq == 1 + 5 * 2
+    with cluster.postgres.log.open("rb") as log:
+        log.seek(before)
+        written = log.read().decode()
+    assert set(re.findall(r"LOG:  execute ([^:\n]+):", written)) == {"<unnamed>"}
+    assert "SET client_encoding" not in written, "the pooler sets up each transaction anew"
+
+
+@pytest.mark.case(n=5)
+@pytest.mark.parametrize("word", [b"BEGIN", b"SELECT 1", b"COMMIT"])
+async def test_who_goes_away_leaves_no_transaction_open(
+    pooler: PgBouncer, pooled_url: str, database_url: str, word: bytes
+) -> None:
+    """A caller is cancelled while the answer to a piece of its transaction is on its way. What is stored next is committed."""
+    await fetch(database_url, "CREATE TABLE kept (n int)")
+    sent = asyncio.Event()
+
+    def see(_link: Link, way: Way, piece: bytes) -> bool:
+        if way is Way.UP and word in piece:
+            proxy.hold(Way.DOWN)
+            sent.set()
+        return True
+
+    async with Proxy(f"127.0.0.1:{pooler.port}") as proxy:
+        url = make_url(pooled_url).set(port=proxy.port).render_as_string(hide_password=False)
+        # One connection for the hot statements: the next one has the same if that is still good.
+        database = Database(parse(url), driver_connections=1)
+        try:
+            select, insert = Statement.from_text("SELECT 1"), Statement.from_text("INSERT INTO kept VALUES ($1)")
+            await database.fetch_once(select)
+            proxy.tap = see
+            leaving = asyncio.create_task(database.fetch_once(select))
+            async with asyncio.timeout(20):
+                await sent.wait()
+            leaving.cancel()
+            await asyncio.wait([leaving], timeout=10)
+            assert leaving.cancelled(), "who goes away does not wait for a database that says nothing"
+            proxy.tap = lambda *_: True
+            proxy.let_pass()
+            for n in range(3):
+                await database.fetch_once(insert, n)
+            assert [row["n"] for row in await fetch(database_url, "SELECT n FROM kept ORDER BY n")] == [0, 1, 2]
+        finally:
+            await database.close()
+
+
+# --- It ends and comes back.
+
+
+async def test_all_its_connections_to_postgres_are_ended(pooled_url: str, database_url: str) -> None:
+    async with serving(pooled_url) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        for name, call in every_kind(chat, session_id).items():
+            [[ended]] = await fetch(
+                database_url,
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid != pg_backend_pid()",
+            )
+            assert ended > 0, name
+            await call()
+
+
+def _restart(pooler: PgBouncer) -> None:
+    pooler.stop()
+    pooler.start()
+
+
+def _kill(pooler: PgBouncer) -> None:
+    pooler.kill()
+    pooler.start()
+
+
+@pytest.mark.case(n=23)
+@pytest.mark.parametrize("end", [_restart, _kill], ids=["restarted", "killed"])
+@pytest.mark.timeout(300)
+async def test_it_ends_under_load_and_comes_back(
+    pooler: PgBouncer, pooled_url: str, database_url: str, end: Callable[[PgBouncer], None]
+) -> None:
+    async with under_load(pooled_url) as (server, load):
+        for _ in range(6):
+            await load.progress(100)
+            await asyncio.to_thread(end, pooler)
+        await load.progress(200)
+        async with asyncio.timeout(20):
+            while not server.readiness.ready:
+                await asyncio.sleep(0.05)
+    await load.check(database_url)
+    assert load.count >= 6 * 100 + 200
+
+
+@pytest.mark.case(n=23)
+async def test_it_is_away_for_seconds_and_no_client_sees_an_error(
+    pooler: PgBouncer, pooled_url: str, database_url: str
+) -> None:
+    async with serving(pooled_url) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        pooler.stop()
+        calls = [asyncio.ensure_future(call()) for call in every_kind(chat, session_id).values()]
+        await asyncio.wait(calls, timeout=3.0)
+        await asyncio.to_thread(pooler.start)
+        await asyncio.gather(*calls)
+        assert (await checked(database_url, chat.user_id, session_id)).last_seq == 2
+
+
+# --- Migrations.
+
+
+@pytest.fixture(params=["pooler", "direct"])
+def served_url(request: pytest.FixtureRequest, database_url: str) -> str:
+    """Give what a service is told: through the pooler, or directly, where statements are prepared and kept."""
+    if request.param == "direct":
+        return database_url
+    url: str = request.getfixturevalue("pooled_url")
+    return url
+
+
+EXPAND = (
+    "ALTER TABLE chat_messages ADD COLUMN later_{n} text NOT NULL DEFAULT ''",
+    "ALTER TABLE chat_sessions ADD COLUMN later_{n} jsonb",
+    # Other types of the results: what is prepared for the old ones is refused by PostgreSQL.
+    "ALTER TABLE chat_sessions ALTER COLUMN title TYPE varchar({size})",
+    "ALTER TABLE chat_messages ALTER COLUMN content TYPE {text}",
+)
+
+
+def _statement(number: int, sql: str) -> Callable[[Connection], None]:
+    statement = text(sql.format(n=number, size=1000 + number, text=("text", "varchar")[number % 2]))
+
+    def work(connection: Connection) -> None:
+        connection.execute(statement)
+
+    return work
+
+
+async def _ask(chat: Chat, session_id: str, stopping: asyncio.Event) -> int:
+    """Call in every way until told to stop; no call may fail. Returns how often all of them were made."""
+    rounds = 0
+    while not stopping.is_set():
+        await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+        rounds += 1
+    return rounds
+
+
+async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaitable[None]]) -> None:
+    """Migrate while clients call in every way, who see no error and need no retry of theirs."""
+    stopping = asyncio.Event()
+    async with under_load(url) as (server, load), connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_ids = [await chat.start() for _ in range(6)]
+        asking = [asyncio.create_task(_ask(chat, each, stopping)) for each in session_ids]
+        try:
+            await load.progress(100)
+            await migrate()
+            await load.progress(100)
+        finally:
+            stopping.set()
+            rounds = await asyncio.gather(*asking)
+        assert all(rounds)
+    assert load.refusals == {}
+    await load.check(database_url)
+    for session_id, count in zip(session_ids, rounds, strict=True):
+        assert (await checked(database_url, chat.user_id, session_id)).last_seq == 1 + count
+
+
+@pytest.mark.case(n=22)
+@pytest.mark.timeout(300)
+async def test_tables_are_altered_under_load(served_url: str, database_url: str) -> None:
+    async def migrate() -> None:
+        for n in range(8):
+            for sql in EXPAND:
+                await migrations.in_transaction(parse(database_url), _statement(n, sql))
+            await asyncio.sleep(0.2)
+
+    await _under_calls(served_url, database_url, migrate)
+
+
+NEXT = '''
+"""The next build's: what it will need."""
+
+from alembic import op
+
+revision = "{next:04d}"
+down_revision = "{now:04d}"
+
+
+def upgrade() -> None:
+    op.execute("ALTER TABLE chat_messages ADD COLUMN later text NOT NULL DEFAULT ''")
+    op.execute("ALTER TABLE chat_sessions ALTER COLUMN title TYPE varchar(1000)")
+    op.execute("CREATE TABLE next (user_id uuid PRIMARY KEY REFERENCES users (id) ON DELETE CASCADE)")
+'''
+_COMMAND = """
+import sys
+from pathlib import Path
+from service.cli import main
+from service.store import migrations, tables
+migrations.SCRIPTS, tables.BUILD = Path(sys.argv.pop(1)), tables.BUILD + 1
+main()
+"""
+
+
+@pytest.mark.case(n=22)
+@pytest.mark.timeout(300)
+async def test_the_next_build_migrates_under_load(
+    served_url: str, database_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`chat-history migrate` of a build with one more migration, given what the service is given."""
+    scripts = tmp_path / "alembic"
+    shutil.copytree(migrations.SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    (scripts / "versions" / "next.py").write_text(NEXT.format(now=tables.BUILD, next=tables.BUILD + 1))
+
+    async def migrate() -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _COMMAND, str(scripts), "migrate",
+            cwd=tmp_path, env=os.environ | {"DATABASE_URL": served_url, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert await process.wait() == 0, capfd.readouterr()
+
+    await _under_calls(served_url, database_url, migrate)
+    [[revision]] = await fetch(database_url, "SELECT version_num FROM alembic_version")
+    assert int(revision) == tables.BUILD + 1

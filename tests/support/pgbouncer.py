@@ -1,0 +1,144 @@
+"""PgBouncer on the loopback before a PostgreSQL, in transaction mode: each transaction may meet another of its connections.
+
+Debian's 1.18 passes no prepared statements on, and takes no start-up parameters but the few that it knows. It asks for a password
+(SCRAM), as poolers of others do.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from sqlalchemy import URL, make_url
+
+from tests.support.account import folder_for, give, ordinary
+
+PROGRAM = "pgbouncer"
+PASSWORD = "npg_n0tReallyS3cret"
+_SETTINGS = {
+    "listen_addr": "127.0.0.1",
+    "unix_socket_dir": "",
+    "auth_type": "scram-sha-256",
+    "pool_mode": "transaction",
+    "default_pool_size": "20",
+    "max_client_conn": "1000",
+    "server_login_retry": "1",
+    "log_connections": "0",
+    "log_disconnections": "0",
+}
+
+
+def program() -> str | None:
+    """Return where PgBouncer is; Debian's stands in a folder that is not in everybody's PATH."""
+    return shutil.which(PROGRAM) or shutil.which(PROGRAM, path="/usr/sbin:/usr/local/sbin")
+
+
+class PgBouncer:
+    """One PgBouncer, as a context manager; its address stays when it is started again."""
+
+    def __init__(
+        self, upstream: str, settings: dict[str, str] | None = None, files: dict[str, bytes] | None = None
+    ) -> None:
+        """Name what it stands before, which must be ready for its users.
+
+        Args:
+            upstream: Connection string of any database of that server, by way of its socket, with the user that all connections to it
+                are to be of.
+            settings: By name, beside those that all tests use; `{folder}` in a value is PgBouncer's own folder.
+            files: What to put into that folder, by name.
+        """
+        self._upstream = make_url(upstream)
+        self._settings = _SETTINGS | (settings or {})
+        self._files = files or {}
+        self._exit = ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+        self.folder = Path()
+
+    @property
+    def log(self) -> Path:
+        """What it writes down."""
+        return self.folder / "pgbouncer.log"
+
+    def url(self, database: str) -> str:
+        """Return the connection string of a database through it."""
+        return URL.create(
+            "postgresql", self._upstream.username or "postgres", PASSWORD, "127.0.0.1", self.port, database,
+            {"sslmode": "disable", "pgbouncer": "true"},
+        ).render_as_string(hide_password=False)  # fmt: skip
+
+    def __enter__(self) -> Self:
+        self.folder = self._exit.enter_context(folder_for("pgbouncer"))
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            self.port = taken.getsockname()[1]
+        self._configure()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._exit.close()
+
+    def _configure(self) -> None:
+        user = self._upstream.username or "postgres"
+        host = self._upstream.query["host"]
+        settings = self._settings | {"listen_port": str(self.port), "auth_file": "{folder}/users.txt"}
+        lines = [
+            "[databases]",
+            f"* = host={host} port={self._upstream.query.get('port', 5432)} user={user}",
+            "[pgbouncer]",
+        ]
+        lines += [f"{name} = {value.replace('{folder}', str(self.folder))}" for name, value in settings.items()]
+        users = f'"{user}" "{PASSWORD}"\n'
+        files = {"pgbouncer.ini": "\n".join([*lines, ""]).encode(), "users.txt": users.encode()} | self._files
+        for name, content in files.items():
+            path = self.folder / name
+            path.touch(mode=0o600)
+            path.write_bytes(content)
+            give(path)
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        found = program()
+        assert found is not None, "PgBouncer is not installed"
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [found, str(self.folder / "pgbouncer.ini")],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **ordinary(),
+            )  # fmt: skip
+        give_up = time.monotonic() + 20
+        while True:
+            assert self._process.poll() is None, f"PgBouncer does not start:\n{self.log.read_text()}"
+            assert time.monotonic() < give_up, f"PgBouncer does not listen:\n{self.log.read_text()}"
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Have it end at once, as its SIGTERM does, whoever is connected; does nothing when it has ended."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is None:
+            return
+        self._process.send_signal(number)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise AssertionError(f"PgBouncer does not end:\n{self.log.read_text()}") from None
+        finally:
+            self._process = None
