@@ -17,6 +17,7 @@ from sqlalchemy import ClauseElement
 
 from service.store.database import DATABASE_ERRORS, Database
 from service.store.driver import Statement
+from service.store.failures import sqlstate
 from service.store.gather import Gather
 
 WIDTH = 16
@@ -79,11 +80,13 @@ class _Line:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._gather = Gather()
+        self._shares = True
+        """False once the database has refused the shared statement: Citus takes no LATERAL … LIMIT over several users."""
 
     async def fetch(self, arguments: tuple[Any, ...], deadline: float) -> Rows:
         """Leave alone when nothing is under way and nothing was, else with the next shared statement."""
-        if not self._under_way and self._gather.last == 1:
-            self._under_way = 1
+        if not self._shares or (not self._under_way and self._gather.last <= 1):
+            self._under_way += 1
             try:
                 return await self._database.fetch(self._read.alone, *arguments, deadline=deadline)
             finally:
@@ -128,6 +131,8 @@ class _Line:
             rows = await self._database.fetch_once(self._read.together, list(range(len(batch))), *arguments)
         except Exception as error:  # noqa: BLE001 - a defect must fail those who wait, not hang them
             known = isinstance(error, DATABASE_ERRORS)
+            if known and sqlstate(error) == "0A000":
+                self._shares = False
             for asked in batch:
                 if not asked.answer.done():
                     asked.answer.set_exception(_RunAlone() if known else error)
