@@ -21,7 +21,9 @@ from service.store.url import Target
 
 T = TypeVar("T")
 
-SCRIPTS = Path(service.__file__).parent.parent / "alembic"
+_PACKAGE = Path(service.__file__).parent
+# In a wheel they lie in the package, in a checkout beside it.
+SCRIPTS = _PACKAGE / "migrations" if (_PACKAGE / "migrations").is_dir() else _PACKAGE.parent / "alembic"
 LOCK_TIMEOUT = "4s"
 """How long a migration waits for a lock: everything that comes after queues behind it for as long."""
 STATEMENT_TIMEOUT = "5s"

@@ -201,3 +201,28 @@ async def test_a_new_revision_takes_the_next_number(empty: Target, tmp_path: Pat
     await alembic(empty, "revision", "-m", "more", cwd=tmp_path)
     made = tmp_path / "alembic" / "versions" / f"{tables.BUILD + 1:04d}_more.py"
     assert f'down_revision = "{tables.BUILD:04d}"' in made.read_text()
+
+
+async def test_an_installed_wheel_migrates_without_a_checkout(empty: Target, tmp_path: Path) -> None:
+    def migrate() -> subprocess.CompletedProcess[str]:
+        build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+        subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+        [wheel] = (tmp_path / "dist").iterdir()
+        shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+        # Before the checkout, which the environment knows.
+        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "DATABASE_URL": url_of(empty)}
+        program = "import service; print(service.__file__); from service.cli import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", program, "migrate"],
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    done = await asyncio.to_thread(migrate)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+    [row] = await fetch(url_of(empty), "SELECT to_regclass('chat_messages') IS NOT NULL AS there")
+    assert row["there"]
