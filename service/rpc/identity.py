@@ -82,7 +82,8 @@ def _notes(settings: Settings) -> list[str]:
     notes = []
     if not settings.jwt_audience:
         notes.append(
-            f"{PREFIX}JWT_AUDIENCE is not set: a token that was made for another service with the same key is accepted"
+            f"{PREFIX}JWT_AUDIENCE is not set: a token without an audience that was made for another service with the same key is accepted, "
+            "and every token with one is refused"
         )
     if settings.tls_cert is None and not is_loopback(split_address(settings.listen)[0]):
         notes.append(f"{PREFIX}TLS_CERT is not set: tokens travel in plaintext unless something in front encrypts")
