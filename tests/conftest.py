@@ -66,9 +66,9 @@ LONG = ("chatbot", "faults", "security")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the long folders."""
+    """Mark the tests of the long folders, but for those that take no time and that no change may get past."""
     for item in items:
-        if item.path.parent.name in LONG:
+        if item.path.parent.name in LONG and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.faults)
 
 

@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import grpc
+import psutil
 import pytest
 from chathistory.v1 import document_pb2, message_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
@@ -21,7 +23,7 @@ from tests.support.chat import Chat, new_id, text
 from tests.support.cluster import fetch
 from tests.support.failures import fails, read
 from tests.support.loose import Document, Message, Part, Session, User
-from tests.support.servers import AsyncStub
+from tests.support.servers import AsyncStub, ServerProcess, channel, connected
 
 METHODS = {method.name: method for method in DESCRIPTOR.services_by_name["ChatHistoryService"].methods}
 # Things that every example may be about; made once a database.
@@ -56,18 +58,62 @@ async def answer(stub: AsyncStub, rpc: str, request: Any) -> None:
         call.cancel()
 
 
-@pytest.mark.parametrize("rpc", METHODS)
-async def test_every_request_has_an_answer_of_the_contract(stub: AsyncStub, rpc: str) -> None:
-    await world(stub)
+async def send_generated(stub: AsyncStub, rpc: str, examples: int) -> None:
     loop = asyncio.get_running_loop()
 
-    @settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck), database=None)
     @given(hostile.requests(METHODS[rpc].input_type, IDS))
     def run(request: Any) -> None:
         asyncio.run_coroutine_threadsafe(answer(stub, rpc, request), loop).result(60)
 
     await asyncio.to_thread(run)
     await stub.ListUsers(user_pb2.ListUsersRequest())  # It lives.
+
+
+@pytest.mark.parametrize("rpc", METHODS)
+async def test_every_request_has_an_answer_of_the_contract(stub: AsyncStub, rpc: str) -> None:
+    await world(stub)
+    await send_generated(stub, rpc, 40)
+
+
+async def flood(address: str) -> None:
+    """Send what is large, or swells, or nests."""
+    bomb = message_pb2.AppendMessagesRequest(messages=[Message(content="0" * (30 << 20))]).SerializeToString()
+    deep = b"\x12\x00" * 100_000
+    plain, gzip = grpc.Compression.NoCompression, grpc.Compression.Gzip
+    todo = [
+        *[(b"\xff" * (7 << 20), plain)] * 8,
+        *[(b"\xff" * (4 << 20), plain)] * 8,
+        *[(bomb, gzip)] * 2,
+        *[(deep, plain)] * 20,
+    ]
+    path = "/chathistory.v1.ChatHistoryService/AppendMessages"
+    async with channel(address, max_send_message_length=-1) as opened:
+        call = opened.unary_unary(path, request_serializer=bytes, response_deserializer=bytes)
+        for start in range(0, len(todo), 4):
+            calls = (call(data, compression=how, timeout=60) for data, how in todo[start : start + 4])
+            done = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(each, aio.AioRpcError) for each in done)
+
+
+@pytest.mark.timeout(300)
+async def test_memory_returns_to_its_baseline(database_url: str, tmp_path: Path) -> None:
+    async with ServerProcess(database_url, tmp_path / "server") as server, connected(server.address) as stub:
+        await world(stub)
+        process = psutil.Process(server.pid)
+
+        async def everything() -> None:
+            await flood(server.address)
+            for rpc in METHODS:
+                await send_generated(stub, rpc, 10)
+
+        await everything()  # Pools and caches are filled.
+        before = process.memory_info().rss
+        for _ in range(3):
+            await everything()
+        grown = process.memory_info().rss - before
+        print(f"from {before / 2**20:.0f} MiB by {grown / 2**20:.1f}")
+        assert grown < 16 << 20
 
 
 @pytest.mark.case(n=20)

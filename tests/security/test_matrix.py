@@ -223,10 +223,12 @@ async def ask(stub: AsyncStub, rpc: str, request: Any, shown: list[tuple[str, st
     return None
 
 
+@pytest.mark.quick
 def test_every_rpc_has_its_rows() -> None:
     assert set(ROWS) == set(RPCS)
 
 
+@pytest.mark.quick
 def test_every_request_names_its_user_in_the_same_field() -> None:
     for method in SERVICE.methods:
         if method.name not in NAMES_NOBODY:
