@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("driver.c")
-_REFUSED = "8"
+_REFUSED = {"8", "1"}
+"""RESOURCE_EXHAUSTED, and CANCELLED: how gRPC itself ends calls when too many wait to be taken up."""
 _COMPILE = ("-O2", "-Wall", "-Wextra", "-Werror")
 
 
@@ -58,7 +59,7 @@ class Load:
     rate: float = 0.0
     """Calls a second, whatever is answered; 0: as many as `in_flight` callers ask one after the other."""
     refusable: bool = False
-    """Whether calls may be refused with RESOURCE_EXHAUSTED."""
+    """Whether calls may be refused for their number."""
     pid: int = 0
     """The process whose processor time is read."""
 
@@ -116,6 +117,6 @@ async def drive(program: Path, address: str, path: str, bodies: Path, load: Load
         raise BenchError(errors.decode(errors="replace").strip() or f"the driver ended with {process.returncode}")
     answer = Answer(**json.loads(output))
     good = {"200" if load.http1 else "0"}
-    if set(answer.statuses) - ({_REFUSED} if load.refusable else set()) != good:
+    if set(answer.statuses) - (_REFUSED if load.refusable else set()) != good:
         raise BenchError(f"calls of {path} failed, by status: {answer.statuses}\n{errors.decode(errors='replace')}")
     return answer

@@ -124,6 +124,7 @@ def table(phases: list[Phase]) -> Table:
             f"{each.goodput:,.0f}",
             f"{each.goodput / peak:.2f}",
             f"{each.answer.refused / each.answer.seconds:,.0f}",
+            _by_grpc(each.answer),
             f"{each.answer.p50 / 1000:,.0f}",
             f"{each.answer.p99 / 1000:,.0f}",
             f"{each.health[len(each.health) // 2] * 1000:.0f}",
@@ -133,6 +134,12 @@ def table(phases: list[Phase]) -> Table:
         for each in phases
     ]
     columns = (
-        "load", "answered/s", "of the peak", "refused/s", "p50 ms", "p99 ms", "health p50 ms", "p99 ms", "most ms",
+        "load", "answered/s", "of the peak", "refused/s", "by gRPC", "p50 ms", "p99 ms", "health p50 ms", "p99 ms", "most ms",
     )  # fmt: skip
     return Table("Overload: AppendMessages, one message a call", columns, rows)
+
+
+def _by_grpc(answer: Answer) -> str:
+    """Return the share of refusals that gRPC itself has made, as CANCELLED."""
+    own, ours = answer.statuses.get("1", 0), answer.statuses.get("8", 0)
+    return f"{own / (own + ours):.0%}" if own + ours else ""

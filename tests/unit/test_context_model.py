@@ -52,6 +52,8 @@ U, S = (USER, "", ""), (SYSTEM, "", "")
 @example(conversation((ASSISTANT, "a", ""), (ASSISTANT, "a", "x"), (TOOL, "", "a")), 0, ANY)
 # What comes after an open call belongs to its group, but is no result of it.
 @example(conversation((ASSISTANT, "ac", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")), 0, ANY)
+# Of a newest group that is too large, what fits would leave an open call with another message after it.
+@example(conversation((ASSISTANT, "a", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")), 0, Wanted(1000, max_bytes=2))
 def test_the_choice_is_the_models(history: list[Said], through: int, wanted: Wanted) -> None:
     system, newest = given_to_choose(history, through)
     chosen = choose(system, newest, limits(wanted), whole=True)
