@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LINGER = 0.25
 """Seconds for which a server that had calls under way still refuses new ones by itself before it stops listening."""
 MAX_METADATA_BYTES = 16 * 1024
-MAX_PENDING = 16_384
+MAX_PENDING = 8192
 LAST_WRITES = 2.0
 """Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
 

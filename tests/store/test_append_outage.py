@@ -33,8 +33,8 @@ async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url:
             await asyncio.sleep(AWAY / 20)
         asked = proxy.accepted - before
         assert not any(each.done() for each in waiting)
-        # Full jitter up to a second: about ten times in all. With pauses of some hundredths it was hundreds.
-        assert LANES <= asked < 15 * LANES, asked
+        # Full jitter up to a second: about thirteen times each. With pauses of some hundredths it was two hundred.
+        assert LANES <= asked < 30 * LANES, asked
         proxy.accept()
         async with asyncio.timeout(10):
             await asyncio.gather(*waiting)
