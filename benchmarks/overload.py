@@ -28,6 +28,7 @@ TIMES = 4
 _MOST_OPEN = 30_000
 """Calls that an open loop leaves unanswered at the most."""
 _BODIES_PER_SECOND = 14_000
+"""More than are answered or refused."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ async def overload(bench: Bench) -> list[Phase]:
 
         async def phase(name: str, load: Load) -> Phase:
             bench.ticker.expect(1)
-            count = int(_BODIES_PER_SECOND * (load.seconds + load.warmup)) + load.in_flight
+            count = int(max(_BODIES_PER_SECOND, 1.1 * load.rate) * (load.seconds + load.warmup)) + load.in_flight
             bodies = work.append_bodies(sessions, count)(bench.stack.folder)
             async with _probed(service) as health:
                 answer = await drive(bench.stack.driver, service.address, f"/{SERVICE}/AppendMessages", bodies, load)
