@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import sys
 from collections.abc import AsyncGenerator, Generator
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from chathistory.v1 import message_pb2
+from sqlalchemy import text
 
 from service.store import diagnosis, migrations, tables
 from service.store.database import DATABASE_ERRORS
@@ -174,6 +176,38 @@ async def test_neon_is_verified_also_with_require(
     words = diagnosis.explain(refused.value, target)
     assert f"the certificate of {host} is not trusted" in words
     assert PASSWORD not in words
+
+
+async def test_the_documented_roles_are_enough_and_no_more(machine: Machine, root: Path) -> None:
+    """docs/neon.md: an owner who migrates, and a role for the service, who can change no table."""
+    once, before_first = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "neon.md").read_text(), re.DOTALL)
+    local = f"{machine.postgres.local_url}&sslmode=disable"
+    await fetch(local, "CREATE DATABASE roles")
+    for statement in _statements(once):
+        await fetch(local.replace(f"/{DATABASE}?", "/roles?"), statement)
+    owner, service = (
+        machine.postgres.url("localhost", sslmode="verify-full", sslrootcert=str(root))
+        .replace(f"{USER}:", f"{role}:")
+        .replace(f"/{DATABASE}?", "/roles?")
+        for role in ("chat_history_owner", "chat_history")
+    )
+    for statement in _statements(before_first):
+        await fetch(local.replace(f"/{DATABASE}?", "/roles?").replace(USER, "chat_history_owner"), statement)
+    await migrations.upgrade(parse(owner))
+    async with serving(service) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+        await chat.delete_session(session_id)
+        engine = server.database.engine
+        async with engine.connect() as connection:
+            with pytest.raises(DATABASE_ERRORS, match="must be owner"):
+                await connection.execute(text("ALTER TABLE chat_messages ADD COLUMN x int"))
+
+
+def _statements(sql: str) -> list[str]:
+    lines = [line for line in sql.splitlines() if not line.startswith("--")]
+    return [each.strip().replace("…", PASSWORD) for each in "\n".join(lines).split(";") if each.strip()]
 
 
 # --- TLS as libpq means it, asked as an operator asks.
