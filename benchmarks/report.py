@@ -203,6 +203,22 @@ def _contention(found: dict[str, Any]) -> list[Table]:
     return [Table("Contention", columns, rows, _rows_note(found["rows"]))]
 
 
+def _pooler(found: dict[str, Any]) -> list[Table]:
+    title = "AppendMessages through PgBouncer, transaction mode, beside the direct way"
+    if "skipped" in found:
+        return [Table(title, ("not measured",), [[found["skipped"]]])]
+    rows = []
+    for run in found["runs"]:
+        one, other = (run["medians"][name] for name in ("pooled", "direct"))
+        row = [str(run["in_flight"])]
+        row += [_number(each["calls_per_second"]) for each in (one, other)]
+        row.append(_bold(run["ratios"]["direct"]["calls_per_second"]))
+        row += [_ms(each[what]) for what in ("p50_us", "p99_us") for each in (one, other)]
+        rows.append(row)
+    columns = ("in flight", "calls/s", "direct", "share", "p50 ms", "direct", "p99 ms", "direct")
+    return [Table(title, columns, rows, _rows_note(found["rows"]))]
+
+
 def _growth(found: dict[str, Any]) -> list[Table]:
     methods = ("AppendMessages", "GetContext", "ListMessages")
     rows = [
@@ -377,6 +393,7 @@ _TABLES = {
     "append_many": _append_many,
     "reads": _reads,
     "contention": _contention,
+    "pooler": _pooler,
     "growth": _growth,
     "long_session": _long_session,
     "baseline": _baseline,

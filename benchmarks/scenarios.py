@@ -20,6 +20,8 @@ from benchmarks.search import search
 from benchmarks.stack import Server, Stack
 from benchmarks.work import Session
 from service.rpc.tokens import SERVICE_SCOPE
+from tests.support import pgbouncer
+from tests.support.pgbouncer import PgBouncer
 
 SESSIONS = 200
 BATCH = 50
@@ -200,6 +202,29 @@ async def contention(bench: Bench) -> dict[str, Any]:
         result = await bench.compare(subjects, load)
     acknowledged = result.answered("one session", "many sessions")
     return {"runs": [result.as_dict()], "rows": await bench.checked_rows("contention", acknowledged)}
+
+
+async def pooler(bench: Bench) -> dict[str, Any]:
+    """Append through PgBouncer in transaction mode, beside the direct way, where statements are prepared and kept."""
+    if pgbouncer.program() is None:
+        return {"skipped": "pgbouncer is not installed (apt-get install pgbouncer)"}
+    keys = await bench.seeded("pooler")
+    found: list[Result] = []
+    with PgBouncer(bench.stack.database_url("postgres")) as bouncer:
+        async with (
+            bench.stack.service("pooler", "pooled", DATABASE_URL=bouncer.url("pooler")) as pooled,
+            bench.stack.service("pooler", "direct") as direct,
+        ):
+            for in_flight in (1, TYPICAL):
+                load = bench.writing(in_flight)
+                bodies = bench.appends(keys, load)
+                subjects = [Subject(server.name, server, "AppendMessages", bodies) for server in (pooled, direct)]
+                found.append(await bench.compare(subjects, load))
+    acknowledged = sum(result.answered("pooled", "direct") for result in found)
+    return {
+        "runs": [result.as_dict() for result in found],
+        "rows": await bench.checked_rows("pooler", acknowledged),
+    }
 
 
 async def growth(bench: Bench) -> dict[str, Any]:
@@ -419,6 +444,7 @@ SCENARIOS: dict[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {
     "reads": reads,
     "pipeline": pipeline,
     "contention": contention,
+    "pooler": pooler,
     "growth": growth,
     "long_session": long_session,
     "baseline": baseline,
