@@ -10,6 +10,10 @@ TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 # How many cases `make fuzz` tries.
 CASES ?= 100000
+# How long `make soak` loads and breaks, and how long it leaves all idle afterwards; SEED repeats the draws of an earlier run.
+MINUTES ?= 5
+IDLE ?= 1
+SEED ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +58,10 @@ bench: install ## measure the service beside an echo and others, into docs/; QUI
 .PHONY: fuzz
 fuzz: install ## send bytes of all kinds to a server of its own; CASES=100000
 	$(BIN)/python -m tests.security.fuzz --cases $(CASES)
+
+.PHONY: soak
+soak: install ## load replicas of its own, break things at random, judge what is stored; MINUTES=5 IDLE=1 SEED=
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES) --idle $(IDLE) --seed '$(SEED)'
 
 .PHONY: lint
 lint: install $(PROTO_STAMP) ## check style, types, imports between modules, protos and generated code

@@ -72,8 +72,8 @@ class Append:
     """
 
     __slots__ = (
-        "attempted", "beaten", "born", "check", "creates", "deadline", "expected", "future", "give_up", "key", "may_create", "messages",
-        "new_session", "pending", "replayed", "size", "solo", "tries",
+        "arrived", "attempted", "beaten", "born", "check", "creates", "deadline", "expected", "future", "give_up", "key", "may_create",
+        "messages", "new_session", "pending", "replayed", "size", "solo", "tries",
     )  # fmt: skip
 
     def __init__(
@@ -104,8 +104,9 @@ class Append:
         self.deadline = deadline
         self.give_up = patience_ends(deadline, loop.time())
         self.check = check
+        self.arrived = loop.time()
         self.attempted = False
-        """Whether a try of our own may have stored it: then finding it is no replay."""
+        """Whether a try of our own may have stored it: then finding it is no replay, unless it is older than this item."""
         self.solo = False
         """Whether it must be the only item of its statement."""
         self.tries = 0
@@ -118,6 +119,11 @@ class Append:
     def is_conditional(self) -> bool:
         """Whether what is known of the session must still be true: then the statement takes nothing else to that session."""
         return self.expected is not None or self.born is not None
+
+    @property
+    def age_us(self) -> float:
+        """Microseconds since it came."""
+        return (asyncio.get_running_loop().time() - self.arrived) * 1e6
 
     def fail(self, error: BaseException) -> None:
         """Answer with an error, unless the caller is gone."""
@@ -154,11 +160,12 @@ def note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
             return
         else:
             item.born = row["born"]
-            item.replayed[message.id] = Entry(message.id, row["seq"], row["at"], not item.attempted)
+            ours = item.attempted and row["age"] <= item.age_us
+            item.replayed[message.id] = Entry(message.id, row["seq"], row["at"], not ours)
     item.creates = item.may_create and not item.expected and item.born is None
     if not item.pending:
         first = item.replayed[item.messages[0].id]
-        item.finish((), created=item.attempted and first.seq == 1 and first.created_us == item.born)
+        item.finish((), created=not first.replayed and first.seq == 1 and first.created_us == item.born)
 
 
 def refusal_of(item: Append, session: Record | None) -> ServiceError | None:

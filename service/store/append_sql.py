@@ -80,7 +80,8 @@ APPEND_OWED = _append(_OWED)
 # One row a wanted message whose session is there, so that both are seen at one moment; `id` is NULL where it is not stored.
 LOOK_UP = Statement.from_text("""
 SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS born,
-       m.id::text, m.seq, m.fingerprint, (date_part('epoch', m.created_at) * 1e6)::bigint AS at
+       m.id::text, m.seq, m.fingerprint, (date_part('epoch', m.created_at) * 1e6)::bigint AS at,
+       date_part('epoch', clock_timestamp() - m.created_at) * 1e6 AS age
 FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
 JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.session_id
 LEFT JOIN chat_messages AS m ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id

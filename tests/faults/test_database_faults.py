@@ -113,6 +113,25 @@ async def test_the_connection_is_cut_after_the_commit_was_sent(broken: Broken, d
 
 
 @pytest.mark.case(n=7)
+async def test_a_retry_is_a_replay_also_when_the_connection_is_cut(broken: Broken) -> None:
+    """The service sends it twice itself, but it had been stored before: the client is told so."""
+    chat, proxy = broken.chat, broken.proxy
+    messages = texts(2)
+    session_id = await chat.start(messages)
+    for again in (session_id, ""):
+        proxy.hold(Way.DOWN)
+        passed = sum(link.passed[Way.UP] for link in proxy.links)
+        call = asyncio.ensure_future(chat.append(again, messages))
+        while sum(link.passed[Way.UP] for link in proxy.links) == passed:
+            await asyncio.sleep(0.01)
+        proxy.cut()
+        proxy.let_pass()
+        reply = await call
+        assert [(entry.seq, entry.replayed) for entry in reply.messages] == [(1, True), (2, True)]
+        assert not reply.session_created
+
+
+@pytest.mark.case(n=7)
 async def test_many_appends_are_cut_off_and_none_is_doubled(broken: Broken, database_url: str) -> None:
     """Shared statements: what was under way, and what was waiting, of several sessions and of the same message."""
     chat, proxy = broken.chat, broken.proxy

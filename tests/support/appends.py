@@ -32,7 +32,7 @@ from service.store.database import Database
 from service.store.tables import State
 from service.store.url import parse
 from tests.support.chat import new_id
-from tests.support.cluster import fetch
+from tests.support.cluster import at_rest, fetch
 from tests.support.history import History, history
 
 NAMES = 6
@@ -318,6 +318,8 @@ async def play(
             assert appender.waiting == 0
         for database in world.databases:
             await database.drain()
+        # A statement whose connection was cut may still be at work.
+        await at_rest(world.url)
         for session, start in enumerate(before):
             mine = [each for step, each in zip(burst, done, strict=True) if step.session == session]
             found, before[session] = await world.content(session)

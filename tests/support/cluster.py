@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -37,6 +38,12 @@ _LOGGED = re.compile(
     r"^<(?P<who>[^|\n]*)\|(?P<database>[^>\n]*)> LOG:  (?:statement|execute [^:\n]+): (?P<sql>.*(?:\n\t.*)*)",
     re.MULTILINE,
 )
+
+
+_AT_WORK = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'chat-history' AND state <> 'idle'
+"""
 
 
 class Logged(NamedTuple):
@@ -171,10 +178,24 @@ def sweep() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def fetch(url: str, sql: str, *args: Any) -> list[asyncpg.Record]:
-    """Ask a database, as the tests themselves."""
+@asynccontextmanager
+async def connected_to(url: str) -> AsyncGenerator[asyncpg.Connection]:
+    """Open a connection to a database, as the tests themselves."""
     connection = await asyncpg.connect(url, server_settings={"application_name": SUPPORT}, statement_cache_size=0)
     try:
-        return await connection.fetch(sql, *args)
+        yield connection
     finally:
         await connection.close()
+
+
+async def fetch(url: str, sql: str, *args: Any) -> list[asyncpg.Record]:
+    """Ask a database, as the tests themselves."""
+    async with connected_to(url) as connection:
+        return await connection.fetch(sql, *args)
+
+
+async def at_rest(url: str) -> None:
+    """Wait until none of the service's sessions is at work in a database, such whose clients are gone included."""
+    async with asyncio.timeout(60), connected_to(url) as connection:
+        while await connection.fetchval(_AT_WORK):
+            await asyncio.sleep(0.01)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from chathistory.v1 import message_pb2
 
-from tests.support.cluster import fetch
+from tests.support.cluster import connected_to
 
 
 class Stored(NamedTuple):
@@ -55,9 +55,13 @@ FROM chat_messages WHERE user_id = $1 AND session_id = $2 ORDER BY seq
 
 
 async def history(database_url: str, user_id: str, session_id: str) -> History | None:
-    """Read a session, or None. Nothing may write to it meanwhile."""
-    sessions = await fetch(database_url, _SESSION, user_id, session_id)
-    messages = [Stored(*row) for row in await fetch(database_url, _MESSAGES, user_id, session_id)]
+    """Read a session as it is at one moment, or None."""
+    async with (
+        connected_to(database_url) as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        sessions = await connection.fetch(_SESSION, user_id, session_id)
+        messages = [Stored(*row) for row in await connection.fetch(_MESSAGES, user_id, session_id)]
     if not sessions:
         assert not messages, "messages without their session"
         return None

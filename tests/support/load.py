@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
 from chathistory.v1 import message_pb2
 from grpc import StatusCode, aio
 
-from tests.support.chat import Chat, new_id, text
-from tests.support.history import checked
+from tests.support.chat import Chat, new_id
+from tests.support.history import history
+from tests.support.record import Place, Record, judge, place, said
 
 RETRIED = {
     StatusCode.UNAVAILABLE,
@@ -31,17 +33,14 @@ class Load:
         self._random = random.Random(seed)
         self.session_ids = [new_id() for _ in range(sessions)]
         self._writers = [session_id for session_id in self.session_ids for _ in range(writers)]
-        self.acknowledged: dict[str, list[message_pb2.AppendMessagesResponse]] = {each: [] for each in self.session_ids}
-        self.sent: dict[str, set[str]] = {each: set() for each in self.session_ids}
-        self.seen: dict[str, list[message_pb2.Message]] = {each: [] for each in self.session_ids}
+        self.records = {each: Record(chat.user_id, each) for each in self.session_ids}
+        self.seen: dict[str, list[Place]] = {each: [] for each in self.session_ids}
         """What a follower of each session was sent; it resumes after its last message when its stream breaks."""
         self.refusals: dict[str, int] = {}
-        self._stopping = False
-
-    @property
-    def count(self) -> int:
+        self.count = 0
         """How many messages have been acknowledged."""
-        return sum(len(reply.messages) for replies in self.acknowledged.values() for reply in replies)
+        self._begun = time.monotonic()
+        self._stopping = False
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -54,8 +53,8 @@ class Load:
             await asyncio.gather(*writing)
             async with asyncio.timeout(30):
                 for session_id in self.session_ids:
-                    last = max(entry.seq for reply in self.acknowledged[session_id] for entry in reply.messages)
-                    while not self.seen[session_id] or self.seen[session_id][-1].seq < last:
+                    last = self.records[session_id].last_seq
+                    while not self.seen[session_id] or self.seen[session_id][-1][0] < last:
                         await asyncio.sleep(0.02)
         finally:
             for task in (*writing, *following):
@@ -71,12 +70,13 @@ class Load:
 
     async def _write(self, session_id: str) -> None:
         while not self._stopping:
-            messages = [text("x" * self._random.randint(1, 300)) for _ in range(self._random.randint(1, 3))]
-            self.sent[session_id].update(message.id for message in messages)
+            messages = [said(self._random.randint(40, 340)) for _ in range(self._random.randint(1, 3))]
+            sent = self.records[session_id].send(messages)
             request = message_pb2.AppendMessagesRequest(
                 user_id=self._chat.user_id, session_id=session_id, messages=messages, create_if_missing=True
             )
-            self.acknowledged[session_id].append(await self._until_acknowledged(request))
+            sent.acknowledge(await self._until_acknowledged(request))
+            self.count += len(messages)
 
     async def _until_acknowledged(
         self, request: message_pb2.AppendMessagesRequest
@@ -94,22 +94,18 @@ class Load:
         seen = self.seen[session_id]
         while True:
             with suppress(aio.AioRpcError):
-                async for reply in self._chat.watch(session_id, seen[-1].seq if seen else 0):
-                    seen.append(reply.message)
+                async for reply in self._chat.watch(session_id, seen[-1][0] if seen else 0):
+                    seen.append(place(reply.message))
             await asyncio.sleep(0.05)
 
     async def check(self, database_url: str) -> None:
-        """Assert that what is stored is what was acknowledged, in its place, once, and what followers saw; and little else."""
-        for session_id in self.session_ids:
-            found = await checked(database_url, self._chat.user_id, session_id)
-            found.holds(self.acknowledged[session_id])
-            stored = [message.id for message in found.messages]
-            assert set(stored) == self.sent[session_id], "every request was carried through, and nothing else came"
-            seen = self.seen[session_id]
-            assert [message.seq for message in seen] == list(range(1, len(seen) + 1)), (
-                "a follower sees no gap and no double"
-            )
-            assert [message.id for message in seen] == stored[: len(seen)]
+        """Assert that what is stored is what was acknowledged, in its place, once, and what followers saw; and nothing else."""
+        for session_id, record in self.records.items():
+            record.saw_stream(self._begun, 0, self.seen[session_id])
+            found = await history(database_url, self._chat.user_id, session_id)
+            assert judge(record, found) == []
+            assert found is not None
+            assert found.last_seq == record.acknowledged, "every request was carried through"
 
 
 def patient(**options: int) -> dict[str, int]:

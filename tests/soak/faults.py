@@ -1,0 +1,157 @@
+"""What is done to the service, its database and the ways between: each fault ends when what it has broken could work again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import asyncpg
+
+from tests.soak.stack import Replica, Stack
+from tests.support.cluster import fetch
+from tests.support.proxy import Proxy, Way
+
+BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'chat-history'"
+TERMINATE = f"SELECT pg_terminate_backend(pid) FROM ({BACKENDS}) AS them"
+
+Fault = Callable[[], Awaitable[list[Replica]]]
+"""Breaks something for a while, mends it, and returns the replicas that it hit."""
+
+
+class Faults:
+    """Draws faults, each kind as often as any other."""
+
+    def __init__(self, stack: Stack, chance: random.Random) -> None:
+        self._stack = stack
+        self._chance = chance
+        self._kinds: dict[str, Fault] = {
+            "service killed (-9)": self._kill_service,
+            "PostgreSQL killed (-9)": self._kill_postgres,
+            "a backend killed (-9)": self._kill_backend,
+            "PostgreSQL restarted": self._restart_postgres,
+            "all backends ended": self._end_backends,
+            "suspended, 3 s to wake": self._suspend,
+            "database cut off": lambda: self._network("back", self._cut),
+            "database half-open": lambda: self._network("back", self._halve),
+            "database refuses": lambda: self._network("back", self._refuse),
+            "database black-holed": lambda: self._network("back", self._hold),
+            "database slow": lambda: self._network("back", self._delay),
+            "clients cut off": lambda: self._network("front", self._cut),
+            "clients refused": lambda: self._network("front", self._refuse),
+            "clients black-holed": lambda: self._network("front", self._hold),
+        }
+        self._bag: list[str] = []
+
+    @property
+    def kinds(self) -> list[str]:
+        """The names of what can happen."""
+        return list(self._kinds)
+
+    def draw(self) -> tuple[str, Fault]:
+        """Return the next fault and its name."""
+        if not self._bag:
+            self._bag = self.kinds
+            self._chance.shuffle(self._bag)
+        name = self._bag.pop()
+        return name, self._kinds[name]
+
+    async def _wait(self, least: float, most: float) -> None:
+        await asyncio.sleep(self._chance.uniform(least, most))
+
+    async def _kill_service(self) -> list[Replica]:
+        replica = self._chance.choice([each for each in self._stack.replicas if not each.spared])
+        await replica.process.kill()
+        await replica.process.stop()
+        await self._wait(0, 1)
+        await replica.restart()
+        return [replica]
+
+    async def _kill_postgres(self) -> list[Replica]:
+        _kill(self._stack.cluster.pid)
+        await self._start_postgres_again()
+        return self._stack.replicas
+
+    async def _kill_backend(self) -> list[Replica]:
+        """Whatever one process may have broken, PostgreSQL ends them all and recovers as after a crash."""
+        for [pid] in await fetch(self._stack.database_url, f"{BACKENDS} LIMIT 1"):
+            _kill(pid)
+        async with asyncio.timeout(60):
+            while not await self._answers():
+                await asyncio.sleep(0.02)
+        return self._stack.replicas
+
+    async def _restart_postgres(self) -> list[Replica]:
+        await self._start_postgres_again()
+        return self._stack.replicas
+
+    async def _start_postgres_again(self) -> None:
+        await asyncio.to_thread(self._stack.cluster.postgres.stop)
+        await self._wait(0, 1)
+        await asyncio.to_thread(self._stack.cluster.postgres.start)
+
+    async def _answers(self) -> bool:
+        with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            await fetch(self._stack.database_url, "SELECT")
+            return True
+        return False
+
+    async def _end_backends(self) -> list[Replica]:
+        for _ in range(self._chance.randint(1, 5)):
+            await fetch(self._stack.database_url, TERMINATE)
+            await self._wait(0, 0.2)
+        return self._stack.replicas
+
+    async def _suspend(self) -> list[Replica]:
+        for replica in self._stack.replicas:
+            replica.back.hold()
+        await fetch(self._stack.database_url, TERMINATE)
+        await asyncio.sleep(3)
+        for replica in self._stack.replicas:
+            replica.back.let_pass()
+        return self._stack.replicas
+
+    async def _network(self, side: str, break_it: Callable[[Proxy], Awaitable[None]]) -> list[Replica]:
+        """Break one replica's way, or all of them, and mend it."""
+        replicas = self._chance.choice([self._stack.replicas, *([each] for each in self._stack.replicas)])
+        proxies = [getattr(replica, side) for replica in replicas]
+        try:
+            await asyncio.gather(*map(break_it, proxies))
+        finally:
+            for proxy in proxies:
+                proxy.accept()
+                proxy.let_pass()
+                proxy.delay = 0.0
+        return replicas
+
+    async def _cut(self, proxy: Proxy) -> None:
+        for _ in range(self._chance.randint(1, 5)):
+            proxy.cut()
+            await self._wait(0, 0.2)
+
+    async def _halve(self, proxy: Proxy) -> None:
+        proxy.halve()
+        await self._wait(0, 0.2)
+
+    async def _refuse(self, proxy: Proxy) -> None:
+        proxy.refuse()
+        await self._wait(0.1, 4)
+
+    async def _hold(self, proxy: Proxy) -> None:
+        proxy.hold(*self._chance.choice([(), (Way.UP,), (Way.DOWN,)]))
+        await self._wait(0.1, 6)
+        if self._chance.random() < 0.5:
+            proxy.cut()
+
+    async def _delay(self, proxy: Proxy) -> None:
+        proxy.delay = self._chance.uniform(0.02, 0.3)
+        await self._wait(1, 4)
+
+
+def _kill(pid: int) -> None:
+    """End a process at once, as a crash would."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,87 @@
+"""What is soaked: PostgreSQL with durable settings, and two replicas of the service, with a proxy before and behind each of them."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from service.store.migrations import upgrade
+from service.store.url import parse
+from tests.support.cluster import Cluster
+from tests.support.proxy import Proxy, before_postgres
+from tests.support.servers import ServerProcess
+
+
+@dataclass
+class Replica:
+    """One process of the service, and its ways to the database and to its clients."""
+
+    name: str
+    back: Proxy
+    front: Proxy
+    process: ServerProcess
+    database_url: str
+    spared: bool
+    """Whether it is never killed: its memory tells, and it must recover without a restart."""
+
+    async def restart(self) -> None:
+        """Start it again on its port, after it was killed; return before it serves."""
+        address = self.process.address
+        folder = self.process.log.parent
+        self.process = ServerProcess(self.database_url, folder, CHAT_HISTORY_LISTEN=address)
+        self.process.launch()
+        self.process.address = address
+
+    @property
+    def rss_mib(self) -> float | None:
+        """Its resident memory; None while it is not there."""
+        with suppress(psutil.NoSuchProcess):
+            return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
+        return None
+
+
+class Stack:
+    """All of it, as an async context manager."""
+
+    def __init__(self) -> None:
+        self._exit = AsyncExitStack()
+        self.cluster = Cluster()
+        self.replicas: list[Replica] = []
+        self.folder = Path()
+
+    @property
+    def database_url(self) -> str:
+        """The straight way to the database, for the judge."""
+        return self.cluster.url("postgres")
+
+    async def __aenter__(self) -> Self:
+        try:
+            self.folder = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="chat-history-soak-")))
+            self._exit.enter_context(self.cluster)
+            await upgrade(parse(self.database_url))
+            for name, spared in (("first", False), ("second", True)):
+                self.replicas.append(await self._start(name, spared=spared))
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self._exit.aclose()
+
+    async def _start(self, name: str, *, spared: bool) -> Replica:
+        back, url = await self._exit.enter_async_context(before_postgres(self.database_url))
+        process = await ServerProcess(url, self.folder / name).start()
+        front = await self._exit.enter_async_context(Proxy(process.address))
+        replica = Replica(name, back, front, process, url, spared)
+        self._exit.push_async_callback(self._stop, replica)
+        return replica
+
+    @staticmethod
+    async def _stop(replica: Replica) -> None:
+        await replica.process.stop()

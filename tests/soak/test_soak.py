@@ -1,0 +1,49 @@
+"""The soak, short: `make soak` takes minutes or hours. And what must make it fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.soak.report import save, show
+from tests.soak.run import Soak, logs_of
+from tests.soak.stack import Stack
+from tests.soak.tally import Sample, growth
+
+
+@pytest.mark.faults
+@pytest.mark.case(n=25)
+@pytest.mark.timeout(300)
+async def test_a_mixed_load_under_faults(tmp_path: Path) -> None:
+    async with Stack() as stack:
+        soak = Soak(stack, seed=25, tell=lambda _words: None)
+        await soak.run(rounds=3, round_seconds=8)
+        await soak.idle(minutes=0.05)
+        await logs_of(stack, soak.tally)
+    tally = soak.tally
+    show(tally, Console(width=140))
+    save(tally, tmp_path, seed=25)
+    assert tally.problems == []
+    assert tally.acknowledged > 1000
+    assert tally.checked >= tally.acknowledged
+    assert tally.library_calls > 0
+    assert tally.cancelled > 0
+    assert len(tally.outages) >= 3
+    assert tally.idle_statements == 0
+    assert written_to(tmp_path) == {"report.json", "memory.svg"}
+
+
+def written_to(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def samples(*levels: float) -> list[Sample]:
+    return [Sample(n, "one", 1, mib, 0, at_rest=True) for n, mib in enumerate(levels)]
+
+
+def test_memory_that_grows_is_told_from_memory_that_does_not() -> None:
+    assert growth(samples(80, 100, 101, 99, 100, 102, 100)) == pytest.approx(0.5)
+    assert growth(samples(80, 100, 110, 120, 130, 140, 150)) == pytest.approx(40)
+    assert growth(samples(80, 100)) is None
