@@ -149,7 +149,7 @@ class Soak:
     def _look_at_memory(self, *, at_rest: bool = False) -> None:
         for replica in self.stack.replicas:
             mib = replica.rss_mib
-            if mib is not None:
+            if mib:  # A process that is about to end has none.
                 acknowledged = self.tally.acknowledged
                 sample = Sample(self.tally.seconds, replica.name, replica.process.pid, mib, acknowledged, at_rest)
                 self.tally.samples.append(sample)

@@ -1,0 +1,38 @@
+"""A service with search on that nobody calls asks the database nothing: Neon must be able to suspend."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.server import Server
+from tests.search.library import Library, settled
+from tests.support.chat import Chat
+from tests.support.cluster import Cluster
+from tests.support.servers import channel
+from tests.support.statements import Sent
+
+
+@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=[pytest.mark.faults, pytest.mark.timeout(150)])])
+async def test_an_idle_service_asks_the_database_nothing(
+    server: Server, chat: Chat, library: Library, cluster: Cluster, database_url: str, seconds: int
+) -> None:
+    sent = Sent(cluster, database_url)
+    session_id = await chat.start("herons wade")
+    await library.create(["Herons are wading birds."], title="birds")
+    await settled(server)
+    await asyncio.sleep(3)  # The indexer looks once more, and used connections go back to the pool.
+    used = len(sent.so_far())
+    assert used > 0
+    async with channel(server.address) as opened:
+        health: Any = health_pb2_grpc.HealthStub(opened)
+        for _ in range(seconds):
+            for name in ("", "liveness", "search"):
+                await health.Check(health_pb2.HealthCheckRequest(service=name))
+            await asyncio.sleep(1)
+    assert sent.so_far()[used:] == []
+    await chat.append(session_id, "they do")
+    assert len(sent.so_far()) > used
