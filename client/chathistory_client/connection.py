@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ LONG_TIMEOUT = 60.0
 """The same for what erases much."""
 EXPORT_TIMEOUT = 600.0
 """The same for everything of one user."""
+AWAY_PAUSE = 0.2
+"""Seconds between two tries, at the most, while a replica shuts down; gRPC's own retries may all have met that one."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -160,6 +163,7 @@ class Connection:
         deadline = time.monotonic() + given
         token = await self._token(given)
         renewed = False
+        away: errors.ChatHistoryError | None = None
         while True:
             try:
                 return await method(
@@ -170,6 +174,12 @@ class Connection:
                 )
             except aio.AioRpcError as error:
                 failure = errors.from_rpc(error)
+                if _sent_away(failure) and deadline - time.monotonic() > AWAY_PAUSE:
+                    away = failure if failure.reason else away
+                    await asyncio.sleep(random.uniform(AWAY_PAUSE / 2, AWAY_PAUSE))  # noqa: S311 - no secret
+                    continue
+                if away is not None and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and not failure.reason:
+                    raise away from error  # It says more.
                 other = None if renewed else await self._another(failure, token, deadline - time.monotonic())
                 if other is None:
                     raise failure from error
@@ -233,6 +243,14 @@ class Connection:
         task = asyncio.current_task()
         if self._closed and (task is None or not task.cancelling()):
             raise errors.Unavailable("the client was closed", code=grpc.StatusCode.UNAVAILABLE) from None
+
+
+def _sent_away(failure: errors.ChatHistoryError) -> bool:
+    """Whether a replica that shuts down has not taken a call: another one will, or the next.
+
+    gRPC itself cancels what reaches a server in the moment in which that closes its connections, and gives no reason.
+    """
+    return failure.reason == "DRAINING" or (failure.code is grpc.StatusCode.CANCELLED and not failure.reason)
 
 
 def _metadata(token: str) -> aio.Metadata:

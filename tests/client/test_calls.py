@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -34,6 +35,7 @@ from chathistory_client import (
     trace_context,
 )
 from chathistory_client.errors import from_rpc
+from service.errors import Unavailable as ServiceUnavailable
 from service.server import Server
 from tests.support.clients import client_of
 
@@ -94,13 +96,51 @@ async def test_overload_says_when_to_come_back_and_is_not_tried_again(
 async def test_unavailable_is_tried_five_times(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries = counted(server, monkeypatch)
-    monkeypatch.setattr(server.calls, "draining", True)
+    tries: list[None] = []
+
+    def refuse() -> None:
+        tries.append(None)
+        raise ServiceUnavailable("try again", reason="DATABASE_UNAVAILABLE", retry_after=0.1)
+
+    monkeypatch.setattr(server.calls, "enter", refuse)
     with pytest.raises(Unavailable) as caught:
         await client.get_user(user_id=owner)
 
-    assert (caught.value.reason, caught.value.retry_after) == ("DRAINING", 0.1)
+    assert (caught.value.reason, caught.value.retry_after) == ("DATABASE_UNAVAILABLE", 0.1)
     assert len(tries) == 5
+
+
+async def test_a_replica_that_shuts_down_is_asked_until_there_is_another(
+    client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = counted(server, monkeypatch)
+    monkeypatch.setattr(server.calls, "draining", True)
+    asking = asyncio.create_task(client.get_user(user_id=owner))
+    while len(tries) <= 10:  # More than gRPC makes for one call.
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(server.calls, "draining", False)
+    assert (await asking).id == owner
+
+    monkeypatch.setattr(server.calls, "draining", True)
+    with pytest.raises(Unavailable) as caught:
+        await client.get_user(user_id=owner, timeout=1.0)
+    assert (caught.value.reason, caught.value.retry_after) == ("DRAINING", 0.1)
+
+
+async def test_what_reaches_a_server_as_it_closes_is_sent_again() -> None:
+    """gRPC itself cancels it, without a reason."""
+    calls = 0
+
+    async def answer(_request: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            await context.abort(grpc.StatusCode.CANCELLED)
+        return b""
+
+    async with answering(answer) as address, client_of(address) as client:
+        await client.get_user(user_id=new_id())
+    assert calls == 3
 
 
 async def test_a_retry_that_gets_through_is_not_noticed(
@@ -251,6 +291,17 @@ def test_errors_without_details_keep_their_code() -> None:
         assert (error.reason, error.message, error.code) == ("", "words", code)
 
 
+@asynccontextmanager
+async def answering(answer: Callable[..., Awaitable[bytes]]) -> AsyncGenerator[str]:
+    """Serve GetUser by a function, and give the address."""
+    methods = {"GetUser": grpc.unary_unary_rpc_method_handler(answer)}
+    server = aio.server(handlers=[grpc.method_handlers_generic_handler("chathistory.v1.ChatHistoryService", methods)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
 @pytest.fixture
 async def mirror() -> AsyncGenerator[tuple[str, list[dict[str, Any]]]]:
     """Give a server that answers every call with nothing and remembers its metadata."""
@@ -260,12 +311,8 @@ async def mirror() -> AsyncGenerator[tuple[str, list[dict[str, Any]]]]:
         seen.append({key: value for key, value in context.invocation_metadata() or ()})  # noqa: C416 - pairs, whatever the types say
         return b""
 
-    methods = {"GetUser": grpc.unary_unary_rpc_method_handler(answer)}
-    server = aio.server(handlers=[grpc.method_handlers_generic_handler("chathistory.v1.ChatHistoryService", methods)])
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield f"127.0.0.1:{port}", seen
-    await server.stop(None)
+    async with answering(answer) as address:
+        yield address, seen
 
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
