@@ -40,7 +40,7 @@ CASES = {
     25: "mixed load with cancels: memory stays flat",
 }
 
-MISSING = {25}
+MISSING: set[int] = set()
 """Those that have no test yet."""
 
 
