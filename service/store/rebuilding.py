@@ -41,7 +41,9 @@ FROM search_indexes AS i WHERE i.alias = $1
 """)  # noqa: S608 - nothing but a number of ours goes in
 
 _END = Statement.from_text(
-    "UPDATE search_indexes SET building = NULL, lease_id = NULL, lease_until = NULL WHERE alias = $1 AND lease_id = $2"
+    # The last that was handed out may be erased one day; its ids must not stay here.
+    "UPDATE search_indexes SET building = NULL, lease_id = NULL, lease_until = NULL, "
+    "after_kind = 0, after_user_id = DEFAULT, after_entity_id = DEFAULT WHERE alias = $1 AND lease_id = $2"
 )
 
 _LET_GO = Statement.from_text(

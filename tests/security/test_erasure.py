@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chathistory.v1 import document_pb2, export_pb2, message_pb2, session_pb2, user_pb2
+from chathistory.v1 import document_pb2, export_pb2, message_pb2, search_pb2, session_pb2, user_pb2
 
 from tests.search.library import searchable
 from tests.support import issuer
@@ -168,3 +168,17 @@ async def test_nothing_is_left_in_the_search_index(database_url: str, tmp_path: 
         content = path.read_bytes()
         assert MARKER.encode() not in content, path
         assert chat.user_id.encode() not in content, path
+
+
+async def test_a_rebuilding_remembers_nobody(database_url: str, tmp_path: Path) -> None:
+    """How far it came is a user's id; it goes when the index is built."""
+    async with serving(database_url, search="on", data_dir=tmp_path) as server, connected(server.address) as stub:
+        await searchable(server)
+        chat = await say_the_marker(stub)
+        async for _ in stub.RebuildSearchIndex(search_pb2.RebuildSearchIndexRequest()):
+            pass
+        await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
+        async with asyncio.timeout(60):
+            while await fetch(database_url, "SELECT FROM search_outbox"):
+                await asyncio.sleep(0.1)
+        assert chat.user_id not in await dump(database_url)
