@@ -16,6 +16,7 @@ class Permits:
     """`count` permits. Those who wait get them user by user, one each in turn, and each user's in the order in which they came."""
 
     def __init__(self, count: int) -> None:
+        self.count = count
         self.free = count
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._loop = asyncio.get_running_loop()

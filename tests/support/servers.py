@@ -69,13 +69,15 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
 
 def _busy(server: Server) -> dict[str, int]:
     """Return what a server that nobody calls should have none of."""
-    driver = server.database.driver
+    database = server.database
+    driver = database.driver
     counts = {
         "calls": server.calls.in_flight,
         "streams": server.streams.in_flight,
         "watchers": len(server.watchers),
         "appends waiting": server.appender.waiting,
         "driver connections in use": len(driver._busy) + driver._opening + len(driver._waiting),
+        "permits taken": sum(permits.count - permits.free for permits in (database._permits, database._write_permits)),
         # Those that the driver keeps for the next hot statement are checked out all the time.
         "connections checked out": server.database.engine.pool.checkedout() - len(driver._idle),  # type: ignore[attr-defined]
     }
