@@ -115,10 +115,10 @@ class Local:
 
         embedded.fit(self._client)
 
-    def _commit(self) -> None:
+    def _commit(self, *, erased: bool) -> None:
         from service.search import embedded  # noqa: PLC0415 - as above
 
-        embedded.commit(self._client)
+        embedded.commit(self._client, erased=erased)
 
     @property
     def index(self) -> QdrantIndex:
@@ -158,7 +158,7 @@ class Local:
             await self.index.write(changes, given["building"])
         finally:
             # What was done before something failed is in memory already, and right.
-            self._commit()
+            self._commit(erased=bool(changes.wipes or changes.deletes))
         return None, b""
 
     async def search(self, given: Sequence[Any], blob: bytes) -> tuple[Any, bytes]:

@@ -28,11 +28,16 @@ def fit(client: Any) -> None:
             collection._payload_and_non_deleted_mask = _Masks(collection)  # noqa: SLF001
 
 
-def commit(client: Any) -> None:
-    """Commit what was written since the last time: one transaction and one flush to the disk."""
+def commit(client: Any, *, erased: bool) -> None:
+    """Commit what was written since the last time, in one transaction and one flush to the disk.
+
+    With `erased`, what was erased is gone from the files too when this returns.
+    """
     for collection in _collections(client):
         if isinstance(connection := getattr(collection.storage, "storage", None), _Gathered):
             connection.commit()
+            if erased:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _collections(client: Any) -> list[Any]:
@@ -46,6 +51,8 @@ class _Gathered:
         self._connection = connection
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        # What is erased is overwritten, not only forgotten.
+        connection.execute("PRAGMA secure_delete = ON")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)

@@ -219,14 +219,14 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
     for start in range(0, 60, 20):
         await index.write(Changes((), (), points[start : start + 20], packed([1.0, float(start)]) * 20), None)
         assert await same()
-    embedded.commit(client)
+    embedded.commit(client, erased=False)
     await index.write(Changes([Wipe("user 1")], points[:5], points[:1], packed([0.5, 1.0])), None)
     assert await same()
     assert await index.count(Wipe("user 1")) == 0
     # Another's filter goes the package's way.
     other = models.Filter(must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=Kind.CHUNK))])
     assert list(collection._payload_and_non_deleted_mask(other)) == list(slow(other))
-    embedded.commit(client)
+    embedded.commit(client, erased=True)
     await client.close()
     kept = {(payload["user_id"], payload["item"], payload["entity_id"]) for payload in scrolled(tmp_path)}
     gone = points[1:5]
