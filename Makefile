@@ -45,10 +45,10 @@ demo: install ## the service and the example chatbot on 127.0.0.1:8000, with sam
 test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
 	$(BIN)/pytest -n $(TEST_WORKERS) -m 'not faults' $(PYTEST_ARGS)
 
-.PHONY: test-long
-test-long: install ## run the long tests: faults, outages, the browser, all RPCs through PgBouncer
-	$(BIN)/pytest -n $(TEST_WORKERS) -m faults $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,$(BIN)/pytest -n $(TEST_WORKERS) --through pgbouncer tests/rpc)
+.PHONY: test-faults
+test-faults: install ## run the long tests: faults, outages, the browser, all RPCs through PgBouncer
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m faults $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal --through pgbouncer tests/rpc)
 
 .PHONY: bench
 bench: install ## measure the service beside an echo and others, into docs/; QUICK=1 takes two minutes and keeps apart

@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG = ("chatbot", "faults", "security")
-"""Folders whose tests `make test-long` runs, as `make test` is to end within five minutes."""
+"""Folders whose tests `make test-faults` runs, as `make test` is to end within five minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
