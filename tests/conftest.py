@@ -15,8 +15,10 @@ import asyncio
 import gc
 import inspect
 import os
+import shutil
+import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,7 @@ from hypothesis import settings as hypothesis_settings
 
 from service import server as server_module
 from service.server import Server
+from service.store.data_folder import Postmaster, end_server
 from tests.support import sentinel as checks
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster, all_new_statements, sweep
@@ -193,3 +196,20 @@ async def start_process(database_url: str, tmp_path: Path) -> AsyncGenerator[Sta
             return await process.start(ready=ready)
 
         yield start
+
+
+@pytest.fixture
+def folder() -> Generator[Path]:
+    """Give a working folder for an embedded PostgreSQL; what still runs on data in it is ended.
+
+    Under root PostgreSQL runs as another user, to whom pytest's own folders are closed; and every start of pytest closes them again.
+    """
+    made = Path(tempfile.mkdtemp(prefix="chat-history-folder-")).resolve()
+    made.chmod(0o711)
+    yield made
+    for file in made.rglob("postmaster.pid"):
+        server = Postmaster.read(file.parent)
+        if server is not None and server.is_alive():
+            with suppress(ProcessLookupError):
+                end_server(server.pid)
+    shutil.rmtree(made)

@@ -17,9 +17,9 @@ from tests.support.demo import demo
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
 async def test_postgres_goes_and_comes_back_without_a_restart(
-    tmp_path: Path, unused_tcp_port_factory: Any, number: signal.Signals
+    folder: Path, unused_tcp_port_factory: Any, number: signal.Signals
 ) -> None:
-    data = tmp_path / "data"
+    data = folder / "data"
     async with (
         demo(data, (unused_tcp_port_factory(), unused_tcp_port_factory())) as address,
         Browser(address) as browser,

@@ -52,7 +52,7 @@ async def take(page: Page, name: str) -> None:
 
 @pytest.mark.timeout(180)
 async def test_a_conversation_survives_a_reload_and_a_restart_of_everything(
-    chrome: Browser, complaints: list[str], tmp_path: Path, unused_tcp_port_factory: Any
+    chrome: Browser, complaints: list[str], folder: Path, unused_tcp_port_factory: Any
 ) -> None:
     ports = (unused_tcp_port_factory(), unused_tcp_port_factory())
     async with (
@@ -60,7 +60,7 @@ async def test_a_conversation_survives_a_reload_and_a_restart_of_everything(
         opened(chrome, complaints, **PHONE) as phone,
     ):
         pages = {"desktop": desktop, "phone": phone}
-        async with demo(tmp_path / "data", ports) as address:
+        async with demo(folder / "data", ports) as address:
             for name, page in pages.items():
                 await page.goto(address)
                 await take(page, f"chatbot-{name}-new")
@@ -76,7 +76,7 @@ async def test_a_conversation_survives_a_reload_and_a_restart_of_everything(
             await take(phone, "chatbot-phone")
             await desktop.emulate_media(color_scheme="dark")
             await take(desktop, "chatbot-desktop-dark")
-        async with demo(tmp_path / "data", ports):
+        async with demo(folder / "data", ports):
             for page in pages.values():
                 await page.reload()
                 await there(page)

@@ -1,34 +1,15 @@
-"""Folders that PostgreSQL may pass through also when the tests run as root (pytest's own are closed)."""
+"""Commands to run, in a folder."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-from service.store.data_folder import Postmaster, end_server
-
-
-@pytest.fixture
-def folder() -> Generator[Path]:
-    """Give a working folder; what still runs on data in it is ended."""
-    made = Path(tempfile.mkdtemp(prefix="chat-history-cli-")).resolve()
-    made.chmod(0o711)
-    yield made
-    for file in made.rglob("postmaster.pid"):
-        server = Postmaster.read(file.parent)
-        if server is not None and server.is_alive():
-            with suppress(ProcessLookupError):
-                end_server(server.pid)
-    shutil.rmtree(made)
 
 
 class Command:
