@@ -67,6 +67,8 @@ async def soak(minutes: float, idle: float, seed: int, round_seconds: float = RO
     with Progress(*columns, console=console, transient=True) as progress:
         bar = Bar(progress, (minutes + idle) * 60)
         async with Stack() as stack:
+            if stack.pooler is None:
+                console.print("PgBouncer is not installed: this soak does without it")
             running = Soak(stack, seed, bar.tell)
             bar.follow(running)
             keeping = asyncio.create_task(bar.keep())

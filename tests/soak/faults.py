@@ -13,6 +13,7 @@ import asyncpg
 
 from tests.soak.stack import Replica, Stack
 from tests.support.cluster import fetch
+from tests.support.pgbouncer import PgBouncer
 from tests.support.proxy import Proxy, Way
 
 BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'chat-history'"
@@ -44,6 +45,8 @@ class Faults:
             "clients refused": lambda: self._network("front", self._refuse),
             "clients black-holed": lambda: self._network("front", self._hold),
         }
+        if stack.pooler is not None:
+            self._kinds |= {"PgBouncer killed (-9)": self._kill_pooler, "PgBouncer restarted": self._restart_pooler}
         self._bag: list[str] = []
 
     @property
@@ -92,6 +95,20 @@ class Faults:
         await asyncio.to_thread(self._stack.cluster.postgres.stop)
         await self._wait(0, 1)
         await asyncio.to_thread(self._stack.cluster.postgres.start)
+
+    async def _kill_pooler(self) -> list[Replica]:
+        return await self._start_pooler_again(PgBouncer.kill)
+
+    async def _restart_pooler(self) -> list[Replica]:
+        return await self._start_pooler_again(PgBouncer.stop)
+
+    async def _start_pooler_again(self, end: Callable[[PgBouncer], None]) -> list[Replica]:
+        pooler = self._stack.pooler
+        assert pooler is not None
+        await asyncio.to_thread(end, pooler)
+        await self._wait(0, 1)
+        await asyncio.to_thread(pooler.start)
+        return [replica for replica in self._stack.replicas if replica.spared]
 
     async def _answers(self) -> bool:
         with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):

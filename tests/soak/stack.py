@@ -13,6 +13,7 @@ import psutil
 from service.store.migrations import upgrade
 from service.store.url import parse
 from tests.support.cluster import Cluster
+from tests.support.pgbouncer import PgBouncer, program
 from tests.support.proxy import Proxy, before_postgres
 from tests.support.servers import ServerProcess
 
@@ -52,6 +53,8 @@ class Stack:
         self._exit = AsyncExitStack()
         self.cluster = Cluster()
         self.replicas: list[Replica] = []
+        self.pooler: PgBouncer | None = None
+        """In transaction mode, between the second replica and the database; None where it is not installed."""
         self.folder = Path()
 
     @property
@@ -64,8 +67,9 @@ class Stack:
             self.folder = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="chat-history-soak-")))
             self._exit.enter_context(self.cluster)
             await upgrade(parse(self.database_url))
-            for name, spared in (("first", False), ("second", True)):
-                self.replicas.append(await self._start(name, spared=spared))
+            if program() is not None:
+                self.pooler = self._exit.enter_context(PgBouncer(self.database_url))
+            self.replicas = [await self._start("first", spared=False), await self._start("second", spared=True)]
         except BaseException:
             await self._exit.aclose()
             raise
@@ -75,7 +79,11 @@ class Stack:
         await self._exit.aclose()
 
     async def _start(self, name: str, *, spared: bool) -> Replica:
-        back, url = await self._exit.enter_async_context(before_postgres(self.database_url))
+        if self.pooler is not None and spared:
+            back = await self._exit.enter_async_context(Proxy(f"127.0.0.1:{self.pooler.port}"))
+            url = self.pooler.url("postgres").replace(f":{self.pooler.port}/", f":{back.port}/")
+        else:
+            back, url = await self._exit.enter_async_context(before_postgres(self.database_url))
         process = await ServerProcess(url, self.folder / name).start()
         front = await self._exit.enter_async_context(Proxy(process.address))
         replica = Replica(name, back, front, process, url, spared)
