@@ -65,7 +65,7 @@ async def fetch_in_transaction(driver: asyncpg.Connection, statement: Statement,
         await driver.execute("COMMIT")
     except asyncpg.PostgresError:
         # The statement has failed, and the connection is sound unless it was ended.
-        if driver.is_in_transaction():
+        if not driver.is_closed() and driver.is_in_transaction():
             try:
                 await driver.execute("ROLLBACK")
             except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import re
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
 import asyncpg
+import psutil
 
 from service.store import migrations
 from service.store.data_folder import Postmaster, end_server, owner
@@ -23,6 +25,8 @@ from service.store.url import parse
 SUPPORT = "test-support"
 """The application name of what the tests themselves ask; such statements are not the service's."""
 _FOLDER = "chat-history-tests-"
+_MAKER = "maker"
+"""Names the process that made a folder: it may have stopped its PostgreSQL for a moment only."""
 _TEMPLATE = "template_chat_history"
 
 # Tests outlive no crash of the machine; PostgreSQL itself writes down every statement that any process sends, driver-level ones too.
@@ -65,6 +69,7 @@ class Cluster:
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         """Take settings, by name, beside those that all tests use; only such as need no restart."""
         self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+        (self.folder / _MAKER).write_text(str(os.getpid()))
         self.postgres = EmbeddedPostgres(self.folder, "tests")
         self._settings = _SETTINGS | dict(settings or {})
         self._numbers = itertools.count(1)
@@ -171,6 +176,9 @@ def sweep() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         if not (folder / "lock").exists() or owner(folder) is not None:
             continue  # Somebody's who runs, or is just starting.
+        maker = folder / _MAKER
+        if maker.exists() and psutil.pid_exists(int(maker.read_text() or 0)):
+            continue
         server = Postmaster.read(folder / "postgres")
         if server is not None and server.is_alive():
             with suppress(ProcessLookupError):
