@@ -22,8 +22,10 @@ from service.store.gather import Gather
 
 WIDTH = 16
 """Reads in one statement: each may return a page of 3 MiB."""
-IN_FLIGHT = 2
-"""Statements of one kind under way at once: while one is answered, the next is on its way."""
+IN_FLIGHT = 4
+"""Statements of one kind under way at once, at the most: the second and later ones leave full, or because the first is slow."""
+SLOW = 0.01
+"""Seconds after which those who wait for the statement under way leave in another."""
 
 Rows = Sequence[Any]
 """Each a sequence of columns."""
@@ -100,20 +102,26 @@ class _Line:
         except _RunAlone:
             return await self._database.fetch(self._read.alone, *arguments, deadline=deadline)
 
-    def _go_on(self) -> None:
-        if self._queue and self._under_way < IN_FLIGHT:
+    def _go_on(self, *, slow: bool = False) -> None:
+        full = len(self._queue) >= WIDTH
+        if self._queue and (not self._under_way or ((full or slow) and self._under_way < IN_FLIGHT)):
             self._under_way += 1
             task = self._loop.create_task(self._run())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self) -> None:
+        slow: asyncio.TimerHandle | None = None
         try:
             while self._queue:
                 await self._gather.wait(self._queue, WIDTH)
                 if batch := self._take():
+                    slow = self._loop.call_later(SLOW, lambda: self._go_on(slow=True))
                     await self._together(batch)
+                    slow.cancel()
         finally:
+            if slow is not None:
+                slow.cancel()
             # At once, and not when the task's callbacks run: who comes between must find a place or somebody who will take it along.
             self._under_way -= 1
 
