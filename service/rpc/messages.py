@@ -59,6 +59,7 @@ class Messages:
             may_create=may_create,
             expected_last_seq=request.expected_last_seq if request.HasField("expected_last_seq") else None,
             new_session=_new_session(request, user_id, session_id) if may_create else NewSession(),
+            loop=self.appender.loop,
         )
         stored = await self.appender.append(item)
         reply = message_pb2.AppendMessagesResponse(session_id=session_id, session_created=stored.session_created)

@@ -54,6 +54,7 @@ class Appender:
     def __init__(self, database: Database, lanes: int = 2, *, owed: bool = False) -> None:
         """Take `lanes` statements under way at once; `owed`: whether the search index owes what is appended."""
         self.database = database
+        self.loop = asyncio.get_running_loop()
         self.statement = append_sql.APPEND_OWED if owed else append_sql.APPEND
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._apart: dict[Key, _Lane] = {}

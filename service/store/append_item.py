@@ -69,6 +69,7 @@ class Append:
         expected_last_seq: What the session's `last_seq` must be, if anything.
         new_session: Title, metadata (JSON) and fingerprint of a session that is made.
         check: Whether to ask first which of the messages are stored: the caller says that this is a retry.
+        loop: The running loop, where the caller has it: asking for it costs a system call before Python 3.12.
     """
 
     __slots__ = (
@@ -87,8 +88,9 @@ class Append:
         expected_last_seq: int | None = None,
         new_session: NewSession = NewSession(),  # noqa: B008 - an immutable tuple
         check: bool = False,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        loop = asyncio.get_running_loop()
+        loop = loop or asyncio.get_running_loop()
         self.key: Key = (user_id, session_id)
         self.messages = messages
         self.pending = messages
