@@ -121,7 +121,7 @@ def _collect_less() -> None:
     """Spare what was loaded at the start the garbage collector's rounds, and have fewer of them: 3% of a call's processor time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    gc.set_threshold(2_000, 10, 10)
 
 
 def _greet(address: str, data: str) -> None:
