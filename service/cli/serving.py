@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -92,7 +91,6 @@ def _serve(settings: Settings, target: Target, data: str, announce: Callable[[st
     from service.telemetry import configure_logging
 
     def on_ready(address: str) -> None:
-        _collect_less()
         if announce is not None:
             announce(address)
         if settings.log_format != "json":
@@ -115,13 +113,6 @@ def _serve(settings: Settings, target: Target, data: str, announce: Callable[[st
             raise
         address = error.filename or settings.listen
         fail(f"{address} {reason}: stop what listens there, or set CHAT_HISTORY_LISTEN to another address", 1)
-
-
-def _collect_less() -> None:
-    """Spare what was loaded at the start the garbage collector's rounds, and have fewer of them: 3% of a call's processor time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(2_000, 10, 10)
 
 
 def _greet(address: str, data: str) -> None:
