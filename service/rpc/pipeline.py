@@ -175,7 +175,7 @@ class Pipeline:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                whose = caller.user_id or getattr(request, "user_id", "") or ""
+                whose = _whose(caller, request)
                 self._calls.enter(whose)
                 try:
                     self._check(name, request, caller)
@@ -213,7 +213,7 @@ class Pipeline:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                whose = caller.user_id or getattr(request, "user_id", "") or ""
+                whose = _whose(caller, request)
                 self._streams.enter(whose)
                 try:
                     self._check(name, request, caller)
@@ -268,6 +268,11 @@ class Pipeline:
     def _tell(self, name: str, code: grpc.StatusCode, started: float) -> None:
         if self._observe:
             self._observe(name, code, time.perf_counter() - started)
+
+
+def _whose(caller: Caller, request: Any) -> str:
+    """Return the user on whose account a call counts: the caller, or the one for whom a service calls."""
+    return caller.user_id or getattr(request, "user_id", "") or ""
 
 
 def _parser(kind: type[Message]) -> Callable[[bytes], Any]:

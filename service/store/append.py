@@ -116,7 +116,7 @@ class _Lane:
         self.task: asyncio.Task[None] | None = None
         self._outages = 0
         """Times in a row that the database was away."""
-        self._loop = asyncio.get_running_loop()
+        self._loop = appender.loop
         self._gather = Gather()
 
     def put(self, item: Append) -> None:

@@ -25,7 +25,15 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.store import tables
-from service.store.driver import DriverConnections, Record, Statement, fetch_in_transaction
+from service.store.driver import (
+    LOCK_WAIT,
+    Connection,
+    DriverConnections,
+    PooledConnection,
+    Record,
+    Statement,
+    fetch_in_transaction,
+)
 from service.store.failures import Failure, classify, to_service_error
 from service.store.permits import NoTurn, Permits
 from service.store.url import Target
@@ -45,8 +53,6 @@ OUTAGE_PATIENCE = 15.0
 """Seconds that a call waits at the most for a database that is away."""
 REPLY_MARGIN = 0.25
 """Seconds before its deadline at which a call that waits for the database is answered, so that the answer arrives."""
-LOCK_WAIT = 0.2
-"""Seconds that a transaction waits for a lock of somebody else's before it gives its connection back and tries again."""
 HOT_SHARE = 2
 """Connections that are left for all else, where the pool is small, when the hot statements have theirs."""
 
@@ -64,36 +70,6 @@ def backoff(attempt: int, *, base: float = 0.02, cap: float = 1.0) -> float:
 def patience_ends(deadline: float, now: float) -> float:
     """Return when a call stops waiting for a database that is away; all are times of the running loop's clock, in seconds."""
     return min(deadline - min(REPLY_MARGIN, (deadline - now) / 4), now + OUTAGE_PATIENCE)
-
-
-class _Connection(asyncpg.Connection):
-    """Begins its transactions with a bound on their waits for locks, in the same round trip.
-
-    A transaction pooler refuses that bound as a start-up parameter, and a statement of its own would cost each write a round trip.
-    """
-
-    __slots__ = ()
-
-    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        if query.startswith("BEGIN"):
-            query += f" SET LOCAL lock_timeout = {LOCK_WAIT * 1000:.0f};"
-        return await super().execute(query, *args, timeout=timeout)
-
-
-class _PooledConnection(_Connection):
-    """A connection to a transaction pooler: a statement that nobody waits for any more is left by ending the connection.
-
-    asyncpg would send a request to cancel on a connection of its own, and PgBouncer 1.18 ends itself when such a client goes away too
-    early (github.com/pgbouncer/pgbouncer/issues/801), with the connections of everybody else.
-    """
-
-    __slots__ = ()
-
-    async def _cancel(self, waiter: asyncio.Future[None], cancel_waiter: asyncio.Future[None] | None = None) -> None:
-        self.terminate()
-        for each in (waiter, cancel_waiter):
-            if each is not None and not each.done():
-                each.set_result(None)
 
 
 class Database:
@@ -116,7 +92,7 @@ class Database:
     ) -> None:
         self.target = target
         args = {"timeout": connect_timeout, "command_timeout": COMMAND_TIMEOUT} | target.connect_args
-        args["connection_class"] = _PooledConnection if target.pooled else _Connection
+        args["connection_class"] = PooledConnection if target.pooled else Connection
         self.engine: AsyncEngine = create_async_engine(
             target.url,
             connect_args=args,

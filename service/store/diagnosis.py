@@ -37,9 +37,7 @@ _SERVER = text(
     "current_setting('server_encoding') AS encoding, (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS tls"
 )
 
-_GIVEN_UP = text(
-    "SELECT count(*), min(entity_id::text || ' (' || detail || ')') FILTER (WHERE due_at = 'infinity') FROM search_outbox"
-)
+_GIVEN_UP = text("SELECT min(entity_id::text || ' (' || detail || ')') FROM search_outbox WHERE due_at = 'infinity'")
 
 
 class Verdict(StrEnum):
@@ -111,7 +109,7 @@ async def describe(target: Target, timeout: float) -> Description:
 
 async def _owed(connection: AsyncConnection) -> Owing:
     backlog = (await connection.execute(text(BACKLOG.text))).one()
-    _, given_up = (await connection.execute(_GIVEN_UP)).one()
+    given_up = await connection.scalar(_GIVEN_UP)
     return Owing(Backlog(*backlog), given_up or "")
 
 

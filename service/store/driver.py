@@ -1,6 +1,6 @@
-"""The driver's own connections, for the hot statements alone.
+"""The driver's connections: what they do otherwise than asyncpg's, and those that are kept for the hot statements alone.
 
-SQLAlchemy compiles these statements and owns the pool; the compiled text is run by the asyncpg connection under it, on
+SQLAlchemy compiles the hot statements and owns the pool; the compiled text is run by the asyncpg connection under it, on
 connections that stay checked out while traffic flows. That saves the greenlet, the result wrapping and the reset at every release,
 which together cost more than the statement itself (docs/performance.md).
 """
@@ -23,6 +23,9 @@ IDLE_SECONDS = 2.0
 
 SLOW_SECONDS = 2.0
 """After which an unanswered statement casts doubt on the database."""
+
+LOCK_WAIT = 0.2
+"""Seconds that a transaction waits for a lock of somebody else's before it gives its connection back and tries again."""
 
 Record = asyncpg.Record
 _DIALECT = dialect.dialect()  # type: ignore[no-untyped-call]
@@ -48,6 +51,36 @@ class Statement:
     def bind(self, **values: Any) -> tuple[Any, ...]:
         """Put named values in the order of the text."""
         return tuple(values[name] for name in self.names)
+
+
+class Connection(asyncpg.Connection):
+    """Begins its transactions with a bound on their waits for locks, in the same round trip.
+
+    A transaction pooler refuses that bound as a start-up parameter, and a statement of its own would cost each write a round trip.
+    """
+
+    __slots__ = ()
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        if query.startswith("BEGIN"):
+            query += f" SET LOCAL lock_timeout = {LOCK_WAIT * 1000:.0f};"
+        return await super().execute(query, *args, timeout=timeout)
+
+
+class PooledConnection(Connection):
+    """A connection to a transaction pooler: a statement that nobody waits for any more is left by ending the connection.
+
+    asyncpg would send a request to cancel on a connection of its own, and PgBouncer 1.18 ends itself when such a client goes away too
+    early (github.com/pgbouncer/pgbouncer/issues/801), with the connections of everybody else.
+    """
+
+    __slots__ = ()
+
+    async def _cancel(self, waiter: asyncio.Future[None], cancel_waiter: asyncio.Future[None] | None = None) -> None:
+        self.terminate()
+        for each in (waiter, cancel_waiter):
+            if each is not None and not each.done():
+                each.set_result(None)
 
 
 async def fetch_in_transaction(driver: asyncpg.Connection, statement: Statement, *args: Any) -> list[Record]:

@@ -111,17 +111,16 @@ class _Line:
             task.add_done_callback(self._tasks.discard)
 
     async def _run(self) -> None:
-        slow: asyncio.TimerHandle | None = None
         try:
             while self._queue:
                 await self._gather.wait(self._queue, WIDTH)
                 if batch := self._take():
                     slow = self._loop.call_later(SLOW, lambda: self._go_on(slow=True))
-                    await self._together(batch)
-                    slow.cancel()
+                    try:
+                        await self._together(batch)
+                    finally:
+                        slow.cancel()
         finally:
-            if slow is not None:
-                slow.cancel()
             # At once, and not when the task's callbacks run: who comes between must find a place or somebody who will take it along.
             self._under_way -= 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ async def test_conversations_are_found_renamed_and_deleted(
     assert complaints == []
 
 
-async def test_an_answer_can_be_stopped_and_what_there_is_stays(
-    chrome: Browser, server: Server, model: Model, complaints: list[str]
-) -> None:
+@asynccontextmanager
+async def in_the_middle(chrome: Browser, server: Server, model: Model, complaints: list[str]) -> AsyncGenerator[Page]:
+    """Give a page on which a long answer has begun."""
     model.words, model.pause = [f"word{n} " for n in range(300)], 0.03
     async with (
         model.serving() as settings,
@@ -152,6 +153,13 @@ async def test_an_answer_can_be_stopped_and_what_there_is_stays(
         await page.get_by_label("Your question").fill("Go on")
         await page.keyboard.press("Enter")
         await expect(page.locator(".prose").last).to_contain_text("word5")
+        yield page
+
+
+async def test_an_answer_can_be_stopped_and_what_there_is_stays(
+    chrome: Browser, server: Server, model: Model, complaints: list[str]
+) -> None:
+    async with in_the_middle(chrome, server, model, complaints) as page:
         await page.get_by_role("button", name="Stop the answer").click()
         await expect(page.locator(".remark")).to_have_text("This answer was stopped before its end.")
         await page.reload()
@@ -168,16 +176,7 @@ async def test_an_answer_can_be_stopped_and_what_there_is_stays(
 async def test_another_conversation_is_begun_in_the_middle_of_an_answer(
     chrome: Browser, server: Server, model: Model, complaints: list[str]
 ) -> None:
-    model.words, model.pause = [f"word{n} " for n in range(300)], 0.03
-    async with (
-        model.serving() as settings,
-        chatting(server.address, **settings) as address,
-        opened(chrome, complaints, **DESKTOP) as page,
-    ):
-        await page.goto(address)
-        await page.get_by_label("Your question").fill("Go on")
-        await page.keyboard.press("Enter")
-        await expect(page.locator(".prose").last).to_contain_text("word5")
+    async with in_the_middle(chrome, server, model, complaints) as page:
         await page.locator("a.new").click()
         await expect(page.locator("#talk")).to_have_attribute("aria-busy", "false")
         model.words, model.pause = ["Herons ", "wade."], 0.0

@@ -148,7 +148,9 @@ def test_a_stop_before_or_while_it_is_started_again(data: Path, monkeypatch: pyt
             time.sleep(0.001)
     assert running_url(data) is None
     assert owner(data) is None
-    assert len(told) == 1
+    assert "ended" in told[0]
+    # It may have come up between the last look and the stop.
+    assert len(told) == 1 or wait == 0.0
 
 
 @pytest.fixture

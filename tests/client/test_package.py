@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from service.server import Server
+from tests.support.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 # What grpcio itself asks for comes along.
@@ -31,15 +30,6 @@ async def main():
 
 asyncio.run(main())
 """
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command outside of the environment that the tests run in, and return what it says."""
-    unset = ("PYTHONPATH", "VIRTUAL_ENV", "UV_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
 
 
 @pytest.mark.network

@@ -1,11 +1,11 @@
 """The stubs package keeps its promise: its wheel works with the oldest and the newest grpcio and protobuf it allows."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,15 +48,6 @@ print(len(modules), version("protobuf"), version("grpcio"))
 """
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    """Run a command to its end, outside of the environment that the tests run in, and return what it says."""
-    unset = ("PYTHONPATH", "VIRTUAL_ENV", "UV_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=100)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
 @pytest.mark.network
 @pytest.mark.parametrize(("resolution", "protobuf"), [("lowest", "6.31.1"), ("highest", "7.")])
 def test_wheel_works_with_the_runtimes_it_allows(resolution: str, protobuf: str, tmp_path: Path) -> None:
@@ -64,7 +55,7 @@ def test_wheel_works_with_the_runtimes_it_allows(resolution: str, protobuf: str,
     [wheel] = tmp_path.glob("*.whl")
     python = tmp_path / "venv" / "bin" / "python"
     uv = Path(sys.executable).parent / "uv"
-    run(uv, "venv", "--quiet", "--no-config", "--python", sys.executable, tmp_path / "venv")
+    run(uv, "venv", "--quiet", "--no-config", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
     wanted = ("--resolution", resolution, "--only-binary", ":all:", wheel)
     run(uv, "pip", "install", "--quiet", "--no-config", "--python", python, *wanted, cwd=tmp_path)
 

@@ -42,6 +42,7 @@ NAMED = {
         r"UPDATE search_outbox AS o SET lease_id = \$2, [^;]*"
     ),
     "count what the outbox holds": r"SELECT count\(\*\)[^;]* FROM search_outbox",
+    "name one thing that the outbox has given up": r"SELECT min\([^;]*\) FROM search_outbox WHERE due_at = 'infinity'",
     "try again what was given up": (
         r"UPDATE search_outbox SET due_at = now\(\), attempts = 0 WHERE due_at = 'infinity'"
     ),
