@@ -1,5 +1,6 @@
 /* Load: keeps so many requests in flight (callers, each of which asks again when it is answered), or with --rate sends so many a second
  * whatever is answered (then --in-flight is the most that may be open). Each has a body of its own; every reply's status is looked at.
+ * What the server does not let onto a connection yet (SETTINGS_MAX_CONCURRENT_STREAMS) waits here.
  * With --patient a caller that is refused with a RetryInfo waits for as long as that says.
  *
  *   driver --address 127.0.0.1:50051 --path /chathistory.v1.ChatHistoryService/AppendMessages --bodies FILE --in-flight 64
@@ -359,9 +360,18 @@ static int on_close(nghttp2_session *session, int32_t id, uint32_t error, void *
   return 0;
 }
 
+/* A call counts from when it leaves: one that the server's limit of calls on a connection holds back waits here, as in any client. */
+static int on_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user) {
+  (void)user;
+  stream *request = frame->hd.type == NGHTTP2_HEADERS ? nghttp2_session_get_stream_user_data(session, frame->hd.stream_id) : NULL;
+  if (request != NULL) request->started = now_ns();
+  return 0;
+}
+
 static void open_session(connection *made) {
   nghttp2_session_callbacks *callbacks;
   nghttp2_session_callbacks_new(&callbacks);
+  nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, on_sent);
   nghttp2_session_callbacks_set_on_header_callback(callbacks, on_header);
   nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, on_data);
   nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, on_close);

@@ -20,7 +20,7 @@ from benchmarks.stack import Server
 from service.config import Settings
 from service.rpc.health import SERVICE
 
-CONNECTIONS = 32
+CONNECTIONS = 16
 PROBE_SECONDS = 0.05
 """Between two questions to health."""
 TIMES = 4

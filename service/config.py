@@ -131,6 +131,9 @@ class Settings(BaseSettings):
     further ones are refused with RESOURCE_EXHAUSTED, and told when to come again."""
     max_watches: PositiveInt = 1000
     """Open streams (WatchMessages, ExportUserData) at once, shared out as calls are."""
+    max_calls_per_connection: PositiveInt = 512
+    """Calls at once on one connection, streams among them, which may be half of it; further calls wait at the client (HTTP/2's
+    SETTINGS_MAX_CONCURRENT_STREAMS)."""
     shutdown_grace: PositiveFloat = 20.0
     """Seconds that calls under way get at shutdown."""
     shutdown_delay: Annotated[float, Field(ge=0)] = 0.0

@@ -22,7 +22,7 @@ from service.rpc import identity
 from service.rpc.audit import Audited
 from service.rpc.auth import trust
 from service.rpc.health import SERVICE, Health, Readiness
-from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline
+from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 from service.rpc.tls import Certificates
 from service.store.append import Appender
@@ -41,7 +41,7 @@ MAX_PENDING = 8192
 LAST_WRITES = 2.0
 """Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
 
-_OPTIONS: list[tuple[str, int]] = [
+_OPTIONS = [
     # What is too large by less than as much again is read, to be refused with a reason; beyond, gRPC refuses it without one.
     ("grpc.max_receive_message_length", 2 * MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),
@@ -53,6 +53,8 @@ _OPTIONS: list[tuple[str, int]] = [
     # them with a reason. This bounds memory alone.
     ("grpc.server.max_pending_requests", MAX_PENDING),
     ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
+    # Else streams also count whose memory is not yet free, and under load calls within the limit are refused (REFUSED_STREAM).
+    ("grpc.http.overload_protection", 0),
     # Below the clients' interval, or their pings end in GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -95,7 +97,7 @@ class Server:
         self.watchers = WatchHub(self.database)
         self.appender.on_appended = self._appended if owed else self.watchers.changed
         self.calls = Admission(settings.max_in_flight)
-        self.streams = Admission(settings.max_watches)
+        self.streams = Streams(settings.max_watches, max(1, settings.max_calls_per_connection // 2))
         self.metrics = self._start_metrics()
         self.address = settings.listen
         """Where it listens, with the port that it took."""
@@ -115,7 +117,8 @@ class Server:
             self.authenticate, self.calls, self.streams, settings.call_timeout, observe, audited.authorise
         )
         search = self.search
-        server = aio.server(options=_OPTIONS)
+        options = [*_OPTIONS, ("grpc.max_concurrent_streams", settings.max_calls_per_connection)]
+        server = aio.server(options=options)
         handlers = grpc.method_handlers_generic_handler(SERVICE, pipeline.handlers(DESCRIPTOR, audited))
         server.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
@@ -124,7 +127,7 @@ class Server:
         self.address = _listen(server, settings.listen, self.certificates)
         self._servers.append(server)
         if settings.health_listen is not None:
-            probes = aio.server(options=_OPTIONS)
+            probes = aio.server(options=options)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, probes)
             _listen(probes, settings.health_listen)
             self._servers.append(probes)

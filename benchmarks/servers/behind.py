@@ -11,7 +11,7 @@ from benchmarks.servers.echo import Echo
 from benchmarks.servers.serving import announce, run, until_told
 from service.rpc.auth import trust
 from service.rpc.health import SERVICE
-from service.rpc.pipeline import Admission, Pipeline
+from service.rpc.pipeline import Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR
 
 
@@ -20,7 +20,7 @@ def pipeline(**parts: Any) -> Pipeline:
     made: dict[str, Any] = {
         "authenticate": trust,
         "calls": Admission(1024),
-        "streams": Admission(1024),
+        "streams": Streams(1024, 128),
         "call_timeout": 30.0,
     }
     return Pipeline(**(made | parts))

@@ -6,7 +6,8 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +32,8 @@ LONG_TIMEOUT = 60.0
 """The same for what erases much."""
 EXPORT_TIMEOUT = 600.0
 """The same for everything of one user."""
+STREAMS = 100
+"""Open streams on one connection, beyond which the next get another: the service bounds the calls on one, as proxies do."""
 AWAY_PAUSE = 0.2
 """Seconds between two tries, at the most, while a replica shuts down; gRPC's own retries may all have met that one."""
 
@@ -89,6 +92,15 @@ class Tls:
     """The name to look for in the server's certificate, when it is not the target's."""
 
 
+@dataclass
+class _Lane:
+    """A channel, and how many streams are open on it."""
+
+    channel: aio.Channel
+    stub: Stub
+    streams: int = 0
+
+
 class Connection:
     """A channel that opens at the first call, in the loop that makes it."""
 
@@ -115,35 +127,53 @@ class Connection:
         self._timeout = timeout
         self._wait_for_ready = wait_for_ready
         self._options = list((dict(_OPTIONS) | dict(options)).items())
-        self._open: tuple[aio.Channel, Stub] | None = None
+        self._lanes: list[_Lane] = []
         self._closed = False
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled. A closed client stays closed."""
         self._closed = True
-        if self._open is not None:
-            await self._open[0].close(None)
+        for lane in self._lanes:
+            await lane.channel.close(None)
 
     @property
     def _channel(self) -> aio.Channel:
-        return self._opened()[0]
+        return self._first().channel
 
     @property
     def _stub(self) -> Stub:
-        return self._opened()[1]
+        return self._first().stub
 
-    def _opened(self) -> tuple[aio.Channel, Stub]:
+    def _first(self) -> _Lane:
+        return self._lanes[0] if self._lanes and not self._closed else self._another_lane()
+
+    def _another_lane(self) -> _Lane:
         if self._closed:
             raise RuntimeError("the client is closed")
-        if self._open is None:
-            channel = self._make_channel()
-            self._open = channel, ChatHistoryServiceStub(channel)
-        return self._open
+        channel = self._make_channel()
+        lane = _Lane(channel, ChatHistoryServiceStub(channel))
+        self._lanes.append(lane)
+        return lane
+
+    @contextmanager
+    def _room(self) -> Generator[Stub]:
+        """Give the stub of a connection that has room for one more stream."""
+        lane = self._first()
+        if lane.streams >= STREAMS:
+            lane = next((each for each in self._lanes if each.streams < STREAMS), None) or self._another_lane()
+        lane.streams += 1
+        try:
+            yield lane.stub
+        finally:
+            lane.streams -= 1
 
     def _make_channel(self) -> aio.Channel:
-        if self._tls is None:
-            return aio.insecure_channel(self._target, self._options)
         options = list(self._options)
+        if self._lanes:
+            # Channels to one target would share their connections.
+            options.append(("grpc.use_local_subchannel_pool", 1))
+        if self._tls is None:
+            return aio.insecure_channel(self._target, options)
         if self._tls.server_name is not None:
             options.append(("grpc.ssl_target_name_override", self._tls.server_name))
         credentials = grpc.ssl_channel_credentials(
@@ -190,23 +220,26 @@ class Connection:
 
     async def _stream(
         self,
-        method: aio.UnaryStreamMultiCallable[Request, Response],
+        method: Callable[[Stub], aio.UnaryStreamMultiCallable[Request, Response]],
         request: Request,
         token: str,
         timeout: float | None = None,
     ) -> AsyncGenerator[Response]:
         """Open one stream and read it to its end; leaving it early ends the call."""
-        call = method(request, timeout=timeout, metadata=_metadata(token), wait_for_ready=self._wait_for_ready)
-        try:
-            async for reply in call:
-                yield reply
-        except aio.AioRpcError as error:
-            raise errors.from_rpc(error) from error
-        except asyncio.CancelledError:
-            self._explain_cancellation()
-            raise
-        finally:
-            call.cancel()
+        with self._room() as stub:
+            call = method(stub)(
+                request, timeout=timeout, metadata=_metadata(token), wait_for_ready=self._wait_for_ready
+            )
+            try:
+                async for reply in call:
+                    yield reply
+            except aio.AioRpcError as error:
+                raise errors.from_rpc(error) from error
+            except asyncio.CancelledError:
+                self._explain_cancellation()
+                raise
+            finally:
+                call.cancel()
 
     async def _token(self, seconds: float) -> str:
         """Return the token to send, empty when none is used."""

@@ -249,7 +249,7 @@ class Messages(Connection):
         while True:
             token = await self._token(self._timeout)
             try:
-                async with aclosing(self._stream(self._stub.WatchMessages, request, token)) as replies:
+                async with aclosing(self._stream(lambda stub: stub.WatchMessages, request, token)) as replies:
                     async for reply in replies:
                         retry.progress()
                         if reply.message.seq > request.after_seq:

@@ -120,6 +120,6 @@ class Users(Connection):
         """
         request = export_pb2.ExportUserDataRequest(user_id=user_id)
         token = await self._token(self._timeout)
-        async with aclosing(self._stream(self._stub.ExportUserData, request, token, timeout)) as items:
+        async with aclosing(self._stream(lambda stub: stub.ExportUserData, request, token, timeout)) as items:
             async for item in items:
                 yield item

@@ -9,8 +9,9 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, NoReturn
@@ -91,6 +92,39 @@ class Admission:
             del self._counts[whose]
 
 
+class Streams(Admission):
+    """The same for streams, which last. On one connection they may not take the place of all other calls, which would wait without a word."""
+
+    def __init__(self, limit: int, per_connection: int) -> None:
+        super().__init__(limit)
+        self._per_connection = per_connection
+        self._connections: Counter[str] = Counter()
+
+    @contextmanager
+    def entered(self, whose: str, peer: str) -> Generator[None]:
+        """Let a user's stream in for a block; `peer` is gRPC's name of the connection.
+
+        Raises:
+            Unavailable, Overloaded: as `enter`.
+            Overloaded: too many streams are open on this connection.
+        """
+        # All connections over a Unix socket have one name.
+        connection = "" if peer.startswith("unix:") else peer
+        if connection and self._connections[connection] >= self._per_connection:
+            raise errors.Overloaded(
+                f"{self._per_connection} streams are open on this connection; open another one", retry_after=MAX_PAUSE
+            )
+        self.enter(whose)
+        self._connections[connection] += 1
+        try:
+            yield
+        finally:
+            self.leave(whose)
+            self._connections[connection] -= 1
+            if not self._connections[connection]:
+                del self._connections[connection]
+
+
 class _Refusals:
     """When those who are refused should come again: the more of them there are, the later, as each costs nearly what a call does."""
 
@@ -132,7 +166,7 @@ class Pipeline:
         self,
         authenticate: Authenticate,
         calls: Admission,
-        streams: Admission,
+        streams: Streams,
         call_timeout: float,
         observe: Observer | None = None,
         authorise: Callable[[str, Caller, Any], None] = authorise,
@@ -214,15 +248,12 @@ class Pipeline:
             try:
                 caller = await self._authenticate(context)
                 whose = _whose(caller, request)
-                self._streams.enter(whose)
-                try:
+                with self._streams.entered(whose, context.peer()):
                     self._check(name, request, caller)
                     deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
                     async with aclosing(method(request, Call(caller, deadline))) as replies:
                         async for reply in replies:
                             await context.write(reply)
-                finally:
-                    self._streams.leave(whose)
             except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
                 await self._fail(name, context, error, started)
             if self._observe:

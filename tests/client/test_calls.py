@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -34,10 +34,12 @@ from chathistory_client import (
     new_id,
     trace_context,
 )
+from chathistory_client.connection import STREAMS
 from chathistory_client.errors import from_rpc
 from service.errors import Unavailable as ServiceUnavailable
 from service.server import Server
 from tests.support.clients import client_of
+from tests.support.servers import serving
 
 
 async def test_field_violations_name_the_fields(client: ChatHistoryClient, owner: str) -> None:
@@ -255,6 +257,28 @@ async def test_health_of_nothing_is_unreachable_at_once(unused_tcp_port: int) ->
             assert await nobody.check_health("database") is HealthStatus.UNREACHABLE
         with pytest.raises(Unavailable, match=r"not ready after 0\.2 s"):
             await nobody.wait_until_ready(timeout=0.2)
+
+
+async def test_more_streams_than_a_connection_takes_get_another(database_url: str) -> None:
+    count = STREAMS + 20
+    async with (
+        serving(database_url, max_calls_per_connection=2 * STREAMS) as server,
+        client_of(server.address) as client,
+        AsyncExitStack() as stack,
+    ):
+        owner = (await client.create_user()).id
+        session = await client.create_session(user_id=owner)
+        names: dict[str, Any] = {"user_id": owner, "session_id": session.id}
+        opened = [client.watch_messages(**names) for _ in range(count)]
+        for each in opened:
+            stack.push_async_callback(each.aclose)
+        following = [asyncio.create_task(anext(each)) for each in opened]
+        async with asyncio.timeout(30):
+            while server.streams.in_flight < count:
+                await asyncio.sleep(0.01)
+            reply = await client.append_messages(messages=[message("user", "Hello, all")], **names)
+            assert [each.id for each in await asyncio.gather(*following)] == [reply.messages[0].id] * count
+        assert server.streams.in_flight == count
 
 
 async def test_a_closed_client_says_so(server: Server) -> None:

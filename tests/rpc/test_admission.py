@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support import failures
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster
+from tests.support.history import checked
 from tests.support.servers import channel, connected, serving
 from tests.support.statements import database_name
 
@@ -54,3 +55,33 @@ async def test_one_users_flood_is_refused_and_others_are_served(database_url: st
             found = failures.read(each)
             assert (found.reason, bool(found.retry_after)) == ("OVERLOADED", True)
         await flooder.get_session(mine.id)
+
+
+async def test_what_is_too_much_for_a_connection_waits_at_the_client(cluster: Cluster, database_url: str) -> None:
+    async with (
+        serving(database_url, max_calls_per_connection=8) as server,
+        connected(server.address) as stub,
+        channel(server.address) as opened,
+    ):
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        holder = await cluster.connect(database_name(database_url))
+        try:
+            async with holder.transaction():
+                await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id)
+                sent = [asyncio.create_task(chat.append(session_id, f"{n}")) for n in range(40)]
+                while server.calls.in_flight < 8:
+                    await asyncio.sleep(0.01)
+                for _ in range(20):
+                    await asyncio.sleep(0.01)
+                    assert server.calls.in_flight == 8
+                # Others have connections of their own.
+                health: Any = health_pb2_grpc.HealthStub(opened)
+                reply = await health.Check(health_pb2.HealthCheckRequest())
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        finally:
+            await holder.close()
+        replies = await asyncio.gather(*sent)
+    found = await checked(database_url, chat.user_id, session_id)
+    found.holds(replies)
+    assert found.last_seq == 41

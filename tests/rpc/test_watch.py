@@ -244,6 +244,30 @@ async def test_too_many_followers_are_refused(database_url: str) -> None:
             await follower.reaches(2)
 
 
+async def test_followers_leave_room_for_calls_on_their_connection(database_url: str) -> None:
+    async with serving(database_url, max_calls_per_connection=6) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await (await stack.enter_async_context(following(chat, session_id))).reaches(1)
+            async with following(chat, session_id) as follower:
+                ended = await follower.ends()
+            assert ended.reason == "OVERLOADED"
+            assert "open another" in ended.message
+            assert ended.retry_after
+            await chat.append(session_id, "calls find room")
+            async with (
+                connected(server.address) as other,
+                following(Chat(other, chat.user_id), session_id) as follower,
+            ):
+                await follower.reaches(2)
+        while server.streams.in_flight:
+            await asyncio.sleep(0.01)
+        async with following(chat, session_id) as follower:
+            await follower.reaches(2)
+
+
 async def test_it_outlives_the_connections_to_the_database(chat: Chat, database_url: str, server: Server) -> None:
     session_id = await chat.start(texts(2))
     async with following(chat, session_id) as follower:
