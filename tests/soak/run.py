@@ -13,6 +13,7 @@ from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.soak import calm
 from tests.soak.faults import TERMINATE, Faults
 from tests.soak.stack import Replica, Stack
 from tests.soak.tally import Outage, Sample, Tally, growth
@@ -30,7 +31,7 @@ SETTLE_SECONDS = 6.0
 """After the last call, until what was given up has come to its deadline."""
 SAMPLE_SECONDS = 1.0
 
-TWICE = "SELECT count(*) - count(DISTINCT id) FROM chat_messages"
+TWICE = "SELECT count(*) - count(DISTINCT (user_id, id)) FROM chat_messages"
 SESSIONS = "SELECT user_id::text, id::text FROM chat_sessions"
 LOG_ALL = (
     "ALTER SYSTEM SET log_statement = 'all'",
@@ -65,6 +66,7 @@ class Soak:
                 self._tell("judging")
                 await self._settle()
                 self._look_at_memory(at_rest=True)
+                await calm.look(self.stack, self.tally)
                 await self._judge(traffic)
                 await self._end_round_before(traffic)
         finally:

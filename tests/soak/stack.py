@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from service.store.migrations import upgrade
 from service.store.url import parse
@@ -26,6 +29,8 @@ class Replica:
     back: Proxy
     front: Proxy
     process: ServerProcess
+    metrics: str
+    """Where it shows its metrics."""
     database_url: str
     spared: bool
     """Whether it is never killed: its memory tells, and it must recover without a restart."""
@@ -34,7 +39,9 @@ class Replica:
         """Start it again on its port, after it was killed; return before it serves."""
         address = self.process.address
         folder = self.process.log.parent
-        self.process = ServerProcess(self.database_url, folder, CHAT_HISTORY_LISTEN=address)
+        self.process = ServerProcess(
+            self.database_url, folder, CHAT_HISTORY_LISTEN=address, CHAT_HISTORY_METRICS_LISTEN=self.metrics
+        )
         self.process.launch()
         self.process.address = address
 
@@ -44,6 +51,20 @@ class Replica:
         with suppress(psutil.NoSuchProcess):
             return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
         return None
+
+    @property
+    def connections(self) -> int:
+        """How many connections to the database it has open."""
+        found = psutil.Process(self.process.pid).net_connections("tcp")
+        return sum(each.status == psutil.CONN_ESTABLISHED and each.raddr[1:] == (self.back.port,) for each in found)
+
+    async def gauges(self) -> dict[str, float]:
+        """Return what its metrics count at this moment, by name."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            shown = (await client.get(f"http://{self.metrics}/metrics")).text
+        return {
+            sample.name: sample.value for family in text_string_to_metric_families(shown) for sample in family.samples
+        }
 
 
 class Stack:
@@ -84,9 +105,12 @@ class Stack:
             url = self.pooler.url("postgres").replace(f":{self.pooler.port}/", f":{back.port}/")
         else:
             back, url = await self._exit.enter_async_context(before_postgres(self.database_url))
-        process = await ServerProcess(url, self.folder / name).start()
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            metrics = f"127.0.0.1:{taken.getsockname()[1]}"
+        process = await ServerProcess(url, self.folder / name, CHAT_HISTORY_METRICS_LISTEN=metrics).start()
         front = await self._exit.enter_async_context(Proxy(process.address))
-        replica = Replica(name, back, front, process, url, spared)
+        replica = Replica(name, back, front, process, metrics, url, spared)
         self._exit.push_async_callback(self._stop, replica)
         return replica
 

@@ -32,6 +32,8 @@ TALKERS = 4
 CALL_SECONDS = 5.0
 CARRY_ON_SECONDS = 30.0
 """How long an append is still sent again when a round is over."""
+CROWD = 20
+"""Calls that are made at once and cancelled."""
 KEPT = 30
 """Requests of a session that may be sent again."""
 
@@ -66,7 +68,8 @@ class Traffic:
         self._actions: dict[Callable[[Talk], Awaitable[None]], int] = {
             self._append: 34, self._append_many: 6, self._append_expecting: 6, self._send_again: 8, self._append_mixed: 4,
             self._start: 1, self._context: 12, self._newest: 8, self._walk: 4, self._session: 4, self._sessions: 2,
-            self._rename: 2, self._edit: 4, self._erase: 2, self._watch: 2,
+            self._rename: 2, self._edit: 4, self._erase: 2, self._watch: 2, self._start_twin: 1, self._trespass: 3,
+            self._leave: 1, self._read_twice: 3,
         }  # fmt: skip
 
     @property
@@ -107,8 +110,12 @@ class Traffic:
 
     # --- Calls.
 
-    async def _call(self, rpc: str, request: Any, *, timeout: float = CALL_SECONDS, whole: bool = False) -> Any:
+    async def _call(
+        self, rpc: str, request: Any, *, timeout: float = CALL_SECONDS, whole: bool = False, refused: str = ""
+    ) -> Any:
         """Make one call to some replica; now and then with little time, or cancelled by its caller, unless it is to be whole.
+
+        `refused` is the reason with which it may be refused, beside those for which it is tried again.
 
         Raises:
             Gone: it failed.
@@ -126,7 +133,7 @@ class Traffic:
             reply = await call
         except aio.AioRpcError as error:
             reason = tally.failure(rpc, error)
-            if error.code() not in RETRIED and reason != "MESSAGE_NOT_FOUND":
+            if error.code() not in RETRIED and reason != refused:
                 tally.blame("ERROR", f"{rpc}: {error.code().name} {reason} {error.details()}")
             raise Gone(reason) from None
         except asyncio.CancelledError:
@@ -249,10 +256,49 @@ class Traffic:
         if await self._deliver(talk, request, new=messages, whole=True) is not None:
             self._there.append(talk)
 
+    async def _start_twin(self, talk: Talk) -> None:
+        """Start a session with the id of another user's, and with the same messages: ids are unique per user only."""
+        user_id, found = self._chance.choice(self._users), [request for _, request in talk.requests]
+        if found and not self._has(user_id, talk.record.session_id):
+            twin = Talk(Record(user_id, talk.record.session_id))
+            self.talks.append(twin)
+            messages = list(found[0].messages)
+            request = self._request(twin, messages, create_if_missing=True)
+            if await self._deliver(twin, request, new=messages, whole=True) is not None:
+                self._there.append(twin)
+
+    def _has(self, user_id: str, session_id: str) -> bool:
+        """Whether the user has such a session, or may soon have."""
+        return any(talk.record.user_id == user_id and talk.record.session_id == session_id for talk in self.talks)
+
+    async def _trespass(self, talk: Talk) -> None:
+        """Ask for another user's session: it must be as if there were none."""
+        user_id, session_id = self._chance.choice(self._users), talk.record.session_id
+        if self._has(user_id, session_id):
+            return
+        name = Record(user_id, session_id).name
+        session = session_pb2.Session(id=session_id, title="not mine")
+        calls: dict[str, Any] = {
+            "GetSession": session_pb2.GetSessionRequest(**name),
+            "UpdateSession": session_pb2.UpdateSessionRequest(user_id=user_id, session=session),
+            "ListMessages": message_pb2.ListMessagesRequest(**name),
+            "GetContext": message_pb2.GetContextRequest(**name),
+            "AppendMessages": message_pb2.AppendMessagesRequest(messages=self._messages(1, 2), **name),
+        }
+        rpc, request = self._chance.choice(list(calls.items()))
+        try:
+            await self._call(rpc, request, refused="SESSION_NOT_FOUND")
+        except Gone:
+            return
+        if not self._has(user_id, session_id):
+            self._tally.blame("FOREIGN", f"{rpc} gave user {user_id} session {session_id}, which is another's")
+
     async def _rename(self, talk: Talk) -> None:
-        session = session_pb2.Session(id=talk.record.session_id, title=new_id())
+        edit = talk.record.edit("", new_id())
+        session = session_pb2.Session(id=talk.record.session_id, title=edit.value)
         request = session_pb2.UpdateSessionRequest(user_id=talk.record.user_id, session=session)
         await self._call("UpdateSession", request)
+        edit.acknowledged = time.monotonic()
 
     def _some_message(self, talk: Talk) -> str:
         sent, _ = self._chance.choice(talk.requests)
@@ -261,14 +307,22 @@ class Traffic:
     async def _edit(self, talk: Talk) -> None:
         if talk.requests:
             id_ = self._some_message(talk)
-            edited = message_pb2.Message(id=id_, content=f"{id_} edited {new_id()}")
-            await self._call("UpdateMessage", message_pb2.UpdateMessageRequest(message=edited, **talk.record.name))
+            edit = talk.record.edit(id_, f"{id_} edited {new_id()}")
+            edited = message_pb2.Message(id=id_, content=edit.value)
+            request = message_pb2.UpdateMessageRequest(message=edited, **talk.record.name)
+            try:
+                await self._call("UpdateMessage", request, refused="MESSAGE_NOT_FOUND")
+            except Gone as failure:
+                if failure.args[0] == "MESSAGE_NOT_FOUND" and not talk.record.erasing(id_):
+                    self._tally.blame("LOST", f"session {talk.record.session_id}: {id_} could not be edited")
+                raise
+            edit.acknowledged = time.monotonic()
 
     async def _erase(self, talk: Talk) -> None:
         if not talk.requests:
             return
         erasure = Erasure(self._some_message(talk))
-        if any(each.id == erasure.id for each in talk.record.erasures):
+        if talk.record.erasing(erasure.id):
             return
         talk.record.erasures.append(erasure)
         request = message_pb2.DeleteMessageRequest(message_id=erasure.id, allow_missing=True, **talk.record.name)
@@ -280,7 +334,7 @@ class Traffic:
     async def _list(self, talk: Talk, **fields: Any) -> message_pb2.ListMessagesResponse:
         page: message_pb2.ListMessagesResponse = await self._call(
             "ListMessages",
-            message_pb2.ListMessagesRequest(page_size=self._chance.randint(1, 60), **talk.record.name, **fields),
+            message_pb2.ListMessagesRequest(**{"page_size": self._chance.randint(1, 60)} | talk.record.name | fields),
         )
         return page
 
@@ -289,9 +343,15 @@ class Traffic:
         request = message_pb2.GetContextRequest(max_messages=self._chance.randint(1, 60), **talk.record.name)
         talk.record.saw_context(begun, await self._call("GetContext", request))
 
-    async def _newest(self, talk: Talk) -> None:
+    async def _newest(self, talk: Talk, **fields: Any) -> None:
         begun = time.monotonic()
-        talk.record.saw_newest(begun, await self._list(talk, order=message_pb2.MESSAGE_ORDER_DESC))
+        talk.record.saw_newest(begun, await self._list(talk, order=message_pb2.MESSAGE_ORDER_DESC, **fields))
+
+    async def _read_twice(self, talk: Talk) -> None:
+        """Read, append, and read the same again: what was read a moment ago will not do."""
+        await self._newest(talk, page_size=20)
+        await self._append(talk)
+        await self._newest(talk, page_size=20)
 
     async def _walk(self, talk: Talk) -> None:
         """Read some pages from the beginning on."""
@@ -312,7 +372,29 @@ class Traffic:
         )
 
     async def _sessions(self, talk: Talk) -> None:
-        await self._call("ListSessions", session_pb2.ListSessionsRequest(user_id=talk.record.user_id))
+        user_id = talk.record.user_id
+        known = {each.record.session_id for each in self._there if each.record.user_id == user_id}
+        reply = await self._call("ListSessions", session_pb2.ListSessionsRequest(user_id=user_id, page_size=1000))
+        shown = {session.id for session in reply.sessions}
+        if strange := {id_ for id_ in shown if not self._has(user_id, id_)}:
+            self._tally.blame("FOREIGN", f"user {user_id} was shown sessions {sorted(strange)}, which are another's")
+        if missing := known - shown:
+            self._tally.blame("STALE", f"user {user_id} was not shown sessions {sorted(missing)}")
+
+    async def _leave(self, talk: Talk) -> None:
+        """Come as a crowd and go away before the answers: what the calls have taken must come free."""
+        replica: Replica = self._chance.choice(self._stack.replicas)
+        stub, user_id = self._stubs[replica.name], talk.record.user_id
+        ways: list[Callable[[], Any]] = [
+            lambda: stub.GetSession(session_pb2.GetSessionRequest(**talk.record.name), timeout=CALL_SECONDS),
+            lambda: stub.ListSessions(session_pb2.ListSessionsRequest(user_id=user_id), timeout=CALL_SECONDS),
+            lambda: stub.GetContext(message_pb2.GetContextRequest(**talk.record.name), timeout=CALL_SECONDS),
+        ]
+        calls = [self._chance.choice(ways)() for _ in range(CROWD)]
+        self._tally.calls["left at once"] += CROWD
+        await asyncio.sleep(self._chance.uniform(0, 0.05))
+        self._tally.cancelled += sum(call.cancel() for call in calls)
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def _watch(self, talk: Talk) -> None:
         """Follow a session for a while, from some place on."""
@@ -368,8 +450,7 @@ class Traffic:
             return await call
         except ChatHistoryError as error:
             self._tally.library_errors[error.code.name, error.reason or OWN] += 1
-            if error.code not in RETRIED:
-                self._tally.blame("ERROR", f"the library: {error.code.name} {error.reason} {error.message}")
+            self._tally.blame("ERROR", f"the library: {error.code.name} {error.reason} {error.message}")
             raise
 
     @staticmethod

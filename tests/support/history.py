@@ -28,6 +28,7 @@ class History(NamedTuple):
     last_seq: int
     message_count: int
     messages: list[Stored]
+    title: str = ""
 
     def check(self) -> None:
         """Assert what holds of every session: seq 1, 2, 3… without gap or tie, right counts, times that follow seq."""
@@ -46,7 +47,7 @@ class History(NamedTuple):
                 assert places.get(entry.id) == (entry.seq, entry.create_time.ToMicroseconds()), entry
 
 
-_SESSION = "SELECT state, last_seq, message_count FROM chat_sessions WHERE user_id = $1 AND id = $2"
+_SESSION = "SELECT state, last_seq, message_count, title FROM chat_sessions WHERE user_id = $1 AND id = $2"
 _MESSAGES = """
 SELECT seq, id::text, content, (extract(epoch FROM created_at) * 1000000)::bigint AS created_us, fingerprint,
        deleted_at IS NOT NULL AS deleted
@@ -65,8 +66,8 @@ async def history(database_url: str, user_id: str, session_id: str) -> History |
     if not sessions:
         assert not messages, "messages without their session"
         return None
-    state, last_seq, message_count = sessions[0]
-    return History(state, last_seq, message_count, messages)
+    state, last_seq, message_count, title = sessions[0]
+    return History(state, last_seq, message_count, messages, title)
 
 
 async def checked(database_url: str, user_id: str, session_id: str) -> History:

@@ -6,6 +6,7 @@ is under way any more, with what is stored. It looks for what the service promis
 - every acknowledged message is there once, where and when its acknowledgement said, also when it was acknowledged twice;
 - of what was not acknowledged each request is there whole, its messages next to each other, or not at all, and nothing else is there;
 - `seq` is 1, 2, 3… without gap, and an append that was acknowledged before another began has the lower place;
+- a change that was acknowledged is there, unless another one that may have come after it is;
 - every view agrees with what is stored, lacks nothing that was acknowledged before it began, and shows nothing that had been erased.
 
 A message's content begins with its id (`said`), so that contents that were mixed up are found too.
@@ -28,6 +29,8 @@ from tests.support.history import History
 
 Place = tuple[int, str]
 """A message's seq and id, as somebody was shown them."""
+NOWHERE = (0, 0)
+"""The seq and time of a message that an answer left out."""
 
 
 class Problem(NamedTuple):
@@ -55,7 +58,7 @@ class Sent:
     def acknowledge(self, reply: message_pb2.AppendMessagesResponse) -> None:
         """Note an answer; messages of other requests in it are theirs to note."""
         places = {entry.id: (entry.seq, entry.create_time.ToMicroseconds()) for entry in reply.messages}
-        self.answers.append((time.monotonic(), {id_: places[id_] for id_ in self.ids}))
+        self.answers.append((time.monotonic(), {id_: places.get(id_, NOWHERE) for id_ in self.ids}))
 
     @property
     def last_seq(self) -> int:
@@ -68,6 +71,17 @@ class Erasure:
     """A message that was to be erased."""
 
     id: str
+    begun: float = field(default_factory=time.monotonic)
+    acknowledged: float = math.inf
+
+
+@dataclass(slots=True)
+class Edit:
+    """A new content of a message, or a new title of the session."""
+
+    id: str
+    """The message's; empty for the title."""
+    value: str
     begun: float = field(default_factory=time.monotonic)
     acknowledged: float = math.inf
 
@@ -94,6 +108,7 @@ class Record:
     session_id: str
     sent: list[Sent] = field(default_factory=list)
     erasures: list[Erasure] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     views: list[View] = field(default_factory=list)
 
     @property
@@ -116,6 +131,16 @@ class Record:
         sent = Sent(tuple(message.id for message in messages))
         self.sent.append(sent)
         return sent
+
+    def edit(self, id_: str, value: str) -> Edit:
+        """Note that a message's content, or the title (by an empty id), is to become another, before that is asked for."""
+        edit = Edit(id_, value)
+        self.edits.append(edit)
+        return edit
+
+    def erasing(self, id_: str) -> bool:
+        """Whether somebody has asked for the erasure of a message."""
+        return any(erasure.id == id_ for erasure in self.erasures)
 
     def saw_page(self, begun: float, after: int, page: message_pb2.ListMessagesResponse) -> None:
         """Note a page in ascending order."""
@@ -169,8 +194,16 @@ def judge(record: Record, stored: History | None) -> list[Problem]:
     """Return what is stored and should not be, or the other way round, or was shown and cannot be."""
     if stored is None:
         return [Problem("LOST", f"session {record.session_id}")] if record.acknowledged or record.views else []
-    looks = _rows(stored), _counts(stored), _places(record, stored), _erased(record, stored), _order(record, stored)
-    problems = [*chain(*looks), *_views(record, stored)]
+    looks = (
+        _rows(stored),
+        _counts(stored),
+        _places(record, stored),
+        _erased(record, stored),
+        _edited(record, stored),
+        _order(record, stored),
+        _views(record, stored),
+    )
+    problems = chain(*looks)
     return [Problem(kind, f"session {record.session_id}: {words}") for kind, words in problems]
 
 
@@ -205,7 +238,9 @@ def _places(record: Record, stored: History) -> Iterator[Problem]:
     for sent in record.sent:
         for _, answer in sent.answers:
             for id_, told in answer.items():
-                if id_ not in places:
+                if told == NOWHERE:
+                    yield Problem("LOST", f"an answer to {id_} does not name it")
+                elif id_ not in places:
                     yield Problem("LOST", f"{id_} was acknowledged at {told[0]}")
                 elif places[id_] != told:
                     yield Problem("MOVED", f"{id_} was acknowledged as {told} and is {places[id_]}")
@@ -226,6 +261,22 @@ def _erased(record: Record, stored: History) -> Iterator[Problem]:
             yield Problem("LOST", f"{message.id} is erased, and nobody asked for that")
         if not message.deleted and erasure is not None and erasure.acknowledged < math.inf:
             yield Problem("MOVED", f"{message.id} was erased and is there")
+
+
+def _edited(record: Record, stored: History) -> Iterator[Problem]:
+    """Look for changes that were acknowledged and are not there, though none that was under way then or later explains that."""
+    values = {message.id: message.content for message in stored.messages if not message.deleted} | {"": stored.title}
+    by_id: dict[str, list[Edit]] = {}
+    for edit in record.edits:
+        by_id.setdefault(edit.id, []).append(edit)
+    for id_ in by_id.keys() & values.keys():
+        edits, what = by_id[id_], id_ or "the title"
+        known = max((edit.begun for edit in edits if edit.acknowledged < math.inf), default=-math.inf)
+        there = [edit for edit in edits if edit.value == values[id_]]
+        if not there and known > -math.inf:
+            yield Problem("LOST", f"a change of {what} was acknowledged, and none is there")
+        elif there and all(edit.acknowledged < known for edit in there):
+            yield Problem("LOST", f"a change of {what} was acknowledged, and an earlier one is there")
 
 
 def _order(record: Record, stored: History) -> Iterator[Problem]:

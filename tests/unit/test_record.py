@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.history import History, Stored
-from tests.support.record import Erasure, Record, Sent, View, judge
+from tests.support.record import NOWHERE, Edit, Erasure, Record, Sent, View, judge
 
 FOREVER = float("inf")
 
@@ -86,6 +86,42 @@ BROKEN: dict[str, tuple[str, Callable[[], History | None]]] = {
 def test_what_is_stored_and_should_not_be(name: str) -> None:
     kind, history = BROKEN[name]
     assert kind in kinds(record(), history())
+
+
+def test_an_answer_that_does_not_name_its_messages() -> None:
+    made = record()
+    made.sent[1].answers.append((10, {"c": NOWHERE}))
+    assert kinds(made, good()) == {"LOST"}
+
+
+EDITS = [
+    Edit("c", "c first", 10, 11),
+    Edit("c", "c second", 12, 13),
+    Edit("c", "c never heard of", 12.5),
+    Edit("", "title", 10, 11),
+]
+CHANGED: dict[str, tuple[str | None, str, str]] = {
+    "the last of them": (None, "c second", "title"),
+    "one that nobody heard of": (None, "c never heard of", "title"),
+    "an earlier one": ("LOST", "c first", "title"),
+    "none of them": ("LOST", "c says", "title"),
+    "not the title": ("LOST", "c second", ""),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changes(name: str) -> None:
+    kind, content, title = CHANGED[name]
+    made = record()
+    made.edits = EDITS
+    changed = replaced(good(), 3, content=content)._replace(title=title)
+    assert kinds(made, changed) == ({kind} if kind else set())
+
+
+def test_changes_that_overlap_may_end_either_way() -> None:
+    made = record()
+    made.edits = [Edit("c", "c first", 10, 12), Edit("c", "c second", 11, 13)]
+    assert judge(made, replaced(good(), 3, content="c first")) == []
 
 
 def test_one_message_acknowledged_at_two_places() -> None:
