@@ -6,32 +6,35 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import shutil
-import sys
+import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
 from sqlalchemy import Connection, make_url, text
 
 from service.server import Server
-from service.store import migrations, tables
+from service.store import migrations
 from service.store.database import Database
 from service.store.driver import Statement
 from service.store.url import parse
 from tests.faults.conftest import every_kind
 from tests.support import pgbouncer
 from tests.support.chat import Chat
-from tests.support.cluster import Cluster, fetch
-from tests.support.history import checked
+from tests.support.clients import client_of
+from tests.support.cluster import Cluster, connected_to, fetch
+from tests.support.conversations import conversations
+from tests.support.history import checked, history
 from tests.support.load import Load, patient
+from tests.support.next_build import NextBuild
 from tests.support.pgbouncer import PgBouncer
 from tests.support.proxy import Link, Proxy, Way
-from tests.support.servers import ROOT, channel, connected, serving
+from tests.support.record import judge
+from tests.support.servers import ServerProcess, channel, connected, serving
 from tests.support.statements import database_name
 from tests.support.tools import lacking
 
@@ -265,47 +268,67 @@ async def test_tables_are_altered_under_load(served_url: str, database_url: str)
     await _under_calls(served_url, database_url, migrate)
 
 
-NEXT = '''
-"""The next build's: what it will need."""
+@pytest.mark.case(n=22)
+@pytest.mark.timeout(300)
+async def test_the_next_build_migrates_under_load(served_url: str, database_url: str, tmp_path: Path) -> None:
+    build = NextBuild(
+        tmp_path,
+        "ALTER TABLE chat_messages ADD COLUMN later text NOT NULL DEFAULT ''",
+        "ALTER TABLE chat_sessions ALTER COLUMN title TYPE varchar(1000)",
+        "CREATE TABLE next (user_id uuid PRIMARY KEY REFERENCES users (id) ON DELETE CASCADE)",
+    )
 
-from alembic import op
+    async def migrate() -> None:
+        await build.migrate(served_url)
 
-revision = "{next:04d}"
-down_revision = "{now:04d}"
+    await _under_calls(served_url, database_url, migrate)
+    [[revision]] = await fetch(database_url, "SELECT version_num FROM alembic_version")
+    assert int(revision) == build.revision
 
 
-def upgrade() -> None:
-    op.execute("ALTER TABLE chat_messages ADD COLUMN later text NOT NULL DEFAULT ''")
-    op.execute("ALTER TABLE chat_sessions ALTER COLUMN title TYPE varchar(1000)")
-    op.execute("CREATE TABLE next (user_id uuid PRIMARY KEY REFERENCES users (id) ON DELETE CASCADE)")
-'''
-_COMMAND = """
-import sys
-from pathlib import Path
-from service.cli import main
-from service.store import migrations, tables
-migrations.SCRIPTS, tables.BUILD = Path(sys.argv.pop(1)), tables.BUILD + 1
-main()
-"""
+BUSY = "others hold the locks"
 
 
 @pytest.mark.case(n=22)
 @pytest.mark.timeout(300)
-async def test_the_next_build_migrates_under_load(
-    served_url: str, database_url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """`chat-history migrate` of a build with one more migration, given what the service is given."""
-    scripts = tmp_path / "alembic"
-    shutil.copytree(migrations.SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    (scripts / "versions" / "next.py").write_text(NEXT.format(now=tables.BUILD, next=tables.BUILD + 1))
+async def test_a_rolling_update_shows_users_no_error(served_url: str, database_url: str, tmp_path: Path) -> None:
+    """Migrate, then replace the replicas (docs/migrations.md), while users of the client library append, read and follow.
 
-    async def migrate() -> None:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _COMMAND, str(scripts), "migrate",
-            cwd=tmp_path, env=os.environ | {"DATABASE_URL": served_url, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert await process.wait() == 0, capfd.readouterr()
+    The migration meets somebody who holds what it needs for longer than it waits, and then itself keeps everybody out for a second.
+    """
+    build = NextBuild(
+        tmp_path / "next", "ALTER TABLE chat_messages ADD COLUMN later text NOT NULL DEFAULT ''", "SELECT pg_sleep(1)"
+    )
+    async with AsyncExitStack() as exits:
 
-    await _under_calls(served_url, database_url, migrate)
-    [[revision]] = await fetch(database_url, "SELECT version_num FROM alembic_version")
-    assert int(revision) == tables.BUILD + 1
+        async def start(name: str, *, ready: bool = True, **given: Any) -> ServerProcess:
+            process = ServerProcess(served_url, tmp_path / name, CHAT_HISTORY_SHUTDOWN_GRACE="30", **given)
+            exits.push_async_callback(process.stop)
+            return await process.start(ready=ready)
+
+        old = [await start(f"old {n}") for n in range(2)]
+        client = await exits.enter_async_context(client_of("ipv4:" + ",".join(each.address for each in old)))
+        async with conversations(client, count=6) as talks:
+            early = await start("early", ready=False, command=build.serves)
+            serving_early = asyncio.create_task(early.wait_ready())
+            await asyncio.sleep(1)
+            async with connected_to(database_url) as other:
+                await other.execute("BEGIN; LOCK TABLE chat_messages IN ACCESS SHARE MODE")
+                waits = asyncio.Event()
+                migrating = asyncio.create_task(
+                    build.migrate(served_url, lambda line: waits.set() if BUSY in line else None)
+                )
+                await asyncio.wait([asyncio.create_task(waits.wait()), migrating], return_when=asyncio.FIRST_COMPLETED)
+                assert not migrating.done()
+                assert not serving_early.done()
+            await migrating
+            await serving_early
+            for n, replica in enumerate(old):
+                await asyncio.sleep(1)
+                replica.send(signal.SIGTERM)
+                assert await replica.wait() == 0
+                await start(f"new {n}", command=build.serves, CHAT_HISTORY_LISTEN=replica.address)
+            await asyncio.sleep(1)
+    for record in talks:
+        assert judge(record, await history(database_url, record.user_id, record.session_id)) == []
+        assert record.acknowledged > 20

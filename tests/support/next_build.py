@@ -1,0 +1,69 @@
+"""The build after this one: with one more migration, which it needs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from service.store import migrations, tables
+from tests.support.servers import ROOT
+
+_PROGRAM = """
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from service.store import migrations, tables
+migrations.SCRIPTS = Path(sys.argv.pop(1))
+tables.BUILD = tables.REQUIRED_REVISION = tables.BUILD + 1
+from {module} import main
+main()
+"""
+_MIGRATION = '''
+"""What the next build needs."""
+
+from alembic import op
+
+revision = "{next:04d}"
+down_revision = "{now:04d}"
+
+
+def upgrade() -> None:
+    for sql in {statements!r}:
+        op.execute(sql)
+'''
+
+
+class NextBuild:
+    """Made in a folder of the test's own."""
+
+    def __init__(self, folder: Path, *statements: str) -> None:
+        """Name what its migration runs."""
+        self.revision = tables.BUILD + 1
+        self._folder = folder
+        self._scripts = folder / "alembic"
+        shutil.copytree(migrations.SCRIPTS, self._scripts, ignore=shutil.ignore_patterns("__pycache__"))
+        text = _MIGRATION.format(now=tables.BUILD, next=self.revision, statements=statements)
+        (self._scripts / "versions" / "next.py").write_text(text)
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        """What the interpreter runs for a server of it: see `ServerProcess`."""
+        return "-c", _PROGRAM.format(module="tests.support.serve"), str(self._scripts)
+
+    async def migrate(self, database_url: str, on_line: Callable[[str], None] = lambda _line: None) -> None:
+        """Run its `chat-history migrate`, given what the service is given; `on_line` is told what it says."""
+        given = {"DATABASE_URL": database_url, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _PROGRAM.format(module="service.cli"), str(self._scripts), "migrate",
+            cwd=self._folder, env=os.environ | given, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        assert process.stdout is not None
+        said: list[str] = []
+        async for line in process.stdout:
+            said.append(line.decode())
+            on_line(said[-1])
+        assert await process.wait() == 0, said
