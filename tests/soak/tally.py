@@ -16,7 +16,7 @@ from tests.support.record import Problem
 
 OWN = "(gRPC's own)"
 """The reason of a status that did not come from the service: nobody listened, or the client's deadline was over."""
-ALLOWED_GROWTH_MIB = 24.0
+ALLOWED_GROWTH_MIB = 10.0
 """How much the resident memory may grow between the first rounds and the last."""
 
 
