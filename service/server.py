@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import faulthandler
 import gc
 import importlib.util
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,14 @@ LINGER = 0.25
 """Seconds for which a server that had calls under way still refuses new ones by itself before it stops listening."""
 MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING = 8192
+SETTLE = 1.0
+"""Seconds that connections get at the end to carry the last answers away, once no call is under way."""
 LAST_WRITES = 2.0
 """Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
+LAST_INDEXING = 5.0
+"""Seconds that search gets at the end."""
+ENDING = 15.0
+"""Seconds after the grace by which the process has ended, whatever hangs."""
 
 _OPTIONS = [
     # What is too large by less than as much again is read, to be refused with a reason; beyond, gRPC refuses it without one.
@@ -141,7 +148,10 @@ class Server:
             search.start()
 
     async def stop(self) -> None:
-        """Turn NOT_SERVING, finish what is under way within the grace, and close; no acknowledged write is lost."""
+        """Turn NOT_SERVING, finish what is under way within the grace, and close; no acknowledged write is lost.
+
+        Each step has a bound of its own: clients, database and search may all be silent.
+        """
         loop = asyncio.get_running_loop()
         self.readiness.drain()
         await asyncio.sleep(self.settings.shutdown_delay)
@@ -151,17 +161,15 @@ class Server:
         give_up = loop.time() + self.settings.shutdown_grace
         await self._see_off(give_up)
         self.health.close()
-        await asyncio.gather(*(server.stop(max(0.0, give_up - loop.time())) for server in self._servers))
+        await asyncio.gather(*(self._hang_up(server, give_up) for server in self._servers))
         identity.close(self.authenticate)
-        await self.health.finish()
-        try:
-            async with asyncio.timeout(LAST_WRITES):
-                await self.appender.drain()
-        except TimeoutError:
-            self.database.driver.terminate()
-            await self.appender.drain()
+        steps = [
+            _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
+            self.appender.drain(LAST_WRITES),
+        ]
         if self.search is not None:
-            await self.search.stop()
+            steps.append(_at_most(LAST_INDEXING, "search", self.search.stop()))
+        await asyncio.gather(*steps)
         await self.database.close(LAST_WRITES)
         if self.metrics:
             self.metrics.close()
@@ -198,6 +206,22 @@ class Server:
         while self.calls.in_flight and loop.time() < give_up:  # noqa: ASYNC110 - once, at the end: no call pays for an event
             await asyncio.sleep(LINGER / 10)
         await asyncio.sleep(LINGER)
+
+    async def _hang_up(self, server: aio.Server, give_up: float) -> None:
+        """Close a server's connections once its calls have ended, at the latest when the time is up.
+
+        gRPC by itself would wait for every call that it knows of: one that came in the instant in which it was told to stop, which it
+        never hands over and never ends, or one whose request never arrives. The clients are told, and try again elsewhere.
+        """
+        loop = asyncio.get_running_loop()
+        stopping = loop.create_task(server.stop(max(0.0, give_up - loop.time())))
+        settled = loop.time() + SETTLE
+        while not stopping.done() and loop.time() < min(settled, give_up):
+            await asyncio.wait((stopping,), timeout=LINGER / 10)
+            # Followers have been sent away: one that is left does not read.
+            if self.calls.in_flight or self.streams.in_flight > len(self.watchers):
+                settled = loop.time() + SETTLE
+        await _at_most(SETTLE, "connections", asyncio.gather(stopping, server.stop(None)))
 
     def _start_metrics(self) -> Metrics | None:
         if self.settings.metrics_listen is None:
@@ -257,8 +281,21 @@ def _listen(server: aio.Server, address: str, certificates: Certificates | None 
     return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}"
 
 
+async def _at_most(seconds: float, what: str, step: Awaitable[object]) -> None:
+    """Wait for a step of the end, but not longer than this; what it leaves ends with the process."""
+    task = asyncio.ensure_future(step)
+    _, late = await asyncio.wait((task,), timeout=seconds)
+    if late:
+        _log.warning("the end does not wait any longer", step=what)
+        task.cancel()
+    else:
+        task.result()
+
+
 async def run(settings: Settings, target: Target, *, on_ready: Callable[[str], None] = lambda _address: None) -> None:
     """Serve until SIGINT or SIGTERM, drain, and return. `on_ready` is called once, with the address, when calls are served.
+
+    From the signal on the process has the grace and ENDING seconds to end; then it is ended, and every thread's place is written down.
 
     Raises:
         OSError: an address cannot be listened on.
@@ -282,4 +319,6 @@ async def run(settings: Settings, target: Target, *, on_ready: Callable[[str], N
         with suppress(asyncio.CancelledError):
             await ready
     finally:
+        # It needs no loop and no lock, whatever holds those.
+        faulthandler.dump_traceback_later(settings.shutdown_delay + settings.shutdown_grace + ENDING, exit=True)
         await server.stop()

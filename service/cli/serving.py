@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -83,7 +84,11 @@ def _serve_embedded(settings: Settings) -> None:
         target = parse(postgres.url)
         _migrate(target, quiet=True)
         postgres.keep_up(tell)
-        _serve(settings, target, f"embedded PostgreSQL in {postgres.pgdata}", postgres.announce)
+        try:
+            _serve(settings, target, f"embedded PostgreSQL in {postgres.pgdata}", postgres.announce)
+        finally:
+            # The service has ended; PostgreSQL has time of its own.
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _serve(settings: Settings, target: Target, data: str, announce: Callable[[str], None] | None = None) -> None:

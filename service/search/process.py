@@ -19,7 +19,8 @@ from service.search.points import Changes, Found, Point, Question, Refused, Sear
 
 TIMEOUT = 60.0
 """Seconds after which a child that does not answer is taken for stuck, and ended."""
-_ENDING = 5.0
+_ENDING = 3.0
+"""Seconds that the child gets to end."""
 # One thread each: what computes in the child shares the machine with the database and with those who chat.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
 _KNOWN = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}

@@ -99,10 +99,19 @@ class Appender:
         """How many items have not left yet."""
         return sum(len(lane.queue) for lane in (*self._lanes, *self._apart.values()))
 
-    async def drain(self) -> None:
-        """Wait until nothing is queued or under way."""
+    async def drain(self, patience: float | None = None) -> None:
+        """Wait until nothing is queued or under way; what takes longer than `patience` seconds is given up."""
+        give_up = None if patience is None else self.loop.time() + patience
         while tasks := [lane.task for lane in (*self._lanes, *self._apart.values()) if lane.task is not None]:
-            await asyncio.wait(tasks)
+            left = None if give_up is None else give_up - self.loop.time()
+            if left is not None and left <= 0:
+                # The connections first: a statement that is only cancelled would be waited for.
+                self.database.terminate()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks, timeout=1)
+                return
+            await asyncio.wait(tasks, timeout=left)
 
 
 class _Lane:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -53,6 +54,8 @@ OUTAGE_PATIENCE = 15.0
 """Seconds that a call waits at the most for a database that is away."""
 REPLY_MARGIN = 0.25
 """Seconds before its deadline at which a call that waits for the database is answered, so that the answer arrives."""
+CLOSING = 1.0
+"""Seconds that connections get to be closed in good order."""
 HOT_SHARE = 2
 """Connections that are left for all else, where the pool is small, when the hot statements have theirs."""
 
@@ -117,6 +120,8 @@ class Database:
         self._permits, self._write_permits = Permits(rest), Permits(rest - rest // 3)
         self._pool_timeout = pool_timeout
         self._writes: set[asyncio.Task[Any]] = set()
+        self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
+        event.listen(self.engine.sync_engine, "connect", lambda made, _: self._connections.add(made.driver_connection))
         self._loop = asyncio.get_running_loop()
         self.driver.on_slow = lambda: self.on_doubt()  # noqa: PLW0108 - it is set later
         self.on_doubt: Callable[[], None] = lambda: None
@@ -310,13 +315,30 @@ class Database:
         async with asyncio.timeout(timeout), (self._apart if full else self._reader).connect() as connection:
             return await schema_version(connection)
 
+    def terminate(self) -> None:
+        """Cut every connection, as to a database that does not answer."""
+        for connection in list(self._connections):
+            connection.terminate()
+
     async def close(self, patience: float | None = None) -> None:
         """Wait for writes, those that take longer than `patience` seconds are given up, and close every connection."""
         if self._writes:
             _, left = await asyncio.wait(self._writes, timeout=patience)
-            for task in left:
-                task.cancel()
-        await self.drain()
+            if left:
+                self.terminate()
+                for task in left:
+                    task.cancel()
+                await asyncio.wait(left, timeout=CLOSING)
+        closing = self._loop.create_task(self._close())
+        _, late = await asyncio.wait((closing,), timeout=CLOSING)
+        if late:
+            # A database that has gone silent says no goodbye.
+            self.terminate()
+            await asyncio.wait((closing,), timeout=CLOSING)
+        if closing.done():
+            closing.result()
+
+    async def _close(self) -> None:
         await self.driver.close()
         await self.engine.dispose()
 

@@ -1,0 +1,235 @@
+"""SIGTERM ends the process soon, whatever clients, the database, the issuer of tokens and search do meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from chathistory.v1 import document_pb2, message_pb2, user_pb2
+from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2_grpc
+
+from service.server import ENDING
+from tests.conftest import StartProcess
+from tests.faults.conftest import every_kind
+from tests.support.chat import Chat, text
+from tests.support.issuer import AUDIENCE, ISSUER, service_token
+from tests.support.proxy import Proxy, before_postgres
+from tests.support.servers import ServerProcess, channel, connected
+
+pytestmark = [pytest.mark.case(n=17), pytest.mark.timeout(180)]
+
+LONG_GRACE, GRACE = 90, 2
+
+
+async def ends(process: ServerProcess, seconds: float) -> None:
+    """Ask a server to stop; it must do so in time and in good order."""
+    process.send(signal.SIGTERM)
+    try:
+        code = await process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        await process.kill()
+        raise
+    log = process.log.read_text()
+    assert code == 0, log
+    assert "Traceback" not in log
+
+
+# --- Clients that would hold it up for the whole grace.
+
+Clients = Callable[[str], AbstractAsyncContextManager[None]]
+
+
+@asynccontextmanager
+async def quiet_connections(address: str) -> AsyncGenerator[None]:
+    """Connections that say nothing, or nothing after a client's first words."""
+    host, _, port = address.rpartition(":")
+    writers = []
+    for words in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(words)
+        writers.append(writer)
+    await asyncio.sleep(0.3)
+    yield
+    for writer in writers:
+        writer.transport.abort()
+
+
+@asynccontextmanager
+async def requests_that_never_arrive(address: str) -> AsyncGenerator[None]:
+    """Calls that gRPC knows of, and the service does not: such as it takes in the instant in which it is told to stop."""
+    async with channel(address) as opened:
+        connection: Any = opened
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(connection)
+        calls = [reflection.ServerReflectionInfo()]
+        calls += [
+            connection.stream_stream(f"/chathistory.v1.ChatHistoryService/{method}")()
+            for method in ("GetSession", "AppendMessages", "WatchMessages")
+        ]
+        for call in calls:
+            await call.wait_for_connection()
+        await asyncio.sleep(0.5)
+        yield
+
+
+async def _follow(stack: AsyncExitStack, address: str) -> None:
+    """Open streams that have much to send, and read nothing of it."""
+    stub = await stack.enter_async_context(connected(address))
+    chat = await Chat.of_new_user(stub)
+    session_id = await chat.start()
+    for _ in range(20):
+        await chat.append(session_id, [text("x" * 200_000) for _ in range(5)])
+    calls: list[Any] = [
+        stub.WatchMessages(message_pb2.WatchMessagesRequest(user_id=chat.user_id, session_id=session_id))
+    ]
+    health: Any = health_pb2_grpc.HealthStub(await stack.enter_async_context(channel(address)))
+    calls.append(health.Watch(health_pb2.HealthCheckRequest()))
+    for call in calls:
+        await call.initial_metadata()
+    await asyncio.sleep(0.5)
+
+
+@asynccontextmanager
+async def followers_who_do_not_read(address: str) -> AsyncGenerator[None]:
+    async with AsyncExitStack() as stack:
+        await _follow(stack, address)
+        yield
+
+
+@asynccontextmanager
+async def followers_who_went_without_a_word(address: str) -> AsyncGenerator[None]:
+    async with Proxy(address) as proxy, AsyncExitStack() as stack:
+        await _follow(stack, proxy.address)
+        proxy.hold()
+        yield
+        proxy.cut()
+
+
+@pytest.mark.parametrize(
+    "clients",
+    [
+        quiet_connections,
+        requests_that_never_arrive,
+        followers_who_do_not_read,
+        followers_who_went_without_a_word,
+    ],
+)
+async def test_clients_do_not_hold_it_up(start_process: StartProcess, clients: Clients) -> None:
+    process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE=str(LONG_GRACE))
+    async with clients(process.address):
+        await ends(process, LONG_GRACE / 2)
+
+
+# --- Others that say nothing: the grace, and a little.
+
+
+@pytest.mark.parametrize("under_way", [False, True], ids=["idle", "calls under way"])
+async def test_a_silent_database_does_not_hold_it_up(
+    start_process: StartProcess, database_url: str, under_way: bool
+) -> None:
+    async with before_postgres(database_url) as (proxy, url):
+        process = await start_process(url=url, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE))
+        async with connected(process.address) as stub:
+            chat = await Chat.of_new_user(stub)
+            session_id = await chat.start()
+            # Many connections: each could take its time.
+            kinds = every_kind(chat, session_id).values()
+            await asyncio.gather(*(call() for call in kinds for _ in range(10)))
+            proxy.hold()
+            calls = [asyncio.ensure_future(call()) for call in kinds for _ in range(4 * under_way)]
+            await asyncio.sleep(0.5)
+            await ends(process, GRACE + ENDING)
+            if calls:
+                await asyncio.wait(calls)
+                assert all(call.exception() for call in calls)
+
+
+async def test_a_database_that_never_answered_does_not_hold_it_up(
+    start_process: StartProcess, database_url: str
+) -> None:
+    async with before_postgres(database_url) as (proxy, url):
+        proxy.hold()
+        process = await start_process(url=url, ready=False, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE))
+        while "not ready" not in (process.log.read_text() if process.log.exists() else ""):
+            await asyncio.sleep(0.02)
+        await ends(process, GRACE + ENDING)
+
+
+async def test_a_search_process_that_is_stuck_does_not_hold_it_up(start_process: StartProcess) -> None:
+    process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE), CHAT_HISTORY_SEARCH="on")
+    async with connected(process.address) as stub, channel(process.address) as opened:
+        health: Any = health_pb2_grpc.HealthStub(opened)
+        chat = await Chat.of_new_user(stub)
+        async with asyncio.timeout(60):
+            while (await health.Check(health_pb2.HealthCheckRequest(service="search"))).status != 1:
+                await asyncio.sleep(0.05)
+        (child,) = psutil.Process(process.pid).children()
+        child.suspend()
+        document = document_pb2.Document(title="to be indexed")
+        await stub.CreateDocument(
+            document_pb2.CreateDocumentRequest(
+                user_id=chat.user_id, document=document, chunks=[document_pb2.DocumentChunk(text="now")]
+            )
+        )
+        asked = asyncio.ensure_future(
+            stub.SearchDocuments(document_pb2.SearchDocumentsRequest(user_id=chat.user_id, query="now"))
+        )
+        await asyncio.sleep(0.5)
+        await ends(process, GRACE + ENDING)
+        await asyncio.wait([asked])
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_an_issuer_that_says_nothing_does_not_hold_it_up(start_process: StartProcess) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(-1)
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as issuer:
+        process = await start_process(
+            CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE),
+            CHAT_HISTORY_AUTH="jwt",
+            CHAT_HISTORY_JWKS_URL=f"http://127.0.0.1:{issuer.sockets[0].getsockname()[1]}/keys",
+            CHAT_HISTORY_JWT_ISSUER=ISSUER,
+            CHAT_HISTORY_JWT_AUDIENCE=AUDIENCE,
+        )
+        async with channel(process.address) as opened:
+            bearer = (("authorization", f"Bearer {service_token(headers={'kid': 'unknown'})}"),)
+            listing = ChatHistoryServiceStub(opened).ListUsers(user_pb2.ListUsersRequest(), metadata=bearer)
+            asked = asyncio.ensure_future(listing)
+            await asyncio.sleep(0.5)
+            await ends(process, GRACE + ENDING)
+            await asyncio.wait([asked])
+
+
+# --- Whatever else.
+
+_HANGS = """
+import sys, time
+from service import server
+from tests.support import serve
+server.ENDING = 1.0
+async def stop(self):
+    print("hangs", file=sys.stderr, flush=True)
+    time.sleep(600)
+server.Server.stop = stop
+serve.main()
+"""
+
+
+async def test_a_process_that_hangs_at_its_end_is_ended_and_tells_where(database_url: str, tmp_path: Path) -> None:
+    hanging = ServerProcess(database_url, tmp_path / "server", command=("-c", _HANGS), CHAT_HISTORY_SHUTDOWN_GRACE="1")
+    await hanging.start()
+    hanging.send(signal.SIGTERM)
+    assert await hanging.wait(60) == 1
+    await hanging.stop()
+    log = hanging.log.read_text()
+    assert log.index("hangs") < log.index("Timeout") < log.index("in stop")
