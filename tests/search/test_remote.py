@@ -21,6 +21,7 @@ from service.search import indexer, rebuild
 from service.search.index import floats
 from service.search.points import Kind, Point
 from service.server import Server
+from service.store import diagnosis
 from tests.search.library import HYBRID, INDEXED, LEXICAL, SEMANTIC, Library, comes_true, searchable, settled
 from tests.search.qdrant_server import QdrantServer
 from tests.support import sentinel
@@ -242,11 +243,12 @@ async def test_the_statements_that_do_without_an_owner_are_the_named_ones(
         await library.chat.start("y")
         await settled(server)
         await rebuilt(library)
+        await diagnosis.describe(server.database.target, 20.0)
     seen = all_new_statements()
     assert sentinel.complaints(seen) == []
     flat = {" ".join(statement.sql.split()).rstrip("; ") for statement in seen}
     ours = [name for name, pattern in sentinel.NAMED.items() if "search_" in pattern or "slice" in pattern]
-    assert len(ours) == 6
+    assert len(ours) == 7
     for name in ours:
         assert any(re.fullmatch(sentinel.NAMED[name], sql) for sql in flat), f"{name}: no statement is it any more"
 
