@@ -332,3 +332,4 @@ async def test_a_rolling_update_shows_users_no_error(served_url: str, database_u
     for record in talks:
         assert judge(record, await history(database_url, record.user_id, record.session_id)) == []
         assert record.acknowledged > 20
+    print(f"{sum(record.acknowledged for record in talks)} messages")

@@ -17,7 +17,7 @@ from tests.soak import calm
 from tests.soak.faults import TERMINATE, Faults
 from tests.soak.stack import Replica, Stack
 from tests.soak.tally import Outage, Sample, Tally, growth
-from tests.soak.traffic import Traffic
+from tests.soak.traffic import Hopeless, Traffic
 from tests.support.chat import Chat
 from tests.support.cluster import at_rest, fetch
 from tests.support.history import history
@@ -69,6 +69,8 @@ class Soak:
                 await calm.look(self.stack, self.tally)
                 await self._judge(traffic)
                 await self._end_round_before(traffic)
+        except* Hopeless:
+            self._tell("given up")
         finally:
             sampling.cancel()
             await asyncio.wait([sampling])

@@ -32,6 +32,7 @@ TALKERS = 4
 CALL_SECONDS = 5.0
 CARRY_ON_SECONDS = 30.0
 """How long an append is still sent again when a round is over."""
+INSIST_SECONDS = 90.0
 CROWD = 20
 """Calls that are made at once and cancelled."""
 KEPT = 30
@@ -49,6 +50,10 @@ class Talk:
 
 class Gone(Exception):
     """A call failed, which is counted."""
+
+
+class Hopeless(Exception):
+    """The soak cannot go on, which is noted as a problem."""
 
 
 class Traffic:
@@ -146,9 +151,18 @@ class Traffic:
         return reply
 
     async def _insist(self, rpc: str, request: Any, timeout: float = CALL_SECONDS) -> Any:
+        """Make a call without which nothing goes on.
+
+        Raises:
+            Hopeless: it was tried for longer than any fault takes.
+        """
+        give_up = time.monotonic() + INSIST_SECONDS
         while True:
             with suppress(Gone):
                 return await self._call(rpc, request, timeout=timeout, whole=True)
+            if time.monotonic() > give_up:
+                self._tally.blame("STUCK", f"{rpc} did not succeed in {INSIST_SECONDS:.0f} s")
+                raise Hopeless
             await asyncio.sleep(self._chance.uniform(0.05, 0.3))
 
     async def _work(self) -> None:
