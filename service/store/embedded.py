@@ -219,7 +219,8 @@ class EmbeddedPostgres:
             # restarted container, or a dead one that nobody has noticed. What is left of the old server it finds in other ways.
             for file in (self.pgdata / "postmaster.pid", self.pgdata / SOCKET, self.pgdata / f"{SOCKET}.lock"):
                 file.unlink(missing_ok=True)
-        if earlier.socket_dir != self.pgdata and earlier.socket_dir.name.startswith("chat-history-"):
+        ours = (self.pgdata, self._socket_dir)  # The second when it is started again.
+        if earlier.socket_dir not in ours and earlier.socket_dir.name.startswith("chat-history-"):
             shutil.rmtree(earlier.socket_dir, ignore_errors=True)
 
     def _make(self, bin_dir: Path, version: int) -> None:
