@@ -362,11 +362,13 @@ def _search(found: dict[str, Any]) -> list[Table]:
             f"{_ms(p99['quiet'])} / {_ms(p99['indexing'])}: **{documents['context_p99_ratio']:.2f}**",
         ],
         ["health ms meanwhile, the slowest", f"{documents['health_worst_ms']:.0f}"],
-        [
-            f"recall@5, {recall['questions']:.0f} questions on {recall['sections']:.0f} sections",
-            f"{recall['recall_at_5']:.2f}",
-        ],
-        ["right section first", f"{recall['first']:.2f}"],
+        *(
+            [
+                f"right section first / among the first five: {each['questions']:.0f} questions on {each['sections']:.0f} {kind}",
+                f"{each['first']:.2f} / {each['recall_at_5']:.2f}",
+            ]
+            for kind, each in (("short sections", recall["short"]), ("long ones, alike", recall["long"]))
+        ),
         [
             "MB resident, service / search process",
             " / ".join(_mb(documents["memory"][name]) for name in ("server", "child")),

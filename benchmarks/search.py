@@ -4,7 +4,7 @@
 - documents and chunks indexed a second;
 - SearchDocuments with more and more chunks stored;
 - GetContext and health while 1,000 chunks are indexed, beside GetContext in quiet;
-- recall of the offline embeddings on the labelled questions of tests/search/texts.
+- how the offline search answers the labelled questions of tests/search/texts: on short sections, and on long ones that are alike.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from benchmarks.driver import Load
 from benchmarks.stack import ROOT, Server, Stack
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceAsyncStub as Stub
 
     from benchmarks.scenarios import Bench
@@ -55,7 +57,7 @@ async def search(bench: Bench) -> dict[str, Any]:
     return {
         "appends": await _appends(bench),
         "documents": await _documents(bench),
-        "recall": await _recall(bench.stack),
+        "recall": {"short": await _recall(bench.stack, TEXTS), "long": await _recall(bench.stack, TEXTS / "long")},
     }
 
 
@@ -161,19 +163,17 @@ async def _documents(bench: Bench) -> dict[str, Any]:
     }
 
 
-async def _recall(stack: Stack) -> dict[str, float]:
-    """Ask the labelled questions: how often the right section is first, or among the first five."""
-    await stack.new_database("search-recall")
-    with (TEXTS / "questions.tsv").open(newline="") as file:
-        questions = list(csv.DictReader(file, delimiter="\t"))
-    async with stack.service("search-recall", "recall", **ON) as server, server.stub() as stub:
+async def _recall(stack: Stack, folder: Path) -> dict[str, float]:
+    """Ask the labelled questions of a folder: how often the right section is first, or among the first five."""
+    database = f"search-recall-{folder.name}"
+    await stack.new_database(database)
+    questions, texts = _labelled(folder)
+    async with stack.service(database, database, **ON) as server, server.stub() as stub:
         await _search_ready(server)
         user_id = await _user(stub)
-        files = sorted(TEXTS.glob("*.md"))
-        for path in files:
-            sections = ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]]
-            await stub.CreateDocument(_request(user_id, sections, path.name))
-        await _drained(stack, "search-recall")
+        for name, sections in texts.items():
+            await stub.CreateDocument(_request(user_id, sections, name))
+        await _drained(stack, database)
         places: list[int] = []
         for each in questions:
             request = document_pb2.SearchDocumentsRequest(user_id=user_id, query=each["question"], limit=5)
@@ -184,9 +184,19 @@ async def _recall(stack: Stack) -> dict[str, float]:
             places.append(right.index(True) + 1 if True in right else 0)
     return {
         "questions": len(questions),
-        "sections": sum(path.read_text().count("\n## ") for path in files),
+        "sections": sum(map(len, texts.values())),
         "first": round(sum(place == 1 for place in places) / len(places), 3),
         "recall_at_5": round(sum(place > 0 for place in places) / len(places), 3),
+    }
+
+
+def _labelled(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+    """Read a folder's questions, and its texts by name, cut at their headings."""
+    with (folder / "questions.tsv").open(newline="") as file:
+        questions = list(csv.DictReader(file, delimiter="\t"))
+    return questions, {
+        path.name: ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]]
+        for path in sorted(folder.glob("*.md"))
     }
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_LIMIT = 10
 SPARE = 10
 """Points asked for beyond the limit, since some of what is found may be gone by now."""
+COMPARED = 30
+"""Chunks whose texts are compared with the query, at the least."""
 FUSED = 50
 """Hits of each way that are fused, at the least."""
 RANK_CONSTANT = 60
@@ -47,17 +49,22 @@ class Searches:
         limit = request.limit or DEFAULT_LIMIT
         query = convert_documents.packed(request.vector) if request.vector else request.query
         ids = [document_id.lower() for document_id in request.document_ids]
-        found = await search.chunks(who, query, ids, limit + SPARE, call.deadline)
-        keys = [(each.point.user_id, each.point.entity_id, int(each.point.item)) for each in found]
-        rows = await self.database.read(documents.found, call.deadline, who, keys) if keys else {}
+        wide = limit + SPARE if request.vector else max(COMPARED, limit + SPARE)
+        found = await search.chunks(who, query, ids, wide, call.deadline)
+        near = {(each.point.user_id, each.point.entity_id, int(each.point.item)): each.score for each in found}
+        rows = await self.database.read(documents.found, call.deadline, who, list(near)) if near else {}
+        scores = {key: score for key, score in near.items() if key in rows}
+        if scores and not request.vector:
+            texts = [(rows[key][0].title, rows[key][1]) for key in scores]
+            nearness = await search.nearness(request.query, texts, call.deadline)
+            if nearness is not None:
+                scores = dict(sorted(zip(scores, nearness, strict=True), key=lambda item: -item[1]))
         reply = document_pb2.SearchDocumentsResponse()
         total = 0
-        for key, each in zip(keys, found, strict=True):
-            if key not in rows or len(reply.hits) == limit:
-                continue
+        for key, score in list(scores.items())[:limit]:
             row, text = rows[key]
             hit = document_pb2.DocumentHit(
-                document=convert_documents.document(row), chunk_index=key[2], text=text, score=each.score
+                document=convert_documents.document(row), chunk_index=key[2], text=text, score=score
             )
             total += hit.ByteSize()
             if total > MAX_REPLY_BYTES and reply.hits:

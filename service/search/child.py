@@ -25,6 +25,8 @@ from service.search import wire
 from service.search.points import Changes, Point, Question, Refused, SearchDown, Wipe, WrongIndex
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from wordllama.inference import WordLlamaInference
 
     from service.search.index import QdrantIndex
@@ -52,20 +54,34 @@ class Offline:
         self._model: WordLlamaInference | None = None
 
     async def embed(self, texts: list[str], _blob: bytes) -> tuple[Any, bytes]:
-        """Return one vector a text: the mean of its words', of length 1.
+        """Return one vector a text: the mean of its words', of length 1."""
+        import numpy as np  # noqa: PLC0415 - the child of an index without these embeddings does not pay for them
+
+        # A text of which the model knows nothing has no direction.
+        vectors = [
+            (total / (np.linalg.norm(total) or 1.0)).astype("<f4").tobytes()
+            for batch in _batches(texts)
+            for total in self._sums(batch)
+        ]
+        return None, b"".join(vectors)
+
+    async def nearness(self, given: tuple[str, list[tuple[str, str]]], _blob: bytes) -> tuple[Any, bytes]:
+        """As `Embeddings.nearness`."""
+        import numpy as np  # noqa: PLC0415 - as above
+
+        from service.search import nearness  # noqa: PLC0415 - as above
+
+        question, texts = given
+        return nearness.scores(question, texts, lambda words: np.stack(list(self._sums(words)))), b""
+
+    def _sums(self, texts: list[str]) -> Iterator[NDArray[np.float32]]:
+        """Give the sum of each text's words' vectors.
 
         The model's own method pads every text to the longest of its batch and works on the padding; this takes half of its time.
         """
-        import numpy as np  # noqa: PLC0415 - the child of an index without these embeddings does not pay for them
-
         model = self._model = self._model or _load()
-        vectors = []
-        for batch in _batches(texts):
-            for encoded in model.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                total = model.embedding.take(encoded.ids, axis=0, mode="clip").sum(axis=0)
-                # A text of which the model knows nothing has no direction.
-                vectors.append((total / (np.linalg.norm(total) or 1.0)).astype("<f4").tobytes())
-        return None, b"".join(vectors)
+        for encoded in model.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            yield model.embedding.take(encoded.ids, axis=0, mode="clip").sum(axis=0)
 
 
 def _load() -> WordLlamaInference:
@@ -215,7 +231,7 @@ async def serve(connection: socket.socket) -> None:
     """Answer requests until the parent is gone. There is nothing to do meanwhile, so waiting may block."""
     local, offline = Local(), Offline()
     handlers: dict[str, Handler] = {
-        "embed": offline.embed, "setup": local.setup, "open": local.open, "create": local.create, "live": local.live,
+        "embed": offline.embed, "nearness": offline.nearness, "setup": local.setup, "open": local.open, "create": local.create, "live": local.live,
         "publish": local.publish, "write": local.write, "search": local.search, "count": local.count,
     }  # fmt: skip
     with suppress(EOFError, ConnectionError):
@@ -228,7 +244,7 @@ async def serve(connection: socket.socket) -> None:
                 answer = wire.encode([number, None, result], blob)
             except Exception as error:  # noqa: BLE001 - the parent decides what it means
                 name = type(error).__name__
-                if operation == "embed" and isinstance(error, (ValueError, TypeError, OverflowError)):
+                if operation in wire.OF_TEXTS and isinstance(error, (ValueError, TypeError, OverflowError)):
                     # The text's fault, which another try would not mend.
                     error, name = Refused("the model does not take it"), "Refused"
                 words = str(error) if name in _ERRORS else f"{operation} failed in the child process ({name})"

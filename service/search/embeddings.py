@@ -12,6 +12,10 @@ from service.search.process import Child
 
 _TOO_MANY_REQUESTS = 429
 OFFLINE_MODEL = "wordllama-l2-supercat"
+_MAX_TEXT = 8_192
+"""Characters of a text that are compared with a question, as of one that is indexed."""
+_MAX_TEXTS = 262_144
+"""Characters of all of them: a tenth of a second."""
 
 
 class Embeddings(Protocol):
@@ -36,6 +40,13 @@ class Embeddings(Protocol):
             Refused: it does not take one of them.
         """
 
+    async def nearness(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
+        """Return how near each text, given after its document's title, is to a question, 0 to 1; None: as near as their vectors are.
+
+        Raises:
+            SearchDown, Refused: as `embed`.
+        """
+
     async def close(self) -> None:
         """Let go of everything."""
 
@@ -54,6 +65,13 @@ class OfflineEmbeddings:
 
     async def embed(self, texts: Sequence[str]) -> bytes:
         return (await self._child.call("embed", texts))[1]
+
+    async def nearness(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
+        room = min(_MAX_TEXT, _MAX_TEXTS // len(texts)) if texts else 0
+        found: list[float] | None = (await self._child.call("nearness", (question, [(t, s[:room]) for t, s in texts])))[
+            0
+        ]
+        return found
 
     async def close(self) -> None:
         await self._child.close()
@@ -95,6 +113,9 @@ class RemoteEmbeddings:
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) > 1:
             raise SearchDown("the embeddings endpoint has not answered every text alike")
         return b"".join(map(packed, vectors))
+
+    async def nearness(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:  # noqa: ARG002
+        return None
 
     async def close(self) -> None:
         await self._client.close()

@@ -260,6 +260,17 @@ class Search:
         """
         return await self._find(query, Question(Kind.CHUNK, owners, documents, limit), deadline)
 
+    async def nearness(self, query: str, texts: Sequence[tuple[str, str]], deadline: float) -> list[float] | None:
+        """Return how near each text, given after its document's title, is to a query; None: as near as its vector is.
+
+        Raises:
+            As `chunks`.
+        """
+        if self._embeddings is None:
+            raise self._unavailable()
+        async with self._answering(deadline):
+            return await self._embeddings.nearness(query, texts)
+
     async def said(self, user_id: str, query: str, session_id: str, limit: int, deadline: float) -> list[Found]:
         """Find the messages nearest to a query.
 

@@ -106,7 +106,7 @@ class Child:
             SearchDown, Refused, WrongIndex: as the child says, or because it is gone.
         """
         run = await self._ready()
-        if operation != "embed" and not run.is_set_up:
+        if operation not in wire.OF_TEXTS and not run.is_set_up:
             aside, _ = await self._ask(run, "setup", self.setup)
             if aside is not None:
                 _log.warning("the embedded index could not be read, and is built anew", moved_to=aside)

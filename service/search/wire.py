@@ -13,6 +13,9 @@ _LENGTHS = struct.Struct("<II")
 HEAD_BYTES = _LENGTHS.size
 """Bytes that come first and say how long the rest is."""
 
+OF_TEXTS = ("embed", "nearness")
+"""Operations of the embeddings, which need no index."""
+
 
 class Frame(NamedTuple):
     """One request or answer."""

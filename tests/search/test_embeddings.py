@@ -113,6 +113,7 @@ async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: 
         await settled(server)
         hit = (await library.search("other text"))[0]
         assert (hit.document.id, hit.chunk_index) == (made.id, 1)
+        assert hit.score == pytest.approx(1.0), "its vectors decide, and nothing else"
         assert server.search is not None
         assert server.search._alias == "chathistory_tiny-model-v1_4"
         endpoint.status = 503

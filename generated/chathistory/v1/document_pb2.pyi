@@ -706,7 +706,9 @@ class DocumentHit(_message.Message):
     text: _builtins.str
     """Its text."""
     score: _builtins.float
-    """How near it is: cosine similarity, 1 at the most."""
+    """How near it is, 1 at the most; hits are sorted by it. Of a `vector`, and with an embeddings endpoint: cosine similarity. Of a `query`
+    with the offline embeddings: by the meaning of the whole chunk and of its best passage, and by the words of the query that it has, from 0.
+    """
     @_builtins.property
     def document(self) -> Global___Document:
         """Its document."""
