@@ -82,12 +82,11 @@ def _rarity(texts: Sequence[Numbers], stems: int) -> Floats:
 
 def _passages(table: Floats, head: Numbers, body: Numbers) -> Floats:
     """Return the sums of what the table says of a text's words: of all, then of each passage; its heading belongs to each."""
-    sums = np.zeros((len(body) + 1, table.shape[1]), np.float32)
-    table[body].cumsum(axis=0, out=sums[1:])
-    starts = np.arange(0, max(1, len(body) - PASSAGE // 2), PASSAGE // 2)
-    ends = np.minimum(starts + PASSAGE, len(body))
-    found: Floats = np.vstack((sums[-1:], sums[ends] - sums[starts]), dtype=np.float32)
-    found += table[head].sum(axis=0)
+    if not len(body):
+        return np.tile(table[head].sum(axis=0), (2, 1))
+    halves = np.add.reduceat(table[body], np.arange(0, len(body), PASSAGE // 2), axis=0)
+    passages = halves[:-1] + halves[1:] if len(halves) > 1 else halves
+    found: Floats = np.vstack((halves.sum(axis=0), passages)) + table[head].sum(axis=0)
     return found
 
 
