@@ -226,7 +226,10 @@ class EmbeddedPostgres:
     def _make(self, bin_dir: Path, version: int) -> None:
         """Make the database in a folder beside, so that one that was interrupted is never taken for a whole one."""
         unfinished = self.pgdata.with_suffix(".new")
-        shutil.rmtree(unfinished, ignore_errors=True)
+        give_up = time.monotonic() + 10.0
+        while unfinished.exists() and time.monotonic() < give_up:
+            # What an interrupted initdb has started writes into it for another moment.
+            shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(mode=0o700)
         if self._account is not None:
             os.chown(unfinished, *self._account)

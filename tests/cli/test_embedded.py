@@ -206,6 +206,33 @@ def test_an_interrupted_beginning_is_begun_anew(data: Path) -> None:
     assert not half.exists()
 
 
+_WRITES_ON = """
+import sys, time
+from pathlib import Path
+half, end = Path(sys.argv[1]), time.monotonic() + 2
+try:
+    for number in range(1_000_000):
+        (half / str(number)).touch()
+        if number == 3000:
+            print(flush=True)
+        if time.monotonic() > end:
+            break
+except FileNotFoundError:
+    pass
+"""
+
+
+def test_what_an_interrupted_beginning_has_started_may_still_write(data: Path) -> None:
+    half = data / "postgres.new"
+    half.mkdir(parents=True)
+    data.chmod(0o711)
+    with subprocess.Popen([sys.executable, "-c", _WRITES_ON, half], stdout=subprocess.PIPE) as writing:
+        assert writing.stdout is not None
+        writing.stdout.readline()
+        with EmbeddedPostgres(data, "here") as postgres:
+            assert asyncio.run(fetch(postgres.url, "SELECT 1"))
+
+
 def test_closed_folders_are_opened_for_passage_alone(folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root runs PostgreSQL as another user")
