@@ -320,5 +320,6 @@ async def run(settings: Settings, target: Target, *, on_ready: Callable[[str], N
             await ready
     finally:
         # It needs no loop and no lock, whatever holds those.
-        faulthandler.dump_traceback_later(settings.shutdown_delay + settings.shutdown_grace + ENDING, exit=True)
+        with suppress(RuntimeError, ValueError, OSError):  # Without a standard error it has nowhere to write.
+            faulthandler.dump_traceback_later(settings.shutdown_delay + settings.shutdown_grace + ENDING, exit=True)
         await server.stop()

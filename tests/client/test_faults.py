@@ -92,7 +92,7 @@ async def test_a_black_hole_ends_at_the_deadline(through: ChatHistoryClient, pro
     with pytest.raises(DeadlineExceeded) as caught:
         await through.get_user(user_id=owner, timeout=0.5)
 
-    assert 0.4 < time.monotonic() - started < 1.5
+    assert 0.4 < time.monotonic() - started < 5
     assert caught.value.reason == ""
     proxy.let_pass()
     assert (await through.get_user(user_id=owner)).id == owner
