@@ -292,8 +292,16 @@ async def _at_most(seconds: float, what: str, step: Awaitable[object]) -> None:
         task.result()
 
 
-async def run(settings: Settings, target: Target, *, on_ready: Callable[[str], None] = lambda _address: None) -> None:
+async def run(
+    settings: Settings,
+    target: Target,
+    *,
+    on_ready: Callable[[str], None] = lambda _address: None,
+    told_to_stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Serve until SIGINT or SIGTERM, drain, and return. `on_ready` is called once, with the address, when calls are served.
+
+    `told_to_stop` says whether a signal has come before this listens to signals; nothing is begun then.
 
     From the signal on the process has the grace and ENDING seconds to end; then it is ended, and every thread's place is written down.
 
@@ -304,6 +312,8 @@ async def run(settings: Settings, target: Target, *, on_ready: Callable[[str], N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
+    if told_to_stop():
+        return
     for note in target.notes:
         _log.info(note)
     server = Server(settings, target)

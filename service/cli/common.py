@@ -49,17 +49,25 @@ def say(words: str) -> None:
 
 
 @contextmanager
-def stoppable(interrupted: int = 130) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and a closed terminal end the command in good order, also while it still starts."""
+def stoppable(interrupted: int = 130) -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C, SIGTERM and a closed terminal end the command in good order, also while it still starts.
+
+    Gives a function that says whether the command was told to end: an exception that is raised while a destructor or a weak reference's
+    callback runs goes no further, and who has time must look.
+    """
+    told = False
 
     def stop(_number: int, _frame: object) -> NoReturn:
+        nonlocal told
+        told = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Ignored under nohup.
         signal.signal(signal.SIGHUP, lambda _number, _frame: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        yield
+        yield lambda: told
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(interrupted) from None

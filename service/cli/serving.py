@@ -26,13 +26,13 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     settings, target = configuration()
-    with stoppable(interrupted=0):
+    with stoppable(interrupted=0) as told_to_stop:
         if target is not None:
             if migrate:
                 _migrate(target, quiet=True)
-            _serve(settings, target, f"PostgreSQL at {target.place}")
+            _serve(settings, target, f"PostgreSQL at {target.place}", told_to_stop)
         else:
-            _serve_embedded(settings)
+            _serve_embedded(settings, told_to_stop)
     say("stopped")
 
 
@@ -72,7 +72,7 @@ def _migrate(target: Target, *, quiet: bool = False) -> None:
         fail(done.problem, 1)
 
 
-def _serve_embedded(settings: Settings) -> None:
+def _serve_embedded(settings: Settings, told_to_stop: Callable[[], bool]) -> None:
     from service.store.embedded import EmbeddedPostgres
 
     def tell(words: str) -> None:
@@ -85,13 +85,19 @@ def _serve_embedded(settings: Settings) -> None:
         _migrate(target, quiet=True)
         postgres.keep_up(tell)
         try:
-            _serve(settings, target, f"embedded PostgreSQL in {postgres.pgdata}", postgres.announce)
+            _serve(settings, target, f"embedded PostgreSQL in {postgres.pgdata}", told_to_stop, postgres.announce)
         finally:
             # The service has ended; PostgreSQL has time of its own.
             faulthandler.cancel_dump_traceback_later()
 
 
-def _serve(settings: Settings, target: Target, data: str, announce: Callable[[str], None] | None = None) -> None:
+def _serve(
+    settings: Settings,
+    target: Target,
+    data: str,
+    told_to_stop: Callable[[], bool],
+    announce: Callable[[str], None] | None = None,
+) -> None:
     from service import server
     from service.telemetry import configure_logging
 
@@ -105,7 +111,7 @@ def _serve(settings: Settings, target: Target, data: str, announce: Callable[[st
     for line in config.unknown():
         say(line)
     try:
-        run(lambda: server.run(settings, target, on_ready=on_ready))
+        run(lambda: server.run(settings, target, on_ready=on_ready, told_to_stop=told_to_stop))
     except config.BadConfiguration as error:
         fail_configuration(error)
     except OSError as error:

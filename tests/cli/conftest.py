@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,14 @@ import pytest
 class Command:
     """A `chat-history` that runs in a folder, in a process group of its own, with its output in files."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, program: Sequence[str] = ("-m", "service"), **environment: str
+    ) -> None:
         self.folder = folder
         self.out, self.err = folder / f"{arguments[0]}.out", folder / f"{arguments[0]}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "service", *arguments],
+                [sys.executable, "-W", "error", *program, *arguments],
                 cwd=folder, env=os.environ | {"CHAT_HISTORY_LISTEN": "127.0.0.1:0"} | environment,
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
@@ -52,8 +54,8 @@ def start(folder: Path) -> Generator[Start]:
     """Give a way to start commands; those that still run at the end are killed."""
     started: list[Command] = []
 
-    def run(*arguments: str, **environment: str) -> Command:
-        started.append(Command(folder, *arguments, **environment))
+    def run(*arguments: str, program: Sequence[str] = ("-m", "service"), **environment: str) -> Command:
+        started.append(Command(folder, *arguments, program=program, **environment))
         return started[-1]
 
     yield run

@@ -288,6 +288,35 @@ def test_a_stop_while_starting_leaves_nothing(start: Start, folder: Path, number
     assert start("migrate").wait() == 0
 
 
+_TOLD_IN_A_CALLBACK = """
+import signal, sys, weakref
+from service.cli import main, serving
+
+migrate, number = serving._migrate, int(sys.argv.pop())
+
+class Thing:
+    pass
+
+def interrupted(*args, **options):
+    migrate(*args, **options)
+    thing = Thing()
+    held = weakref.ref(thing, lambda _: signal.raise_signal(number))
+    del thing
+
+serving._migrate = interrupted
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_not_lost_in_a_callback(start: Start, folder: Path, number: signal.Signals) -> None:
+    serving = start("serve", str(int(number)), program=("-c", _TOLD_IN_A_CALLBACK))
+    assert serving.wait() == 0
+    assert "Exception ignored" in serving.said
+    assert "is running" not in serving.out.read_text()
+    assert running_url(folder / ".data") is None
+
+
 def test_an_address_in_use_is_told(start: Start, folder: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
