@@ -145,6 +145,7 @@ class Database:
             Whatever the driver raises; see `failures.classify`.
         """
         kept = await self.driver.acquire()
+        give_back = self.driver.release
         try:
             if not self.target.pooled:
                 return await kept.driver.fetch(statement.text, *args)
@@ -156,9 +157,10 @@ class Database:
             raise
         except asyncio.CancelledError:
             self._suspect(kept.since)
+            give_back = self.driver.settle
             raise
         finally:
-            self.driver.release(kept)
+            give_back(kept)
 
     async def read(
         self,

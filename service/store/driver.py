@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import asyncpg
@@ -20,6 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 IDLE_SECONDS = 2.0
 """How long an unused connection is kept before it goes back to the pool."""
+
+SETTLE_SECONDS = 2.0
+"""In which a connection must answer that a caller has left, or it is cut."""
 
 SLOW_SECONDS = 2.0
 """After which an unanswered statement casts doubt on the database."""
@@ -178,12 +180,25 @@ class DriverConnections:
         if self._waiting:
             self._wake()
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
-        """Hold a connection for a block, for what is not hot."""
-        kept = await self.acquire()
+    def settle(self, kept: _Kept) -> None:
+        """Give a connection back that a caller has left in the middle, once the server has ended what was begun.
+
+        asyncpg only prepares a statement at first, and sends no Sync until it runs. Left in between, the server would keep the locks, and
+        hold up a migration, until the connection's next use.
+        """
+        if kept.driver.is_closed():
+            self.release(kept)
+            return
+        task = self._loop.create_task(self._settle(kept))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _settle(self, kept: _Kept) -> None:
         try:
-            yield kept.driver
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await kept.driver.execute("")
+        except Exception:  # noqa: BLE001 - whatever it is, nobody shall wait for this connection
+            kept.driver.terminate()
         finally:
             self.release(kept)
 

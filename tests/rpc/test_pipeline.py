@@ -300,7 +300,9 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
             await asyncio.sleep(0.05)
     [[idle]] = await fetch(
         database_url,
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'",
+        # What is active and waits for its client is in a transaction too: a statement was prepared and not run.
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND (state LIKE 'idle in%' OR (state = 'active' AND wait_event = 'ClientRead'))",
     )
     assert idle == 0
     return int(pool.checkedin())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -35,8 +35,10 @@ async def recorded(server: Server) -> AsyncGenerator[list[Sent]]:
         sent.append(Sent(sql, tuple(args)))
 
     engine, driver = server.database.engine.sync_engine, server.database.driver
-    async with AsyncExitStack() as taken:
-        idle = [await taken.enter_async_context(driver.connection()) for _ in range(driver._size)]
+    taken = [await driver.acquire() for _ in range(driver._size)]
+    idle = [kept.driver for kept in taken]
+    for kept in taken:
+        driver.release(kept)
     # SQLAlchemy's statements are prepared ones, of which the driver does not tell.
     event.listen(engine, "before_cursor_execute", executed)
     for connection in idle:
