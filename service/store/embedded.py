@@ -225,12 +225,10 @@ class EmbeddedPostgres:
 
     def _make(self, bin_dir: Path, version: int) -> None:
         """Make the database in a folder beside, so that one that was interrupted is never taken for a whole one."""
-        unfinished = self.pgdata.with_suffix(".new")
-        give_up = time.monotonic() + 10.0
-        while unfinished.exists() and time.monotonic() < give_up:
-            # What an interrupted initdb has started writes into it for another moment.
-            shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(mode=0o700)
+        for earlier in self.pgdata.parent.glob(f"{self.pgdata.name}.new*"):
+            shutil.rmtree(earlier, ignore_errors=True)
+        # A name of its own: what an interrupted initdb has started may write on for another moment.
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{self.pgdata.name}.new-", dir=self.pgdata.parent))
         if self._account is not None:
             os.chown(unfinished, *self._account)
         locale = _BUILTIN_LOCALE if version >= 17 else ()  # noqa: PLR2004 - the first with a locale of its own

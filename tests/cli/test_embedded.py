@@ -197,7 +197,7 @@ async def test_any_folder_will_do(data: Path, name: str) -> None:
 
 
 def test_an_interrupted_beginning_is_begun_anew(data: Path) -> None:
-    half = data / "postgres.new"
+    half = data / "postgres.new-x"
     half.mkdir(parents=True)
     (half / "PG_VERSION").write_text("18\n")
     data.chmod(0o711)
@@ -207,30 +207,28 @@ def test_an_interrupted_beginning_is_begun_anew(data: Path) -> None:
 
 
 _WRITES_ON = """
-import sys, time
+import sys
 from pathlib import Path
-half, end = Path(sys.argv[1]), time.monotonic() + 2
-try:
-    for number in range(1_000_000):
-        (half / str(number)).touch()
-        if number == 3000:
-            print(flush=True)
-        if time.monotonic() > end:
-            break
-except FileNotFoundError:
-    pass
+half = Path(sys.argv[1])
+print(flush=True)
+while True:
+    half.mkdir(exist_ok=True)
+    (half / "PG_VERSION").write_text("18")
 """
 
 
 def test_what_an_interrupted_beginning_has_started_may_still_write(data: Path) -> None:
-    half = data / "postgres.new"
+    half = data / "postgres.new-x"
     half.mkdir(parents=True)
     data.chmod(0o711)
     with subprocess.Popen([sys.executable, "-c", _WRITES_ON, half], stdout=subprocess.PIPE) as writing:
         assert writing.stdout is not None
         writing.stdout.readline()
-        with EmbeddedPostgres(data, "here") as postgres:
-            assert asyncio.run(fetch(postgres.url, "SELECT 1"))
+        try:
+            with EmbeddedPostgres(data, "here") as postgres:
+                assert asyncio.run(fetch(postgres.url, "SELECT 1"))
+        finally:
+            writing.kill()
 
 
 def test_closed_folders_are_opened_for_passage_alone(folder: Path) -> None:
