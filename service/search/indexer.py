@@ -113,6 +113,8 @@ class Indexer:
         self._work = asyncio.Event()
         self._small = len(os.sched_getaffinity(0)) <= SMALL
         self._task: asyncio.Task[None] | None = None
+        self._goes_on = True
+        """Whether the rows that were taken last are done."""
         self.figures = Figures()
 
     def start(self) -> None:
@@ -195,7 +197,11 @@ class Indexer:
         batch.rows = await self._outbox.claim(batch.lease_id, LEASE, CLAIM)
         if not batch.rows:
             return False
-        self.figures.oldest = time.monotonic() - max(row.age for row in batch.rows)
+        taken = time.monotonic() - max(row.age for row in batch.rows)
+        # What has failed before these rows were taken still waits, and may not be among them.
+        oldest = self.figures.oldest
+        self.figures.oldest = taken if oldest is None or self._goes_on else min(oldest, taken)
+        self._goes_on = False
         try:
             # Read after the rows were taken: whoever starts to build a collection meanwhile owes every row anew.
             batch.building = await self._rebuilding.collection()
@@ -206,6 +212,7 @@ class Indexer:
         except Refused as error:
             await self._find_refused(batch, str(error))
         await self._settle(batch)
+        self._goes_on = True
         return True
 
     async def _give_back(self, batch: _Batch) -> None:
