@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import importlib.util
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from service.search.engine import Search
 
 LINGER = 0.25
-"""Seconds for which a server that had calls under way still refuses new ones by itself before it stops listening."""
+"""Seconds for which a server that is in use still refuses new calls by itself before it stops listening."""
+IN_USE = 1.0
+"""Seconds after its last call for which a server counts as in use: callers take a moment between one call and the next."""
 MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING = 8192
 SETTLE = 1.0
@@ -200,9 +203,10 @@ class Server:
 
     async def _see_off(self, give_up: float) -> None:
         """Let calls under way end, while those that come are told to go elsewhere: gRPC itself would cancel them without a reason."""
-        if not self.calls.in_flight:
-            return
         loop = asyncio.get_running_loop()
+        quiet = time.monotonic() - self.calls.last_left > IN_USE
+        if quiet and not self.calls.in_flight and not self.streams.in_flight:
+            return
         while self.calls.in_flight and loop.time() < give_up:  # noqa: ASYNC110 - once, at the end: no call pays for an event
             await asyncio.sleep(LINGER / 10)
         await asyncio.sleep(LINGER)

@@ -6,6 +6,7 @@ It is composed once per method when the server is built, not as interceptors: ea
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import uuid
@@ -63,6 +64,8 @@ class Admission:
         self.limit = limit
         self.most = limit + max(1, limit // 4)
         self.in_flight = 0
+        self.last_left = -math.inf
+        """When a call ended last, on the monotonic clock."""
         self.draining = False
         self._counts: dict[str, int] = {}
         self._refusals = _Refusals()
@@ -85,6 +88,7 @@ class Admission:
     def leave(self, whose: str) -> None:
         """Note that a user's call has ended."""
         self.in_flight -= 1
+        self.last_left = time.monotonic()
         count = self._counts[whose]
         if count > 1:
             self._counts[whose] = count - 1

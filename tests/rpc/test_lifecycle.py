@@ -135,6 +135,21 @@ async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(databas
         await holder.close()
 
 
+@pytest.mark.case(n=17)
+async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(database_url: str) -> None:
+    """When the end begins, nothing may be under way although the server is in use; gRPC alone would cancel the next call."""
+    async with serving(database_url) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        stopping = asyncio.create_task(server.stop())
+        while not server.calls.draining:
+            await asyncio.sleep(0)
+        assert not server.calls.in_flight
+        with pytest.raises(aio.AioRpcError) as refused:
+            await chat.list_sessions()
+        assert (refused.value.code(), failures.read(refused.value).reason) == (StatusCode.UNAVAILABLE, "DRAINING")
+        await stopping
+
+
 async def test_health_says_so_before_calls_are_refused(database_url: str) -> None:
     """Load balancers need a moment to notice: until it is over, calls are served."""
     async with serving(database_url, shutdown_delay=1.0) as server, channel(server.address) as opened:
