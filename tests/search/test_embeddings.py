@@ -177,6 +177,7 @@ async def test_one_text_that_is_refused_holds_no_other_up(
             return (await library.get(made.id)).status == INDEXED
 
         await comes_true(indexed, "the next start tries it again")
+        await settled(server)
         assert await fetch(database_url, "SELECT FROM search_outbox") == []
 
 
