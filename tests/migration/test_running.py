@@ -17,8 +17,8 @@ import pytest
 from sqlalchemy import Connection, text
 
 from service.store import migrations, tables
-from service.store.database import SchemaVersion
 from service.store.migrations import MigrationError
+from service.store.schema import SchemaVersion
 from service.store.url import Target
 from tests.migration.test_schema import url_of
 from tests.support.cluster import SUPPORT, fetch

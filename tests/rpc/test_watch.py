@@ -88,6 +88,17 @@ async def pair(database_url: str) -> AsyncGenerator[tuple[Chat, Chat]]:
         yield first, Chat(stubs[1], first.user_id)
 
 
+@asynccontextmanager
+async def three_followers(chat: Chat, session_id: str) -> AsyncGenerator[failures.Failure]:
+    """Follow a session three times, which is as often as may be, and give what a fourth is told."""
+    async with AsyncExitStack() as stack:
+        for _ in range(3):
+            await (await stack.enter_async_context(following(chat, session_id))).reaches(1)
+        async with following(chat, session_id) as follower:
+            ended = await follower.ends()
+        yield ended
+
+
 async def test_two_processes_take_appends_and_every_follower_gets_all(
     start_process: StartProcess, database_url: str
 ) -> None:
@@ -231,11 +242,7 @@ async def test_too_many_followers_are_refused(database_url: str) -> None:
     async with serving(database_url, max_watches=3) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
-        async with AsyncExitStack() as stack:
-            for _ in range(3):
-                await (await stack.enter_async_context(following(chat, session_id))).reaches(1)
-            async with following(chat, session_id) as follower:
-                ended = await follower.ends()
+        async with three_followers(chat, session_id) as ended:
             assert ended.reason == "OVERLOADED"
             await chat.append(session_id, "others are served")
         while server.streams.in_flight:
@@ -248,11 +255,7 @@ async def test_followers_leave_room_for_calls_on_their_connection(database_url: 
     async with serving(database_url, max_calls_per_connection=6) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
-        async with AsyncExitStack() as stack:
-            for _ in range(3):
-                await (await stack.enter_async_context(following(chat, session_id))).reaches(1)
-            async with following(chat, session_id) as follower:
-                ended = await follower.ends()
+        async with three_followers(chat, session_id) as ended:
             assert ended.reason == "OVERLOADED"
             assert "open another" in ended.message
             assert ended.retry_after

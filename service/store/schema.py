@@ -1,0 +1,42 @@
+"""Which schema a database has, and whether this build works with it."""
+
+from __future__ import annotations
+
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.store import tables
+
+
+class SchemaVersion:
+    """What the database says of its schema."""
+
+    __slots__ = ("min_build", "revision")
+
+    def __init__(self, revision: int, min_build: int) -> None:
+        self.revision = revision
+        self.min_build = min_build
+
+    @property
+    def problem(self) -> str | None:
+        """Return why this build cannot work with the schema, in words that tell what to do; None when it can."""
+        if self.revision < tables.REQUIRED_REVISION:
+            return (
+                f"the schema is at revision {self.revision:04d} and this build needs {tables.REQUIRED_REVISION:04d}: "
+                "run `chat-history migrate`"
+            )
+        if self.min_build > tables.BUILD:
+            return f"the schema needs build {self.min_build} or newer, and this is build {tables.BUILD}: deploy a newer one"
+        return None
+
+
+async def schema_version(connection: AsyncConnection) -> SchemaVersion:
+    """Read the schema's revision and the oldest build that it works with; 0 when there is no schema."""
+    known = await connection.scalar(
+        text("SELECT to_regclass('alembic_version') IS NOT NULL AND to_regclass('schema_info') IS NOT NULL")
+    )
+    if not known:
+        return SchemaVersion(0, 0)
+    revision = select(text("version_num")).select_from(text("alembic_version")).scalar_subquery()
+    row = (await connection.execute(select(revision, select(tables.schema_info.c.min_build).scalar_subquery()))).one()
+    return SchemaVersion(int(row[0] or 0), int(row[1] or 0))
