@@ -6,22 +6,20 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from service.store.data_folder import Postmaster
 from tests.support.chatbots import Browser
 from tests.support.demo import demo
+from tests.support.ports import free_port
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
-async def test_postgres_goes_and_comes_back_without_a_restart(
-    folder: Path, unused_tcp_port_factory: Any, number: signal.Signals
-) -> None:
+async def test_postgres_goes_and_comes_back_without_a_restart(folder: Path, number: signal.Signals) -> None:
     data = folder / "data"
     async with (
-        demo(data, (unused_tcp_port_factory(), unused_tcp_port_factory())) as address,
+        demo(data, (free_port(), free_port())) as address,
         Browser(address) as browser,
     ):
 

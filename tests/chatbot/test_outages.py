@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import StartProcess
 from tests.support.chatbots import Browser, Model, chatting
 from tests.support.clients import client_of
+from tests.support.ports import NOBODY
 from tests.support.proxy import Proxy, before_postgres
 from tests.support.servers import serving
 
@@ -62,8 +63,8 @@ async def test_the_chat_goes_on_without_the_database_and_says_so(database_url: s
         assert said[-1] == "After"
 
 
-async def test_nothing_hangs_while_the_service_is_away(unused_tcp_port: int) -> None:
-    async with chatting(f"127.0.0.1:{unused_tcp_port}") as address, Browser(address) as browser:
+async def test_nothing_hangs_while_the_service_is_away() -> None:
+    async with chatting(NOBODY) as address, Browser(address) as browser:
         started = time.monotonic()
         health = await browser.get("/db-health")
         assert (health.status_code, health.json()["database"]) == (503, "unreachable")
@@ -75,9 +76,8 @@ async def test_nothing_hangs_while_the_service_is_away(unused_tcp_port: int) -> 
         assert time.monotonic() - started < 15
 
 
-async def test_where_history_is_required_nothing_is_answered_without_it(unused_tcp_port: int) -> None:
-    target = f"127.0.0.1:{unused_tcp_port}"
-    async with chatting(target, require_history=True, history_timeout=0.3) as address, Browser(address) as browser:
+async def test_where_history_is_required_nothing_is_answered_without_it() -> None:
+    async with chatting(NOBODY, require_history=True, history_timeout=0.3) as address, Browser(address) as browser:
         for path in ("/chat", "/chat/stream"):
             reply = await browser.post(path, json={"message": "Hello?"})
             assert reply.status_code == 503

@@ -16,6 +16,7 @@ from service.server import Server
 from tests.support.chatbots import Model, chatting
 from tests.support.chromium import DESKTOP, PHONE, at_rest, barriers, chromium, opened
 from tests.support.demo import demo
+from tests.support.ports import free_port
 from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.faults  # Takes long.
@@ -53,9 +54,9 @@ async def take(page: Page, name: str) -> None:
 
 @pytest.mark.timeout(180)
 async def test_a_conversation_survives_a_reload_and_a_restart_of_everything(
-    chrome: Browser, complaints: list[str], folder: Path, unused_tcp_port_factory: Any
+    chrome: Browser, complaints: list[str], folder: Path
 ) -> None:
-    ports = (unused_tcp_port_factory(), unused_tcp_port_factory())
+    ports = (free_port(), free_port())
     async with (
         opened(chrome, complaints, **DESKTOP) as desktop,
         opened(chrome, complaints, **PHONE) as phone,

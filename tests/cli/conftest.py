@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 
+PATIENCE = 60.0
+"""Seconds in which a command has begun, or has ended: more than `serve` may take for its end."""
+
+
 class Command:
     """A `chat-history` that runs in a folder, in a process group of its own, with its output in files."""
 
@@ -19,7 +23,9 @@ class Command:
         self, folder: Path, *arguments: str, program: Sequence[str] = ("-m", "service"), **environment: str
     ) -> None:
         self.folder = folder
-        self.out, self.err = folder / f"{arguments[0]}.out", folder / f"{arguments[0]}.err"
+        # Of its own also where another one of the same name still writes.
+        name = f"{arguments[0]}-{len([*folder.glob('*.out')])}"
+        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", *program, *arguments],
@@ -27,11 +33,14 @@ class Command:
                 stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
 
-    def wait(self, timeout: float = 30.0) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for its end and return the exit code."""
-        return self.process.wait(timeout)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it has not ended:\n{self.said}") from None
 
-    def wait_for(self, words: str, timeout: float = 30.0) -> str:
+    def wait_for(self, words: str, timeout: float = PATIENCE) -> str:
         """Wait until it has said something on standard output, and return all of that."""
         give_up = time.monotonic() + timeout
         while words not in (said := self.out.read_text()):

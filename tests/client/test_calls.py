@@ -39,6 +39,7 @@ from chathistory_client.errors import from_rpc
 from service.errors import Unavailable as ServiceUnavailable
 from service.server import Server
 from tests.support.clients import client_of
+from tests.support.ports import NOBODY
 from tests.support.servers import serving
 
 
@@ -251,8 +252,8 @@ async def test_health(client: ChatHistoryClient) -> None:
     assert await client.check_health("no such name") is HealthStatus.UNKNOWN
 
 
-async def test_health_of_nothing_is_unreachable_at_once(unused_tcp_port: int) -> None:
-    async with client_of(f"127.0.0.1:{unused_tcp_port}") as nobody:
+async def test_health_of_nothing_is_unreachable_at_once() -> None:
+    async with client_of(NOBODY) as nobody:
         async with asyncio.timeout(1):
             assert await nobody.check_health("database") is HealthStatus.UNREACHABLE
         with pytest.raises(Unavailable, match=r"not ready after 0\.2 s"):

@@ -15,6 +15,7 @@ from chathistory_client import ChatHistoryClient, DeadlineExceeded, HealthStatus
 from chathistory_client.tokens import Tokens
 from tests.support import certificates, issuer
 from tests.support.clients import client_of
+from tests.support.ports import NOBODY
 from tests.support.servers import serving
 
 JWT: dict[str, Any] = {
@@ -87,12 +88,12 @@ async def test_a_watch_goes_on_when_its_token_ends(database_url: str, monkeypatc
     assert seen == [1, 2]
 
 
-async def test_tokens_that_never_come_do_not_outlast_the_deadline(unused_tcp_port: int) -> None:
+async def test_tokens_that_never_come_do_not_outlast_the_deadline() -> None:
     async def never() -> str:
         await asyncio.sleep(3600)
         raise AssertionError("unreachable")
 
-    async with client_of(f"127.0.0.1:{unused_tcp_port}", token=never) as client:
+    async with client_of(NOBODY, token=never) as client:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="no token"):
             await client.get_user(user_id=new_id(), timeout=0.2)

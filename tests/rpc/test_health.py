@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -19,6 +18,7 @@ from service.store import migrations, tables
 from service.store.url import parse
 from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, fetch
+from tests.support.ports import free_port
 from tests.support.proxy import before_postgres
 from tests.support.servers import channel, connected, serving, target_of
 from tests.support.servers import settings as server_settings
@@ -388,9 +388,7 @@ async def test_locked_rows_are_no_outage(database_url: str, cluster: Cluster) ->
 
 
 async def test_health_is_served_on_a_port_of_its_own_as_well(database_url: str) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     async with serving(database_url, health_listen=f"127.0.0.1:{port}"), channel(f"127.0.0.1:{port}") as opened:
         assert await Probe(opened).ready()
         async with connected(f"127.0.0.1:{port}") as stub:

@@ -18,6 +18,8 @@ from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc
 from qdrant_client.grpc import collections_service_pb2_grpc as collections_grpc
 from qdrant_client.grpc import points_service_pb2_grpc as points_grpc
 
+from tests.support.ports import free_port
+
 
 class QdrantServer:
     """One Qdrant, which can be stopped and started again with its data, and slowed down."""
@@ -44,7 +46,7 @@ class QdrantServer:
         server = aio.server(options=[("grpc.so_reuseport", 0)])
         collections_grpc.add_CollectionsServicer_to_server(_Collections(self), server)  # type: ignore[no-untyped-call]
         points_grpc.add_PointsServicer_to_server(_Points(self), server)  # type: ignore[no-untyped-call]
-        self.port = server.add_insecure_port(f"127.0.0.1:{port or self.port}")
+        self.port = server.add_insecure_port(f"127.0.0.1:{port or self.port or free_port()}")
         await server.start()
         self._server = server
 

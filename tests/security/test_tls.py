@@ -24,6 +24,7 @@ from service.rpc import identity
 from tests.support import issuer
 from tests.support.certificates import Authority, Pair, write
 from tests.support.failures import fails
+from tests.support.ports import free_port
 from tests.support.servers import _CHANNEL_OPTIONS, AsyncStub, channel, connected, serving, settings
 
 
@@ -80,9 +81,7 @@ async def test_mutual_tls_may_trust_its_callers_on_any_address(
 
 
 async def test_health_is_served_in_plaintext_beside_tls(database_url: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        health = f"127.0.0.1:{free.getsockname()[1]}"
+    health = f"127.0.0.1:{free_port()}"
     authority = Authority()
     files = write(tmp_path, authority.issue(), authority.pem)
     async with serving(database_url, health_listen=health, **files), channel(health) as opened:

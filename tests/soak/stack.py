@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from service.store.migrations import upgrade
 from service.store.url import parse
 from tests.support.cluster import Cluster
 from tests.support.pgbouncer import PgBouncer, program
+from tests.support.ports import free_port
 from tests.support.proxy import Proxy, before_postgres
 from tests.support.servers import ServerProcess
 
@@ -105,9 +105,7 @@ class Stack:
             url = self.pooler.url("postgres").replace(f":{self.pooler.port}/", f":{back.port}/")
         else:
             back, url = await self._exit.enter_async_context(before_postgres(self.database_url))
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            metrics = f"127.0.0.1:{taken.getsockname()[1]}"
+        metrics = f"127.0.0.1:{free_port()}"
         process = await ServerProcess(url, self.folder / name, CHAT_HISTORY_METRICS_LISTEN=metrics).start()
         front = await self._exit.enter_async_context(Proxy(process.address))
         replica = Replica(name, back, front, process, metrics, url, spared)

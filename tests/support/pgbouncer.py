@@ -18,6 +18,7 @@ from typing import Self
 from sqlalchemy import URL, make_url
 
 from tests.support.account import folder_for, give, ordinary
+from tests.support.ports import free_port
 
 PROGRAM = "pgbouncer"
 PASSWORD = "npg_n0tReallyS3cret"
@@ -75,9 +76,7 @@ class PgBouncer:
 
     def __enter__(self) -> Self:
         self.folder = self._exit.enter_context(folder_for("pgbouncer"))
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            self.port = taken.getsockname()[1]
+        self.port = free_port()
         self._configure()
         self.start()
         return self

@@ -22,6 +22,7 @@ from pydantic_settings import SettingsConfigDict
 from service.config import Settings
 from service.server import Server
 from service.store.url import Target, parse
+from tests.support.ports import free_port
 from tests.support.route import routed_url
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
     server = Server(settings(**values), target)
     await server.start()
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await server.readiness.wait_ready()
         yield server
         await _comes_true(lambda: _busy(server) == {}, lambda: f"still at work after the test: {_busy(server)}")
@@ -87,7 +88,7 @@ def _busy(server: Server) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-async def _comes_true(condition: Any, complaint: Any, seconds: float = 5.0) -> None:
+async def _comes_true(condition: Any, complaint: Any, seconds: float = 20.0) -> None:
     give_up = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < give_up, complaint()
@@ -138,7 +139,8 @@ class ServerProcess:
             inherited
             | {
                 "DATABASE_URL": routed_url(database_url),
-                "CHAT_HISTORY_LISTEN": "127.0.0.1:0",
+                # One that another process can take after it.
+                "CHAT_HISTORY_LISTEN": f"127.0.0.1:{free_port()}",
                 "CHAT_HISTORY_SHUTDOWN_GRACE": "3",
                 "CHAT_HISTORY_SEARCH": "off",
                 "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH")))),
@@ -173,7 +175,7 @@ class ServerProcess:
         """Wait until it serves and return its address."""
         assert self._process is not None
         assert self._process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             line = await asyncio.to_thread(self._process.stdout.readline)
         assert line, f"the server did not start:\n{self.log.read_text()}"
         self.address = line.strip()

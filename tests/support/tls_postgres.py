@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import time
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from sqlalchemy import URL
 
 from tests.support.account import folder_for, give, ordinary
 from tests.support.certificates import Pair
+from tests.support.ports import free_port
 
 USER = "neondb_owner"
 DATABASE = "neondb"
@@ -52,9 +52,7 @@ class TlsPostgres:
 
     def __enter__(self) -> Self:
         self.folder = self._exit.enter_context(folder_for("postgres"))
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            self.port = taken.getsockname()[1]
+        self.port = free_port()
         try:
             self._start()
         except BaseException:
