@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-
 PATIENCE = 60.0
 """Seconds in which a command has begun, or has ended: more than `serve` may take for its end."""
 
