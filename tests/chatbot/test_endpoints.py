@@ -194,7 +194,7 @@ async def test_what_was_generated_is_stored_when_the_browser_leaves(clever: Brow
                 break
     await clever.get("/")
     [session] = (await clever.get("/api/sessions")).json()["sessions"]
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while len(messages := await clever.read(session["session_uuid"])) < 2:
             await asyncio.sleep(0.05)
 

@@ -43,7 +43,7 @@ async def test_the_chat_goes_on_without_the_database_and_says_so(database_url: s
         started = time.monotonic()
         known = await browser.ask("Meanwhile", session_uuid=before["session_uuid"])
         fresh = await browser.ask("Meanwhile, too")
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 30
         assert (known["saved"], fresh["saved"], fresh["session_uuid"]) == (False, False, None)
         assert known["answer"]
         listed = await browser.get("/api/sessions")
@@ -73,7 +73,7 @@ async def test_nothing_hangs_while_the_service_is_away() -> None:
         assert (reply["saved"], reply["session_uuid"]) == (False, None)
         assert "cannot be searched" in reply["answer"]
         assert (await browser.get("/api/sessions")).status_code == 503
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 30
 
 
 async def test_where_history_is_required_nothing_is_answered_without_it() -> None:
@@ -85,7 +85,7 @@ async def test_where_history_is_required_nothing_is_answered_without_it() -> Non
 
 
 async def test_a_turn_outlasts_a_break_shorter_than_itself(database_url: str, model: Model) -> None:
-    model.words, model.pause = ["One ", "two ", "three"], 0.5
+    model.words, model.pause = ["One ", "two ", "three"], 1.0
     async with (
         serving(database_url) as server,
         Proxy(server.address) as proxy,

@@ -144,7 +144,7 @@ async def test_conversations_are_found_renamed_and_deleted(
 @asynccontextmanager
 async def in_the_middle(chrome: Browser, server: Server, model: Model, complaints: list[str]) -> AsyncGenerator[Page]:
     """Give a page on which a long answer has begun."""
-    model.words, model.pause = [f"word{n} " for n in range(300)], 0.03
+    model.words, model.pause = [f"word{n} " for n in range(1000)], 0.03
     async with (
         model.serving() as settings,
         chatting(server.address, **settings) as address,

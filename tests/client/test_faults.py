@@ -16,6 +16,9 @@ from tests.support.proxy import Proxy, Way
 
 pytestmark = pytest.mark.faults  # Takes long.
 
+PATIENCE = 30.0
+"""Seconds to wait for what must come."""
+
 
 @pytest.fixture
 async def proxy(server: Server) -> AsyncGenerator[Proxy]:
@@ -57,7 +60,7 @@ async def test_a_session_that_is_started_by_a_lost_call_is_started_once(
     await through.get_user(user_id=owner)
     proxy.hold(Way.DOWN)
     appending = asyncio.create_task(through.append_messages(user_id=owner, messages=[message("user", "hello")]))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not [each async for each in client.list_sessions(user_id=owner)]:
             await asyncio.sleep(0.02)
     proxy.cut()
@@ -74,7 +77,7 @@ async def test_creating_with_ids_of_the_clients_own_survives_a_lost_reply(
     await through.get_user(user_id=owner)
     proxy.hold(Way.DOWN)
     creating = asyncio.create_task(through.create_session(user_id=owner, title="once"))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while not [each async for each in client.list_sessions(user_id=owner)]:
             await asyncio.sleep(0.02)
     proxy.cut()
@@ -158,7 +161,7 @@ async def test_a_watch_in_a_black_hole_notices_by_keepalive(
         dead = set(proxy.links)
         proxy.tap = lambda link, _way, _piece: link not in dead
         await client.append_messages(user_id=owner, session_id=session.id, messages=[message("user", "2")])
-        await reaches(seen, 2, seconds=15)
+        await reaches(seen, 2)
         watching.cancel()
         await asyncio.wait([watching])
     proxy.cut()
@@ -166,7 +169,6 @@ async def test_a_watch_in_a_black_hole_notices_by_keepalive(
     assert seen == [1, 2]
 
 
-@pytest.mark.timeout(60)
 async def test_a_watch_survives_restarts_of_the_server(start_process: StartProcess) -> None:
     first = await start_process()
     async with Proxy(first.address) as proxy, client_of(proxy.address) as client:
@@ -195,7 +197,6 @@ async def test_a_watch_survives_restarts_of_the_server(start_process: StartProce
     assert seen == list(range(1, 10))
 
 
-@pytest.mark.timeout(60)
 async def test_replicas_behind_one_name_share_the_calls_and_one_may_go(start_process: StartProcess) -> None:
     one, two = await start_process(), await start_process()
     async with (
@@ -205,14 +206,23 @@ async def test_replicas_behind_one_name_share_the_calls_and_one_may_go(start_pro
         client_of(f"ipv4:{first.address},{second.address}") as client,
     ):
         owner = (await client.create_user()).id
+
+        def passed() -> list[int]:
+            return [sum(sum(link.passed.values()) for link in each.links) for each in (first, second)]
+
+        # One connection may stand before the other; from then on they take turns.
+        async with asyncio.timeout(PATIENCE):
+            while min(passed()) < 1000:
+                await client.get_user(user_id=owner)
+        before = passed()
         for _ in range(20):
             await client.get_user(user_id=owner)
-        passed = [sum(sum(link.passed.values()) for link in each.links) for each in (first, second)]
-        assert min(passed) > 0.3 * max(passed)
+        shares = [now - then for now, then in zip(passed(), before, strict=True)]
+        assert min(shares) > 0.3 * max(shares)
         await one.kill()
         first.refuse()
         for _ in range(20):
-            await client.get_user(user_id=owner, timeout=3)
+            await client.get_user(user_id=owner, timeout=10)
 
 
 async def watch(client: ChatHistoryClient, owner: str, session_id: str, seen: list[int]) -> None:
@@ -223,12 +233,12 @@ async def watch(client: ChatHistoryClient, owner: str, session_id: str, seen: li
 
 async def stored(client: ChatHistoryClient, owner: str, session_id: str, count: int) -> None:
     """Wait until a session has so many messages."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while (await client.get_session(user_id=owner, session_id=session_id)).message_count != count:
             await asyncio.sleep(0.02)
 
 
-async def reaches(seen: list[int], count: int, seconds: float = 8) -> None:
+async def reaches(seen: list[int], count: int, seconds: float = PATIENCE) -> None:
     """Wait until so many have been seen."""
     async with asyncio.timeout(seconds):
         while len(seen) < count:

@@ -14,6 +14,7 @@ from chathistory.v1 import message_pb2, session_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
 from grpc import StatusCode
 
+from service.store import database
 from service.store.migrations import upgrade
 from service.store.url import parse
 from tests.faults.conftest import Broken, every_kind
@@ -118,6 +119,9 @@ async def test_a_retry_is_a_replay_also_when_the_connection_is_cut(broken: Broke
     chat, proxy = broken.chat, broken.proxy
     messages = texts(2)
     session_id = await chat.start(messages)
+    # Whose it is tells its age. What was stored just before the retry came, and within the time that PostgreSQL's answer to that takes,
+    # cannot be told from what the retry itself has stored.
+    await asyncio.sleep(2)
     for again in (session_id, ""):
         proxy.hold(Way.DOWN)
         passed = sum(link.passed[Way.UP] for link in proxy.links)
@@ -215,21 +219,22 @@ async def test_it_suspends_and_takes_seconds_to_wake(broken: Broken, database_ur
 
 
 @pytest.mark.case(n=11)
-async def test_a_database_that_stays_away_is_unavailable(broken: Broken) -> None:
+async def test_a_database_that_stays_away_is_unavailable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of every kind are told so, and when to come back, before their deadlines."""
+    monkeypatch.setattr(database, "REPLY_MARGIN", 1.0)  # A busy machine takes its time to carry an answer.
     user_id, session_id, stub = broken.chat.user_id, await broken.chat.start(), broken.chat.stub
     broken.proxy.refuse()
     owned: Any = {"user_id": user_id, "session_id": session_id}
     request = message_pb2.AppendMessagesRequest(**owned, messages=texts(1))
     title = session_pb2.Session(id=session_id, title="new")
     await asyncio.gather(
-        failures.fails(stub.GetSession(session_pb2.GetSessionRequest(**owned), timeout=1.5), AWAY),
-        failures.fails(stub.ListMessages(message_pb2.ListMessagesRequest(**owned), timeout=1.5), AWAY),
-        failures.fails(stub.GetContext(message_pb2.GetContextRequest(**owned), timeout=1.5), AWAY),
+        failures.fails(stub.GetSession(session_pb2.GetSessionRequest(**owned), timeout=5), AWAY),
+        failures.fails(stub.ListMessages(message_pb2.ListMessagesRequest(**owned), timeout=5), AWAY),
+        failures.fails(stub.GetContext(message_pb2.GetContextRequest(**owned), timeout=5), AWAY),
         failures.fails(
-            stub.UpdateSession(session_pb2.UpdateSessionRequest(user_id=user_id, session=title), timeout=1.5), AWAY
+            stub.UpdateSession(session_pb2.UpdateSessionRequest(user_id=user_id, session=title), timeout=5), AWAY
         ),
-        failures.fails(stub.AppendMessages(request, timeout=1.5), AWAY),
+        failures.fails(stub.AppendMessages(request, timeout=5), AWAY),
     )
     broken.proxy.accept()
     reply = await stub.AppendMessages(request)

@@ -238,7 +238,8 @@ async def _ask(chat: Chat, session_id: str, stopping: asyncio.Event) -> int:
 async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaitable[None]]) -> None:
     """Migrate while clients call in every way, who see no error and need no retry of theirs."""
     stopping = asyncio.Event()
-    async with under_load(url) as (server, load), connected(server.address) as stub:
+    # Each for as long as a call may take by itself: no deadline of a caller's hides an error, or is one.
+    async with under_load(url, call_seconds=30) as (server, load), connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_ids = [await chat.start() for _ in range(6)]
         asking = [asyncio.create_task(_ask(chat, each, stopping)) for each in session_ids]

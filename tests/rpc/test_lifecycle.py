@@ -16,6 +16,7 @@ from grpc import StatusCode, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from service import server as server_module
 from service.server import Server
 from tests.conftest import StartProcess
 from tests.support import failures
@@ -136,8 +137,11 @@ async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(databas
 
 
 @pytest.mark.case(n=17)
-async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(database_url: str) -> None:
+async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the end begins, nothing may be under way although the server is in use; gRPC alone would cancel the next call."""
+    monkeypatch.setattr(server_module, "LINGER", 1.0)  # The next call of a busy machine's takes a moment.
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         stopping = asyncio.create_task(server.stop())
@@ -152,7 +156,7 @@ async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(dat
 
 async def test_health_says_so_before_calls_are_refused(database_url: str) -> None:
     """Load balancers need a moment to notice: until it is over, calls are served."""
-    async with serving(database_url, shutdown_delay=1.0) as server, channel(server.address) as opened:
+    async with serving(database_url, shutdown_delay=3.0) as server, channel(server.address) as opened:
         health: Any = health_pb2_grpc.HealthStub(opened)
         async with connected(server.address) as stub:
             chat = await Chat.of_new_user(stub)

@@ -101,7 +101,7 @@ class Library:
         return list((await self.stub.SearchMessages(request)).hits)
 
 
-async def comes_true(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 30.0) -> None:
+async def comes_true(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60.0) -> None:
     """Wait for something."""
     give_up = time.monotonic() + seconds
     while not await condition():

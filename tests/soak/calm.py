@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from tests.support.servers import channel, settings
 
 CALL_SECONDS = 10.0
 """Within which a call must have succeeded, at its first try."""
+REST_SECONDS = 20.0
+"""Within which a replica that nobody calls has given back what it took."""
 AT_REST = ("calls_in_flight", "watches_open", "appends_waiting", "connections_in_use")
 """What a replica that nobody calls has none of, by its metrics."""
 
@@ -32,16 +35,22 @@ async def look(stack: Stack, tally: Tally) -> None:
 
 
 async def _at_rest(replica: Replica, tally: Tally) -> None:
-    """Look for what was taken and not given back."""
+    """Look for what was taken and is not given back before long."""
+    give_up = time.monotonic() + REST_SECONDS
+    while (found := await _held(replica)) and time.monotonic() < give_up:
+        await asyncio.sleep(0.2)
+    for words in found:
+        tally.blame("LEAK", f"the {replica.name} replica, at rest: {words}")
+
+
+async def _held(replica: Replica) -> list[str]:
     gauges = await replica.gauges()
-    for name in AT_REST:
-        if gauges[f"chat_history_{name}"]:
-            tally.blame("LEAK", f"the {replica.name} replica, at rest: {name} {gauges[f'chat_history_{name}']:.0f}")
+    taken = {name: gauges[f"chat_history_{name}"] for name in AT_REST}
+    found = [f"{name} {count:.0f}" for name, count in taken.items() if count]
     # Those beyond the pool's size end when they are given back.
-    if replica.connections > (most := settings().db_pool_size):
-        tally.blame(
-            "LEAK", f"the {replica.name} replica, at rest: {replica.connections} connections, and {most} are kept"
-        )
+    if (connections := replica.connections) > (most := settings().db_pool_size):
+        found.append(f"{connections} connections, and {most} are kept")
+    return found
 
 
 async def _call(replica: Replica, stub: Any, others: Any, tally: Tally) -> None:

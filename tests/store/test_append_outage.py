@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from service.store import database as database_module
 from service.store.append import Appender
 from service.store.append_item import Append
 from tests.support.appends import new_message, new_user, stores
@@ -36,19 +39,22 @@ async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url:
         # Full jitter up to a second: about thirteen times each. With pauses of some hundredths it was two hundred.
         assert LANES <= asked < 30 * LANES, asked
         proxy.accept()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             await asyncio.gather(*waiting)
         await appender.drain()
 
 
-async def test_who_cannot_wait_longer_is_told_though_the_lane_rests(database_url: str) -> None:
+async def test_who_cannot_wait_longer_is_told_though_the_lane_rests(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each in time to hear of it, however long the lane would wait before it asks again."""
+    monkeypatch.setattr(database_module, "REPLY_MARGIN", 1.0)
     user_id = await new_user(database_url)
     async with before_postgres(database_url) as (proxy, url), stores(url) as [database]:
         appender = Appender(database, 1)
         loop = asyncio.get_running_loop()
         proxy.refuse()
-        deadlines = [loop.time() + 2 + n / 10 for n in range(20)]
+        deadlines = [loop.time() + 4 + n / 10 for n in range(20)]
         items = [Append(user_id, new_id(), [new_message(new_id())], each, may_create=True) for each in deadlines]
         answered: list[float] = []
 

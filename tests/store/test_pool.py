@@ -42,9 +42,10 @@ async def backends(database: Database, count: int) -> list[int]:
     async with asyncio.timeout(20):
         while len(held) < count:
             await asyncio.sleep(0.01)
-    for _ in tasks:
-        turn.release()
-        await asyncio.sleep(0.05)
+        for n in range(1, count + 1):
+            turn.release()
+            while database.engine.pool.checkedin() < n:  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
     await asyncio.gather(*tasks)
     return held
 
@@ -75,10 +76,10 @@ async def test_the_last_used_connection_is_used_first_and_the_others_age(databas
 
 
 async def test_an_old_connection_is_replaced(database_url: str) -> None:
-    database = Database(parse(database_url), recycle=1)
+    database = Database(parse(database_url), recycle=3)
     first = await database.read(backend, soon(), OWNER)
     assert await database.read(backend, soon(), OWNER) == first
-    await asyncio.sleep(1.2)
+    await asyncio.sleep(3.2)
     assert await database.read(backend, soon(), OWNER) != first
     await database.close()
 
@@ -132,6 +133,8 @@ async def test_hot_statements_have_connections_of_their_own_whatever_else_is_hel
     await asyncio.sleep(0.2)
     async with asyncio.timeout(20):
         kept = [await database.driver.acquire() for _ in range(6)]
+        while database.engine.pool.checkedout() < 12:  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
     for each in kept:
         database.driver.release(each)
     assert database.engine.pool.checkedout() == 12  # type: ignore[attr-defined]

@@ -52,9 +52,12 @@ def private_pem(key: Any) -> str:
 
 
 def claims(subject: str, **changes: Any) -> dict[str, Any]:
-    """Return what a good token says; a change of None leaves a claim out."""
+    """Return what a good token says; a change of None leaves a claim out.
+
+    It is good for a day: some are made when pytest collects the tests, and a slow machine takes its time to come to the last of them.
+    """
     now = int(time.time())
-    all_ = {"sub": subject, "iss": ISSUER, "aud": AUDIENCE, "iat": now, "exp": now + 600} | changes
+    all_ = {"sub": subject, "iss": ISSUER, "aud": AUDIENCE, "iat": now, "exp": now + 86_400} | changes
     return {name: value for name, value in all_.items() if value is not None}
 
 

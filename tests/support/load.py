@@ -28,8 +28,11 @@ CALL_SECONDS = 5.0
 class Load:
     """Several writers to each of several sessions; each sends its request again until it is acknowledged."""
 
-    def __init__(self, chat: Chat, *, sessions: int = 4, writers: int = 3, seed: int = 1) -> None:
+    def __init__(
+        self, chat: Chat, *, sessions: int = 4, writers: int = 3, seed: int = 1, call_seconds: float = CALL_SECONDS
+    ) -> None:
         self._chat = chat
+        self._call_seconds = call_seconds
         self._random = random.Random(seed)
         self.session_ids = [new_id() for _ in range(sessions)]
         self._writers = [session_id for session_id in self.session_ids for _ in range(writers)]
@@ -83,7 +86,7 @@ class Load:
     ) -> message_pb2.AppendMessagesResponse:
         while True:
             try:
-                return await self._chat.stub.AppendMessages(request, timeout=CALL_SECONDS)
+                return await self._chat.stub.AppendMessages(request, timeout=self._call_seconds)
             except aio.AioRpcError as error:
                 if error.code() not in RETRIED:
                     raise
