@@ -266,7 +266,10 @@ def test_a_killed_service_is_taken_over(start: Start, folder: Path) -> None:
 
 
 def test_a_closed_terminal_stops_in_good_order(start: Start, folder: Path) -> None:
+    # Where the tests run under nohup it is ignored, and what they start would inherit that.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     serving = start("serve")
+    signal.signal(signal.SIGHUP, before)
     address(serving)
     serving.process.send_signal(signal.SIGHUP)
     assert serving.wait() == 0
