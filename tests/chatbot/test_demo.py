@@ -31,11 +31,11 @@ async def test_postgres_goes_and_comes_back_without_a_restart(folder: Path, numb
         first = await browser.ask("Is a message ever stored twice?")
         assert (first["saved"], bool(first["sources"])) == (True, True)
         session = first["session_uuid"]
-        await health(200, 10)
+        await health(200, 30)
         server = Postmaster.read(data / "postgres")
         assert server is not None
         os.kill(server.pid, number)
-        await health(503, 5)  # Two seconds are promised; the machine may be busy.
+        await health(503, 7)  # Two seconds are promised; the machine may be busy. After ten it is there again.
         meanwhile = await browser.ask("Are you there?", session_uuid=session)
         assert (meanwhile["saved"], bool(meanwhile["answer"])) == (False, True)
         await health(200, 60)

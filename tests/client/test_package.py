@@ -33,6 +33,7 @@ asyncio.run(main())
 
 
 @pytest.mark.network
+@pytest.mark.timeout(600)
 async def test_the_client_installs_alone_and_works(server: Server, tmp_path: Path) -> None:
     def install() -> Path:
         for project in ("generated", "client"):

@@ -203,6 +203,7 @@ async def test_a_new_revision_takes_the_next_number(empty: Target, tmp_path: Pat
     assert f'down_revision = "{tables.BUILD:04d}"' in made.read_text()
 
 
+@pytest.mark.timeout(300)
 async def test_an_installed_wheel_migrates_without_a_checkout(empty: Target, tmp_path: Path) -> None:
     def migrate() -> subprocess.CompletedProcess[str]:
         build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from service.server import Server
+from tests.support.commands import PATIENCE
 from tests.support.servers import ROOT
 from tests.support.tools import require
 
@@ -27,7 +28,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("package.json", "client.mjs"):
         shutil.copy(HERE / name, folder)
     command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "client.mjs"
 
@@ -50,6 +51,7 @@ async def run(client: Path, address: str) -> dict[str, Any]:
 
 
 @pytest.mark.network
+@pytest.mark.timeout(600)
 async def test_a_node_client_creates_appends_follows_and_lists(client: Path, server: Server) -> None:
     got = await run(client, server.address)
     assert got["user"]["metadata"] == {

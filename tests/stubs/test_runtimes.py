@@ -49,6 +49,7 @@ print(len(modules), version("protobuf"), version("grpcio"))
 
 
 @pytest.mark.network
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("resolution", "protobuf"), [("lowest", "6.31.1"), ("highest", "7.")])
 def test_wheel_works_with_the_runtimes_it_allows(resolution: str, protobuf: str, tmp_path: Path) -> None:
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT / "generated")
