@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.config import BadConfiguration, Settings, split_address
-from service.rpc import identity
+from service.rpc import connections, identity
 from service.rpc.audit import Audited
 from service.rpc.auth import trust
 from service.rpc.health import SERVICE, Health, Readiness
@@ -36,14 +36,14 @@ from service.telemetry import Metrics
 if TYPE_CHECKING:
     from service.search.engine import Search
 
-LINGER = 0.25
-"""Seconds for which a server that is in use still refuses new calls by itself before it stops listening."""
+LINGER = 0.5
+"""Seconds for which a server that is in use still refuses new calls, and the last answers are carried away, before it hangs up."""
 IN_USE = 1.0
 """Seconds after its last call for which a server counts as in use: callers take a moment between one call and the next."""
 MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING = 8192
 SETTLE = 1.0
-"""Seconds that connections get at the end to carry the last answers away, once no call is under way."""
+"""Seconds that gRPC gets to end, once its connections have."""
 LAST_WRITES = 2.0
 """Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
 LAST_INDEXING = 5.0
@@ -111,7 +111,7 @@ class Server:
         self.metrics = self._start_metrics()
         self.address = settings.listen
         """Where it listens, with the port that it took."""
-        self._servers: list[aio.Server] = []
+        self._servers: list[tuple[aio.Server, int]] = []
 
     async def start(self) -> None:
         """Listen; calls are served as soon as the database answers and its schema fits.
@@ -134,14 +134,14 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        self.address = _listen(server, settings.listen, self.certificates)
-        self._servers.append(server)
+        self.address, port = _listen(server, settings.listen, self.certificates)
+        self._servers.append((server, port))
         if settings.health_listen is not None:
             probes = aio.server(options=options)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, probes)
-            _listen(probes, settings.health_listen)
-            self._servers.append(probes)
-        for each in self._servers:
+            _, port = _listen(probes, settings.health_listen)
+            self._servers.append((probes, port))
+        for each, _ in self._servers:
             await each.start()
         # What lives as long as the process need not be looked at by every collection.
         gc.collect()
@@ -164,7 +164,7 @@ class Server:
         give_up = loop.time() + self.settings.shutdown_grace
         await self._see_off(give_up)
         self.health.close()
-        await asyncio.gather(*(self._hang_up(server, give_up) for server in self._servers))
+        await asyncio.gather(*(self._hang_up(server, port) for server, port in self._servers))
         identity.close(self.authenticate)
         steps = [
             _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
@@ -202,30 +202,31 @@ class Server:
             self.search.wake()
 
     async def _see_off(self, give_up: float) -> None:
-        """Let calls under way end, while those that come are told to go elsewhere: gRPC itself would cancel them without a reason."""
+        """Let calls under way end, and their answers arrive, while those that come are told to go elsewhere."""
         loop = asyncio.get_running_loop()
         quiet = time.monotonic() - self.calls.last_left > IN_USE
         if quiet and not self.calls.in_flight and not self.streams.in_flight:
             return
-        while self.calls.in_flight and loop.time() < give_up:  # noqa: ASYNC110 - once, at the end: no call pays for an event
-            await asyncio.sleep(LINGER / 10)
+        while self._at_work() and loop.time() < give_up:  # noqa: ASYNC110 - once, at the end: no call pays for an event
+            await asyncio.sleep(LINGER / 20)
         await asyncio.sleep(LINGER)
 
-    async def _hang_up(self, server: aio.Server, give_up: float) -> None:
-        """Close a server's connections once its calls have ended, at the latest when the time is up.
+    def _at_work(self) -> bool:
+        # Followers have been sent away: one that is left does not read.
+        return self.calls.in_flight > 0 or self.streams.in_flight > len(self.watchers)
+
+    async def _hang_up(self, server: aio.Server, port: int) -> None:
+        """End a server's connections, and with them the calls that have not ended by now; then the server.
 
         gRPC by itself would wait for every call that it knows of: one that came in the instant in which it was told to stop, which it
-        never hands over and never ends, or one whose request never arrives. The clients are told, and try again elsewhere.
+        never hands over and never ends, or one whose request never arrives.
         """
         loop = asyncio.get_running_loop()
-        stopping = loop.create_task(server.stop(max(0.0, give_up - loop.time())))
-        settled = loop.time() + SETTLE
-        while not stopping.done() and loop.time() < min(settled, give_up):
-            await asyncio.wait((stopping,), timeout=LINGER / 10)
-            # Followers have been sent away: one that is left does not read.
-            if self.calls.in_flight or self.streams.in_flight > len(self.watchers):
-                settled = loop.time() + SETTLE
-        await _at_most(SETTLE, "connections", asyncio.gather(stopping, server.stop(None)))
+        # One after the other, and nothing else between: those who are sent away would come back. Whoever manages to is sent away, too.
+        loop.call_soon(connections.hang_up, port)
+        stopping = loop.create_task(server.stop(None))
+        loop.call_soon(connections.hang_up, port)
+        await _at_most(SETTLE, "connections", stopping)
 
     def _start_metrics(self) -> Metrics | None:
         if self.settings.metrics_listen is None:
@@ -265,8 +266,8 @@ class Server:
         )
 
 
-def _listen(server: aio.Server, address: str, certificates: Certificates | None = None) -> str:
-    """Listen on an address, in plaintext without certificates, and return it with the port taken.
+def _listen(server: aio.Server, address: str, certificates: Certificates | None = None) -> tuple[str, int]:
+    """Listen on an address, in plaintext without certificates; return it with the port taken, and that port.
 
     Raises:
         OSError: it cannot be listened on.
@@ -282,7 +283,7 @@ def _listen(server: aio.Server, address: str, certificates: Certificates | None 
         taken = 0
     if not taken:
         raise OSError(errno.EADDRINUSE, "cannot listen on this address", address)
-    return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}"
+    return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}", taken
 
 
 async def _at_most(seconds: float, what: str, step: Awaitable[object]) -> None:

@@ -281,7 +281,7 @@ class Connection:
 def _sent_away(failure: errors.ChatHistoryError) -> bool:
     """Whether a replica that shuts down has not taken a call: another one will, or the next.
 
-    gRPC itself cancels what reaches a server in the moment in which that closes its connections, and gives no reason.
+    gRPC itself cancels what reaches a server that stops, or that has too much to take up, and gives no reason.
     """
     return failure.reason == "DRAINING" or (failure.code is grpc.StatusCode.CANCELLED and not failure.reason)
 

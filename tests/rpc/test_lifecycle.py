@@ -87,6 +87,31 @@ async def test_sigterm_under_load_with_a_watch_open(start_process: StartProcess,
     assert "Traceback" not in process.log.read_text()
 
 
+@pytest.mark.case(n=17)
+async def test_those_who_come_again_at_once_are_never_told_cancelled(start_process: StartProcess) -> None:
+    """CANCELLED is what gRPC makes of calls that reach a server while it stops, and no reason for a client to try again."""
+    process = await start_process()
+    codes: list[StatusCode] = []
+    async with connected(process.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        ended = asyncio.Event()
+
+        async def come_again() -> None:
+            while not ended.is_set():
+                try:
+                    await chat.list_sessions()
+                except aio.AioRpcError as error:
+                    codes.append(error.code())
+
+        callers = [asyncio.create_task(come_again()) for _ in range(24)]
+        await asyncio.sleep(0.2)
+        process.send(signal.SIGTERM)
+        assert await process.wait() == 0
+        ended.set()
+        await asyncio.gather(*callers)
+    assert set(codes) == {StatusCode.UNAVAILABLE}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_an_idle_server_ends_at_once(start_process: StartProcess, number: signal.Signals) -> None:
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
