@@ -118,6 +118,16 @@ async def searchable(server: Server) -> None:
     await comes_true(healthy, "search is ready")
 
 
+async def built(server: Server) -> None:
+    """Wait until no index is being built: the first one is, also when search answers already."""
+
+    async def done() -> bool:
+        assert server.search is not None
+        return server.search._rebuild is None or server.search._rebuild.done()
+
+    await comes_true(done, "the index is built")
+
+
 async def settled(server: Server) -> None:
     """Wait until the index owes nothing that can be done."""
     assert server.search is not None

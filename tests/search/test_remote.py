@@ -22,7 +22,7 @@ from service.search.index import floats
 from service.search.points import Kind, Point
 from service.server import Server
 from service.store import diagnosis
-from tests.search.library import HYBRID, INDEXED, LEXICAL, SEMANTIC, Library, comes_true, searchable, settled
+from tests.search.library import HYBRID, INDEXED, LEXICAL, SEMANTIC, Library, built, comes_true, searchable, settled
 from tests.search.qdrant_server import QdrantServer
 from tests.support import sentinel
 from tests.support.chat import Chat, new_id
@@ -212,6 +212,7 @@ async def test_rebuilding_under_load(database_url: str, qdrant: QdrantServer, re
             await library.create([f"Fact {n} about the moon.", f"Fact {n} about the sun."])
         session = await library.chat.start("the moon is bright tonight")
         await settled(server)
+        await built(server)  # Else it is the first building that is followed.
         (before,) = await qdrant.live()
         done = asyncio.Event()
 
