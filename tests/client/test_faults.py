@@ -95,7 +95,7 @@ async def test_a_black_hole_ends_at_the_deadline(through: ChatHistoryClient, pro
     with pytest.raises(DeadlineExceeded) as caught:
         await through.get_user(user_id=owner, timeout=0.5)
 
-    assert 0.4 < time.monotonic() - started < 5
+    assert 0.4 < time.monotonic() - started < 8
     assert caught.value.reason == ""
     proxy.let_pass()
     assert (await through.get_user(user_id=owner)).id == owner
@@ -118,7 +118,7 @@ async def test_the_client_fails_at_once_where_that_is_wanted(proxy: Proxy, owner
         started = time.monotonic()
         with pytest.raises(Unavailable):
             await client.get_user(user_id=owner)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 8
 
 
 async def test_a_watch_goes_on_after_every_break(

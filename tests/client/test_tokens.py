@@ -97,7 +97,7 @@ async def test_tokens_that_never_come_do_not_outlast_the_deadline() -> None:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="no token"):
             await client.get_user(user_id=new_id(), timeout=0.2)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 8
 
 
 async def test_a_jwt_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:

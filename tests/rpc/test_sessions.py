@@ -25,8 +25,8 @@ async def test_a_created_session_reads_as_it_was_sent(chat: Chat) -> None:
     made = await chat.create_session(title="Plans", summary="so far", metadata={"topic": {"deep": [1, "x", None]}})
     assert (made.user_id, made.title, made.summary, made.state) == (chat.user_id, "Plans", "so far", ACTIVE)
     assert (made.last_seq, made.message_count, made.summarized_through_seq) == (0, 0, 0)
-    # Each is the database's clock when its column was filled in.
-    assert 0 <= made.update_time.ToMicroseconds() - made.create_time.ToMicroseconds() < 1000
+    # Each is the database's clock when its column was filled in; a busy machine may do something else in between.
+    assert 0 <= made.update_time.ToMicroseconds() - made.create_time.ToMicroseconds() < 10_000_000
     assert made.id[14] == "7"
     assert not made.HasField("forked_from")
     assert await chat.get_session(made.id.upper()) == made
