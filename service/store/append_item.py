@@ -108,7 +108,10 @@ class Append:
         self.check = check
         self.arrived = loop.time()
         self.attempted = False
-        """Whether a try of our own may have stored it: then finding it is no replay, unless it is older than this item."""
+        """Whether a try of our own may have stored it: then finding it is no replay, unless it is older than this item.
+
+        Ages are compared to within the time that the database's answer takes: a retry that came so soon is not told from a first try.
+        """
         self.solo = False
         """Whether it must be the only item of its statement."""
         self.tries = 0
