@@ -51,8 +51,8 @@ class Plan:
 
 FULL = Plan()
 QUICK = Plan(
-    rounds=2, seconds=0.5, read_seconds=0.4, warmup=0.15, in_flight=(1, 64), stored=(10_000, 100_000), long_session=50_000,
-    memory_seconds=2.0, chunks=(1_000, 2_000), searches=20,
+    rounds=2, seconds=0.4, read_seconds=0.3, warmup=0.1, in_flight=(1, 64), stored=(10_000, 50_000), long_session=20_000,
+    memory_seconds=1.5, chunks=(500, 1_000), searches=20,
 )  # fmt: skip
 
 
