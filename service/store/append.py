@@ -284,7 +284,8 @@ class _Lane:
             self._again(batch)
         elif contended and (alone or max(item.tries for item in batch) <= SHARED_TRIES):
             await self._try_again(batch, error)
-        elif not alone:
+        elif not alone or (state == "55P03" and self._key is None):
+            # Who waits for a lock waits in a lane of its own: here it would hold up all who come after it.
             for key in dict.fromkeys(item.key for item in batch):
                 self._appender.run_apart(key, [item for item in batch if item.key == key])
         elif len(batch) > 1:
