@@ -33,7 +33,11 @@ def run(connection: Connection) -> None:
 
 def configured_target() -> Target:
     settings = Settings()
-    url = settings.database_url.get_secret_value() if settings.database_url else running_url(settings.data_dir)
+    url = (
+        settings.database_url.get_secret_value()
+        if settings.database_url
+        else running_url(settings.data_dir)
+    )
     if url is None:
         raise SystemExit("set DATABASE_URL, or start the embedded database: make run")
     return parse(url).direct()

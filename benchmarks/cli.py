@@ -69,8 +69,12 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 @app.command("all")
 def run_all(
     *,
-    quick: Annotated[bool, typer.Option("--quick", help="Two minutes; rough figures, kept apart.")] = False,
-    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SCENARIOS)}; kept apart.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two minutes; rough figures, kept apart.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(SCENARIOS)}; kept apart.")
+    ] = None,
 ) -> None:
     """Measure everything and write tables and plots: docs/performance.md and docs/bench/."""
     unknown = set(only or ()) - set(SCENARIOS)
@@ -82,7 +86,9 @@ def run_all(
 async def _all(names: list[str], *, quick: bool, partial: bool) -> None:
     busy = await asyncio.to_thread(machine.busy_percent)
     if busy > _BUSY:
-        console.print(f"[yellow]Other processes use {busy:.0f}% of this machine: the figures will be rough.[/]")
+        console.print(
+            f"[yellow]Other processes use {busy:.0f}% of this machine: the figures will be rough.[/]"
+        )
     found: dict[str, Any] = {}
     async with Stack() as stack:
         about = await machine.describe(stack, busy)
@@ -119,7 +125,11 @@ class _Bar:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
     )
 
 
@@ -132,13 +142,19 @@ def append(
     connections: Connections = 8,
     messages: Annotated[int, typer.Option(help="Messages in a call.")] = 1,
     sessions: Annotated[int, typer.Option(help="Sessions that are written to.")] = SESSIONS,
-    direct: Annotated[bool, typer.Option("--direct", help="Beside asyncpg alone instead of the echo.")] = False,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Beside asyncpg alone instead of the echo.")
+    ] = False,
     jwt: Jwt = False,
     hold: Hold = False,
 ) -> None:
     """Compare AppendMessages with the echo."""
     load = Load(in_flight, seconds, connections=connections)
-    _run(_append(load, rounds, messages, sessions, direct=direct, variant=_variant(jwt=jwt), hold=hold))
+    _run(
+        _append(
+            load, rounds, messages, sessions, direct=direct, variant=_variant(jwt=jwt), hold=hold
+        )
+    )
 
 
 @app.command("context")
@@ -201,32 +217,51 @@ async def _overload() -> None:
 
 
 async def _append(
-    load: Load, rounds: int, messages: int, sessions: int, *, direct: bool, variant: Variant, hold: bool
+    load: Load,
+    rounds: int,
+    messages: int,
+    sessions: int,
+    *,
+    direct: bool,
+    variant: Variant,
+    hold: bool,
 ) -> None:
     async with Stack() as stack:
         bench = Bench(stack, FULL, _Nobody())
         keys = await bench.seeded("append", sessions)
         bodies = work.append_bodies(keys, enough(load, messages), messages)
         other, database = ("direct", "append") if direct else ("echo", None)
-        async with stack.service("append", **variant.settings) as service, stack.beside(other, database) as beside:
+        async with (
+            stack.service("append", **variant.settings) as service,
+            stack.beside(other, database) as beside,
+        ):
             subjects = [
                 Subject("service", service, "AppendMessages", bodies, headers=variant.headers),
                 Subject(other, beside, "AppendMessages", bodies, cycle=not direct),
             ]
             result = await _measure(stack, subjects, load, rounds)
             if messages > 1:
-                console.print(f"messages/s: {result.medians('service').calls_per_second * messages:.0f}")
+                console.print(
+                    f"messages/s: {result.medians('service').calls_per_second * messages:.0f}"
+                )
             await _hold(hold=hold)
-        rows = await bench.checked_rows("append", result.answered("service", *([other] * direct)) * messages)
+        rows = await bench.checked_rows(
+            "append", result.answered("service", *([other] * direct)) * messages
+        )
         hot = rows["hot_updates"] / max(rows["session_updates"], 1)
-        console.print(f"{rows['acknowledged']} messages acknowledged and stored; heap-only updates: {hot:.1%}")
+        console.print(
+            f"{rows['acknowledged']} messages acknowledged and stored; heap-only updates: {hot:.1%}"
+        )
 
 
 async def _read(path: str, load: Load, rounds: int, *, variant: Variant, hold: bool) -> None:
     async with Stack() as stack:
         keys = await Bench(stack, FULL, _Nobody()).seeded("read", messages=work.SESSION_MESSAGES)
         bodies = work.context_bodies(keys) if path == "GetContext" else work.list_bodies(keys)
-        async with stack.service("read", **variant.settings) as service, stack.beside("echo") as echo:
+        async with (
+            stack.service("read", **variant.settings) as service,
+            stack.beside("echo") as echo,
+        ):
             subjects = [
                 Subject(server.name, server, path, bodies, cycle=True, headers=variant.headers)
                 for server in (service, echo)
@@ -251,7 +286,10 @@ class _Nobody:
 
 async def _measure(stack: Stack, subjects: list[Subject], load: Load, rounds: int) -> Result:
     for subject in subjects:
-        console.print(f"{subject.name}: process {subject.server.pid} at {subject.server.address}", highlight=False)
+        console.print(
+            f"{subject.name}: process {subject.server.pid} at {subject.server.address}",
+            highlight=False,
+        )
     with _progress() as progress:
         task = progress.add_task(subjects[0].path, total=rounds * len(subjects))
         result = await compare(stack, subjects, load, rounds, lambda: progress.advance(task))
@@ -261,8 +299,14 @@ async def _measure(stack: Stack, subjects: list[Subject], load: Load, rounds: in
 
 def _show(subjects: list[Subject], load: Load, result: Result) -> None:
     first, second = (subject.name for subject in subjects)
-    ours, theirs, ratios = result.medians(first), result.medians(second), result.ratios(first, second)
-    title = f"{subjects[0].path}, {load.in_flight} in flight, medians of {len(result.rounds[first])}"
+    ours, theirs, ratios = (
+        result.medians(first),
+        result.medians(second),
+        result.ratios(first, second),
+    )
+    title = (
+        f"{subjects[0].path}, {load.in_flight} in flight, medians of {len(result.rounds[first])}"
+    )
     table = Table("", first, second, "ratio", title=title, title_justify="left")
     for what, label in (
         ("calls_per_second", "calls/s"),
@@ -277,7 +321,9 @@ def _show(subjects: list[Subject], load: Load, result: Result) -> None:
         table.add_row(label, f"{getattr(ours, what):.0f}", f"{getattr(theirs, what):.0f}", ratio)
     console.print(table)
     pairs = zip(result.rounds[first], result.rounds[second], strict=True)
-    shares = " ".join(f"{one.calls_per_second / other.calls_per_second:.2f}" for one, other in pairs)
+    shares = " ".join(
+        f"{one.calls_per_second / other.calls_per_second:.2f}" for one, other in pairs
+    )
     console.print(f"shares by round: {shares}", highlight=False)
 
 

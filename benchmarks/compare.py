@@ -62,7 +62,9 @@ class Result:
     def medians(self, subject: str) -> Figures:
         """Return the medians over the rounds."""
         rounds = self.rounds[subject]
-        return Figures(**{name: median(getattr(figures, name) for figures in rounds) for name in NAMES})
+        return Figures(
+            **{name: median(getattr(figures, name) for figures in rounds) for name in NAMES}
+        )
 
     def ratios(self, subject: str, other: str) -> dict[str, float]:
         """Return the medians over the rounds of one subject's figures by the other's."""
@@ -75,7 +77,9 @@ class Result:
 
     def answered(self, *subjects: str) -> int:
         """Return how many calls were answered in all."""
-        return int(sum(figures.answered for subject in subjects for figures in self.rounds[subject]))
+        return int(
+            sum(figures.answered for subject in subjects for figures in self.rounds[subject])
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it for the file of results: medians, rounds, and the first subject's ratios to each other one."""
@@ -86,7 +90,8 @@ class Result:
             "medians": {name: _rounded(self.medians(name).__dict__) for name in self.rounds},
             "ratios": {other: _rounded(self.ratios(first, other), 3) for other in others},
             "rounds": {
-                name: [round(figures.calls_per_second, 1) for figures in rounds] for name, rounds in self.rounds.items()
+                name: [round(figures.calls_per_second, 1) for figures in rounds]
+                for name, rounds in self.rounds.items()
             },
         }
 
@@ -103,7 +108,9 @@ async def once(stack: Stack, subject: Subject, load: Load, folder: Path) -> Figu
     """
     server = subject.server
     bodies = subject.bodies(folder)
-    load = replace(load, http1=subject.http1, cycle=subject.cycle, headers=subject.headers, pid=server.pid)
+    load = replace(
+        load, http1=subject.http1, cycle=subject.cycle, headers=subject.headers, pid=server.pid
+    )
     before = stack.postgres_seconds()
     try:
         answer = await drive(stack.driver, server.address, SERVICE + subject.path, bodies, load)

@@ -76,7 +76,9 @@ def compiled(folder: Path) -> Path:
         return program
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise BenchError("the load generator needs a C compiler: apt-get install gcc libc6-dev libnghttp2-dev")
+        raise BenchError(
+            "the load generator needs a C compiler: apt-get install gcc libc6-dev libnghttp2-dev"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("driver-*"):
         earlier.unlink()
@@ -84,7 +86,9 @@ def compiled(folder: Path) -> Path:
     command = [compiler, *_COMPILE, "-o", str(unfinished), str(SOURCE), "-lnghttp2"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
     if done.returncode:
-        raise BenchError(f"the load generator does not compile (apt-get install libnghttp2-dev):\n{done.stderr}")
+        raise BenchError(
+            f"the load generator does not compile (apt-get install libnghttp2-dev):\n{done.stderr}"
+        )
     unfinished.rename(program)
     return program
 
@@ -96,8 +100,23 @@ async def drive(program: Path, address: str, path: str, bodies: Path, load: Load
         BenchError: a call failed, or the server did.
     """
     command = [
-        *(str(program), "--address", address, "--bodies", str(bodies), "--in-flight", str(load.in_flight)),
-        *("--warmup", str(load.warmup), "--seconds", str(load.seconds), "--connections", str(load.connections)),
+        *(
+            str(program),
+            "--address",
+            address,
+            "--bodies",
+            str(bodies),
+            "--in-flight",
+            str(load.in_flight),
+        ),
+        *(
+            "--warmup",
+            str(load.warmup),
+            "--seconds",
+            str(load.seconds),
+            "--connections",
+            str(load.connections),
+        ),
         *(["--http1"] if load.http1 else ["--path", path]),
         *(["--cycle"] if load.cycle else []),
         *(["--patient"] if load.patient else []),
@@ -114,9 +133,13 @@ async def drive(program: Path, address: str, path: str, bodies: Path, load: Load
         process.kill()
         raise
     if process.returncode:
-        raise BenchError(errors.decode(errors="replace").strip() or f"the driver ended with {process.returncode}")
+        raise BenchError(
+            errors.decode(errors="replace").strip() or f"the driver ended with {process.returncode}"
+        )
     answer = Answer(**json.loads(output))
     good = {"200" if load.http1 else "0"}
     if set(answer.statuses) - (_REFUSED if load.refusable else set()) != good:
-        raise BenchError(f"calls of {path} failed, by status: {answer.statuses}\n{errors.decode(errors='replace')}")
+        raise BenchError(
+            f"calls of {path} failed, by status: {answer.statuses}\n{errors.decode(errors='replace')}"
+        )
     return answer

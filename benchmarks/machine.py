@@ -15,7 +15,16 @@ import psutil
 
 from benchmarks.stack import ROOT, Stack
 
-_PACKAGES = ("grpcio", "protobuf", "asyncpg", "sqlalchemy", "uvloop", "protovalidate", "fastapi", "uvicorn")
+_PACKAGES = (
+    "grpcio",
+    "protobuf",
+    "asyncpg",
+    "sqlalchemy",
+    "uvloop",
+    "protovalidate",
+    "fastapi",
+    "uvicorn",
+)
 
 
 def busy_percent() -> float:
@@ -41,14 +50,26 @@ async def describe(stack: Stack, busy: float) -> dict[str, Any]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    names = (
+        re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, check=False, capture_output=True, text=True)  # noqa: S603, S607
+        done = subprocess.run(  # noqa: S603 - fixed arguments
+            ["git", *arguments],  # noqa: S607
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "service", "generated", "benchmarks", "requirements")
+    changed = git(
+        "status", "--porcelain", "--", "service", "generated", "benchmarks", "requirements"
+    )
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")

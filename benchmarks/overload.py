@@ -56,31 +56,45 @@ async def overload(bench: Bench) -> list[Phase]:
     few = Load(64, bench.plan.seconds, bench.plan.warmup)
     full = replace(few, in_flight=limit // 4, connections=CONNECTIONS)
     many = replace(
-        full, in_flight=TIMES * limit, seconds=2 * few.seconds, warmup=3 * few.warmup, patient=True, refusable=True
+        full,
+        in_flight=TIMES * limit,
+        seconds=2 * few.seconds,
+        warmup=3 * few.warmup,
+        patient=True,
+        refusable=True,
     )
     phases: list[Phase] = []
     async with bench.stack.service("overload") as service:
 
         async def phase(name: str, load: Load) -> Phase:
             bench.ticker.expect(1)
-            count = int(max(_BODIES_PER_SECOND, 1.1 * load.rate) * (load.seconds + load.warmup)) + load.in_flight
+            count = (
+                int(max(_BODIES_PER_SECOND, 1.1 * load.rate) * (load.seconds + load.warmup))
+                + load.in_flight
+            )
             bodies = work.append_bodies(sessions, count)(bench.stack.folder)
             async with _probed(service) as health:
-                answer = await drive(bench.stack.driver, service.address, f"/{SERVICE}/AppendMessages", bodies, load)
+                answer = await drive(
+                    bench.stack.driver, service.address, f"/{SERVICE}/AppendMessages", bodies, load
+                )
             bench.ticker.advance()
             phases.append(Phase(name, answer, sorted(health)))
             return phases[-1]
 
         await phase("64 callers, before", few)
         peaks = [
-            await phase(f"{count:,} callers", replace(full, in_flight=count)) for count in (limit // 4, limit // 2)
+            await phase(f"{count:,} callers", replace(full, in_flight=count))
+            for count in (limit // 4, limit // 2)
         ]
         await phase(f"{TIMES * limit:,} callers who wait as they are told", many)
         await phase("64 callers, at once after that", few)
         await phase(f"{TIMES * limit:,} callers who do not wait", replace(many, patient=False))
         await phase("64 callers, at once after that", few)
         rate = TIMES * max(each.goodput for each in peaks)
-        await phase(f"{rate:,.0f} calls a second, whatever is answered", replace(many, rate=rate, in_flight=_MOST_OPEN))
+        await phase(
+            f"{rate:,.0f} calls a second, whatever is answered",
+            replace(many, rate=rate, in_flight=_MOST_OPEN),
+        )
         await phase("64 callers, at once after that", few)
     acknowledged = sum(each.answer.statuses["0"] for each in phases)
     await bench.checked_rows("overload", acknowledged)

@@ -53,7 +53,11 @@ def _methods(results: dict[str, Any]) -> dict[str, Sequence[dict[str, Any]]]:
 
 def _shares(results: dict[str, Any]) -> Figure:
     methods = _methods(results)
-    rows = [(f"{method}, {run['in_flight']} in flight", run) for method, runs in methods.items() for run in runs]
+    rows = [
+        (f"{method}, {run['in_flight']} in flight", run)
+        for method, runs in methods.items()
+        for run in runs
+    ]
     figure = Figure(figsize=(8, 0.34 * len(rows) + 0.9))
     axes = figure.subplots()
     places = range(len(rows), 0, -1)
@@ -79,7 +83,9 @@ def _latency(results: dict[str, Any]) -> Figure:
         for name, color in (("service", _SERVICE), ("echo", _ECHO)):
             for what, dashes in (("p50_us", "-"), ("p99_us", "--")):
                 y = [run["medians"][name][what] / 1000 for run in runs]
-                axes.plot(x, y, dashes, color=color, marker="o", markersize=4, label=f"{name}, {what[:3]}")
+                axes.plot(
+                    x, y, dashes, color=color, marker="o", markersize=4, label=f"{name}, {what[:3]}"
+                )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -95,7 +101,11 @@ def _growth(results: dict[str, Any]) -> Figure:
     found = results["growth"]
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    for method, color in (("AppendMessages", _SERVICE), ("GetContext", _OTHER), ("ListMessages", _ECHO)):
+    for method, color in (
+        ("AppendMessages", _SERVICE),
+        ("GetContext", _OTHER),
+        ("ListMessages", _ECHO),
+    ):
         y = [found[method]["medians"][str(stored)]["p50_us"] / 1000 for stored in found["stored"]]
         axes.plot(found["stored"], y, color=color, marker="o", label=method)
     axes.set_xscale("log")

@@ -36,7 +36,12 @@ class Table:
 
     def rich(self) -> RichTable:
         """Return it for the terminal."""
-        made = RichTable(title=self.title, title_justify="left", caption=self.note or None, caption_justify="left")
+        made = RichTable(
+            title=self.title,
+            title_justify="left",
+            caption=self.note or None,
+            caption_justify="left",
+        )
         for n, column in enumerate(self.columns):
             made.add_column(column, justify="right" if n else "left")
         for row in self.rows:
@@ -150,14 +155,26 @@ def _append(found: dict[str, Any]) -> list[Table]:
     for run in found["runs"]:
         if "direct" not in run["ratios"]:
             continue
-        ours, direct, ratios = run["medians"]["service"], run["medians"]["direct"], run["ratios"]["direct"]
+        ours, direct, ratios = (
+            run["medians"]["service"],
+            run["medians"]["direct"],
+            run["ratios"]["direct"],
+        )
         rows = [
             ["p50 ms", _ms(ours["p50_us"]), _ms(direct["p50_us"]), _bold(ratios["p50_us"])],
             ["p99 ms", _ms(ours["p99_us"]), _ms(direct["p99_us"]), f"{ratios['p99_us']:.2f}"],
-            ["CPU µs", *(_number(of["cpu_us_per_call"]) for of in (ours, direct)), f"{ratios['cpu_us_per_call']:.2f}"],
+            [
+                "CPU µs",
+                *(_number(of["cpu_us_per_call"]) for of in (ours, direct)),
+                f"{ratios['cpu_us_per_call']:.2f}",
+            ],
         ]
         columns = ("", "service", "asyncpg", "ratio")
-        made.append(Table("One append at a time, beside the same statement by asyncpg directly", columns, rows))
+        made.append(
+            Table(
+                "One append at a time, beside the same statement by asyncpg directly", columns, rows
+            )
+        )
     return made
 
 
@@ -178,7 +195,11 @@ def _append_many(found: dict[str, Any]) -> list[Table]:
     columns = (
         "in flight", "messages/s", "calls/s", "share of the echo", "p50 ms", "p99 ms", "CPU µs a message", "PostgreSQL µs a message",
     )  # fmt: skip
-    return [Table(f"AppendMessages, {messages} messages a call", columns, [row], _rows_note(found["rows"]))]
+    return [
+        Table(
+            f"AppendMessages, {messages} messages a call", columns, [row], _rows_note(found["rows"])
+        )
+    ]
 
 
 def _reads(found: dict[str, Any]) -> list[Table]:
@@ -222,11 +243,19 @@ def _pooler(found: dict[str, Any]) -> list[Table]:
 def _growth(found: dict[str, Any]) -> list[Table]:
     methods = ("AppendMessages", "GetContext", "ListMessages")
     rows = [
-        [_number(stored), *(_ms(found[method]["medians"][str(stored)]["p50_us"]) for method in methods)]
+        [
+            _number(stored),
+            *(_ms(found[method]["medians"][str(stored)]["p50_us"]) for method in methods),
+        ]
         for stored in found["stored"]
     ]
     fewest = str(found["stored"][0])
-    rows.append(["most by fewest", *(_bold(found[method]["ratios"][fewest]["p50_us"]) for method in methods)])
+    rows.append(
+        [
+            "most by fewest",
+            *(_bold(found[method]["ratios"][fewest]["p50_us"]) for method in methods),
+        ]
+    )
     columns = ("messages stored", *(f"{method}, p50 ms" for method in methods))
     return [Table("As the history grows: one call at a time", columns, rows, plot="growth")]
 
@@ -236,13 +265,19 @@ def _long_session(found: dict[str, Any]) -> list[Table]:
     # The end is what the ratios are of.
     to_start, to_middle = (pages["ratios"][place]["p50_us"] for place in ("start", "middle"))
     ratios = {"start": 1.0, "middle": to_start / to_middle, "end": to_start}
-    rows = [[place, _ms(pages["medians"][place]["p50_us"]), _bold(ratio)] for place, ratio in ratios.items()]
+    rows = [
+        [place, _ms(pages["medians"][place]["p50_us"]), _bold(ratio)]
+        for place, ratio in ratios.items()
+    ]
     steps = ("appends", "context reads", "appends again", "context reads again")
     resident = [
         ["idle", _mb(memory["idle"])],
         *([f"after {step}", _mb(after)] for step, after in zip(steps, memory["load"], strict=True)),
         ["most under load", _mb(memory["load_peak"])],
-        [f"most while a client reads {_number(found['messages'])} messages by pages", _mb(memory["paging_peak"])],
+        [
+            f"most while a client reads {_number(found['messages'])} messages by pages",
+            _mb(memory["paging_peak"]),
+        ],
     ]
     context = _ms(found["context"]["medians"]["context"]["p50_us"])
     return [
@@ -258,9 +293,16 @@ def _long_session(found: dict[str, Any]) -> list[Table]:
 
 def _baseline(found: dict[str, Any]) -> list[Table]:
     rows = []
-    for method, label in (("AppendMessages", "append a message"), ("ListMessages", "list 20 messages")):
+    for method, label in (
+        ("AppendMessages", "append a message"),
+        ("ListMessages", "list 20 messages"),
+    ):
         run = found[method]
-        ours, plain, ratios = run["medians"]["service"], run["medians"]["baseline"], run["ratios"]["baseline"]
+        ours, plain, ratios = (
+            run["medians"]["service"],
+            run["medians"]["baseline"],
+            run["ratios"]["baseline"],
+        )
         rows.append(
             [
                 label,
@@ -278,7 +320,13 @@ def _baseline(found: dict[str, Any]) -> list[Table]:
     columns = (
         "64 in flight", "calls/s", "FastAPI + ORM", "ratio", "p50 ms", "FastAPI's", "p99 ms", "FastAPI's", "CPU µs", "FastAPI's",
     )  # fmt: skip
-    return [Table("Beside what one would write without the service: FastAPI and SQLAlchemy's ORM", columns, rows)]
+    return [
+        Table(
+            "Beside what one would write without the service: FastAPI and SQLAlchemy's ORM",
+            columns,
+            rows,
+        )
+    ]
 
 
 def _variants(found: dict[str, Any]) -> list[Table]:
@@ -286,7 +334,11 @@ def _variants(found: dict[str, Any]) -> list[Table]:
     for name, methods in found["variants"].items():
         for method in ("AppendMessages", "GetContext", "ListMessages"):
             run = methods[method]
-            ours, plain, ratios = run["medians"]["variant"], run["medians"]["service"], run["ratios"]["service"]
+            ours, plain, ratios = (
+                run["medians"]["variant"],
+                run["medians"]["service"],
+                run["ratios"]["service"],
+            )
             rows.append(
                 [
                     f"{name}: {method}",
@@ -300,16 +352,35 @@ def _variants(found: dict[str, Any]) -> list[Table]:
                     f"{ratios['cpu_us_per_call']:.2f}",
                 ]
             )
-    columns = ("64 in flight", "calls/s", "without", "ratio", "p50 ms", "p99 ms", "CPU µs", "without", "ratio")
+    columns = (
+        "64 in flight",
+        "calls/s",
+        "without",
+        "ratio",
+        "p50 ms",
+        "p99 ms",
+        "CPU µs",
+        "without",
+        "ratio",
+    )
     return [Table("Configured otherwise, beside the service as above", columns, rows)]
 
 
 def _pipeline(found: dict[str, Any]) -> list[Table]:
     [run] = found["runs"]
     behind, echo = run["medians"]["behind"], run["medians"]["echo"]
-    rows = [[name, f"{cost:.1f}", f"{cost / echo['cpu_us_per_call']:.1%}"] for name, cost in found["layers"].items()]
+    rows = [
+        [name, f"{cost:.1f}", f"{cost / echo['cpu_us_per_call']:.1%}"]
+        for name, cost in found["layers"].items()
+    ]
     more = behind["cpu_us_per_call"] - echo["cpu_us_per_call"]
-    rows.append(["the echo behind all of it, over the wire", f"{more:.1f}", f"{more / echo['cpu_us_per_call']:.1%}"])
+    rows.append(
+        [
+            "the echo behind all of it, over the wire",
+            f"{more:.1f}",
+            f"{more / echo['cpu_us_per_call']:.1%}",
+        ]
+    )
     return [
         Table(
             "What every call passes (telemetry is off unless asked for)",
@@ -367,7 +438,10 @@ def _search(found: dict[str, Any]) -> list[Table]:
                 f"right section first / among the first five: {each['questions']:.0f} questions on {each['sections']:.0f} {kind}",
                 f"{each['first']:.2f} / {each['recall_at_5']:.2f}",
             ]
-            for kind, each in (("short sections", recall["short"]), ("long ones, alike", recall["long"]))
+            for kind, each in (
+                ("short sections", recall["short"]),
+                ("long ones, alike", recall["long"]),
+            )
         ),
         [
             "MB resident, service / search process",

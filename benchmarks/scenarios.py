@@ -92,7 +92,9 @@ class Bench:
         """Return bodies enough for one load."""
         return work.append_bodies(sessions, enough(load, messages), messages)
 
-    async def seeded(self, database: str, sessions: int = SESSIONS, messages: int = 0) -> list[Session]:
+    async def seeded(
+        self, database: str, sessions: int = SESSIONS, messages: int = 0
+    ) -> list[Session]:
         """Make a database with sessions in it."""
         await self.stack.new_database(database)
         keys = work.new_sessions(sessions)
@@ -115,7 +117,12 @@ class Bench:
             raise BenchError(
                 f"{acknowledged} messages were acknowledged and {stored} are stored; without a gap: {whole}"
             )
-        return {"acknowledged": acknowledged, "stored": stored, "session_updates": updated, "hot_updates": hot}
+        return {
+            "acknowledged": acknowledged,
+            "stored": stored,
+            "session_updates": updated,
+            "hot_updates": hot,
+        }
 
 
 def enough(load: Load, messages: int = 1) -> int:
@@ -143,7 +150,8 @@ async def append(bench: Bench) -> dict[str, Any]:
                 subjects.append(Subject("direct", direct, "AppendMessages", bodies))
             found.append(await bench.compare(subjects, load))
     acknowledged = sum(
-        result.answered(*(name for name in ("service", "direct") if name in result.rounds)) for result in found
+        result.answered(*(name for name in ("service", "direct") if name in result.rounds))
+        for result in found
     )
     return {
         "runs": [result.as_dict() for result in found],
@@ -175,9 +183,15 @@ async def reads(bench: Bench) -> dict[str, Any]:
     keys = await bench.seeded("reads", messages=work.SESSION_MESSAGES)
     found: dict[str, list[dict[str, Any]]] = {"GetContext": [], "ListMessages": []}
     async with bench.stack.service("reads") as service, bench.stack.beside("echo") as echo:
-        for method, bodies in (("GetContext", work.context_bodies(keys)), ("ListMessages", work.list_bodies(keys))):
+        for method, bodies in (
+            ("GetContext", work.context_bodies(keys)),
+            ("ListMessages", work.list_bodies(keys)),
+        ):
             for in_flight in bench.plan.in_flight:
-                subjects = [Subject(server.name, server, method, bodies, cycle=True) for server in (service, echo)]
+                subjects = [
+                    Subject(server.name, server, method, bodies, cycle=True)
+                    for server in (service, echo)
+                ]
                 result = await bench.compare(subjects, bench.reading(in_flight))
                 _check_same_replies(result)
                 found[method].append(result.as_dict())
@@ -187,7 +201,9 @@ async def reads(bench: Bench) -> dict[str, Any]:
 def _check_same_replies(result: Result) -> None:
     sizes = [result.medians(name).bytes_per_reply for name in result.rounds]
     if max(sizes) > 1.05 * min(sizes):
-        raise BenchError(f"the replies of {' and '.join(result.rounds)} are not alike: {sizes} bytes")
+        raise BenchError(
+            f"the replies of {' and '.join(result.rounds)} are not alike: {sizes} bytes"
+        )
 
 
 async def contention(bench: Bench) -> dict[str, Any]:
@@ -201,7 +217,10 @@ async def contention(bench: Bench) -> dict[str, Any]:
         ]
         result = await bench.compare(subjects, load)
     acknowledged = result.answered("one session", "many sessions")
-    return {"runs": [result.as_dict()], "rows": await bench.checked_rows("contention", acknowledged)}
+    return {
+        "runs": [result.as_dict()],
+        "rows": await bench.checked_rows("contention", acknowledged),
+    }
 
 
 async def pooler(bench: Bench) -> dict[str, Any]:
@@ -218,7 +237,10 @@ async def pooler(bench: Bench) -> dict[str, Any]:
             for in_flight in (1, TYPICAL):
                 load = bench.writing(in_flight)
                 bodies = bench.appends(keys, load)
-                subjects = [Subject(server.name, server, "AppendMessages", bodies) for server in (pooled, direct)]
+                subjects = [
+                    Subject(server.name, server, "AppendMessages", bodies)
+                    for server in (pooled, direct)
+                ]
                 found.append(await bench.compare(subjects, load))
     acknowledged = sum(result.answered("pooled", "direct") for result in found)
     return {
@@ -234,12 +256,20 @@ async def growth(bench: Bench) -> dict[str, Any]:
         services: dict[str, Server] = {}
         for stored in bench.plan.stored:
             name = str(stored)
-            keys[name] = await bench.seeded(name, stored // work.SESSION_MESSAGES, work.SESSION_MESSAGES)
-            services[name] = await running.enter_async_context(bench.stack.service(name, f"service-{name}"))
+            keys[name] = await bench.seeded(
+                name, stored // work.SESSION_MESSAGES, work.SESSION_MESSAGES
+            )
+            services[name] = await running.enter_async_context(
+                bench.stack.service(name, f"service-{name}")
+            )
 
-        async def measured(method: str, bodies: Callable[[str], work.Bodies], load: Load) -> dict[str, Any]:
+        async def measured(
+            method: str, bodies: Callable[[str], work.Bodies], load: Load
+        ) -> dict[str, Any]:
             subjects = [
-                Subject(name, services[name], method, bodies(name), cycle=method != "AppendMessages")
+                Subject(
+                    name, services[name], method, bodies(name), cycle=method != "AppendMessages"
+                )
                 for name in reversed(services)
             ]
             return (await bench.compare(subjects, load)).as_dict()
@@ -247,8 +277,12 @@ async def growth(bench: Bench) -> dict[str, Any]:
         reading, writing = bench.reading(1), bench.writing(1)
         return {
             "stored": list(bench.plan.stored),
-            "GetContext": await measured("GetContext", lambda name: work.context_bodies(keys[name]), reading),
-            "ListMessages": await measured("ListMessages", lambda name: work.list_bodies(keys[name]), reading),
+            "GetContext": await measured(
+                "GetContext", lambda name: work.context_bodies(keys[name]), reading
+            ),
+            "ListMessages": await measured(
+                "ListMessages", lambda name: work.list_bodies(keys[name]), reading
+            ),
             "AppendMessages": await measured(
                 "AppendMessages", lambda name: bench.appends(keys[name], writing), writing
             ),
@@ -268,7 +302,9 @@ async def long_session(bench: Bench) -> dict[str, Any]:
         async with _watched(service) as peak:
             for subject in [
                 Subject("service", service, "AppendMessages", bench.appends(sessions, load)),
-                Subject("service", service, "GetContext", work.context_bodies(sessions), cycle=True),
+                Subject(
+                    "service", service, "GetContext", work.context_bodies(sessions), cycle=True
+                ),
             ] * 2:
                 bench.ticker.expect(1)
                 await compare(bench.stack, [subject], load, 1, bench.ticker.advance)
@@ -322,7 +358,10 @@ async def _page_through(bench: Bench, service: Server, session: Session) -> list
         while True:
             reply = await stub.ListMessages(
                 message_pb2.ListMessagesRequest(
-                    user_id=session.user_id, session_id=session.id, page_size=page_size, page_token=tokens[-1]
+                    user_id=session.user_id,
+                    session_id=session.id,
+                    page_size=page_size,
+                    page_token=tokens[-1],
                 ),
                 timeout=30,
             )
@@ -343,7 +382,10 @@ async def baseline(bench: Bench) -> dict[str, Any]:
     """Measure what one would write without the service."""
     keys = await bench.seeded("baseline", messages=work.SESSION_MESSAGES)
     writing, reading = bench.writing(TYPICAL), bench.reading(TYPICAL)
-    async with bench.stack.service("baseline") as service, bench.stack.beside("baseline", "baseline") as plain:
+    async with (
+        bench.stack.service("baseline") as service,
+        bench.stack.beside("baseline", "baseline") as plain,
+    ):
         listed = await bench.compare(
             [
                 Subject("service", service, "ListMessages", work.list_bodies(keys), cycle=True),
@@ -373,7 +415,10 @@ async def pipeline(bench: Bench) -> dict[str, Any]:
     load = bench.writing(TYPICAL)
     bodies = work.append_bodies(work.new_sessions(SESSIONS), enough(load))
     async with bench.stack.beside("behind") as behind, bench.stack.beside("echo") as echo:
-        subjects = [Subject(server.name, server, "AppendMessages", bodies, cycle=True) for server in (behind, echo)]
+        subjects = [
+            Subject(server.name, server, "AppendMessages", bodies, cycle=True)
+            for server in (behind, echo)
+        ]
         result = await bench.compare(subjects, load)
     return {"layers": costs, "runs": [result.as_dict()]}
 

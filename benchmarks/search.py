@@ -57,7 +57,10 @@ async def search(bench: Bench) -> dict[str, Any]:
     return {
         "appends": await _appends(bench),
         "documents": await _documents(bench),
-        "recall": {"short": await _recall(bench.stack, TEXTS), "long": await _recall(bench.stack, TEXTS / "long")},
+        "recall": {
+            "short": await _recall(bench.stack, TEXTS),
+            "long": await _recall(bench.stack, TEXTS / "long"),
+        },
     }
 
 
@@ -87,7 +90,9 @@ async def _appends(bench: Bench) -> dict[str, Any]:
                 result.rounds[subject.name].append(figures)
                 if subject.name == "indexed":
                     child_us.append((_child_seconds(indexed) - before) / figures.answered * 1e6)
-                    shares.append(1 - await _owed_messages(stack, "search-indexed") / figures.answered)
+                    shares.append(
+                        1 - await _owed_messages(stack, "search-indexed") / figures.answered
+                    )
                     drained.append(await _drained(stack, "search-indexed"))
                 bench.ticker.advance()
     rows = await bench.checked_rows("search-indexed", result.answered("indexed"))
@@ -157,7 +162,9 @@ async def _documents(bench: Bench) -> dict[str, Any]:
             "quiet": median(each.p99_us for each in quiet),
             "indexing": median(each.p99_us for each in busy),
         },
-        "context_p99_ratio": round(median(ours.p99_us / theirs.p99_us for ours, theirs in pairs), 2),
+        "context_p99_ratio": round(
+            median(ours.p99_us / theirs.p99_us for ours, theirs in pairs), 2
+        ),
         "health_worst_ms": round(max(health) * 1e3, 1),
         "memory": memory,
     }
@@ -176,10 +183,14 @@ async def _recall(stack: Stack, folder: Path) -> dict[str, float]:
         await _drained(stack, database)
         places: list[int] = []
         for each in questions:
-            request = document_pb2.SearchDocumentsRequest(user_id=user_id, query=each["question"], limit=5)
+            request = document_pb2.SearchDocumentsRequest(
+                user_id=user_id, query=each["question"], limit=5
+            )
             hits = (await stub.SearchDocuments(request)).hits
             right = [
-                hit.document.title == each["file"] and hit.text.startswith(f"## {each['heading']}\n") for hit in hits
+                hit.document.title == each["file"]
+                and hit.text.startswith(f"## {each['heading']}\n")
+                for hit in hits
             ]
             places.append(right.index(True) + 1 if True in right else 0)
     return {
@@ -201,10 +212,14 @@ def _labelled(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[str]]]
 
 
 async def _user(stub: Stub) -> str:
-    return (await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="reader")))).user.id
+    return (
+        await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="reader")))
+    ).user.id
 
 
-def _request(user_id: str, texts: Sequence[str], title: str = "") -> document_pb2.CreateDocumentRequest:
+def _request(
+    user_id: str, texts: Sequence[str], title: str = ""
+) -> document_pb2.CreateDocumentRequest:
     return document_pb2.CreateDocumentRequest(
         user_id=user_id,
         document=document_pb2.Document(title=title),
@@ -216,7 +231,9 @@ async def _create(stub: Stub, user_id: str, first: int, end: int) -> int:
     """Store documents until there are so many chunks; return how many documents."""
     starts = range(first, end, _CHUNKS)
     for start in starts:
-        await stub.CreateDocument(_request(user_id, [f"{start + n} {_CHUNK}" for n in range(_CHUNKS)]))
+        await stub.CreateDocument(
+            _request(user_id, [f"{start + n} {_CHUNK}" for n in range(_CHUNKS)])
+        )
     return len(starts)
 
 

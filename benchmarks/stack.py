@@ -45,7 +45,9 @@ class Server:
         return int(psutil.Process(self.pid).memory_info().rss)
 
     @asynccontextmanager
-    async def stub(self) -> AsyncIterator[chat_history_service_pb2_grpc.ChatHistoryServiceAsyncStub]:
+    async def stub(
+        self,
+    ) -> AsyncIterator[chat_history_service_pb2_grpc.ChatHistoryServiceAsyncStub]:
         """Connect a client, for what need not be fast."""
         async with grpc.aio.insecure_channel(self.address) as channel:
             yield chat_history_service_pb2_grpc.ChatHistoryServiceStub(channel)
@@ -118,7 +120,9 @@ class Stack:
         return float(total)
 
     @asynccontextmanager
-    async def service(self, database: str, name: str = "service", **settings: str) -> AsyncIterator[Server]:
+    async def service(
+        self, database: str, name: str = "service", **settings: str
+    ) -> AsyncIterator[Server]:
         """Run the service as an operator does: `python -m service serve`; search by meaning is off unless the settings say otherwise."""
         address = _free_address()
         environment = {
@@ -178,7 +182,9 @@ class Stack:
             )
             while process.returncode is None and asyncio.get_running_loop().time() < give_up:
                 with suppress(grpc.aio.AioRpcError):
-                    state = await check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=1)
+                    state = await check(
+                        health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=1
+                    )
                     if state.status == health_pb2.HealthCheckResponse.SERVING:
                         return
                 await asyncio.sleep(0.05)

@@ -53,7 +53,9 @@ def new_sessions(count: int, per_user: int = 4) -> list[Session]:
     return [Session(users[n // per_user], str(uuid_utils.uuid7())) for n in range(count)]
 
 
-async def seed(connection: asyncpg.Connection, sessions: Sequence[Session], messages: int = 0) -> None:
+async def seed(
+    connection: asyncpg.Connection, sessions: Sequence[Session], messages: int = 0
+) -> None:
     """Store sessions with so many messages each.
 
     The sessions' messages are stored in turn, as they come in life: those of one session lie on different pages.
@@ -62,7 +64,9 @@ async def seed(connection: asyncpg.Connection, sessions: Sequence[Session], mess
     keys = [session.user_id for session in sessions], [session.id for session in sessions]
     # Foreign keys are not looked up for each row: what is stored here fits.
     await connection.execute("SET session_replication_role = replica")
-    await connection.execute("INSERT INTO users (id, fingerprint) SELECT unnest($1::uuid[]), ''", user_ids)
+    await connection.execute(
+        "INSERT INTO users (id, fingerprint) SELECT unnest($1::uuid[]), ''", user_ids
+    )
     await connection.execute(
         """
         INSERT INTO chat_sessions (user_id, id, last_seq, message_count, fingerprint)
@@ -111,15 +115,21 @@ async def count_rows(connection: asyncpg.Connection) -> tuple[int, bool]:
 def write_records(path: Path, records: Iterable[bytes]) -> Path:
     """Write what the driver reads: records, each after its length."""
     with path.open("wb") as file:
-        file.writelines(part for record in records for part in (struct.pack("<I", len(record)), record))
+        file.writelines(
+            part for record in records for part in (struct.pack("<I", len(record)), record)
+        )
     return path
 
 
 def append_request() -> bytes:
     """Return one append of one message."""
     [session] = new_sessions(1)
-    message = message_pb2.Message(id=str(uuid_utils.uuid7()), role=message_pb2.ROLE_USER, content=APPEND_CONTENT)
-    request = message_pb2.AppendMessagesRequest(user_id=session.user_id, session_id=session.id, messages=[message])
+    message = message_pb2.Message(
+        id=str(uuid_utils.uuid7()), role=message_pb2.ROLE_USER, content=APPEND_CONTENT
+    )
+    request = message_pb2.AppendMessagesRequest(
+        user_id=session.user_id, session_id=session.id, messages=[message]
+    )
     return request.SerializeToString()
 
 
@@ -133,7 +143,9 @@ def append_bodies(sessions: Sequence[Session], count: int, messages: int = 1) ->
                 user_id=session.user_id,
                 session_id=session.id,
                 messages=[
-                    message_pb2.Message(id=_PLACE, role=message_pb2.ROLE_USER, content=APPEND_CONTENT)
+                    message_pb2.Message(
+                        id=_PLACE, role=message_pb2.ROLE_USER, content=APPEND_CONTENT
+                    )
                     for _ in range(messages)
                 ],
             ).SerializeToString()
@@ -172,7 +184,9 @@ def _in_turn(name: str, bodies: list[bytes]) -> Bodies:
 def context_bodies(sessions: Sequence[Session]) -> Bodies:
     """One GetContext a session."""
     requests = (
-        message_pb2.GetContextRequest(user_id=session.user_id, session_id=session.id, max_messages=READ_MESSAGES)
+        message_pb2.GetContextRequest(
+            user_id=session.user_id, session_id=session.id, max_messages=READ_MESSAGES
+        )
         for session in sessions
     )
     return _in_turn("context", [request.SerializeToString() for request in requests])
@@ -182,7 +196,10 @@ def list_bodies(sessions: Sequence[Session], page_token: str = "") -> Bodies:
     """One ListMessages a session."""
     requests = (
         message_pb2.ListMessagesRequest(
-            user_id=session.user_id, session_id=session.id, page_size=READ_MESSAGES, page_token=page_token
+            user_id=session.user_id,
+            session_id=session.id,
+            page_size=READ_MESSAGES,
+            page_token=page_token,
         )
         for session in sessions
     )
@@ -192,7 +209,9 @@ def list_bodies(sessions: Sequence[Session], page_token: str = "") -> Bodies:
 def http_append_bodies(sessions: Sequence[Session], count: int) -> Bodies:
     """Append as the baseline takes it: in turn, every message with an id of its own."""
     body = json.dumps({"id": _PLACE, "role": 1, "content": APPEND_CONTENT})
-    return _with_new_ids("http-append", count, [_http("POST", _messages_path(session), body) for session in sessions])
+    return _with_new_ids(
+        "http-append", count, [_http("POST", _messages_path(session), body) for session in sessions]
+    )
 
 
 def http_list_bodies(sessions: Sequence[Session]) -> Bodies:

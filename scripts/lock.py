@@ -12,8 +12,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {
-    "dev": ["pyproject.toml", "--extra", "auth", "--extra", "embedded", "--extra", "search", "--group", "dev"],
-    "runtime": ["pyproject.toml", "--extra", "auth", "--extra", "search", "--constraints", "requirements/dev.lock"],
+    "dev": [
+        "pyproject.toml",
+        "--extra",
+        "auth",
+        "--extra",
+        "embedded",
+        "--extra",
+        "search",
+        "--group",
+        "dev",
+    ],
+    "runtime": [
+        "pyproject.toml",
+        "--extra",
+        "auth",
+        "--extra",
+        "search",
+        "--constraints",
+        "requirements/dev.lock",
+    ],
     "proto": ["--group", "proto"],
 }
 
@@ -32,7 +50,9 @@ def main() -> None:
             *("--custom-compile-command", "make lock"),
             *("--output-file", f"requirements/{name}.lock"),
         ]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("UV_")
+        }
         subprocess.run([*command, *sources, *sys.argv[1:]], cwd=ROOT, env=environment, check=True)
 
 

@@ -26,7 +26,10 @@ OUTPUTS = ("chathistory", "buf", "chathistory.binpb")
 VALIDATE = "buf/validate/validate.proto"
 LINT = {"version": "v1", "lint": {"use": ["STANDARD", "COMMENTS"], "ignore": ["buf", "google"]}}
 BREAKING = {"version": "v1", "breaking": {"use": ["FILE"], "ignore": ["buf", "google"]}}
-INITS = {"chathistory": "The ChatHistory API.", "chathistory/v1": "Version 1 of the ChatHistory API."}
+INITS = {
+    "chathistory": "The ChatHistory API.",
+    "chathistory/v1": "Version 1 of the ChatHistory API.",
+}
 
 
 def run(*command: str | Path) -> int:
@@ -44,7 +47,10 @@ def protoc(work: Path, *arguments: str) -> None:
     known.file.add().ParseFromString(ViolationPb.desc().file.proto.to_binary())
     descriptors = work / "known.binpb"
     descriptors.write_bytes(known.SerializeToString())
-    plugins = [f"--plugin={Path(sys.executable).parent / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    plugins = [
+        f"--plugin={Path(sys.executable).parent / name}"
+        for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+    ]
     paths = [f"--descriptor_set_in={descriptors}", f"--proto_path={PROTOS}"]
     if run(sys.executable, "-m", "grpc_tools.protoc", *paths, *plugins, *arguments):
         sys.exit(1)
@@ -61,7 +67,11 @@ def build_image(work: Path, *, comments: bool) -> Path:
     """Our protos with all that they import, as one FileDescriptorSet: what buf and grpcurl read."""
     image = work / "image.binpb"
     protoc(
-        work, f"--descriptor_set_out={image}", "--include_imports", *["--include_source_info"] * comments, *sources()
+        work,
+        f"--descriptor_set_out={image}",
+        "--include_imports",
+        *["--include_source_info"] * comments,
+        *sources(),
     )
     return image
 
@@ -89,7 +99,9 @@ def generate(out: Path) -> None:
 def replace(out: Path) -> None:
     """Put what was generated in `out` in the place of what is in generated/."""
     for name in OUTPUTS:
-        shutil.rmtree(GENERATED / name) if (GENERATED / name).is_dir() else (GENERATED / name).unlink(missing_ok=True)
+        shutil.rmtree(GENERATED / name) if (GENERATED / name).is_dir() else (
+            GENERATED / name
+        ).unlink(missing_ok=True)
         shutil.move(out / name, GENERATED / name)
 
 
@@ -121,7 +133,8 @@ def check_protos() -> bool:
         passed = [
             run(buf, "format", PROTOS, "--diff", "--exit-code") == 0,
             run(buf, "lint", image, "--config", json.dumps(LINT)) == 0,
-            run(buf, "breaking", image, "--against", RELEASED, "--config", json.dumps(BREAKING)) == 0,
+            run(buf, "breaking", image, "--against", RELEASED, "--config", json.dumps(BREAKING))
+            == 0,
         ]
     return all(passed)
 

@@ -28,7 +28,9 @@ with one line and exit code 2. `chat-history check` shows what is in force. This
 def meanings() -> dict[str, str]:
     """Return each setting's docstring, by its field's name."""
     [body] = (
-        node.body for node in ast.parse(inspect.getsource(config.Settings)).body if isinstance(node, ast.ClassDef)
+        node.body
+        for node in ast.parse(inspect.getsource(config.Settings)).body
+        if isinstance(node, ast.ClassDef)
     )
     found: dict[str, str] = {}
     for field, text in itertools.pairwise(body):
@@ -54,7 +56,11 @@ def render() -> str:
             else [config.PREFIX + name.upper()]
         )
         default = info.default
-        shown = "" if default in (None, "", PydanticUndefined) or isinstance(default, SecretStr) else f"`{default}`"
+        shown = (
+            ""
+            if default in (None, "", PydanticUndefined) or isinstance(default, SecretStr)
+            else f"`{default}`"
+        )
         rows.append(
             f"| {', '.join(f'`{each}`' for each in names)} | {shown} | {meaning.replace('|', chr(92) + '|')} |\n"
         )

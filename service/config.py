@@ -81,7 +81,9 @@ class Settings(BaseSettings):
     """Seconds that Qdrant, or the embeddings, have for an answer."""
     qdrant_url: str | None = Field(default=None, validation_alias=AliasChoices("QDRANT_URL"))
     """Qdrant, such as `http://localhost:6333`. Unset: the embedded one under `data_dir`, for one process."""
-    qdrant_api_key: SecretStr | None = Field(default=None, validation_alias=AliasChoices("QDRANT_API_KEY"))
+    qdrant_api_key: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("QDRANT_API_KEY")
+    )
     """Key of that Qdrant."""
     qdrant_transport: Literal["grpc", "rest"] = "grpc"
     """How Qdrant is spoken to."""
@@ -89,11 +91,17 @@ class Settings(BaseSettings):
     """Qdrant's gRPC port."""
     qdrant_collection: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "chathistory"
     """What the names of our collections begin with: each deployment in one Qdrant needs its own."""
-    embeddings_url: str | None = Field(default=None, validation_alias=AliasChoices("EMBEDDINGS_URL"))
+    embeddings_url: str | None = Field(
+        default=None, validation_alias=AliasChoices("EMBEDDINGS_URL")
+    )
     """An OpenAI-compatible endpoint, such as `https://api.openai.com/v1`. Unset: offline embeddings."""
-    embeddings_model: str | None = Field(default=None, validation_alias=AliasChoices("EMBEDDINGS_MODEL"))
+    embeddings_model: str | None = Field(
+        default=None, validation_alias=AliasChoices("EMBEDDINGS_MODEL")
+    )
     """Its model."""
-    embeddings_api_key: SecretStr | None = Field(default=None, validation_alias=AliasChoices("EMBEDDINGS_API_KEY"))
+    embeddings_api_key: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("EMBEDDINGS_API_KEY")
+    )
     """Its key."""
     embeddings_dimensions: PositiveInt | None = Field(
         default=None, validation_alias=AliasChoices("EMBEDDINGS_DIMENSIONS")
@@ -156,8 +164,12 @@ class Settings(BaseSettings):
         if url is None:
             return None
         parts = urlsplit(url)
-        if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
-            raise ValueError("must be an https:// URL: whoever can change the keys on their way can be anybody")
+        if parts.scheme != "https" and not (
+            parts.scheme == "http" and is_loopback(parts.hostname or "")
+        ):
+            raise ValueError(
+                "must be an https:// URL: whoever can change the keys on their way can be anybody"
+            )
         if not parts.hostname or parts.username is not None:
             raise ValueError("must be a URL with a host and without a user")
         return url
@@ -173,7 +185,9 @@ class Settings(BaseSettings):
         if self.auth == "jwt":
             self._check_jwt()
         elif self.jwt_key is not None or self.jwks_url is not None:
-            raise ValueError(f"a key for tokens is set, and {PREFIX}AUTH=none would ignore them: set {PREFIX}AUTH=jwt")
+            raise ValueError(
+                f"a key for tokens is set, and {PREFIX}AUTH=none would ignore them: set {PREFIX}AUTH=jwt"
+            )
         elif self.tls_client_ca is None and not is_loopback(split_address(self.listen)[0]):
             raise ValueError(
                 f"{PREFIX}LISTEN={self.listen} is not a loopback address, and {PREFIX}AUTH=none lets every caller act for "
@@ -232,7 +246,11 @@ def _variables() -> list[str]:
     names: list[str] = []
     for field, info in Settings.model_fields.items():
         alias = info.validation_alias
-        names += [str(name) for name in alias.choices] if isinstance(alias, AliasChoices) else [_variable(field)]
+        names += (
+            [str(name) for name in alias.choices]
+            if isinstance(alias, AliasChoices)
+            else [_variable(field)]
+        )
     return names
 
 
@@ -241,7 +259,9 @@ def _given() -> dict[str, str]:
     from dotenv import dotenv_values  # noqa: PLC0415 - to explain the configuration, not to read it
 
     in_file = {name.upper(): ENV_FILE for name, value in dotenv_values(ENV_FILE).items() if value}
-    return in_file | {name.upper(): "the environment" for name, value in os.environ.items() if value}
+    return in_file | {
+        name.upper(): "the environment" for name, value in os.environ.items() if value
+    }
 
 
 def sources() -> dict[str, str]:
@@ -259,8 +279,12 @@ def unknown() -> list[str]:
             near = difflib.get_close_matches(
                 name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], 1
             )
-            meant = next((each for each in known if near and each.removeprefix(PREFIX) == near[0]), None)
-            lines.append(f"{name} in {source} is no setting" + (f"; did you mean {meant}?" if meant else ""))
+            meant = next(
+                (each for each in known if near and each.removeprefix(PREFIX) == near[0]), None
+            )
+            lines.append(
+                f"{name} in {source} is no setting" + (f"; did you mean {meant}?" if meant else "")
+            )
     return sorted(lines)
 
 

@@ -45,7 +45,13 @@ class InvalidArgument(ServiceError):
 
     default_reason = "FIELD_VIOLATION"
 
-    def __init__(self, message: str, *, violations: tuple[FieldViolation, ...] = (), reason: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        violations: tuple[FieldViolation, ...] = (),
+        reason: str | None = None,
+    ) -> None:
         super().__init__(message, reason=reason)
         self.violations = violations
 
@@ -60,7 +66,9 @@ class InvalidArgument(ServiceError):
         words: dict[str, list[str]] = {}
         for field, description in violations:
             words.setdefault(field, []).append(description)
-        entries = tuple(FieldViolation(field, "; ".join(dict.fromkeys(each))) for field, each in words.items())
+        entries = tuple(
+            FieldViolation(field, "; ".join(dict.fromkeys(each))) for field, each in words.items()
+        )
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
         return cls(f"{entries[0].field}: {entries[0].description}{more}", violations=entries)
 
@@ -81,7 +89,12 @@ class NotFound(ServiceError):
     @classmethod
     def message_in(cls, session_id: str, message_id: str) -> NotFound:
         """Make the error for a missing message."""
-        return cls("message not found", reason="MESSAGE_NOT_FOUND", session_id=session_id, message_id=message_id)
+        return cls(
+            "message not found",
+            reason="MESSAGE_NOT_FOUND",
+            session_id=session_id,
+            message_id=message_id,
+        )
 
     @classmethod
     def document(cls, document_id: str) -> NotFound:

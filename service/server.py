@@ -101,7 +101,9 @@ class Server:
         self.readiness = Readiness(self.database)
         self.database.on_doubt = self.readiness.doubt
         self.search = search = self._make_search()
-        self.health = Health(self.database, self.readiness, (lambda: search.healthy) if search is not None else None)
+        self.health = Health(
+            self.database, self.readiness, (lambda: search.healthy) if search is not None else None
+        )
         owed = self.search is not None and self.search.messages
         self.appender = Appender(self.database, settings.append_lanes, owed=owed)
         self.watchers = WatchHub(self.database)
@@ -121,18 +123,31 @@ class Server:
         """
         settings = self.settings
         observe = self.metrics.observe if self.metrics else None
-        servicer = ChatHistoryServicer(self.database, self.appender, self.watchers, settings.call_timeout, self.search)
+        servicer = ChatHistoryServicer(
+            self.database, self.appender, self.watchers, settings.call_timeout, self.search
+        )
         audited = Audited(servicer, identified=self.authenticate is not trust)
         pipeline = Pipeline(
-            self.authenticate, self.calls, self.streams, settings.call_timeout, observe, audited.authorise
+            self.authenticate,
+            self.calls,
+            self.streams,
+            settings.call_timeout,
+            observe,
+            audited.authorise,
         )
         search = self.search
         options = [*_OPTIONS, ("grpc.max_concurrent_streams", settings.max_calls_per_connection)]
         server = aio.server(options=options)
-        handlers = grpc.method_handlers_generic_handler(SERVICE, pipeline.handlers(DESCRIPTOR, audited))
+        handlers = grpc.method_handlers_generic_handler(
+            SERVICE, pipeline.handlers(DESCRIPTOR, audited)
+        )
         server.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        names = (
+            SERVICE,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        )
         reflection.enable_server_reflection(names, server)
         self.address, port = _listen(server, settings.listen, self.certificates)
         self._servers.append((server, port))
@@ -181,8 +196,16 @@ class Server:
     def _make_search(self) -> Search | None:
         if self.settings.search == "off":
             return None
-        needed = {"wordllama": self.settings.embeddings_url is None, "qdrant_client": True, "openai": True}
-        missing = [name for name, needs in needed.items() if needs and importlib.util.find_spec(name) is None]
+        needed = {
+            "wordllama": self.settings.embeddings_url is None,
+            "qdrant_client": True,
+            "openai": True,
+        }
+        missing = [
+            name
+            for name, needs in needed.items()
+            if needs and importlib.util.find_spec(name) is None
+        ]
         if missing:
             raise BadConfiguration(
                 [
@@ -238,9 +261,18 @@ class Server:
             port,
             {
                 "chat_history_calls_in_flight": ("Calls under way.", lambda: self.calls.in_flight),
-                "chat_history_watches_open": ("Open WatchMessages streams.", lambda: len(self.watchers)),
-                "chat_history_appends_waiting": ("Appends that have not left yet.", lambda: self.appender.waiting),
-                "chat_history_connections_in_use": ("Database connections checked out.", pool.checkedout),  # type: ignore[attr-defined]
+                "chat_history_watches_open": (
+                    "Open WatchMessages streams.",
+                    lambda: len(self.watchers),
+                ),
+                "chat_history_appends_waiting": (
+                    "Appends that have not left yet.",
+                    lambda: self.appender.waiting,
+                ),
+                "chat_history_connections_in_use": (
+                    "Database connections checked out.",
+                    pool.checkedout,  # type: ignore[attr-defined]
+                ),
                 "chat_history_search_ready": (
                     "Whether the search index answers.",
                     lambda: self.search is not None and self.search.healthy,
@@ -261,12 +293,17 @@ class Server:
                     "Points written to the search index since the start.",
                     lambda: self.search.figures.indexed if self.search else 0,
                 ),
-                "chat_history_ready": ("Whether the service is ready.", lambda: self.readiness.ready),
+                "chat_history_ready": (
+                    "Whether the service is ready.",
+                    lambda: self.readiness.ready,
+                ),
             },
         )
 
 
-def _listen(server: aio.Server, address: str, certificates: Certificates | None = None) -> tuple[str, int]:
+def _listen(
+    server: aio.Server, address: str, certificates: Certificates | None = None
+) -> tuple[str, int]:
     """Listen on an address, in plaintext without certificates; return it with the port taken, and that port.
 
     Raises:
@@ -335,6 +372,10 @@ async def run(
             await ready
     finally:
         # It needs no loop and no lock, whatever holds those.
-        with suppress(RuntimeError, ValueError, OSError):  # Without a standard error it has nowhere to write.
-            faulthandler.dump_traceback_later(settings.shutdown_delay + settings.shutdown_grace + ENDING, exit=True)
+        with suppress(
+            RuntimeError, ValueError, OSError
+        ):  # Without a standard error it has nowhere to write.
+            faulthandler.dump_traceback_later(
+                settings.shutdown_delay + settings.shutdown_grace + ENDING, exit=True
+            )
         await server.stop()

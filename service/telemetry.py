@@ -32,14 +32,18 @@ def configure_logging(level: str, style: Literal["auto", "console", "json"]) -> 
             *([] if console else [structlog.processors.dict_tracebacks]),
             structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
 
 
 # Written whatever the level of the log.
-_audit = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET))
+_audit = structlog.wrap_logger(
+    None, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET)
+)
 
 
 def audit(**fields: str | int) -> None:
@@ -50,7 +54,9 @@ def audit(**fields: str | int) -> None:
 class Metrics:
     """Prometheus figures, served as text."""
 
-    def __init__(self, host: str, port: int, gauges: dict[str, tuple[str, Callable[[], float]]]) -> None:
+    def __init__(
+        self, host: str, port: int, gauges: dict[str, tuple[str, Callable[[], float]]]
+    ) -> None:
         """Serve on an address.
 
         Args:
@@ -75,10 +81,16 @@ class Metrics:
         for collector in (GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR):
             registry.register(collector)
         self._handled = Counter(
-            "grpc_server_handled", "Calls finished, by status.", ["grpc_method", "grpc_code"], registry=registry
+            "grpc_server_handled",
+            "Calls finished, by status.",
+            ["grpc_method", "grpc_code"],
+            registry=registry,
         )
         self._seconds = Histogram(
-            "grpc_server_handling_seconds", "Time taken by calls.", ["grpc_method"], registry=registry
+            "grpc_server_handling_seconds",
+            "Time taken by calls.",
+            ["grpc_method"],
+            registry=registry,
         )
         for name, (meaning, read) in gauges.items():
             Gauge(name, meaning, registry=registry).set_function(read)

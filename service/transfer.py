@@ -52,7 +52,10 @@ class Counts:
 
     def __str__(self) -> str:
         kinds = ("users", "sessions", "messages", "documents", "chunks")
-        return ", ".join(f"{getattr(self, kind)} {kind}" for kind in kinds if getattr(self, kind)) or "nothing"
+        return (
+            ", ".join(f"{getattr(self, kind)} {kind}" for kind in kinds if getattr(self, kind))
+            or "nothing"
+        )
 
 
 @asynccontextmanager
@@ -77,7 +80,10 @@ async def export_user(
         Whatever connecting raises.
     """
     counts = Counts()
-    async with _opened(target) as database, aclosing(export.items(database, user_id, STEP_SECONDS)) as items:
+    async with (
+        _opened(target) as database,
+        aclosing(export.items(database, user_id, STEP_SECONDS)) as items,
+    ):
         try:
             async for item in items:
                 write(lines.write(item) + "\n")
@@ -92,7 +98,12 @@ async def export_user(
 
 
 async def import_lines(
-    target: Target, source: Iterable[bytes], *, user_id: str | None, search: bool, on_line: Callable[[int], None]
+    target: Target,
+    source: Iterable[bytes],
+    *,
+    user_id: str | None,
+    search: bool,
+    on_line: Callable[[int], None],
 ) -> Counts:
     """Store lines as they are, with their times and places; those that are stored already change nothing.
 
@@ -181,7 +192,9 @@ class _Importer:
             case lines.DocumentLine():
                 self.counts.documents += 1
                 self._document = line
-                row = await database.write(documents.create, _deadline(), line.values, (), on=self._search)
+                row = await database.write(
+                    documents.create, _deadline(), line.values, (), on=self._search
+                )
                 # The same content may be there under another id.
                 self._skips_chunks = row.id != line.values["id"]
 
@@ -193,7 +206,12 @@ class _Importer:
         if messages and self._session is not None:
             values = self._session.values
             self.counts.written += await self._database.write(
-                transfer.put_messages, _deadline(), values["user_id"], values["id"], messages, search=self._search
+                transfer.put_messages,
+                _deadline(),
+                values["user_id"],
+                values["id"],
+                messages,
+                search=self._search,
             )
         if chunks and self._document is not None and not self._skips_chunks:
             values = self._document.values
@@ -215,7 +233,12 @@ class _Importer:
             last_seq = max(session.last_seq, last.seq if last else 0)
             updated_us = session.updated_us or (last.created_us if last else None)
             await self._database.write(
-                transfer.end_session, _deadline(), session.values["user_id"], session.values["id"], last_seq, updated_us
+                transfer.end_session,
+                _deadline(),
+                session.values["user_id"],
+                session.values["id"],
+                last_seq,
+                updated_us,
             )
         self._session = self._last = self._document = None
 
@@ -240,7 +263,9 @@ def export_to(target: Target, user_id: str, path: Path) -> Awaitable[Counts]:
     return work()
 
 
-def import_from(target: Target, path: Path, user_id: str | None, *, search: bool) -> Awaitable[Counts]:
+def import_from(
+    target: Target, path: Path, user_id: str | None, *, search: bool
+) -> Awaitable[Counts]:
     """Import a file, `-` for standard input, with a progress bar.
 
     Raises:
@@ -252,7 +277,11 @@ def import_from(target: Target, path: Path, user_id: str | None, *, search: bool
         with _reading(path) as file, _progress() as progress:
             task = progress.add_task("importing", total=os.fstat(file.fileno()).st_size or None)
             return await import_lines(
-                target, file, user_id=owner, search=search, on_line=lambda count: progress.advance(task, count)
+                target,
+                file,
+                user_id=owner,
+                search=search,
+                on_line=lambda count: progress.advance(task, count),
             )
 
     return work()
@@ -298,8 +327,19 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
 def _progress() -> Progress:
     """Make a progress bar on standard error, which shows on a terminal alone."""
     from rich.console import Console  # noqa: PLC0415 - the tests of the rest do without
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(show_speed=True), MofNCompleteColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=True),
+        MofNCompleteColumn(),
+    )
     return Bar(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)

@@ -52,7 +52,9 @@ StartProcess = Callable[..., Awaitable[ServerProcess]]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a run choose how services get to their databases."""
-    parser.addoption("--through", choices=THROUGH, help="what stands between services and PostgreSQL")
+    parser.addoption(
+        "--through", choices=THROUGH, help="what stands between services and PostgreSQL"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,7 +93,9 @@ def _collector() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # A server sets up the collector of a process of its own; in this one there are many, one after the other.
         patch.setattr(
-            server_module, "gc", SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None)
+            server_module,
+            "gc",
+            SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None),
         )
         yield
     gc.unfreeze()
@@ -188,7 +192,9 @@ async def start_process(database_url: str, tmp_path: Path) -> AsyncGenerator[Sta
     async with AsyncExitStack() as started:
         count = 0
 
-        async def start(*, ready: bool = True, url: str = database_url, **environment: str) -> ServerProcess:
+        async def start(
+            *, ready: bool = True, url: str = database_url, **environment: str
+        ) -> ServerProcess:
             nonlocal count
             count += 1
             process = ServerProcess(url, tmp_path / f"server-{count}", **environment)

@@ -41,7 +41,9 @@ def upgrade() -> None:
         sa.Column("id", ID, nullable=False),
         sa.Column("title", sa.Text(), server_default="", nullable=False),
         sa.Column("summary", sa.Text(), server_default="", nullable=False),
-        sa.Column("summarized_through_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column(
+            "summarized_through_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False
+        ),
         sa.Column("metadata", JSONB()),
         sa.Column("state", sa.SmallInteger(), server_default=sa.text("1"), nullable=False),
         sa.Column("last_seq", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
@@ -52,8 +54,12 @@ def upgrade() -> None:
         sa.Column("revision", sa.Integer(), server_default=sa.text("1"), nullable=False),
         sa.Column("forked_from_id", ID),
         sa.Column("forked_from_seq", sa.BigInteger()),
-        sa.CheckConstraint("message_count BETWEEN 0 AND last_seq", name=op.f("chat_sessions_counts_check")),
-        sa.ForeignKeyConstraint(["user_id"], ["users.id"], name=op.f("chat_sessions_user_id_fkey"), ondelete="CASCADE"),
+        sa.CheckConstraint(
+            "message_count BETWEEN 0 AND last_seq", name=op.f("chat_sessions_counts_check")
+        ),
+        sa.ForeignKeyConstraint(
+            ["user_id"], ["users.id"], name=op.f("chat_sessions_user_id_fkey"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("user_id", "id", name=op.f("chat_sessions_pkey")),
         postgresql_with={"fillfactor": 50},
     )
@@ -86,11 +92,15 @@ def upgrade() -> None:
             ondelete="CASCADE",
         ),
         sa.PrimaryKeyConstraint("user_id", "session_id", "seq", name=op.f("chat_messages_pkey")),
-        sa.UniqueConstraint("user_id", "session_id", "id", name=op.f("chat_messages_user_id_session_id_id_key")),
+        sa.UniqueConstraint(
+            "user_id", "session_id", "id", name=op.f("chat_messages_user_id_session_id_id_key")
+        ),
     )
     op.execute("INSERT INTO schema_info (min_build) VALUES (1)")
     # The system's own user: owner of what outlives every user.
-    op.execute("INSERT INTO users (id, fingerprint) VALUES ('00000000-0000-0000-0000-000000000000', '')")
+    op.execute(
+        "INSERT INTO users (id, fingerprint) VALUES ('00000000-0000-0000-0000-000000000000', '')"
+    )
 
 
 def downgrade() -> None:

@@ -30,11 +30,20 @@ def upgrade() -> None:
         sa.Column("updated_at", TIME, server_default=NOW, nullable=False),
         sa.Column("fingerprint", sa.LargeBinary(), nullable=False),
         sa.Column("revision", sa.Integer(), server_default=sa.text("1"), nullable=False),
-        sa.ForeignKeyConstraint(["user_id"], ["users.id"], name=op.f("documents_user_id_fkey"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["user_id"], ["users.id"], name=op.f("documents_user_id_fkey"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("user_id", "id", name=op.f("documents_pkey")),
     )
-    op.create_index("documents_user_id_created_at_idx", "documents", ["user_id", "created_at", "id"])
-    op.create_index("documents_content_key", "documents", ["user_id", "content_sha256", "source_uri"], unique=True)
+    op.create_index(
+        "documents_user_id_created_at_idx", "documents", ["user_id", "created_at", "id"]
+    )
+    op.create_index(
+        "documents_content_key",
+        "documents",
+        ["user_id", "content_sha256", "source_uri"],
+        unique=True,
+    )
     op.create_table(
         "document_chunks",
         sa.Column("user_id", ID, nullable=False),
@@ -49,7 +58,9 @@ def upgrade() -> None:
             name=op.f("document_chunks_user_id_document_id_fkey"),
             ondelete="CASCADE",
         ),
-        sa.PrimaryKeyConstraint("user_id", "document_id", "chunk_index", name=op.f("document_chunks_pkey")),
+        sa.PrimaryKeyConstraint(
+            "user_id", "document_id", "chunk_index", name=op.f("document_chunks_pkey")
+        ),
     )
     op.create_table(
         "search_outbox",
@@ -69,7 +80,11 @@ def upgrade() -> None:
         sa.Column("attempts", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("detail", sa.Text(), server_default="", nullable=False),
         sa.PrimaryKeyConstraint("kind", "user_id", "entity_id", name=op.f("search_outbox_pkey")),
-        postgresql_with={"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 5000},
+        postgresql_with={
+            "fillfactor": 50,
+            "autovacuum_vacuum_scale_factor": 0,
+            "autovacuum_vacuum_threshold": 5000,
+        },
     )
     op.create_index("search_outbox_due_at_idx", "search_outbox", ["due_at"])
     op.create_table(
@@ -78,10 +93,16 @@ def upgrade() -> None:
         sa.Column("building", sa.Text()),
         sa.Column("after_kind", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column(
-            "after_user_id", ID, server_default=sa.text("'00000000-0000-0000-0000-000000000000'"), nullable=False
+            "after_user_id",
+            ID,
+            server_default=sa.text("'00000000-0000-0000-0000-000000000000'"),
+            nullable=False,
         ),
         sa.Column(
-            "after_entity_id", ID, server_default=sa.text("'00000000-0000-0000-0000-000000000000'"), nullable=False
+            "after_entity_id",
+            ID,
+            server_default=sa.text("'00000000-0000-0000-0000-000000000000'"),
+            nullable=False,
         ),
         sa.Column("handed_out", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("total", sa.BigInteger(), server_default=sa.text("0"), nullable=False),

@@ -24,7 +24,9 @@ from service.store import tables, url
 
 app = FastAPI()
 _target = url.parse(database_url())
-_engine = create_async_engine(_target.url, connect_args=_target.connect_args, pool_size=16, max_overflow=0)
+_engine = create_async_engine(
+    _target.url, connect_args=_target.connect_args, pool_size=16, max_overflow=0
+)
 _new_session = async_sessionmaker(_engine, expire_on_commit=False)
 
 
@@ -113,7 +115,9 @@ async def append(user_id: UUID, session_id: UUID, sent: MessageIn, database: Dat
 
 
 @app.get("/users/{user_id}/sessions/{session_id}/messages")
-async def list_messages(user_id: UUID, session_id: UUID, database: Database, limit: int = 50) -> list[MessageOut]:
+async def list_messages(
+    user_id: UUID, session_id: UUID, database: Database, limit: int = 50
+) -> list[MessageOut]:
     """List a session's first messages."""
     messages: Any = tables.chat_messages.c
     query = (
@@ -127,7 +131,9 @@ async def list_messages(user_id: UUID, session_id: UUID, database: Database, lim
 
 async def _main() -> None:
     listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http="httptools", loop="uvloop", log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        app, http="httptools", loop="uvloop", log_level="warning", access_log=False
+    )
     server = uvicorn.Server(config)
     # It listens already: who connects before the server takes over waits a moment.
     announce(f"127.0.0.1:{listening.getsockname()[1]}")

@@ -50,7 +50,9 @@ class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
         ]
         item = Append(request.user_id, request.session_id, new, 0.0)
         async with self._free:
-            [row] = await self._connection.fetch(APPEND.text, *append_arguments([item], LOCK_TIMEOUT))
+            [row] = await self._connection.fetch(
+                APPEND.text, *append_arguments([item], LOCK_TIMEOUT)
+            )
         time: Any = {"seconds": row["at"] // 1_000_000, "nanos": row["at"] % 1_000_000 * 1000}
         reply = message_pb2.AppendMessagesResponse(session_id=request.session_id)
         first = row["last_seq"] - len(new) + 1

@@ -14,14 +14,18 @@ from benchmarks.servers.serving import run, serve
 from benchmarks.work import READ_CONTENT, READ_MESSAGES, SESSION_MESSAGES, estimated_tokens
 
 # A page as a store would hand it out.
-_ROWS = [(str(uuid.uuid4()), seq, 1 + (seq + 1) % 2, READ_CONTENT) for seq in range(1, READ_MESSAGES + 1)]
+_ROWS = [
+    (str(uuid.uuid4()), seq, 1 + (seq + 1) % 2, READ_CONTENT) for seq in range(1, READ_MESSAGES + 1)
+]
 # Timestamp fields take this; of the ways to fill them it is the fastest plain one.
 _TIME: Any = {"seconds": int(time.time()), "nanos": 123_456_000}
 _ETAG = "644f5ab6a2f40.1"
 _TOKEN = "x" * 38
 
 
-def _add_messages(reply: message_pb2.ListMessagesResponse | message_pb2.GetContextResponse, session_id: str) -> None:
+def _add_messages(
+    reply: message_pb2.ListMessagesResponse | message_pb2.GetContextResponse, session_id: str
+) -> None:
     for id_, seq, role, content in _ROWS:
         reply.messages.add(
             id=id_,
@@ -59,7 +63,9 @@ class Echo(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
         _add_messages(reply, request.session_id)
         return reply
 
-    async def GetContext(self, request: message_pb2.GetContextRequest, context: Any) -> message_pb2.GetContextResponse:
+    async def GetContext(
+        self, request: message_pb2.GetContextRequest, context: Any
+    ) -> message_pb2.GetContextResponse:
         """Return a session and a page."""
         reply = message_pb2.GetContextResponse(
             session=session_pb2.Session(

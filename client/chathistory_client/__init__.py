@@ -8,7 +8,13 @@
 ['Hello!']
 """
 
-from chathistory.v1.document_pb2 import Document, DocumentChunk, DocumentHit, DocumentScope, DocumentStatus
+from chathistory.v1.document_pb2 import (
+    Document,
+    DocumentChunk,
+    DocumentHit,
+    DocumentScope,
+    DocumentStatus,
+)
 from chathistory.v1.message_pb2 import (
     Citation,
     Feedback,

@@ -116,10 +116,16 @@ class Connection:
         options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
         self._target = (
-            target if "://" in target or target.startswith(("unix:", "ipv4:", "ipv6:")) else f"dns:///{target}"
+            target
+            if "://" in target or target.startswith(("unix:", "ipv4:", "ipv6:"))
+            else f"dns:///{target}"
         )
         self._tls = Tls() if tls is True else tls or None
-        if token is not None and self._tls is None and not (allow_insecure_token or _is_local(target)):
+        if (
+            token is not None
+            and self._tls is None
+            and not (allow_insecure_token or _is_local(target))
+        ):
             raise ValueError(
                 f"a token would travel to {target} in plaintext: use tls, or say allow_insecure_token=True"
             )
@@ -160,7 +166,10 @@ class Connection:
         """Give the stub of a connection that has room for one more stream."""
         lane = self._first()
         if lane.streams >= STREAMS:
-            lane = next((each for each in self._lanes if each.streams < STREAMS), None) or self._another_lane()
+            lane = (
+                next((each for each in self._lanes if each.streams < STREAMS), None)
+                or self._another_lane()
+            )
         lane.streams += 1
         try:
             yield lane.stub
@@ -189,7 +198,9 @@ class Connection:
         default: float | None = None,
     ) -> Response:
         """Make one call: with a deadline, a token and the trace context; its errors come typed."""
-        given = timeout if timeout is not None else default if default is not None else self._timeout
+        given = (
+            timeout if timeout is not None else default if default is not None else self._timeout
+        )
         deadline = time.monotonic() + given
         token = await self._token(given)
         renewed = False
@@ -208,9 +219,17 @@ class Connection:
                     away = failure if failure.reason else away
                     await asyncio.sleep(random.uniform(AWAY_PAUSE / 2, AWAY_PAUSE))  # noqa: S311 - no secret
                     continue
-                if away is not None and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and not failure.reason:
+                if (
+                    away is not None
+                    and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+                    and not failure.reason
+                ):
                     raise away from error  # It says more.
-                other = None if renewed else await self._another(failure, token, deadline - time.monotonic())
+                other = (
+                    None
+                    if renewed
+                    else await self._another(failure, token, deadline - time.monotonic())
+                )
                 if other is None:
                     raise failure from error
                 token, renewed = other, True
@@ -228,7 +247,10 @@ class Connection:
         """Open one stream and read it to its end; leaving it early ends the call."""
         with self._room() as stub:
             call = method(stub)(
-                request, timeout=timeout, metadata=_metadata(token), wait_for_ready=self._wait_for_ready
+                request,
+                timeout=timeout,
+                metadata=_metadata(token),
+                wait_for_ready=self._wait_for_ready,
             )
             try:
                 async for reply in call:
@@ -252,9 +274,13 @@ class Connection:
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise errors.DeadlineExceeded("no token came in time", code=grpc.StatusCode.DEADLINE_EXCEEDED) from None
+            raise errors.DeadlineExceeded(
+                "no token came in time", code=grpc.StatusCode.DEADLINE_EXCEEDED
+            ) from None
 
-    async def _another(self, failure: errors.ChatHistoryError, refused: str, seconds: float) -> str | None:
+    async def _another(
+        self, failure: errors.ChatHistoryError, refused: str, seconds: float
+    ) -> str | None:
         """Return another token when a call was refused for its token, and there is another one in time."""
         if self._tokens is None or not isinstance(failure, errors.Unauthenticated):
             return None
@@ -275,7 +301,9 @@ class Connection:
         """
         task = asyncio.current_task()
         if self._closed and (task is None or not task.cancelling()):
-            raise errors.Unavailable("the client was closed", code=grpc.StatusCode.UNAVAILABLE) from None
+            raise errors.Unavailable(
+                "the client was closed", code=grpc.StatusCode.UNAVAILABLE
+            ) from None
 
 
 def _sent_away(failure: errors.ChatHistoryError) -> bool:
@@ -283,7 +311,9 @@ def _sent_away(failure: errors.ChatHistoryError) -> bool:
 
     gRPC itself cancels what reaches a server that stops, or that has too much to take up, and gives no reason.
     """
-    return failure.reason == "DRAINING" or (failure.code is grpc.StatusCode.CANCELLED and not failure.reason)
+    return failure.reason == "DRAINING" or (
+        failure.code is grpc.StatusCode.CANCELLED and not failure.reason
+    )
 
 
 def _metadata(token: str) -> aio.Metadata:
@@ -297,4 +327,6 @@ def _metadata(token: str) -> aio.Metadata:
 def _is_local(target: str) -> bool:
     """Whether a target is on this machine."""
     address = target.rpartition("/")[2]
-    return target.startswith("unix:") or address.startswith(("127.", "localhost:", "[::1]:", "ipv4:127."))
+    return target.startswith("unix:") or address.startswith(
+        ("127.", "localhost:", "[::1]:", "ipv4:127.")
+    )

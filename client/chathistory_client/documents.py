@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from chathistory.v1 import document_pb2
-from chathistory.v1.document_pb2 import Document, DocumentChunk, DocumentHit, DocumentScope, DocumentStatus
+from chathistory.v1.document_pb2 import (
+    Document,
+    DocumentChunk,
+    DocumentHit,
+    DocumentScope,
+    DocumentStatus,
+)
 
 from chathistory_client.connection import LONG_TIMEOUT, Connection
 from chathistory_client.fields import UNSET, Metadata, Unset, put, struct
@@ -60,12 +66,18 @@ class Documents(Connection):
         )
         portions = _portions(chunks)
         first = next(portions, [])
-        request = document_pb2.CreateDocumentRequest(user_id=user_id, document=document, chunks=first)
+        request = document_pb2.CreateDocumentRequest(
+            user_id=user_id, document=document, chunks=first
+        )
         stored = (await self._call(self._stub.CreateDocument, request, timeout)).document
         done = len(first)
         for portion in portions:
             stored = await self.append_document_chunks(
-                user_id=user_id, document_id=stored.id, first_index=done, chunks=portion, timeout=timeout
+                user_id=user_id,
+                document_id=stored.id,
+                first_index=done,
+                chunks=portion,
+                timeout=timeout,
             )
             done += len(portion)
         return stored
@@ -81,11 +93,16 @@ class Documents(Connection):
     ) -> Document:
         """Store more chunks of a document; the same chunk again changes nothing."""
         request = document_pb2.AppendDocumentChunksRequest(
-            user_id=user_id, document_id=document_id, first_index=first_index, chunks=map(_chunk, chunks)
+            user_id=user_id,
+            document_id=document_id,
+            first_index=first_index,
+            chunks=map(_chunk, chunks),
         )
         return (await self._call(self._stub.AppendDocumentChunks, request, timeout)).document
 
-    async def get_document(self, *, user_id: str = "", document_id: str, timeout: float | None = None) -> Document:
+    async def get_document(
+        self, *, user_id: str = "", document_id: str, timeout: float | None = None
+    ) -> Document:
         """Read one document, the user's own or a shared one."""
         request = document_pb2.GetDocumentRequest(user_id=user_id, document_id=document_id)
         return (await self._call(self._stub.GetDocument, request, timeout)).document
@@ -142,12 +159,21 @@ class Documents(Connection):
             Conflict: `etag` is given and is not that of the stored document (ETAG_MISMATCH).
         """
         document = Document(id=document_id, etag=etag)
-        mask = put(document, title=title, source_uri=source_uri, mime_type=mime_type, metadata=metadata)
-        request = document_pb2.UpdateDocumentRequest(user_id=user_id, document=document, update_mask=mask)
+        mask = put(
+            document, title=title, source_uri=source_uri, mime_type=mime_type, metadata=metadata
+        )
+        request = document_pb2.UpdateDocumentRequest(
+            user_id=user_id, document=document, update_mask=mask
+        )
         return (await self._call(self._stub.UpdateDocument, request, timeout)).document
 
     async def delete_document(
-        self, *, user_id: str = "", document_id: str, allow_missing: bool = False, timeout: float | None = None
+        self,
+        *,
+        user_id: str = "",
+        document_id: str,
+        allow_missing: bool = False,
+        timeout: float | None = None,
     ) -> None:
         """Erase a document with its chunks and vectors."""
         request = document_pb2.DeleteDocumentRequest(

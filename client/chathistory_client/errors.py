@@ -133,8 +133,12 @@ def from_rpc(error: aio.AioRpcError) -> ChatHistoryError:
         code=code,
         reason=info.reason if info.domain == DOMAIN else "",
         metadata=info.metadata,
-        violations=tuple(FieldViolation(found.field, found.description) for found in refusal.field_violations),
-        retry_after=retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
+        violations=tuple(
+            FieldViolation(found.field, found.description) for found in refusal.field_violations
+        ),
+        retry_after=retry.retry_delay.ToTimedelta().total_seconds()
+        if retry.HasField("retry_delay")
+        else None,
     )
 
 
@@ -144,6 +148,8 @@ def _status(error: aio.AioRpcError) -> Status:
         if key == _DETAILS_KEY:
             try:
                 return Status.FromString(value)
-            except DecodeError:  # Something on the way has spoilt them; the code and the text remain.
+            except (
+                DecodeError
+            ):  # Something on the way has spoilt them; the code and the text remain.
                 break
     return Status()

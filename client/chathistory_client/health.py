@@ -36,7 +36,9 @@ class HealthStatus(StrEnum):
 class Health(Connection):
     """Asks how the service is. No token is needed."""
 
-    async def check_health(self, name: str = "", *, timeout: float = HEALTH_TIMEOUT) -> HealthStatus:
+    async def check_health(
+        self, name: str = "", *, timeout: float = HEALTH_TIMEOUT
+    ) -> HealthStatus:
         """Ask for `""` (ready), `"liveness"`, `"search"` or `"database"`; does not raise.
 
         `"database"` is a real round trip to PostgreSQL: for people and a `/db-health`, never for a periodic probe, since it
@@ -71,6 +73,7 @@ class Health(Connection):
         while (status := await self.check_health()) is not HealthStatus.SERVING:
             if time.monotonic() > give_up:
                 raise Unavailable(
-                    f"the service is not ready after {timeout:g} s ({status})", code=grpc.StatusCode.UNAVAILABLE
+                    f"the service is not ready after {timeout:g} s ({status})",
+                    code=grpc.StatusCode.UNAVAILABLE,
                 )
             await asyncio.sleep(_POLL_SECONDS)

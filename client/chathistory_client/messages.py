@@ -7,7 +7,15 @@ from contextlib import aclosing
 from typing import Literal
 
 from chathistory.v1 import message_pb2
-from chathistory.v1.message_pb2 import Feedback, Message, MessageHit, MessageOrder, Part, Role, SearchMode
+from chathistory.v1.message_pb2 import (
+    Feedback,
+    Message,
+    MessageHit,
+    MessageOrder,
+    Part,
+    Role,
+    SearchMode,
+)
 from chathistory.v1.session_pb2 import Session
 
 from chathistory_client import watching
@@ -105,7 +113,9 @@ class Messages(Connection):
         self, *, user_id: str = "", session_id: str, message_id: str, timeout: float | None = None
     ) -> Message:
         """Read one message."""
-        request = message_pb2.GetMessageRequest(user_id=user_id, session_id=session_id, message_id=message_id)
+        request = message_pb2.GetMessageRequest(
+            user_id=user_id, session_id=session_id, message_id=message_id
+        )
         return (await self._call(self._stub.GetMessage, request, timeout)).message
 
     def list_messages(
@@ -128,7 +138,11 @@ class Messages(Connection):
 
         async def fetch(token: str) -> message_pb2.ListMessagesResponse:
             request = message_pb2.ListMessagesRequest(
-                user_id=user_id, session_id=session_id, order=order, page_size=page_size, page_token=token
+                user_id=user_id,
+                session_id=session_id,
+                order=order,
+                page_size=page_size,
+                page_token=token,
             )
             return await self._call(self._stub.ListMessages, request, timeout)
 
@@ -162,7 +176,14 @@ class Messages(Connection):
             Conflict: `etag` is given and is not that of the stored message (ETAG_MISMATCH).
         """
         changed = Message(id=message_id, etag=etag)
-        mask = put(changed, content=content, parts=parts, metadata=metadata, token_count=token_count, feedback=feedback)
+        mask = put(
+            changed,
+            content=content,
+            parts=parts,
+            metadata=metadata,
+            token_count=token_count,
+            feedback=feedback,
+        )
         request = message_pb2.UpdateMessageRequest(
             user_id=user_id, session_id=session_id, message=changed, update_mask=mask
         )
@@ -179,7 +200,10 @@ class Messages(Connection):
     ) -> None:
         """Erase what a message says; its `seq` stays taken, and nothing is renumbered."""
         request = message_pb2.DeleteMessageRequest(
-            user_id=user_id, session_id=session_id, message_id=message_id, allow_missing=allow_missing
+            user_id=user_id,
+            session_id=session_id,
+            message_id=message_id,
+            allow_missing=allow_missing,
         )
         await self._call(self._stub.DeleteMessage, request, timeout)
 
@@ -244,12 +268,16 @@ class Messages(Connection):
         Raises:
             NotFound: there is no such session, or it was erased meanwhile.
         """
-        request = message_pb2.WatchMessagesRequest(user_id=user_id, session_id=session_id, after_seq=after_seq)
+        request = message_pb2.WatchMessagesRequest(
+            user_id=user_id, session_id=session_id, after_seq=after_seq
+        )
         retry = watching.Retry()
         while True:
             token = await self._token(self._timeout)
             try:
-                async with aclosing(self._stream(lambda stub: stub.WatchMessages, request, token)) as replies:
+                async with aclosing(
+                    self._stream(lambda stub: stub.WatchMessages, request, token)
+                ) as replies:
                     async for reply in replies:
                         retry.progress()
                         if reply.message.seq > request.after_seq:
@@ -258,7 +286,10 @@ class Messages(Connection):
             except watching.RESUMABLE as failure:
                 if self._closed or not (
                     watching.may_resume(failure)
-                    or (retry.first and await self._another(failure, token, self._timeout) is not None)
+                    or (
+                        retry.first
+                        and await self._another(failure, token, self._timeout) is not None
+                    )
                 ):
                     raise
                 await retry.pause(failure.retry_after)

@@ -33,11 +33,15 @@ class Sessions(Connection):
         Raises:
             AlreadyExists: the id that you chose is that of another session (ID_TAKEN).
         """
-        session = Session(id=session_id or new_id(), title=title, summary=summary, metadata=struct(metadata))
+        session = Session(
+            id=session_id or new_id(), title=title, summary=summary, metadata=struct(metadata)
+        )
         request = session_pb2.CreateSessionRequest(user_id=user_id, session=session)
         return (await self._call(self._stub.CreateSession, request, timeout)).session
 
-    async def get_session(self, *, user_id: str = "", session_id: str, timeout: float | None = None) -> Session:
+    async def get_session(
+        self, *, user_id: str = "", session_id: str, timeout: float | None = None
+    ) -> Session:
         """Read one session.
 
         Raises:
@@ -102,14 +106,23 @@ class Sessions(Connection):
             metadata=metadata,
             state=state,
         )
-        request = session_pb2.UpdateSessionRequest(user_id=user_id, session=session, update_mask=mask)
+        request = session_pb2.UpdateSessionRequest(
+            user_id=user_id, session=session, update_mask=mask
+        )
         return (await self._call(self._stub.UpdateSession, request, timeout)).session
 
     async def delete_session(
-        self, *, user_id: str = "", session_id: str, allow_missing: bool = False, timeout: float | None = None
+        self,
+        *,
+        user_id: str = "",
+        session_id: str,
+        allow_missing: bool = False,
+        timeout: float | None = None,
     ) -> None:
         """Erase a session with its messages."""
-        request = session_pb2.DeleteSessionRequest(user_id=user_id, session_id=session_id, allow_missing=allow_missing)
+        request = session_pb2.DeleteSessionRequest(
+            user_id=user_id, session_id=session_id, allow_missing=allow_missing
+        )
         await self._call(self._stub.DeleteSession, request, timeout, LONG_TIMEOUT)
 
     async def fork_session(
@@ -129,6 +142,9 @@ class Sessions(Connection):
         (1, True)
         """
         request = session_pb2.ForkSessionRequest(
-            user_id=user_id, session_id=session_id, through_seq=through_seq, new_session_id=new_session_id or new_id()
+            user_id=user_id,
+            session_id=session_id,
+            through_seq=through_seq,
+            new_session_id=new_session_id or new_id(),
         )
         return (await self._call(self._stub.ForkSession, request, timeout)).session

@@ -58,6 +58,8 @@ def _expiry(token: str) -> float:
     """Return when a JWT ends, by its own word; never for anything else."""
     try:
         _, payload, _ = token.split(".")
-        return float(json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"])
+        return float(
+            json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))["exp"]
+        )
     except (ValueError, KeyError, TypeError, binascii.Error):
         return float("inf")

@@ -10,7 +10,9 @@ from contextvars import ContextVar
 
 Headers = tuple[tuple[str, str], ...]
 
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,512}")
 
 _given: ContextVar[Headers] = ContextVar("chathistory_trace_context", default=())
@@ -45,4 +47,6 @@ def headers() -> Headers:
         return ()
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
-    return tuple((key.lower(), value) for key, value in carrier.items() if _PRINTABLE.fullmatch(value))
+    return tuple(
+        (key.lower(), value) for key, value in carrier.items() if _PRINTABLE.fullmatch(value)
+    )

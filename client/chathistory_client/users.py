@@ -36,8 +36,16 @@ class Users(Connection):
         Raises:
             AlreadyExists: the e-mail address (EMAIL_TAKEN), external id (EXTERNAL_ID_TAKEN) or id (ID_TAKEN) is another's.
         """
-        user = User(id=user_id or new_id(), external_id=external_id, email=email, name=name, metadata=struct(metadata))
-        return (await self._call(self._stub.CreateUser, user_pb2.CreateUserRequest(user=user), timeout)).user
+        user = User(
+            id=user_id or new_id(),
+            external_id=external_id,
+            email=email,
+            name=name,
+            metadata=struct(metadata),
+        )
+        return (
+            await self._call(self._stub.CreateUser, user_pb2.CreateUserRequest(user=user), timeout)
+        ).user
 
     async def get_user(
         self,
@@ -120,6 +128,8 @@ class Users(Connection):
         """
         request = export_pb2.ExportUserDataRequest(user_id=user_id)
         token = await self._token(self._timeout)
-        async with aclosing(self._stream(lambda stub: stub.ExportUserData, request, token, timeout)) as items:
+        async with aclosing(
+            self._stream(lambda stub: stub.ExportUserData, request, token, timeout)
+        ) as items:
             async for item in items:
                 yield item

@@ -38,7 +38,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         token = settings.history_token.get_secret_value() if settings.history_token else None
         model = Model(settings)
         async with ChatHistoryClient(
-            settings.history_target, tls=settings.history_tls, token=token, timeout=settings.history_timeout
+            settings.history_target,
+            tls=settings.history_tls,
+            token=token,
+            timeout=settings.history_timeout,
         ) as client:
             app.state.history = History(client)
             app.state.model = model

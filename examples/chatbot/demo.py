@@ -14,7 +14,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from chathistory_client import ChatHistoryClient, ChatHistoryError, DocumentScope, DocumentStatus, HealthStatus
+from chathistory_client import (
+    ChatHistoryClient,
+    ChatHistoryError,
+    DocumentScope,
+    DocumentStatus,
+    HealthStatus,
+)
 
 from .loader import load
 from .server import configured
@@ -75,20 +81,26 @@ async def _load(client: ChatHistoryClient) -> None:
             while await _pending(client):  # noqa: ASYNC110 - it happens in another process
                 await asyncio.sleep(0.3)
     except (ChatHistoryError, TimeoutError) as error:
-        print(f"the sample documents cannot be searched now, so answers come without sources: {error}")
+        print(
+            f"the sample documents cannot be searched now, so answers come without sources: {error}"
+        )
 
 
 async def _pending(client: ChatHistoryClient) -> bool:
     """Whether some of the shared documents are not found yet."""
     page = await client.list_documents(
-        scope=DocumentScope.DOCUMENT_SCOPE_SHARED, status=DocumentStatus.DOCUMENT_STATUS_PENDING, page_size=1
+        scope=DocumentScope.DOCUMENT_SCOPE_SHARED,
+        status=DocumentStatus.DOCUMENT_STATUS_PENDING,
+        page_size=1,
     )
     return bool(page.documents)
 
 
 def _check_port(listen: str) -> None:
     host, _, port = listen.rpartition(":")
-    with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
+    with contextlib.closing(
+        socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    ) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host.strip("[]"), int(port)))
@@ -122,7 +134,10 @@ async def run() -> None:
         chatbot = configured(settings)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, setattr, chatbot, "should_exit", True)
-        print(f"\n  the chatbot is at http://{settings.listen}  (Ctrl-C stops everything)\n", flush=True)
+        print(
+            f"\n  the chatbot is at http://{settings.listen}  (Ctrl-C stops everything)\n",
+            flush=True,
+        )
         await chatbot.serve()
 
 

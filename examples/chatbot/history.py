@@ -66,7 +66,13 @@ class History:
         self.client = client
 
     async def append(
-        self, user_id: str, session_id: str, messages: Sequence[Message], *, title: str, timeout: float | None = None
+        self,
+        user_id: str,
+        session_id: str,
+        messages: Sequence[Message],
+        *,
+        title: str,
+        timeout: float | None = None,
     ) -> Appended:
         """Append messages, the first of which may start the session; a user who is not known yet is made.
 
@@ -89,20 +95,29 @@ class History:
                 await self.client.create_user(user_id=user_id, timeout=timeout)
             else:
                 first = reply.messages[0]
-                return Appended(reply.session_id, first.seq, replayed=first.replayed, started=reply.session_created)
+                return Appended(
+                    reply.session_id,
+                    first.seq,
+                    replayed=first.replayed,
+                    started=reply.session_created,
+                )
         raise AssertionError("unreachable")
 
     async def answer(self, user_id: str, session_id: str, answer_id: str) -> Message | None:
         """Return an answer that is stored, None when it is not."""
         try:
-            return await self.client.get_message(user_id=user_id, session_id=session_id, message_id=answer_id)
+            return await self.client.get_message(
+                user_id=user_id, session_id=session_id, message_id=answer_id
+            )
         except NotFound:
             return None
 
     async def passages(self, user_id: str, question: str) -> list[schemas.Source] | None:
         """Find what the documents say; None when they cannot be searched now."""
         try:
-            hits = await self.client.search_documents(user_id=user_id, query=question[:2000], limit=MAX_PASSAGES)
+            hits = await self.client.search_documents(
+                user_id=user_id, query=question[:2000], limit=MAX_PASSAGES
+            )
         except ChatHistoryError as error:
             _log.info("no passages: %s", error)
             return None
@@ -128,7 +143,9 @@ def cited(sources: Sequence[schemas.Source]) -> list[Part]:
     return [
         Part(
             citation=Citation(
-                document_id=str(source.document_uuid), chunk_index=source.chunk_index, quote=source.text[:QUOTE]
+                document_id=str(source.document_uuid),
+                chunk_index=source.chunk_index,
+                quote=source.text[:QUOTE],
             )
         )
         for source in sources

@@ -37,7 +37,9 @@ class Identity:
         async def send_with_cookie(message: Message) -> None:
             if message["type"] == "http.response.start" and known is None:
                 headers = MutableHeaders(scope=message)
-                headers.append("set-cookie", self._cookie(user_id, secure=request.url.scheme == "https"))
+                headers.append(
+                    "set-cookie", self._cookie(user_id, secure=request.url.scheme == "https")
+                )
             await send(message)
 
         await self._app(scope, receive, send_with_cookie)
@@ -63,4 +65,6 @@ def user_id(request: Request) -> str:
 
 
 # For the description of the API: the cookie itself was read before.
-documented = Depends(APIKeyCookie(name=COOKIE, auto_error=False, description="Given to whoever comes without one."))
+documented = Depends(
+    APIKeyCookie(name=COOKIE, auto_error=False, description="Given to whoever comes without one.")
+)

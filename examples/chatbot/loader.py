@@ -59,7 +59,9 @@ def cut(text: str, name: str) -> tuple[str, list[str]]:
         for wrapped in re.split(r"\n\s*\n", section.strip()):
             # Lines that were broken for the eye only; lists and code stay as they are.
             paragraph = (
-                wrapped if re.search(r"^(\s|[-*+>|`#]|\d+\.)", wrapped, re.MULTILINE) else " ".join(wrapped.split("\n"))
+                wrapped
+                if re.search(r"^(\s|[-*+>|`#]|\d+\.)", wrapped, re.MULTILINE)
+                else " ".join(wrapped.split("\n"))
             )
             if chunk and len(chunk) + len(paragraph) > CHUNK:
                 chunks.append(chunk)
@@ -74,7 +76,9 @@ async def _main() -> None:
     settings = Settings()
     token = settings.history_token.get_secret_value() if settings.history_token else None
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else SAMPLES
-    async with ChatHistoryClient(settings.history_target, tls=settings.history_tls, token=token) as client:
+    async with ChatHistoryClient(
+        settings.history_target, tls=settings.history_tls, token=token
+    ) as client:
         print(f"{await load(client, folder)} documents are loaded")
 
 

@@ -16,7 +16,9 @@ from .schemas import Source
 from .settings import Settings
 
 _NOT_CONFIGURED = "No language model is set up, so this is what the documents say, word for word."
-_DID_NOT_ANSWER = "The language model did not answer, so this is what the documents say, word for word."
+_DID_NOT_ANSWER = (
+    "The language model did not answer, so this is what the documents say, word for word."
+)
 _NOTHING = "No language model is set up, and the documents say nothing about this."
 _NO_SEARCH = "No language model is set up, and the documents cannot be searched now."
 _QUOTED = 3
@@ -42,7 +44,10 @@ class Model:
         if settings.model is not None:
             key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else "none"
             self._client = openai.AsyncOpenAI(
-                api_key=key, base_url=settings.openai_base_url, timeout=settings.model_timeout, max_retries=1
+                api_key=key,
+                base_url=settings.openai_base_url,
+                timeout=settings.model_timeout,
+                max_retries=1,
             )
 
     async def close(self) -> None:
@@ -50,7 +55,9 @@ class Model:
         if self._client is not None:
             await self._client.close()
 
-    async def answer(self, conversation: Sequence[Message], passages: Sequence[Source] | None) -> AsyncIterator[str]:
+    async def answer(
+        self, conversation: Sequence[Message], passages: Sequence[Source] | None
+    ) -> AsyncIterator[str]:
         """Answer the last message of a conversation, in pieces.
 
         Raises:
@@ -78,7 +85,9 @@ class Model:
             async for piece in _by_quoting(_DID_NOT_ANSWER, passages):
                 yield piece
 
-    def _prompt(self, conversation: Sequence[Message], passages: Sequence[Source]) -> list[ChatCompletionMessageParam]:
+    def _prompt(
+        self, conversation: Sequence[Message], passages: Sequence[Source]
+    ) -> list[ChatCompletionMessageParam]:
         system = self._instructions
         if passages:
             numbered = "\n\n".join(f"[{n}] {p.title}\n{p.text}" for n, p in enumerate(passages, 1))
@@ -100,7 +109,8 @@ class Model:
 async def _by_quoting(words: str, passages: Sequence[Source] | None) -> AsyncIterator[str]:
     if passages:
         quoted = "\n\n".join(
-            f"**{p.title}** [{n}]\n\n{_as_quotation(p.text)}" for n, p in enumerate(passages[:_QUOTED], 1)
+            f"**{p.title}** [{n}]\n\n{_as_quotation(p.text)}"
+            for n, p in enumerate(passages[:_QUOTED], 1)
         )
         words = f"{words}\n\n{quoted}"
     else:

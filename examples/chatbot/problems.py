@@ -63,15 +63,25 @@ def install(app: FastAPI) -> None:
             _log.warning("history: %s", error)
         if status == 502:  # noqa: PLR2004 - its words are for us, not for whoever asks
             return _answer(
-                status, Error(detail="the history service has failed", reason=error.reason or "HISTORY_FAILED")
+                status,
+                Error(
+                    detail="the history service has failed", reason=error.reason or "HISTORY_FAILED"
+                ),
             )
         fields = [f"{found.field}: {found.description}" for found in error.violations]
-        return _answer(status, Error(detail=error.message, reason=error.reason or error.code.name, fields=fields))
+        return _answer(
+            status,
+            Error(detail=error.message, reason=error.reason or error.code.name, fields=fields),
+        )
 
     @app.exception_handler(RequestValidationError)
     async def _malformed(_request: Request, error: RequestValidationError) -> JSONResponse:
-        fields = [f"{'.'.join(map(str, found['loc'][1:]))}: {found['msg']}" for found in error.errors()]
-        return _answer(422, Error(detail="; ".join(fields), reason="FIELD_VIOLATION", fields=fields))
+        fields = [
+            f"{'.'.join(map(str, found['loc'][1:]))}: {found['msg']}" for found in error.errors()
+        ]
+        return _answer(
+            422, Error(detail="; ".join(fields), reason="FIELD_VIOLATION", fields=fields)
+        )
 
 
 def _answer(status: int, error: Error) -> JSONResponse:

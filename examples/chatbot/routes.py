@@ -63,13 +63,17 @@ def _model(request: Request) -> Model:
 UserId = Annotated[str, Depends(user_id)]
 Store = Annotated[History, Depends(_history)]
 PageSize = Annotated[int, Query(ge=1, le=200)]
-PageToken = Annotated[str, Query(max_length=1024, description="`next_page_token` of the page before.")]
+PageToken = Annotated[
+    str, Query(max_length=1024, description="`next_page_token` of the page before.")
+]
 
 router = APIRouter(dependencies=[documented, Depends(_traced)])
 health = APIRouter()
 
 
-async def _begin(body: schemas.ChatRequest, user: UserId, turns: Annotated[Turns, Depends(_turns)]) -> Turn:
+async def _begin(
+    body: schemas.ChatRequest, user: UserId, turns: Annotated[Turns, Depends(_turns)]
+) -> Turn:
     # A dependency, so that what fails here fails before a stream has begun.
     return await turns.begin(user, body)
 
@@ -95,7 +99,9 @@ async def chat(turn: Begun, turns: Annotated[Turns, Depends(_turns)]) -> schemas
     response_class=EventSourceResponse,
     responses=responses(404, 409, 422, 503, of_stream=True),
 )
-async def chat_stream(turn: Begun, turns: Annotated[Turns, Depends(_turns)]) -> AsyncIterator[ServerSentEvent]:
+async def chat_stream(
+    turn: Begun, turns: Annotated[Turns, Depends(_turns)]
+) -> AsyncIterator[ServerSentEvent]:
     """Like `/chat`, by server-sent events: `begin` (Begun), then `delta` (Delta) many times, then `done` (ChatResponse).
 
     Whoever stops listening breaks the answer off; what there is of it is stored.
@@ -107,17 +113,22 @@ async def chat_stream(turn: Begun, turns: Annotated[Turns, Depends(_turns)]) -> 
     yield ServerSentEvent(event="done", data=turn.done())
 
 
-@router.get("/api/sessions", tags=["sessions"], summary="List conversations", responses=responses(422, 503))
+@router.get(
+    "/api/sessions", tags=["sessions"], summary="List conversations", responses=responses(422, 503)
+)
 async def list_sessions(
     user: UserId, store: Store, page_size: PageSize = 30, page_token: PageToken = ""
 ) -> schemas.SessionPage:
     """List one's conversations, newest activity first."""
     try:
-        page = await store.client.list_sessions(user_id=user, page_size=page_size, page_token=page_token)
+        page = await store.client.list_sessions(
+            user_id=user, page_size=page_size, page_token=page_token
+        )
     except NotFound:  # Nobody is made a user by looking.
         return schemas.SessionPage(sessions=[], next_page_token="")
     return schemas.SessionPage(
-        sessions=[history.session_out(each) for each in page.sessions], next_page_token=page.next_page_token
+        sessions=[history.session_out(each) for each in page.sessions],
+        next_page_token=page.next_page_token,
     )
 
 
@@ -129,7 +140,9 @@ async def list_sessions(
 )
 async def get_session(user: UserId, store: Store, session_uuid: UUID) -> schemas.Session:
     """Read one conversation's title and times."""
-    return history.session_out(await store.client.get_session(user_id=user, session_id=str(session_uuid)))
+    return history.session_out(
+        await store.client.get_session(user_id=user, session_id=str(session_uuid))
+    )
 
 
 @router.get(
@@ -156,7 +169,8 @@ async def list_messages(
         page_token=page_token,
     )
     return schemas.MessagePage(
-        messages=[history.message_out(each) for each in page.messages], next_page_token=page.next_page_token
+        messages=[history.message_out(each) for each in page.messages],
+        next_page_token=page.next_page_token,
     )
 
 
@@ -170,7 +184,9 @@ async def change_session(
     user: UserId, store: Store, session_uuid: UUID, change: schemas.SessionChange
 ) -> schemas.Session:
     """Give a conversation another title."""
-    changed = await store.client.update_session(user_id=user, session_id=str(session_uuid), title=change.title)
+    changed = await store.client.update_session(
+        user_id=user, session_id=str(session_uuid), title=change.title
+    )
     return history.session_out(changed)
 
 
@@ -183,10 +199,17 @@ async def change_session(
 )
 async def delete_session(user: UserId, store: Store, session_uuid: UUID) -> None:
     """Erase a conversation with all its messages."""
-    await store.client.delete_session(user_id=user, session_id=str(session_uuid), timeout=DELETE_TIMEOUT)
+    await store.client.delete_session(
+        user_id=user, session_id=str(session_uuid), timeout=DELETE_TIMEOUT
+    )
 
 
-@router.get("/api/search", tags=["sessions"], summary="Search one's conversations", responses=responses(422, 503))
+@router.get(
+    "/api/search",
+    tags=["sessions"],
+    summary="Search one's conversations",
+    responses=responses(422, 503),
+)
 async def search(
     user: UserId,
     store: Store,
@@ -201,7 +224,10 @@ async def search(
         if not hits:  # No such words: what is near in meaning, where that can be told.
             with suppress(FailedPrecondition, Unavailable):
                 near = await store.client.search_messages(
-                    user_id=user, query=q, limit=min(limit, BY_MEANING), mode=SearchMode.SEARCH_MODE_SEMANTIC
+                    user_id=user,
+                    query=q,
+                    limit=min(limit, BY_MEANING),
+                    mode=SearchMode.SEARCH_MODE_SEMANTIC,
                 )
                 hits = [hit for hit in near if hit.score >= MIN_SCORE]
     except NotFound:
@@ -239,9 +265,16 @@ async def _title(store: History, user: str, session_id: str) -> tuple[str, str |
     "/db-health",
     tags=["health"],
     summary="Ask the database",
-    responses={503: {"model": schemas.Health, "description": "The database, or the history service, does not answer."}},
+    responses={
+        503: {
+            "model": schemas.Health,
+            "description": "The database, or the history service, does not answer.",
+        }
+    },
 )
-async def db_health(store: Store, model: Annotated[Model, Depends(_model)], response: Response) -> schemas.Health:
+async def db_health(
+    store: Store, model: Annotated[Model, Depends(_model)], response: Response
+) -> schemas.Health:
     """Make a real round trip to the database. For people; as a periodic probe it would keep a suspended database awake."""
     database, found = await asyncio.gather(
         store.client.check_health("database", timeout=HEALTH_TIMEOUT),
@@ -251,5 +284,8 @@ async def db_health(store: Store, model: Annotated[Model, Depends(_model)], resp
     response.status_code = 200 if serving else 503
     response.headers["cache-control"] = "no-store"
     return schemas.Health(
-        status="ok" if serving else "unavailable", database=database.value, search=found.value, model=model.name
+        status="ok" if serving else "unavailable",
+        database=database.value,
+        search=found.value,
+        model=model.name,
     )

@@ -22,10 +22,12 @@ class Error(BaseModel):
 class ChatRequest(BaseModel):
     """A question."""
 
-    message: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUESTION)] = Field(
-        examples=["How do I back the service up?"]
+    message: Annotated[
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUESTION)
+    ] = Field(examples=["How do I back the service up?"])
+    session_uuid: UUID | None = Field(
+        default=None, description="The conversation; none starts a new one."
     )
-    session_uuid: UUID | None = Field(default=None, description="The conversation; none starts a new one.")
     message_id: UUID | None = Field(
         default=None,
         description="An id of your own: the same request again stores nothing twice and gets the same answer.",
@@ -46,12 +48,16 @@ class ChatResponse(BaseModel):
     """An answer."""
 
     answer: str
-    session_uuid: UUID | None = Field(description="The conversation; null when a new one could not be saved.")
+    session_uuid: UUID | None = Field(
+        description="The conversation; null when a new one could not be saved."
+    )
     saved: bool = Field(description="Whether question and answer are both stored.")
     sources: list[Source] = []
     message_id: UUID = Field(description="The question's id.")
     answer_id: UUID = Field(description="The answer's id.")
-    title: str | None = Field(default=None, description="The conversation's title, when this request has started it.")
+    title: str | None = Field(
+        default=None, description="The conversation's title, when this request has started it."
+    )
     stopped: bool = Field(default=False, description="Whether the answer broke off before its end.")
 
 
@@ -122,7 +128,9 @@ class Hit(BaseModel):
     message_id: UUID
     seq: int
     role: Literal["user", "assistant", "system", "tool"]
-    snippet: str = Field(description="What fits, as HTML: escaped, with the words between <mark> and </mark>.")
+    snippet: str = Field(
+        description="What fits, as HTML: escaped, with the words between <mark> and </mark>."
+    )
     created_at: datetime
 
 
@@ -138,4 +146,6 @@ class Health(BaseModel):
     status: Literal["ok", "unavailable"]
     database: str = Field(examples=["serving"])
     search: str = Field(examples=["serving"])
-    model: str | None = Field(description="The language model; null: the answer is what the documents say.")
+    model: str | None = Field(
+        description="The language model; null: the answer is what the documents say."
+    )

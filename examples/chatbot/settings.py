@@ -27,12 +27,14 @@ class Settings(BaseSettings):
     secret: SecretStr | None = None
     """Signs the cookie that says who somebody is. Unset: made once and kept in `data_dir`."""
     data_dir: Path = Field(
-        default=Path(".data"), validation_alias=AliasChoices("CHATBOT_DATA_DIR", "CHAT_HISTORY_DATA_DIR")
+        default=Path(".data"),
+        validation_alias=AliasChoices("CHATBOT_DATA_DIR", "CHAT_HISTORY_DATA_DIR"),
     )
     """Where that secret is kept."""
 
     history_target: str = Field(
-        default="127.0.0.1:50051", validation_alias=AliasChoices("CHATBOT_HISTORY_TARGET", "CHAT_HISTORY_LISTEN")
+        default="127.0.0.1:50051",
+        validation_alias=AliasChoices("CHATBOT_HISTORY_TARGET", "CHAT_HISTORY_LISTEN"),
     )
     """The ChatHistory service."""
     history_tls: bool = False
@@ -54,7 +56,9 @@ class Settings(BaseSettings):
     """Seconds that the model may be silent."""
     context_tokens: PositiveInt = 6000
     """How much of a conversation the model gets to see."""
-    instructions: str = "You are a helpful assistant. Answer briefly, in the language of the question."
+    instructions: str = (
+        "You are a helpful assistant. Answer briefly, in the language of the question."
+    )
     """The system prompt."""
 
     def cookie_secret(self) -> str:

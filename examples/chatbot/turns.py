@@ -42,7 +42,11 @@ class Turn:
     @property
     def answer_id(self) -> str:
         """The answer's id, made from the question's: a repetition of the turn has the same one."""
-        return self.answer.id if self.answer else str(uuid.uuid5(uuid.UUID(self.question.id), "answer"))
+        return (
+            self.answer.id
+            if self.answer
+            else str(uuid.uuid5(uuid.UUID(self.question.id), "answer"))
+        )
 
     @property
     def sources(self) -> list[schemas.Source]:
@@ -66,14 +70,20 @@ class Turn:
         """Describe it at its end."""
         return schemas.ChatResponse.model_validate(
             self.begun().model_dump()
-            | {"answer": self.answer.content if self.answer else "", "saved": self.saved, "stopped": self.stopped}
+            | {
+                "answer": self.answer.content if self.answer else "",
+                "saved": self.saved,
+                "stopped": self.stopped,
+            }
         )
 
 
 class Turns:
     """Begins turns and sees each to its end."""
 
-    def __init__(self, store: History, model: Model, *, context_tokens: int, require_history: bool) -> None:
+    def __init__(
+        self, store: History, model: Model, *, context_tokens: int, require_history: bool
+    ) -> None:
         self._store = store
         self._model = model
         self._context_tokens = context_tokens
@@ -88,7 +98,9 @@ class Turns:
             AlreadyExists: the message id stands for another message.
             ChatHistoryError: the service is away and `require_history` is set.
         """
-        turn = Turn(user_id, message("user", request.message, id=str(request.message_id or new_id())))
+        turn = Turn(
+            user_id, message("user", request.message, id=str(request.message_id or new_id()))
+        )
         turn.session_id = str(request.session_uuid or "")
         searching = asyncio.create_task(self._store.passages(user_id, request.message))
         try:
@@ -101,16 +113,23 @@ class Turns:
     async def _store_question(self, turn: Turn) -> None:
         try:
             stored = await self._store.append(
-                turn.user_id, turn.session_id, [turn.question], title=history.title_of(turn.question.content)
+                turn.user_id,
+                turn.session_id,
+                [turn.question],
+                title=history.title_of(turn.question.content),
             )
             turn.session_id, turn.question_saved = stored.session_id, True
             if stored.started:
                 turn.title = history.title_of(turn.question.content)
             if stored.replayed:
-                self._found(turn, await self._store.answer(turn.user_id, turn.session_id, turn.answer_id))
+                self._found(
+                    turn, await self._store.answer(turn.user_id, turn.session_id, turn.answer_id)
+                )
             if turn.answer is None:
                 context = await self._store.client.get_context(
-                    user_id=turn.user_id, session_id=turn.session_id, max_tokens=self._context_tokens
+                    user_id=turn.user_id,
+                    session_id=turn.session_id,
+                    max_tokens=self._context_tokens,
                 )
                 turn.conversation = [each for each in context.messages if each.seq <= stored.seq]
         except AWAY as error:
@@ -150,14 +169,24 @@ class Turns:
         """Store the answer; and the question with it, when the service was away before."""
         if turn.answer is not None or not text:
             return
-        metadata = {"sources": history.titles(turn.sources)} | ({"stopped": True} if turn.stopped else {})
-        answer = message("assistant", text, id=turn.answer_id, parts=history.cited(turn.sources), metadata=metadata)
+        metadata = {"sources": history.titles(turn.sources)} | (
+            {"stopped": True} if turn.stopped else {}
+        )
+        answer = message(
+            "assistant",
+            text,
+            id=turn.answer_id,
+            parts=history.cited(turn.sources),
+            metadata=metadata,
+        )
         turn.answer = answer
         late = None if turn.question_saved else LAST_CHANCE
         messages = [answer] if turn.question_saved else [turn.question, answer]
         title = history.title_of(turn.question.content)
         try:
-            stored = await self._store.append(turn.user_id, turn.session_id, messages, title=title, timeout=late)
+            stored = await self._store.append(
+                turn.user_id, turn.session_id, messages, title=title, timeout=late
+            )
             turn.session_id = stored.session_id
             turn.question_saved = turn.saved = True
         except AlreadyExists:

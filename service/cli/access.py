@@ -12,11 +12,19 @@ from service.cli.common import configuration, fail, run, say, stoppable
 
 
 def token(
-    subject: Annotated[str, typer.Argument(help="Whom it names: a user's id, or any name with --service.")],
-    as_service: Annotated[bool, typer.Option("--service", help="Let it act for every user.")] = False,
+    subject: Annotated[
+        str, typer.Argument(help="Whom it names: a user's id, or any name with --service.")
+    ],
+    as_service: Annotated[
+        bool, typer.Option("--service", help="Let it act for every user.")
+    ] = False,
     lifetime: Annotated[float, typer.Option(help="Seconds until it expires.", min=1)] = 3600,
-    key: Annotated[str | None, typer.Option(help="File of a private key (PEM); else the configured secret.")] = None,
-    kid: Annotated[str | None, typer.Option(help="The key's id, where keys come from a URL.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="File of a private key (PEM); else the configured secret.")
+    ] = None,
+    kid: Annotated[
+        str | None, typer.Option(help="The key's id, where keys come from a URL.")
+    ] = None,
 ) -> None:
     """Make a token for development."""
     from service.rpc import tokens
@@ -24,7 +32,10 @@ def token(
     settings, _ = configuration()
     signing = key or (settings.jwt_key.get_secret_value() if settings.jwt_key else None)
     if signing is None:
-        fail("nothing to sign with: set CHAT_HISTORY_AUTH=jwt and CHAT_HISTORY_JWT_KEY, or give --key", 2)
+        fail(
+            "nothing to sign with: set CHAT_HISTORY_AUTH=jwt and CHAT_HISTORY_JWT_KEY, or give --key",
+            2,
+        )
     about = {"issuer": settings.jwt_issuer, "audience": settings.jwt_audience, "kid": kid}
     try:
         print(tokens.make(signing, subject, lifetime=lifetime, service=as_service, **about))
@@ -33,11 +44,18 @@ def token(
 
 
 def reindex(
-    address: Annotated[str | None, typer.Option(help="The server's address; else the configured one.")] = None,
-    token: Annotated[
-        str | None, typer.Option(envvar="CHAT_HISTORY_TOKEN", help="A service's token, where the server asks for one.")
+    address: Annotated[
+        str | None, typer.Option(help="The server's address; else the configured one.")
     ] = None,
-    ca: Annotated[Path | None, typer.Option(help="Certificates to know the server by (PEM).")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CHAT_HISTORY_TOKEN", help="A service's token, where the server asks for one."
+        ),
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="Certificates to know the server by (PEM).")
+    ] = None,
 ) -> None:
     """Have the running server build its search index anew; search goes on meanwhile."""
     from rich.progress import Progress

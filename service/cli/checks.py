@@ -22,7 +22,10 @@ def check() -> None:
     from service.store.diagnosis import Finding, Verdict
 
     settings, target = configuration()
-    report = [_on_configuration(), *(Finding("configuration", line, Verdict.NOTE) for line in config.unknown())]
+    report = [
+        _on_configuration(),
+        *(Finding("configuration", line, Verdict.NOTE) for line in config.unknown()),
+    ]
     report += _check_identity(settings)
     try:
         with stoppable():
@@ -41,7 +44,10 @@ def _on_configuration() -> Finding:
     for name, source in given.items():
         by_source.setdefault(source, []).append(name)
     words = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
-    return Finding("configuration", "; ".join([*words, "all else at its defaults" if words else "all at its defaults"]))
+    return Finding(
+        "configuration",
+        "; ".join([*words, "all else at its defaults" if words else "all at its defaults"]),
+    )
 
 
 def _check_identity(settings: Settings) -> list[Finding]:
@@ -58,13 +64,21 @@ def _check(settings: Settings, target: Target) -> list[Finding]:
     from service.store import diagnosis
     from service.store.database import DATABASE_ERRORS
 
-    notes = [diagnosis.Finding("database URL", note, diagnosis.Verdict.NOTE) for note in target.notes]
+    notes = [
+        diagnosis.Finding("database URL", note, diagnosis.Verdict.NOTE) for note in target.notes
+    ]
     try:
         found = run(lambda: diagnosis.describe(target, settings.db_connect_timeout))
     except DATABASE_ERRORS as error:
-        return [diagnosis.Finding("database", diagnosis.explain(error, target), diagnosis.Verdict.TODO), *notes]
+        return [
+            diagnosis.Finding("database", diagnosis.explain(error, target), diagnosis.Verdict.TODO),
+            *notes,
+        ]
     pool = diagnosis.Pool(
-        settings.db_pool_size, settings.db_max_overflow, settings.db_pool_recycle, settings.db_connect_timeout
+        settings.db_pool_size,
+        settings.db_max_overflow,
+        settings.db_pool_recycle,
+        settings.db_connect_timeout,
     )
     return [*diagnosis.findings(found, target, pool), *notes]
 
@@ -89,7 +103,9 @@ def _check_embedded(settings: Settings) -> list[Finding]:
         Finding("service", f"process {holder.pid}, listening on {holder.listen}")
         if holder
         else Finding(
-            "service", "not running, though its database is; `chat-history serve` takes that over", Verdict.TODO
+            "service",
+            "not running, though its database is; `chat-history serve` takes that over",
+            Verdict.TODO,
         )
     )
     return [Finding("data", place), service_line, *_check(settings, parse(url))]
@@ -100,7 +116,12 @@ def _show(report: list[Finding]) -> None:
     end = f"To do: {todo}." if todo else "All is well."
     if not sys.stdout.isatty():
         width = max(len(finding.about) for finding in report)
-        print(*(f"{verdict:<4}  {about:<{width}}  {words}" for about, words, verdict in report), "", end, sep="\n")
+        print(
+            *(f"{verdict:<4}  {about:<{width}}  {words}" for about, words, verdict in report),
+            "",
+            end,
+            sep="\n",
+        )
         return
     from rich.console import Console
     from rich.table import Table
@@ -109,6 +130,10 @@ def _show(report: list[Finding]) -> None:
     colors = {"ok": "green", "note": "yellow", "todo": "bold red"}
     grid = Table.grid(padding=(0, 2))
     for finding in report:
-        grid.add_row(Text(finding.verdict, colors[finding.verdict]), Text(finding.about, "bold"), Text(finding.words))
+        grid.add_row(
+            Text(finding.verdict, colors[finding.verdict]),
+            Text(finding.about, "bold"),
+            Text(finding.words),
+        )
     console = Console(highlight=False)
     console.print(grid, "", Text(end, colors["todo" if todo else "ok"]), sep="\n")

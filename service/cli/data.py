@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def export_command(
     user: Annotated[str, typer.Argument(help="The user's id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; - is standard output.")] = Path(
-        "-"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write; - is standard output.")
+    ] = Path("-"),
 ) -> None:
     """Write everything of one user as lines of JSON."""
     from service import transfer
@@ -30,13 +30,21 @@ def export_command(
 
 
 def import_command(
-    file: Annotated[Path, typer.Argument(help="Lines of JSON, from an export or a query; - is standard input.")],
-    user: Annotated[str | None, typer.Option("--user-id", help="Make all of it this user's.")] = None,
+    file: Annotated[
+        Path, typer.Argument(help="Lines of JSON, from an export or a query; - is standard input.")
+    ],
+    user: Annotated[
+        str | None, typer.Option("--user-id", help="Make all of it this user's.")
+    ] = None,
 ) -> None:
     """Store what was exported, or another chatbot's history, with its times and order; may be run again at any time."""
     from service import transfer
 
-    done = _transfer(lambda settings, target: transfer.import_from(target, file, user, search=settings.search == "on"))
+    done = _transfer(
+        lambda settings, target: transfer.import_from(
+            target, file, user, search=settings.search == "on"
+        )
+    )
     say(f"imported {done} ({done.written} messages were new)")
 
 

@@ -13,7 +13,15 @@ import typer
 
 import service
 from service import config
-from service.cli.common import configuration, fail, fail_configuration, run, say, stoppable, telling_embedded_errors
+from service.cli.common import (
+    configuration,
+    fail,
+    fail_configuration,
+    run,
+    say,
+    stoppable,
+    telling_embedded_errors,
+)
 from service.config import Settings
 from service.store.url import Target, parse
 
@@ -21,7 +29,10 @@ from service.store.url import Target, parse
 def serve(
     migrate: Annotated[
         bool,
-        typer.Option("--migrate", help="Bring the schema up first. With the embedded database that is always done."),
+        typer.Option(
+            "--migrate",
+            help="Bring the schema up first. With the embedded database that is always done.",
+        ),
     ] = False,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM."""
@@ -78,14 +89,23 @@ def _serve_embedded(settings: Settings, told_to_stop: Callable[[], bool]) -> Non
     def tell(words: str) -> None:
         structlog.get_logger(__name__).warning(words)
 
-    with telling_embedded_errors(), EmbeddedPostgres(settings.data_dir, settings.listen) as postgres:
+    with (
+        telling_embedded_errors(),
+        EmbeddedPostgres(settings.data_dir, settings.listen) as postgres,
+    ):
         for note in postgres.notes:
             say(note)
         target = parse(postgres.url)
         _migrate(target, quiet=True)
         postgres.keep_up(tell)
         try:
-            _serve(settings, target, f"embedded PostgreSQL in {postgres.pgdata}", told_to_stop, postgres.announce)
+            _serve(
+                settings,
+                target,
+                f"embedded PostgreSQL in {postgres.pgdata}",
+                told_to_stop,
+                postgres.announce,
+            )
         finally:
             # The service has ended; PostgreSQL has time of its own.
             faulthandler.cancel_dump_traceback_later()
@@ -123,7 +143,10 @@ def _serve(
         if reason is None:
             raise
         address = error.filename or settings.listen
-        fail(f"{address} {reason}: stop what listens there, or set CHAT_HISTORY_LISTEN to another address", 1)
+        fail(
+            f"{address} {reason}: stop what listens there, or set CHAT_HISTORY_LISTEN to another address",
+            1,
+        )
 
 
 def _greet(address: str, data: str) -> None:

@@ -52,7 +52,11 @@ class Audited:
             return self._always_stream("export", name, method)
         if not self._identified:
             return method
-        return self._at_times_stream(name, method) if isasyncgenfunction(method) else self._at_times(name, method)
+        return (
+            self._at_times_stream(name, method)
+            if isasyncgenfunction(method)
+            else self._at_times(name, method)
+        )
 
     def authorise(self, name: str, caller: Caller, request: Any) -> None:
         """Refuse what a user may not ask for, and tell of it.
@@ -148,7 +152,11 @@ def _outcome(error: BaseException) -> str:
 
 def _tell(act: str, name: str, request: Any, caller: Caller, outcome: str) -> None:
     ids = {each: value for each in _IDS if is_uuid(value := getattr(request, each, "").lower())}
-    who = {"caller": "service"} if caller.user_id is None else {"caller": "user", "caller_user_id": caller.user_id}
+    who = (
+        {"caller": "service"}
+        if caller.user_id is None
+        else {"caller": "user", "caller_user_id": caller.user_id}
+    )
     if caller.subject:
         who["subject"] = caller.subject[:_MAX_TEXT]
     audit(act=act, method=name, outcome=outcome, **who, **ids)

@@ -127,7 +127,9 @@ class BearerTokens:
     """Authenticates by the `authorization: Bearer …` of each call; a verified token is not verified again while it is valid."""
 
     def __init__(
-        self, verifier: Verifier, find_user: Callable[[str, float], Awaitable[str | None]] | None = None
+        self,
+        verifier: Verifier,
+        find_user: Callable[[str, float], Awaitable[str | None]] | None = None,
     ) -> None:
         """Take tokens that a verifier accepts.
 
@@ -152,13 +154,21 @@ class BearerTokens:
         digest = blake2b(token.encode(), digest_size=16).digest()
         self._keys.touch()
         known = self._known.get(digest)
-        if known is not None and known.until > time.time() and known.generation == self._keys.generation:
+        if (
+            known is not None
+            and known.until > time.time()
+            and known.generation == self._keys.generation
+        ):
             self._known.move_to_end(digest)
             return known.caller
         generation = self._keys.generation
         identity = await self._verifier.verify(token)
         caller = await self._caller(identity, context)
-        until = identity.expires_at if self._find_user is None else min(identity.expires_at, time.time() + USER_SECONDS)
+        until = (
+            identity.expires_at
+            if self._find_user is None
+            else min(identity.expires_at, time.time() + USER_SECONDS)
+        )
         self._known[digest] = _Known(caller, until, generation)
         self._known.move_to_end(digest)
         if len(self._known) > MAX_KNOWN_TOKENS:
@@ -174,7 +184,9 @@ class BearerTokens:
             user_id: str | None = identity.subject.lower()
         else:
             left: float | None = context.time_remaining()
-            deadline = loop.time() + (LOOK_UP_TIMEOUT if left is None else min(left, LOOK_UP_TIMEOUT))
+            deadline = loop.time() + (
+                LOOK_UP_TIMEOUT if left is None else min(left, LOOK_UP_TIMEOUT)
+            )
             user_id = await self._find_user(identity.subject, deadline)
         if user_id is None or user_id == SYSTEM_USER_ID or not is_uuid(user_id):
             raise refused()

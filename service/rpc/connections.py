@@ -50,7 +50,10 @@ def _sockets(port: int) -> list[socket.socket]:
                 if descriptor.is_socket():
                     # A duplicate: gRPC may close its own meanwhile, and the number be given to something else.
                     each = socket.socket(fileno=os.dup(int(descriptor.name)))
-                    if each.family in (socket.AF_INET, socket.AF_INET6) and each.getsockname()[1] == port:
+                    if (
+                        each.family in (socket.AF_INET, socket.AF_INET6)
+                        and each.getsockname()[1] == port
+                    ):
                         found.append(each)
                     else:
                         each.close()

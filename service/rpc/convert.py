@@ -24,7 +24,15 @@ _OVERHEAD_BYTES = 192
 """What a message has in a reply beside what its client sent: ids, seq, times, etag, framing."""
 _MICROS = 1_000_000
 _MESSAGE_OUTPUT_ONLY = ("session_id", "seq", "create_time", "update_time", "etag")
-_SESSION_OUTPUT_ONLY = ("user_id", "last_seq", "message_count", "create_time", "update_time", "etag", "forked_from")
+_SESSION_OUTPUT_ONLY = (
+    "user_id",
+    "last_seq",
+    "message_count",
+    "create_time",
+    "update_time",
+    "etag",
+    "forked_from",
+)
 _USER_OUTPUT_ONLY = ("create_time", "update_time", "etag")
 
 
@@ -180,7 +188,9 @@ def new_message(sent: message_pb2.Message, id_: str, field: str) -> NewMessage:
     fingerprint = canonical(sent, _MESSAGE_OUTPUT_ONLY, id_)
     content = sent.content
     parts = parts_json(sent.parts, f"{field}.parts") if sent.parts else None
-    metadata = struct_json(sent.metadata, f"{field}.metadata") if sent.HasField("metadata") else None
+    metadata = (
+        struct_json(sent.metadata, f"{field}.metadata") if sent.HasField("metadata") else None
+    )
     feedback = sent.feedback if sent.HasField("feedback") else None
     return NewMessage(
         id_,
@@ -215,7 +225,9 @@ def _plain_part(part: message_pb2.Part, field: str) -> dict[str, Any]:
     if kind == "data":
         return {"data": _plain(part.data, f"{field}.data")}
     # Scalars only, under the names of the protos; `id` of a call and `tool_call_id` of a result are required, so context.py finds them.
-    return {kind: {descriptor.name: value for descriptor, value in getattr(part, kind).ListFields()}}
+    return {
+        kind: {descriptor.name: value for descriptor, value in getattr(part, kind).ListFields()}
+    }
 
 
 def user_values(sent: user_pb2.User, id_: str) -> dict[str, Any]:
@@ -225,7 +237,10 @@ def user_values(sent: user_pb2.User, id_: str) -> dict[str, Any]:
         InvalidArgument: it breaks a rule that the protos cannot say.
     """
     fingerprint = canonical(sent, _USER_OUTPUT_ONLY, id_)
-    return user_changes(sent, ("external_id", "email", "name", "metadata")) | {"id": id_, "fingerprint": fingerprint}
+    return user_changes(sent, ("external_id", "email", "name", "metadata")) | {
+        "id": id_,
+        "fingerprint": fingerprint,
+    }
 
 
 def user_changes(sent: user_pb2.User, paths: Iterable[str]) -> dict[str, Any]:
@@ -254,9 +269,15 @@ def session_values(sent: session_pb2.Session, id_: str) -> dict[str, Any]:
         InvalidArgument: it breaks a rule that the protos cannot say.
     """
     if sent.summarized_through_seq:
-        raise InvalidArgument.field("session.summarized_through_seq", "is beyond the new session's last_seq, 0")
+        raise InvalidArgument.field(
+            "session.summarized_through_seq", "is beyond the new session's last_seq, 0"
+        )
     fingerprint = canonical(sent, _SESSION_OUTPUT_ONLY, id_)
-    paths = ("title", "summary", "metadata", "state") if sent.state else ("title", "summary", "metadata")
+    paths = (
+        ("title", "summary", "metadata", "state")
+        if sent.state
+        else ("title", "summary", "metadata")
+    )
     return session_changes(sent, paths) | {"id": id_, "fingerprint": fingerprint}
 
 

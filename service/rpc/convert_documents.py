@@ -15,7 +15,15 @@ from service.store.documents import Chunk, ChunkRow
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
 
-_OUTPUT_ONLY = ("user_id", "chunk_count", "status", "status_detail", "create_time", "update_time", "etag")
+_OUTPUT_ONLY = (
+    "user_id",
+    "chunk_count",
+    "status",
+    "status_detail",
+    "create_time",
+    "update_time",
+    "etag",
+)
 
 
 def document(row: DocumentRow) -> document_pb2.Document:
@@ -76,10 +84,17 @@ def document_values(
     """
     mark = hashlib.blake2b(canonical(sent, _OUTPUT_ONLY, id_), digest_size=16)
     for each in chunks:
-        mark.update(hashlib.blake2b(each.SerializeToString(deterministic=True), digest_size=16).digest())
+        mark.update(
+            hashlib.blake2b(each.SerializeToString(deterministic=True), digest_size=16).digest()
+        )
     values = document_changes(sent, ("title", "source_uri", "mime_type", "metadata"))
     sha256 = bytes.fromhex(sent.content_sha256) if sent.content_sha256 else None
-    return values | {"id": id_, "content_sha256": sha256, "size_bytes": sent.size_bytes, "fingerprint": mark.digest()}
+    return values | {
+        "id": id_,
+        "content_sha256": sha256,
+        "size_bytes": sent.size_bytes,
+        "fingerprint": mark.digest(),
+    }
 
 
 def document_changes(sent: document_pb2.Document, paths: Iterable[str]) -> dict[str, Any]:

@@ -65,7 +65,13 @@ class Documents:
         chunks = self._chunks(request.chunks)
         who = await self._writers(request.user_id, document_id, call)
         row = await self._write(
-            documents.append_chunks, call, who, document_id, request.first_index, chunks, on=self.search is not None
+            documents.append_chunks,
+            call,
+            who,
+            document_id,
+            request.first_index,
+            chunks,
+            on=self.search is not None,
         )
         return document_pb2.AppendDocumentChunksResponse(document=convert.document(row))
 
@@ -74,7 +80,9 @@ class Documents:
     ) -> document_pb2.GetDocumentResponse:
         """Read one document."""
         who = owners(request.user_id, call)
-        row = await self.database.read(documents.get, call.deadline, who, request.document_id.lower())
+        row = await self.database.read(
+            documents.get, call.deadline, who, request.document_id.lower()
+        )
         return document_pb2.GetDocumentResponse(document=convert.document(row))
 
     async def ListDocuments(
@@ -93,7 +101,11 @@ class Documents:
         if request.scope:
             shared = request.scope == document_pb2.DOCUMENT_SCOPE_SHARED
             who = tuple(owner for owner in who if (owner == SYSTEM_USER_ID) == shared)
-        rows = await self.database.read(documents.page, call.deadline, who, filters, after, size + 1) if who else []
+        rows = (
+            await self.database.read(documents.page, call.deadline, who, filters, after, size + 1)
+            if who
+            else []
+        )
 
         def token(row: DocumentRow) -> str:
             return paging.token(f"{row.created_us} {row.id} {row.user_id}", *bound)
@@ -114,7 +126,9 @@ class Documents:
             raise InvalidArgument.field("document.user_id", "is not the request's")
         values = convert.document_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
         who = await self._writers(request.user_id, document_id, call)
-        row = await self.database.write(documents.change, call.deadline, who, document_id, values, sent.etag)
+        row = await self.database.write(
+            documents.change, call.deadline, who, document_id, values, sent.etag
+        )
         return document_pb2.UpdateDocumentResponse(document=convert.document(row))
 
     async def DeleteDocument(
@@ -127,8 +141,12 @@ class Documents:
             (user_id,) = await self._writers(request.user_id, document_id, call)
             more = True
             while more:
-                _, more = await self.database.write(documents.erase_slice, call.deadline, user_id, document_id)
-            gone = await self._write(documents.erase, call, user_id, document_id, on=self.search is not None)
+                _, more = await self.database.write(
+                    documents.erase_slice, call.deadline, user_id, document_id
+                )
+            gone = await self._write(
+                documents.erase, call, user_id, document_id, on=self.search is not None
+            )
         except NotFound:
             if not request.allow_missing:
                 raise
@@ -144,7 +162,9 @@ class Documents:
         bound = ("ListDocumentChunks", *who, document_id)
         size = paging.page_size(request.page_size)
         first = int(paging.place(request.page_token, *bound) or 0)
-        rows, more = await self.database.read(documents.chunk_page, call.deadline, who, document_id, first, size)
+        rows, more = await self.database.read(
+            documents.chunk_page, call.deadline, who, document_id, first, size
+        )
 
         def token(row: ChunkRow) -> str:
             return paging.token(str(row.place + 1), *bound)
@@ -159,11 +179,15 @@ class Documents:
             InvalidArgument: together they are too large, or a vector has another dimension than the index.
         """
         if sum(chunk.ByteSize() for chunk in sent) > MAX_CHUNKS_BYTES:
-            raise InvalidArgument.field("chunks", f"must be at most {MAX_CHUNKS_BYTES} bytes together")
+            raise InvalidArgument.field(
+                "chunks", f"must be at most {MAX_CHUNKS_BYTES} bytes together"
+            )
         dimensions = self.search.dimensions if self.search is not None else None
         for n, chunk in enumerate(sent):
             if chunk.vector and dimensions not in (None, len(chunk.vector)):
-                raise InvalidArgument.field(f"chunks[{n}].vector", f"must have the index's dimension, {dimensions}")
+                raise InvalidArgument.field(
+                    f"chunks[{n}].vector", f"must have the index's dimension, {dimensions}"
+                )
         return [convert.new_chunk(chunk) for chunk in sent]
 
     async def _writers(self, user_id: str, document_id: str, call: Call) -> tuple[str]:
@@ -173,7 +197,9 @@ class Documents:
             NotFound: there is no such document that the caller could read.
             PermissionDenied: it is shared, and the caller is a user (SERVICE_ONLY).
         """
-        row = await self.database.read(documents.get, call.deadline, owners(user_id, call), document_id)
+        row = await self.database.read(
+            documents.get, call.deadline, owners(user_id, call), document_id
+        )
         if row.user_id == SYSTEM_USER_ID:
             call.caller.require_service()
         return (row.user_id,)

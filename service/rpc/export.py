@@ -26,7 +26,9 @@ class Exports:
     database: Database
     call_timeout: float
 
-    async def ExportUserData(self, request: export_pb2.ExportUserDataRequest, call: Call) -> AsyncGenerator[Item]:
+    async def ExportUserData(
+        self, request: export_pb2.ExportUserDataRequest, call: Call
+    ) -> AsyncGenerator[Item]:
         """Send everything of one user, in order."""
         user_id = call.caller.owner(request.user_id)
         async for item in items(self.database, user_id, self.call_timeout):
@@ -63,7 +65,9 @@ async def items(database: Database, user_id: str, timeout: float) -> AsyncGenera
     await database.read(users.get, deadline(), user_id)
 
 
-async def _chunks(database: Database, document: DocumentRow, timeout: float) -> AsyncGenerator[Item]:
+async def _chunks(
+    database: Database, document: DocumentRow, timeout: float
+) -> AsyncGenerator[Item]:
     """Read the chunks that a document had when it was read."""
     loop = asyncio.get_running_loop()
     first = 0
@@ -73,14 +77,18 @@ async def _chunks(database: Database, document: DocumentRow, timeout: float) -> 
         for row in page:
             if row.place >= document.chunk_count:
                 return
-            chunk = export_pb2.ExportedChunk(document_id=document.id, index=row.place, text=row.text)
+            chunk = export_pb2.ExportedChunk(
+                document_id=document.id, index=row.place, text=row.text
+            )
             if row.vector is not None:
                 chunk.vector.extend(convert_documents.unpacked(row.vector))
             yield Item(chunk=chunk)
         first = page[-1].place + 1
 
 
-async def _messages(database: Database, session: SessionRow, timeout: float) -> AsyncGenerator[Item]:
+async def _messages(
+    database: Database, session: SessionRow, timeout: float
+) -> AsyncGenerator[Item]:
     """Read the messages that a session had when it was read."""
     loop = asyncio.get_running_loop()
     seq = 0

@@ -121,7 +121,9 @@ class Readiness:
 class Health(health_pb2_grpc.HealthServicer):
     """`grpc.health.v1.Health`, with the names of the contract."""
 
-    def __init__(self, database: Database, readiness: Readiness, search: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self, database: Database, readiness: Readiness, search: Callable[[], bool] | None = None
+    ) -> None:
         """Take what is reported; without `search` that name is not known."""
         self._database = database
         self._readiness = readiness

@@ -25,8 +25,12 @@ def authenticator(settings: Settings, database: Database) -> Authenticate:
     for note in notes + _notes(settings):
         _log.warning(note)
     subjects = frozenset(filter(None, map(str.strip, settings.jwt_service_subjects.split(","))))
-    verifier = tokens.Verifier(keys, tokens.Rules(settings.jwt_issuer, settings.jwt_audience, subjects))
-    return BearerTokens(verifier, by_external_id(database) if settings.jwt_subject == "external_id" else None)
+    verifier = tokens.Verifier(
+        keys, tokens.Rules(settings.jwt_issuer, settings.jwt_audience, subjects)
+    )
+    return BearerTokens(
+        verifier, by_external_id(database) if settings.jwt_subject == "external_id" else None
+    )
 
 
 def close(authenticate: Authenticate) -> None:
@@ -63,7 +67,9 @@ def _keys(settings: Settings) -> tuple[tokens.Keys, list[str]]:
     try:
         import jwt  # noqa: F401, PLC0415 - asked for once, to say what is missing
     except ImportError:
-        raise BadConfiguration([f"{PREFIX}AUTH=jwt needs PyJWT: pip install 'chat-history[auth]'"]) from None
+        raise BadConfiguration(
+            [f"{PREFIX}AUTH=jwt needs PyJWT: pip install 'chat-history[auth]'"]
+        ) from None
     if settings.jwks_url is not None:
         try:
             fetch = jwks.over_http(settings.jwks_url, settings.jwks_ca, settings.jwks_token_file)
@@ -86,5 +92,7 @@ def _notes(settings: Settings) -> list[str]:
             "and every token with one is refused"
         )
     if settings.tls_cert is None and not is_loopback(split_address(settings.listen)[0]):
-        notes.append(f"{PREFIX}TLS_CERT is not set: tokens travel in plaintext unless something in front encrypts")
+        notes.append(
+            f"{PREFIX}TLS_CERT is not set: tokens travel in plaintext unless something in front encrypts"
+        )
     return notes

@@ -98,7 +98,11 @@ class Jwks:
                 self._take(published)
             self._fetched_at = asyncio.get_running_loop().time()
         except Exception as error:  # noqa: BLE001 - the last good keys stay, whatever is wrong with the new ones
-            _log.warning("token keys could not be fetched", error=type(error).__name__, keys_kept=len(self._keys))
+            _log.warning(
+                "token keys could not be fetched",
+                error=type(error).__name__,
+                keys_kept=len(self._keys),
+            )
         finally:
             self._task = None
 
@@ -106,7 +110,9 @@ class Jwks:
         keys = read(published)
         if not keys:
             raise ValueError("no usable key")
-        withdrawn = [kid for kid, key in self._keys.items() if kid not in keys or not _same(keys[kid], key)]
+        withdrawn = [
+            kid for kid, key in self._keys.items() if kid not in keys or not _same(keys[kid], key)
+        ]
         self._keys, self._published = keys, published
         if withdrawn:
             self.generation += 1
@@ -183,7 +189,9 @@ def over_http(url: str, ca: Path | None = None, token_file: Path | None = None) 
     except OSError as error:
         raise ValueError(f"the authorities in {ca} cannot be read: {error.strerror}") from None
     proxy = [urllib.request.ProxyHandler({})] if urlsplit(url).scheme == "http" else []
-    opener = urllib.request.build_opener(_NoRedirect(), urllib.request.HTTPSHandler(context=context), *proxy)
+    opener = urllib.request.build_opener(
+        _NoRedirect(), urllib.request.HTTPSHandler(context=context), *proxy
+    )
 
     def fetch() -> bytes:
         headers = {"Accept": "application/jwk-set+json, application/json, */*;q=0.1"}

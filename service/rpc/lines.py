@@ -100,7 +100,11 @@ class Reader:
             line = json.loads(text)
         except (ValueError, RecursionError):
             raise BadLine("is no JSON") from None
-        if not isinstance(line, dict) or len(line) != 1 or not isinstance(body := next(iter(line.values())), dict):
+        if (
+            not isinstance(line, dict)
+            or len(line) != 1
+            or not isinstance(body := next(iter(line.values())), dict)
+        ):
             raise BadLine(_UNKNOWN)
         kind = next(iter(line))
         body = {name: value for name, value in body.items() if value is not None}
@@ -140,14 +144,18 @@ class Reader:
 
     def _session(self, body: dict[str, Any]) -> SessionLine:
         if not self.user_id:
-            raise BadLine("comes before its user: begin with a user, or say whose all of it becomes")
+            raise BadLine(
+                "comes before its user: begin with a user, or say whose all of it becomes"
+            )
         body.pop("user_id", None)
         self._session_id = _uuid(uuid.UUID(self.user_id), "session", str(body.pop("id", "")))
         self._seq = 0
         session = self._parsed(body, session_pb2.Session())
         created, updated = _times(session)
         last_seq, summarized = _place(session.last_seq), session.summarized_through_seq
-        session.summarized_through_seq = 0  # Of a session that is being created, no message can be summarized yet.
+        session.summarized_through_seq = (
+            0  # Of a session that is being created, no message can be summarized yet.
+        )
         origin = session.forked_from.session_id, session.forked_from.seq
         values = convert.session_values(session, self._session_id) | {
             "user_id": self.user_id,
@@ -156,13 +164,18 @@ class Reader:
             "updated_at": time_of(updated),
         }
         if origin[0]:
-            values |= {"forked_from_id": self._session_uuid(origin[0]), "forked_from_seq": origin[1]}
+            values |= {
+                "forked_from_id": self._session_uuid(origin[0]),
+                "forked_from_seq": origin[1],
+            }
         return SessionLine(values, last_seq, updated if "update_time" in body else None)
 
     def _message(self, body: dict[str, Any]) -> OldMessage:
         if not self._session_id:
             raise BadLine("comes before its session")
-        if (given := str(body.pop("session_id", ""))) and self._session_uuid(given) != self._session_id:
+        if (given := str(body.pop("session_id", ""))) and self._session_uuid(
+            given
+        ) != self._session_id:
             raise BadLine("is not of the session before it")
         if isinstance(role := body.get("role"), str) and not role.startswith("ROLE_"):
             body["role"] = f"ROLE_{_ROLES.get(role.lower(), role).upper()}"

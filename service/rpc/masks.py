@@ -20,7 +20,10 @@ def paths(mask: FieldMask, sent: Message, writable: Sequence[str]) -> list[str]:
     if unknown:
         allowed = ", ".join(writable)
         raise InvalidArgument.fields(
-            tuple(FieldViolation("update_mask", f"{path[:64]!r} is not one of {allowed}") for path in unknown)
+            tuple(
+                FieldViolation("update_mask", f"{path[:64]!r} is not one of {allowed}")
+                for path in unknown
+            )
         )
     if mask.paths:
         return list(dict.fromkeys(mask.paths))

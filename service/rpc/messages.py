@@ -57,22 +57,33 @@ class Messages:
             new,
             call.deadline,
             may_create=may_create,
-            expected_last_seq=request.expected_last_seq if request.HasField("expected_last_seq") else None,
+            expected_last_seq=request.expected_last_seq
+            if request.HasField("expected_last_seq")
+            else None,
             new_session=_new_session(request, user_id, session_id) if may_create else NewSession(),
             loop=self.appender.loop,
         )
         stored = await self.appender.append(item)
-        reply = message_pb2.AppendMessagesResponse(session_id=session_id, session_created=stored.session_created)
+        reply = message_pb2.AppendMessagesResponse(
+            session_id=session_id, session_created=stored.session_created
+        )
         for entry in stored.entries:
             reply.messages.add(
-                id=entry.id, seq=entry.seq, create_time=convert.time(entry.created_us), replayed=entry.replayed
+                id=entry.id,
+                seq=entry.seq,
+                create_time=convert.time(entry.created_us),
+                replayed=entry.replayed,
             )
         return reply
 
-    async def GetMessage(self, request: message_pb2.GetMessageRequest, call: Call) -> message_pb2.GetMessageResponse:
+    async def GetMessage(
+        self, request: message_pb2.GetMessageRequest, call: Call
+    ) -> message_pb2.GetMessageResponse:
         """Read one message."""
         user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
-        row = await self.database.read(messages.get, call.deadline, user_id, session_id, request.message_id.lower())
+        row = await self.database.read(
+            messages.get, call.deadline, user_id, session_id, request.message_id.lower()
+        )
         return message_pb2.GetMessageResponse(message=convert.message(row, session_id))
 
     async def ListMessages(
@@ -86,7 +97,13 @@ class Messages:
         place = paging.place(request.page_token, *bound)
         start = int(place) if place is not None else messages.LAST if descending else 0
         rows, more = await messages.page(
-            self.reads, user_id, session_id, start, size, descending=descending, deadline=call.deadline
+            self.reads,
+            user_id,
+            session_id,
+            start,
+            size,
+            descending=descending,
+            deadline=call.deadline,
         )
         reply = message_pb2.ListMessagesResponse()
         for row in paging.fitting(rows):
@@ -103,9 +120,15 @@ class Messages:
         sent = request.message
         session_id = (request.session_id or sent.session_id).lower()
         same("message.session_id", sent.session_id, session_id)
-        missing = [name for name, value in (("session_id", session_id), ("message.id", sent.id)) if not value]
+        missing = [
+            name
+            for name, value in (("session_id", session_id), ("message.id", sent.id))
+            if not value
+        ]
         if missing:
-            raise InvalidArgument.fields(tuple(FieldViolation(name, "is required") for name in missing))
+            raise InvalidArgument.fields(
+                tuple(FieldViolation(name, "is required") for name in missing)
+            )
         values = convert.message_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
         row = await self.database.write(
             messages.change,
@@ -140,13 +163,17 @@ class Messages:
             raise NotFound.message_in(session_id, message_id)
         return message_pb2.DeleteMessageResponse()
 
-    async def GetContext(self, request: message_pb2.GetContextRequest, call: Call) -> message_pb2.GetContextResponse:
+    async def GetContext(
+        self, request: message_pb2.GetContextRequest, call: Call
+    ) -> message_pb2.GetContextResponse:
         """Read what goes into the next prompt."""
         user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
         limits = context.Limits(request.max_messages or DEFAULT_MAX_MESSAGES, request.max_tokens)
         chosen = await context.get(self.reads, user_id, session_id, limits, call.deadline)
         reply = message_pb2.GetContextResponse(
-            session=convert.session(chosen.session), omitted_count=chosen.omitted_count, token_count=chosen.token_count
+            session=convert.session(chosen.session),
+            omitted_count=chosen.omitted_count,
+            token_count=chosen.token_count,
         )
         for row in chosen.messages:
             convert.message(row, session_id, reply.messages.add)
@@ -166,10 +193,18 @@ class Messages:
                 left = self._time_left(watcher, call)
                 deadline = loop.time() + self.call_timeout
                 rows, more = await messages.following(
-                    self.reads, user_id, session_id, watcher.born, seq, WATCH_PAGE, deadline=deadline
+                    self.reads,
+                    user_id,
+                    session_id,
+                    watcher.born,
+                    seq,
+                    WATCH_PAGE,
+                    deadline=deadline,
                 )
                 for row in rows:
-                    yield message_pb2.WatchMessagesResponse(message=convert.message(row, session_id))
+                    yield message_pb2.WatchMessagesResponse(
+                        message=convert.message(row, session_id)
+                    )
                     seq = row.seq
                 if not more:
                     await watcher.wait(left)
@@ -228,7 +263,9 @@ def _derived_id(user_id: str, request: message_pb2.AppendMessagesRequest) -> str
     return str(uuid.uuid5(uuid.UUID(user_id), first)) if first else str(uuid_utils.uuid7())
 
 
-def _new_session(request: message_pb2.AppendMessagesRequest, user_id: str, session_id: str) -> NewSession:
+def _new_session(
+    request: message_pb2.AppendMessagesRequest, user_id: str, session_id: str
+) -> NewSession:
     """Read what a session starts with.
 
     Raises:

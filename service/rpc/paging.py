@@ -34,7 +34,11 @@ def page_size(asked: int) -> int:
 
 
 def cut(
-    rows: Sequence[Row], convert: Callable[[Row], Resource], token: Callable[[Row], str], *, more: bool
+    rows: Sequence[Row],
+    convert: Callable[[Row], Resource],
+    token: Callable[[Row], str],
+    *,
+    more: bool,
 ) -> tuple[list[Resource], str]:
     """Make a page of rows; `more` says whether the list goes on after them.
 
@@ -83,7 +87,10 @@ def place(text: str, *request: object) -> str | None:
         raise _bad() from None
     digest, payload = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
     # Comparing the text too: several spellings in base64 are one value.
-    if not hmac.compare_digest(digest, _digest(payload, request)) or token(payload.decode(), *request) != text:
+    if (
+        not hmac.compare_digest(digest, _digest(payload, request))
+        or token(payload.decode(), *request) != text
+    ):
         raise _bad()
     return payload.decode()
 
@@ -94,4 +101,6 @@ def _digest(payload: bytes, request: tuple[object, ...]) -> bytes:
 
 
 def _bad() -> InvalidArgument:
-    return InvalidArgument("the page token does not belong to this request", reason="BAD_PAGE_TOKEN")
+    return InvalidArgument(
+        "the page token does not belong to this request", reason="BAD_PAGE_TOKEN"
+    )

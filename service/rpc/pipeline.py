@@ -81,7 +81,9 @@ class Admission:
             raise draining()
         count = self._counts.get(whose, 0)
         if self.in_flight >= self.limit and count >= self.most - self.in_flight:
-            raise errors.Overloaded("too many calls are under way; try again", retry_after=self._refusals.pause())
+            raise errors.Overloaded(
+                "too many calls are under way; try again", retry_after=self._refusals.pause()
+            )
         self._counts[whose] = count + 1
         self.in_flight += 1
 
@@ -116,7 +118,8 @@ class Streams(Admission):
         connection = "" if peer.startswith("unix:") else peer
         if connection and self._connections[connection] >= self._per_connection:
             raise errors.Overloaded(
-                f"{self._per_connection} streams are open on this connection; open another one", retry_after=MAX_PAUSE
+                f"{self._per_connection} streams are open on this connection; open another one",
+                retry_after=MAX_PAUSE,
             )
         self.enter(whose)
         self._connections[connection] += 1
@@ -153,7 +156,9 @@ class _Refusals:
 
 def draining() -> errors.Unavailable:
     """Make the error that sends a caller to another replica."""
-    return errors.Unavailable("this server is shutting down; try again", reason="DRAINING", retry_after=0.1)
+    return errors.Unavailable(
+        "this server is shutting down; try again", reason="DRAINING", retry_after=0.1
+    )
 
 
 class _Unread(Enum):
@@ -184,7 +189,9 @@ class Pipeline:
         self._validate = protovalidate.Validator().validate
         self._loop = asyncio.get_running_loop()
 
-    def handlers(self, service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    def handlers(
+        self, service: ServiceDescriptor, servicer: object
+    ) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """Return the wrapped methods of a servicer, by name.
 
         Raises:
@@ -232,7 +239,9 @@ class Pipeline:
 
         return serve
 
-    async def _timed(self, method: Callable[[Any, Call], Awaitable[Any]], request: Any, caller: Caller) -> Any:
+    async def _timed(
+        self, method: Callable[[Any, Call], Awaitable[Any]], request: Any, caller: Caller
+    ) -> Any:
         """Serve a call whose client set no deadline."""
         deadline = self._loop.time() + self._call_timeout
         scope = asyncio.timeout_at(deadline)
@@ -241,7 +250,9 @@ class Pipeline:
                 return await method(request, Call(caller, deadline))
         except TimeoutError:
             if scope.expired():
-                raise errors.DeadlineExceeded(f"the call took more than {self._call_timeout:g} s") from None
+                raise errors.DeadlineExceeded(
+                    f"the call took more than {self._call_timeout:g} s"
+                ) from None
             raise
 
     def _stream(
@@ -267,7 +278,9 @@ class Pipeline:
 
     def _check(self, name: str, request: Any, caller: Caller) -> None:
         if request is _Unread.MALFORMED:
-            raise errors.InvalidArgument("the request's bytes are no valid message", reason="MALFORMED_REQUEST")
+            raise errors.InvalidArgument(
+                "the request's bytes are no valid message", reason="MALFORMED_REQUEST"
+            )
         if request is _Unread.TOO_LARGE:
             raise errors.TooLarge(f"a request must be at most {MAX_REQUEST_BYTES} bytes")
         if caller.user_id is not None:  # A service may do everything.
@@ -277,7 +290,9 @@ class Pipeline:
         except protovalidate.ValidationError as error:
             raise errors.InvalidArgument.fields(tuple(map(_violation, error.violations))) from None
 
-    async def _fail(self, name: str, context: Context, error: BaseException, started: float) -> NoReturn:
+    async def _fail(
+        self, name: str, context: Context, error: BaseException, started: float
+    ) -> NoReturn:
         """Answer with an error's status; nothing of an exception's own words goes out."""
         if isinstance(error, aio.AbortError):
             raise error
@@ -293,12 +308,18 @@ class Pipeline:
         if known is None:
             request_id = str(uuid.uuid4())
             _log.error(
-                "internal error", method=name, request_id=request_id, error=type(error).__name__, where=_where(error)
+                "internal error",
+                method=name,
+                request_id=request_id,
+                error=type(error).__name__,
+                where=_where(error),
             )
             known = errors.ServiceError("internal error", request_id=request_id)
         code, details = status.of(known)
         self._tell(name, code, started)
-        await context.abort(code, known.message, (("grpc-status-details-bin", details.SerializeToString()),))
+        await context.abort(
+            code, known.message, (("grpc-status-details-bin", details.SerializeToString()),)
+        )
 
     def _tell(self, name: str, code: grpc.StatusCode, started: float) -> None:
         if self._observe:

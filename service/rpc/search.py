@@ -51,8 +51,15 @@ class Searches:
         ids = [document_id.lower() for document_id in request.document_ids]
         wide = limit + SPARE if request.vector else max(COMPARED, limit + SPARE)
         found = await search.chunks(who, query, ids, wide, call.deadline)
-        near = {(each.point.user_id, each.point.entity_id, int(each.point.item)): each.score for each in found}
-        rows = await self.database.read(documents.found, call.deadline, who, list(near)) if near else {}
+        near = {
+            (each.point.user_id, each.point.entity_id, int(each.point.item)): each.score
+            for each in found
+        }
+        rows = (
+            await self.database.read(documents.found, call.deadline, who, list(near))
+            if near
+            else {}
+        )
         scores = {key: score for key, score in near.items() if key in rows}
         if scores and not request.vector:
             texts = [(rows[key][0].title, rows[key][1]) for key in scores]
@@ -85,14 +92,20 @@ class Searches:
             case message_pb2.SEARCH_MODE_LEXICAL:
                 scores = await self._by_words(user_id, request.query, session_id, limit, call)
             case message_pb2.SEARCH_MODE_SEMANTIC:
-                scores = await self._by_meaning(user_id, request.query, session_id, limit + SPARE, call)
+                scores = await self._by_meaning(
+                    user_id, request.query, session_id, limit + SPARE, call
+                )
             case _:
                 # Meaning first: it is what may be down, and then the words need not be looked for.
                 by_meaning = await self._by_meaning(user_id, request.query, session_id, wide, call)
                 by_words = await self._by_words(user_id, request.query, session_id, wide, call)
                 scores = fused((by_words, by_meaning))
         keys = list(scores)[: limit + SPARE]
-        said = await lexical.read(self.database, user_id, keys, request.query, call.deadline) if keys else []
+        said = (
+            await lexical.read(self.database, user_id, keys, request.query, call.deadline)
+            if keys
+            else []
+        )
         reply = message_pb2.SearchMessagesResponse()
         for each in said[:limit]:
             message = convert.message(each.message, each.session_id)
@@ -115,7 +128,9 @@ class Searches:
 
     def _on(self) -> Search:
         if self.search is None:
-            raise FailedPrecondition("search is switched off (CHAT_HISTORY_SEARCH)", reason="SEARCH_DISABLED")
+            raise FailedPrecondition(
+                "search is switched off (CHAT_HISTORY_SEARCH)", reason="SEARCH_DISABLED"
+            )
         return self.search
 
     def _mode(self, asked: message_pb2.SearchMode.ValueType) -> message_pb2.SearchMode.ValueType:
@@ -134,11 +149,17 @@ class Searches:
             )
         return asked
 
-    async def _by_words(self, user_id: str, query: str, session_id: str, limit: int, call: Call) -> dict[Key, float]:
-        found = await lexical.search(self.database, user_id, query, session_id or None, limit, call.deadline)
+    async def _by_words(
+        self, user_id: str, query: str, session_id: str, limit: int, call: Call
+    ) -> dict[Key, float]:
+        found = await lexical.search(
+            self.database, user_id, query, session_id or None, limit, call.deadline
+        )
         return {(each.session_id, each.message_id): each.rank for each in found}
 
-    async def _by_meaning(self, user_id: str, query: str, session_id: str, limit: int, call: Call) -> dict[Key, float]:
+    async def _by_meaning(
+        self, user_id: str, query: str, session_id: str, limit: int, call: Call
+    ) -> dict[Key, float]:
         found = await self._on().said(user_id, query, session_id, limit, call.deadline)
         return {(each.point.entity_id, each.point.item): each.score for each in found}
 

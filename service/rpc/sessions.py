@@ -50,10 +50,14 @@ class Sessions:
         row = await self.database.write(sessions.create, call.deadline, values)
         return session_pb2.CreateSessionResponse(session=convert.session(row))
 
-    async def GetSession(self, request: session_pb2.GetSessionRequest, call: Call) -> session_pb2.GetSessionResponse:
+    async def GetSession(
+        self, request: session_pb2.GetSessionRequest, call: Call
+    ) -> session_pb2.GetSessionResponse:
         """Read one session."""
         user_id = call.caller.owner(request.user_id)
-        row = await self.database.read(sessions.get, call.deadline, user_id, request.session_id.lower())
+        row = await self.database.read(
+            sessions.get, call.deadline, user_id, request.session_id.lower()
+        )
         return session_pb2.GetSessionResponse(session=convert.session(row))
 
     async def ListSessions(
@@ -65,7 +69,9 @@ class Sessions:
         size = paging.page_size(request.page_size)
         after = _position(paging.place(request.page_token, *bound))
         state = State(request.state) if request.state else None
-        rows = await self.database.read(sessions.page, call.deadline, user_id, state, after, size + 1)
+        rows = await self.database.read(
+            sessions.page, call.deadline, user_id, state, after, size + 1
+        )
 
         def token(row: SessionRow) -> str:
             return paging.token(f"{row.updated_us} {row.id}", *bound)
@@ -82,7 +88,9 @@ class Sessions:
         session_id = request.session.id.lower()
         if not session_id:
             raise InvalidArgument.field("session.id", "is required")
-        values = convert.session_changes(request.session, masks.paths(request.update_mask, request.session, _WRITABLE))
+        values = convert.session_changes(
+            request.session, masks.paths(request.update_mask, request.session, _WRITABLE)
+        )
         row = await self.database.write(
             sessions.change, call.deadline, user_id, session_id, values, request.session.etag
         )
@@ -96,8 +104,12 @@ class Sessions:
         session_id = request.session_id.lower()
         more = True
         while more:
-            _, more = await self.database.write(sessions.erase_slice, call.deadline, user_id, session_id)
-        gone = await self.database.write(sessions.erase, call.deadline, user_id, session_id, on=self.search is not None)
+            _, more = await self.database.write(
+                sessions.erase_slice, call.deadline, user_id, session_id
+            )
+        gone = await self.database.write(
+            sessions.erase, call.deadline, user_id, session_id, on=self.search is not None
+        )
         if not gone and not request.allow_missing:
             raise NotFound.session(session_id)
         self.watchers.erased(user_id, session_id)
@@ -105,7 +117,9 @@ class Sessions:
             self.search.wake()
         return session_pb2.DeleteSessionResponse()
 
-    async def ForkSession(self, request: session_pb2.ForkSessionRequest, call: Call) -> session_pb2.ForkSessionResponse:
+    async def ForkSession(
+        self, request: session_pb2.ForkSessionRequest, call: Call
+    ) -> session_pb2.ForkSessionResponse:
         """Copy the beginning of a session into a new one; a retry with the same new id returns it."""
         user_id = call.caller.owner(request.user_id)
         source_id = request.session_id.lower()

@@ -53,7 +53,9 @@ class Certificates:
             configuration = self._read()
         except ValueError as error:
             if seen is not None:
-                _log.warning("new certificates cannot be used; the last good ones stay", problem=str(error))
+                _log.warning(
+                    "new certificates cannot be used; the last good ones stay", problem=str(error)
+                )
             self._seen = seen
             return None
         if self._look() != seen:
@@ -82,7 +84,9 @@ def _bytes(name: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"CHAT_HISTORY_TLS_{name}={path} cannot be read: {error.strerror}") from None
+        raise ValueError(
+            f"CHAT_HISTORY_TLS_{name}={path} cannot be read: {error.strerror}"
+        ) from None
 
 
 def _check(files: Files) -> None:
@@ -104,7 +108,9 @@ def _check(files: Files) -> None:
     try:
         context.load_verify_locations(files.client_ca)
     except (OSError, ValueError):
-        raise ValueError(f"CHAT_HISTORY_TLS_CLIENT_CA={files.client_ca} holds no certificate in PEM form") from None
+        raise ValueError(
+            f"CHAT_HISTORY_TLS_CLIENT_CA={files.client_ca} holds no certificate in PEM form"
+        ) from None
 
 
 def _no_passphrase() -> NoReturn:

@@ -180,14 +180,20 @@ def load_key(value: str) -> tuple[Key, list[str]]:
         return public_key(_read_pem(text.encode())), []
     secret = text.encode()
     if len(secret) < MIN_SECRET_BYTES:
-        raise ValueError(f"the shared secret has fewer than {MIN_SECRET_BYTES} bytes: make one with {_HOW_TO}")
+        raise ValueError(
+            f"the shared secret has fewer than {MIN_SECRET_BYTES} bytes: make one with {_HOW_TO}"
+        )
     notes = []
     if len(secret) < STRONG_SECRET_BYTES:
         import warnings  # noqa: PLC0415
 
         warnings.filterwarnings("ignore", message="The HMAC key is")  # Said once, here.
-        notes.append(f"the shared secret has fewer than {STRONG_SECRET_BYTES} bytes: make a longer one with {_HOW_TO}")
-    return Key(secret, tuple(name for length, name in _HMAC.items() if len(secret) >= length)), notes
+        notes.append(
+            f"the shared secret has fewer than {STRONG_SECRET_BYTES} bytes: make a longer one with {_HOW_TO}"
+        )
+    return Key(
+        secret, tuple(name for length, name in _HMAC.items() if len(secret) >= length)
+    ), notes
 
 
 def _file(name: str) -> str | None:
@@ -247,7 +253,9 @@ def public_key(key: object, only: str | None = None) -> Key:
         case ed25519.Ed25519PublicKey():
             found = Key(key, ("EdDSA",))
         case _:
-            raise ValueError(f"the key must be RSA of {MIN_RSA_BITS} bits or more, EC (P-256, P-384, P-521) or Ed25519")
+            raise ValueError(
+                f"the key must be RSA of {MIN_RSA_BITS} bits or more, EC (P-256, P-384, P-521) or Ed25519"
+            )
     if only is None:
         return found
     if only not in found.algorithms:
@@ -295,5 +303,7 @@ def _signing_key(value: str) -> tuple[Any, str]:
     try:
         private = load_pem_private_key(text.encode(), None)
     except Exception:  # noqa: BLE001 - the library's words may hold pieces of the key
-        raise ValueError("the private key cannot be read: it must be PEM, without a passphrase") from None
+        raise ValueError(
+            "the private key cannot be read: it must be PEM, without a passphrase"
+        ) from None
     return private, public_key(private.public_key()).algorithms[0]

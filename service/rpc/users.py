@@ -26,7 +26,9 @@ class Users:
     database: Database
     search: Search | None
 
-    async def CreateUser(self, request: user_pb2.CreateUserRequest, call: Call) -> user_pb2.CreateUserResponse:
+    async def CreateUser(
+        self, request: user_pb2.CreateUserRequest, call: Call
+    ) -> user_pb2.CreateUserResponse:
         """Create a user; a retry with the same id and content returns it."""
         call.caller.require_service()
         user_id = request.user.id.lower() or str(uuid_utils.uuid7())
@@ -36,7 +38,9 @@ class Users:
         row = await self.database.write(users.create, call.deadline, values)
         return user_pb2.CreateUserResponse(user=convert.user(row))
 
-    async def GetUser(self, request: user_pb2.GetUserRequest, call: Call) -> user_pb2.GetUserResponse:
+    async def GetUser(
+        self, request: user_pb2.GetUserRequest, call: Call
+    ) -> user_pb2.GetUserResponse:
         """Read one user; a user caller gets itself only, by whatever key."""
         key = request.WhichOneof("key")
         caller = call.caller
@@ -54,21 +58,30 @@ class Users:
             if not own:
                 raise PermissionDenied("not yours", reason="USER_MISMATCH")
         else:
-            row = await self.database.read(users.find, call.deadline, **{key: getattr(request, key)})
+            row = await self.database.read(
+                users.find, call.deadline, **{key: getattr(request, key)}
+            )
         return user_pb2.GetUserResponse(user=convert.user(row))
 
-    async def ListUsers(self, request: user_pb2.ListUsersRequest, call: Call) -> user_pb2.ListUsersResponse:
+    async def ListUsers(
+        self, request: user_pb2.ListUsersRequest, call: Call
+    ) -> user_pb2.ListUsersResponse:
         """List all users in order of id."""
         call.caller.require_service()
         size = paging.page_size(request.page_size)
         after = paging.place(request.page_token, "ListUsers")
         rows = await self.database.read(users.page, call.deadline, after, size + 1)
         page, token = paging.cut(
-            rows[:size], convert.user, lambda row: paging.token(row.id, "ListUsers"), more=len(rows) > size
+            rows[:size],
+            convert.user,
+            lambda row: paging.token(row.id, "ListUsers"),
+            more=len(rows) > size,
         )
         return user_pb2.ListUsersResponse(users=page, next_page_token=token)
 
-    async def UpdateUser(self, request: user_pb2.UpdateUserRequest, call: Call) -> user_pb2.UpdateUserResponse:
+    async def UpdateUser(
+        self, request: user_pb2.UpdateUserRequest, call: Call
+    ) -> user_pb2.UpdateUserResponse:
         """Change fields of a user."""
         inside = request.user.id.lower()
         user_id = call.caller.owner(request.user_id or inside)
@@ -78,10 +91,14 @@ class Users:
         if "external_id" in paths:
             call.caller.require_service()
         values = convert.user_changes(request.user, paths)
-        row = await self.database.write(users.change, call.deadline, user_id, values, request.user.etag)
+        row = await self.database.write(
+            users.change, call.deadline, user_id, values, request.user.etag
+        )
         return user_pb2.UpdateUserResponse(user=convert.user(row))
 
-    async def DeleteUser(self, request: user_pb2.DeleteUserRequest, call: Call) -> user_pb2.DeleteUserResponse:
+    async def DeleteUser(
+        self, request: user_pb2.DeleteUserRequest, call: Call
+    ) -> user_pb2.DeleteUserResponse:
         """Erase a user everywhere; what is large goes in slices, the user itself last."""
         call.caller.require_service()
         user_id = call.caller.owner(request.user_id)
@@ -94,7 +111,9 @@ class Users:
         while more:
             erased, more = await self.database.write(documents.erase_slice, call.deadline, user_id)
             chunks += erased
-        gone = await self.database.write(users.erase, call.deadline, user_id, on=self.search is not None)
+        gone = await self.database.write(
+            users.erase, call.deadline, user_id, on=self.search is not None
+        )
         if gone is None:
             if not request.allow_missing:
                 raise NotFound.user(user_id)

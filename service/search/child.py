@@ -39,7 +39,10 @@ _BATCH_CHARACTERS = 65_536
 
 _BROKEN = (ValueError, EOFError, KeyError, pickle.UnpicklingError, sqlite3.DatabaseError)
 """What reading an index raises of which a file was cut off."""
-_WARNINGS = ("Payload indexes have no effect in the local Qdrant", "Local mode is not recommended for collections")
+_WARNINGS = (
+    "Payload indexes have no effect in the local Qdrant",
+    "Local mode is not recommended for collections",
+)
 """What qdrant-client says of its embedded mode to programmers; docs/search.md says it to operators."""
 
 _ERRORS = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}
@@ -65,14 +68,18 @@ class Offline:
         ]
         return None, b"".join(vectors)
 
-    async def nearness(self, given: tuple[str, list[tuple[str, str]]], _blob: bytes) -> tuple[Any, bytes]:
+    async def nearness(
+        self, given: tuple[str, list[tuple[str, str]]], _blob: bytes
+    ) -> tuple[Any, bytes]:
         """As `Embeddings.nearness`."""
         import numpy as np  # noqa: PLC0415 - as above
 
         from service.search import nearness  # noqa: PLC0415 - as above
 
         question, texts = given
-        return nearness.scores(question, texts, lambda words: np.stack(list(self._sums(words)))), b""
+        return nearness.scores(
+            question, texts, lambda words: np.stack(list(self._sums(words)))
+        ), b""
 
     def _sums(self, texts: list[str]) -> Iterator[NDArray[np.float32]]:
         """Give the sum of each text's words' vectors.
@@ -87,7 +94,9 @@ class Offline:
 def _load() -> WordLlamaInference:
     import wordllama  # noqa: PLC0415
 
-    model = wordllama.WordLlama.load(cache_dir=Path(wordllama.__file__).parent, disable_download=True)
+    model = wordllama.WordLlama.load(
+        cache_dir=Path(wordllama.__file__).parent, disable_download=True
+    )
     model.tokenizer.no_padding()
     return model
 
@@ -201,7 +210,9 @@ async def _open(kind: Any, folder: str) -> tuple[Any, str | None]:
         except RuntimeError as error:
             # Another child has it: one that is just ending, or one of a server that runs.
             if time.monotonic() > give_up:
-                raise SearchDown(f"another process has the embedded index open ({folder})") from error
+                raise SearchDown(
+                    f"another process has the embedded index open ({folder})"
+                ) from error
             await asyncio.sleep(0.1)
 
 
@@ -244,10 +255,16 @@ async def serve(connection: socket.socket) -> None:
                 answer = wire.encode([number, None, result], blob)
             except Exception as error:  # noqa: BLE001 - the parent decides what it means
                 name = type(error).__name__
-                if operation in wire.OF_TEXTS and isinstance(error, (ValueError, TypeError, OverflowError)):
+                if operation in wire.OF_TEXTS and isinstance(
+                    error, (ValueError, TypeError, OverflowError)
+                ):
                     # The text's fault, which another try would not mend.
                     error, name = Refused("the model does not take it"), "Refused"
-                words = str(error) if name in _ERRORS else f"{operation} failed in the child process ({name})"
+                words = (
+                    str(error)
+                    if name in _ERRORS
+                    else f"{operation} failed in the child process ({name})"
+                )
                 answer = wire.encode([number, name, words])
             connection.sendall(answer)
 

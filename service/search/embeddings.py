@@ -68,9 +68,9 @@ class OfflineEmbeddings:
 
     async def nearness(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
         room = min(_MAX_TEXT, _MAX_TEXTS // len(texts)) if texts else 0
-        found: list[float] | None = (await self._child.call("nearness", (question, [(t, s[:room]) for t, s in texts])))[
-            0
-        ]
+        found: list[float] | None = (
+            await self._child.call("nearness", (question, [(t, s[:room]) for t, s in texts]))
+        )[0]
         return found
 
     async def close(self) -> None:
@@ -80,13 +80,17 @@ class OfflineEmbeddings:
 class RemoteEmbeddings:
     """The embeddings of any OpenAI-compatible endpoint."""
 
-    def __init__(self, url: str, model: str, api_key: str | None, dimensions: int | None, timeout: float) -> None:
+    def __init__(
+        self, url: str, model: str, api_key: str | None, dimensions: int | None, timeout: float
+    ) -> None:
         import openai  # noqa: PLC0415 - costs memory where it is not used
 
         self.model = model
         self._errors = openai
         # Some endpoints want no key, and the client wants one.
-        self._client = openai.AsyncOpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=0)
+        self._client = openai.AsyncOpenAI(
+            base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=0
+        )
         self._wanted = dimensions
         self._known: int | None = None
 
@@ -94,7 +98,9 @@ class RemoteEmbeddings:
         if self._known is None:
             made = len(await self.embed(["how long is a vector?"])) // 4
             if self._wanted not in (None, made):
-                raise WrongIndex(f"EMBEDDINGS_DIMENSIONS is {self._wanted}, and {self.model} makes vectors of {made}")
+                raise WrongIndex(
+                    f"EMBEDDINGS_DIMENSIONS is {self._wanted}, and {self.model} makes vectors of {made}"
+                )
             self._known = made
         return self._known
 
@@ -104,11 +110,15 @@ class RemoteEmbeddings:
         except self._errors.APIStatusError as error:
             # A wrong key or model name is the operator's to mend, and nothing that was sent is at fault.
             if error.status_code in (400, 413, 422):
-                raise Refused(f"the embeddings endpoint refuses it ({error.status_code})") from error
+                raise Refused(
+                    f"the embeddings endpoint refuses it ({error.status_code})"
+                ) from error
             kind = SearchBusy if error.status_code == _TOO_MANY_REQUESTS else SearchDown
             raise kind(f"the embeddings endpoint answers {error.status_code}") from error
         except self._errors.OpenAIError as error:
-            raise SearchDown(f"the embeddings endpoint does not answer ({type(error).__name__})") from error
+            raise SearchDown(
+                f"the embeddings endpoint does not answer ({type(error).__name__})"
+            ) from error
         vectors = [each.embedding for each in sorted(made.data, key=lambda each: each.index)]
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) > 1:
             raise SearchDown("the embeddings endpoint has not answered every text alike")

@@ -15,7 +15,17 @@ from service.config import Settings
 from service.errors import InvalidArgument, Unavailable
 from service.search.embeddings import Embeddings, OfflineEmbeddings, RemoteEmbeddings
 from service.search.indexer import Figures, Indexer
-from service.search.points import Found, Index, Kind, Question, Refused, SearchBusy, SearchDown, WrongIndex, alias_of
+from service.search.points import (
+    Found,
+    Index,
+    Kind,
+    Question,
+    Refused,
+    SearchBusy,
+    SearchDown,
+    WrongIndex,
+    alias_of,
+)
 from service.search.process import Child, ChildIndex
 from service.search.rebuild import Rebuild
 from service.store.database import DATABASE_ERRORS, Database, backoff
@@ -35,7 +45,9 @@ _log = structlog.get_logger(__name__)
 class Search:
     """Search of one server process."""
 
-    def __init__(self, settings: Settings, database: Database, wait_ready: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, wait_ready: Callable[[], Awaitable[None]]
+    ) -> None:
         self._settings = settings
         self._database = database
         self._wait_ready = wait_ready
@@ -141,10 +153,14 @@ class Search:
             local = settings.qdrant_url is None
             if offline or local:
                 self._child = Child()
-            self._embeddings = self._remote_embeddings() if not offline else OfflineEmbeddings(self._need_child())
+            self._embeddings = (
+                self._remote_embeddings() if not offline else OfflineEmbeddings(self._need_child())
+            )
         if self._index is None:
             self.dimensions = await self._embeddings.dimensions()
-            self._alias = alias_of(settings.qdrant_collection, self._embeddings.model, self.dimensions)
+            self._alias = alias_of(
+                settings.qdrant_collection, self._embeddings.model, self.dimensions
+            )
             self._index = self._make_index(self.dimensions)
         return self._index
 
@@ -167,7 +183,11 @@ class Search:
         settings = self._settings
         if settings.qdrant_url is None:
             child = self._need_child()
-            child.setup = {"folder": str(settings.data_dir / "qdrant"), "alias": self._alias, "dimensions": dimensions}
+            child.setup = {
+                "folder": str(settings.data_dir / "qdrant"),
+                "alias": self._alias,
+                "dimensions": dimensions,
+            }
             return ChildIndex(child)
         # Imported here: with the embedded index only the child pays for it.
         from service.search.index import QdrantIndex, remote  # noqa: PLC0415
@@ -207,7 +227,13 @@ class Search:
 
     async def _run_rebuild(self, *, anew: bool) -> None:
         assert self._index is not None  # noqa: S101 - the caller has seen it
-        work = Rebuild(self._database, self._index, self._alias, messages=self.messages, wake=self._wake_or_start)
+        work = Rebuild(
+            self._database,
+            self._index,
+            self._alias,
+            messages=self.messages,
+            wake=self._wake_or_start,
+        )
         attempt = 0
         while True:
             try:
@@ -216,7 +242,11 @@ class Search:
             except Exception as error:  # noqa: BLE001 - it must be built, whatever is in the way now
                 attempt += 1
                 known = isinstance(error, (SearchDown, *DATABASE_ERRORS))
-                _log.warning("building the search index pauses", problem=type(error).__name__, exc_info=not known)
+                _log.warning(
+                    "building the search index pauses",
+                    problem=type(error).__name__,
+                    exc_info=not known,
+                )
                 await asyncio.sleep(0.5 + backoff(attempt, base=0.5, cap=30.0))
 
     def _wake_or_start(self) -> None:
@@ -250,7 +280,12 @@ class Search:
     # -- questions -----------------------------------------------------------------------------------------------------
 
     async def chunks(
-        self, owners: Sequence[str], query: str | bytes, documents: Sequence[str], limit: int, deadline: float
+        self,
+        owners: Sequence[str],
+        query: str | bytes,
+        documents: Sequence[str],
+        limit: int,
+        deadline: float,
     ) -> list[Found]:
         """Find the chunks nearest to a query, or to a vector.
 
@@ -260,7 +295,9 @@ class Search:
         """
         return await self._find(query, Question(Kind.CHUNK, owners, documents, limit), deadline)
 
-    async def nearness(self, query: str, texts: Sequence[tuple[str, str]], deadline: float) -> list[float] | None:
+    async def nearness(
+        self, query: str, texts: Sequence[tuple[str, str]], deadline: float
+    ) -> list[float] | None:
         """Return how near each text, given after its document's title, is to a query; None: as near as its vector is.
 
         Raises:
@@ -271,7 +308,9 @@ class Search:
         async with self._answering(deadline):
             return await self._embeddings.nearness(query, texts)
 
-    async def said(self, user_id: str, query: str, session_id: str, limit: int, deadline: float) -> list[Found]:
+    async def said(
+        self, user_id: str, query: str, session_id: str, limit: int, deadline: float
+    ) -> list[Found]:
         """Find the messages nearest to a query.
 
         Raises:
@@ -285,7 +324,9 @@ class Search:
         if not self.healthy or index is None or embeddings is None:
             raise self._unavailable()
         if isinstance(query, bytes) and len(query) != (self.dimensions or 0) * 4:
-            raise InvalidArgument.field("vector", f"must have the index's dimension, {self.dimensions}")
+            raise InvalidArgument.field(
+                "vector", f"must have the index's dimension, {self.dimensions}"
+            )
         async with self._answering(deadline):
             vector = query if isinstance(query, bytes) else await embeddings.embed([query])
             return await index.search(vector, question)
@@ -293,7 +334,10 @@ class Search:
     @asynccontextmanager
     async def _answering(self, deadline: float) -> AsyncIterator[None]:
         """Turn what goes wrong into what a caller is told."""
-        limit = min(deadline - REPLY_MARGIN, asyncio.get_running_loop().time() + self._settings.search_timeout)
+        limit = min(
+            deadline - REPLY_MARGIN,
+            asyncio.get_running_loop().time() + self._settings.search_timeout,
+        )
         try:
             async with asyncio.timeout_at(limit):
                 yield
@@ -307,4 +351,6 @@ class Search:
 
     @staticmethod
     def _unavailable() -> Unavailable:
-        return Unavailable("search does not answer now; try again", reason="SEARCH_UNAVAILABLE", retry_after=1.0)
+        return Unavailable(
+            "search does not answer now; try again", reason="SEARCH_UNAVAILABLE", retry_after=1.0
+        )

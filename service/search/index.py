@@ -18,7 +18,17 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from service.search.points import Changes, Found, Point, Question, Refused, SearchBusy, SearchDown, Wipe, WrongIndex
+from service.search.points import (
+    Changes,
+    Found,
+    Point,
+    Question,
+    Refused,
+    SearchBusy,
+    SearchDown,
+    Wipe,
+    WrongIndex,
+)
 
 T = TypeVar("T")
 
@@ -35,7 +45,9 @@ _NOT_FOUND = 404
 class QdrantIndex:
     """An `Index` (points.py) in a Qdrant, by its asynchronous client."""
 
-    def __init__(self, client: AsyncQdrantClient, alias: str, dimensions: int, timeout: float = 10.0) -> None:
+    def __init__(
+        self, client: AsyncQdrantClient, alias: str, dimensions: int, timeout: float = 10.0
+    ) -> None:
         self._client = client
         self._alias = alias
         self._dimensions = dimensions
@@ -58,7 +70,10 @@ class QdrantIndex:
 
     async def live(self) -> str | None:
         aliases = await self._ask(self._client.get_aliases())
-        return next((each.collection_name for each in aliases.aliases if each.alias_name == self._alias), None)
+        return next(
+            (each.collection_name for each in aliases.aliases if each.alias_name == self._alias),
+            None,
+        )
 
     async def create(self) -> str:
         # Time first, so that of several the newest is seen at a glance.
@@ -66,7 +81,9 @@ class QdrantIndex:
         vectors = models.VectorParams(size=self._dimensions, distance=models.Distance.COSINE)
         await self._ask(self._client.create_collection(name, vectors_config=vectors))
         for field, schema in _INDEXED.items():
-            await self._ask(self._client.create_payload_index(name, field, field_schema=schema, wait=True))
+            await self._ask(
+                self._client.create_payload_index(name, field, field_schema=schema, wait=True)
+            )
         if await self.live() is None:
             await self._switch(name, replace=False)
         return name
@@ -81,7 +98,9 @@ class QdrantIndex:
                 await self._ask(self._client.delete_collection(each.name))
 
     async def _switch(self, collection: str, *, replace: bool) -> None:
-        delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=self._alias))
+        delete = models.DeleteAliasOperation(
+            delete_alias=models.DeleteAlias(alias_name=self._alias)
+        )
         create = models.CreateAliasOperation(
             create_alias=models.CreateAlias(collection_name=collection, alias_name=self._alias)
         )
@@ -98,7 +117,9 @@ class QdrantIndex:
                 return
         await self._write(self._alias, changes, points)
 
-    async def _write(self, collection: str, changes: Changes, points: list[models.PointStruct]) -> None:
+    async def _write(
+        self, collection: str, changes: Changes, points: list[models.PointStruct]
+    ) -> None:
         for wipe in changes.wipes:
             selector = models.FilterSelector(filter=_of(wipe))
             await self._change(self._client.delete(collection, selector, wait=True))
@@ -112,14 +133,19 @@ class QdrantIndex:
         size = self._dimensions * 4
         return [
             models.PointStruct(
-                id=point.id, vector=floats(changes.vectors[n * size : (n + 1) * size]), payload=point._asdict()
+                id=point.id,
+                vector=floats(changes.vectors[n * size : (n + 1) * size]),
+                payload=point._asdict(),
             )
             for n, point in enumerate(changes.points)
         ]
 
     async def search(self, vector: bytes, question: Question) -> list[Found]:
         # The owner first: the embedded mode looks at one condition after the other.
-        must: list[models.Condition] = [_any("user_id", question.owners), _any("kind", [question.kind])]
+        must: list[models.Condition] = [
+            _any("user_id", question.owners),
+            _any("kind", [question.kind]),
+        ]
         if question.entities:
             must.append(_any("entity_id", question.entities))
         reply = await self._ask(
@@ -135,7 +161,9 @@ class QdrantIndex:
         return [Found(Point(**each.payload), each.score) for each in reply.points if each.payload]
 
     async def count(self, wipe: Wipe) -> int:
-        return (await self._ask(self._client.count(self._alias, count_filter=_of(wipe), exact=True))).count
+        return (
+            await self._ask(self._client.count(self._alias, count_filter=_of(wipe), exact=True))
+        ).count
 
     async def close(self) -> None:
         await self._client.close()
@@ -143,7 +171,9 @@ class QdrantIndex:
     async def _change(self, call: Awaitable[models.UpdateResult]) -> None:
         result = await self._ask(call)
         if result.status != models.UpdateStatus.COMPLETED:
-            raise SearchDown(f"Qdrant has taken a change and not applied it in time ({result.status.value})")
+            raise SearchDown(
+                f"Qdrant has taken a change and not applied it in time ({result.status.value})"
+            )
 
     async def _ask(self, call: Awaitable[T]) -> T:
         """Make one call within its deadline, and tell an index that is down from one that refuses."""
@@ -192,7 +222,9 @@ def _any(field: str, values: Sequence[str]) -> models.FieldCondition:
 
 
 def _of(wipe: Wipe) -> models.Filter:
-    return models.Filter(must=[_any(field, [value]) for field, value in wipe._asdict().items() if value is not None])
+    return models.Filter(
+        must=[_any(field, [value]) for field, value in wipe._asdict().items() if value is not None]
+    )
 
 
 def floats(vector: bytes) -> list[float]:
@@ -203,7 +235,9 @@ def floats(vector: bytes) -> list[float]:
     return numbers.tolist()
 
 
-def remote(url: str, api_key: str | None, *, transport: str, grpc_port: int, timeout: float) -> AsyncQdrantClient:
+def remote(
+    url: str, api_key: str | None, *, transport: str, grpc_port: int, timeout: float
+) -> AsyncQdrantClient:
     """Make the client of a server or cluster; nothing is asked yet."""
     return AsyncQdrantClient(
         url=url,

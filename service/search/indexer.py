@@ -181,7 +181,9 @@ class Indexer:
         backlog = await self._look()
         if backlog.pause is None:
             return None
-        return max(backlog.pause, 0.05) if backlog.pause < RECHECK else max(RECHECK, backlog.pause / 2)
+        return (
+            max(backlog.pause, 0.05) if backlog.pause < RECHECK else max(RECHECK, backlog.pause / 2)
+        )
 
     async def _look(self) -> Backlog:
         """Count what is owed."""
@@ -245,7 +247,9 @@ class Indexer:
                 await self._bring(batch, kind, rows)
 
     async def _bring(self, batch: _Batch, kind: Owed, rows: list[Taken]) -> None:
-        there = await indexed.there(self._database, kind, [(row.user_id, row.entity_id) for row in rows])
+        there = await indexed.there(
+            self._database, kind, [(row.user_id, row.entity_id) for row in rows]
+        )
         wipes = [
             Wipe(row.user_id, _KIND[kind], row.entity_id)
             for row in rows
@@ -255,17 +259,30 @@ class Indexer:
             await self._write(batch, Changes(wipes=wipes))
         if kind == Owed.SESSION and not self._messages:
             return
-        by_entity = {(row.user_id, row.entity_id): row for row in rows if (row.user_id, row.entity_id) in there}
-        ranges = (Range(*entity, row.since, min(row.through, there[entity])) for entity, row in by_entity.items())
+        by_entity = {
+            (row.user_id, row.entity_id): row
+            for row in rows
+            if (row.user_id, row.entity_id) in there
+        }
+        ranges = (
+            Range(*entity, row.since, min(row.through, there[entity]))
+            for entity, row in by_entity.items()
+        )
         for page in indexed.pages(ranges, PAGE):
             started, used = self._loop.time(), time.process_time()
-            changes, refused = await self._changes(_KIND[kind], page, await indexed.items(self._database, kind, page))
+            changes, refused = await self._changes(
+                _KIND[kind], page, await indexed.items(self._database, kind, page)
+            )
             batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
             if changes.points or changes.deletes:
                 await self._write(batch, changes)
             await asyncio.sleep(self._rest(self._loop.time() - started, time.process_time() - used))
         if kind == Owed.DOCUMENT:
-            done = {entity: there[entity] for entity, row in by_entity.items() if row not in batch.refused}
+            done = {
+                entity: there[entity]
+                for entity, row in by_entity.items()
+                if row not in batch.refused
+            }
             await indexed.settle(self._database, done, DocumentStatus.INDEXED)
 
     def _rest(self, took: float, used: float) -> float:
@@ -358,7 +375,11 @@ class Indexer:
         for row, words in batch.refused.items():
             final = row.attempts + 1 >= MAX_ATTEMPTS
             _log.warning(
-                "refused by the index", owed=Owed(row.kind).name, entity_id=row.entity_id, reason=words, final=final
+                "refused by the index",
+                owed=Owed(row.kind).name,
+                entity_id=row.entity_id,
+                reason=words,
+                final=final,
             )
             pause = None if final else min(RETRY_CAP, RETRY_BASE * 2**row.attempts)
             await self._outbox.put_back(batch.lease_id, [row], pause, attempts=1, detail=words)

@@ -41,9 +41,15 @@ def scores(
         return None
     bodies = [_words(text) for _, text in texts]
     heads = [
-        _words(f"{title} {text.lstrip().splitlines()[0][:_HEADING] if text.strip() else ''}") for title, text in texts
+        _words(f"{title} {text.lstrip().splitlines()[0][:_HEADING] if text.strip() else ''}")
+        for title, text in texts
     ]
-    rows = {word: n for n, word in enumerate(dict.fromkeys(word for each in (asked, *heads, *bodies) for word in each))}
+    rows = {
+        word: n
+        for n, word in enumerate(
+            dict.fromkeys(word for each in (asked, *heads, *bodies) for word in each)
+        )
+    }
     stems = {stem: n for n, stem in enumerate(dict.fromkeys(word[:STEM] for word in rows))}
     stem_of = np.array([stems[word[:STEM]] for word in rows])
     numbered = [_numbers(rows, body) for body in bodies]

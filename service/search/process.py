@@ -15,14 +15,25 @@ from typing import Any
 import structlog
 
 from service.search import wire
-from service.search.points import Changes, Found, Point, Question, Refused, SearchDown, Wipe, WrongIndex
+from service.search.points import (
+    Changes,
+    Found,
+    Point,
+    Question,
+    Refused,
+    SearchDown,
+    Wipe,
+    WrongIndex,
+)
 
 TIMEOUT = 60.0
 """Seconds after which a child that does not answer is taken for stuck, and ended."""
 _ENDING = 3.0
 """Seconds that the child gets to end."""
 # One thread each: what computes in the child shares the machine with the database and with those who chat.
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
+)
 _KNOWN = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}
 
 _log = structlog.get_logger(__name__)
@@ -32,7 +43,10 @@ class _Run:
     """One life of the child."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         self.process = process
         self.reader = reader
@@ -45,9 +59,12 @@ class _Run:
     async def _listen(self) -> None:
         try:
             while True:
-                header_size, blob_size = wire.lengths(await self.reader.readexactly(wire.HEAD_BYTES))
+                header_size, blob_size = wire.lengths(
+                    await self.reader.readexactly(wire.HEAD_BYTES)
+                )
                 frame = wire.decode(
-                    await self.reader.readexactly(header_size), await self.reader.readexactly(blob_size)
+                    await self.reader.readexactly(header_size),
+                    await self.reader.readexactly(blob_size),
                 )
                 answer = self.waiting.pop(frame.header[0], None)
                 if answer is not None and not answer.done():
@@ -109,11 +126,15 @@ class Child:
         if operation not in wire.OF_TEXTS and not run.is_set_up:
             aside, _ = await self._ask(run, "setup", self.setup)
             if aside is not None:
-                _log.warning("the embedded index could not be read, and is built anew", moved_to=aside)
+                _log.warning(
+                    "the embedded index could not be read, and is built anew", moved_to=aside
+                )
             run.is_set_up = True
         return await self._ask(run, operation, given, blob)
 
-    async def _ask(self, run: _Run, operation: str, given: Any, blob: bytes = b"") -> tuple[Any, bytes]:
+    async def _ask(
+        self, run: _Run, operation: str, given: Any, blob: bytes = b""
+    ) -> tuple[Any, bytes]:
         number = next(self._numbers)
         answer = run.waiting[number] = asyncio.get_running_loop().create_future()
         try:
@@ -147,7 +168,9 @@ class Child:
             if run is not None:
                 self._run = None
                 await run.end()
-                _log.warning("the search process has ended and is started again", code=run.process.returncode)
+                _log.warning(
+                    "the search process has ended and is started again", code=run.process.returncode
+                )
             run = self._run = await self._start()
             run.ready = True
             return run

@@ -31,7 +31,13 @@ class Rebuild:
     """One process's part in rebuilding one index."""
 
     def __init__(
-        self, database: Database, index: Index, alias: str, *, messages: bool, wake: Callable[[], None]
+        self,
+        database: Database,
+        index: Index,
+        alias: str,
+        *,
+        messages: bool,
+        wake: Callable[[], None],
     ) -> None:
         self._state = Rebuilding(database, alias)
         self._index = index
@@ -82,11 +88,15 @@ class Rebuild:
         for kind in (Owed.DOCUMENT, Owed.SESSION):
             if kind < place.kind or (kind == Owed.SESSION and not self._messages):
                 continue
-            after: tuple[str, str] | None = (place.user_id, place.entity_id) if kind == place.kind else _START
+            after: tuple[str, str] | None = (
+                (place.user_id, place.entity_id) if kind == place.kind else _START
+            )
             while after is not None:
                 after = await self._state.hand_out(self._lease_id, kind, after, SLICE, LEASE)
                 self._wake()
-                while (progress := await self._state.progress()) is not None and progress.waiting > MOST_WAITING:
+                while (
+                    progress := await self._state.progress()
+                ) is not None and progress.waiting > MOST_WAITING:
                     await self._pause(collection)
 
     async def _pause(self, collection: str) -> None:

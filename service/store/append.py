@@ -102,7 +102,9 @@ class Appender:
     async def drain(self, patience: float | None = None) -> None:
         """Wait until nothing is queued or under way; what takes longer than `patience` seconds is given up."""
         give_up = None if patience is None else self.loop.time() + patience
-        while tasks := [lane.task for lane in (*self._lanes, *self._apart.values()) if lane.task is not None]:
+        while tasks := [
+            lane.task for lane in (*self._lanes, *self._apart.values()) if lane.task is not None
+        ]:
             left = None if give_up is None else give_up - self.loop.time()
             if left is not None and left <= 0:
                 # The connections first: a statement that is only cancelled would be waited for.
@@ -206,7 +208,9 @@ class _Lane:
         """Find which messages of these items are stored; answer those items that are stored whole. Returns their sessions."""
         if not suspects:
             return {}
-        rows = await self._database.fetch_once(append_sql.LOOK_UP, *append_sql.look_up_arguments(suspects))
+        rows = await self._database.fetch_once(
+            append_sql.LOOK_UP, *append_sql.look_up_arguments(suspects)
+        )
         stored = {(row["user_id"], row["session_id"], row["id"]): row for row in rows}
         for item in suspects:
             item.check = False
@@ -240,7 +244,10 @@ class _Lane:
             start = ends[item.key] = end - len(item.pending)
             created = row["created"] and start == 0
             at = row["at"]
-            item.finish((Entry(m.id, start + n, at, False) for n, m in enumerate(item.pending, 1)), created=created)
+            item.finish(
+                (Entry(m.id, start + n, at, False) for n, m in enumerate(item.pending, 1)),
+                created=created,
+            )
         for user_id, session_id in answers:
             self._appender.on_appended(user_id, session_id)
         if left_out:
@@ -262,7 +269,13 @@ class _Lane:
             if refusal is not None:
                 item.fail(refusal)
             elif item.beaten >= MAX_BEATEN:
-                item.fail(Conflict("the session changes too fast; try again", session_id=item.key[1], retry_after=0.1))
+                item.fail(
+                    Conflict(
+                        "the session changes too fast; try again",
+                        session_id=item.key[1],
+                        retry_after=0.1,
+                    )
+                )
             else:
                 again.append(item)
         self._again(again)
@@ -272,7 +285,9 @@ class _Lane:
         batch = [item for item in batch if not item.future.done()]
         failure = classify(error)
         state = sqlstate(error)
-        contended = (state == "23502" and constraint(error) == "seq") or failure is Failure.CONTENTION
+        contended = (
+            state == "23502" and constraint(error) == "seq"
+        ) or failure is Failure.CONTENTION
         alone = len({item.key for item in batch}) == 1
         if not batch:
             await asyncio.sleep(0)
@@ -311,7 +326,9 @@ class _Lane:
             now = self._loop.time()
             for item in self.queue:
                 if now >= item.give_up:
-                    item.fail(to_service_error(error) or Unavailable("the database does not answer"))
+                    item.fail(
+                        to_service_error(error) or Unavailable("the database does not answer")
+                    )
             waiting = [item.give_up for item in self.queue if not item.future.done()]
             if now >= ask_at or not waiting:
                 return
@@ -347,9 +364,17 @@ def _final(item: Append, error: BaseException) -> BaseException:
     if sqlstate(error) == "23503" and constraint(error) == "chat_sessions_user_id_fkey":
         return NotFound.user(item.key[0])
     if sqlstate(error) == "23505":
-        return Conflict("the same message is being stored elsewhere; try again", reason="CONTENTION", retry_after=0.1)
+        return Conflict(
+            "the same message is being stored elsewhere; try again",
+            reason="CONTENTION",
+            retry_after=0.1,
+        )
     if sqlstate(error) == "23502" and constraint(error) == "seq":
         # The session went between snapshot and lock. The next try would see that it is gone, or there anew: the item's time was up
         # before, or somebody has erased and made it again as often as it tried.
-        return Conflict("the session is being erased or made anew; try again", reason="CONTENTION", retry_after=0.1)
+        return Conflict(
+            "the session is being erased or made anew; try again",
+            reason="CONTENTION",
+            retry_after=0.1,
+        )
     return to_service_error(error) or error

@@ -170,7 +170,9 @@ def note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
     item.creates = item.may_create and not item.expected and item.born is None
     if not item.pending:
         first = item.replayed[item.messages[0].id]
-        item.finish((), created=not first.replayed and first.seq == 1 and first.created_us == item.born)
+        item.finish(
+            (), created=not first.replayed and first.seq == 1 and first.created_us == item.born
+        )
 
 
 def refusal_of(item: Append, session: Record | None) -> ServiceError | None:
@@ -179,7 +181,9 @@ def refusal_of(item: Append, session: Record | None) -> ServiceError | None:
     if session is None and not item.may_create:
         return NotFound.session(session_id)
     if session is not None and session["state"] == State.ARCHIVED:
-        return FailedPrecondition("the session is archived", reason="SESSION_ARCHIVED", session_id=session_id)
+        return FailedPrecondition(
+            "the session is archived", reason="SESSION_ARCHIVED", session_id=session_id
+        )
     last_seq = 0 if session is None else session["last_seq"]
     if item.expected is not None and last_seq != item.expected:
         return Conflict(

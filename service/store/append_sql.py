@@ -109,7 +109,9 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         left[item.key] = start - len(item.pending) + 1
     expecting = [item for item in items if item.is_conditional]
     openers = first.values()
-    rows = [(item.key, first[item.key].creates, message) for item in items for message in item.pending]
+    rows = [
+        (item.key, first[item.key].creates, message) for item in items for message in item.pending
+    ]
     messages = [message for _, _, message in rows]
     return (
         [key[0] for key in counts],

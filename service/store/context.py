@@ -73,7 +73,9 @@ class Limits(NamedTuple):
         )
 
 
-async def get(reads: Reads, user_id: str, session_id: str, limits: Limits, deadline: float) -> Context:
+async def get(
+    reads: Reads, user_id: str, session_id: str, limits: Limits, deadline: float
+) -> Context:
     """Choose what goes into the next prompt.
 
     Raises:
@@ -113,7 +115,9 @@ class _Total(NamedTuple):
 
     def with_one_more(self) -> _Total:
         """Return the least that another message makes of it."""
-        return _Total(self.messages + 1, self.tokens, self.size)  # `_replace` takes five times as long.
+        return _Total(
+            self.messages + 1, self.tokens, self.size
+        )  # `_replace` takes five times as long.
 
     def plus(self, rows: Iterable[MessageRow]) -> _Total:
         messages, tokens, size = self
@@ -166,7 +170,9 @@ def choose(
     return sorted(_fitting(system, limits.max_bytes) if kept is None else kept, key=_seq_of)
 
 
-def _first(system: Sequence[MessageRow], newest: list[MessageRow], max_bytes: int) -> list[MessageRow]:
+def _first(
+    system: Sequence[MessageRow], newest: list[MessageRow], max_bytes: int
+) -> list[MessageRow]:
     """Return what is kept first of the leading SYSTEM messages and the newest group: all of it, unless that is too large to be sent."""
     kept = _fitting(newest, max_bytes)
     if len(kept) < len(newest):
@@ -223,7 +229,8 @@ def _groups(newest: Sequence[MessageRow], *, whole: bool) -> list[_Group]:
         # Their call may be further back.
         groups += [_Group([row], _Verdict.UNKNOWN) for row in ties.strays]
     return sorted(
-        (group for group in groups if group.verdict is not _Verdict.DROPPED), key=lambda group: -group.members[-1].seq
+        (group for group in groups if group.verdict is not _Verdict.DROPPED),
+        key=lambda group: -group.members[-1].seq,
     )
 
 
@@ -296,7 +303,11 @@ def _tools(row: MessageRow) -> tuple[set[str], set[str]]:
     if not row.parts:
         return set(), set()
     parts: list[dict[str, Any]] = json.loads(row.parts)
-    calls = {part["tool_call"]["id"] for part in parts if "tool_call" in part} if row.role == Role.ASSISTANT else set()
+    calls = (
+        {part["tool_call"]["id"] for part in parts if "tool_call" in part}
+        if row.role == Role.ASSISTANT
+        else set()
+    )
     results = {part["tool_result"]["tool_call_id"] for part in parts if "tool_result" in part}
     return calls - results, results - calls
 
@@ -308,7 +319,12 @@ _seq = bindparam("seq", type_=BigInteger)
 _its_session = (_s.user_id == _user_id, _s.id == _session_id)
 # What a summary covers need not be sent.
 _start = (
-    select(case((_s.summary != literal_column("''"), _s.summarized_through_seq), else_=literal_column("0")))
+    select(
+        case(
+            (_s.summary != literal_column("''"), _s.summarized_through_seq),
+            else_=literal_column("0"),
+        )
+    )
     .where(*_its_session)
     .scalar_subquery()
 )
@@ -323,23 +339,33 @@ def _leading_system() -> Select[Any]:
         _m.deleted_at.is_(None),
         _m.role != literal_column(f"{Role.SYSTEM:d}"),
     )
-    first_other = select(_m.seq).where(*others).order_by(_m.seq).limit(literal_column("1")).scalar_subquery()
+    first_other = (
+        select(_m.seq).where(*others).order_by(_m.seq).limit(literal_column("1")).scalar_subquery()
+    )
     return bounded(
-        _m.seq < func.coalesce(first_other, literal_column(str(LAST))), _m.seq.asc(), literal_column(str(LEADING))
+        _m.seq < func.coalesce(first_other, literal_column(str(LAST))),
+        _m.seq.asc(),
+        literal_column(str(LEADING)),
     )
 
 
-def _leg(kind: int, session: Sequence[ColumnElement[Any]] | None, messages: Select[Any] | None) -> Select[Any]:
+def _leg(
+    kind: int, session: Sequence[ColumnElement[Any]] | None, messages: Select[Any] | None
+) -> Select[Any]:
     """One leg of the opening read: its kind, the session's columns, a message's columns; what it has not is NULL."""
     left = session or [cast(null(), column.type) for column in SESSION_COLUMNS]
     rows = None if messages is None else messages.subquery()
-    right = [cast(null(), column.type) for column in MESSAGE_COLUMNS] if rows is None else list(rows.c)
+    right = (
+        [cast(null(), column.type) for column in MESSAGE_COLUMNS] if rows is None else list(rows.c)
+    )
     return select(literal_column(str(kind)), *left, *right)
 
 
 _OPENING = SharedRead(
     union_all(
-        _leg(0, SESSION_COLUMNS, None).where(*_its_session), _leg(1, None, _leading_system()), _leg(2, None, _newest)
+        _leg(0, SESSION_COLUMNS, None).where(*_its_session),
+        _leg(1, None, _leading_system()),
+        _leg(2, None, _newest),
     )
 )
 _OLDER = SharedRead(_newest)

@@ -108,7 +108,9 @@ def running_url(data_dir: Path) -> str | None:
     try:
         server = Postmaster.read(pgdata)
     except PermissionError:
-        raise EmbeddedError(f"the data in {pgdata} belongs to another user: run as that user") from None
+        raise EmbeddedError(
+            f"the data in {pgdata} belongs to another user: run as that user"
+        ) from None
     if server is None or server.status != "ready" or not server.is_alive():
         return None
     return socket_url(server.socket_dir)
@@ -146,12 +148,18 @@ def socket_url(socket_dir: Path) -> str:
 
 def end_server(pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
     """Stop a server: it rolls back what is under way and writes everything out; when that takes too long, without ceremony."""
-    for order, patience in ((signal.SIGINT, STOP_TIMEOUT), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0)):
+    for order, patience in (
+        (signal.SIGINT, STOP_TIMEOUT),
+        (signal.SIGQUIT, 5.0),
+        (signal.SIGKILL, 5.0),
+    ):
         with suppress(ProcessLookupError):
             os.kill(pid, order)
         give_up = time.monotonic() + patience
         while time.monotonic() < give_up:
-            if (child is None and not is_postgres(pid)) or (child is not None and child.poll() is not None):
+            if (child is None and not is_postgres(pid)) or (
+                child is not None and child.poll() is not None
+            ):
                 return
             time.sleep(0.01)
 

@@ -94,7 +94,10 @@ class Database:
         driver_connections: int = 6,
     ) -> None:
         self.target = target
-        args = {"timeout": connect_timeout, "command_timeout": COMMAND_TIMEOUT} | target.connect_args
+        args = {
+            "timeout": connect_timeout,
+            "command_timeout": COMMAND_TIMEOUT,
+        } | target.connect_args
         args["connection_class"] = PooledConnection if target.pooled else Connection
         self.engine: AsyncEngine = create_async_engine(
             target.url,
@@ -110,9 +113,15 @@ class Database:
         _ping_after_idle(self.engine)
         # Outside a transaction a read costs one round trip instead of three. Behind a transaction pooler each statement of a
         # driver without prepared statements may meet another server unless BEGIN holds it (SQLAlchemy #12836).
-        self._reader = self.engine if target.pooled else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._reader = (
+            self.engine
+            if target.pooled
+            else self.engine.execution_options(isolation_level="AUTOCOMMIT")
+        )
         # For a question to the database while calls that wait for locks hold the whole pool.
-        self._apart = create_async_engine(target.url, connect_args=args, poolclass=NullPool, hide_parameters=True)
+        self._apart = create_async_engine(
+            target.url, connect_args=args, poolclass=NullPool, hide_parameters=True
+        )
         self._limit = pool_size + max_overflow
         hot = max(1, min(driver_connections, pool_size, self._limit - HOT_SHARE))
         self.driver = DriverConnections(self.engine, hot)
@@ -121,7 +130,11 @@ class Database:
         self._pool_timeout = pool_timeout
         self._writes: set[asyncio.Task[Any]] = set()
         self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
-        event.listen(self.engine.sync_engine, "connect", lambda made, _: self._connections.add(made.driver_connection))
+        event.listen(
+            self.engine.sync_engine,
+            "connect",
+            lambda made, _: self._connections.add(made.driver_connection),
+        )
         self._loop = asyncio.get_running_loop()
         self.driver.on_slow = lambda: self.on_doubt()  # noqa: PLW0108 - it is set later
         self.on_doubt: Callable[[], None] = lambda: None
@@ -136,7 +149,9 @@ class Database:
         try:
             return await self.fetch_once(statement, *args)
         except DATABASE_ERRORS as error:
-            return await self._attempts(lambda _: self.fetch_once(statement, *args), deadline, error)
+            return await self._attempts(
+                lambda _: self.fetch_once(statement, *args), deadline, error
+            )
 
     async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
         """Run one statement by the driver in a transaction of its own, without a retry.
@@ -177,7 +192,10 @@ class Database:
         whose = _owner(args)
 
         async def once(give_up: float) -> T:
-            async with self._permits.one(whose, self._patience(give_up)), self._reader.connect() as connection:
+            async with (
+                self._permits.one(whose, self._patience(give_up)),
+                self._reader.connect() as connection,
+            ):
                 return await work(connection, *args, **kwargs)
 
         return await self._attempts(once, deadline)
@@ -245,7 +263,10 @@ class Database:
             await asyncio.wait(self._writes)
 
     async def _attempts(
-        self, once: Callable[[float], Awaitable[T]], deadline: float, error: BaseException | None = None
+        self,
+        once: Callable[[float], Awaitable[T]],
+        deadline: float,
+        error: BaseException | None = None,
     ) -> T:
         """Try until it works, the error is final, or the time is up; `error` is what a first try has met already.
 
@@ -314,7 +335,10 @@ class Database:
             Whatever connecting or the statement raises, and TimeoutError.
         """
         full = self.engine.pool.checkedout() >= self._limit  # type: ignore[attr-defined]
-        async with asyncio.timeout(timeout), (self._apart if full else self._reader).connect() as connection:
+        async with (
+            asyncio.timeout(timeout),
+            (self._apart if full else self._reader).connect() as connection,
+        ):
             return await schema_version(connection)
 
     def terminate(self) -> None:
@@ -359,7 +383,9 @@ def _ping_after_idle(engine: AsyncEngine) -> None:
     def checked_in(_connection: object, entry: ConnectionPoolEntry) -> None:
         entry.info["idle_since"] = time.monotonic()
 
-    def checked_out(connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
+    def checked_out(
+        connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
+    ) -> None:
         idle_since = entry.info.get("idle_since")
         if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE:
             try:

@@ -38,7 +38,9 @@ _SERVER = text(
     "current_setting('server_encoding') AS encoding, (SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS tls"
 )
 
-_GIVEN_UP = text("SELECT min(entity_id::text || ' (' || detail || ')') FROM search_outbox WHERE due_at = 'infinity'")
+_GIVEN_UP = text(
+    "SELECT min(entity_id::text || ' (' || detail || ')') FROM search_outbox WHERE due_at = 'infinity'"
+)
 
 
 class Verdict(StrEnum):
@@ -95,7 +97,10 @@ async def describe(target: Target, timeout: float) -> Description:
         Whatever connecting raises: see `explain`.
     """
     engine = create_async_engine(
-        target.url, connect_args={"timeout": timeout} | target.connect_args, poolclass=NullPool, hide_parameters=True
+        target.url,
+        connect_args={"timeout": timeout} | target.connect_args,
+        poolclass=NullPool,
+        hide_parameters=True,
     )
     try:
         async with engine.connect() as connection:
@@ -162,15 +167,27 @@ def findings(found: Description, target: Target, pool: Pool) -> list[Finding]:
 
 def _on_version(found: Description) -> Finding:
     if found.major < OLDEST:
-        return Finding("PostgreSQL", f"{found.version} is not supported: upgrade to {OLDEST} to {NEWEST}", Verdict.TODO)
+        return Finding(
+            "PostgreSQL",
+            f"{found.version} is not supported: upgrade to {OLDEST} to {NEWEST}",
+            Verdict.TODO,
+        )
     if found.major > NEWEST:
-        return Finding("PostgreSQL", f"{found.version} is newer than {NEWEST}, the newest that is tested", Verdict.NOTE)
+        return Finding(
+            "PostgreSQL",
+            f"{found.version} is newer than {NEWEST}, the newest that is tested",
+            Verdict.NOTE,
+        )
     return Finding("PostgreSQL", found.version)
 
 
 def _on_route(found: Description, target: Target) -> Finding:
     if found.read_only:
-        return Finding("connection", "read-only: this is a replica, or is set so; connect to the primary", Verdict.TODO)
+        return Finding(
+            "connection",
+            "read-only: this is a replica, or is set so; connect to the primary",
+            Verdict.TODO,
+        )
     if not target.pooled:
         return Finding("connection", "direct")
     direct = target.direct()
@@ -187,11 +204,17 @@ def _on_tls(found: Description, target: Target) -> Finding:
         return Finding("TLS", f"{found.tls}, {mode}{', certificate verified' if verified else ''}")
     if found.tls:
         return Finding(
-            "TLS", f"{found.tls}, {mode}: nobody looks at the certificate; set sslmode=verify-full", Verdict.NOTE
+            "TLS",
+            f"{found.tls}, {mode}: nobody looks at the certificate; set sslmode=verify-full",
+            Verdict.NOTE,
         )
     if local:
         return Finding("TLS", f"none, and none needed on this machine ({mode})")
-    return Finding("TLS", f"none ({mode}): whoever is on the way can read along; set sslmode=verify-full", Verdict.NOTE)
+    return Finding(
+        "TLS",
+        f"none ({mode}): whoever is on the way can read along; set sslmode=verify-full",
+        Verdict.NOTE,
+    )
 
 
 def _is_local(target: Target) -> bool:
@@ -208,7 +231,9 @@ def _on_statements(target: Target) -> str:
 def _on_round_trip(found: Description) -> Finding:
     words = f"{found.round_trip * 1000:.1f} ms, the median of {ROUND_TRIPS}"
     if found.round_trip > SLOW_ROUND_TRIP:
-        return Finding("round trip", f"{words}: run the service in the database's region", Verdict.NOTE)
+        return Finding(
+            "round trip", f"{words}: run the service in the database's region", Verdict.NOTE
+        )
     return Finding("round trip", words)
 
 
@@ -218,7 +243,9 @@ def _on_schema(schema: SchemaVersion) -> Finding:
     words = f"revision {schema.revision:04d}, and this build needs {REQUIRED_REVISION:04d}"
     if schema.revision < BUILD:
         return Finding(
-            "schema", f"{words} and brings {BUILD:04d}: run `chat-history migrate` when convenient", Verdict.NOTE
+            "schema",
+            f"{words} and brings {BUILD:04d}: run `chat-history migrate` when convenient",
+            Verdict.NOTE,
         )
     return Finding("schema", f"{words} or newer" if schema.revision > BUILD else words)
 
@@ -288,14 +315,18 @@ def explain(error: BaseException, target: Target) -> str:
     if code is not None:
         return _explain_refusal(code, str(cause), target)
     if isinstance(cause, socket.gaierror):
-        return f"no host has the name {host}: check DATABASE_URL, and the name service of this machine"
+        return (
+            f"no host has the name {host}: check DATABASE_URL, and the name service of this machine"
+        )
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _explain_certificate(cause.verify_message, target)
     if "rejected SSL upgrade" in str(cause):
         return f"{target.place} offers no TLS, and sslmode={target.ssl_mode} asks for it: turn TLS on there, or set sslmode=disable"
     if isinstance(cause, TimeoutError):
         return f"no answer from {target.place}: check host, port and firewall"
-    if isinstance(cause, ConnectionRefusedError | FileNotFoundError) or "Connect call failed" in str(cause):
+    if isinstance(
+        cause, ConnectionRefusedError | FileNotFoundError
+    ) or "Connect call failed" in str(cause):
         return f"nothing listens at {target.place}: is PostgreSQL running there?"
     if isinstance(cause, asyncpg.InterfaceError | OSError):
         return f"{target.place} cannot be reached: {cause}"
@@ -305,9 +336,7 @@ def explain(error: BaseException, target: Target) -> str:
 def _explain_certificate(words: str, target: Target) -> str:
     if "certificate is not valid for" in words:
         return f"the certificate of {target.place} is for another name ({words}): put the name that it is for into DATABASE_URL"
-    return (
-        f"the certificate of {target.url.host} is not trusted ({words}): name its root in the URL with sslrootcert=FILE"
-    )
+    return f"the certificate of {target.url.host} is not trusted ({words}): name its root in the URL with sslrootcert=FILE"
 
 
 def _explain_refusal(code: str, words: str, target: Target) -> str:

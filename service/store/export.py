@@ -8,10 +8,24 @@ from sqlalchemy import BigInteger, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.messages import bounded
-from service.store.rows import DOCUMENT_COLUMNS, SESSION_COLUMNS, DocumentRow, MessageRow, SessionRow
-from service.store.tables import SYSTEM_USER_ID, chat_messages, chat_sessions, document_chunks, documents
+from service.store.rows import (
+    DOCUMENT_COLUMNS,
+    SESSION_COLUMNS,
+    DocumentRow,
+    MessageRow,
+    SessionRow,
+)
+from service.store.tables import (
+    SYSTEM_USER_ID,
+    chat_messages,
+    chat_sessions,
+    document_chunks,
+    documents,
+)
 
-_MESSAGES_AFTER = bounded(chat_messages.c.seq > bindparam("seq", type_=BigInteger), chat_messages.c.seq.asc())
+_MESSAGES_AFTER = bounded(
+    chat_messages.c.seq > bindparam("seq", type_=BigInteger), chat_messages.c.seq.asc()
+)
 
 
 class WholeChunk(NamedTuple):
@@ -22,11 +36,18 @@ class WholeChunk(NamedTuple):
     vector: bytes | None
 
 
-async def sessions_after(connection: AsyncConnection, user_id: str, after: str | None, limit: int) -> list[SessionRow]:
+async def sessions_after(
+    connection: AsyncConnection, user_id: str, after: str | None, limit: int
+) -> list[SessionRow]:
     """Read `limit` sessions after an id, in the order of ids: unlike the list's, it stays while one reads."""
     own = chat_sessions.c
-    query = select(*SESSION_COLUMNS).where(own.user_id == user_id, own.id > (after or SYSTEM_USER_ID))
-    return [SessionRow._make(row) for row in await connection.execute(query.order_by(own.id).limit(limit))]
+    query = select(*SESSION_COLUMNS).where(
+        own.user_id == user_id, own.id > (after or SYSTEM_USER_ID)
+    )
+    return [
+        SessionRow._make(row)
+        for row in await connection.execute(query.order_by(own.id).limit(limit))
+    ]
 
 
 async def messages_after(
@@ -42,8 +63,13 @@ async def documents_after(
 ) -> list[DocumentRow]:
     """Read `limit` of a user's own documents after an id, in the order of ids."""
     own = documents.c
-    query = select(*DOCUMENT_COLUMNS).where(own.user_id == user_id, own.id > (after or SYSTEM_USER_ID))
-    return [DocumentRow._make(row) for row in await connection.execute(query.order_by(own.id).limit(limit))]
+    query = select(*DOCUMENT_COLUMNS).where(
+        own.user_id == user_id, own.id > (after or SYSTEM_USER_ID)
+    )
+    return [
+        DocumentRow._make(row)
+        for row in await connection.execute(query.order_by(own.id).limit(limit))
+    ]
 
 
 async def chunks_from(
@@ -54,4 +80,7 @@ async def chunks_from(
     query = select(own.chunk_index, own.text, own.vector).where(
         own.user_id == user_id, own.document_id == document_id, own.chunk_index >= first
     )
-    return [WholeChunk._make(row) for row in await connection.execute(query.order_by(own.chunk_index).limit(limit))]
+    return [
+        WholeChunk._make(row)
+        for row in await connection.execute(query.order_by(own.chunk_index).limit(limit))
+    ]

@@ -64,7 +64,9 @@ def driver_error(error: BaseException) -> BaseException:
     while isinstance(error, DBAPIError) and error.orig is not None:
         error = error.orig
     cause = error.__cause__
-    return cause if isinstance(cause, asyncpg.PostgresError | asyncpg.InternalClientError) else error
+    return (
+        cause if isinstance(cause, asyncpg.PostgresError | asyncpg.InternalClientError) else error
+    )
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -106,10 +108,14 @@ def to_service_error(error: BaseException) -> ServiceError | None:
     """Return what the caller is told about a database error, or None when it is a defect (INTERNAL)."""
     match classify(error):
         case Failure.CONTENTION | Failure.LOCKED:
-            return Conflict("too many writers at once; try again", reason="CONTENTION", retry_after=0.1)
+            return Conflict(
+                "too many writers at once; try again", reason="CONTENTION", retry_after=0.1
+            )
         case Failure.LOST | Failure.REFUSED:
             return Unavailable(
-                "the database does not answer; try again", reason="DATABASE_UNAVAILABLE", retry_after=1.0
+                "the database does not answer; try again",
+                reason="DATABASE_UNAVAILABLE",
+                retry_after=1.0,
             )
         case Failure.CANCELLED:
             return DeadlineExceeded("the database did not answer in time")

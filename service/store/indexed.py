@@ -90,9 +90,13 @@ JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 _ITEMS = {Owed.DOCUMENT: _CHUNKS, Owed.SESSION: _MESSAGES}
 
 
-async def there(database: Database, kind: Owed, entities: Sequence[tuple[str, str]]) -> dict[tuple[str, str], int]:
+async def there(
+    database: Database, kind: Owed, entities: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], int]:
     """Return which of these documents or sessions (user id, id) are there, and how many chunks or messages each has had."""
-    rows = await database.fetch_once(_THERE[kind], [user for user, _ in entities], [entity for _, entity in entities])
+    rows = await database.fetch_once(
+        _THERE[kind], [user for user, _ in entities], [entity for _, entity in entities]
+    )
     return {entities[row[0]]: row[1] for row in rows}
 
 
@@ -110,7 +114,10 @@ WHERE d.user_id = w.user_id AND d.id = w.id AND d.chunk_count = w.chunk_count
 
 
 async def settle(
-    database: Database, documents: dict[tuple[str, str], int], status: DocumentStatus, detail: str = ""
+    database: Database,
+    documents: dict[tuple[str, str], int],
+    status: DocumentStatus,
+    detail: str = "",
 ) -> None:
     """Say whether documents (user id, id) can be found, but for those that have another number of chunks by now."""
     users, ids = [user for user, _ in documents], [document for _, document in documents]

@@ -79,7 +79,9 @@ LIMIT $5
 _EVERYWHERE, _IN_SESSION = _search(one_session=False), _search(one_session=True)
 
 _columns = (
-    Statement(select(*message_columns(chat_messages.alias("m")))).text.partition("FROM")[0].removeprefix("SELECT ")
+    Statement(select(*message_columns(chat_messages.alias("m"))))
+    .text.partition("FROM")[0]
+    .removeprefix("SELECT ")
 )
 _READ = Statement.from_text(f"""
 WITH found AS (
@@ -107,12 +109,19 @@ def wanted(query: str) -> tuple[str, bool]:
 
 
 async def search(
-    database: Database, user_id: str, query: str, session_id: str | None, limit: int, deadline: float
+    database: Database,
+    user_id: str,
+    query: str,
+    session_id: str | None,
+    limit: int,
+    deadline: float,
 ) -> list[Match]:
     """Find a user's messages by words, best first; of equal ones the newest first."""
     positive, any_ = wanted(query)
     statement, more = (_IN_SESSION, (session_id,)) if session_id else (_EVERYWHERE, ())
-    rows = await database.fetch(statement, user_id, query, positive, any_, limit, *more, deadline=deadline)
+    rows = await database.fetch(
+        statement, user_id, query, positive, any_, limit, *more, deadline=deadline
+    )
     return [Match(*row) for row in rows]
 
 
@@ -121,5 +130,7 @@ async def read(
 ) -> list[Said]:
     """Read messages by (session id, id) in this order, each with the part that fits; those that are gone are left out."""
     sessions, ids = [session for session, _ in keys], [id_ for _, id_ in keys]
-    rows: list[Record] = await database.fetch(_READ, user_id, sessions, ids, wanted(query)[0], deadline=deadline)
+    rows: list[Record] = await database.fetch(
+        _READ, user_id, sessions, ids, wanted(query)[0], deadline=deadline
+    )
     return [Said(row[0], MessageRow._make(row[2:]), row[1]) for row in rows]

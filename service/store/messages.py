@@ -6,7 +6,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Integer, Select, and_, bindparam, func, literal_column, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Integer,
+    Select,
+    and_,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
@@ -31,7 +42,9 @@ def estimate_tokens(content: str, parts: str | None) -> int:
 _limit = bindparam("limit", type_=Integer)
 
 
-def bounded(match: ColumnElement[bool], order: ColumnElement[Any], limit: ColumnElement[int] = _limit) -> Select[Any]:
+def bounded(
+    match: ColumnElement[bool], order: ColumnElement[Any], limit: ColumnElement[int] = _limit
+) -> Select[Any]:
     """Select readable messages of one session up to `limit` rows or PAGE_BYTES, whichever comes first, at least one.
 
     The sizes are summed before the texts are read, so that a page never holds much more than it can send. Parameters: `user_id`,
@@ -50,7 +63,9 @@ def bounded(match: ColumnElement[bool], order: ColumnElement[Any], limit: Column
         .limit(limit)
         .subquery("m")
     )
-    return select(*message_columns(rows)).where(rows.c.running - rows.c.size < literal_column(str(PAGE_BYTES)))
+    return select(*message_columns(rows)).where(
+        rows.c.running - rows.c.size < literal_column(str(PAGE_BYTES))
+    )
 
 
 _seq = bindparam("seq", type_=BigInteger)
@@ -89,14 +104,25 @@ async def page(
         NotFound: this user has no such session.
     """
     read = _BEFORE if descending else _AFTER
-    records = await reads.fetch(read, deadline, user_id=user_id, session_id=session_id, seq=start, limit=limit + 1)
-    if not records:  # Messages cannot be without their session, so only an empty page asks whether there is one.
+    records = await reads.fetch(
+        read, deadline, user_id=user_id, session_id=session_id, seq=start, limit=limit + 1
+    )
+    if (
+        not records
+    ):  # Messages cannot be without their session, so only an empty page asks whether there is one.
         await reads.database.read(sessions.get, deadline, user_id, session_id)
     return _cut(records, limit)
 
 
 async def following(
-    reads: Reads, user_id: str, session_id: str, born: int, start: int, limit: int, *, deadline: float
+    reads: Reads,
+    user_id: str,
+    session_id: str,
+    born: int,
+    start: int,
+    limit: int,
+    *,
+    deadline: float,
 ) -> tuple[list[MessageRow], bool]:
     """Read as `page` does, from the session that was created at `born` and from no other that has come by its id since.
 
@@ -104,7 +130,13 @@ async def following(
         NotFound: that session is gone.
     """
     records = await reads.fetch(
-        _FOLLOWING, deadline, user_id=user_id, session_id=session_id, born=born, seq=start, limit=limit + 1
+        _FOLLOWING,
+        deadline,
+        user_id=user_id,
+        session_id=session_id,
+        born=born,
+        seq=start,
+        limit=limit + 1,
     )
     if not records:
         session = await reads.database.read(sessions.get, deadline, user_id, session_id)
@@ -120,15 +152,25 @@ def _cut(records: Rows, limit: int) -> tuple[list[MessageRow], bool]:
 
 
 async def get(
-    connection: AsyncConnection, user_id: str, session_id: str, message_id: str, *, lock: bool = False
+    connection: AsyncConnection,
+    user_id: str,
+    session_id: str,
+    message_id: str,
+    *,
+    lock: bool = False,
 ) -> MessageRow:
     """Read a message.
 
     Raises:
         NotFound: there is no such session of this user (SESSION_NOT_FOUND), or no such message in it (MESSAGE_NOT_FOUND).
     """
-    query = select(*MESSAGE_COLUMNS).where(*_is(user_id, session_id, message_id), _own.deleted_at.is_(None))
-    row = one(MessageRow, (await connection.execute(query.with_for_update() if lock else query)).one_or_none())
+    query = select(*MESSAGE_COLUMNS).where(
+        *_is(user_id, session_id, message_id), _own.deleted_at.is_(None)
+    )
+    row = one(
+        MessageRow,
+        (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
+    )
     if row is None:
         await sessions.get(connection, user_id, session_id)
         raise NotFound.message_in(session_id, message_id)
@@ -165,7 +207,12 @@ async def change(
         update(chat_messages)
         .where(*_is(user_id, session_id, message_id))
         .values(
-            **values | {name: json.loads(values[name] or "null") for name in ("parts", "metadata") if name in values},
+            **values
+            | {
+                name: json.loads(values[name] or "null")
+                for name in ("parts", "metadata")
+                if name in values
+            },
             token_estimate=estimate_tokens(new.content, new.parts),
             size=measure(new),
             revision=_own.revision + 1,
@@ -175,12 +222,19 @@ async def change(
     )
     result = MessageRow._make((await connection.execute(changed)).one())
     if owed and result.content != row.content:
-        await outbox.owe(connection, Owed.SESSION, user_id, session_id, since=row.seq, through=row.seq)
+        await outbox.owe(
+            connection, Owed.SESSION, user_id, session_id, since=row.seq, through=row.seq
+        )
     return result
 
 
 async def erase(
-    connection: AsyncConnection, user_id: str, session_id: str, message_id: str, *, owed: bool = False
+    connection: AsyncConnection,
+    user_id: str,
+    session_id: str,
+    message_id: str,
+    *,
+    owed: bool = False,
 ) -> bool:
     """Erase what a message says and leave its tombstone; False when there is nothing to erase.
 

@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 _PACKAGE = Path(service.__file__).parent
 # In a wheel they lie in the package, in a checkout beside it.
-SCRIPTS = _PACKAGE / "migrations" if (_PACKAGE / "migrations").is_dir() else _PACKAGE.parent / "alembic"
+SCRIPTS = (
+    _PACKAGE / "migrations" if (_PACKAGE / "migrations").is_dir() else _PACKAGE.parent / "alembic"
+)
 LOCK_TIMEOUT = "4s"
 """How long a migration waits for a lock: everything that comes after queues behind it for as long."""
 STATEMENT_TIMEOUT = "5s"
@@ -97,14 +99,18 @@ async def downgrade(target: Target, revision: str = "base") -> Migrated:
     Raises:
         As `upgrade`.
     """
-    return await _migrate(target.direct(), lambda connection: alembic(connection, "downgrade", revision), _silent)
+    return await _migrate(
+        target.direct(), lambda connection: alembic(connection, "downgrade", revision), _silent
+    )
 
 
 def _upgrade(connection: Connection) -> None:
     alembic(connection, "upgrade", "head")
 
 
-async def _migrate(target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]) -> Migrated:
+async def _migrate(
+    target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]
+) -> Migrated:
     """Try until it works: while the database starts or wakes, and while others hold what the migration must lock."""
     loop = asyncio.get_running_loop()
     give_up = loop.time() + START_PATIENCE
@@ -118,7 +124,9 @@ async def _migrate(target: Target, work: Callable[[Connection], None], on_wait: 
                 busy += 1
                 if busy == TRIES:
                     raise MigrationError(_BUSY) from error
-                on_wait("others hold the locks that the migration needs: trying again in some seconds")
+                on_wait(
+                    "others hold the locks that the migration needs: trying again in some seconds"
+                )
                 await asyncio.sleep(PAUSE * random.uniform(0.5, 1.5))  # noqa: S311 - spreads tries, keeps no secret
             elif failure is Failure.REFUSED and loop.time() < give_up and not _is_final(error):
                 on_wait(f"{target.place} does not answer yet: trying again")
@@ -135,7 +143,9 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(cause, socket.gaierror | ssl.SSLError) or "rejected SSL upgrade" in str(cause)
 
 
-async def _try(target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]) -> Migrated:
+async def _try(
+    target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]
+) -> Migrated:
     async def step(connection: AsyncConnection) -> Migrated:
         before = await schema_version(connection)
         # Alembic is not imported for nothing: it would cost memory for as long as the process lives.
@@ -166,7 +176,9 @@ async def _in_turn(
 ) -> T:
     """Run `step` in a transaction when no other migrator is at work."""
     args = {"timeout": CONNECT_TIMEOUT} | target.connect_args
-    engine = create_async_engine(target.url, connect_args=args, poolclass=NullPool, hide_parameters=True)
+    engine = create_async_engine(
+        target.url, connect_args=args, poolclass=NullPool, hide_parameters=True
+    )
     loop = asyncio.get_running_loop()
     give_up = loop.time() + PATIENCE
     told = False
@@ -177,11 +189,15 @@ async def _in_turn(
                     # Ends with the transaction: a session's lock would be lost behind a pooler.
                     if await connection.scalar(select(func.pg_try_advisory_xact_lock(TURN))):
                         await connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
-                        await connection.execute(text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'"))
+                        await connection.execute(
+                            text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'")
+                        )
                         return await step(connection)
                 # No transaction is open while it waits: CREATE INDEX CONCURRENTLY would wait for its snapshot in turn.
                 if loop.time() > give_up:
-                    raise MigrationError(f"another migration has not ended in {PATIENCE:.0f} s: see pg_stat_activity")
+                    raise MigrationError(
+                        f"another migration has not ended in {PATIENCE:.0f} s: see pg_stat_activity"
+                    )
                 if not told:
                     on_wait("another migration is under way: waiting for it")
                     told = True

@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import Boolean, ColumnElement, case, exists, func, literal, literal_column, select, update
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    case,
+    exists,
+    func,
+    literal,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -81,7 +91,9 @@ async def owe(
 async def owe_user(connection: AsyncConnection, user_id: str, *, on: bool) -> None:
     """Note that all points of a user must go; leases under way on things of theirs do not count as done."""
     bumped = update(search_outbox).where(_own.user_id == user_id)
-    await connection.execute(bumped.values(version=_own.version + 1, since=0, through=LAST, wipe=True))
+    await connection.execute(
+        bumped.values(version=_own.version + 1, since=0, through=LAST, wipe=True)
+    )
     await owe(connection, Owed.USER, user_id, user_id, wipe=True, on=on)
 
 
@@ -178,12 +190,16 @@ SELECT count(*) FILTER (WHERE due_at < 'infinity'), count(*) FILTER (WHERE due_a
 FROM search_outbox
 """)
 
-_RETRY_FAILED = Statement.from_text("UPDATE search_outbox SET due_at = now(), attempts = 0 WHERE due_at = 'infinity'")
+_RETRY_FAILED = Statement.from_text(
+    "UPDATE search_outbox SET due_at = now(), attempts = 0 WHERE due_at = 'infinity'"
+)
 
 Key = tuple[int, str, str]
 
 
-def _arguments(rows: Sequence[Taken]) -> tuple[list[int], list[str], list[str], list[int], list[int]]:
+def _arguments(
+    rows: Sequence[Taken],
+) -> tuple[list[int], list[str], list[str], list[int], list[int]]:
     return (
         [row.kind for row in rows],
         [row.user_id for row in rows],
@@ -205,12 +221,15 @@ class Outbox:
 
     async def claim(self, lease_id: str, seconds: float, limit: int) -> list[Taken]:
         """Take up to `limit` rows that are due, for so long."""
-        return [Taken(*row) for row in await self._database.fetch_once(_CLAIM, limit, lease_id, seconds)]
+        return [
+            Taken(*row) for row in await self._database.fetch_once(_CLAIM, limit, lease_id, seconds)
+        ]
 
     async def finish(self, lease_id: str, rows: Sequence[Taken]) -> set[Key]:
         """Remove rows that have not changed, give the others free; return those that were reached."""
         return {
-            (row[0], row[1], row[2]) for row in await self._database.fetch_once(_FINISH, *_arguments(rows), lease_id)
+            (row[0], row[1], row[2])
+            for row in await self._database.fetch_once(_FINISH, *_arguments(rows), lease_id)
         }
 
     async def renew(self, lease_id: str, rows: Sequence[Taken], seconds: float) -> set[Key]:
@@ -221,11 +240,19 @@ class Outbox:
         }
 
     async def put_back(
-        self, lease_id: str, rows: Sequence[Taken], pause: float | None, *, attempts: int = 0, detail: str = ""
+        self,
+        lease_id: str,
+        rows: Sequence[Taken],
+        pause: float | None,
+        *,
+        attempts: int = 0,
+        detail: str = "",
     ) -> None:
         """Give rows free, to be taken again after a pause; None gives them up."""
         wait = -1.0 if pause is None else pause
-        await self._database.fetch_once(_PUT_BACK, *_arguments(rows), lease_id, wait, attempts, detail)
+        await self._database.fetch_once(
+            _PUT_BACK, *_arguments(rows), lease_id, wait, attempts, detail
+        )
 
     async def backlog(self) -> Backlog:
         """Count what is owed."""

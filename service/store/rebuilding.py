@@ -133,7 +133,9 @@ class Rebuilding:
         self, lease_id: str, kind: Owed, after: tuple[str, str], limit: int, seconds: float
     ) -> tuple[str, str] | None:
         """Owe the index a slice of all documents or sessions; return the last of it, None at the end."""
-        rows = await self._database.fetch_once(_HAND_OUT[kind], self._alias, lease_id, *after, limit, seconds)
+        rows = await self._database.fetch_once(
+            _HAND_OUT[kind], self._alias, lease_id, *after, limit, seconds
+        )
         return (rows[0][0], rows[0][1]) if rows else None
 
     async def progress(self) -> Progress | None:

@@ -19,7 +19,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def micros(column: ColumnElement[Any]) -> ColumnElement[int]:
     """Return a time as microseconds since 1970: exact, since a double holds 2^53 of them (until the year 2255)."""
-    return cast(func.date_part(literal_column("'epoch'"), column) * literal_column("1e6"), BigInteger)
+    return cast(
+        func.date_part(literal_column("'epoch'"), column) * literal_column("1e6"), BigInteger
+    )
 
 
 def time_of(us: int) -> datetime:
@@ -181,4 +183,9 @@ def check_etag(row: UserRow | SessionRow | MessageRow | DocumentRow, etag: str) 
         Conflict: when the thing has been updated since (ETAG_MISMATCH).
     """
     if etag and etag != row.etag:
-        raise Conflict("it has been changed meanwhile; read it again", reason="ETAG_MISMATCH", id=row.id, etag=row.etag)
+        raise Conflict(
+            "it has been changed meanwhile; read it again",
+            reason="ETAG_MISMATCH",
+            id=row.id,
+            etag=row.etag,
+        )

@@ -33,10 +33,16 @@ class SchemaVersion:
 async def schema_version(connection: AsyncConnection) -> SchemaVersion:
     """Read the schema's revision and the oldest build that it works with; 0 when there is no schema."""
     known = await connection.scalar(
-        text("SELECT to_regclass('alembic_version') IS NOT NULL AND to_regclass('schema_info') IS NOT NULL")
+        text(
+            "SELECT to_regclass('alembic_version') IS NOT NULL AND to_regclass('schema_info') IS NOT NULL"
+        )
     )
     if not known:
         return SchemaVersion(0, 0)
     revision = select(text("version_num")).select_from(text("alembic_version")).scalar_subquery()
-    row = (await connection.execute(select(revision, select(tables.schema_info.c.min_build).scalar_subquery()))).one()
+    row = (
+        await connection.execute(
+            select(revision, select(tables.schema_info.c.min_build).scalar_subquery())
+        )
+    ).one()
     return SchemaVersion(int(row[0] or 0), int(row[1] or 0))

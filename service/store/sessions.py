@@ -13,7 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import AlreadyExists, InvalidArgument, NotFound
 from service.store import outbox
 from service.store.failures import sqlstate
-from service.store.rows import SESSION_COLUMNS, SessionRow, check_etag, one, session_columns, time_of
+from service.store.rows import (
+    SESSION_COLUMNS,
+    SessionRow,
+    check_etag,
+    one,
+    session_columns,
+    time_of,
+)
 from service.store.tables import Owed, State, chat_messages, chat_sessions
 
 SLICE = 10_000
@@ -29,7 +36,9 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
         NotFound: the user is not there.
         AlreadyExists: the id is another session's of this user (ID_TAKEN).
     """
-    made = pg_insert(chat_sessions).values(values).on_conflict_do_nothing().returning(*SESSION_COLUMNS)
+    made = (
+        pg_insert(chat_sessions).values(values).on_conflict_do_nothing().returning(*SESSION_COLUMNS)
+    )
     try:
         row = one(SessionRow, (await connection.execute(made)).one_or_none())
     except IntegrityError as error:
@@ -39,17 +48,26 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
     if row is None:
         row = await find(connection, values["user_id"], values["id"])
     if row is None or row.fingerprint != values["fingerprint"]:
-        raise AlreadyExists("another session has this id", reason="ID_TAKEN", session_id=values["id"])
+        raise AlreadyExists(
+            "another session has this id", reason="ID_TAKEN", session_id=values["id"]
+        )
     return row
 
 
-async def find(connection: AsyncConnection, user_id: str, session_id: str, *, lock: bool = False) -> SessionRow | None:
+async def find(
+    connection: AsyncConnection, user_id: str, session_id: str, *, lock: bool = False
+) -> SessionRow | None:
     """Read a session, or None; with `lock` nobody else changes it before this transaction ends."""
     query = select(*SESSION_COLUMNS).where(_own.user_id == user_id, _own.id == session_id)
-    return one(SessionRow, (await connection.execute(query.with_for_update() if lock else query)).one_or_none())
+    return one(
+        SessionRow,
+        (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
+    )
 
 
-async def get(connection: AsyncConnection, user_id: str, session_id: str, *, lock: bool = False) -> SessionRow:
+async def get(
+    connection: AsyncConnection, user_id: str, session_id: str, *, lock: bool = False
+) -> SessionRow:
     """Read a session.
 
     Raises:
@@ -62,7 +80,11 @@ async def get(connection: AsyncConnection, user_id: str, session_id: str, *, loc
 
 
 async def page(
-    connection: AsyncConnection, user_id: str, state: State | None, after: tuple[int, str] | None, limit: int
+    connection: AsyncConnection,
+    user_id: str,
+    state: State | None,
+    after: tuple[int, str] | None,
+    limit: int,
 ) -> list[SessionRow]:
     """Read `limit` of a user's sessions, newest activity first, after a position (microseconds, id).
 
@@ -101,46 +123,70 @@ async def change(
     changed = (
         update(chat_sessions)
         .where(_own.user_id == user_id, _own.id == session_id)
-        .values(**values, revision=_own.revision + 1, updated_at=func.greatest(_own.updated_at, func.clock_timestamp()))
+        .values(
+            **values,
+            revision=_own.revision + 1,
+            updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
+        )
         .returning(*SESSION_COLUMNS)
     )
     return SessionRow._make((await connection.execute(changed)).one())
 
 
-async def erase(connection: AsyncConnection, user_id: str, session_id: str, *, on: bool = False) -> bool:
+async def erase(
+    connection: AsyncConnection, user_id: str, session_id: str, *, on: bool = False
+) -> bool:
     """Erase a session with its messages; False when there is none."""
-    gone = await connection.execute(delete(chat_sessions).where(_own.user_id == user_id, _own.id == session_id))
+    gone = await connection.execute(
+        delete(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
+    )
     if gone.rowcount:
         await outbox.owe(connection, Owed.SESSION, user_id, session_id, wipe=True, on=on)
     return gone.rowcount == 1
 
 
 async def erase_messages(
-    connection: AsyncConnection, user_id: str, session_id: str | None = None, limit: int | None = None
+    connection: AsyncConnection,
+    user_id: str,
+    session_id: str | None = None,
+    limit: int | None = None,
 ) -> int:
     """Erase messages of a user, or of one session, at most `limit` rows; return how many could still be read."""
     ours = chat_messages.c
     match = (
-        [ours.user_id == user_id] if session_id is None else [ours.user_id == user_id, ours.session_id == session_id]
+        [ours.user_id == user_id]
+        if session_id is None
+        else [ours.user_id == user_id, ours.session_id == session_id]
     )
     gone = delete(chat_messages).where(*match)
     if limit is not None:
         key = (ours.session_id, ours.seq)
         gone = gone.where(tuple_(*key).in_(select(*key).where(*match).order_by(*key).limit(limit)))
     erased = gone.returning(ours.deleted_at).cte("erased")
-    return await connection.scalar(select(func.count()).select_from(erased).where(erased.c.deleted_at.is_(None))) or 0
+    return (
+        await connection.scalar(
+            select(func.count()).select_from(erased).where(erased.c.deleted_at.is_(None))
+        )
+        or 0
+    )
 
 
-async def erase_slice(connection: AsyncConnection, user_id: str, session_id: str | None = None) -> tuple[int, bool]:
+async def erase_slice(
+    connection: AsyncConnection, user_id: str, session_id: str | None = None
+) -> tuple[int, bool]:
     """Erase a slice of what is large; return how many messages could still be read, and whether more than a slice is left.
 
     A session that is being erased in slices loses its oldest messages first, and its counts follow.
     """
     ours = chat_messages.c
     match = (
-        [ours.user_id == user_id] if session_id is None else [ours.user_id == user_id, ours.session_id == session_id]
+        [ours.user_id == user_id]
+        if session_id is None
+        else [ours.user_id == user_id, ours.session_id == session_id]
     )
-    large = await connection.scalar(select(literal(1)).select_from(chat_messages).where(*match).offset(SLICE).limit(1))
+    large = await connection.scalar(
+        select(literal(1)).select_from(chat_messages).where(*match).offset(SLICE).limit(1)
+    )
     if not large:
         return 0, False
     erased = await erase_messages(connection, user_id, session_id, SLICE)
@@ -172,13 +218,17 @@ async def fork(
         return earlier  # Whatever has become of the source since.
     # KEY SHARE keeps the source from being erased meanwhile, and lets appends pass.
     lock = (
-        select(_own.id).where(_own.user_id == user_id, _own.id == source_id).with_for_update(read=True, key_share=True)
+        select(_own.id)
+        .where(_own.user_id == user_id, _own.id == source_id)
+        .with_for_update(read=True, key_share=True)
     )
     if (await connection.execute(lock)).one_or_none() is None:
         raise NotFound.session(source_id)
     source = await get(connection, user_id, source_id)
     if through_seq > source.last_seq:
-        raise InvalidArgument.field("through_seq", f"is beyond the session's last_seq, {source.last_seq}")
+        raise InvalidArgument.field(
+            "through_seq", f"is beyond the session's last_seq, {source.last_seq}"
+        )
     summarized = source.summarized_through_seq <= through_seq
     values = {
         "user_id": user_id,
@@ -199,7 +249,9 @@ async def fork(
     return await get(connection, user_id, new_id)
 
 
-async def _copy(connection: AsyncConnection, user_id: str, source_id: str, through_seq: int, new_id: str) -> None:
+async def _copy(
+    connection: AsyncConnection, user_id: str, source_id: str, through_seq: int, new_id: str
+) -> None:
     ours = chat_messages.c
     columns = [column for column in ours if column.name != "session_id"]
     rows = select(literal(new_id, ours.session_id.type), *columns).where(
@@ -211,7 +263,9 @@ async def _copy(connection: AsyncConnection, user_id: str, source_id: str, throu
         .returning(ours.deleted_at, ours.created_at)
         .cte("copied")
     )
-    totals = select(func.count().filter(copied.c.deleted_at.is_(None)), func.max(copied.c.created_at))
+    totals = select(
+        func.count().filter(copied.c.deleted_at.is_(None)), func.max(copied.c.created_at)
+    )
     readable, newest = (await connection.execute(totals)).one()
     await connection.execute(
         update(chat_sessions)

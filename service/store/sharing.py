@@ -104,7 +104,9 @@ class _Line:
 
     def _go_on(self, *, slow: bool = False) -> None:
         full = len(self._queue) >= WIDTH
-        if self._queue and (not self._under_way or ((full or slow) and self._under_way < IN_FLIGHT)):
+        if self._queue and (
+            not self._under_way or ((full or slow) and self._under_way < IN_FLIGHT)
+        ):
             self._under_way += 1
             task = self._loop.create_task(self._run())
             self._tasks.add(task)
@@ -133,9 +135,13 @@ class _Line:
         return batch
 
     async def _together(self, batch: list[_Asked]) -> None:
-        arguments = [list(column) for column in zip(*(asked.arguments for asked in batch), strict=True)]
+        arguments = [
+            list(column) for column in zip(*(asked.arguments for asked in batch), strict=True)
+        ]
         try:
-            rows = await self._database.fetch_once(self._read.together, list(range(len(batch))), *arguments)
+            rows = await self._database.fetch_once(
+                self._read.together, list(range(len(batch))), *arguments
+            )
         except Exception as error:  # noqa: BLE001 - a defect must fail those who wait, not hang them
             known = isinstance(error, DATABASE_ERRORS)
             if known and sqlstate(error) == "0A000":

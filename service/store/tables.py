@@ -162,7 +162,9 @@ chat_messages = Table(
     Column("deleted_at", _time),
     PrimaryKeyConstraint("user_id", "session_id", "seq"),
     UniqueConstraint("user_id", "session_id", "id"),
-    ForeignKeyConstraint(["user_id", "session_id"], ["chat_sessions.user_id", "chat_sessions.id"], ondelete="CASCADE"),
+    ForeignKeyConstraint(
+        ["user_id", "session_id"], ["chat_sessions.user_id", "chat_sessions.id"], ondelete="CASCADE"
+    ),
     CheckConstraint("seq > 0", name="seq"),
 )
 
@@ -178,7 +180,12 @@ documents = Table(
     Column("content_sha256", LargeBinary),
     Column("size_bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("chunk_count", Integer, nullable=False, server_default=text("0")),
-    Column("status", SmallInteger, nullable=False, server_default=text(str(int(DocumentStatus.PENDING)))),
+    Column(
+        "status",
+        SmallInteger,
+        nullable=False,
+        server_default=text(str(int(DocumentStatus.PENDING))),
+    ),
     Column("status_detail", Text, nullable=False, server_default=""),
     Column("metadata", _json),
     *_stamps(),
@@ -199,7 +206,9 @@ document_chunks = Table(
     # What the client gave (32-bit floats, little-endian): the index must be rebuildable from here. NULL: made of the text.
     Column("vector", LargeBinary),
     PrimaryKeyConstraint("user_id", "document_id", "chunk_index"),
-    ForeignKeyConstraint(["user_id", "document_id"], ["documents.user_id", "documents.id"], ondelete="CASCADE"),
+    ForeignKeyConstraint(
+        ["user_id", "document_id"], ["documents.user_id", "documents.id"], ondelete="CASCADE"
+    ),
     CheckConstraint("chunk_index >= 0", name="chunk_index"),
 )
 
@@ -230,7 +239,11 @@ search_outbox = Table(
     PrimaryKeyConstraint("kind", "user_id", "entity_id"),
     Index("search_outbox_due_at_idx", "due_at"),
     # Rows come and go: vacuumed by their number, and updated in place (HOT).
-    postgresql_with={"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 5000},
+    postgresql_with={
+        "fillfactor": 50,
+        "autovacuum_vacuum_scale_factor": 0,
+        "autovacuum_vacuum_threshold": 5000,
+    },
 )
 
 search_indexes = Table(

@@ -60,7 +60,12 @@ async def put_session(connection: AsyncConnection, values: dict[str, Any]) -> No
 
 
 async def put_messages(
-    connection: AsyncConnection, user_id: str, session_id: str, messages: Sequence[OldMessage], *, search: bool
+    connection: AsyncConnection,
+    user_id: str,
+    session_id: str,
+    messages: Sequence[OldMessage],
+    *,
+    search: bool,
 ) -> int:
     """Insert messages at their places, those that are there already left out; return how many were inserted.
 
@@ -69,8 +74,16 @@ async def put_messages(
     """
     await sessions.get(connection, user_id, session_id, lock=True)
     first, last = messages[0].seq, messages[-1].seq
-    place = (_message.user_id == user_id, _message.session_id == session_id, _message.seq.between(first, last))
-    rows = (await connection.execute(select(_message.seq, _message.id, _message.fingerprint).where(*place))).all()
+    place = (
+        _message.user_id == user_id,
+        _message.session_id == session_id,
+        _message.seq.between(first, last),
+    )
+    rows = (
+        await connection.execute(
+            select(_message.seq, _message.id, _message.fingerprint).where(*place)
+        )
+    ).all()
     if any(row.fingerprint == GAP for row in rows):
         # An earlier run had a file that ended here, and took what it lacked for deleted.
         filled = delete(chat_messages).where(*place, _message.fingerprint == GAP)
@@ -83,15 +96,21 @@ async def put_messages(
     if not new:
         return 0
     try:
-        await connection.execute(insert(chat_messages), [_values(user_id, session_id, old) for old in new])
+        await connection.execute(
+            insert(chat_messages), [_values(user_id, session_id, old) for old in new]
+        )
     except IntegrityError:
         raise _taken(session_id, first) from None
     await connection.execute(
         update(chat_sessions)
         .where(_own.user_id == user_id, _own.id == session_id)
-        .values(last_seq=func.greatest(_own.last_seq, last), message_count=_own.message_count + len(new))
+        .values(
+            last_seq=func.greatest(_own.last_seq, last), message_count=_own.message_count + len(new)
+        )
     )
-    await outbox.owe(connection, Owed.SESSION, user_id, session_id, since=first, through=last, on=search)
+    await outbox.owe(
+        connection, Owed.SESSION, user_id, session_id, since=first, through=last, on=search
+    )
     return len(new)
 
 
@@ -117,7 +136,11 @@ def _values(user_id: str, session_id: str, old: OldMessage) -> dict[str, Any]:
 
 
 async def end_session(
-    connection: AsyncConnection, user_id: str, session_id: str, last_seq: int, updated_us: int | None
+    connection: AsyncConnection,
+    user_id: str,
+    session_id: str,
+    last_seq: int,
+    updated_us: int | None,
 ) -> None:
     """Give a session its last seq and time, and a tombstone to each place where a deleted message was."""
     row = await sessions.get(connection, user_id, session_id, lock=True)
@@ -130,7 +153,11 @@ async def end_session(
     # Times follow seq, also of what is gone.
     before = (
         select(_message.created_at)
-        .where(_message.user_id == user_id, _message.session_id == session_id, _message.seq < places.c.seq)
+        .where(
+            _message.user_id == user_id,
+            _message.session_id == session_id,
+            _message.seq < places.c.seq,
+        )
         .order_by(_message.seq.desc())
         .limit(1)
         .scalar_subquery()

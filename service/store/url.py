@@ -75,7 +75,10 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
     """
     url, query = _split(text)
     host = url.host or query.get("host", "")
-    bouncer = query.pop("pgbouncer", "") == "true" or _PGBOUNCER_PORT in (str(url.port), query.get("port"))
+    bouncer = query.pop("pgbouncer", "") == "true" or _PGBOUNCER_PORT in (
+        str(url.port),
+        query.get("port"),
+    )
     pooled = prepared_statements == "off" or bouncer or "-pooler." in host or ".pooler." in host
     settings, notes = _server_settings(query, pooled=pooled)
     given = query.pop("sslmode", None)
@@ -93,7 +96,9 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
         args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
     keep: dict[str, str] = {key: query.pop(key) for key in ("host", "port") if key in query}
     notes += [f"{key} in the database URL is not supported and ignored" for key in sorted(query)]
-    return Target(url.set(drivername="postgresql+asyncpg", query=keep), args, pooled, mode, tuple(notes))
+    return Target(
+        url.set(drivername="postgresql+asyncpg", query=keep), args, pooled, mode, tuple(notes)
+    )
 
 
 def _split(text: str) -> tuple[URL, dict[str, str]]:
@@ -115,7 +120,9 @@ def _split(text: str) -> tuple[URL, dict[str, str]]:
         raise ValueError(f"the database URL is for {backend}, and only postgresql:// is supported")
     if re.search(r"[@/?#\s]", url.host or ""):
         raise ValueError("in the database URL, write an @ of the password as %40")
-    query = {key: value if isinstance(value, str) else value[-1] for key, value in url.query.items()}
+    query = {
+        key: value if isinstance(value, str) else value[-1] for key, value in url.query.items()
+    }
     url = url.set(
         username=query.pop("user", url.username),
         password=query.pop("password", url.password),
@@ -144,7 +151,9 @@ def _server_settings(query: dict[str, str], *, pooled: bool) -> tuple[dict[str, 
         if name and value:
             settings[name.replace("-", "_")] = value
     if pooled and len(settings) > 1:
-        notes.append("options in the database URL are left out: a pooler refuses start-up parameters")
+        notes.append(
+            "options in the database URL are left out: a pooler refuses start-up parameters"
+        )
         settings = {"application_name": settings["application_name"]}
     if pooled:
         # As PostgreSQL spells it: PgBouncer takes asyncpg's own spelling for another encoding, and sets it before each transaction.
@@ -171,9 +180,13 @@ def _ssl(mode: str, host: str, query: dict[str, str]) -> ssl.SSLContext | str | 
         if "sslcert" in query:
             context.load_cert_chain(query.pop("sslcert"), query.pop("sslkey", None))
     except OSError as error:
-        raise ValueError(f"a certificate file of the database URL cannot be read: {error.strerror}") from None
+        raise ValueError(
+            f"a certificate file of the database URL cannot be read: {error.strerror}"
+        ) from None
     # libpq's `require` encrypts without looking at the certificate, unless a root is given; on Neon it is always public.
-    context.check_hostname = verify and mode != "verify-ca" and (mode == "verify-full" or _is_neon(host))
+    context.check_hostname = (
+        verify and mode != "verify-ca" and (mode == "verify-full" or _is_neon(host))
+    )
     if not verify:
         context.verify_mode = ssl.CERT_NONE
     return context

@@ -27,7 +27,12 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
     Raises:
         AlreadyExists: the id, e-mail address or external id is another user's.
     """
-    made = insert(users).values(values).on_conflict_do_nothing(index_elements=["id"]).returning(*USER_COLUMNS)
+    made = (
+        insert(users)
+        .values(values)
+        .on_conflict_do_nothing(index_elements=["id"])
+        .returning(*USER_COLUMNS)
+    )
     try:
         row = one(UserRow, (await connection.execute(made)).one_or_none())
     except IntegrityError as error:
@@ -56,31 +61,49 @@ async def get(connection: AsyncConnection, user_id: str) -> UserRow:
     return row
 
 
-async def find(connection: AsyncConnection, *, email: str | None = None, external_id: str | None = None) -> UserRow:
+async def find(
+    connection: AsyncConnection, *, email: str | None = None, external_id: str | None = None
+) -> UserRow:
     """Read a user by e-mail address (in any case) or external id.
 
     Raises:
         NotFound: there is none.
     """
-    match = users.c.external_id == external_id if email is None else func.lower(users.c.email) == func.lower(email)
+    match = (
+        users.c.external_id == external_id
+        if email is None
+        else func.lower(users.c.email) == func.lower(email)
+    )
     row = await _by(connection, match)
     if row is None:
         raise NotFound("user not found", reason="USER_NOT_FOUND")
     return row
 
 
-async def _by(connection: AsyncConnection, match: ColumnElement[bool], *, lock: bool = False) -> UserRow | None:
+async def _by(
+    connection: AsyncConnection, match: ColumnElement[bool], *, lock: bool = False
+) -> UserRow | None:
     query = select(*USER_COLUMNS).where(match, users.c.id != SYSTEM_USER_ID)
-    return one(UserRow, (await connection.execute(query.with_for_update() if lock else query)).one_or_none())
+    return one(
+        UserRow,
+        (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
+    )
 
 
 async def page(connection: AsyncConnection, after: str | None, limit: int) -> list[UserRow]:
     """Read `limit` users after an id, in order of id."""
-    query = select(*USER_COLUMNS).where(users.c.id > (after or SYSTEM_USER_ID)).order_by(users.c.id).limit(limit)
+    query = (
+        select(*USER_COLUMNS)
+        .where(users.c.id > (after or SYSTEM_USER_ID))
+        .order_by(users.c.id)
+        .limit(limit)
+    )
     return [UserRow._make(row) for row in await connection.execute(query)]
 
 
-async def change(connection: AsyncConnection, user_id: str, values: dict[str, Any], etag: str) -> UserRow:
+async def change(
+    connection: AsyncConnection, user_id: str, values: dict[str, Any], etag: str
+) -> UserRow:
     """Write some columns of a user.
 
     Raises:

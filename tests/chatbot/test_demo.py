@@ -16,7 +16,9 @@ from tests.support.ports import free_port
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
-async def test_postgres_goes_and_comes_back_without_a_restart(folder: Path, number: signal.Signals) -> None:
+async def test_postgres_goes_and_comes_back_without_a_restart(
+    folder: Path, number: signal.Signals
+) -> None:
     data = folder / "data"
     async with (
         demo(data, (free_port(), free_port())) as address,
@@ -35,7 +37,9 @@ async def test_postgres_goes_and_comes_back_without_a_restart(folder: Path, numb
         server = Postmaster.read(data / "postgres")
         assert server is not None
         os.kill(server.pid, number)
-        await health(503, 7)  # Two seconds are promised; the machine may be busy. After ten it is there again.
+        await health(
+            503, 7
+        )  # Two seconds are promised; the machine may be busy. After ten it is there again.
         meanwhile = await browser.ask("Are you there?", session_uuid=session)
         assert (meanwhile["saved"], bool(meanwhile["answer"])) == (False, True)
         await health(200, 60)

@@ -34,7 +34,9 @@ async def test_two_questions_of_one_conversation_are_stored_in_order(browser: Br
         "What is a heron?", first["answer"], "And an egret?", second["answer"],
     ]  # fmt: skip
     assert {"id", "seq", "role", "content", "created_at"} <= set(messages[0])
-    assert [each["created_at"] for each in messages] == sorted(each["created_at"] for each in messages)
+    assert [each["created_at"] for each in messages] == sorted(
+        each["created_at"] for each in messages
+    )
 
 
 async def test_a_client_that_knows_nothing_of_sessions_is_answered(bot: str) -> None:
@@ -59,11 +61,15 @@ async def test_a_repeated_message_id_stores_nothing_twice(clever: Browser, model
     assert len(await clever.read(first["session_uuid"])) == 2
     assert len(model.prompts) == 1
 
-    reused = await clever.post("/chat", json={"message": "Something else", "message_id": message_id})
+    reused = await clever.post(
+        "/chat", json={"message": "Something else", "message_id": message_id}
+    )
     assert (reused.status_code, reused.json()["reason"]) == (409, "MESSAGE_ID_REUSED")
 
 
-async def test_the_same_turn_many_times_at_once_is_stored_once(clever: Browser, model: Model) -> None:
+async def test_the_same_turn_many_times_at_once_is_stored_once(
+    clever: Browser, model: Model
+) -> None:
     model.pause = 0.05
     message_id = str(uuid.uuid4())
     replies = await asyncio.gather(*(clever.ask("Hello?", message_id=message_id) for _ in range(8)))
@@ -79,7 +85,9 @@ async def test_a_stranger_sees_nothing(browser: Browser, stranger: Browser) -> N
     mine = (await browser.ask("A secret"))["session_uuid"]
     await stranger.ask("Hello?")
 
-    assert [each["title"] for each in (await stranger.get("/api/sessions")).json()["sessions"]] == ["Hello?"]
+    assert [each["title"] for each in (await stranger.get("/api/sessions")).json()["sessions"]] == [
+        "Hello?"
+    ]
     for reply in (
         await stranger.get(f"/api/sessions/{mine}"),
         await stranger.get(f"/api/sessions/{mine}/messages"),
@@ -89,18 +97,24 @@ async def test_a_stranger_sees_nothing(browser: Browser, stranger: Browser) -> N
         await stranger.post("/chat/stream", json={"message": "x", "session_uuid": mine}),
         await stranger.get(f"/api/sessions/{uuid.uuid4()}/messages"),
     ):
-        assert (reply.status_code, reply.json()["reason"]) == (404, "SESSION_NOT_FOUND"), reply.request
+        assert (reply.status_code, reply.json()["reason"]) == (404, "SESSION_NOT_FOUND"), (
+            reply.request
+        )
     assert (await stranger.get("/api/search", params={"q": "secret"})).json() == {"hits": []}
     assert len(await browser.read(mine)) == 2
 
 
-@pytest.mark.parametrize("forged", ["", "x", "ImFiYyI.AAAA", "00000000-0000-4000-8000-000000000001"])
+@pytest.mark.parametrize(
+    "forged", ["", "x", "ImFiYyI.AAAA", "00000000-0000-4000-8000-000000000001"]
+)
 async def test_a_cookie_that_was_tampered_with_is_nobodys(browser: Browser, forged: str) -> None:
     session = (await browser.ask("A secret"))["session_uuid"]
     genuine = browser.cookies["chatbot_user"]
     browser.cookies.clear()
     # Not the last letter: some of its bits mean nothing.
-    browser.cookies.set("chatbot_user", forged or genuine[:-5] + ("A" if genuine[-5] != "A" else "B") + genuine[-4:])
+    browser.cookies.set(
+        "chatbot_user", forged or genuine[:-5] + ("A" if genuine[-5] != "A" else "B") + genuine[-4:]
+    )
     assert (await browser.get(f"/api/sessions/{session}")).status_code == 404
 
 
@@ -119,7 +133,11 @@ async def test_the_cookie_is_given_once_and_kept_from_scripts(browser: Browser) 
 async def test_conversations_are_listed_renamed_and_deleted(browser: Browser) -> None:
     made = [(await browser.ask(f"Question {n}"))["session_uuid"] for n in range(3)]
     page = (await browser.get("/api/sessions", params={"page_size": 2})).json()
-    rest = (await browser.get("/api/sessions", params={"page_size": 2, "page_token": page["next_page_token"]})).json()
+    rest = (
+        await browser.get(
+            "/api/sessions", params={"page_size": 2, "page_token": page["next_page_token"]}
+        )
+    ).json()
 
     listed = [each["session_uuid"] for each in page["sessions"] + rest["sessions"]]
     assert listed == made[::-1]
@@ -137,7 +155,11 @@ async def test_what_was_said_is_found(browser: Browser) -> None:
     session = (await browser.ask("Do herons <b>wade</b>?"))["session_uuid"]
     [hit] = (await browser.get("/api/search", params={"q": "herons"})).json()["hits"]
 
-    assert (hit["session_uuid"], hit["session_title"], hit["role"]) == (session, "Do herons <b>wade</b>?", "user")
+    assert (hit["session_uuid"], hit["session_title"], hit["role"]) == (
+        session,
+        "Do herons <b>wade</b>?",
+        "user",
+    )
     assert "<mark>herons</mark>" in hit["snippet"]
     assert "<b>" not in hit["snippet"]
 
@@ -153,7 +175,9 @@ async def test_what_was_said_is_found(browser: Browser) -> None:
         ("GET", "/api/search?q=", None),
     ],
 )
-async def test_malformed_requests_say_what_is_wrong(browser: Browser, method: str, path: str, body: Any) -> None:
+async def test_malformed_requests_say_what_is_wrong(
+    browser: Browser, method: str, path: str, body: Any
+) -> None:
     await browser.ask("Hello?")  # So that the user is there.
     reply = await browser.request(method, path, json=body)
     assert reply.status_code == 422
@@ -175,18 +199,26 @@ async def test_the_model_sees_the_conversation_and_streams(clever: Browser, mode
     assert names == ["begin", "delta", "delta", "delta", "done"]
     assert (seen[0][1]["saved"], seen[0][1]["session_uuid"]) == (True, session)
     assert "".join(data["text"] for name, data in seen if name == "delta") == "A white heron."
-    assert (seen[-1][1]["answer"], seen[-1][1]["saved"], seen[-1][1]["stopped"]) == ("A white heron.", True, False)
+    assert (seen[-1][1]["answer"], seen[-1][1]["saved"], seen[-1][1]["stopped"]) == (
+        "A white heron.",
+        True,
+        False,
+    )
     assert [(each["role"], each["content"]) for each in model.prompts[-1]][1:] == [
         ("user", "What is a heron?"), ("assistant", "Herons wade."), ("user", "And an egret?"),
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("twice", [False, True])
-async def test_what_was_generated_is_stored_when_the_browser_leaves(clever: Browser, model: Model, twice: bool) -> None:
+async def test_what_was_generated_is_stored_when_the_browser_leaves(
+    clever: Browser, model: Model, twice: bool
+) -> None:
     model.words = [f"word{n} " for n in range(200)]
     model.pause = 0.02
     message_id = str(uuid.uuid4())
-    async with clever.stream("POST", "/chat/stream", json={"message": "Go on", "message_id": message_id}) as reply:
+    async with clever.stream(
+        "POST", "/chat/stream", json={"message": "Go on", "message_id": message_id}
+    ) as reply:
         count = 0
         async for name, _ in events(reply):
             count += name == "delta"
@@ -203,10 +235,16 @@ async def test_what_was_generated_is_stored_when_the_browser_leaves(clever: Brow
     assert model.said < 100
     if twice:  # The repetition gets what is stored.
         again = await clever.ask("Go on", message_id=message_id)
-        assert (again["answer"], again["stopped"], again["saved"]) == (messages[1]["content"], True, True)
+        assert (again["answer"], again["stopped"], again["saved"]) == (
+            messages[1]["content"],
+            True,
+            True,
+        )
 
 
-async def test_what_was_generated_is_stored_when_the_backend_stops(server: Server, model: Model) -> None:
+async def test_what_was_generated_is_stored_when_the_backend_stops(
+    server: Server, model: Model
+) -> None:
     model.words = [f"word{n} " for n in range(1000)]
     model.pause = 0.02
     async with model.serving() as settings, Browser("http://nowhere") as browser:
@@ -217,7 +255,11 @@ async def test_what_was_generated_is_stored_when_the_backend_stops(server: Serve
         await asyncio.wait([asking])
         asking.exception()
         async with chatting(server.address) as address, client_of(server.address) as client:
-            stored = [each async for user in client.list_users() for each in await _answers(client, user.id)]
+            stored = [
+                each
+                async for user in client.list_users()
+                for each in await _answers(client, user.id)
+            ]
 
     assert len(stored) == 1
     assert stored[0].startswith("word0 word1 ")
@@ -239,20 +281,33 @@ async def test_a_model_that_fails_leaves_the_documents_word(clever: Browser, mod
     assert "No language model" in reply["answer"] or "did not answer" in reply["answer"]
 
 
-async def test_a_model_that_breaks_off_is_kept_as_far_as_it_came(clever: Browser, model: Model) -> None:
+async def test_a_model_that_breaks_off_is_kept_as_far_as_it_came(
+    clever: Browser, model: Model
+) -> None:
     model.words, model.breaks_after = ["One ", "two ", "three"], 2
     reply = await clever.ask("Hello?")
     assert (reply["answer"], reply["stopped"], reply["saved"]) == ("One two ", True, True)
 
 
-async def test_without_a_model_the_documents_answer_with_sources(database_url: str, tmp_path: Path) -> None:
-    async with serving(database_url, search="on", data_dir=tmp_path) as server, client_of(server.address) as client:
+async def test_without_a_model_the_documents_answer_with_sources(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with (
+        serving(database_url, search="on", data_dir=tmp_path) as server,
+        client_of(server.address) as client,
+    ):
         assert await load(client) == 6
         assert await load(client) == 6  # Loads nothing twice.
         documents = [each async for each in client.list_documents()]
         assert len(documents) == 6
-        async with chatting(server.address) as address, Browser(address) as browser, asyncio.timeout(40):
-            while not (reply := await browser.ask("What happens when the database is away?"))["sources"]:
+        async with (
+            chatting(server.address) as address,
+            Browser(address) as browser,
+            asyncio.timeout(40),
+        ):
+            while not (reply := await browser.ask("What happens when the database is away?"))[
+                "sources"
+            ]:
                 await asyncio.sleep(0.2)
             messages = await browser.read(reply["session_uuid"])
             health = (await browser.get("/db-health")).json()
@@ -282,7 +337,9 @@ async def test_openapi_describes_all_of_it_with_errors(browser: Browser) -> None
                 for code in codes - {"200", "204"}:
                     schema = about["responses"][code]["content"]["application/json"]["schema"]
                     assert schema == {"$ref": "#/components/schemas/Error"}, (path, method, code)
-    assert "text/event-stream" in api["paths"]["/chat/stream"]["post"]["responses"]["200"]["content"]
+    assert (
+        "text/event-stream" in api["paths"]["/chat/stream"]["post"]["responses"]["200"]["content"]
+    )
 
 
 async def test_the_page_is_served_with_a_strict_policy(browser: Browser) -> None:
@@ -302,7 +359,10 @@ def test_titles_are_cut_at_a_word() -> None:
 
 
 def test_texts_are_cut_at_headings_and_paragraphs() -> None:
-    assert cut("# Herons\n\nThey\nwade.\n\n## Food\n\nFish.", "x") == ("Herons", ["They wade.", "## Food\n\nFish."])
+    assert cut("# Herons\n\nThey\nwade.\n\n## Food\n\nFish.", "x") == (
+        "Herons",
+        ["They wade.", "## Food\n\nFish."],
+    )
     title, chunks = cut("no heading\n\n" + "\n\n".join(["word " * 100] * 6), "name")
     assert title == "name"
     assert max(map(len, chunks)) <= 1300

@@ -23,7 +23,9 @@ USERS = 20
 
 
 @pytest.mark.parametrize("black_hole", [False, True], ids=["stopped", "black hole"])
-async def test_the_chat_goes_on_without_the_database_and_says_so(database_url: str, black_hole: bool) -> None:
+async def test_the_chat_goes_on_without_the_database_and_says_so(
+    database_url: str, black_hole: bool
+) -> None:
     async with (
         before_postgres(database_url) as (proxy, url),
         serving(url, db_connect_timeout=2.0) as server,
@@ -37,7 +39,9 @@ async def test_the_chat_goes_on_without_the_database_and_says_so(database_url: s
         await asyncio.sleep(1.1)  # An answer about the database is shared for one second.
         started = time.monotonic()
         health = await browser.get("/db-health")
-        assert time.monotonic() - started < 8  # Two seconds are promised; the machine may have others.
+        assert (
+            time.monotonic() - started < 8
+        )  # Two seconds are promised; the machine may have others.
         assert (health.status_code, health.json()["status"]) == (503, "unavailable")
 
         started = time.monotonic()
@@ -58,7 +62,11 @@ async def test_the_chat_goes_on_without_the_database_and_says_so(database_url: s
                 await asyncio.sleep(0.2)
         after = await browser.ask("After", session_uuid=before["session_uuid"])
         assert after["saved"]
-        said = [each["content"] for each in await browser.read(before["session_uuid"]) if each["role"] == "user"]
+        said = [
+            each["content"]
+            for each in await browser.read(before["session_uuid"])
+            if each["role"] == "user"
+        ]
         assert said[0] == "Before"
         assert said[-1] == "After"
 
@@ -68,7 +76,9 @@ async def test_nothing_hangs_while_the_service_is_away() -> None:
         started = time.monotonic()
         health = await browser.get("/db-health")
         assert (health.status_code, health.json()["database"]) == (503, "unreachable")
-        assert time.monotonic() - started < 8  # Two seconds are promised; the machine may have others.
+        assert (
+            time.monotonic() - started < 8
+        )  # Two seconds are promised; the machine may have others.
         reply = await browser.ask("Hello?")
         assert (reply["saved"], reply["session_uuid"]) == (False, None)
         assert "cannot be searched" in reply["answer"]
@@ -77,7 +87,10 @@ async def test_nothing_hangs_while_the_service_is_away() -> None:
 
 
 async def test_where_history_is_required_nothing_is_answered_without_it() -> None:
-    async with chatting(NOBODY, require_history=True, history_timeout=0.3) as address, Browser(address) as browser:
+    async with (
+        chatting(NOBODY, require_history=True, history_timeout=0.3) as address,
+        Browser(address) as browser,
+    ):
         for path in ("/chat", "/chat/stream"):
             reply = await browser.post(path, json={"message": "Hello?"})
             assert reply.status_code == 503
@@ -99,7 +112,10 @@ async def test_a_turn_outlasts_a_break_shorter_than_itself(database_url: str, mo
         proxy.accept()
         reply = await asking
         assert reply["saved"]
-        assert [each["content"] for each in await browser.read(reply["session_uuid"])] == ["Hello?", "One two three"]
+        assert [each["content"] for each in await browser.read(reply["session_uuid"])] == [
+            "Hello?",
+            "One two three",
+        ]
 
 
 @pytest.mark.timeout(120)

@@ -67,7 +67,9 @@ async def test_a_conversation_survives_a_reload_and_a_restart_of_everything(
                 await page.goto(address)
                 await take(page, f"chatbot-{name}-new")
                 await ask(page, "Is a message ever stored twice?")
-                await expect(page.get_by_role("region", name="Sources").last).to_contain_text("never stored twice")
+                await expect(page.get_by_role("region", name="Sources").last).to_contain_text(
+                    "never stored twice"
+                )
                 await ask(page, "What happens when a server dies?")
                 await page.locator("summary").first.click()
                 await expect(page.locator(".passage").first).to_be_visible()
@@ -93,7 +95,9 @@ async def there(page: Page) -> None:
         ["Is a message ever stored twice?", "What happens when a server dies?"]
     )
     await expect(page.get_by_role("region", name="Sources")).to_have_count(2)
-    await expect(page.get_by_role("heading", level=1)).to_have_text("Is a message ever stored twice?")
+    await expect(page.get_by_role("heading", level=1)).to_have_text(
+        "Is a message ever stored twice?"
+    )
 
 
 @DEVICES
@@ -112,13 +116,17 @@ async def test_conversations_are_found_renamed_and_deleted(
         first = page.url
         await side()
         await page.locator("a.new").click()
-        await expect(page.get_by_role("heading", name="What would you like to know?")).to_be_visible()
+        await expect(
+            page.get_by_role("heading", name="What would you like to know?")
+        ).to_be_visible()
         await ask(page, "And egrets?")
         await side()
         await page.get_by_label("Search your conversations").fill("herons")
         await expect(page.locator(".snippet mark")).to_have_text("herons")
         await page.locator("a.hit").first.click()
-        await expect(page).to_have_url(f"{first}#{await page.locator('.said').first.get_attribute('id')}")
+        await expect(page).to_have_url(
+            f"{first}#{await page.locator('.said').first.get_attribute('id')}"
+        )
         await expect(page.locator(".bubble")).to_have_text("Do herons wade?")
 
         await page.get_by_role("button", name="Rename this").click()
@@ -134,7 +142,9 @@ async def test_conversations_are_found_renamed_and_deleted(
         await page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         await expect(page).to_have_url(f"{bot}/")
         await page.goto(first)
-        await expect(page.get_by_role("heading", name="There is no such conversation")).to_be_visible()
+        await expect(
+            page.get_by_role("heading", name="There is no such conversation")
+        ).to_be_visible()
         await page.go_back()
         wide = await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert wide, "the page scrolls sideways"
@@ -142,7 +152,9 @@ async def test_conversations_are_found_renamed_and_deleted(
 
 
 @asynccontextmanager
-async def in_the_middle(chrome: Browser, server: Server, model: Model, complaints: list[str]) -> AsyncGenerator[Page]:
+async def in_the_middle(
+    chrome: Browser, server: Server, model: Model, complaints: list[str]
+) -> AsyncGenerator[Page]:
     """Give a page on which a long answer has begun."""
     model.words, model.pause = [f"word{n} " for n in range(1000)], 0.03
     async with (
@@ -162,15 +174,22 @@ async def test_an_answer_can_be_stopped_and_what_there_is_stays(
 ) -> None:
     async with in_the_middle(chrome, server, model, complaints) as page:
         await page.get_by_role("button", name="Stop the answer").click()
-        await expect(page.locator(".remark")).to_have_text("This answer was stopped before its end.")
+        await expect(page.locator(".remark")).to_have_text(
+            "This answer was stopped before its end."
+        )
         await page.reload()
         async with asyncio.timeout(30):
             # The backend hears of it, and stores what there is, a moment later.
-            while await page.locator(".said").count() < 2 or not await page.locator(".prose").inner_text():
+            while (
+                await page.locator(".said").count() < 2
+                or not await page.locator(".prose").inner_text()
+            ):
                 await page.reload()
                 await expect(page.locator(".bubble")).to_be_visible()
         await expect(page.locator(".prose")).to_contain_text("word0 word1 word2")
-        await expect(page.locator(".remark")).to_have_text("This answer was stopped before its end.")
+        await expect(page.locator(".remark")).to_have_text(
+            "This answer was stopped before its end."
+        )
     assert complaints == []
 
 
@@ -184,7 +203,9 @@ async def test_another_conversation_is_begun_in_the_middle_of_an_answer(
         await ask(page, "Do herons wade?")
         await expect(page.locator(".prose")).to_have_text("Herons wade.")
         await page.get_by_role("link", name="Go on").click()
-        await expect(page.locator(".remark")).to_have_text("This answer was stopped before its end.")
+        await expect(page.locator(".remark")).to_have_text(
+            "This answer was stopped before its end."
+        )
     assert complaints == []
 
 
@@ -231,7 +252,9 @@ async def test_nothing_keeps_people_out(
         assert await barriers(page) == []
 
 
-async def test_everything_can_be_done_by_keyboard(chrome: Browser, bot: str, complaints: list[str]) -> None:
+async def test_everything_can_be_done_by_keyboard(
+    chrome: Browser, bot: str, complaints: list[str]
+) -> None:
     async with opened(chrome, complaints, **DESKTOP) as page:
         await page.goto(bot)
         await expect(page.get_by_label("Your question")).to_be_focused()
@@ -273,7 +296,10 @@ async def test_what_is_said_is_never_read_as_html(
         await page.get_by_label("Search your conversations").fill("bold")
         await expect(page.locator("a.hit")).to_have_count(2)
         assert (
-            await page.locator(".talk img, .talk script, .talk b, .list img, .list b, a[href^=javascript]").count() == 0
+            await page.locator(
+                ".talk img, .talk script, .talk b, .list img, .list b, a[href^=javascript]"
+            ).count()
+            == 0
         )
         await expect(page.locator(".prose strong")).to_have_text("<b>bold</b>")
     assert complaints == []

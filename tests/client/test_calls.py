@@ -59,17 +59,24 @@ async def test_not_found_carries_the_id(client: ChatHistoryClient, owner: str) -
     with pytest.raises(NotFound) as caught:
         await client.get_session(user_id=owner, session_id=missing)
 
-    assert (caught.value.reason, caught.value.metadata) == ("SESSION_NOT_FOUND", {"session_id": missing})
+    assert (caught.value.reason, caught.value.metadata) == (
+        "SESSION_NOT_FOUND",
+        {"session_id": missing},
+    )
 
 
 async def test_conflicts_are_told_apart(client: ChatHistoryClient, owner: str) -> None:
-    reply = await client.append_messages(user_id=owner, messages=[message("user", "1"), message("user", "2")])
+    reply = await client.append_messages(
+        user_id=owner, messages=[message("user", "1"), message("user", "2")]
+    )
     place: dict[str, Any] = {"user_id": owner, "session_id": reply.session_id}
 
     with pytest.raises(Conflict) as moved:
         await client.append_messages(**place, messages=[message("user", "3")], expected_last_seq=1)
     with pytest.raises(AlreadyExists) as reused:
-        await client.append_messages(**place, messages=[message("user", "another", id=reply.messages[0].id)])
+        await client.append_messages(
+            **place, messages=[message("user", "another", id=reply.messages[0].id)]
+        )
     with pytest.raises(Conflict) as stale:
         await client.update_session(**place, title="x", etag="stale")
     await client.update_session(**place, state=SessionState.SESSION_STATE_ARCHIVED)
@@ -175,7 +182,9 @@ async def test_ids_are_made_for_what_has_none_and_the_callers_messages_stay_as_t
 ) -> None:
     bare = Message(role=Role.ROLE_USER, content="no id")
     first = await client.append_messages(user_id=owner, messages=[bare])
-    again = await client.append_messages(user_id=owner, session_id=first.session_id, messages=[bare])
+    again = await client.append_messages(
+        user_id=owner, session_id=first.session_id, messages=[bare]
+    )
 
     assert bare.id == ""
     assert first.messages[0].id != again.messages[0].id
@@ -188,18 +197,30 @@ async def test_ids_sort_by_time_and_never_repeat() -> None:
     assert [each[:8] for each in made] == sorted(each[:8] for each in made)
 
 
-async def test_creating_again_with_the_same_id_is_safe(client: ChatHistoryClient, owner: str) -> None:
+async def test_creating_again_with_the_same_id_is_safe(
+    client: ChatHistoryClient, owner: str
+) -> None:
     session_id, user_id = new_id(), new_id()
-    sessions = [await client.create_session(user_id=owner, session_id=session_id, title="T") for _ in range(2)]
-    users = [await client.create_user(user_id=user_id, name="N", metadata={"a": [1, None]}) for _ in range(2)]
+    sessions = [
+        await client.create_session(user_id=owner, session_id=session_id, title="T")
+        for _ in range(2)
+    ]
+    users = [
+        await client.create_user(user_id=user_id, name="N", metadata={"a": [1, None]})
+        for _ in range(2)
+    ]
 
     assert sessions[0] == sessions[1]
     assert users[0] == users[1]
 
 
-async def test_an_update_changes_what_is_given_and_can_clear(client: ChatHistoryClient, owner: str) -> None:
+async def test_an_update_changes_what_is_given_and_can_clear(
+    client: ChatHistoryClient, owner: str
+) -> None:
     session = await client.create_session(user_id=owner, title="T", summary="S", metadata={"a": 1})
-    changed = await client.update_session(user_id=owner, session_id=session.id, title="", metadata=None)
+    changed = await client.update_session(
+        user_id=owner, session_id=session.id, title="", metadata=None
+    )
 
     assert (changed.title, changed.summary, len(changed.metadata.fields)) == ("", "S", 0)
     with pytest.raises(ValueError, match="nothing to change: give at least one of title"):
@@ -207,22 +228,41 @@ async def test_an_update_changes_what_is_given_and_can_clear(client: ChatHistory
 
 
 async def test_parts_and_metadata_travel(client: ChatHistoryClient, owner: str) -> None:
-    said = message("user", "hi", parts=[Part(text="hi")], metadata={"n": {"l": [1, "two", None, True]}}, token_count=3)
+    said = message(
+        "user",
+        "hi",
+        parts=[Part(text="hi")],
+        metadata={"n": {"l": [1, "two", None, True]}},
+        token_count=3,
+    )
     reply = await client.append_messages(user_id=owner, messages=[said])
-    place: dict[str, Any] = {"user_id": owner, "session_id": reply.session_id, "message_id": said.id}
+    place: dict[str, Any] = {
+        "user_id": owner,
+        "session_id": reply.session_id,
+        "message_id": said.id,
+    }
 
     stored = await client.get_message(**place)
     assert (stored.parts, stored.metadata, stored.token_count) == (said.parts, said.metadata, 3)
 
     changed = await client.update_message(**place, parts=[], token_count=None)
-    assert (len(changed.parts), changed.HasField("token_count"), changed.content) == (0, False, "hi")
+    assert (len(changed.parts), changed.HasField("token_count"), changed.content) == (
+        0,
+        False,
+        "hi",
+    )
 
 
 async def test_pages_and_items(client: ChatHistoryClient, owner: str) -> None:
-    reply = await client.append_messages(user_id=owner, messages=[message("user", str(n)) for n in range(7)])
+    reply = await client.append_messages(
+        user_id=owner, messages=[message("user", str(n)) for n in range(7)]
+    )
     listed = client.list_messages(user_id=owner, session_id=reply.session_id, page_size=3)
     newest = client.list_messages(
-        user_id=owner, session_id=reply.session_id, page_size=3, order=MessageOrder.MESSAGE_ORDER_DESC
+        user_id=owner,
+        session_id=reply.session_id,
+        page_size=3,
+        order=MessageOrder.MESSAGE_ORDER_DESC,
     )
 
     assert [each.seq async for each in listed] == [1, 2, 3, 4, 5, 6, 7]
@@ -232,7 +272,9 @@ async def test_pages_and_items(client: ChatHistoryClient, owner: str) -> None:
 
 async def test_forks_and_erases(client: ChatHistoryClient, owner: str) -> None:
     reply = await client.append_messages(
-        user_id=owner, messages=[message("user", "q"), message("assistant", "a")], session=Session(title="T")
+        user_id=owner,
+        messages=[message("user", "q"), message("assistant", "a")],
+        session=Session(title="T"),
     )
     fork = await client.fork_session(user_id=owner, session_id=reply.session_id, through_seq=1)
     await client.delete_message(user_id=owner, session_id=fork.id, message_id=reply.messages[0].id)
@@ -278,7 +320,9 @@ async def test_more_streams_than_a_connection_takes_get_another(database_url: st
             while server.streams.in_flight < count:
                 await asyncio.sleep(0.01)
             reply = await client.append_messages(messages=[message("user", "Hello, all")], **names)
-            assert [each.id for each in await asyncio.gather(*following)] == [reply.messages[0].id] * count
+            assert [each.id for each in await asyncio.gather(*following)] == [
+                reply.messages[0].id
+            ] * count
         assert server.streams.in_flight == count
 
 
@@ -286,7 +330,9 @@ async def test_a_closed_client_says_so(server: Server) -> None:
     async with client_of(server.address) as client:
         owner = (await client.create_user()).id
         session = await client.create_session(user_id=owner)
-        watching = asyncio.create_task(anext(client.watch_messages(user_id=owner, session_id=session.id)))
+        watching = asyncio.create_task(
+            anext(client.watch_messages(user_id=owner, session_id=session.id))
+        )
         await asyncio.sleep(0.1)
 
     with pytest.raises(Unavailable, match="closed"):
@@ -310,7 +356,10 @@ def test_get_user_takes_one_key_only() -> None:
 
 def test_errors_without_details_keep_their_code() -> None:
     spoilt = aio.Metadata(("grpc-status-details-bin", b"\xff\xff"))
-    for code, kind in ((grpc.StatusCode.UNAVAILABLE, Unavailable), (grpc.StatusCode.UNKNOWN, ChatHistoryError)):
+    for code, kind in (
+        (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.UNKNOWN, ChatHistoryError),
+    ):
         error = from_rpc(aio.AioRpcError(code, aio.Metadata(), spoilt, "words", None))
         assert type(error) is kind
         assert (error.reason, error.message, error.code) == ("", "words", code)
@@ -320,7 +369,11 @@ def test_errors_without_details_keep_their_code() -> None:
 async def answering(answer: Callable[..., Awaitable[bytes]]) -> AsyncGenerator[str]:
     """Serve GetUser by a function, and give the address."""
     methods = {"GetUser": grpc.unary_unary_rpc_method_handler(answer)}
-    server = aio.server(handlers=[grpc.method_handlers_generic_handler("chathistory.v1.ChatHistoryService", methods)])
+    server = aio.server(
+        handlers=[
+            grpc.method_handlers_generic_handler("chathistory.v1.ChatHistoryService", methods)
+        ]
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"

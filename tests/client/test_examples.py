@@ -26,7 +26,10 @@ _CHECKER = doctest.OutputChecker()
 
 def _documented() -> Iterator[tuple[str, str]]:
     """Yield every docstring of the client that has examples, with the name of what it stands at."""
-    names = [module.name for module in pkgutil.iter_modules(chathistory_client.__path__, "chathistory_client.")]
+    names = [
+        module.name
+        for module in pkgutil.iter_modules(chathistory_client.__path__, "chathistory_client.")
+    ]
     for name in ["chathistory_client", *names]:
         module = importlib.import_module(name)
         yield name, module.__doc__ or ""
@@ -50,7 +53,9 @@ async def _run(source: str, namespace: dict[str, Any]) -> str:
         if value is not None:
             print(repr(value), file=printed)
 
-    code = compile(source, "<example>", "single", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    code = compile(
+        source, "<example>", "single", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+    )
     namespace["print"] = partial(print, file=printed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "displayhook", show)
@@ -62,7 +67,9 @@ async def _run(source: str, namespace: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 async def test_example(name: str, client: ChatHistoryClient, owner: str, server: Server) -> None:
-    namespace: dict[str, Any] = {key: getattr(chathistory_client, key) for key in chathistory_client.__all__}
+    namespace: dict[str, Any] = {
+        key: getattr(chathistory_client, key) for key in chathistory_client.__all__
+    }
     namespace |= {"client": client, "user_id": owner, "address": server.address, "uuid": uuid}
     for example in _PARSER.get_examples(EXAMPLES[name]):
         printed = await _run(example.source, namespace)

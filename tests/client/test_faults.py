@@ -41,7 +41,9 @@ async def test_a_reply_that_is_lost_is_asked_for_again_and_nothing_is_stored_twi
     session = await through.create_session(user_id=owner)
     said = [message("user", str(n) * size) for n in range(4)]
     proxy.hold(Way.DOWN)
-    appending = asyncio.create_task(through.append_messages(user_id=owner, session_id=session.id, messages=said))
+    appending = asyncio.create_task(
+        through.append_messages(user_id=owner, session_id=session.id, messages=said)
+    )
     await stored(client, owner, session.id, 4)
     proxy.cut()
     proxy.let_pass()
@@ -59,7 +61,9 @@ async def test_a_session_that_is_started_by_a_lost_call_is_started_once(
 ) -> None:
     await through.get_user(user_id=owner)
     proxy.hold(Way.DOWN)
-    appending = asyncio.create_task(through.append_messages(user_id=owner, messages=[message("user", "hello")]))
+    appending = asyncio.create_task(
+        through.append_messages(user_id=owner, messages=[message("user", "hello")])
+    )
     async with asyncio.timeout(PATIENCE):
         while not [each async for each in client.list_sessions(user_id=owner)]:
             await asyncio.sleep(0.02)
@@ -88,7 +92,9 @@ async def test_creating_with_ids_of_the_clients_own_survives_a_lost_reply(
     assert [each.id async for each in client.list_sessions(user_id=owner)] == [session.id]
 
 
-async def test_a_black_hole_ends_at_the_deadline(through: ChatHistoryClient, proxy: Proxy, owner: str) -> None:
+async def test_a_black_hole_ends_at_the_deadline(
+    through: ChatHistoryClient, proxy: Proxy, owner: str
+) -> None:
     await through.get_user(user_id=owner)
     proxy.hold()
     started = time.monotonic()
@@ -106,7 +112,9 @@ async def test_a_slow_way_is_no_error(through: ChatHistoryClient, proxy: Proxy, 
     assert (await through.get_user(user_id=owner)).id == owner
 
 
-async def test_the_client_waits_for_a_server_that_is_away(through: ChatHistoryClient, proxy: Proxy, owner: str) -> None:
+async def test_the_client_waits_for_a_server_that_is_away(
+    through: ChatHistoryClient, proxy: Proxy, owner: str
+) -> None:
     proxy.refuse()
     asyncio.get_running_loop().call_later(1.0, proxy.accept)
     assert (await through.get_user(user_id=owner)).id == owner
@@ -130,12 +138,16 @@ async def test_a_watch_goes_on_after_every_break(
     watching = asyncio.create_task(watch(through, owner, session.id, seen))
     for breaking in range(4):
         await client.append_messages(
-            user_id=owner, session_id=session.id, messages=[message("user", str(n)) for n in range(3)]
+            user_id=owner,
+            session_id=session.id,
+            messages=[message("user", str(n)) for n in range(3)],
         )
         await reaches(seen, 3 * (breaking + 1))
         proxy.cut()
     proxy.refuse()
-    await client.append_messages(user_id=owner, session_id=session.id, messages=[message("user", "meanwhile")])
+    await client.append_messages(
+        user_id=owner, session_id=session.id, messages=[message("user", "meanwhile")]
+    )
     await asyncio.sleep(0.3)
     assert not watching.done()
     proxy.accept()
@@ -151,16 +163,23 @@ async def test_a_watch_in_a_black_hole_notices_by_keepalive(
     client: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
     session = await client.create_session(user_id=owner)
-    quick: list[tuple[str, int | str]] = [("grpc.keepalive_time_ms", 1000), ("grpc.http2.ping_timeout_ms", 500)]
+    quick: list[tuple[str, int | str]] = [
+        ("grpc.keepalive_time_ms", 1000),
+        ("grpc.http2.ping_timeout_ms", 500),
+    ]
     seen: list[int] = []
     async with client_of(proxy.address, options=quick) as watcher:
         watching = asyncio.create_task(watch(watcher, owner, session.id, seen))
-        await client.append_messages(user_id=owner, session_id=session.id, messages=[message("user", "1")])
+        await client.append_messages(
+            user_id=owner, session_id=session.id, messages=[message("user", "1")]
+        )
         await reaches(seen, 1)
         # From now on nothing passes on the old connection, for good; a new one is fine.
         dead = set(proxy.links)
         proxy.tap = lambda link, _way, _piece: link not in dead
-        await client.append_messages(user_id=owner, session_id=session.id, messages=[message("user", "2")])
+        await client.append_messages(
+            user_id=owner, session_id=session.id, messages=[message("user", "2")]
+        )
         await reaches(seen, 2)
         watching.cancel()
         await asyncio.wait([watching])
@@ -178,7 +197,9 @@ async def test_a_watch_survives_restarts_of_the_server(start_process: StartProce
 
         async def append(count: int) -> None:
             for _ in range(count):
-                await client.append_messages(user_id=owner, session_id=session.id, messages=[message("user", "x")])
+                await client.append_messages(
+                    user_id=owner, session_id=session.id, messages=[message("user", "x")]
+                )
 
         watching = asyncio.create_task(watch(client, owner, session.id, seen))
         await append(3)
@@ -197,7 +218,9 @@ async def test_a_watch_survives_restarts_of_the_server(start_process: StartProce
     assert seen == list(range(1, 10))
 
 
-async def test_replicas_behind_one_name_share_the_calls_and_one_may_go(start_process: StartProcess) -> None:
+async def test_replicas_behind_one_name_share_the_calls_and_one_may_go(
+    start_process: StartProcess,
+) -> None:
     one, two = await start_process(), await start_process()
     async with (
         Proxy(one.address) as first,
@@ -208,7 +231,9 @@ async def test_replicas_behind_one_name_share_the_calls_and_one_may_go(start_pro
         owner = (await client.create_user()).id
 
         def passed() -> list[int]:
-            return [sum(sum(link.passed.values()) for link in each.links) for each in (first, second)]
+            return [
+                sum(sum(link.passed.values()) for link in each.links) for each in (first, second)
+            ]
 
         # One connection may stand before the other; from then on they take turns.
         async with asyncio.timeout(PATIENCE):
@@ -234,7 +259,9 @@ async def watch(client: ChatHistoryClient, owner: str, session_id: str, seen: li
 async def stored(client: ChatHistoryClient, owner: str, session_id: str, count: int) -> None:
     """Wait until a session has so many messages."""
     async with asyncio.timeout(PATIENCE):
-        while (await client.get_session(user_id=owner, session_id=session_id)).message_count != count:
+        while (
+            await client.get_session(user_id=owner, session_id=session_id)
+        ).message_count != count:
             await asyncio.sleep(0.02)
 
 

@@ -33,7 +33,9 @@ def blocks(heading: str) -> list[str]:
     [section] = re.findall(rf"^## {heading}.*?(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     return [
         code
-        for said, code in re.findall(r"(.*?)^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        for said, code in re.findall(
+            r"(.*?)^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL
+        )
         if "Before:" not in said
     ]
 
@@ -73,7 +75,9 @@ async def written(namespace: dict[str, Any], *headings: str) -> None:
     """Run the code of sections, in their order."""
     for heading in headings:
         for code in blocks(heading):
-            compiled = compile(code, f"integration.md, {heading}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            compiled = compile(
+                code, f"integration.md, {heading}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+            )
             done = eval(compiled, namespace)
             if inspect.iscoroutine(done):
                 await done
@@ -105,8 +109,13 @@ async def test_a_backend_as_the_page_says(server: Server, monkeypatch: pytest.Mo
 
 async def test_old_conversations_come_along_as_the_page_says(client: ChatHistoryClient) -> None:
     now = datetime.now(UTC)
-    user, session = SimpleNamespace(id=uuid4(), login="ada"), SimpleNamespace(id=uuid4(), title="Of old")
-    rows = [SimpleNamespace(id=uuid4(), role="user", content=f"{n}", created_at=now) for n in range(250)]
+    user, session = (
+        SimpleNamespace(id=uuid4(), login="ada"),
+        SimpleNamespace(id=uuid4(), title="Of old"),
+    )
+    rows = [
+        SimpleNamespace(id=uuid4(), role="user", content=f"{n}", created_at=now) for n in range(250)
+    ]
 
     async def one(thing: Any) -> AsyncIterator[Any]:
         yield thing
@@ -116,6 +125,11 @@ async def test_old_conversations_come_along_as_the_page_says(client: ChatHistory
     }  # fmt: skip
     for _ in range(2):  # "It can be broken off and run again."
         await written(namespace, "8")
-        found = [each async for each in client.list_messages(user_id=str(user.id), session_id=str(session.id))]
+        found = [
+            each
+            async for each in client.list_messages(user_id=str(user.id), session_id=str(session.id))
+        ]
         assert [each.content for each in found] == [row.content for row in rows]
-    assert (await client.get_session(user_id=str(user.id), session_id=str(session.id))).title == "Of old"
+    assert (
+        await client.get_session(user_id=str(user.id), session_id=str(session.id))
+    ).title == "Of old"

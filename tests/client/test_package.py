@@ -37,10 +37,29 @@ asyncio.run(main())
 async def test_the_client_installs_alone_and_works(server: Server, tmp_path: Path) -> None:
     def install() -> Path:
         for project in ("generated", "client"):
-            run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT / project)
+            run(
+                sys.executable,
+                "-m",
+                "hatchling",
+                "build",
+                "-t",
+                "wheel",
+                "-d",
+                tmp_path,
+                cwd=ROOT / project,
+            )
         python = tmp_path / "venv" / "bin" / "python"
         uv = Path(sys.executable).parent / "uv"
-        run(uv, "venv", "--quiet", "--no-config", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
+        run(
+            uv,
+            "venv",
+            "--quiet",
+            "--no-config",
+            "--python",
+            sys.executable,
+            tmp_path / "venv",
+            cwd=tmp_path,
+        )
         wheels = sorted(tmp_path.glob("*.whl"))
         run(
             uv,
@@ -55,10 +74,24 @@ async def test_the_client_installs_alone_and_works(server: Server, tmp_path: Pat
             *wheels,
             cwd=tmp_path,
         )
-        listed = json.loads(run(uv, "pip", "list", "--no-config", "--format", "json", "--python", python, cwd=tmp_path))
+        listed = json.loads(
+            run(
+                uv,
+                "pip",
+                "list",
+                "--no-config",
+                "--format",
+                "json",
+                "--python",
+                python,
+                cwd=tmp_path,
+            )
+        )
         assert {each["name"] for each in listed} <= ALLOWED
         return python
 
     python = await asyncio.to_thread(install)
-    said = await asyncio.to_thread(run, python, "-W", "error", "-c", USE, server.address, cwd=tmp_path)
+    said = await asyncio.to_thread(
+        run, python, "-W", "error", "-c", USE, server.address, cwd=tmp_path
+    )
     assert said.strip() == "['Hello!']"

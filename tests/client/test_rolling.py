@@ -24,13 +24,17 @@ async def replaced(process: ServerProcess, start_process: StartProcess) -> Serve
     assert await process.wait(30) == 0
     log = await asyncio.to_thread(process.log.read_text)
     assert "Traceback" not in log
-    return await start_process(CHAT_HISTORY_LISTEN=process.address, CHAT_HISTORY_SHUTDOWN_GRACE="60")
+    return await start_process(
+        CHAT_HISTORY_LISTEN=process.address, CHAT_HISTORY_SHUTDOWN_GRACE="60"
+    )
 
 
 @pytest.mark.faults
 @pytest.mark.case(n=17)
 @pytest.mark.timeout(240)
-async def test_a_rolling_restart_shows_users_no_error(start_process: StartProcess, database_url: str) -> None:
+async def test_a_rolling_restart_shows_users_no_error(
+    start_process: StartProcess, database_url: str
+) -> None:
     replicas = [await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60") for _ in range(2)]
     target = "ipv4:" + ",".join(replica.address for replica in replicas)
     async with client_of(target) as client, conversations(client, USERS) as records:

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from chathistory_client import ChatHistoryClient, DeadlineExceeded, HealthStatus, Tls, Unauthenticated, message, new_id
+from chathistory_client import (
+    ChatHistoryClient,
+    DeadlineExceeded,
+    HealthStatus,
+    Tls,
+    Unauthenticated,
+    message,
+    new_id,
+)
 from chathistory_client.tokens import Tokens
 from tests.support import certificates, issuer
 from tests.support.clients import client_of
@@ -38,7 +46,10 @@ class Source:
 
 async def test_a_refused_token_is_renewed_once_and_the_call_goes_through(database_url: str) -> None:
     source = Source("spoilt", issuer.service_token())
-    async with serving(database_url, **JWT) as server, client_of(server.address, token=source) as client:
+    async with (
+        serving(database_url, **JWT) as server,
+        client_of(server.address, token=source) as client,
+    ):
         users = await asyncio.gather(*(client.create_user() for _ in range(5)))
 
     assert len({user.id for user in users}) == 5
@@ -47,7 +58,10 @@ async def test_a_refused_token_is_renewed_once_and_the_call_goes_through(databas
 
 async def test_a_token_that_stays_bad_fails_after_one_renewal(database_url: str) -> None:
     source = Source("bad", "worse", "worst")
-    async with serving(database_url, **JWT) as server, client_of(server.address, token=source) as client:
+    async with (
+        serving(database_url, **JWT) as server,
+        client_of(server.address, token=source) as client,
+    ):
         with pytest.raises(Unauthenticated) as caught:
             await client.create_user()
         with pytest.raises(Unauthenticated):
@@ -59,7 +73,9 @@ async def test_a_token_that_stays_bad_fails_after_one_renewal(database_url: str)
     assert source.asked == 2
 
 
-async def test_a_watch_goes_on_when_its_token_ends(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_watch_goes_on_when_its_token_ends(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("service.rpc.tokens.LEEWAY", 0)
     seen: list[int] = []
     async with (
@@ -82,7 +98,9 @@ async def test_a_watch_goes_on_when_its_token_ends(database_url: str, monkeypatc
             watching = asyncio.create_task(watch(client))
             while source.asked < 2:
                 await asyncio.sleep(0.05)
-            await client.append_messages(session_id=started.session_id, messages=[message("user", "2")])
+            await client.append_messages(
+                session_id=started.session_id, messages=[message("user", "2")]
+            )
             await watching
 
     assert seen == [1, 2]
@@ -131,7 +149,9 @@ async def test_tls_and_mutual_tls(database_url: str, tmp_path: Path) -> None:
     files = certificates.write(tmp_path, authority.issue(), authority.pem)
     mine = authority.issue("backend")
     async with serving(database_url, **files) as server:
-        mutual = Tls(root_certificates=authority.pem, private_key=mine.key, certificate_chain=mine.cert)
+        mutual = Tls(
+            root_certificates=authority.pem, private_key=mine.key, certificate_chain=mine.cert
+        )
         async with client_of(server.address, tls=mutual) as client:
             assert (await client.create_user(name="Ada")).name == "Ada"
         stranger = Tls(root_certificates=certificates.Authority().pem)

@@ -36,7 +36,11 @@ def every_kind(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[
 @pytest.fixture
 async def broken(database_url: str) -> AsyncGenerator[Broken]:
     """Give a service behind whose back the database can be cut off."""
-    async with before_postgres(database_url) as (proxy, url), serving(url) as server, connected(server.address) as stub:
+    async with (
+        before_postgres(database_url) as (proxy, url),
+        serving(url) as server,
+        connected(server.address) as stub,
+    ):
         yield Broken(server, await Chat.of_new_user(stub), proxy)
         proxy.accept()
         proxy.let_pass()

@@ -50,7 +50,11 @@ async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -
     session = await chat.create_session()
     await faults.arm(database_url, "terminate", 2)
     reply = await chat.append(session.id, texts(3))
-    assert [(entry.seq, entry.replayed) for entry in reply.messages] == [(1, False), (2, False), (3, False)]
+    assert [(entry.seq, entry.replayed) for entry in reply.messages] == [
+        (1, False),
+        (2, False),
+        (3, False),
+    ]
     found = await checked(database_url, chat.user_id, session.id)
     found.holds([reply])
     assert found.last_seq == 3
@@ -59,7 +63,9 @@ async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -
 @pytest.mark.case(n=6)
 @pytest.mark.case(n=13)
 @pytest.mark.parametrize("kind", ["terminate", "40001", "40P01"])
-async def test_a_transaction_fails_at_its_commit_and_is_run_again(chat: Chat, database_url: str, kind: str) -> None:
+async def test_a_transaction_fails_at_its_commit_and_is_run_again(
+    chat: Chat, database_url: str, kind: str
+) -> None:
     session = await chat.create_session()
     await faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
     await faults.arm(database_url, kind, 2)
@@ -75,11 +81,16 @@ async def test_a_transaction_fails_at_its_commit_and_is_run_again(chat: Chat, da
 
 @pytest.mark.case(n=13)
 @pytest.mark.parametrize("kind", ["40001", "40P01"])
-async def test_what_fails_every_time_ends_in_aborted(chat: Chat, database_url: str, kind: str) -> None:
+async def test_what_fails_every_time_ends_in_aborted(
+    chat: Chat, database_url: str, kind: str
+) -> None:
     session = await chat.create_session()
     await faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
     await faults.arm(database_url, kind, 1000)
-    for call in (chat.append(session.id, "never"), chat.update_session(["title"], id=session.id, title="never")):
+    for call in (
+        chat.append(session.id, "never"),
+        chat.update_session(["title"], id=session.id, title="never"),
+    ):
         found = await failures.fails(call, "CONTENTION")
         assert found.code == StatusCode.ABORTED
         assert found.retry_after is not None
@@ -92,10 +103,14 @@ async def test_what_fails_every_time_ends_in_aborted(chat: Chat, database_url: s
 
 @pytest.mark.case(n=7)
 @pytest.mark.parametrize("starts", [False, True], ids=["session there", "session started"])
-async def test_the_connection_is_cut_after_the_commit_was_sent(broken: Broken, database_url: str, starts: bool) -> None:
+async def test_the_connection_is_cut_after_the_commit_was_sent(
+    broken: Broken, database_url: str, starts: bool
+) -> None:
     """The answer is on its way when the connection breaks. The service looks what has become of it: one row, no replay."""
     chat, proxy = broken.chat, broken.proxy
-    session_id = await chat.start()  # And the statement is prepared: the next one is sent in one piece.
+    session_id = (
+        await chat.start()
+    )  # And the statement is prepared: the next one is sent in one piece.
     messages = texts(2)
     proxy.hold(Way.DOWN)
     call = asyncio.ensure_future(chat.append("" if starts else session_id, messages))
@@ -110,7 +125,9 @@ async def test_the_connection_is_cut_after_the_commit_was_sent(broken: Broken, d
     assert reply.session_created == starts
     (await checked(database_url, chat.user_id, reply.session_id)).holds([reply])
     again = await chat.append("" if starts else session_id, messages)
-    assert [(entry.seq, entry.replayed) for entry in again.messages] == [(e.seq, True) for e in reply.messages]
+    assert [(entry.seq, entry.replayed) for entry in again.messages] == [
+        (e.seq, True) for e in reply.messages
+    ]
 
 
 @pytest.mark.case(n=7)
@@ -136,13 +153,17 @@ async def test_a_retry_is_a_replay_also_when_the_connection_is_cut(broken: Broke
 
 
 @pytest.mark.case(n=7)
-async def test_many_appends_are_cut_off_and_none_is_doubled(broken: Broken, database_url: str) -> None:
+async def test_many_appends_are_cut_off_and_none_is_doubled(
+    broken: Broken, database_url: str
+) -> None:
     """Shared statements: what was under way, and what was waiting, of several sessions and of the same message."""
     chat, proxy = broken.chat, broken.proxy
     session_ids = [await chat.start() for _ in range(4)]
     same = text("the same")
     for turn in range(4):
-        calls = [asyncio.ensure_future(chat.append(session_ids[n % 4], f"{turn}.{n}")) for n in range(40)]
+        calls = [
+            asyncio.ensure_future(chat.append(session_ids[n % 4], f"{turn}.{n}")) for n in range(40)
+        ]
         calls += [asyncio.ensure_future(chat.append(session_ids[0], [same])) for _ in range(10)]
         await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         (proxy.cut, proxy.halve)[turn % 2]()
@@ -186,7 +207,9 @@ async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) ->
     try:
         for _ in range(6):
             calls[:] = [
-                asyncio.ensure_future(call()) for call in every_kind(chat, session_id).values() for _ in range(8)
+                asyncio.ensure_future(call())
+                for call in every_kind(chat, session_id).values()
+                for _ in range(8)
             ]
             await asyncio.gather(*calls)
     finally:
@@ -200,7 +223,10 @@ async def test_the_database_refuses_for_some_seconds(broken: Broken) -> None:
     """Calls that come meanwhile are answered when it is back, within their deadlines; then it is as it was."""
     session_id = await broken.chat.start()
     broken.proxy.refuse()
-    calls = {name: asyncio.ensure_future(call()) for name, call in every_kind(broken.chat, session_id).items()}
+    calls = {
+        name: asyncio.ensure_future(call())
+        for name, call in every_kind(broken.chat, session_id).items()
+    }
     await asyncio.wait(calls.values(), timeout=5.0)
     assert not any(call.done() for call in calls.values()), calls
     broken.proxy.accept()
@@ -212,16 +238,23 @@ async def test_it_suspends_and_takes_seconds_to_wake(broken: Broken, database_ur
     session_id = await broken.chat.start()
     await fetch(database_url, TERMINATE)
     broken.proxy.hold()
-    calls = {name: asyncio.ensure_future(call()) for name, call in every_kind(broken.chat, session_id).items()}
+    calls = {
+        name: asyncio.ensure_future(call())
+        for name, call in every_kind(broken.chat, session_id).items()
+    }
     await asyncio.wait(calls.values(), timeout=3.0)
     broken.proxy.let_pass()
     await asyncio.gather(*calls.values())
 
 
 @pytest.mark.case(n=11)
-async def test_a_database_that_stays_away_is_unavailable(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_database_that_stays_away_is_unavailable(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Calls of every kind are told so, and when to come back, before their deadlines."""
-    monkeypatch.setattr(database, "REPLY_MARGIN", 1.0)  # A busy machine takes its time to carry an answer.
+    monkeypatch.setattr(
+        database, "REPLY_MARGIN", 1.0
+    )  # A busy machine takes its time to carry an answer.
     user_id, session_id, stub = broken.chat.user_id, await broken.chat.start(), broken.chat.stub
     broken.proxy.refuse()
     owned: Any = {"user_id": user_id, "session_id": session_id}
@@ -229,10 +262,15 @@ async def test_a_database_that_stays_away_is_unavailable(broken: Broken, monkeyp
     title = session_pb2.Session(id=session_id, title="new")
     await asyncio.gather(
         failures.fails(stub.GetSession(session_pb2.GetSessionRequest(**owned), timeout=5), AWAY),
-        failures.fails(stub.ListMessages(message_pb2.ListMessagesRequest(**owned), timeout=5), AWAY),
+        failures.fails(
+            stub.ListMessages(message_pb2.ListMessagesRequest(**owned), timeout=5), AWAY
+        ),
         failures.fails(stub.GetContext(message_pb2.GetContextRequest(**owned), timeout=5), AWAY),
         failures.fails(
-            stub.UpdateSession(session_pb2.UpdateSessionRequest(user_id=user_id, session=title), timeout=5), AWAY
+            stub.UpdateSession(
+                session_pb2.UpdateSessionRequest(user_id=user_id, session=title), timeout=5
+            ),
+            AWAY,
         ),
         failures.fails(stub.AppendMessages(request, timeout=5), AWAY),
     )

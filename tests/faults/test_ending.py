@@ -89,7 +89,9 @@ async def _follow(stack: AsyncExitStack, address: str) -> None:
     for _ in range(20):
         await chat.append(session_id, [text("x" * 200_000) for _ in range(5)])
     calls: list[Any] = [
-        stub.WatchMessages(message_pb2.WatchMessagesRequest(user_id=chat.user_id, session_id=session_id))
+        stub.WatchMessages(
+            message_pb2.WatchMessagesRequest(user_id=chat.user_id, session_id=session_id)
+        )
     ]
     health: Any = health_pb2_grpc.HealthStub(await stack.enter_async_context(channel(address)))
     calls.append(health.Watch(health_pb2.HealthCheckRequest()))
@@ -164,7 +166,9 @@ async def test_a_database_that_never_answered_does_not_hold_it_up(
         await ends(process, GRACE + ENDING)
 
 
-async def test_a_search_process_that_is_stuck_does_not_hold_it_up(start_process: StartProcess) -> None:
+async def test_a_search_process_that_is_stuck_does_not_hold_it_up(
+    start_process: StartProcess,
+) -> None:
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE), CHAT_HISTORY_SEARCH="on")
     async with connected(process.address) as stub, channel(process.address) as opened:
         health: Any = health_pb2_grpc.HealthStub(opened)
@@ -177,11 +181,15 @@ async def test_a_search_process_that_is_stuck_does_not_hold_it_up(start_process:
         document = document_pb2.Document(title="to be indexed")
         await stub.CreateDocument(
             document_pb2.CreateDocumentRequest(
-                user_id=chat.user_id, document=document, chunks=[document_pb2.DocumentChunk(text="now")]
+                user_id=chat.user_id,
+                document=document,
+                chunks=[document_pb2.DocumentChunk(text="now")],
             )
         )
         asked = asyncio.ensure_future(
-            stub.SearchDocuments(document_pb2.SearchDocumentsRequest(user_id=chat.user_id, query="now"))
+            stub.SearchDocuments(
+                document_pb2.SearchDocumentsRequest(user_id=chat.user_id, query="now")
+            )
         )
         await asyncio.sleep(0.5)
         await ends(process, GRACE + ENDING)
@@ -213,7 +221,9 @@ async def test_an_issuer_that_says_nothing_does_not_hold_it_up(start_process: St
         )
         async with channel(process.address) as opened:
             bearer = (("authorization", f"Bearer {service_token(headers={'kid': 'unknown'})}"),)
-            listing = ChatHistoryServiceStub(opened).ListUsers(user_pb2.ListUsersRequest(), metadata=bearer)
+            listing = ChatHistoryServiceStub(opened).ListUsers(
+                user_pb2.ListUsersRequest(), metadata=bearer
+            )
             asked = asyncio.ensure_future(listing)
             await asyncio.sleep(0.5)
             await ends(process, GRACE + ENDING)
@@ -235,8 +245,12 @@ serve.main()
 """
 
 
-async def test_a_process_that_hangs_at_its_end_is_ended_and_tells_where(database_url: str, tmp_path: Path) -> None:
-    hanging = ServerProcess(database_url, tmp_path / "server", command=("-c", _HANGS), CHAT_HISTORY_SHUTDOWN_GRACE="1")
+async def test_a_process_that_hangs_at_its_end_is_ended_and_tells_where(
+    database_url: str, tmp_path: Path
+) -> None:
+    hanging = ServerProcess(
+        database_url, tmp_path / "server", command=("-c", _HANGS), CHAT_HISTORY_SHUTDOWN_GRACE="1"
+    )
     await hanging.start()
     hanging.send(signal.SIGTERM)
     assert await hanging.wait(60) == 1

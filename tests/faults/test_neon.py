@@ -132,11 +132,18 @@ async def proxy(neon: Neon) -> AsyncGenerator[Proxy]:
         (printed(POOLED, "?sslmode=require"), False),
         (printed(POOLED, ""), False),
         (printed(DIRECT, f"?sslmode=require&options=endpoint%3D{ENDPOINT}"), True),
-        (printed(POOLED, f"?options=endpoint%3D{ENDPOINT}&sslmode=require&channel_binding=require"), False),
+        (
+            printed(
+                POOLED, f"?options=endpoint%3D{ENDPOINT}&sslmode=require&channel_binding=require"
+            ),
+            False,
+        ),
         (printed(POOLED, "?pgbouncer=true&connect_timeout=15&sslmode=require"), False),
     ],
 )
-async def test_the_consoles_strings_work_as_they_are(neon: Neon, string: str, prepared: bool) -> None:
+async def test_the_consoles_strings_work_as_they_are(
+    neon: Neon, string: str, prepared: bool
+) -> None:
     target = parse(string)
     assert (target.prepared_statements, target.pooled) == (prepared, not prepared)
     async with serving(target) as server, connected(server.address) as stub:
@@ -147,7 +154,10 @@ async def test_the_consoles_strings_work_as_they_are(neon: Neon, string: str, pr
         assert (await checked(neon.postgres.local_url, chat.user_id, session_id)).last_seq == 4
     found = await diagnosis.describe(target, 10.0)
     assert found.tls == "TLSv1.3"
-    verdicts = {line.about: line for line in diagnosis.findings(found, target, diagnosis.Pool(8, 4, 240, 12))}
+    verdicts = {
+        line.about: line
+        for line in diagnosis.findings(found, target, diagnosis.Pool(8, 4, 240, 12))
+    }
     assert "certificate verified" in verdicts["TLS"].words
     assert ("through a transaction pooler" in verdicts["connection"].words) is not prepared
     assert PASSWORD not in str(verdicts)
@@ -180,7 +190,9 @@ async def test_neon_is_verified_also_with_require(
 
 async def test_the_documented_roles_are_enough_and_no_more(machine: Machine, root: Path) -> None:
     """docs/neon.md: an owner who migrates, and a role for the service, who can change no table."""
-    once, before_first = re.findall(r"```sql\n(.*?)```", (ROOT / "docs" / "neon.md").read_text(), re.DOTALL)
+    once, before_first = re.findall(
+        r"```sql\n(.*?)```", (ROOT / "docs" / "neon.md").read_text(), re.DOTALL
+    )
     local = f"{machine.postgres.local_url}&sslmode=disable"
     await fetch(local, "CREATE DATABASE roles")
     for statement in _statements(once):
@@ -192,7 +204,9 @@ async def test_the_documented_roles_are_enough_and_no_more(machine: Machine, roo
         for role in ("chat_history_owner", "chat_history")
     )
     for statement in _statements(before_first):
-        await fetch(local.replace(f"/{DATABASE}?", "/roles?").replace(USER, "chat_history_owner"), statement)
+        await fetch(
+            local.replace(f"/{DATABASE}?", "/roles?").replace(USER, "chat_history_owner"), statement
+        )
     await migrations.upgrade(parse(owner))
     async with serving(service) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
@@ -207,7 +221,9 @@ async def test_the_documented_roles_are_enough_and_no_more(machine: Machine, roo
 
 def _statements(sql: str) -> list[str]:
     lines = [line for line in sql.splitlines() if not line.startswith("--")]
-    return [each.strip().replace("…", PASSWORD) for each in "\n".join(lines).split(";") if each.strip()]
+    return [
+        each.strip().replace("…", PASSWORD) for each in "\n".join(lines).split(";") if each.strip()
+    ]
 
 
 # --- TLS as libpq means it, asked as an operator asks.
@@ -257,7 +273,9 @@ async def test_check_says_what_a_certificate_is_worth(
 
 
 async def test_a_wrong_password_is_refused_without_repeating_it(machine: Machine) -> None:
-    target = parse(machine.postgres.url("localhost", sslmode="require").replace(PASSWORD, "npg_wrong"))
+    target = parse(
+        machine.postgres.url("localhost", sslmode="require").replace(PASSWORD, "npg_wrong")
+    )
     with pytest.raises(DATABASE_ERRORS) as refused:
         await diagnosis.describe(target, 5.0)
     words = diagnosis.explain(refused.value, target)
@@ -270,7 +288,9 @@ async def test_a_wrong_password_is_refused_without_repeating_it(machine: Machine
 
 @pytest.mark.case(n=10)
 @pytest.mark.parametrize("host", [DIRECT, POOLED])
-async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(neon: Neon, proxy: Proxy, host: str) -> None:
+async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(
+    neon: Neon, proxy: Proxy, host: str
+) -> None:
     """All backends have ended, and new connections are answered three seconds later only."""
     proxy.upstream = f"127.0.0.1:{neon.places[host]}"
     neon.places[host] = proxy.port
@@ -282,7 +302,9 @@ async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(neon: Neo
         assert ended > 0
         proxy.hold()
         proxy.cut()
-        request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(1))
+        request = message_pb2.AppendMessagesRequest(
+            user_id=chat.user_id, session_id=session_id, messages=texts(1)
+        )
         calls = [asyncio.ensure_future(call()) for call in every_kind(chat, session_id).values()]
         calls.append(asyncio.ensure_future(stub.AppendMessages(request, timeout=10)))
         _, waiting = await asyncio.wait(calls, timeout=3.0)

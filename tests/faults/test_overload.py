@@ -64,7 +64,9 @@ class Callers:
                 create_if_missing=True,
             )
             try:
-                self.acknowledged[number].append(await self.chats[number].stub.AppendMessages(request, timeout=60))
+                self.acknowledged[number].append(
+                    await self.chats[number].stub.AppendMessages(request, timeout=60)
+                )
             except aio.AioRpcError as error:
                 found = failures.read(error)
                 assert found.reason == "OVERLOADED", found
@@ -97,7 +99,9 @@ async def begun_at_once(many: Callers, database_url: str) -> float:
 
 
 @pytest.mark.case(n=18)
-async def test_four_times_the_load_it_can_carry(start_process: StartProcess, database_url: str) -> None:
+async def test_four_times_the_load_it_can_carry(
+    start_process: StartProcess, database_url: str
+) -> None:
     process = await start_process(CHAT_HISTORY_MAX_IN_FLIGHT=str(LIMIT))
     took: list[float] = []
     async with connected(process.address) as stub:
@@ -112,7 +116,9 @@ async def test_four_times_the_load_it_can_carry(start_process: StartProcess, dat
             goodput = await begun_at_once(many, database_url)
             after = await fitting.call(SECONDS / 2)
             shares.append(goodput / min(before, after))
-            print(f"before {before:.0f}/s, overloaded {goodput:.0f}/s, after {after:.0f}/s, refused {many.refused}")
+            print(
+                f"before {before:.0f}/s, overloaded {goodput:.0f}/s, after {after:.0f}/s, refused {many.refused}"
+            )
         alive = not probing.done()
         probing.cancel()
         with suppress(asyncio.CancelledError):
@@ -124,8 +130,12 @@ async def test_four_times_the_load_it_can_carry(start_process: StartProcess, dat
     assert alive
     assert len(took) > SECONDS, "health kept answering"
     for callers in (fitting, many):
-        for chat, session_id, replies in zip(callers.chats, callers.session_ids, callers.acknowledged, strict=True):
+        for chat, session_id, replies in zip(
+            callers.chats, callers.session_ids, callers.acknowledged, strict=True
+        ):
             if replies:
                 found = await checked(database_url, chat.user_id, session_id)
                 found.holds(replies)
-                assert found.last_seq == len(replies), "what was refused was not stored, and what was acknowledged was"
+                assert found.last_seq == len(replies), (
+                    "what was refused was not stored, and what was acknowledged was"
+                )

@@ -82,11 +82,14 @@ async def test_few_connections_serve_many_and_no_statement_keeps_a_name(
         chat = await Chat.of_new_user(stubs[0])
         chats = [chat, Chat(stubs[1], chat.user_id)]
         session_ids = [await chat.start() for _ in range(4)]
-        calls = [call for each in chats for s in session_ids for call in every_kind(each, s).values()]
+        calls = [
+            call for each in chats for s in session_ids for call in every_kind(each, s).values()
+        ]
         for _ in range(5):
             await asyncio.gather(*(call() for call in calls))
         [[connections]] = await fetch(
-            database_url, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-history'"
+            database_url,
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-history'",
         )
         assert 0 < connections <= FEW
     for session_id in session_ids:
@@ -118,7 +121,10 @@ async def test_who_goes_away_leaves_no_transaction_open(
         # One connection for the hot statements: the next one has the same if that is still good.
         database = Database(parse(url), driver_connections=1)
         try:
-            select, insert = Statement.from_text("SELECT 1"), Statement.from_text("INSERT INTO kept VALUES ($1)")
+            select, insert = (
+                Statement.from_text("SELECT 1"),
+                Statement.from_text("INSERT INTO kept VALUES ($1)"),
+            )
             await database.fetch_once(select)
             proxy.tap = see
             leaving = asyncio.create_task(database.fetch_once(select))
@@ -126,12 +132,16 @@ async def test_who_goes_away_leaves_no_transaction_open(
                 await sent.wait()
             leaving.cancel()
             await asyncio.wait([leaving], timeout=10)
-            assert leaving.cancelled(), "who goes away does not wait for a database that says nothing"
+            assert leaving.cancelled(), (
+                "who goes away does not wait for a database that says nothing"
+            )
             proxy.tap = lambda *_: True
             proxy.let_pass()
             for n in range(3):
                 await database.fetch_once(insert, n)
-            assert [row["n"] for row in await fetch(database_url, "SELECT n FROM kept ORDER BY n")] == [0, 1, 2]
+            assert [
+                row["n"] for row in await fetch(database_url, "SELECT n FROM kept ORDER BY n")
+            ] == [0, 1, 2]
         finally:
             await database.close()
 
@@ -139,7 +149,9 @@ async def test_who_goes_away_leaves_no_transaction_open(
 # --- It ends and comes back.
 
 
-async def test_all_its_connections_to_postgres_are_ended(pooled_url: str, database_url: str) -> None:
+async def test_all_its_connections_to_postgres_are_ended(
+    pooled_url: str, database_url: str
+) -> None:
     async with serving(pooled_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
@@ -239,7 +251,10 @@ async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaita
     """Migrate while clients call in every way, who see no error and need no retry of theirs."""
     stopping = asyncio.Event()
     # Each for as long as a call may take by itself: no deadline of a caller's hides an error, or is one.
-    async with under_load(url, call_seconds=30) as (server, load), connected(server.address) as stub:
+    async with (
+        under_load(url, call_seconds=30) as (server, load),
+        connected(server.address) as stub,
+    ):
         chat = await Chat.of_new_user(stub)
         session_ids = [await chat.start() for _ in range(6)]
         asking = [asyncio.create_task(_ask(chat, each, stopping)) for each in session_ids]
@@ -271,7 +286,9 @@ async def test_tables_are_altered_under_load(served_url: str, database_url: str)
 
 @pytest.mark.case(n=22)
 @pytest.mark.timeout(300)
-async def test_the_next_build_migrates_under_load(served_url: str, database_url: str, tmp_path: Path) -> None:
+async def test_the_next_build_migrates_under_load(
+    served_url: str, database_url: str, tmp_path: Path
+) -> None:
     build = NextBuild(
         tmp_path,
         "ALTER TABLE chat_messages ADD COLUMN later text NOT NULL DEFAULT ''",
@@ -292,23 +309,31 @@ BUSY = "others hold the locks"
 
 @pytest.mark.case(n=22)
 @pytest.mark.timeout(300)
-async def test_a_rolling_update_shows_users_no_error(served_url: str, database_url: str, tmp_path: Path) -> None:
+async def test_a_rolling_update_shows_users_no_error(
+    served_url: str, database_url: str, tmp_path: Path
+) -> None:
     """Migrate, then replace the replicas (docs/migrations.md), while users of the client library append, read and follow.
 
     The migration meets somebody who holds what it needs for longer than it waits, and then itself keeps everybody out for a second.
     """
     build = NextBuild(
-        tmp_path / "next", "ALTER TABLE chat_messages ADD COLUMN later text NOT NULL DEFAULT ''", "SELECT pg_sleep(1)"
+        tmp_path / "next",
+        "ALTER TABLE chat_messages ADD COLUMN later text NOT NULL DEFAULT ''",
+        "SELECT pg_sleep(1)",
     )
     async with AsyncExitStack() as exits:
 
         async def start(name: str, *, ready: bool = True, **given: Any) -> ServerProcess:
-            process = ServerProcess(served_url, tmp_path / name, CHAT_HISTORY_SHUTDOWN_GRACE="30", **given)
+            process = ServerProcess(
+                served_url, tmp_path / name, CHAT_HISTORY_SHUTDOWN_GRACE="30", **given
+            )
             exits.push_async_callback(process.stop)
             return await process.start(ready=ready)
 
         old = [await start(f"old {n}") for n in range(2)]
-        client = await exits.enter_async_context(client_of("ipv4:" + ",".join(each.address for each in old)))
+        client = await exits.enter_async_context(
+            client_of("ipv4:" + ",".join(each.address for each in old))
+        )
         async with conversations(client, count=6) as talks:
             early = await start("early", ready=False, command=build.serves)
             serving_early = asyncio.create_task(early.wait_ready())
@@ -319,7 +344,10 @@ async def test_a_rolling_update_shows_users_no_error(served_url: str, database_u
                 migrating = asyncio.create_task(
                     build.migrate(served_url, lambda line: waits.set() if BUSY in line else None)
                 )
-                await asyncio.wait([asyncio.create_task(waits.wait()), migrating], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    [asyncio.create_task(waits.wait()), migrating],
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
                 assert not migrating.done()
                 assert not serving_early.done()
             await migrating

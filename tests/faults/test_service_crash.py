@@ -26,7 +26,9 @@ async def stored(database_url: str, message_id: str) -> None:
             await asyncio.sleep(0.01)
 
 
-async def retried(database_url: str, folder: Path, request: message_pb2.AppendMessagesRequest) -> None:
+async def retried(
+    database_url: str, folder: Path, request: message_pb2.AppendMessagesRequest
+) -> None:
     """Send a request again to a new process; it must find what the killed one has stored."""
     async with ServerProcess(database_url, folder) as process, connected(process.address) as stub:
         reply = await stub.AppendMessages(request)
@@ -37,7 +39,9 @@ async def retried(database_url: str, folder: Path, request: message_pb2.AppendMe
         assert found.last_seq == len(request.messages)
 
 
-async def killed_in_mid_call(process: ServerProcess, call: Any, database_url: str, message_id: str) -> None:
+async def killed_in_mid_call(
+    process: ServerProcess, call: Any, database_url: str, message_id: str
+) -> None:
     await stored(database_url, message_id)
     assert not call.done()
     await process.kill()
@@ -80,32 +84,47 @@ async def test_killed_before_it_learns_of_the_commit(database_url: str, tmp_path
         messages = texts(3)
         request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
         proxy.hold(Way.DOWN)
-        await killed_in_mid_call(process, stub.AppendMessages(request), database_url, messages[0].id)
+        await killed_in_mid_call(
+            process, stub.AppendMessages(request), database_url, messages[0].id
+        )
     await retried(database_url, tmp_path / "second", request)
 
 
 async def test_killed_while_the_statement_runs(database_url: str, tmp_path: Path) -> None:
     """PostgreSQL is left with a statement that nobody waits for. Whether it is stored or not, the retry stores it once."""
-    async with ServerProcess(database_url, tmp_path / "first") as process, connected(process.address) as stub:
+    async with (
+        ServerProcess(database_url, tmp_path / "first") as process,
+        connected(process.address) as stub,
+    ):
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         calls = [
             chat.stub.AppendMessages(
-                message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(20))
+                message_pb2.AppendMessagesRequest(
+                    user_id=chat.user_id, session_id=session_id, messages=texts(20)
+                )
             )
             for _ in range(50)
         ]
         requests = [
-            message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(20))
+            message_pb2.AppendMessagesRequest(
+                user_id=chat.user_id, session_id=session_id, messages=texts(20)
+            )
             for _ in range(50)
         ]
         calls += [chat.stub.AppendMessages(request) for request in requests]
         await asyncio.wait(
-            [asyncio.ensure_future(_settled(call)) for call in calls], return_when=asyncio.FIRST_COMPLETED
+            [asyncio.ensure_future(_settled(call)) for call in calls],
+            return_when=asyncio.FIRST_COMPLETED,
         )
         await process.kill()
-        first = [reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None]
-    async with ServerProcess(database_url, tmp_path / "second") as process, connected(process.address) as stub:
+        first = [
+            reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None
+        ]
+    async with (
+        ServerProcess(database_url, tmp_path / "second") as process,
+        connected(process.address) as stub,
+    ):
         again = await asyncio.gather(*map(stub.AppendMessages, requests))
     (await checked(database_url, chat.user_id, session_id)).holds([*first, *again])
 
@@ -129,7 +148,9 @@ async def _killed_again_and_again(database_url: str, folder: Path, rounds: int) 
                 await load.progress(200)
                 await process.kill()
                 await process.stop()
-                process = await ServerProcess(database_url, folder / f"{turn}", CHAT_HISTORY_LISTEN=address).start()
+                process = await ServerProcess(
+                    database_url, folder / f"{turn}", CHAT_HISTORY_LISTEN=address
+                ).start()
             await load.progress(200)
     await process.stop()
     await load.check(database_url)
@@ -149,18 +170,31 @@ async def test_killed_under_load_again_and_again(database_url: str, tmp_path: Pa
     await _killed_again_and_again(database_url, tmp_path, rounds=15)
 
 
-async def test_a_session_is_started_once_though_the_first_server_was_killed(database_url: str, tmp_path: Path) -> None:
+async def test_a_session_is_started_once_though_the_first_server_was_killed(
+    database_url: str, tmp_path: Path
+) -> None:
     """Fifty clients start the same session; half of them hear nothing and ask another server."""
     user_messages = texts(2)
-    async with ServerProcess(database_url, tmp_path / "first") as process, connected(process.address) as stub:
+    async with (
+        ServerProcess(database_url, tmp_path / "first") as process,
+        connected(process.address) as stub,
+    ):
         chat = await Chat.of_new_user(stub)
         request = message_pb2.AppendMessagesRequest(
-            user_id=chat.user_id, session_id=new_id(), create_if_missing=True, messages=user_messages
+            user_id=chat.user_id,
+            session_id=new_id(),
+            create_if_missing=True,
+            messages=user_messages,
         )
         calls = [stub.AppendMessages(request) for _ in range(25)]
         await process.kill()
-        first = [reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None]
-    async with ServerProcess(database_url, tmp_path / "second") as process, connected(process.address) as stub:
+        first = [
+            reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None
+        ]
+    async with (
+        ServerProcess(database_url, tmp_path / "second") as process,
+        connected(process.address) as stub,
+    ):
         again = await asyncio.gather(*(stub.AppendMessages(request) for _ in range(25)))
     found = await checked(database_url, chat.user_id, request.session_id)
     found.holds([*first, *again])

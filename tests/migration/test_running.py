@@ -29,7 +29,9 @@ ROOT = Path(migrations.SCRIPTS).parent
 @asynccontextmanager
 async def somebody_else(target: Target, statement: str) -> AsyncGenerator[asyncpg.Connection]:
     """Hold a transaction open that has run a statement."""
-    connection = await asyncpg.connect(url_of(target), server_settings={"application_name": SUPPORT})
+    connection = await asyncpg.connect(
+        url_of(target), server_settings={"application_name": SUPPORT}
+    )
     try:
         async with connection.transaction():
             await connection.execute(statement)
@@ -68,14 +70,18 @@ async def test_a_migrator_waits_for_another_without_a_snapshot(empty: Target) ->
     assert (await task).after == tables.BUILD
 
 
-async def test_a_migrator_that_never_ends_is_told(empty: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_migrator_that_never_ends_is_told(
+    empty: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(migrations, "PATIENCE", 0.0)
     async with somebody_else(empty, f"SELECT pg_advisory_xact_lock({migrations.TURN})"):
         with pytest.raises(MigrationError, match="another migration has not ended"):
             await migrations.upgrade(empty)
 
 
-async def test_locks_of_others_are_waited_for_in_short_tries(empty: Target, impatient: None) -> None:
+async def test_locks_of_others_are_waited_for_in_short_tries(
+    empty: Target, impatient: None
+) -> None:
     told: list[str] = []
     again = asyncio.Event()
 
@@ -101,8 +107,12 @@ async def test_locks_that_are_never_given_free_are_told(empty: Target, impatient
     assert (await migrations.upgrade(empty)).before == tables.BUILD
 
 
-async def test_a_slow_statement_is_told(empty: Target, impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrations, "_upgrade", lambda connection: connection.execute(text("SELECT pg_sleep(5)")))
+async def test_a_slow_statement_is_told(
+    empty: Target, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        migrations, "_upgrade", lambda connection: connection.execute(text("SELECT pg_sleep(5)"))
+    )
     with pytest.raises(MigrationError, match="statement_timeout"):
         await migrations.upgrade(empty)
 
@@ -111,7 +121,10 @@ async def test_time_outs_are_those_of_the_rules_and_may_be_raised(empty: Target)
     seen: list[str] = []
 
     def look(connection: Connection) -> None:
-        seen.extend(connection.scalar(text(f"SHOW {name}")) or "" for name in ("lock_timeout", "statement_timeout"))
+        seen.extend(
+            connection.scalar(text(f"SHOW {name}")) or ""
+            for name in ("lock_timeout", "statement_timeout")
+        )
         connection.execute(text("SET LOCAL statement_timeout = '5min'"))
 
     await migrations.in_transaction(empty, look)
@@ -146,11 +159,16 @@ async def test_another_applications_migrations_are_not_touched(empty: Target) ->
     await fetch(url_of(empty), "INSERT INTO alembic_version VALUES ('ae1027a6acf')")
     with pytest.raises(MigrationError, match="another application"):
         await migrations.upgrade(empty)
-    [row] = await fetch(url_of(empty), "SELECT version_num, to_regclass('users') IS NULL AS bare FROM alembic_version")
+    [row] = await fetch(
+        url_of(empty),
+        "SELECT version_num, to_regclass('users') IS NULL AS bare FROM alembic_version",
+    )
     assert tuple(row) == ("ae1027a6acf", True)
 
 
-async def test_missing_scripts_are_told(empty: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_scripts_are_told(
+    empty: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(migrations, "SCRIPTS", tmp_path / "alembic")
     with pytest.raises(MigrationError, match="not installed"):
         await migrations.upgrade(empty)
@@ -170,7 +188,11 @@ async def test_nothing_to_do_does_not_load_alembic(empty: Target) -> None:
         "print(asyncio.run(migrations.upgrade(parse(sys.argv[1])))); sys.exit('alembic' in sys.modules)"
     )
     done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", program, url_of(empty)], check=False, capture_output=True, text=True
+        subprocess.run,
+        [sys.executable, "-c", program, url_of(empty)],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "nothing to do" in done.stdout
@@ -181,7 +203,9 @@ async def alembic(target: Target, *arguments: str, cwd: Path = ROOT) -> str:
     environment = os.environ | {"DATABASE_URL": url_of(target)}
     command = [str(Path(sys.executable).with_name("alembic")), *arguments]
     done = await asyncio.to_thread(
-        lambda: subprocess.run(command, check=False, capture_output=True, text=True, cwd=cwd, env=environment)
+        lambda: subprocess.run(
+            command, check=False, capture_output=True, text=True, cwd=cwd, env=environment
+        )
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -195,7 +219,9 @@ async def test_the_developers_command_works(empty: Target) -> None:
 
 
 async def test_a_new_revision_takes_the_next_number(empty: Target, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "alembic", tmp_path / "alembic", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "alembic", tmp_path / "alembic", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copy(ROOT / "alembic.ini", tmp_path)
     await alembic(empty, "upgrade", "head", cwd=tmp_path)
     await alembic(empty, "revision", "-m", "more", cwd=tmp_path)
@@ -204,14 +230,28 @@ async def test_a_new_revision_takes_the_next_number(empty: Target, tmp_path: Pat
 
 
 @pytest.mark.timeout(300)
-async def test_an_installed_wheel_migrates_without_a_checkout(empty: Target, tmp_path: Path) -> None:
+async def test_an_installed_wheel_migrates_without_a_checkout(
+    empty: Target, tmp_path: Path
+) -> None:
     def migrate() -> subprocess.CompletedProcess[str]:
-        build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "dist")]
+        build = [
+            sys.executable,
+            "-m",
+            "hatchling",
+            "build",
+            "-t",
+            "wheel",
+            "-d",
+            str(tmp_path / "dist"),
+        ]
         subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
         [wheel] = (tmp_path / "dist").iterdir()
         shutil.unpack_archive(wheel, tmp_path / "site", "zip")
         # Before the checkout, which the environment knows.
-        environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "DATABASE_URL": url_of(empty)}
+        environment = os.environ | {
+            "PYTHONPATH": str(tmp_path / "site"),
+            "DATABASE_URL": url_of(empty),
+        }
         program = "import service; print(service.__file__); from service.cli import main; main()"
         return subprocess.run(
             [sys.executable, "-c", program, "migrate"],

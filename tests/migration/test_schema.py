@@ -41,9 +41,12 @@ _CATALOG = {
 
 async def catalog(url: str) -> dict[str, list[tuple[Any, ...]]]:
     """Read what a database holds, but for Alembic's own table."""
-    found = {name: [tuple(row) for row in await fetch(url, query)] for name, query in _CATALOG.items()}
+    found = {
+        name: [tuple(row) for row in await fetch(url, query)] for name, query in _CATALOG.items()
+    }
     return {
-        name: sorted((row for row in rows if row[0] != "alembic_version"), key=repr) for name, rows in found.items()
+        name: sorted((row for row in rows if row[0] != "alembic_version"), key=repr)
+        for name, rows in found.items()
     }
 
 
@@ -54,7 +57,9 @@ def url_of(target: Target) -> str:
 async def test_the_migrated_schema_is_that_of_the_metadata(empty: Target, another: str) -> None:
     await migrations.upgrade(empty)
     engine = create_async_engine(
-        parse(another).url, poolclass=NullPool, connect_args={"server_settings": {"application_name": SUPPORT}}
+        parse(another).url,
+        poolclass=NullPool,
+        connect_args={"server_settings": {"application_name": SUPPORT}},
     )
     async with engine.begin() as connection:
         await connection.run_sync(tables.metadata.create_all)
@@ -70,7 +75,9 @@ async def test_alembic_finds_no_difference(empty: Target) -> None:
 
     def compare(connection: Connection) -> None:
         options = {"compare_type": True, "compare_server_default": True}
-        found.extend(compare_metadata(MigrationContext.configure(connection, opts=options), tables.metadata))
+        found.extend(
+            compare_metadata(MigrationContext.configure(connection, opts=options), tables.metadata)
+        )
 
     await migrations.upgrade(empty)
     await migrations.in_transaction(empty, compare)
@@ -88,7 +95,9 @@ async def test_each_migration_goes_up_down_and_up_again(empty: Target) -> None:
         assert (done.before, done.after) == (int(revision), int(revision) - 1)
     assert await catalog(url) == bare
     for stage in reversed(stages):
-        await migrations.in_transaction(empty, lambda connection: migrations.alembic(connection, "upgrade", "+1"))
+        await migrations.in_transaction(
+            empty, lambda connection: migrations.alembic(connection, "upgrade", "+1")
+        )
         assert await catalog(url) == stage
 
 
@@ -96,8 +105,12 @@ async def test_the_first_migration_leaves_what_the_service_needs(empty: Target) 
     done = await migrations.upgrade(empty)
     assert (done.before, done.after, done.problem) == (0, tables.BUILD, None)
     assert str(done) == f"migrated the schema from nothing to revision {tables.BUILD:04d}"
-    assert [tuple(row) for row in await fetch(url_of(empty), "SELECT * FROM schema_info")] == [(1, 1)]
-    [user] = await fetch(url_of(empty), "SELECT id::text, fingerprint, email, external_id, name FROM users")
+    assert [tuple(row) for row in await fetch(url_of(empty), "SELECT * FROM schema_info")] == [
+        (1, 1)
+    ]
+    [user] = await fetch(
+        url_of(empty), "SELECT id::text, fingerprint, email, external_id, name FROM users"
+    )
     assert tuple(user) == (tables.SYSTEM_USER_ID, b"", None, None, "")
 
 
@@ -105,7 +118,9 @@ def revisions() -> list[str]:
     config = Config()
     config.set_main_option("script_location", str(migrations.SCRIPTS))
     config.set_main_option("path_separator", "os")
-    return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][::-1]
+    return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][
+        ::-1
+    ]
 
 
 def test_revisions_are_numbers_in_a_row_and_the_build_is_the_last() -> None:

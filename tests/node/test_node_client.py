@@ -28,7 +28,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("package.json", "client.mjs"):
         shutil.copy(HERE / name, folder)
     command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr
     return folder / "client.mjs"
 
@@ -52,14 +54,22 @@ async def run(client: Path, address: str) -> dict[str, Any]:
 
 @pytest.mark.network
 @pytest.mark.timeout(600)
-async def test_a_node_client_creates_appends_follows_and_lists(client: Path, server: Server) -> None:
+async def test_a_node_client_creates_appends_follows_and_lists(
+    client: Path, server: Server
+) -> None:
     got = await run(client, server.address)
     assert got["user"]["metadata"] == {
         "fields": [{"key": "lang", "value": {"string_value": "js", "kind": "string_value"}}]
     }
     assert got["session"]["title"] == "from Node"
-    assert [(each["seq"], each["replayed"]) for each in got["appended"]["messages"]] == [(1, False), (2, False)]
-    assert [(each["seq"], each["replayed"]) for each in got["again"]["messages"]] == [(1, True), (2, True)]
+    assert [(each["seq"], each["replayed"]) for each in got["appended"]["messages"]] == [
+        (1, False),
+        (2, False),
+    ]
+    assert [(each["seq"], each["replayed"]) for each in got["again"]["messages"]] == [
+        (1, True),
+        (2, True),
+    ]
     assert [each["content"] for each in got["messages"]] == ["Grüße, 世界 🌍", ""]
     assert got["messages"][1]["parts"][0]["tool_call"] == {
         "id": "call-1", "name": "weather", "arguments": '{"city": "Berlin"}',

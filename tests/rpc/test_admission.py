@@ -18,10 +18,15 @@ from tests.support.statements import database_name
 
 
 @pytest.mark.case(n=18)
-async def test_one_users_flood_is_refused_and_others_are_served(database_url: str, cluster: Cluster) -> None:
+async def test_one_users_flood_is_refused_and_others_are_served(
+    database_url: str, cluster: Cluster
+) -> None:
     """The flood's calls hang, so that they do not make room by being answered; two thousand are beyond what is let in."""
     limit = 40
-    async with serving(database_url, max_in_flight=limit) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, max_in_flight=limit) as server,
+        connected(server.address) as stub,
+    ):
         flooder, other = await Chat.of_new_user(stub), await Chat.of_new_user(stub)
         mine, theirs = await flooder.create_session(), await other.start()
         holder = await cluster.connect(database_name(database_url))
@@ -32,7 +37,10 @@ async def test_one_users_flood_is_refused_and_others_are_served(database_url: st
                     asyncio.create_task(flooder.update_session(["title"], id=mine.id, title=f"{n}"))
                     for n in range(2000)
                 ]
-                while server.calls.in_flight < limit or sum(task.done() for task in flood) < 2000 - limit:
+                while (
+                    server.calls.in_flight < limit
+                    or sum(task.done() for task in flood) < 2000 - limit
+                ):
                     await asyncio.sleep(0.01)
                 health: Any = health_pb2_grpc.HealthStub(opened)
                 for turn in range(5):
@@ -57,7 +65,9 @@ async def test_one_users_flood_is_refused_and_others_are_served(database_url: st
         await flooder.get_session(mine.id)
 
 
-async def test_what_is_too_much_for_a_connection_waits_at_the_client(cluster: Cluster, database_url: str) -> None:
+async def test_what_is_too_much_for_a_connection_waits_at_the_client(
+    cluster: Cluster, database_url: str
+) -> None:
     async with (
         serving(database_url, max_calls_per_connection=8) as server,
         connected(server.address) as stub,
@@ -68,7 +78,9 @@ async def test_what_is_too_much_for_a_connection_waits_at_the_client(cluster: Cl
         holder = await cluster.connect(database_name(database_url))
         try:
             async with holder.transaction():
-                await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id)
+                await holder.execute(
+                    "SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id
+                )
                 sent = [asyncio.create_task(chat.append(session_id, f"{n}")) for n in range(40)]
                 while server.calls.in_flight < 8:
                     await asyncio.sleep(0.01)

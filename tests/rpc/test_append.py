@@ -29,7 +29,9 @@ async def stored(chat: Chat, session_id: str) -> list[str]:
 # --- Order.
 
 
-async def test_seq_is_1_2_3_over_appends_of_any_size(chat: Chat, session: session_pb2.Session) -> None:
+async def test_seq_is_1_2_3_over_appends_of_any_size(
+    chat: Chat, session: session_pb2.Session
+) -> None:
     sizes = [1, 3, 100, 1, 2]
     seen: list[int] = []
     for size in sizes:
@@ -42,7 +44,9 @@ async def test_seq_is_1_2_3_over_appends_of_any_size(chat: Chat, session: sessio
     assert after.last_seq == after.message_count == sum(sizes)
 
 
-async def test_messages_take_their_places_in_the_requests_order(chat: Chat, session: session_pb2.Session) -> None:
+async def test_messages_take_their_places_in_the_requests_order(
+    chat: Chat, session: session_pb2.Session
+) -> None:
     sent = texts(50)
     reply = await chat.append(session.id, sent)
     assert [each.id for each in reply.messages] == [message.id for message in sent]
@@ -61,17 +65,26 @@ async def test_appends_at_once_leave_no_gap_and_keep_each_request_together(chat:
 async def test_sessions_are_numbered_apart(chat: Chat, other: Chat) -> None:
     session_id = new_id()
     mine, theirs, second = [
-        (await each.create_session(id=id_)).id for each, id_ in ((chat, session_id), (other, session_id), (chat, ""))
+        (await each.create_session(id=id_)).id
+        for each, id_ in ((chat, session_id), (other, session_id), (chat, ""))
     ]
     replies = await asyncio.gather(
-        *(each.append(id_, texts(2)) for _ in range(5) for each, id_ in ((chat, mine), (other, theirs), (chat, second)))
+        *(
+            each.append(id_, texts(2))
+            for _ in range(5)
+            for each, id_ in ((chat, mine), (other, theirs), (chat, second))
+        )
     )
-    assert sorted(each.seq for reply in replies for each in reply.messages) == sorted([*range(1, 11)] * 3)
+    assert sorted(each.seq for reply in replies for each in reply.messages) == sorted(
+        [*range(1, 11)] * 3
+    )
 
 
 async def test_no_seq_is_used_up_by_what_was_refused(chat: Chat) -> None:
     session_id = await chat.start(sent := texts(2))
-    await fails(chat.append(session_id, [text("new"), text("other", id=sent[0].id)]), "MESSAGE_ID_REUSED")
+    await fails(
+        chat.append(session_id, [text("new"), text("other", id=sent[0].id)]), "MESSAGE_ID_REUSED"
+    )
     await fails(chat.append(session_id, "new", expected_last_seq=1), "LAST_SEQ_MISMATCH")
     await refuses(chat.append(session_id, [text("a\0")]), "messages[0].content")
     assert places(await chat.append(session_id, "next")) == [(3, False)]
@@ -80,23 +93,35 @@ async def test_no_seq_is_used_up_by_what_was_refused(chat: Chat) -> None:
 # --- Retries.
 
 
-async def test_a_retry_gets_the_same_answer_and_stores_nothing(chat: Chat, session: session_pb2.Session) -> None:
-    sent = [text("one", metadata={"b": 1, "a": {"y": 1, "x": 2}}), text("two", parts=[{"data": {"k": [1]}}])]
+async def test_a_retry_gets_the_same_answer_and_stores_nothing(
+    chat: Chat, session: session_pb2.Session
+) -> None:
+    sent = [
+        text("one", metadata={"b": 1, "a": {"y": 1, "x": 2}}),
+        text("two", parts=[{"data": {"k": [1]}}]),
+    ]
     first = await chat.append(session.id, sent)
     await chat.append(session.id, "between")
     again = await chat.append(session.id, sent)
     assert places(first) == [(1, False), (2, False)]
     assert places(again) == [(1, True), (2, True)]
-    assert [each.create_time for each in again.messages] == [each.create_time for each in first.messages]
+    assert [each.create_time for each in again.messages] == [
+        each.create_time for each in first.messages
+    ]
     assert len(await chat.all(session.id)) == 3
 
 
 @pytest.mark.case(n=9)
-async def test_fifty_equal_appends_at_once_store_one(chat: Chat, session: session_pb2.Session) -> None:
+async def test_fifty_equal_appends_at_once_store_one(
+    chat: Chat, session: session_pb2.Session
+) -> None:
     sent = texts(2)
     replies = await asyncio.gather(*(chat.append(session.id, sent) for _ in range(50)))
     assert {tuple(each.seq for each in reply.messages) for reply in replies} == {(1, 2)}
-    assert len({each.create_time.ToMicroseconds() for reply in replies for each in reply.messages}) == 1
+    assert (
+        len({each.create_time.ToMicroseconds() for reply in replies for each in reply.messages})
+        == 1
+    )
     assert sorted(reply.messages[0].replayed for reply in replies) == [False] + [True] * 49
     assert await stored(chat, session.id) == ["message 1", "message 2"]
 
@@ -131,8 +156,15 @@ OTHERS: list[dict[str, Any]] = [
 
 @pytest.mark.case(n=8)
 @pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
-async def test_the_same_id_with_another_content_is_refused(chat: Chat, change: dict[str, Any]) -> None:
-    fields: dict[str, Any] = {"id": new_id(), "content": "one", "metadata": {"k": 1}, "parts": [{"text": "p"}]}
+async def test_the_same_id_with_another_content_is_refused(
+    chat: Chat, change: dict[str, Any]
+) -> None:
+    fields: dict[str, Any] = {
+        "id": new_id(),
+        "content": "one",
+        "metadata": {"k": 1},
+        "parts": [{"text": "p"}],
+    }
     session_id = await chat.start([text(**fields)])
     await fails(
         chat.append(session_id, [text(**fields | change)]),
@@ -169,10 +201,14 @@ async def test_without_ids_a_retry_is_not_recognised_and_the_server_makes_ids(
     assert [message.id for message in await chat.all(session.id)] == ids
 
 
-async def test_an_id_twice_in_one_request_is_refused(chat: Chat, session: session_pb2.Session) -> None:
+async def test_an_id_twice_in_one_request_is_refused(
+    chat: Chat, session: session_pb2.Session
+) -> None:
     sent = text("one")
     await refuses(chat.append(session.id, [sent, text("two"), sent]), "messages[2].id")
-    await refuses(chat.append(session.id, [sent, text("one", id=sent.id.upper())]), "messages[1].id")
+    await refuses(
+        chat.append(session.id, [sent, text("one", id=sent.id.upper())]), "messages[1].id"
+    )
     assert await stored(chat, session.id) == []
 
 
@@ -186,7 +222,13 @@ async def test_in_a_mix_replays_keep_their_places_and_new_ones_lie_together(
     await chat.append(session.id, old)
     reply = await chat.append(session.id, [new[0], old[2], new[1], old[0], new[2]])
     assert places(reply) == [(5, False), (3, True), (6, False), (1, True), (7, False)]
-    assert [each.id for each in reply.messages] == [new[0].id, old[2].id, new[1].id, old[0].id, new[2].id]
+    assert [each.id for each in reply.messages] == [
+        new[0].id,
+        old[2].id,
+        new[1].id,
+        old[0].id,
+        new[2].id,
+    ]
     assert [message.seq for message in await chat.all(session.id)] == [1, 2, 3, 4, 5, 6, 7]
 
 
@@ -201,7 +243,9 @@ async def test_a_mix_is_all_or_nothing(chat: Chat, session: session_pb2.Session)
     assert (after.last_seq, after.message_count) == (2, 2)
 
 
-async def test_overlapping_requests_at_once_store_each_message_once(chat: Chat, session: session_pb2.Session) -> None:
+async def test_overlapping_requests_at_once_store_each_message_once(
+    chat: Chat, session: session_pb2.Session
+) -> None:
     sent = texts(12)
     requests = [sent[start : start + 5] for start in range(8)] * 3
     replies = await asyncio.gather(*(chat.append(session.id, request) for request in requests))
@@ -225,9 +269,9 @@ async def test_one_bad_append_does_not_fail_those_that_share_its_statement(
     good = [chat.append(session.id, f"good {n}") for n in range(20)]
     *refused, _ = results = await asyncio.gather(*bad, *good, return_exceptions=True)
     assert all(isinstance(result, Exception) for result in refused[:4])
-    assert sorted(reply.messages[0].seq for reply in results[4:] if not isinstance(reply, BaseException)) == list(
-        range(2, 22)
-    )
+    assert sorted(
+        reply.messages[0].seq for reply in results[4:] if not isinstance(reply, BaseException)
+    ) == list(range(2, 22))
 
 
 # --- Starting a session.
@@ -235,11 +279,19 @@ async def test_one_bad_append_does_not_fail_those_that_share_its_statement(
 
 async def test_an_append_without_a_session_starts_one_that_the_retry_finds(chat: Chat) -> None:
     sent = texts(2)
-    first = await chat.append("", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}})
+    first = await chat.append(
+        "", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}}
+    )
     assert first.session_created
     assert first.session_id == str(uuid.uuid5(uuid.UUID(chat.user_id), sent[0].id))
-    again = await chat.append("", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}})
-    assert (again.session_id, again.session_created, places(again)) == (first.session_id, False, [(1, True), (2, True)])
+    again = await chat.append(
+        "", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}}
+    )
+    assert (again.session_id, again.session_created, places(again)) == (
+        first.session_id,
+        False,
+        [(1, True), (2, True)],
+    )
     respelled = [text("message 1", id=sent[0].id.upper()), sent[1]]
     assert (await chat.append("", respelled)).session_id == first.session_id
     session = await chat.get_session(first.session_id)
@@ -271,7 +323,9 @@ async def test_an_unknown_session_is_made_only_when_that_is_asked_for(chat: Chat
     session_id, sent = new_id(), texts(1)
     await fails(chat.append(session_id, sent), "SESSION_NOT_FOUND", session_id=session_id)
     assert len((await chat.list_sessions()).sessions) == 0
-    made = await chat.append(session_id.upper(), sent, create_if_missing=True, session={"title": "T"})
+    made = await chat.append(
+        session_id.upper(), sent, create_if_missing=True, session={"title": "T"}
+    )
     assert (made.session_id, made.session_created, places(made)) == (session_id, True, [(1, False)])
     again = await chat.append(session_id, sent, create_if_missing=True, session={"title": "U"})
     assert (again.session_created, places(again)) == (False, [(1, True)])
@@ -280,16 +334,22 @@ async def test_an_unknown_session_is_made_only_when_that_is_asked_for(chat: Chat
 
 async def test_many_first_appends_at_once_make_one_session(chat: Chat) -> None:
     session_id = new_id()
-    replies = await asyncio.gather(*(chat.append(session_id, texts(2), create_if_missing=True) for _ in range(30)))
+    replies = await asyncio.gather(
+        *(chat.append(session_id, texts(2), create_if_missing=True) for _ in range(30))
+    )
     assert sum(reply.session_created for reply in replies) == 1
     assert sorted(each.seq for reply in replies for each in reply.messages) == list(range(1, 61))
     created = next(reply for reply in replies if reply.session_created)
     assert created.messages[0].seq == 1
 
 
-async def test_a_session_that_an_append_has_made_is_the_one_that_a_create_would_have(chat: Chat) -> None:
+async def test_a_session_that_an_append_has_made_is_the_one_that_a_create_would_have(
+    chat: Chat,
+) -> None:
     session_id = new_id()
-    await chat.append(session_id, "hello", create_if_missing=True, session={"title": "T", "metadata": {"k": 1}})
+    await chat.append(
+        session_id, "hello", create_if_missing=True, session={"title": "T", "metadata": {"k": 1}}
+    )
     assert (await chat.create_session(id=session_id, title="T", metadata={"k": 1})).last_seq == 1
     await fails(chat.create_session(id=session_id, title="U"), "ID_TAKEN")
 
@@ -310,21 +370,34 @@ async def test_a_session_to_make_must_fit_the_request(chat: Chat, other: Chat) -
         ({"summarized_through_seq": 1}, "session.summarized_through_seq"),
         ({"title": "a\0"}, "session.title"),
     ):
-        await refuses(chat.append(session_id, "hello", create_if_missing=True, session=session), field)
+        await refuses(
+            chat.append(session_id, "hello", create_if_missing=True, session=session), field
+        )
     made = {"id": session_id.upper(), "user_id": chat.user_id, "state": ACTIVE}
-    assert (await chat.append(session_id, "hello", create_if_missing=True, session=made)).session_created
+    assert (
+        await chat.append(session_id, "hello", create_if_missing=True, session=made)
+    ).session_created
 
 
-async def test_a_message_names_its_session_rightly_or_not_at_all(chat: Chat, session: session_pb2.Session) -> None:
-    await refuses(chat.append(session.id, [text("a"), text("b", session_id=new_id())]), "messages[1].session_id")
-    assert places(await chat.append(session.id, [text("a", session_id=session.id.upper())])) == [(1, False)]
+async def test_a_message_names_its_session_rightly_or_not_at_all(
+    chat: Chat, session: session_pb2.Session
+) -> None:
+    await refuses(
+        chat.append(session.id, [text("a"), text("b", session_id=new_id())]),
+        "messages[1].session_id",
+    )
+    assert places(await chat.append(session.id, [text("a", session_id=session.id.upper())])) == [
+        (1, False)
+    ]
 
 
 async def test_a_session_needs_its_user(chat: Chat) -> None:
     nobody = Chat(chat.stub, new_id())
     await fails(nobody.append("", texts(1)), "USER_NOT_FOUND", user_id=nobody.user_id)
     await fails(nobody.append(new_id(), texts(1), create_if_missing=True), "USER_NOT_FOUND")
-    await fails(nobody.append(session_id := new_id(), texts(1)), "SESSION_NOT_FOUND", session_id=session_id)
+    await fails(
+        nobody.append(session_id := new_id(), texts(1)), "SESSION_NOT_FOUND", session_id=session_id
+    )
     await refuses(Chat(chat.stub, "").append("", texts(1)), "user_id")
     await refuses(Chat(chat.stub, SYSTEM_USER_ID).append("", texts(1)), "user_id")
 
@@ -334,29 +407,46 @@ async def test_an_erased_session_can_be_started_again_and_counts_anew(chat: Chat
     session_id = await chat.start(sent)
     await chat.delete_session(session_id)
     again = await chat.append("", sent[:1])
-    assert (again.session_id, again.session_created, places(again)) == (session_id, True, [(1, False)])
+    assert (again.session_id, again.session_created, places(again)) == (
+        session_id,
+        True,
+        [(1, False)],
+    )
 
 
 # --- What is checked, and in which order: session, replay, archived, expected_last_seq.
 
 
-async def test_an_expectation_holds_or_the_current_value_comes_back(chat: Chat, session: session_pb2.Session) -> None:
-    assert places(await chat.append(session.id, texts(2), expected_last_seq=0)) == [(1, False), (2, False)]
+async def test_an_expectation_holds_or_the_current_value_comes_back(
+    chat: Chat, session: session_pb2.Session
+) -> None:
+    assert places(await chat.append(session.id, texts(2), expected_last_seq=0)) == [
+        (1, False),
+        (2, False),
+    ]
     found = await fails(
-        chat.append(session.id, "x", expected_last_seq=0), "LAST_SEQ_MISMATCH", session_id=session.id, last_seq=2
+        chat.append(session.id, "x", expected_last_seq=0),
+        "LAST_SEQ_MISMATCH",
+        session_id=session.id,
+        last_seq=2,
     )
     assert found.retry_after is None
     await fails(chat.append(session.id, "x", expected_last_seq=3), "LAST_SEQ_MISMATCH", last_seq=2)
     assert places(await chat.append(session.id, "x", expected_last_seq=2)) == [(3, False)]
 
 
-async def test_of_appends_with_one_expectation_one_wins(chat: Chat, session: session_pb2.Session) -> None:
+async def test_of_appends_with_one_expectation_one_wins(
+    chat: Chat, session: session_pb2.Session
+) -> None:
     results = await asyncio.gather(
-        *(chat.append(session.id, texts(2), expected_last_seq=0) for _ in range(20)), return_exceptions=True
+        *(chat.append(session.id, texts(2), expected_last_seq=0) for _ in range(20)),
+        return_exceptions=True,
     )
     won = [result for result in results if isinstance(result, message_pb2.AppendMessagesResponse)]
     assert len(won) == 1
-    assert [message.id for message in await chat.all(session.id)] == [each.id for each in won[0].messages]
+    assert [message.id for message in await chat.all(session.id)] == [
+        each.id for each in won[0].messages
+    ]
 
 
 async def test_a_deleted_message_still_counts_for_an_expectation(chat: Chat) -> None:
@@ -378,16 +468,26 @@ async def test_a_session_that_is_to_be_made_counts_as_empty(chat: Chat) -> None:
 
 async def test_a_missing_session_comes_before_everything(chat: Chat) -> None:
     elsewhere = await chat.start(sent := texts(1))
-    await fails(chat.append(new_id(), [text("other", id=sent[0].id)], expected_last_seq=9), "SESSION_NOT_FOUND")
+    await fails(
+        chat.append(new_id(), [text("other", id=sent[0].id)], expected_last_seq=9),
+        "SESSION_NOT_FOUND",
+    )
     assert len(await chat.all(elsewhere)) == 1
 
 
 async def test_a_request_of_replays_alone_succeeds_whatever_follows(chat: Chat) -> None:
     session_id = await chat.start(sent := texts(3))
-    assert places(await chat.append(session_id, sent[:2], expected_last_seq=0)) == [(1, True), (2, True)]
+    assert places(await chat.append(session_id, sent[:2], expected_last_seq=0)) == [
+        (1, True),
+        (2, True),
+    ]
     await chat.update_session(id=session_id, state=ARCHIVED)
     assert places(await chat.append(session_id, sent)) == [(1, True), (2, True), (3, True)]
-    assert places(await chat.append(session_id, sent, expected_last_seq=77)) == [(1, True), (2, True), (3, True)]
+    assert places(await chat.append(session_id, sent, expected_last_seq=77)) == [
+        (1, True),
+        (2, True),
+        (3, True),
+    ]
     assert places(await chat.append("", sent)) == [(1, True), (2, True), (3, True)]
 
 
@@ -403,7 +503,11 @@ async def test_archived_comes_before_the_expectation(chat: Chat) -> None:
     session_id = await chat.start(sent := texts(2))
     await chat.update_session(id=session_id, state=ARCHIVED)
     for request in ([text("new")], [sent[0], text("new")]):
-        await fails(chat.append(session_id, request, expected_last_seq=0), "SESSION_ARCHIVED", session_id=session_id)
+        await fails(
+            chat.append(session_id, request, expected_last_seq=0),
+            "SESSION_ARCHIVED",
+            session_id=session_id,
+        )
         await fails(chat.append(session_id, request), "SESSION_ARCHIVED")
         await fails(chat.append(session_id, request, create_if_missing=True), "SESSION_ARCHIVED")
     assert len(await chat.all(session_id)) == 2
@@ -411,8 +515,15 @@ async def test_archived_comes_before_the_expectation(chat: Chat) -> None:
 
 async def test_the_expectation_holds_for_a_mix_too(chat: Chat) -> None:
     session_id = await chat.start(sent := texts(2))
-    await fails(chat.append(session_id, [sent[1], text("new")], expected_last_seq=1), "LAST_SEQ_MISMATCH", last_seq=2)
-    assert places(await chat.append(session_id, [sent[1], text("new")], expected_last_seq=2)) == [(2, True), (3, False)]
+    await fails(
+        chat.append(session_id, [sent[1], text("new")], expected_last_seq=1),
+        "LAST_SEQ_MISMATCH",
+        last_seq=2,
+    )
+    assert places(await chat.append(session_id, [sent[1], text("new")], expected_last_seq=2)) == [
+        (2, True),
+        (3, False),
+    ]
 
 
 # --- What is in the database afterwards.

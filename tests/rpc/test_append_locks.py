@@ -10,7 +10,9 @@ from tests.support.chat import Chat
 
 
 @pytest.mark.parametrize("ended", [0, 1, 2])
-async def test_an_append_finds_the_session_under_the_locks_of_others(chat: Chat, database_url: str, ended: int) -> None:
+async def test_an_append_finds_the_session_under_the_locks_of_others(
+    chat: Chat, database_url: str, ended: int
+) -> None:
     session = await chat.create_session()
     connections = [await asyncpg.connect(database_url) for _ in range(2)]
     held = []
@@ -18,7 +20,9 @@ async def test_an_append_finds_the_session_under_the_locks_of_others(chat: Chat,
         transaction = connection.transaction()
         await transaction.start()
         await connection.execute(
-            "SELECT FROM chat_sessions WHERE user_id = $1 AND id = $2 FOR KEY SHARE", chat.user_id, session.id
+            "SELECT FROM chat_sessions WHERE user_id = $1 AND id = $2 FOR KEY SHARE",
+            chat.user_id,
+            session.id,
         )
         held.append(transaction)
     for transaction in held[:ended]:
@@ -32,13 +36,19 @@ async def test_an_append_finds_the_session_under_the_locks_of_others(chat: Chat,
     assert not reply.session_created
 
 
-async def test_an_append_that_waits_for_an_erasure_finds_the_session_gone(chat: Chat, database_url: str) -> None:
+async def test_an_append_that_waits_for_an_erasure_finds_the_session_gone(
+    chat: Chat, database_url: str
+) -> None:
     """However often it had to ask while the lock was held, which a large erasure holds for longer than the append's patience."""
     session = await chat.create_session()
     eraser = await asyncpg.connect(database_url)
     async with eraser.transaction():
-        await eraser.execute("DELETE FROM chat_sessions WHERE user_id = $1 AND id = $2", chat.user_id, session.id)
-        waiting = [asyncio.create_task(failures.failure(chat.append(session.id, f"{n}"))) for n in range(3)]
+        await eraser.execute(
+            "DELETE FROM chat_sessions WHERE user_id = $1 AND id = $2", chat.user_id, session.id
+        )
+        waiting = [
+            asyncio.create_task(failures.failure(chat.append(session.id, f"{n}"))) for n in range(3)
+        ]
         await asyncio.sleep(2)  # Each try waits for the lock for 75 ms.
     await eraser.close()
     assert {found.reason for found in await asyncio.gather(*waiting)} == {"SESSION_NOT_FOUND"}

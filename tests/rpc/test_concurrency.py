@@ -67,15 +67,22 @@ def test_the_judge_refuses_what_is_unsound() -> None:
 
 
 @pytest.mark.case(n=14)
-async def test_a_hundred_writers_of_one_session(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_a_hundred_writers_of_one_session(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     session = await chats[0].create_session()
 
     async def writer(number: int) -> list[Reply]:
         chat = chats[number % 2]
-        return [await chat.append(session.id, texts(1 + (number + turn) % 3, f"{number}.{turn}")) for turn in range(3)]
+        return [
+            await chat.append(session.id, texts(1 + (number + turn) % 3, f"{number}.{turn}"))
+            for turn in range(3)
+        ]
 
     async with asyncio.timeout(60):
-        replies = list(itertools.chain.from_iterable(await asyncio.gather(*map(writer, range(100)))))
+        replies = list(
+            itertools.chain.from_iterable(await asyncio.gather(*map(writer, range(100))))
+        )
     found = await checked(database_url, chats[0].user_id, session.id)
     found.holds(replies)
     total = sum(len(reply.messages) for reply in replies)
@@ -92,12 +99,19 @@ async def test_a_hundred_writers_of_one_session(chats: tuple[Chat, Chat], databa
     ]
 
 
-async def test_writers_of_many_sessions_do_not_mix_them_up(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_writers_of_many_sessions_do_not_mix_them_up(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     session_ids = [(await chats[0].create_session()).id for _ in range(8)]
-    calls = [(session_ids[n % 8], chats[n // 8 % 2].append(session_ids[n % 8], texts(2))) for n in range(160)]
+    calls = [
+        (session_ids[n % 8], chats[n // 8 % 2].append(session_ids[n % 8], texts(2)))
+        for n in range(160)
+    ]
     replies = await asyncio.gather(*(call for _, call in calls))
     for session_id in session_ids:
-        mine = [reply for (asked, _), reply in zip(calls, replies, strict=True) if asked == session_id]
+        mine = [
+            reply for (asked, _), reply in zip(calls, replies, strict=True) if asked == session_id
+        ]
         assert all(reply.session_id == session_id for reply in mine)
         found = await checked(database_url, chats[0].user_id, session_id)
         found.holds(mine)
@@ -105,13 +119,21 @@ async def test_writers_of_many_sessions_do_not_mix_them_up(chats: tuple[Chat, Ch
 
 
 @pytest.mark.case(n=9)
-async def test_fifty_identical_appends_store_one(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_fifty_identical_appends_store_one(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     session = await chats[0].create_session()
     await chats[0].append(session.id, "before")
     message = text("once")
     replies = await asyncio.gather(*(chats[n % 2].append(session.id, [message]) for n in range(50)))
     answers = Counter(
-        (r.session_id, r.messages[0].id, r.messages[0].seq, r.messages[0].create_time.ToMicroseconds()) for r in replies
+        (
+            r.session_id,
+            r.messages[0].id,
+            r.messages[0].seq,
+            r.messages[0].create_time.ToMicroseconds(),
+        )
+        for r in replies
     )
     assert len(answers) == 1
     assert sum(not reply.messages[0].replayed for reply in replies) == 1
@@ -121,10 +143,14 @@ async def test_fifty_identical_appends_store_one(chats: tuple[Chat, Chat], datab
 
 
 @pytest.mark.case(n=9)
-async def test_fifty_identical_appends_start_one_session(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_fifty_identical_appends_start_one_session(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     messages = texts(3)
     replies = await asyncio.gather(*(chats[n % 2].append("", messages) for n in range(50)))
-    assert {reply.session_id for reply in replies} == {str(uuid.uuid5(uuid.UUID(chats[0].user_id), messages[0].id))}
+    assert {reply.session_id for reply in replies} == {
+        str(uuid.uuid5(uuid.UUID(chats[0].user_id), messages[0].id))
+    }
     assert sum(reply.session_created for reply in replies) == 1
     fresh = [reply for reply in replies if not any(entry.replayed for entry in reply.messages)]
     assert len(fresh) == 1
@@ -133,7 +159,9 @@ async def test_fifty_identical_appends_start_one_session(chats: tuple[Chat, Chat
     (await checked(database_url, chats[0].user_id, replies[0].session_id)).holds(replies)
 
 
-async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_message_id_is_written(chat: Chat) -> None:
+async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_message_id_is_written(
+    chat: Chat,
+) -> None:
     message = text("once")
     first = await chat.append("", [message])
     message.id = message.id.upper()
@@ -143,14 +171,21 @@ async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_me
 
 
 @pytest.mark.case(n=8)
-async def test_one_of_those_who_take_an_id_gets_it(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_one_of_those_who_take_an_id_gets_it(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     session = await chats[0].create_session()
     message_id = new_id()
-    calls = [chats[n % 2].append(session.id, [text(f"content {n % 5}", id=message_id)]) for n in range(40)]
+    calls = [
+        chats[n % 2].append(session.id, [text(f"content {n % 5}", id=message_id)])
+        for n in range(40)
+    ]
     good, bad = await settle(calls)
     assert len(good) == 8, "the winner and its replays"
     assert sum(not reply.messages[0].replayed for reply in good) == 1
-    assert {(each.reason, each.metadata["message_id"]) for each in bad} == {("MESSAGE_ID_REUSED", message_id)}
+    assert {(each.reason, each.metadata["message_id"]) for each in bad} == {
+        ("MESSAGE_ID_REUSED", message_id)
+    }
     assert (await checked(database_url, chats[0].user_id, session.id)).last_seq == 1
 
 
@@ -159,7 +194,9 @@ async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str
     session = await chats[0].create_session()
     messages = texts(60)
     windows = [messages[start : start + 6] for start in range(0, 55, 2)] * 2
-    replies = await asyncio.gather(*(chats[n % 2].append(session.id, window) for n, window in enumerate(windows)))
+    replies = await asyncio.gather(
+        *(chats[n % 2].append(session.id, window) for n, window in enumerate(windows))
+    )
     found = await checked(database_url, chats[0].user_id, session.id)
     found.holds(replies)
     assert found.last_seq == len(messages)
@@ -169,17 +206,24 @@ async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str
     for window, reply in zip(windows, replies, strict=True):
         assert [entry.id for entry in reply.messages] == [message.id for message in window]
         fresh = [entry.seq for entry in reply.messages if not entry.replayed]
-        assert not fresh or fresh == list(range(fresh[0], fresh[0] + len(fresh))), "what is new lies next to each other"
+        assert not fresh or fresh == list(range(fresh[0], fresh[0] + len(fresh))), (
+            "what is new lies next to each other"
+        )
 
 
-async def test_one_of_those_who_expect_the_same_last_seq_is_served(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_one_of_those_who_expect_the_same_last_seq_is_served(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     session = await chats[0].create_session()
     for last_seq in (0, 1):
         good, bad = await settle(
-            chats[n % 2].append(session.id, f"{last_seq}.{n}", expected_last_seq=last_seq) for n in range(20)
+            chats[n % 2].append(session.id, f"{last_seq}.{n}", expected_last_seq=last_seq)
+            for n in range(20)
         )
         assert [seqs(reply) for reply in good] == [[last_seq + 1]]
-        assert {(each.reason, each.metadata["last_seq"]) for each in bad} == {("LAST_SEQ_MISMATCH", str(last_seq + 1))}
+        assert {(each.reason, each.metadata["last_seq"]) for each in bad} == {
+            ("LAST_SEQ_MISMATCH", str(last_seq + 1))
+        }
     (await checked(database_url, chats[0].user_id, session.id)).check()
 
 
@@ -192,10 +236,17 @@ async def test_a_session_that_is_not_there_counts_as_empty(chat: Chat, database_
     assert reply.session_created
 
 
-async def test_many_make_the_session_that_is_missing(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_many_make_the_session_that_is_missing(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     session_id = new_id()
     calls = [
-        chats[n % 2].append(session_id, f"{n}", create_if_missing=True, session=session_pb2.Session(title=f"title {n}"))
+        chats[n % 2].append(
+            session_id,
+            f"{n}",
+            create_if_missing=True,
+            session=session_pb2.Session(title=f"title {n}"),
+        )
         for n in range(40)
     ]
     replies = await asyncio.gather(*calls)
@@ -209,7 +260,9 @@ async def test_many_make_the_session_that_is_missing(chats: tuple[Chat, Chat], d
     assert found.last_seq == 40
 
 
-async def test_a_live_chat_is_retitled_with_its_etag(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_a_live_chat_is_retitled_with_its_etag(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     session = await chats[0].create_session(title="before")
     writing = [asyncio.create_task(chats[n % 2].append(session.id, f"{n}")) for n in range(60)]
     for number in range(5):
@@ -222,14 +275,21 @@ async def test_a_live_chat_is_retitled_with_its_etag(chats: tuple[Chat, Chat], d
     (await checked(database_url, chats[0].user_id, session.id)).holds(replies)
 
 
-async def test_appends_meet_updates_and_erasures(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_appends_meet_updates_and_erasures(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     """Everything that locks the same rows, at once: no deadlock reaches a caller, and the counts stay right."""
     session = await chats[0].create_session()
     first = await chats[0].append(session.id, texts(20))
     ids = [entry.id for entry in first.messages]
-    work: list[Awaitable[object]] = [chats[n % 2].append(session.id, texts(2, f"{n}")) for n in range(40)]
+    work: list[Awaitable[object]] = [
+        chats[n % 2].append(session.id, texts(2, f"{n}")) for n in range(40)
+    ]
     work += [chats[n % 2].delete(session.id, ids[n]) for n in range(10)]
-    work += [chats[n % 2].update(session.id, ids[10 + n], ["content"], content="edited") for n in range(10)]
+    work += [
+        chats[n % 2].update(session.id, ids[10 + n], ["content"], content="edited")
+        for n in range(10)
+    ]
     work += [chats[n % 2].fork(session.id, 20) for n in range(6)]
     good, bad = await settle(work)
     assert not bad
@@ -239,7 +299,9 @@ async def test_appends_meet_updates_and_erasures(chats: tuple[Chat, Chat], datab
         assert (await checked(database_url, chats[0].user_id, fork.id)).last_seq == 20
 
 
-async def test_sessions_come_and_go_under_appends(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_sessions_come_and_go_under_appends(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
     """Appends that may make the session race with its erasure: each is stored or not, and what is left is sound."""
     session_id = new_id()
 
@@ -299,10 +361,16 @@ async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(
 
 async def test_reads_that_share_a_statement_are_not_mixed_up(chat: Chat, other: Chat) -> None:
     """Pages and contexts of two users' sessions, of different lengths, all at once: each reader gets its own, in order."""
-    owned = [(whose, await whose.start(texts(3 + 7 * n, f"{n}"))) for n in range(6) for whose in (chat, other)]
+    owned = [
+        (whose, await whose.start(texts(3 + 7 * n, f"{n}")))
+        for n in range(6)
+        for whose in (chat, other)
+    ]
     descending = message_pb2.MESSAGE_ORDER_DESC
 
-    def reads() -> list[Awaitable[message_pb2.ListMessagesResponse | message_pb2.GetContextResponse]]:
+    def reads() -> list[
+        Awaitable[message_pb2.ListMessagesResponse | message_pb2.GetContextResponse]
+    ]:
         return [
             call
             for whose, session_id in owned
@@ -332,7 +400,9 @@ async def test_a_read_sees_what_was_acknowledged_before_it(chats: tuple[Chat, Ch
         for turn in range(4):
             reply = await chats[number % 2].append(session.id, f"{number}.{turn}")
             seq = reply.messages[0].seq
-            page = await chats[turn % 2].page(session.id, page_size=1, order=message_pb2.MESSAGE_ORDER_DESC)
+            page = await chats[turn % 2].page(
+                session.id, page_size=1, order=message_pb2.MESSAGE_ORDER_DESC
+            )
             assert page.messages[0].seq >= seq
             context = await chats[(turn + 1) % 2].context(session.id, max_messages=1)
             assert context.messages[-1].seq >= seq

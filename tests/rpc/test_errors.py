@@ -93,7 +93,11 @@ PLAIN: dict[str, tuple[Produce, StatusCode, set[str]]] = {
     "EMAIL_TAKEN": (email_taken, StatusCode.ALREADY_EXISTS, set()),
     "EXTERNAL_ID_TAKEN": (external_id_taken, StatusCode.ALREADY_EXISTS, set()),
     "ID_TAKEN": (id_taken, StatusCode.ALREADY_EXISTS, {"session_id"}),
-    "MESSAGE_ID_REUSED": (message_id_reused, StatusCode.ALREADY_EXISTS, {"session_id", "message_id"}),
+    "MESSAGE_ID_REUSED": (
+        message_id_reused,
+        StatusCode.ALREADY_EXISTS,
+        {"session_id", "message_id"},
+    ),
     "ETAG_MISMATCH": (etag_mismatch, StatusCode.ABORTED, {"id", "etag"}),
     "LAST_SEQ_MISMATCH": (last_seq_mismatch, StatusCode.ABORTED, {"session_id", "last_seq"}),
     "SESSION_ARCHIVED": (session_archived, StatusCode.FAILED_PRECONDITION, {"session_id"}),
@@ -133,7 +137,9 @@ async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
     connection = await asyncpg.connect(url, server_settings={"application_name": SUPPORT})
     try:
         async with connection.transaction():
-            await connection.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id)
+            await connection.execute(
+                "SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id
+            )
             yield
     finally:
         await connection.close()
@@ -142,9 +148,13 @@ async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
 async def test_an_append_to_a_session_that_stays_locked_is_contention(
     chat: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "REPLY_MARGIN", 1.0)  # A busy machine takes its time to carry an answer.
+    monkeypatch.setattr(
+        database, "REPLY_MARGIN", 1.0
+    )  # A busy machine takes its time to carry an answer.
     session_id = await chat.start()
-    request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=texts(1))
+    request = message_pb2.AppendMessagesRequest(
+        user_id=chat.user_id, session_id=session_id, messages=texts(1)
+    )
     async with locked(database_url, session_id):
         found = await fails(chat.stub.AppendMessages(request, timeout=5), "CONTENTION")
     assert (found.code, found.retry_after is not None) == (StatusCode.ABORTED, True)
@@ -182,7 +192,10 @@ async def test_a_callers_deadline_ends_its_call(chat: Chat, database_url: str) -
 
 
 async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -> None:
-    async with serving(database_url, max_in_flight=2, max_watches=1) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, max_in_flight=2, max_watches=1) as server,
+        connected(server.address) as stub,
+    ):
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         async with locked(database_url, session_id):
@@ -190,7 +203,10 @@ async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -
             while server.calls.in_flight < 2:
                 await asyncio.sleep(0.01)
             found = await fails(chat.get_session(session_id), "OVERLOADED")
-            assert (found.code, found.retry_after is not None) == (StatusCode.RESOURCE_EXHAUSTED, True)
+            assert (found.code, found.retry_after is not None) == (
+                StatusCode.RESOURCE_EXHAUSTED,
+                True,
+            )
         await asyncio.gather(*waiting)
         await chat.get_session(session_id)
         watch = chat.watch(session_id)
@@ -199,7 +215,9 @@ async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -
         watch.cancel()
 
 
-async def test_a_server_that_goes_away_sends_its_callers_elsewhere(chat: Chat, server: Server) -> None:
+async def test_a_server_that_goes_away_sends_its_callers_elsewhere(
+    chat: Chat, server: Server
+) -> None:
     session_id = await chat.start()
     watch = chat.watch(session_id)
     await watch.read()
@@ -214,7 +232,11 @@ async def test_a_database_that_is_away_is_told_and_comes_back(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "OUTAGE_PATIENCE", 0.5)
-    async with before_postgres(database_url) as (proxy, url), serving(url) as server, connected(server.address) as stub:
+    async with (
+        before_postgres(database_url) as (proxy, url),
+        serving(url) as server,
+        connected(server.address) as stub,
+    ):
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         proxy.refuse()
@@ -279,7 +301,12 @@ async def test_a_statement_that_the_database_refuses_says_nothing_of_itself(
 
 # --- Who may do what.
 
-JWT = {"auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE}
+JWT = {
+    "auth": "jwt",
+    "jwt_key": issuer.SECRET,
+    "jwt_issuer": issuer.ISSUER,
+    "jwt_audience": issuer.AUDIENCE,
+}
 
 
 async def test_a_caller_without_a_token_is_not_known(database_url: str) -> None:
@@ -288,13 +315,16 @@ async def test_a_caller_without_a_token_is_not_known(database_url: str) -> None:
     assert found.code == StatusCode.UNAUTHENTICATED
 
 
-async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(database_url: str) -> None:
+async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(
+    database_url: str,
+) -> None:
     async with serving(database_url, **JWT) as server, connected(server.address) as stub:
         service = issuer.bearer(issuer.service_token())
         made = [
             (
                 await stub.CreateUser(
-                    user_pb2.CreateUserRequest(user=user_pb2.User(email=f"{n}@x.example")), metadata=service
+                    user_pb2.CreateUserRequest(user=user_pb2.User(email=f"{n}@x.example")),
+                    metadata=service,
                 )
             ).user
             for n in range(2)
@@ -311,8 +341,12 @@ async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(dat
             stub.GetUser(get(email="1@x.example"), metadata=me),
             stub.GetUser(get(email="nobody@x.example"), metadata=me),
             stub.ListSessions(named(user_id=theirs), metadata=me),
-            stub.UpdateUser(user_pb2.UpdateUserRequest(user=user_pb2.User(id=theirs, name="x")), metadata=me),
-            stub.AppendMessages(message_pb2.AppendMessagesRequest(user_id=theirs, messages=texts(1)), metadata=me),
+            stub.UpdateUser(
+                user_pb2.UpdateUserRequest(user=user_pb2.User(id=theirs, name="x")), metadata=me
+            ),
+            stub.AppendMessages(
+                message_pb2.AppendMessagesRequest(user_id=theirs, messages=texts(1)), metadata=me
+            ),
         ):
             found = await fails(call, "USER_MISMATCH")
             assert found.code == StatusCode.PERMISSION_DENIED
@@ -320,7 +354,9 @@ async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(dat
             stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User()), metadata=me),
             stub.ListUsers(user_pb2.ListUsersRequest(), metadata=me),
             stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=mine), metadata=me),
-            stub.UpdateUser(user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="x")), metadata=me),
+            stub.UpdateUser(
+                user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="x")), metadata=me
+            ),
         ):
             found = await fails(call_, "SERVICE_ONLY")
             assert found.code == StatusCode.PERMISSION_DENIED

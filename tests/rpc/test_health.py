@@ -148,7 +148,9 @@ async def test_it_is_not_ready_with_a_schema_that_is_too_old(database_url: str) 
         await probe.becomes(True)
 
 
-async def test_an_old_build_is_ready_with_a_newer_schema_until_it_is_contracted(database_url: str) -> None:
+async def test_an_old_build_is_ready_with_a_newer_schema_until_it_is_contracted(
+    database_url: str,
+) -> None:
     await fetch(database_url, "UPDATE alembic_version SET version_num = '9999'")
     async with started(database_url) as (server, probe):
         await probe.becomes(True)
@@ -210,7 +212,11 @@ async def test_postgres_is_stopped_and_comes_back_under_traffic() -> None:
 @pytest.mark.case(n=12)
 async def test_the_database_is_gone_without_a_word_under_traffic(database_url: str) -> None:
     """A black hole: nothing is refused and nothing answered. Calls end on time, and it recovers by itself."""
-    async with before_postgres(database_url) as (proxy, url), serving(url) as server, channel(server.address) as opened:
+    async with (
+        before_postgres(database_url) as (proxy, url),
+        serving(url) as server,
+        channel(server.address) as opened,
+    ):
         probe = Probe(opened)
         async with connected(server.address) as stub:
             chat = await Chat.of_new_user(stub)
@@ -224,7 +230,9 @@ async def test_the_database_is_gone_without_a_word_under_traffic(database_url: s
 
 @pytest.mark.case(n=12)
 @pytest.mark.parametrize("whose", ["client", "server"])
-async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(database_url: str, whose: str) -> None:
+async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(
+    database_url: str, whose: str
+) -> None:
     """By the client's deadline, or by the server's for a client that has set none; and the server does not go on."""
     of_server, of_client = (0.8, None) if whose == "server" else (30.0, 0.8)
     async with (
@@ -239,16 +247,26 @@ async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(databa
             "GetSession": {"session_id": session.id},
             "ListMessages": {"session_id": session.id},
             "GetContext": {"session_id": session.id},
-            "AppendMessages": {"session_id": session.id, "messages": [{"role": 1, "content": "?", "id": new_id()}]},
+            "AppendMessages": {
+                "session_id": session.id,
+                "messages": [{"role": 1, "content": "?", "id": new_id()}],
+            },
             "DeleteSession": {"session_id": session.id},
         }
         async with asyncio.timeout(60):
             for name, fields in requests.items():
-                kind = getattr(message_pb2, f"{name}Request", None) or getattr(session_pb2, f"{name}Request")
+                kind = getattr(message_pb2, f"{name}Request", None) or getattr(
+                    session_pb2, f"{name}Request"
+                )
                 with pytest.raises(aio.AioRpcError) as caught:
-                    await getattr(stub, name)(kind(user_id=chat.user_id, **fields), timeout=of_client)
+                    await getattr(stub, name)(
+                        kind(user_id=chat.user_id, **fields), timeout=of_client
+                    )
                 # An append is answered a little before its deadline, when it has met that the database is away.
-                late = (StatusCode.DEADLINE_EXCEEDED, StatusCode.UNAVAILABLE if name == "AppendMessages" else None)
+                late = (
+                    StatusCode.DEADLINE_EXCEEDED,
+                    StatusCode.UNAVAILABLE if name == "AppendMessages" else None,
+                )
                 assert caught.value.code() in late, name
                 while server.calls.in_flight:
                     await asyncio.sleep(0.01)
@@ -262,7 +280,11 @@ async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(databa
 
 
 async def test_the_name_database_tells_the_truth_of_an_idle_service(database_url: str) -> None:
-    async with before_postgres(database_url) as (proxy, url), serving(url) as server, channel(server.address) as opened:
+    async with (
+        before_postgres(database_url) as (proxy, url),
+        serving(url) as server,
+        channel(server.address) as opened,
+    ):
         probe = Probe(opened)
         assert await probe.check("database") == SERVING
         proxy.refuse()
@@ -375,9 +397,13 @@ async def test_locked_rows_are_no_outage(database_url: str, cluster: Cluster) ->
             holder = await cluster.connect(database_name(database_url))
             try:
                 async with holder.transaction():
-                    await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session.id)
+                    await holder.execute(
+                        "SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session.id
+                    )
                     waiting = [
-                        asyncio.create_task(chat.update_session(["title"], id=session.id, title=f"{n}"))
+                        asyncio.create_task(
+                            chat.update_session(["title"], id=session.id, title=f"{n}")
+                        )
                         for n in range(4)
                     ]
                     for _ in range(30):
@@ -391,7 +417,10 @@ async def test_locked_rows_are_no_outage(database_url: str, cluster: Cluster) ->
 
 async def test_health_is_served_on_a_port_of_its_own_as_well(database_url: str) -> None:
     port = free_port()
-    async with serving(database_url, health_listen=f"127.0.0.1:{port}"), channel(f"127.0.0.1:{port}") as opened:
+    async with (
+        serving(database_url, health_listen=f"127.0.0.1:{port}"),
+        channel(f"127.0.0.1:{port}") as opened,
+    ):
         assert await Probe(opened).ready()
         async with connected(f"127.0.0.1:{port}") as stub:
             with pytest.raises(aio.AioRpcError) as caught:

@@ -44,7 +44,9 @@ class Writer:
             message = text(f"{len(self.sent)}")
             self.sent.append(message.id)
             try:
-                self.acknowledged.append(await self.chat.append(self.session_id, [message], create_if_missing=True))
+                self.acknowledged.append(
+                    await self.chat.append(self.session_id, [message], create_if_missing=True)
+                )
             except aio.AioRpcError as error:
                 self.failed.append(error)
                 return
@@ -63,7 +65,9 @@ async def exhaust(replies: AsyncIterator[object]) -> None:
 
 
 @pytest.mark.case(n=17)
-async def test_sigterm_under_load_with_a_watch_open(start_process: StartProcess, database_url: str) -> None:
+async def test_sigterm_under_load_with_a_watch_open(
+    start_process: StartProcess, database_url: str
+) -> None:
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
     async with connected(process.address) as stub:
         chat = await Chat.of_new_user(stub)
@@ -88,7 +92,9 @@ async def test_sigterm_under_load_with_a_watch_open(start_process: StartProcess,
 
 
 @pytest.mark.case(n=17)
-async def test_those_who_come_again_at_once_are_never_told_cancelled(start_process: StartProcess) -> None:
+async def test_those_who_come_again_at_once_are_never_told_cancelled(
+    start_process: StartProcess,
+) -> None:
     """CANCELLED is what gRPC makes of calls that reach a server while it stops, and no reason for a client to try again."""
     process = await start_process()
     codes: list[StatusCode] = []
@@ -113,7 +119,9 @@ async def test_those_who_come_again_at_once_are_never_told_cancelled(start_proce
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_an_idle_server_ends_at_once(start_process: StartProcess, number: signal.Signals) -> None:
+async def test_an_idle_server_ends_at_once(
+    start_process: StartProcess, number: signal.Signals
+) -> None:
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
     async with connected(process.address) as stub:
         await Chat.of_new_user(stub)
@@ -122,7 +130,9 @@ async def test_an_idle_server_ends_at_once(start_process: StartProcess, number: 
             assert await process.wait() == 0
 
 
-async def test_a_signal_before_it_is_ready_ends_it_too(empty_database_url: str, tmp_path: Path) -> None:
+async def test_a_signal_before_it_is_ready_ends_it_too(
+    empty_database_url: str, tmp_path: Path
+) -> None:
     async with asyncio.timeout(60):
         process = ServerProcess(empty_database_url, tmp_path / "server")
         await process.start(ready=False)
@@ -133,16 +143,22 @@ async def test_a_signal_before_it_is_ready_ends_it_too(empty_database_url: str, 
         await process.stop()
 
 
-async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(database_url: str, cluster: Cluster) -> None:
+async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(
+    database_url: str, cluster: Cluster
+) -> None:
     holder = await cluster.connect(database_name(database_url))
     try:
-        async with serving(database_url, shutdown_grace=30.0) as server, connected(server.address) as stub:
+        async with (
+            serving(database_url, shutdown_grace=30.0) as server,
+            connected(server.address) as stub,
+        ):
             chat = await Chat.of_new_user(stub)
             session = await chat.create_session()
             async with holder.transaction():
                 await holder.execute("LOCK TABLE chat_sessions IN ACCESS EXCLUSIVE MODE")
                 under_way = [asyncio.create_task(chat.append(session.id, f"{n}")) for n in range(5)]
-                under_way.append(asyncio.create_task(chat.update_session(["title"], id=session.id, title="new")))  # type: ignore[arg-type]
+                update = chat.update_session(["title"], id=session.id, title="new")
+                under_way.append(asyncio.create_task(update))  # type: ignore[arg-type]
                 while server.calls.in_flight < len(under_way):
                     await asyncio.sleep(0.01)
                 stopping = asyncio.create_task(server.stop())
@@ -166,7 +182,9 @@ async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the end begins, nothing may be under way although the server is in use; gRPC alone would cancel the next call."""
-    monkeypatch.setattr(server_module, "LINGER", 1.0)  # The next call of a busy machine's takes a moment.
+    monkeypatch.setattr(
+        server_module, "LINGER", 1.0
+    )  # The next call of a busy machine's takes a moment.
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         stopping = asyncio.create_task(server.stop())
@@ -175,13 +193,19 @@ async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
         assert not server.calls.in_flight
         with pytest.raises(aio.AioRpcError) as refused:
             await chat.list_sessions()
-        assert (refused.value.code(), failures.read(refused.value).reason) == (StatusCode.UNAVAILABLE, "DRAINING")
+        assert (refused.value.code(), failures.read(refused.value).reason) == (
+            StatusCode.UNAVAILABLE,
+            "DRAINING",
+        )
         await stopping
 
 
 async def test_health_says_so_before_calls_are_refused(database_url: str) -> None:
     """Load balancers need a moment to notice: until it is over, calls are served."""
-    async with serving(database_url, shutdown_delay=3.0) as server, channel(server.address) as opened:
+    async with (
+        serving(database_url, shutdown_delay=3.0) as server,
+        channel(server.address) as opened,
+    ):
         health: Any = health_pb2_grpc.HealthStub(opened)
         async with connected(server.address) as stub:
             chat = await Chat.of_new_user(stub)
@@ -196,10 +220,15 @@ async def test_health_says_so_before_calls_are_refused(database_url: str) -> Non
             await stopping
 
 
-async def test_calls_that_do_not_end_are_cut_off_after_the_grace(database_url: str, cluster: Cluster) -> None:
+async def test_calls_that_do_not_end_are_cut_off_after_the_grace(
+    database_url: str, cluster: Cluster
+) -> None:
     holder = await cluster.connect(database_name(database_url))
     try:
-        async with serving(database_url, shutdown_grace=0.5) as server, connected(server.address) as stub:
+        async with (
+            serving(database_url, shutdown_grace=0.5) as server,
+            connected(server.address) as stub,
+        ):
             chat = await Chat.of_new_user(stub)
             session = await chat.create_session()
             async with holder.transaction():
@@ -219,7 +248,9 @@ async def test_calls_that_do_not_end_are_cut_off_after_the_grace(database_url: s
         await holder.close()
 
 
-async def test_a_second_server_on_the_port_fails(server: Server, database_url: str, tmp_path: Path) -> None:
+async def test_a_second_server_on_the_port_fails(
+    server: Server, database_url: str, tmp_path: Path
+) -> None:
     second = Server(server_settings(listen=server.address), target_of(database_url))
     with pytest.raises(OSError, match="cannot listen"):
         await second.start()
@@ -240,7 +271,9 @@ async def test_a_restart_takes_the_port_at_once(database_url: str, tmp_path: Pat
             chat = await Chat.of_new_user(stub)
             session_id = await chat.start()
             await first.kill()
-        async with ServerProcess(database_url, tmp_path / "second", CHAT_HISTORY_LISTEN=first.address) as second:
+        async with ServerProcess(
+            database_url, tmp_path / "second", CHAT_HISTORY_LISTEN=first.address
+        ) as second:
             assert second.address == first.address
             async with connected(second.address) as stub:
                 assert (await Chat(stub, chat.user_id).get_session(session_id)).last_seq == 1
@@ -273,7 +306,9 @@ async def test_reflection_tells_the_whole_api(server: Server) -> None:
                 await call.read()
             return reply
 
-        services = {each.name for each in (await ask(list_services="")).list_services_response.service}
+        services = {
+            each.name for each in (await ask(list_services="")).list_services_response.service
+        }
         assert services >= {"chathistory.v1.ChatHistoryService", "grpc.health.v1.Health"}
         files: dict[str, descriptor_pb2.FileDescriptorProto] = {}
         found = await ask(file_containing_symbol="chathistory.v1.ChatHistoryService")

@@ -39,13 +39,17 @@ async def held(cluster: Cluster, database_url: str, *session_ids: str) -> AsyncG
     holder = await cluster.connect(database_name(database_url))
     try:
         async with holder.transaction():
-            await holder.execute("SELECT FROM chat_sessions WHERE id = ANY($1::uuid[]) FOR UPDATE", list(session_ids))
+            await holder.execute(
+                "SELECT FROM chat_sessions WHERE id = ANY($1::uuid[]) FOR UPDATE", list(session_ids)
+            )
             yield holder
     finally:
         await holder.close()
 
 
-async def test_updates_of_a_held_row_are_nobody_elses_wait(busy: Server, cluster: Cluster, database_url: str) -> None:
+async def test_updates_of_a_held_row_are_nobody_elses_wait(
+    busy: Server, cluster: Cluster, database_url: str
+) -> None:
     async with connected(busy.address) as stub, channel(busy.address) as opened:
         chat, other = await Chat.of_new_user(stub), await Chat.of_new_user(stub)
         mine = await chat.create_session()
@@ -53,7 +57,8 @@ async def test_updates_of_a_held_row_are_nobody_elses_wait(busy: Server, cluster
         health: Any = health_pb2_grpc.HealthStub(opened)
         async with held(cluster, database_url, mine.id) as holder:
             blocked = [
-                asyncio.create_task(chat.update_session(["title"], id=mine.id, title=f"{n}")) for n in range(BLOCKED)
+                asyncio.create_task(chat.update_session(["title"], id=mine.id, title=f"{n}"))
+                for n in range(BLOCKED)
             ]
             for turn in range(8):
                 async with asyncio.timeout(SECONDS):
@@ -83,7 +88,9 @@ async def test_updates_of_a_held_row_are_nobody_elses_wait(busy: Server, cluster
 async def test_who_waits_for_a_held_row_is_told_before_the_deadline(
     busy: Server, cluster: Cluster, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "REPLY_MARGIN", 1.0)  # A busy machine takes its time to carry forty answers.
+    monkeypatch.setattr(
+        database, "REPLY_MARGIN", 1.0
+    )  # A busy machine takes its time to carry forty answers.
     async with connected(busy.address) as stub:
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()
@@ -98,7 +105,9 @@ async def test_who_waits_for_a_held_row_is_told_before_the_deadline(
         await chat.update_session(["title"], id=session.id, title="at last")
 
 
-async def test_the_bound_costs_no_round_trip(busy: Server, cluster: Cluster, database_url: str) -> None:
+async def test_the_bound_costs_no_round_trip(
+    busy: Server, cluster: Cluster, database_url: str
+) -> None:
     async with connected(busy.address) as stub:
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()

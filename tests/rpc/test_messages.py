@@ -25,7 +25,9 @@ finite = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: num
 numbers = st.one_of(finite, st.integers(-(2**53), 2**53).map(float))
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, anything),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(anything, inner, max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(anything, inner, max_size=4)
+    ),
     max_leaves=12,
 )
 objects = st.dictionaries(anything, json_values, max_size=5)
@@ -65,7 +67,9 @@ def all_parts() -> list[message_pb2.Part]:
         part(tool_call={"id": "c2"}),
         part(tool_result={"tool_call_id": "c", "content": "done", "is_error": True}),
         part(tool_result={"tool_call_id": "c2"}),
-        part(file={"uri": "s3://b/k", "mime_type": "image/png", "name": "k", "size_bytes": 2**53 + 1}),
+        part(
+            file={"uri": "s3://b/k", "mime_type": "image/png", "name": "k", "size_bytes": 2**53 + 1}
+        ),
         part(file={}),
         part(citation={"document_id": new_id(), "chunk_index": 3, "quote": "so"}),
         part(citation={}),
@@ -93,11 +97,15 @@ async def test_everything_that_is_sent_comes_back(chat: Chat) -> None:
     for name in ("session_id", "seq", "create_time", "update_time", "etag"):
         got.ClearField(name)
     assert got == sent
-    assert [each.WhichOneof("kind") for each in got.parts] == [each.WhichOneof("kind") for each in sent.parts]
+    assert [each.WhichOneof("kind") for each in got.parts] == [
+        each.WhichOneof("kind") for each in sent.parts
+    ]
 
 
 async def test_a_message_is_the_same_however_it_is_read(chat: Chat) -> None:
-    sent = text("content", ASSISTANT, parts=all_parts()[:2], metadata={"k": 1}, feedback={"score": 1})
+    sent = text(
+        "content", ASSISTANT, parts=all_parts()[:2], metadata={"k": 1}, feedback={"score": 1}
+    )
     session_id = await chat.start([sent])
     got = await chat.get(session_id, sent.id.upper())
     assert await chat.all(session_id) == [got]
@@ -140,13 +148,19 @@ async def test_whatever_a_text_says_is_stored_verbatim(chat: Chat, value: str) -
             {"citation": {"quote": value}},
         ],
     )
-    session_id = await chat.start([sent], session={"title": value, "summary": value, "metadata": {value: value}})
+    session_id = await chat.start(
+        [sent], session={"title": value, "summary": value, "metadata": {value: value}}
+    )
     got = await chat.get(session_id, sent.id)
     assert (got.content, got.author, got.feedback.comment) == (value, value, value)
     assert got.metadata == sent.metadata
     assert list(got.parts) == list(sent.parts)
     session = await chat.get_session(session_id)
-    assert (session.title, session.summary, dict(session.metadata)) == (value, value, {value: value})
+    assert (session.title, session.summary, dict(session.metadata)) == (
+        value,
+        value,
+        {value: value},
+    )
     changed = await chat.update(session_id, sent.id, content=value + value)
     assert changed.content == value + value
 
@@ -156,8 +170,13 @@ async def test_texts_and_structs_of_any_content_come_back(chat: Chat) -> None:
 
     @given(anything, objects, st.lists(st.one_of(anything, objects), max_size=4))
     @settings(max_examples=60)
-    def comes_back(content: str, metadata: dict[str, Any], parts: list[str | dict[str, Any]]) -> None:
-        sent = text(content, parts=[{"text": part} if isinstance(part, str) else {"data": part} for part in parts])
+    def comes_back(
+        content: str, metadata: dict[str, Any], parts: list[str | dict[str, Any]]
+    ) -> None:
+        sent = text(
+            content,
+            parts=[{"text": part} if isinstance(part, str) else {"data": part} for part in parts],
+        )
         sent.metadata.update(metadata)
 
         async def there_and_back() -> message_pb2.Message:
@@ -173,7 +192,8 @@ async def test_texts_and_structs_of_any_content_come_back(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [0.1, 1 / 3, -0.0, 1e-320, 1.7976931348623157e308, 5e-324, 2.0**63, 123456789012345680.0, 1e22]
+    "number",
+    [0.1, 1 / 3, -0.0, 1e-320, 1.7976931348623157e308, 5e-324, 2.0**63, 123456789012345680.0, 1e22],
 )
 async def test_a_number_keeps_its_last_bit(chat: Chat, number: float) -> None:
     sent = text("x", metadata={"n": number}, parts=[{"data": {"n": number}}])
@@ -199,7 +219,9 @@ async def test_times_are_the_servers_and_rise_with_seq(chat: Chat) -> None:
 async def test_times_never_go_back_even_when_the_clock_does(chat: Chat, database_url: str) -> None:
     session_id = await chat.start(texts(2))
     # As if an earlier append had met a clock that ran an hour fast.
-    await fetch(database_url, "UPDATE chat_sessions SET updated_at = '2100-01-01' WHERE id = $1", session_id)
+    await fetch(
+        database_url, "UPDATE chat_sessions SET updated_at = '2100-01-01' WHERE id = $1", session_id
+    )
     await fetch(
         database_url,
         "UPDATE chat_messages SET created_at = '2100-01-01' WHERE session_id = $1",
@@ -234,9 +256,20 @@ async def test_a_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
 async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
     sent = text("before", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], author="Ada")
     session_id = await chat.start([sent])
-    changed = await chat.update(session_id, sent.id, content="after", feedback={"score": 1, "comment": "good"})
-    assert (changed.content, changed.feedback.score, changed.feedback.comment) == ("after", 1, "good")
-    assert (changed.token_count, changed.metadata["k"], changed.author, len(changed.parts)) == (5, 1, "Ada", 1)
+    changed = await chat.update(
+        session_id, sent.id, content="after", feedback={"score": 1, "comment": "good"}
+    )
+    assert (changed.content, changed.feedback.score, changed.feedback.comment) == (
+        "after",
+        1,
+        "good",
+    )
+    assert (changed.token_count, changed.metadata["k"], changed.author, len(changed.parts)) == (
+        5,
+        1,
+        "Ada",
+        1,
+    )
     assert (changed.seq, changed.role) == (1, USER)
     assert await chat.get(session_id, sent.id) == changed
 
@@ -260,7 +293,8 @@ async def test_feedback_of_zero_is_feedback(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["id", "session_id", "seq", "role", "author", "create_time", "etag", "feedback.score", "nope"]
+    "path",
+    ["id", "session_id", "seq", "role", "author", "create_time", "etag", "feedback.score", "nope"],
 )
 async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
     session_id = await chat.start([sent := text("c")])
@@ -276,26 +310,37 @@ async def test_an_update_names_its_session_and_message(chat: Chat) -> None:
         return message_pb2.UpdateMessageRequest(**fields)
 
     inside = request(
-        user_id=chat.user_id, message={"id": sent.id, "session_id": session_id.upper(), "content": "in it"}
+        user_id=chat.user_id,
+        message={"id": sent.id, "session_id": session_id.upper(), "content": "in it"},
     )
     assert (await chat.stub.UpdateMessage(inside)).message.content == "in it"
     await refuses(
-        chat.stub.UpdateMessage(request(user_id=chat.user_id, message={"content": "x"})), "session_id", "message.id"
+        chat.stub.UpdateMessage(request(user_id=chat.user_id, message={"content": "x"})),
+        "session_id",
+        "message.id",
     )
     await refuses(chat.update(session_id, "", content="x"), "message.id")
-    elsewhere = request(user_id=chat.user_id, session_id=session_id, message={"id": sent.id, "session_id": new_id()})
+    elsewhere = request(
+        user_id=chat.user_id, session_id=session_id, message={"id": sent.id, "session_id": new_id()}
+    )
     await refuses(chat.stub.UpdateMessage(elsewhere), "message.session_id")
-    await refuses(chat.stub.UpdateMessage(request(user_id=chat.user_id, session_id=session_id)), "message")
+    await refuses(
+        chat.stub.UpdateMessage(request(user_id=chat.user_id, session_id=session_id)), "message"
+    )
 
 
-async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(chat: Chat) -> None:
+async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
+    chat: Chat,
+) -> None:
     session_id = await chat.start([sent := text("first")])
     first = await chat.get(session_id, sent.id)
     second = await chat.update(session_id, sent.id, content="second", etag=first.etag)
     assert second.etag != first.etag
     assert second.update_time.ToMicroseconds() >= first.update_time.ToMicroseconds()
     assert second.create_time == first.create_time
-    found = await fails(chat.update(session_id, sent.id, content="third", etag=first.etag), "ETAG_MISMATCH")
+    found = await fails(
+        chat.update(session_id, sent.id, content="third", etag=first.etag), "ETAG_MISMATCH"
+    )
     assert found.metadata["etag"] == second.etag
     assert await chat.get(session_id, sent.id) == second
 
@@ -304,7 +349,8 @@ async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
     session_id = await chat.start([sent := text("c")])
     etag = (await chat.get(session_id, sent.id)).etag
     results = await asyncio.gather(
-        *(chat.update(session_id, sent.id, content=f"{n}", etag=etag) for n in range(8)), return_exceptions=True
+        *(chat.update(session_id, sent.id, content=f"{n}", etag=etag) for n in range(8)),
+        return_exceptions=True,
     )
     won = [result for result in results if isinstance(result, message_pb2.Message)]
     assert len(won) == 1
@@ -313,10 +359,18 @@ async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
 
 async def test_an_update_estimates_its_tokens_again(chat: Chat) -> None:
     session_id = await chat.start([sent := text("short")])
-    for content, parts in (("much longer " * 50, []), ("much longer " * 50, [{"text": "and more " * 50}]), ("", [])):
+    for content, parts in (
+        ("much longer " * 50, []),
+        ("much longer " * 50, [{"text": "and more " * 50}]),
+        ("", []),
+    ):
         await chat.update(session_id, sent.id, ("content", "parts"), content=content, parts=parts)
         stored = (await chat.get(session_id, sent.id)).parts
-        as_json = json.dumps([{"text": part.text} for part in stored], separators=(",", ":")) if stored else None
+        as_json = (
+            json.dumps([{"text": part.text} for part in stored], separators=(",", ":"))
+            if stored
+            else None
+        )
         assert (await chat.context(session_id)).token_count == estimate_tokens(content, as_json)
 
 
@@ -333,14 +387,18 @@ async def test_an_update_leaves_the_session_and_the_retry_of_the_append_alone(ch
 # --- Erasing.
 
 
-async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumbered(chat: Chat) -> None:
+async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumbered(
+    chat: Chat,
+) -> None:
     sent = texts(5)
     session_id = await chat.start(sent)
     await chat.delete(session_id, sent[1].id)
     await chat.delete(session_id, sent[4].id.upper())
     left = [1, 3, 4]
     assert [each.seq for each in await chat.all(session_id)] == left
-    assert [each.seq for each in await chat.all(session_id, order="MESSAGE_ORDER_DESC", page_size=2)] == left[::-1]
+    assert [
+        each.seq for each in await chat.all(session_id, order="MESSAGE_ORDER_DESC", page_size=2)
+    ] == left[::-1]
     assert [each.seq for each in (await chat.context(session_id)).messages] == left
     await fails(chat.get(session_id, sent[1].id), "MESSAGE_NOT_FOUND")
     await fails(chat.update(session_id, sent[1].id, content="back"), "MESSAGE_NOT_FOUND")
@@ -364,9 +422,15 @@ async def test_an_erased_message_leaves_no_word_behind(chat: Chat, database_url:
     )
     session_id = await chat.start([sent])
     await chat.delete(session_id, sent.id)
-    (row,) = await fetch(database_url, "SELECT * FROM chat_messages WHERE session_id = $1", session_id)
+    (row,) = await fetch(
+        database_url, "SELECT * FROM chat_messages WHERE session_id = $1", session_id
+    )
     assert (row["content"], row["author"], row["parts"], row["metadata"]) == ("", "", None, None)
-    assert (row["feedback_score"], row["feedback_comment"], row["token_count"]) == (None, None, None)
+    assert (row["feedback_score"], row["feedback_comment"], row["token_count"]) == (
+        None,
+        None,
+        None,
+    )
     assert (str(row["id"]), row["seq"], len(row["fingerprint"])) == (sent.id, 1, 16)
 
 
@@ -396,7 +460,12 @@ async def test_an_erased_messages_id_stays_taken(chat: Chat) -> None:
 async def test_a_missing_message_is_erased_only_if_that_is_allowed(chat: Chat) -> None:
     session_id = await chat.start([sent := text("c")])
     await chat.delete(session_id, sent.id)
-    await fails(chat.delete(session_id, sent.id), "MESSAGE_NOT_FOUND", session_id=session_id, message_id=sent.id)
+    await fails(
+        chat.delete(session_id, sent.id),
+        "MESSAGE_NOT_FOUND",
+        session_id=session_id,
+        message_id=sent.id,
+    )
     await fails(chat.delete(new_id(), sent.id), "SESSION_NOT_FOUND")
     for missing in (
         chat.delete(session_id, sent.id, allow_missing=True),
@@ -408,7 +477,9 @@ async def test_a_missing_message_is_erased_only_if_that_is_allowed(chat: Chat) -
 
 async def test_twenty_erasures_of_one_message_at_once_count_once(chat: Chat) -> None:
     session_id = await chat.start(sent := texts(3))
-    await asyncio.gather(*(chat.delete(session_id, sent[0].id, allow_missing=True) for _ in range(20)))
+    await asyncio.gather(
+        *(chat.delete(session_id, sent[0].id, allow_missing=True) for _ in range(20))
+    )
     assert (await chat.get_session(session_id)).message_count == 2
 
 

@@ -35,7 +35,10 @@ async def seqs(chat: Chat, session_id: str, **fields: Any) -> list[int]:
 async def test_pages_meet_without_gap_or_overlap(chat: Chat, page_size: int) -> None:
     session_id = await chat.start(texts(13))
     for order, expected in ((ASC, list(range(1, 14))), (DESC, list(range(13, 0, -1)))):
-        pages = [[each.seq for each in page] async for page in chat.pages(session_id, page_size=page_size, order=order)]
+        pages = [
+            [each.seq for each in page]
+            async for page in chat.pages(session_id, page_size=page_size, order=order)
+        ]
         assert [seq for page in pages for seq in page] == expected
         assert all(len(page) == page_size for page in pages[:-1])
         assert pages[-1]
@@ -54,7 +57,10 @@ async def test_pages_pass_over_what_was_erased_and_are_full_all_the_same(chat: C
         await chat.delete(session_id, sent[erased].id)
     left = [2, 3, 7, 8, 9, 10, 11]
     for order, expected in ((ASC, left), (DESC, left[::-1])):
-        pages = [[each.seq for each in page] async for page in chat.pages(session_id, page_size=3, order=order)]
+        pages = [
+            [each.seq for each in page]
+            async for page in chat.pages(session_id, page_size=3, order=order)
+        ]
         assert pages == [expected[0:3], expected[3:6], expected[6:]]
 
 
@@ -101,7 +107,14 @@ async def test_ten_thousand_messages_are_read_once_each_while_others_append(chat
 async def test_a_page_holds_50_unless_asked_otherwise_and_1000_at_the_most(chat: Chat) -> None:
     session_id = await chat.start(texts(1))
     await fill(chat, session_id, 1_009)
-    for page_size, expected in ((0, 50), (1, 1), (999, 999), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)):
+    for page_size, expected in (
+        (0, 50),
+        (1, 1),
+        (999, 999),
+        (1000, 1000),
+        (1001, 1000),
+        (2**31 - 1, 1000),
+    ):
         for order in (ASC, DESC):
             page = await chat.page(session_id, page_size=page_size, order=order)
             assert len(page.messages) == expected
@@ -109,9 +122,14 @@ async def test_a_page_holds_50_unless_asked_otherwise_and_1000_at_the_most(chat:
     assert (await chat.page(session_id, page_size=5)).messages[0].content == "message 1"
 
 
-async def test_lists_of_sessions_and_users_have_the_same_sizes(chat: Chat, database_url: str) -> None:
+async def test_lists_of_sessions_and_users_have_the_same_sizes(
+    chat: Chat, database_url: str
+) -> None:
     insert = "INSERT INTO {} SELECT {} gen_random_uuid(), '' FROM generate_series(1, 1010)"
-    await fetch(database_url, insert.format("chat_sessions (user_id, id, fingerprint)", f"'{chat.user_id}',"))
+    await fetch(
+        database_url,
+        insert.format("chat_sessions (user_id, id, fingerprint)", f"'{chat.user_id}',"),
+    )
     await fetch(database_url, insert.format("users (id, fingerprint)", ""))
     for page_size, expected in ((0, 50), (1, 1), (1000, 1000), (1001, 1000)):
         assert len((await chat.list_sessions(page_size=page_size)).sessions) == expected
@@ -149,7 +167,10 @@ async def test_a_reply_counts_bytes_and_not_characters(chat: Chat) -> None:
     session_id = (await chat.create_session()).id
     wide = "語" * (MIB // 3 // 4 - 100)
     for _ in range(6):
-        await chat.append(session_id, [text(wide, parts=[{"tool_result": {"tool_call_id": "c", "content": wide}}] * 3)])
+        await chat.append(
+            session_id,
+            [text(wide, parts=[{"tool_result": {"tool_call_id": "c", "content": wide}}] * 3)],
+        )
     pages = [page async for page in chat.pages(session_id)]
     assert [each.seq for page in pages for each in page] == [1, 2, 3, 4, 5, 6]
     assert all(sum(each.ByteSize() for each in page) <= 3 * MIB for page in pages)
@@ -222,7 +243,9 @@ async def lists(chat: Chat) -> list[tuple[str, Turn]]:
 
 def tampered(token: str) -> list[str]:
     """Return tokens that are nearly this one."""
-    flipped = [token[:n] + ("B" if token[n] == "A" else "A") + token[n + 1 :] for n in range(len(token))]
+    flipped = [
+        token[:n] + ("B" if token[n] == "A" else "A") + token[n + 1 :] for n in range(len(token))
+    ]
     raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
     longer = base64.urlsafe_b64encode(raw + b"1").decode().rstrip("=")
     return [
@@ -255,7 +278,9 @@ async def test_a_token_fits_its_own_list_alone(chat: Chat) -> None:
 
 
 @pytest.mark.case(n=19)
-async def test_a_token_does_not_fit_another_session_order_state_or_user(chat: Chat, other: Chat) -> None:
+async def test_a_token_does_not_fit_another_session_order_state_or_user(
+    chat: Chat, other: Chat
+) -> None:
     session_id = await chat.start(texts(5))
     another = await chat.start(texts(5))
     theirs = (await other.create_session(id=session_id)).id
@@ -290,7 +315,9 @@ async def test_a_token_can_be_used_again_and_is_the_same_each_time(chat: Chat) -
     tokens = {(await chat.page(session_id, page_size=2)).next_page_token for _ in range(2)}
     assert len(tokens) == 1
     token = tokens.pop()
-    assert await chat.page(session_id, page_token=token) == await chat.page(session_id, page_token=token)
+    assert await chat.page(session_id, page_token=token) == await chat.page(
+        session_id, page_token=token
+    )
 
 
 async def test_a_token_of_a_list_that_is_gone_says_so(chat: Chat) -> None:

@@ -27,7 +27,9 @@ from tests.support.servers import ServerProcess, channel, connected, serving
 from tests.support.statements import database_name
 
 _SERVICE = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]
-METHODS = [(f"/{_SERVICE.full_name}/{method.name}", method.server_streaming) for method in _SERVICE.methods]
+METHODS = [
+    (f"/{_SERVICE.full_name}/{method.name}", method.server_streaming) for method in _SERVICE.methods
+]
 SECRET = "postgresql://somebody:s3cr3t@db.example/chat"
 
 
@@ -65,7 +67,9 @@ async def test_bytes_that_are_no_message_are_refused(server: Server) -> None:
     async with channel(server.address) as opened:
         for path, streaming in METHODS:
             for data in (b"\x0a\x7f", b"\xff" * 40):
-                await failures.fails(_call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST")
+                await failures.fails(
+                    _call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST"
+                )
 
 
 @pytest.mark.case(n=1)
@@ -76,7 +80,9 @@ async def test_text_that_is_not_utf8_is_refused(server: Server) -> None:
             for field in method.input_type.fields:
                 if field.type == field.TYPE_STRING:
                     data = _field(field.number, b"\xff\xfe")
-                    await failures.fails(_call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST")
+                    await failures.fails(
+                        _call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST"
+                    )
 
 
 @pytest.mark.case(n=1)
@@ -101,7 +107,9 @@ async def test_a_message_nested_too_deeply_is_refused(server: Server, chat: Chat
     request = _field(1, chat.user_id.encode()) + _field(2, _field(6, metadata))
     path = "/chathistory.v1.ChatHistoryService/CreateSession"
     async with channel(server.address) as opened:
-        await failures.fails(_call(opened, path, streaming=False, data=request), "MALFORMED_REQUEST")
+        await failures.fails(
+            _call(opened, path, streaming=False, data=request), "MALFORMED_REQUEST"
+        )
     await chat.start()
 
 
@@ -117,7 +125,9 @@ def _field(number: int, data: bytes) -> bytes:
 async def test_a_method_that_is_not_there(server: Server) -> None:
     async with channel(server.address) as opened:
         with pytest.raises(aio.AioRpcError) as caught:
-            await _call(opened, "/chathistory.v1.ChatHistoryService/Nothing", streaming=False, data=b"")
+            await _call(
+                opened, "/chathistory.v1.ChatHistoryService/Nothing", streaming=False, data=b""
+            )
     assert caught.value.code() == StatusCode.UNIMPLEMENTED
 
 
@@ -126,7 +136,9 @@ async def test_a_method_that_is_not_there(server: Server) -> None:
 
 def _large(chat: Chat, session_id: str, size: int) -> message_pb2.AppendMessagesRequest:
     messages = [text("x" * 200_000) for _ in range(-(-size // 200_000))]
-    return message_pb2.AppendMessagesRequest(user_id=chat.user_id, session_id=session_id, messages=messages)
+    return message_pb2.AppendMessagesRequest(
+        user_id=chat.user_id, session_id=session_id, messages=messages
+    )
 
 
 @pytest.mark.case(n=3)
@@ -134,7 +146,9 @@ async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
     session = await chat.create_session()
     async with asyncio.TaskGroup() as group:
         others = [group.create_task(chat.append(session.id, f"{n}")) for n in range(10)]
-        found = await failures.fails(chat.stub.AppendMessages(_large(chat, session.id, 5 << 20)), "REQUEST_TOO_LARGE")
+        found = await failures.fails(
+            chat.stub.AppendMessages(_large(chat, session.id, 5 << 20)), "REQUEST_TOO_LARGE"
+        )
         assert found.code == StatusCode.RESOURCE_EXHAUSTED
         # Beyond what is read at all: gRPC's own words.
         with pytest.raises(aio.AioRpcError) as caught:
@@ -155,7 +169,9 @@ async def test_the_largest_request_is_as_large_as_the_limit_says(server: Server)
 
 
 @pytest.mark.case(n=3)
-async def test_a_request_that_swells_when_it_is_unpacked_is_refused(database_url: str, tmp_path: Path) -> None:
+async def test_a_request_that_swells_when_it_is_unpacked_is_refused(
+    database_url: str, tmp_path: Path
+) -> None:
     """A gzip bomb: some kilobytes on the wire that are 150 MB. The server must not hold what it refuses."""
     async with ServerProcess(database_url, tmp_path / "server") as process:
         status = Path(f"/proc/{process.pid}/status")
@@ -187,17 +203,23 @@ async def test_a_request_that_swells_when_it_is_unpacked_is_refused(database_url
 @pytest.mark.case(n=3)
 async def test_metadata_of_twenty_kilobytes_is_refused(chat: Chat, server: Server) -> None:
     # A client of grpc's own would not send what it knows to be too large for the peer: it hears of the limit on connecting.
-    async with channel(server.address, max_metadata_size=100_000, absolute_max_metadata_size=200_000) as opened:
+    async with channel(
+        server.address, max_metadata_size=100_000, absolute_max_metadata_size=200_000
+    ) as opened:
         path = "/chathistory.v1.ChatHistoryService/ListUsers"
         with pytest.raises(aio.AioRpcError) as caught:
-            await _call(opened, path, streaming=False, data=b"", metadata=(("x-large", "y" * 20_000),))
+            await _call(
+                opened, path, streaming=False, data=b"", metadata=(("x-large", "y" * 20_000),)
+            )
         assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
         await _call(opened, path, streaming=False, data=b"", metadata=(("x-small", "y" * 2_000),))
     await chat.start()
 
 
 @pytest.mark.case(n=18)
-async def test_more_calls_than_are_let_in_are_told_to_come_again(cluster: Cluster, database_url: str) -> None:
+async def test_more_calls_than_are_let_in_are_told_to_come_again(
+    cluster: Cluster, database_url: str
+) -> None:
     async with serving(database_url, max_in_flight=5) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()
@@ -212,13 +234,17 @@ async def test_more_calls_than_are_let_in_are_told_to_come_again(cluster: Cluste
             async with channel(server.address) as opened:
                 health: Any = health_pb2_grpc.HealthStub(opened)
                 for name in ("", "liveness", "database"):
-                    reply = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+                    reply = await health.Check(
+                        health_pb2.HealthCheckRequest(service=name), timeout=10
+                    )
                     assert reply.status == health_pb2.HealthCheckResponse.SERVING
         await asyncio.gather(*held)
         await chat.get_session(session.id)
 
 
-async def test_a_thousand_clients_share_the_pool(chat: Chat, server: Server, database_url: str) -> None:
+async def test_a_thousand_clients_share_the_pool(
+    chat: Chat, server: Server, database_url: str
+) -> None:
     session_ids = [await chat.start() for _ in range(10)]
     calls: list[Callable[[str], Any]] = [
         chat.get_session,
@@ -249,7 +275,9 @@ async def test_a_thousand_clients_share_the_pool(chat: Chat, server: Server, dat
 # --- What takes too long, and who goes away.
 
 
-async def test_a_call_without_a_deadline_has_one_all_the_same(cluster: Cluster, database_url: str) -> None:
+async def test_a_call_without_a_deadline_has_one_all_the_same(
+    cluster: Cluster, database_url: str
+) -> None:
     async with serving(database_url, call_timeout=0.6) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
@@ -259,7 +287,10 @@ async def test_a_call_without_a_deadline_has_one_all_the_same(cluster: Cluster, 
             in_time = {"DEADLINE_EXCEEDED"}
             either = in_time | {"CONTENTION"}
             for call, reasons in (
-                (chat.get_session(session_id), either if server.database.target.pooled else in_time),
+                (
+                    chat.get_session(session_id),
+                    either if server.database.target.pooled else in_time,
+                ),
                 (chat.page(session_id), either if server.database.target.pooled else in_time),
                 (chat.update_session(["title"], id=session_id, title="new"), either),
                 (chat.append(session_id, "more"), either),
@@ -278,7 +309,10 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
         if target.pooled:  # Those to PostgreSQL are the pooler's.
             await at_rest(database_url)
             own = psutil.Process().net_connections("tcp")
-            return sum(each.raddr[1:] == (target.url.port,) and each.status == psutil.CONN_ESTABLISHED for each in own)
+            return sum(
+                each.raddr[1:] == (target.url.port,) and each.status == psutil.CONN_ESTABLISHED
+                for each in own
+            )
         [[backends]] = await fetch(
             database_url,
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'chat-history'",
@@ -289,14 +323,18 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
         while server.calls.in_flight or server.streams.in_flight or server.appender.waiting:
             await asyncio.sleep(0.01)
         await server.database.drain()
-        while pool.checkedout():  # What the driver keeps for hot statements goes back after some seconds.
+        while (
+            pool.checkedout()
+        ):  # What the driver keeps for hot statements goes back after some seconds.
             await asyncio.sleep(0.05)
         async with AsyncExitStack() as all_of_them:
             most = server.settings.db_pool_size + server.settings.db_max_overflow
             opened = [await all_of_them.enter_async_context(engine.connect()) for _ in range(most)]
             assert pool.checkedout() == len(opened)
         assert pool.checkedout() == 0
-        while await counted() != pool.checkedin():  # Those beyond the pool's size take a moment to close.
+        while (
+            await counted() != pool.checkedin()
+        ):  # Those beyond the pool's size take a moment to close.
             await asyncio.sleep(0.05)
     [[idle]] = await fetch(
         database_url,
@@ -358,7 +396,9 @@ async def test_five_hundred_calls_are_cancelled(
         for task in begun:
             asyncio.get_running_loop().call_later(moments.uniform(0, 0.1), task.cancel)
         await asyncio.wait(begun)
-        assert [task.exception() for task in begun if not task.cancelled() and task.exception()] == []
+        assert [
+            task.exception() for task in begun if not task.cancelled() and task.exception()
+        ] == []
     assert await connections_at_rest(server, database_url) == before
     await asyncio.gather(*(chat.append(session_id, "more") for _ in range(20)))
     await asyncio.gather(*(chat.page(session_id) for _ in range(20)))
@@ -370,7 +410,9 @@ async def test_a_write_whose_caller_has_gone_is_carried_to_its_end(
 ) -> None:
     session = await chat.create_session()
     async with locked(cluster, database_url, "chat_sessions") as holder:
-        left = asyncio.create_task(chat.update_session(["title"], id=session.id, title="all the same"))
+        left = asyncio.create_task(
+            chat.update_session(["title"], id=session.id, title="all the same")
+        )
         await waiting(holder)
         left.cancel()
         await asyncio.wait([left])
@@ -385,7 +427,9 @@ async def test_a_write_whose_caller_has_gone_is_carried_to_its_end(
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
-async def test_a_cancellation_from_within_is_answered(chat: Chat, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+async def test_a_cancellation_from_within_is_answered(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """gRPC itself would send no status, and the client would wait for its deadline."""
     session_id = await chat.start()
 
@@ -407,7 +451,11 @@ async def test_a_defect_in_the_database_is_not_explained_to_clients(
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         await fetch(database_url, "ALTER TABLE chat_messages RENAME COLUMN content TO s3cr3t")
-        for call in (chat.page(session_id), chat.append(session_id, "more"), chat.watch(session_id).read()):
+        for call in (
+            chat.page(session_id),
+            chat.append(session_id, "more"),
+            chat.watch(session_id).read(),
+        ):
             found = await failures.fails(call, "INTERNAL")
             assert found.message == "internal error"
             assert set(found.metadata) == {"request_id"}
@@ -429,13 +477,17 @@ main()
 
 
 @pytest.mark.case(n=4)
-async def test_an_exception_that_holds_a_connection_string_tells_nobody(database_url: str, tmp_path: Path) -> None:
+async def test_an_exception_that_holds_a_connection_string_tells_nobody(
+    database_url: str, tmp_path: Path
+) -> None:
     """Nor does the log of the real process, at its most talkative."""
     process = ServerProcess(
         database_url, tmp_path / "server", command=("-c", _SABOTAGE), CHAT_HISTORY_LOG_LEVEL="debug"
     )
     async with process, connected(process.address) as stub:
-        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody")))
+        made = await stub.CreateUser(
+            user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody"))
+        )
         chat = Chat(stub, made.user.id)
         for call in (chat.get_session(new_id()), chat.watch(new_id()).read()):
             with pytest.raises(aio.AioRpcError) as caught:
@@ -443,9 +495,7 @@ async def test_an_exception_that_holds_a_connection_string_tells_nobody(database
             error = caught.value
             found = failures.read(error)
             assert (found.reason, found.message) == ("INTERNAL", "internal error")
-            sent = (
-                f"{error.details()} {error.debug_error_string()} {error.trailing_metadata()} {error.initial_metadata()}"
-            )
+            sent = f"{error.details()} {error.debug_error_string()} {error.trailing_metadata()} {error.initial_metadata()}"
             assert "s3cr3t" not in sent
             assert "Runtime" not in sent
             log = process.log.read_text()

@@ -22,8 +22,15 @@ ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_A
 
 
 async def test_a_created_session_reads_as_it_was_sent(chat: Chat) -> None:
-    made = await chat.create_session(title="Plans", summary="so far", metadata={"topic": {"deep": [1, "x", None]}})
-    assert (made.user_id, made.title, made.summary, made.state) == (chat.user_id, "Plans", "so far", ACTIVE)
+    made = await chat.create_session(
+        title="Plans", summary="so far", metadata={"topic": {"deep": [1, "x", None]}}
+    )
+    assert (made.user_id, made.title, made.summary, made.state) == (
+        chat.user_id,
+        "Plans",
+        "so far",
+        ACTIVE,
+    )
     assert (made.last_seq, made.message_count, made.summarized_through_seq) == (0, 0, 0)
     # Each is the database's clock when its column was filled in; a busy machine may do something else in between.
     assert 0 <= made.update_time.ToMicroseconds() - made.create_time.ToMicroseconds() < 10_000_000
@@ -46,7 +53,10 @@ async def test_a_retry_of_the_same_create_returns_the_session(chat: Chat) -> Non
     sent: dict[str, Any] = {"id": new_id(), "title": "T", "metadata": {"a": 1, "b": [2]}}
     first = await chat.create_session(**sent)
     assert await chat.create_session(**sent) == first
-    assert await chat.create_session(**sent | {"id": sent["id"].upper(), "user_id": chat.user_id}) == first
+    assert (
+        await chat.create_session(**sent | {"id": sent["id"].upper(), "user_id": chat.user_id})
+        == first
+    )
     echoed = session_pb2.CreateSessionRequest(user_id=chat.user_id)
     echoed.session.CopyFrom(first)
     echoed.session.ClearField("state")
@@ -54,7 +64,9 @@ async def test_a_retry_of_the_same_create_returns_the_session(chat: Chat) -> Non
     assert len((await chat.list_sessions()).sessions) == 1
 
 
-async def test_a_retry_after_updates_and_appends_returns_the_session_as_it_is_now(chat: Chat) -> None:
+async def test_a_retry_after_updates_and_appends_returns_the_session_as_it_is_now(
+    chat: Chat,
+) -> None:
     sent = {"id": new_id(), "title": "before"}
     await chat.create_session(**sent)
     await chat.append(sent["id"], texts(3))
@@ -64,8 +76,12 @@ async def test_a_retry_after_updates_and_appends_returns_the_session_as_it_is_no
     assert (again.title, again.last_seq) == ("after", 3)
 
 
-@pytest.mark.parametrize("change", [{"title": "U"}, {"summary": "s"}, {"metadata": {"a": 2}}, {"state": ARCHIVED}])
-async def test_the_same_id_with_another_content_is_taken(chat: Chat, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"title": "U"}, {"summary": "s"}, {"metadata": {"a": 2}}, {"state": ARCHIVED}]
+)
+async def test_the_same_id_with_another_content_is_taken(
+    chat: Chat, change: dict[str, Any]
+) -> None:
     sent: dict[str, Any] = {"id": new_id(), "title": "T", "metadata": {"a": 1}}
     await chat.create_session(**sent)
     await fails(chat.create_session(**sent | change), "ID_TAKEN", session_id=sent["id"])
@@ -92,11 +108,15 @@ async def test_a_session_needs_its_user(chat: Chat) -> None:
 async def test_an_owner_inside_the_session_must_be_the_requests(chat: Chat, other: Chat) -> None:
     await refuses(chat.create_session(user_id=other.user_id), "session.user_id")
     made = await chat.create_session(user_id=chat.user_id.upper())
-    await refuses(chat.update_session(id=made.id, user_id=other.user_id, title="x"), "session.user_id")
+    await refuses(
+        chat.update_session(id=made.id, user_id=other.user_id, title="x"), "session.user_id"
+    )
 
 
 async def test_a_new_session_has_nothing_that_a_summary_could_cover(chat: Chat) -> None:
-    await refuses(chat.create_session(summary="s", summarized_through_seq=1), "session.summarized_through_seq")
+    await refuses(
+        chat.create_session(summary="s", summarized_through_seq=1), "session.summarized_through_seq"
+    )
 
 
 # --- Whose they are.
@@ -113,7 +133,9 @@ async def test_two_users_may_have_sessions_with_the_same_id(chat: Chat, other: C
     assert [message.content for message in await chat.all(session_id)] == ["hello"]
 
 
-async def test_another_users_session_is_missing_exactly_as_one_that_never_was(chat: Chat, other: Chat) -> None:
+async def test_another_users_session_is_missing_exactly_as_one_that_never_was(
+    chat: Chat, other: Chat
+) -> None:
     theirs, never = await other.start(texts(2)), new_id()
     sent = (await other.all(theirs))[0].id
 
@@ -184,8 +206,12 @@ async def test_pages_meet_without_gap_or_overlap_also_among_sessions_of_one_time
         database_url,
         "UPDATE chat_sessions SET updated_at = '2026-01-01'::timestamptz + (get_byte(uuid_send(id), 15) % 3) * interval '1 us'",
     )
-    expected = await fetch(database_url, "SELECT id::text FROM chat_sessions ORDER BY updated_at DESC, id DESC")
-    pages = [[session.id for session in page] async for page in chat.session_pages(page_size=page_size)]
+    expected = await fetch(
+        database_url, "SELECT id::text FROM chat_sessions ORDER BY updated_at DESC, id DESC"
+    )
+    pages = [
+        [session.id for session in page] async for page in chat.session_pages(page_size=page_size)
+    ]
     assert [each for page in pages for each in page] == [row["id"] for row in expected]
     assert all(len(page) == page_size for page in pages[:-1])
     assert pages[-1]
@@ -216,13 +242,26 @@ async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
 
 async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Chat) -> None:
     made = await chat.create_session(title="T", summary="S", metadata={"k": 1})
-    changed = await chat.update_session(("summary", "metadata"), id=made.id, title="ignored", state=ARCHIVED)
+    changed = await chat.update_session(
+        ("summary", "metadata"), id=made.id, title="ignored", state=ARCHIVED
+    )
     assert (changed.title, changed.summary, changed.state) == ("T", "", ACTIVE)
     assert not changed.HasField("metadata")
 
 
 @pytest.mark.parametrize(
-    "path", ["id", "user_id", "last_seq", "message_count", "create_time", "etag", "forked_from", "nope", "metadata.k"]
+    "path",
+    [
+        "id",
+        "user_id",
+        "last_seq",
+        "message_count",
+        "create_time",
+        "etag",
+        "forked_from",
+        "nope",
+        "metadata.k",
+    ],
 )
 async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
     made = await chat.create_session()
@@ -237,20 +276,25 @@ async def test_a_state_must_be_said_to_be_written(chat: Chat) -> None:
 
 async def test_an_update_names_its_session(chat: Chat) -> None:
     await refuses(chat.update_session(title="x"), "session.id")
-    request = session_pb2.UpdateSessionRequest(user_id=chat.user_id, update_mask=FieldMask(paths=["title"]))
+    request = session_pb2.UpdateSessionRequest(
+        user_id=chat.user_id, update_mask=FieldMask(paths=["title"])
+    )
     await refuses(chat.stub.UpdateSession(request), "session")
 
 
 async def test_a_summary_covers_at_most_what_was_said(chat: Chat) -> None:
     session_id = await chat.start(texts(3))
     await refuses(
-        chat.update_session(id=session_id, summary="s", summarized_through_seq=4), "session.summarized_through_seq"
+        chat.update_session(id=session_id, summary="s", summarized_through_seq=4),
+        "session.summarized_through_seq",
     )
     changed = await chat.update_session(id=session_id, summary="s", summarized_through_seq=3)
     assert (changed.summary, changed.summarized_through_seq) == ("s", 3)
 
 
-async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(chat: Chat) -> None:
+async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
+    chat: Chat,
+) -> None:
     made = await chat.create_session()
     second = await chat.update_session(id=made.id, title="B", etag=made.etag)
     assert second.etag != made.etag
@@ -262,7 +306,8 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
 async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
     made = await chat.create_session()
     results = await asyncio.gather(
-        *(chat.update_session(id=made.id, title=f"{n}", etag=made.etag) for n in range(8)), return_exceptions=True
+        *(chat.update_session(id=made.id, title=f"{n}", etag=made.etag) for n in range(8)),
+        return_exceptions=True,
     )
     won = [result for result in results if isinstance(result, session_pb2.Session)]
     assert len(won) == 1
@@ -290,7 +335,9 @@ async def test_a_live_chat_is_retitled_with_its_etag_while_it_is_appended_to(cha
 
     talkers = [asyncio.create_task(talk()) for _ in range(4)]
     for number in range(10):
-        session = await chat.update_session(id=session_id, title=f"title {number}", etag=session.etag)
+        session = await chat.update_session(
+            id=session_id, title=f"title {number}", etag=session.etag
+        )
     done.set()
     counts = await asyncio.gather(*talkers)
     after = await chat.get_session(session_id)
@@ -364,7 +411,11 @@ async def test_an_erased_sessions_id_may_be_used_again_for_an_empty_one(chat: Ch
     again = await chat.create_session(id=session_id)
     assert (again.last_seq, again.message_count) == (0, 0)
     reply = await chat.append(session_id, sent)
-    assert [(each.seq, each.replayed) for each in reply.messages] == [(1, False), (2, False), (3, False)]
+    assert [(each.seq, each.replayed) for each in reply.messages] == [
+        (1, False),
+        (2, False),
+        (3, False),
+    ]
 
 
 async def test_a_session_half_erased_in_slices_still_counts_right_and_can_be_erased(
@@ -373,9 +424,13 @@ async def test_a_session_half_erased_in_slices_still_counts_right_and_can_be_era
     monkeypatch.setattr(sessions, "SLICE", 4)
     session_id = await chat.start(texts(10))
     deadline = asyncio.get_running_loop().time() + 10
-    erased, more = await server.database.write(sessions.erase_slice, deadline, chat.user_id, session_id)
+    erased, more = await server.database.write(
+        sessions.erase_slice, deadline, chat.user_id, session_id
+    )
     assert (erased, more) == (4, True)
-    assert (await chat.get_session(session_id)).message_count == len(await chat.all(session_id)) == 6
+    assert (
+        (await chat.get_session(session_id)).message_count == len(await chat.all(session_id)) == 6
+    )
     assert (await chat.append(session_id, "more")).messages[0].seq == 11
     await chat.delete_session(session_id)
     assert await count(database_url, session_id) == 0
@@ -397,7 +452,11 @@ async def test_a_fork_has_the_messages_up_to_a_seq_with_ids_seq_and_times(chat: 
         [
             text("be kind", SYSTEM, metadata={"k": [1]}, author="app"),
             text("hello", token_count=7, feedback={"score": 0.5, "comment": "c"}),
-            text("look", ASSISTANT, parts=[{"tool_call": {"id": "c1", "name": "f", "arguments": "{}"}}]),
+            text(
+                "look",
+                ASSISTANT,
+                parts=[{"tool_call": {"id": "c1", "name": "f", "arguments": "{}"}}],
+            ),
             *texts(3),
         ],
         session={"title": "T", "metadata": {"k": "v"}},
@@ -425,7 +484,9 @@ async def test_fork_and_source_go_their_own_ways(chat: Chat) -> None:
     assert (await chat.append(fork.id, "other way")).messages[0].seq == 3
     await chat.update(fork.id, sent[0].id, content="edited in the fork")
     await chat.delete(fork.id, sent[1].id)
-    assert [each.content for each in await chat.all(source)] == [f"message {n}" for n in (1, 2, 3, 4)]
+    assert [each.content for each in await chat.all(source)] == [
+        f"message {n}" for n in (1, 2, 3, 4)
+    ]
     await chat.delete_session(source)
     assert [each.content for each in await chat.all(fork.id)] == ["edited in the fork", "other way"]
 
@@ -450,10 +511,16 @@ async def test_a_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
     source = await chat.start(sent)
     fork = await chat.fork(source, 2)
     reply = await chat.append(fork.id, sent)
-    assert [(each.seq, each.replayed) for each in reply.messages] == [(1, True), (2, True), (3, False)]
+    assert [(each.seq, each.replayed) for each in reply.messages] == [
+        (1, True),
+        (2, True),
+        (3, False),
+    ]
 
 
-@pytest.mark.parametrize(("through", "summary", "covered"), [(2, "", 0), (3, "so far", 3), (5, "so far", 3)])
+@pytest.mark.parametrize(
+    ("through", "summary", "covered"), [(2, "", 0), (3, "so far", 3), (5, "so far", 3)]
+)
 async def test_a_fork_keeps_a_summary_that_covers_nothing_beyond_it(
     chat: Chat, through: int, summary: str, covered: int
 ) -> None:
@@ -540,16 +607,24 @@ async def test_a_fork_taken_while_messages_arrive_is_exact(chat: Chat) -> None:
         assert [each.seq for each in await chat.all(fork.id)] == [1, 2, 3, 4, 5]
 
 
-async def test_the_next_message_of_a_fork_is_no_older_than_the_last_copied(chat: Chat, database_url: str) -> None:
+async def test_the_next_message_of_a_fork_is_no_older_than_the_last_copied(
+    chat: Chat, database_url: str
+) -> None:
     source = await chat.start(texts(2))
-    await fetch(database_url, "UPDATE chat_messages SET created_at = '2100-01-01' WHERE session_id = $1", source)
+    await fetch(
+        database_url,
+        "UPDATE chat_messages SET created_at = '2100-01-01' WHERE session_id = $1",
+        source,
+    )
     fork = await chat.fork(source, 2)
     await chat.append(fork.id, "next")
     times = [each.create_time.ToMicroseconds() for each in await chat.all(fork.id)]
     assert times == sorted(times)
 
 
-async def test_a_session_of_another_user_cannot_be_forked_into_ones_own(chat: Chat, other: Chat) -> None:
+async def test_a_session_of_another_user_cannot_be_forked_into_ones_own(
+    chat: Chat, other: Chat
+) -> None:
     theirs = await other.start(texts(2))
     found = await failure(chat.fork(theirs, 1))
     assert found.reason == "SESSION_NOT_FOUND"

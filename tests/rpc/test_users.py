@@ -27,7 +27,9 @@ async def get(stub: AsyncStub, **key: str) -> user_pb2.User:
 
 
 async def update(stub: AsyncStub, mask: tuple[str, ...] = (), **fields: Any) -> user_pb2.User:
-    request = user_pb2.UpdateUserRequest(user=user_pb2.User(**fields), update_mask=FieldMask(paths=mask))
+    request = user_pb2.UpdateUserRequest(
+        user=user_pb2.User(**fields), update_mask=FieldMask(paths=mask)
+    )
     return (await stub.UpdateUser(request)).user
 
 
@@ -41,7 +43,9 @@ async def list_ids(stub: AsyncStub, page_size: int = 0) -> list[str]:
     while True:
         assert token not in seen, "the pages go round in circles"
         seen.add(token)
-        reply = await stub.ListUsers(user_pb2.ListUsersRequest(page_size=page_size, page_token=token))
+        reply = await stub.ListUsers(
+            user_pb2.ListUsersRequest(page_size=page_size, page_token=token)
+        )
         ids += [user.id for user in reply.users]
         token = reply.next_page_token
         if not token:
@@ -70,7 +74,9 @@ async def test_the_server_makes_ids_of_version_7_that_sort_by_time(stub: AsyncSt
 
 
 async def test_output_only_fields_are_ignored_in_a_request(stub: AsyncStub) -> None:
-    made = await create(stub, id=new_id(), etag="mine", create_time={"seconds": 1}, update_time={"seconds": 1})
+    made = await create(
+        stub, id=new_id(), etag="mine", create_time={"seconds": 1}, update_time={"seconds": 1}
+    )
     assert made.etag != "mine"
     assert made.create_time.seconds > 1
 
@@ -103,10 +109,18 @@ async def test_a_retry_after_an_update_returns_the_user_as_it_is_now(stub: Async
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "B"}, {"email": "b@example.com"}, {"metadata": {"k": 2}}, {"external_id": "y"}]
+    "change",
+    [{"name": "B"}, {"email": "b@example.com"}, {"metadata": {"k": 2}}, {"external_id": "y"}],
 )
-async def test_the_same_id_with_another_content_is_taken(stub: AsyncStub, change: dict[str, Any]) -> None:
-    sent: dict[str, Any] = {"id": new_id(), "email": "a@example.com", "name": "A", "metadata": {"k": 1}}
+async def test_the_same_id_with_another_content_is_taken(
+    stub: AsyncStub, change: dict[str, Any]
+) -> None:
+    sent: dict[str, Any] = {
+        "id": new_id(),
+        "email": "a@example.com",
+        "name": "A",
+        "metadata": {"k": 1},
+    }
     await create(stub, **sent)
     await fails(create(stub, **sent | change), "ID_TAKEN", user_id=sent["id"])
 
@@ -134,7 +148,9 @@ async def test_an_external_id_belongs_to_one_user_and_case_counts(stub: AsyncStu
     await fails(update(stub, id=other.id, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
 
 
-async def test_any_number_of_users_have_no_email_address_and_no_external_id(stub: AsyncStub) -> None:
+async def test_any_number_of_users_have_no_email_address_and_no_external_id(
+    stub: AsyncStub,
+) -> None:
     made = [await create(stub, name="nobody") for _ in range(3)]
     first, second, _ = made
     await update(stub, ("email", "external_id"), id=first.id)
@@ -182,7 +198,10 @@ async def test_the_systems_own_user_is_nobodys(stub: AsyncStub) -> None:
 
 
 async def test_users_are_listed_in_order_of_id_each_once(stub: AsyncStub) -> None:
-    made = sorted((await asyncio.gather(*(create(stub, name=str(n)) for n in range(7)))), key=lambda user: user.id)
+    made = sorted(
+        (await asyncio.gather(*(create(stub, name=str(n)) for n in range(7)))),
+        key=lambda user: user.id,
+    )
     for page_size in (1, 2, 3, 7, 0):
         assert await list_ids(stub, page_size) == [user.id for user in made]
     page = await stub.ListUsers(user_pb2.ListUsersRequest(page_size=2))
@@ -205,7 +224,9 @@ async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(stub: Asy
     assert not changed.HasField("metadata")
 
 
-@pytest.mark.parametrize("path", ["id", "create_time", "update_time", "etag", "nonsense", "metadata.k", "*", ""])
+@pytest.mark.parametrize(
+    "path", ["id", "create_time", "update_time", "etag", "nonsense", "metadata.k", "*", ""]
+)
 async def test_a_mask_of_what_cannot_be_written_is_refused(stub: AsyncStub, path: str) -> None:
     made = await create(stub)
     await refuses(update(stub, ("name", path), id=made.id, name="B"), "update_mask")
@@ -223,7 +244,9 @@ async def test_the_user_of_an_update_may_be_named_in_either_place(stub: AsyncStu
     made = await create(stub)
     for request in (
         user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(name="a")),
-        user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(id=made.id.upper(), name="b")),
+        user_pb2.UpdateUserRequest(
+            user_id=made.id, user=user_pb2.User(id=made.id.upper(), name="b")
+        ),
         user_pb2.UpdateUserRequest(user=user_pb2.User(id=made.id, name="c")),
     ):
         assert (await stub.UpdateUser(request)).user.name == request.user.name
@@ -231,7 +254,9 @@ async def test_the_user_of_an_update_may_be_named_in_either_place(stub: AsyncStu
     await refuses(stub.UpdateUser(both), "user.id")
 
 
-async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(stub: AsyncStub) -> None:
+async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
+    stub: AsyncStub,
+) -> None:
     made = await create(stub, name="A")
     second = await update(stub, id=made.id, name="B", etag=made.etag)
     assert second.etag != made.etag
@@ -246,14 +271,17 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
 async def test_of_two_updates_with_one_etag_one_wins(stub: AsyncStub) -> None:
     made = await create(stub)
     results = await asyncio.gather(
-        *(update(stub, id=made.id, name=f"{n}", etag=made.etag) for n in range(8)), return_exceptions=True
+        *(update(stub, id=made.id, name=f"{n}", etag=made.etag) for n in range(8)),
+        return_exceptions=True,
     )
     won = [result for result in results if isinstance(result, user_pb2.User)]
     assert len(won) == 1
     assert (await get(stub, user_id=made.id)) == won[0]
 
 
-async def test_the_etag_of_an_erased_user_does_not_fit_a_new_one_with_its_id(stub: AsyncStub) -> None:
+async def test_the_etag_of_an_erased_user_does_not_fit_a_new_one_with_its_id(
+    stub: AsyncStub,
+) -> None:
     first = await create(stub, id=new_id())
     await delete(stub, first.id)
     await create(stub, id=first.id)
@@ -267,7 +295,10 @@ async def test_an_update_of_nothing_changes_nothing(stub: AsyncStub) -> None:
 
 async def rows_of(url: str, user_id: str) -> list[int]:
     tables = {"users": "id", "chat_sessions": "user_id", "chat_messages": "user_id"}
-    return [(await fetch(url, f"SELECT count(*) FROM {t} WHERE {c} = $1", user_id))[0][0] for t, c in tables.items()]
+    return [
+        (await fetch(url, f"SELECT count(*) FROM {t} WHERE {c} = $1", user_id))[0][0]
+        for t, c in tables.items()
+    ]
 
 
 async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
@@ -286,7 +317,9 @@ async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
     assert await rows_of(database_url, other.user_id) == [1, 3, 8]
     await fails(get(chat.stub, user_id=chat.user_id), "USER_NOT_FOUND")
     await fails(delete(chat.stub, chat.user_id), "USER_NOT_FOUND")
-    assert await delete(chat.stub, chat.user_id, allow_missing=True) == user_pb2.DeleteUserResponse()
+    assert (
+        await delete(chat.stub, chat.user_id, allow_missing=True) == user_pb2.DeleteUserResponse()
+    )
 
 
 async def test_a_user_of_more_than_a_slice_is_erased_in_slices(

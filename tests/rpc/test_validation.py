@@ -28,7 +28,14 @@ def full_user() -> dict[str, Any]:
 
 
 def full_session() -> dict[str, Any]:
-    return {"id": ID, "user_id": ID, "title": "t", "summary": "s", "metadata": {"k": ["v", {"kk": "vv"}]}, "etag": "e"}
+    return {
+        "id": ID,
+        "user_id": ID,
+        "title": "t",
+        "summary": "s",
+        "metadata": {"k": ["v", {"kk": "vv"}]},
+        "etag": "e",
+    }
 
 
 def full_message() -> dict[str, Any]:
@@ -60,10 +67,16 @@ def requests() -> dict[str, Message]:
         "ListUsers": (user_pb2.ListUsersRequest, {"page_size": 1}),
         "UpdateUser": (user_pb2.UpdateUserRequest, {"user_id": ID, "user": full_user()}),
         "DeleteUser": (user_pb2.DeleteUserRequest, {"user_id": ID}),
-        "CreateSession": (session_pb2.CreateSessionRequest, {"user_id": ID, "session": full_session()}),
+        "CreateSession": (
+            session_pb2.CreateSessionRequest,
+            {"user_id": ID, "session": full_session()},
+        ),
         "GetSession": (session_pb2.GetSessionRequest, _KEYS),
         "ListSessions": (session_pb2.ListSessionsRequest, {"user_id": ID, "state": 1}),
-        "UpdateSession": (session_pb2.UpdateSessionRequest, {"user_id": ID, "session": full_session()}),
+        "UpdateSession": (
+            session_pb2.UpdateSessionRequest,
+            {"user_id": ID, "session": full_session()},
+        ),
         "UpdateSession by mask": (
             session_pb2.UpdateSessionRequest,
             {"user_id": ID, "session": {"id": ID, "title": "t"}, "update_mask": _MASK},
@@ -72,7 +85,8 @@ def requests() -> dict[str, Message]:
         "ForkSession": (session_pb2.ForkSessionRequest, _KEYS | {"new_session_id": new_id()}),
         "AppendMessages": (
             message_pb2.AppendMessagesRequest,
-            _KEYS | {"messages": [full_message()], "create_if_missing": True, "session": full_session()},
+            _KEYS
+            | {"messages": [full_message()], "create_if_missing": True, "session": full_session()},
         ),
         "GetMessage": (message_pb2.GetMessageRequest, _KEYS | {"message_id": ID}),
         "ListMessages": (message_pb2.ListMessagesRequest, _KEYS | {"order": 2}),
@@ -162,7 +176,11 @@ async def test_nothing_is_wrong_with_a_full_request(stub: AsyncStub, name: str) 
 async def test_a_nul_in_any_text_is_refused_by_the_fields_name(stub: AsyncStub, name: str) -> None:
     for path in strings_in(request_of(name)):
         is_struct = isinstance(at_path(request_of(name), path), Struct)
-        bad = [{"a\0": 1}, {"a": "\0"}, {"a": [{"b": ["c\0"]}]}, {"a": {"b\0": None}}] if is_struct else ["\0", "a\0b"]
+        bad = (
+            [{"a\0": 1}, {"a": "\0"}, {"a": [{"b": ["c\0"]}]}, {"a": {"b\0": None}}]
+            if is_struct
+            else ["\0", "a\0b"]
+        )
         for value in bad:
             found = await outcome(stub, name, put(request_of(name), path, value))
             assert found is not None, f"{path} = {value!r} was taken"
@@ -261,10 +279,16 @@ LENGTHS: list[tuple[str, str, int, str]] = [
 
 
 @pytest.mark.parametrize(("name", "path", "longest", "unit"), LENGTHS, ids=str)
-async def test_a_text_has_a_greatest_length(stub: AsyncStub, name: str, path: str, longest: int, unit: str) -> None:
+async def test_a_text_has_a_greatest_length(
+    stub: AsyncStub, name: str, path: str, longest: int, unit: str
+) -> None:
     letter = "語" if unit == "characters" else "é"
     count = longest // len(letter.encode()) if unit == "bytes" else longest
-    for value, taken in ((letter * count, True), (letter * (count + 1), False), ("x" * (longest + 1), False)):
+    for value, taken in (
+        (letter * count, True),
+        (letter * (count + 1), False),
+        ("x" * (longest + 1), False),
+    ):
         found = await outcome(stub, name, put(request_of(name), path, value))
         if taken:
             assert found is None or found.reason != "FIELD_VIOLATION", found
@@ -283,7 +307,12 @@ NUMBERS: list[tuple[str, str, list[Any], list[Any]]] = [
     ("ListMessages", "order", [0, 1, 2], [3, -1]),
     ("AppendMessages", "messages[0].role", [1, 2, 3, 4], [0, 5, -1]),
     ("AppendMessages", "messages[0].token_count", [0, 2**31 - 1], [-1]),
-    ("AppendMessages", "messages[0].feedback.score", [-1, 0, 1], [-1.01, 1.01, math.inf, -math.inf, math.nan]),
+    (
+        "AppendMessages",
+        "messages[0].feedback.score",
+        [-1, 0, 1],
+        [-1.01, 1.01, math.inf, -math.inf, math.nan],
+    ),
     ("AppendMessages", "messages[0].parts[3].file.size_bytes", [0, 2**63 - 1], [-1]),
     ("AppendMessages", "messages[0].parts[4].citation.chunk_index", [0, 2**31 - 1], [-1]),
     ("AppendMessages", "expected_last_seq", [0], [-1]),
@@ -296,7 +325,9 @@ NUMBERS: list[tuple[str, str, list[Any], list[Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "path", "good", "bad"), NUMBERS, ids=str)
-async def test_a_number_has_its_range(stub: AsyncStub, name: str, path: str, good: list[Any], bad: list[Any]) -> None:
+async def test_a_number_has_its_range(
+    stub: AsyncStub, name: str, path: str, good: list[Any], bad: list[Any]
+) -> None:
     chat = await Chat.of_new_user(stub)
     session_id = await chat.start([text("hello", id=ID)])
     await chat.create_session(id=ID)
@@ -320,7 +351,8 @@ async def test_a_number_has_its_range(stub: AsyncStub, name: str, path: str, goo
 
 
 @pytest.mark.parametrize(
-    "address", ["x", "a@", "@b", "a@b@c", "a b@c.example", "a@b..c", "a@-b.example", "<a@b.example>", "a@b\n"]
+    "address",
+    ["x", "a@", "@b", "a@b@c", "a b@c.example", "a@b..c", "a@-b.example", "<a@b.example>", "a@b\n"],
 )
 async def test_an_email_address_is_one(stub: AsyncStub, address: str) -> None:
     for name in ("CreateUser", "UpdateUser"):
@@ -353,9 +385,15 @@ STRUCTS = [
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [*STRUCTS, ("AppendMessages", "messages[0].parts[5].data"), ("UpdateMessage", "message.parts[5].data")],
+    [
+        *STRUCTS,
+        ("AppendMessages", "messages[0].parts[5].data"),
+        ("UpdateMessage", "message.parts[5].data"),
+    ],
 )
-async def test_a_struct_holds_no_number_that_json_has_no_word_for(stub: AsyncStub, name: str, path: str) -> None:
+async def test_a_struct_holds_no_number_that_json_has_no_word_for(
+    stub: AsyncStub, name: str, path: str
+) -> None:
     for number in (math.nan, math.inf, -math.inf):
         for value in ({"n": number}, {"a": [1, {"b": [number]}]}):
             await refuses(call(stub, name, put(request_of(name), path, value)), path)
@@ -408,10 +446,15 @@ async def test_a_message_takes_64_parts_each_of_a_kind(chat: Chat) -> None:
     part = {"text": "p"}
     await chat.append(session.id, [text("x", parts=[part] * 64)])
     await refuses(chat.append(session.id, [text("x", parts=[part] * 65)]), "messages[0].parts")
-    found = await refuses(chat.append(session.id, [text("x", parts=[part, {}])]), "messages[0].parts[1].kind")
+    found = await refuses(
+        chat.append(session.id, [text("x", parts=[part, {}])]), "messages[0].parts[1].kind"
+    )
     assert found.descriptions
     for name, field in (("tool_call", "id"), ("tool_result", "tool_call_id")):
-        await refuses(chat.append(session.id, [text("x", parts=[{name: {}}])]), f"messages[0].parts[0].{name}.{field}")
+        await refuses(
+            chat.append(session.id, [text("x", parts=[{name: {}}])]),
+            f"messages[0].parts[0].{name}.{field}",
+        )
 
 
 def mebibyte(over: int = 0) -> message_pb2.Message:
@@ -456,7 +499,12 @@ async def test_every_bad_field_has_one_entry(stub: AsyncStub) -> None:
     ):
         put(request, path, value)
     found = await fails(call(stub, "AppendMessages", request), "FIELD_VIOLATION")
-    assert sorted(found.fields) == ["messages[0].content", "messages[0].feedback.score", "session.title", "user_id"]
+    assert sorted(found.fields) == [
+        "messages[0].content",
+        "messages[0].feedback.score",
+        "session.title",
+        "user_id",
+    ]
     assert re.fullmatch(r"user_id: .* \(and 3 more\)", found.message)
 
 
@@ -509,7 +557,9 @@ def call_raw(opened: aio.Channel, name: str, data: bytes) -> Any:
 
 
 @pytest.mark.parametrize("name", ["AppendMessages", "GetSession", "WatchMessages"])
-async def test_bytes_that_are_no_request_are_refused_and_the_next_call_is_served(server: Server, name: str) -> None:
+async def test_bytes_that_are_no_request_are_refused_and_the_next_call_is_served(
+    server: Server, name: str
+) -> None:
     async with channel(server.address) as opened:
         for kind, data in MALFORMED.items():
             found = await failure(call_raw(opened, name, data))
@@ -521,11 +571,15 @@ async def test_bytes_that_are_no_request_are_refused_and_the_next_call_is_served
 async def test_a_struct_nested_beyond_measure_is_refused(server: Server) -> None:
     async with channel(server.address) as opened:
         for depth in (60, 300, 20_000):
-            assert (await failure(call_raw(opened, "AppendMessages", nested(depth)))).reason == "MALFORMED_REQUEST"
+            assert (
+                await failure(call_raw(opened, "AppendMessages", nested(depth)))
+            ).reason == "MALFORMED_REQUEST"
 
 
 async def test_fields_of_a_later_version_are_passed_over(server: Server, chat: Chat) -> None:
-    request = session_pb2.CreateSessionRequest(user_id=chat.user_id, session=session_pb2.Session(title="t"))
+    request = session_pb2.CreateSessionRequest(
+        user_id=chat.user_id, session=session_pb2.Session(title="t")
+    )
     unknown = b"\xfa\x7f\x03new"  # Field 2047, a string.
     async with channel(server.address) as opened:
         reply = await call_raw(opened, "CreateSession", request.SerializeToString() + unknown)

@@ -105,7 +105,9 @@ async def test_two_processes_take_appends_and_every_follower_gets_all(
     """Followers on both, from the beginning and from the middle, from before the load and out of its midst."""
     async with AsyncExitStack() as stack:
         processes = await asyncio.gather(start_process(), start_process())
-        stubs = [await stack.enter_async_context(connected(process.address)) for process in processes]
+        stubs = [
+            await stack.enter_async_context(connected(process.address)) for process in processes
+        ]
         chats = [await Chat.of_new_user(stubs[0])]
         chats.append(Chat(stubs[1], chats[0].user_id))
         session = await chats[0].create_session()
@@ -120,7 +122,9 @@ async def test_two_processes_take_appends_and_every_follower_gets_all(
             for turn in range(8):
                 await chats[number % 2].append(session.id, texts(1 + turn % 3, f"{number}.{turn}"))
                 if turn == 3 and number < 2:
-                    followers.append(await stack.enter_async_context(following(chats[number], session.id)))
+                    followers.append(
+                        await stack.enter_async_context(following(chats[number], session.id))
+                    )
 
         await asyncio.gather(*map(write, range(12)))
         stored = (await checked(database_url, chats[0].user_id, session.id)).messages
@@ -164,7 +168,10 @@ async def test_erased_and_edited_messages_are_not_sent(chat: Chat) -> None:
 
 async def test_a_follower_may_be_ahead_of_the_session(chat: Chat) -> None:
     session_id = await chat.start(texts(2))
-    async with following(chat, session_id, after_seq=4) as ahead, following(chat, session_id) as beside:
+    async with (
+        following(chat, session_id, after_seq=4) as ahead,
+        following(chat, session_id) as beside,
+    ):
         for n in range(4):
             await chat.append(session_id, f"{n}")
             await asyncio.sleep(0.2)  # Time for the looks at the database that come on their own.
@@ -184,7 +191,9 @@ async def test_the_end_of_the_session_ends_it(pair: tuple[Chat, Chat], eraser: i
 
 
 @pytest.mark.parametrize("eraser", [0, 1], ids=["same server", "other server"])
-async def test_a_new_session_of_the_same_id_is_not_followed(pair: tuple[Chat, Chat], eraser: int) -> None:
+async def test_a_new_session_of_the_same_id_is_not_followed(
+    pair: tuple[Chat, Chat], eraser: int
+) -> None:
     session_id = await pair[0].start(texts(3))
     async with following(pair[0], session_id) as follower:
         await follower.reaches(3)
@@ -252,7 +261,10 @@ async def test_too_many_followers_are_refused(database_url: str) -> None:
 
 
 async def test_followers_leave_room_for_calls_on_their_connection(database_url: str) -> None:
-    async with serving(database_url, max_calls_per_connection=6) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, max_calls_per_connection=6) as server,
+        connected(server.address) as stub,
+    ):
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         async with three_followers(chat, session_id) as ended:
@@ -271,7 +283,9 @@ async def test_followers_leave_room_for_calls_on_their_connection(database_url: 
             await follower.reaches(2)
 
 
-async def test_it_outlives_the_connections_to_the_database(chat: Chat, database_url: str, server: Server) -> None:
+async def test_it_outlives_the_connections_to_the_database(
+    chat: Chat, database_url: str, server: Server
+) -> None:
     session_id = await chat.start(texts(2))
     async with following(chat, session_id) as follower:
         await follower.reaches(2)
@@ -293,7 +307,9 @@ async def test_a_slow_reader_holds_up_nobody(chat: Chat, server: Server) -> None
     for _ in range(4):
         await chat.append(session_id, [text(large) for _ in range(20)])
     # A channel of its own with a small window, so that what is not read is not taken either.
-    async with channel(server.address, **{"http2.lookahead_bytes": 65_536, "http2.bdp_probe": 0}) as narrow:
+    async with channel(
+        server.address, **{"http2.lookahead_bytes": 65_536, "http2.bdp_probe": 0}
+    ) as narrow:
         slow: Any = Chat(ChatHistoryServiceStub(narrow), chat.user_id).watch(session_id)
         first = await slow.read()
         async with following(chat, session_id) as quick:
@@ -314,7 +330,11 @@ async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
 ) -> None:
     session_ids = [await chat.start() for _ in range(5)]
     async with AsyncExitStack() as stack:
-        followers = [await stack.enter_async_context(following(chat, each)) for each in session_ids for _ in range(3)]
+        followers = [
+            await stack.enter_async_context(following(chat, each))
+            for each in session_ids
+            for _ in range(3)
+        ]
         await asyncio.gather(*(follower.reaches(1) for follower in followers))
         sent = Sent(cluster, database_url)
         latest: list[str] = []
@@ -323,15 +343,23 @@ async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
             while len(latest) < 4 or len(set(latest)) > 1:
                 await asyncio.sleep(0.05)
                 # Behind a pooler the look is a transaction.
-                latest = [each.sql for each in sent.so_far() if not each.sql.startswith(("BEGIN", "COMMIT"))][-4:]
-    while server.streams.in_flight or server.database.driver._busy:  # The last look may have been under way.
+                latest = [
+                    each.sql
+                    for each in sent.so_far()
+                    if not each.sql.startswith(("BEGIN", "COMMIT"))
+                ][-4:]
+    while (
+        server.streams.in_flight or server.database.driver._busy
+    ):  # The last look may have been under way.
         await asyncio.sleep(0.01)
     sent = Sent(cluster, database_url)
     await asyncio.sleep(1.0)  # Three looks' time.
     assert sent.so_far() == []
 
 
-async def test_leaving_while_messages_come_leaves_nothing_behind(chat: Chat, server: Server) -> None:
+async def test_leaving_while_messages_come_leaves_nothing_behind(
+    chat: Chat, server: Server
+) -> None:
     session_id = await chat.start()
 
     async def come_and_go() -> None:

@@ -48,4 +48,9 @@ async def qdrant() -> AsyncGenerator[QdrantServer]:
 @pytest.fixture
 def remote(qdrant: QdrantServer) -> dict[str, Any]:
     """Give the settings of a service that uses it."""
-    return {"search": "on", "QDRANT_URL": qdrant.url, "qdrant_grpc_port": qdrant.port, "search_timeout": 3.0}
+    return {
+        "search": "on",
+        "QDRANT_URL": qdrant.url,
+        "qdrant_grpc_port": qdrant.port,
+        "search_timeout": 3.0,
+    }

@@ -40,9 +40,14 @@ class Library:
         )
         return (await self.stub.CreateDocument(request)).document
 
-    async def append(self, document_id: str, first_index: int, texts: Sequence[str]) -> document_pb2.Document:
+    async def append(
+        self, document_id: str, first_index: int, texts: Sequence[str]
+    ) -> document_pb2.Document:
         request = document_pb2.AppendDocumentChunksRequest(
-            user_id=self.user_id, document_id=document_id, first_index=first_index, chunks=chunks(texts)
+            user_id=self.user_id,
+            document_id=document_id,
+            first_index=first_index,
+            chunks=chunks(texts),
         )
         return (await self.stub.AppendDocumentChunks(request)).document
 
@@ -51,7 +56,9 @@ class Library:
         return (await self.stub.GetDocument(request)).document
 
     async def page(self, **fields: Any) -> document_pb2.ListDocumentsResponse:
-        return await self.stub.ListDocuments(document_pb2.ListDocumentsRequest(user_id=self.user_id, **fields))
+        return await self.stub.ListDocuments(
+            document_pb2.ListDocumentsRequest(user_id=self.user_id, **fields)
+        )
 
     async def all(self, **fields: Any) -> list[document_pb2.Document]:
         """Read page after page to the end."""
@@ -65,13 +72,17 @@ class Library:
                 return found
 
     async def update(self, mask: Sequence[str] = (), **fields: Any) -> document_pb2.Document:
-        request = document_pb2.UpdateDocumentRequest(user_id=self.user_id, document=document_pb2.Document(**fields))
+        request = document_pb2.UpdateDocumentRequest(
+            user_id=self.user_id, document=document_pb2.Document(**fields)
+        )
         request.update_mask.paths.extend(mask)
         return (await self.stub.UpdateDocument(request)).document
 
     async def delete(self, document_id: str, **fields: Any) -> None:
         await self.stub.DeleteDocument(
-            document_pb2.DeleteDocumentRequest(user_id=self.user_id, document_id=document_id, **fields)
+            document_pb2.DeleteDocumentRequest(
+                user_id=self.user_id, document_id=document_id, **fields
+            )
         )
 
     async def texts(self, document_id: str, page_size: int = 0) -> list[str]:
@@ -81,10 +92,15 @@ class Library:
         while True:
             reply = await self.stub.ListDocumentChunks(
                 document_pb2.ListDocumentChunksRequest(
-                    user_id=self.user_id, document_id=document_id, page_size=page_size, page_token=token
+                    user_id=self.user_id,
+                    document_id=document_id,
+                    page_size=page_size,
+                    page_token=token,
                 )
             )
-            assert [chunk.index for chunk in reply.chunks] == list(range(len(found), len(found) + len(reply.chunks)))
+            assert [chunk.index for chunk in reply.chunks] == list(
+                range(len(found), len(found) + len(reply.chunks))
+            )
             found += [chunk.text for chunk in reply.chunks]
             token = reply.next_page_token
             if not token:
@@ -97,11 +113,15 @@ class Library:
     async def said(
         self, query: str, mode: message_pb2.SearchMode.ValueType = SEMANTIC, **fields: Any
     ) -> list[message_pb2.MessageHit]:
-        request = message_pb2.SearchMessagesRequest(user_id=self.user_id, query=query, mode=mode, **fields)
+        request = message_pb2.SearchMessagesRequest(
+            user_id=self.user_id, query=query, mode=mode, **fields
+        )
         return list((await self.stub.SearchMessages(request)).hits)
 
 
-async def comes_true(condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60.0) -> None:
+async def comes_true(
+    condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60.0
+) -> None:
     """Wait for something."""
     give_up = time.monotonic() + seconds
     while not await condition():

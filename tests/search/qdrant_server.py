@@ -90,7 +90,8 @@ class _Base:
             except ValueError as error:
                 known = "not found" in str(error)
                 await context.abort(
-                    grpc.StatusCode.NOT_FOUND if known else grpc.StatusCode.INVALID_ARGUMENT, str(error)
+                    grpc.StatusCode.NOT_FOUND if known else grpc.StatusCode.INVALID_ARGUMENT,
+                    str(error),
                 )
 
         return served
@@ -99,7 +100,9 @@ class _Base:
 class _Collections(_Base, collections_grpc.CollectionsServicer):
     async def List(self, request: Any, context: Any) -> Any:
         names = [each.name for each in (await self._engine.get_collections()).collections]
-        return q.ListCollectionsResponse(collections=[q.CollectionDescription(name=name) for name in names])
+        return q.ListCollectionsResponse(
+            collections=[q.CollectionDescription(name=name) for name in names]
+        )
 
     async def Get(self, request: Any, context: Any) -> Any:
         info = await self._engine.get_collection(request.collection_name)
@@ -111,20 +114,28 @@ class _Collections(_Base, collections_grpc.CollectionsServicer):
         return q.CollectionOperationResponse(result=True)
 
     async def Delete(self, request: Any, context: Any) -> Any:
-        return q.CollectionOperationResponse(result=await self._engine.delete_collection(request.collection_name))
+        return q.CollectionOperationResponse(
+            result=await self._engine.delete_collection(request.collection_name)
+        )
 
     async def UpdateAliases(self, request: Any, context: Any) -> Any:
         operations = [GrpcToRest.convert_alias_operations(each) for each in request.actions]
-        return q.CollectionOperationResponse(result=await self._engine.update_collection_aliases(operations))
+        return q.CollectionOperationResponse(
+            result=await self._engine.update_collection_aliases(operations)
+        )
 
     async def ListAliases(self, request: Any, context: Any) -> Any:
         aliases = (await self._engine.get_aliases()).aliases
-        return q.ListAliasesResponse(aliases=[RestToGrpc.convert_alias_description(each) for each in aliases])
+        return q.ListAliasesResponse(
+            aliases=[RestToGrpc.convert_alias_description(each) for each in aliases]
+        )
 
 
 class _Points(_Base, points_grpc.PointsServicer):
     async def CreateFieldIndex(self, request: Any, context: Any) -> Any:
-        self._server.indexes[request.collection_name, request.field_name] = request.field_index_params
+        self._server.indexes[request.collection_name, request.field_name] = (
+            request.field_index_params
+        )
         return _completed()
 
     async def Upsert(self, request: Any, context: Any) -> Any:
@@ -134,7 +145,9 @@ class _Points(_Base, points_grpc.PointsServicer):
         return _completed()
 
     async def Delete(self, request: Any, context: Any) -> Any:
-        await self._engine.delete(request.collection_name, GrpcToRest.convert_points_selector(request.points))
+        await self._engine.delete(
+            request.collection_name, GrpcToRest.convert_points_selector(request.points)
+        )
         return _completed()
 
     async def Query(self, request: Any, context: Any) -> Any:
@@ -146,15 +159,21 @@ class _Points(_Base, points_grpc.PointsServicer):
             limit=request.limit,
             with_payload=True,
         )
-        return q.QueryResponse(result=[RestToGrpc.convert_scored_point(each) for each in reply.points])
+        return q.QueryResponse(
+            result=[RestToGrpc.convert_scored_point(each) for each in reply.points]
+        )
 
     async def Count(self, request: Any, context: Any) -> Any:
-        count = await self._engine.count(request.collection_name, GrpcToRest.convert_filter(request.filter))
+        count = await self._engine.count(
+            request.collection_name, GrpcToRest.convert_filter(request.filter)
+        )
         return q.CountResponse(result=q.CountResult(count=count.count))
 
 
 def _completed() -> Any:
-    return q.PointsOperationResponse(result=q.UpdateResult(operation_id=1, status=q.UpdateStatus.Completed))
+    return q.PointsOperationResponse(
+        result=q.UpdateResult(operation_id=1, status=q.UpdateStatus.Completed)
+    )
 
 
 async def _serve(port: int) -> None:

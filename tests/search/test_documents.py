@@ -42,7 +42,12 @@ async def test_a_document_keeps_what_it_was_given(library: Library) -> None:
     )  # fmt: skip
     read = await library.get(made.id)
     assert read == made
-    assert (read.title, read.chunk_count, read.content_sha256, read.size_bytes) == ("Tales", 2, SHA, 7)
+    assert (read.title, read.chunk_count, read.content_sha256, read.size_bytes) == (
+        "Tales",
+        2,
+        SHA,
+        7,
+    )
     assert read.user_id == library.user_id
     assert read.status == document_pb2.DOCUMENT_STATUS_PENDING
     assert dict(read.metadata) == {"language": "en"}
@@ -53,11 +58,15 @@ async def test_a_retry_and_the_same_content_return_what_is_there(library: Librar
     id_ = new_id()
     first, again = [await library.create(["one"], id=id_, title="T") for _ in range(2)]
     assert first == again
-    await refused(library.create(["other"], id=id_, title="T"), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN")
+    await refused(
+        library.create(["other"], id=id_, title="T"), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN"
+    )
     made = await library.create(["text"], content_sha256=SHA, source_uri="a")
     assert (await library.create(["text"], content_sha256=SHA, source_uri="a")).id == made.id
     assert (await library.create(["text"], content_sha256=SHA, source_uri="b")).id != made.id
-    at_once = await asyncio.gather(*(library.create(["x"], content_sha256="cd" * 32) for _ in range(20)))
+    at_once = await asyncio.gather(
+        *(library.create(["x"], content_sha256="cd" * 32) for _ in range(20))
+    )
     assert len({each.id for each in at_once}) == 1
 
 
@@ -67,9 +76,13 @@ async def test_chunks_are_added_without_gap_and_a_retry_changes_nothing(library:
         grown = await library.append(made.id, 1, ["1", "2", "3"])
         assert (grown.chunk_count, grown.etag) == (4, made.etag)
     assert await library.texts(made.id, page_size=3) == ["0", "1", "2", "3"]
-    await refused(library.append(made.id, 5, ["gap"]), grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION")
+    await refused(
+        library.append(made.id, 5, ["gap"]), grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION"
+    )
     await refused(library.append(made.id, 3, ["other"]), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN")
-    await refused(library.append(new_id(), 0, ["x"]), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
+    await refused(
+        library.append(new_id(), 0, ["x"]), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND"
+    )
     at_once = [library.append(made.id, 4, ["4", "5"]) for _ in range(20)]
     assert {each.chunk_count for each in await asyncio.gather(*at_once)} == {6}
 
@@ -93,18 +106,24 @@ async def test_lists_are_filtered_and_paged(library: Library) -> None:
     assert await library.all(status=document_pb2.DOCUMENT_STATUS_FAILED) == []
     token = (await library.page(page_size=1)).next_page_token
     await refused(
-        library.page(page_size=1, page_token=token, source_uri="s1"), grpc.StatusCode.INVALID_ARGUMENT, "BAD_PAGE_TOKEN"
+        library.page(page_size=1, page_token=token, source_uri="s1"),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "BAD_PAGE_TOKEN",
     )
 
 
-async def test_updates_need_the_etag_and_may_not_take_another_documents_place(library: Library) -> None:
+async def test_updates_need_the_etag_and_may_not_take_another_documents_place(
+    library: Library,
+) -> None:
     made = await library.create(title="old", source_uri="a", content_sha256=SHA)
     other = await library.create(source_uri="b", content_sha256=SHA)
     changed = await library.update(id=made.id, title="new", etag=made.etag)
     assert (changed.title, changed.source_uri) == ("new", "a")
     stale = library.update(id=made.id, title="newer", etag=made.etag)
     await refused(stale, grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
-    await refused(library.update(id=other.id, source_uri="a"), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN")
+    await refused(
+        library.update(id=other.id, source_uri="a"), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN"
+    )
     wrong = library.update(["status"], id=made.id)
     await refused(wrong, grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION")
 
@@ -127,8 +146,12 @@ async def test_shared_documents_are_everybodys_to_read(
     assert await others.texts(made.id) == ["for all"]
     assert [each.id for each in await others.all()] == [made.id]
     assert [each.id for each in await library.all()] == [private.id, made.id]
-    assert [each.id for each in await library.all(scope=document_pb2.DOCUMENT_SCOPE_PRIVATE)] == [private.id]
-    nobody = document_pb2.CreateDocumentRequest(document=document_pb2.Document(scope=SHARED), chunks=chunks(["x"]))
+    assert [each.id for each in await library.all(scope=document_pb2.DOCUMENT_SCOPE_PRIVATE)] == [
+        private.id
+    ]
+    nobody = document_pb2.CreateDocumentRequest(
+        document=document_pb2.Document(scope=SHARED), chunks=chunks(["x"])
+    )
     assert (await stub.CreateDocument(nobody)).document.user_id == SYSTEM_USER_ID
     # An id is unique for its owner only: one's own comes first.
     own = await others.create(["mine"], id=made.id)

@@ -20,7 +20,16 @@ from service.search.embeddings import packed
 from service.search.index import QdrantIndex
 from service.search.points import Changes, Kind, Point, Wipe
 from service.server import Server
-from tests.search.library import HYBRID, INDEXED, SEMANTIC, SHARED, Library, comes_true, searchable, settled
+from tests.search.library import (
+    HYBRID,
+    INDEXED,
+    SEMANTIC,
+    SHARED,
+    Library,
+    comes_true,
+    searchable,
+    settled,
+)
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
 from tests.support.servers import channel, code_of, connected, serving
@@ -31,7 +40,11 @@ TEXTS = Path(__file__).parent / "texts"
 
 # In other words than the texts', and where the answer stands.
 QUESTIONS = [
-    ("how long may I stay in the reading room at night when the desk is empty", "library.md", "late hours"),
+    (
+        "how long may I stay in the reading room at night when the desk is empty",
+        "library.md",
+        "late hours",
+    ),
     ("the pump stopped bringing up water, what can I do", "well.md", "priming"),
     ("is it dangerous to warm up food from yesterday twice", "kitchen.md", "reheating"),
     ("who pays when my suitcase gets lost on the train", "railway.md", "luggage"),
@@ -44,22 +57,30 @@ def sections(path: Path) -> list[str]:
     return ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]]
 
 
-async def test_questions_in_other_words_find_the_right_chunk(server: Server, library: Library, tmp_path: Path) -> None:
+async def test_questions_in_other_words_find_the_right_chunk(
+    server: Server, library: Library, tmp_path: Path
+) -> None:
     made: dict[str, document_pb2.Document] = {}
     for path in sorted(TEXTS.glob("*.md")):
-        made[path.name] = await library.create(sections(path), title=path.stem, source_uri=path.as_uri())
+        made[path.name] = await library.create(
+            sections(path), title=path.stem, source_uri=path.as_uri()
+        )
     assert len(made) == 10
     assert all(document.chunk_count >= 3 for document in made.values())
     await settled(server)
     right = 0
     for question, name, heading in QUESTIONS:
         first = (await library.search(question))[0]
-        right += first.document.id == made[name].id and first.text.lower().startswith(f"## {heading}")
+        right += first.document.id == made[name].id and first.text.lower().startswith(
+            f"## {heading}"
+        )
     assert right >= 4
     gone = made["well.md"]
     await library.delete(gone.id)
     await settled(server)
-    assert gone.id not in {hit.document.id for hit in await library.search(QUESTIONS[1][0], limit=100)}
+    assert gone.id not in {
+        hit.document.id for hit in await library.search(QUESTIONS[1][0], limit=100)
+    }
     await server.stop()
     entities = {payload["entity_id"] for payload in scrolled(tmp_path)}
     assert entities == {document.id for document in made.values()} - {gone.id}
@@ -77,7 +98,9 @@ def scrolled(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.case(n=19)
-async def test_nobody_finds_what_is_anothers(server: Server, library: Library, others: Library) -> None:
+async def test_nobody_finds_what_is_anothers(
+    server: Server, library: Library, others: Library
+) -> None:
     mine = await library.create(["The treasure is buried below the oak."])
     shared = await library.create(["The museum opens at ten."], scope=SHARED)
     session = await library.chat.start("I buried the treasure")
@@ -89,7 +112,9 @@ async def test_nobody_finds_what_is_anothers(server: Server, library: Library, o
     assert server.search._embeddings is not None
     from service.search.index import floats  # noqa: PLC0415
 
-    vector = floats(await server.search._embeddings.embed(["The treasure is buried below the oak."]))
+    vector = floats(
+        await server.search._embeddings.embed(["The treasure is buried below the oak."])
+    )
     for search in (
         others.search("where is the treasure buried", limit=100),
         others.search("where is the treasure buried", limit=100, document_ids=[mine.id, shared.id]),
@@ -105,7 +130,10 @@ async def test_nobody_finds_what_is_anothers(server: Server, library: Library, o
         for fields in ({}, {"session_id": session}):
             said = await others.said("buried treasure", mode, **fields)
             assert [hit.message.content for hit in said] == ["nothing of interest"]
-    assert {hit.document.id for hit in await library.search("opening hours of the museum")} == {mine.id, shared.id}
+    assert {hit.document.id for hit in await library.search("opening hours of the museum")} == {
+        mine.id,
+        shared.id,
+    }
     assert (await others.search("opening hours of the museum"))[0].document.id == shared.id
     found = await library.search(vector=vector)
     assert (found[0].document.id, round(found[0].score, 3)) == (mine.id, 1.0)
@@ -123,7 +151,11 @@ async def test_given_vectors_are_taken_and_checked(server: Server, library: Libr
     (hit,) = await library.search(vector=vector)
     assert hit.document.id == made.id
     assert hit.score == pytest.approx(1.0)
-    for call in (library.search(vector=[1.0]), library.search(), library.search("both", vector=vector)):
+    for call in (
+        library.search(vector=[1.0]),
+        library.search(),
+        library.search("both", vector=vector),
+    ):
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await call
         assert code_of(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
@@ -133,7 +165,9 @@ async def test_given_vectors_are_taken_and_checked(server: Server, library: Libr
     assert code_of(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(database_url: str, tmp_path: Path) -> None:
+async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(
+    database_url: str, tmp_path: Path
+) -> None:
     async with serving(database_url, search="off") as server, connected(server.address) as stub:
         library = Library(await Chat.of_new_user(stub))
         chunk = document_pb2.DocumentChunk(text="x", vector=[1.0, 2.0])
@@ -141,7 +175,10 @@ async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(database_
             user_id=library.user_id, document=document_pb2.Document(), chunks=[chunk]
         )
         made = (await stub.CreateDocument(request)).document
-    async with serving(database_url, search="on", data_dir=tmp_path) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, search="on", data_dir=tmp_path) as server,
+        connected(server.address) as stub,
+    ):
         await searchable(server)
         library = Library(Chat(stub, library.user_id))
         fine = await library.create(["this one is fine"])
@@ -191,7 +228,8 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
     slow = collection._payload_and_non_deleted_mask
     embedded.fit(client)
     points = [
-        Point(f"user {n % 3}", (Kind.CHUNK, Kind.MESSAGE)[n % 2], f"entity {n % 5}", str(n // 2)) for n in range(60)
+        Point(f"user {n % 3}", (Kind.CHUNK, Kind.MESSAGE)[n % 2], f"entity {n % 5}", str(n // 2))
+        for n in range(60)
     ]
 
     async def same() -> int:
@@ -206,31 +244,44 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
                     }
                     meant = models.Filter(
                         must=[
-                            models.FieldCondition(key=field, match=models.MatchAny(any=list(values)))
+                            models.FieldCondition(
+                                key=field, match=models.MatchAny(any=list(values))
+                            )
                             for field, values in fields.items()
                         ]
                     )
                     for vector in (None, ""):
-                        ours = list(map(bool, collection._payload_and_non_deleted_mask(meant, vector)))
+                        ours = list(
+                            map(bool, collection._payload_and_non_deleted_mask(meant, vector))
+                        )
                         assert ours == list(map(bool, slow(meant, vector)))
                         found += sum(ours)
         return found
 
     for start in range(0, 60, 20):
-        await index.write(Changes((), (), points[start : start + 20], packed([1.0, float(start)]) * 20), None)
+        await index.write(
+            Changes((), (), points[start : start + 20], packed([1.0, float(start)]) * 20), None
+        )
         assert await same()
     embedded.commit(client, erased=False)
     await index.write(Changes([Wipe("user 1")], points[:5], points[:1], packed([0.5, 1.0])), None)
     assert await same()
     assert await index.count(Wipe("user 1")) == 0
     # Another's filter goes the package's way.
-    other = models.Filter(must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=Kind.CHUNK))])
+    other = models.Filter(
+        must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=Kind.CHUNK))]
+    )
     assert list(collection._payload_and_non_deleted_mask(other)) == list(slow(other))
     embedded.commit(client, erased=True)
     await client.close()
-    kept = {(payload["user_id"], payload["item"], payload["entity_id"]) for payload in scrolled(tmp_path)}
+    kept = {
+        (payload["user_id"], payload["item"], payload["entity_id"])
+        for payload in scrolled(tmp_path)
+    }
     gone = points[1:5]
-    assert kept == {(p.user_id, p.item, p.entity_id) for p in points if p.user_id != "user 1" and p not in gone}
+    assert kept == {
+        (p.user_id, p.item, p.entity_id) for p in points if p.user_id != "user 1" and p not in gone
+    }
 
 
 @pytest.mark.parametrize("file", ["meta.json", "storage.sqlite"])
@@ -242,19 +293,28 @@ async def test_an_index_that_cannot_be_read_is_built_anew(
     await server.stop()
     (path,) = (tmp_path / "qdrant").rglob(file)
     path.write_bytes(b"cut o")
-    async with serving(database_url, search="on", data_dir=tmp_path) as again, connected(again.address) as stub:
+    async with (
+        serving(database_url, search="on", data_dir=tmp_path) as again,
+        connected(again.address) as stub,
+    ):
         await searchable(again)
         library = Library(Chat(stub, library.user_id))
 
         async def found() -> bool:
-            return [hit.document.id for hit in await library.search("when is there bread")] == [made.id]
+            return [hit.document.id for hit in await library.search("when is there bread")] == [
+                made.id
+            ]
 
         await comes_true(found, "it is built from PostgreSQL")
     assert any(each.read_bytes() == b"cut o" for each in broken(tmp_path) if each.name == file)
 
 
 async def test_an_index_that_another_process_has_open_is_left_alone(
-    server: Server, library: Library, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    library: Library,
+    database_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     await library.create(["The bakery opens at five."])
     await settled(server)
@@ -272,7 +332,9 @@ async def test_an_index_that_another_process_has_open_is_left_alone(
 
 
 @pytest.mark.timeout(300)
-async def test_a_server_that_is_killed_loses_nothing(database_url: str, tmp_path: Path, start_process: Any) -> None:
+async def test_a_server_that_is_killed_loses_nothing(
+    database_url: str, tmp_path: Path, start_process: Any
+) -> None:
     environment = {"CHAT_HISTORY_SEARCH": "on", "CHAT_HISTORY_DATA_DIR": str(tmp_path / "data")}
     people: list[str] = []
     for life in range(3):
@@ -293,9 +355,15 @@ async def test_a_server_that_is_killed_loses_nothing(database_url: str, tmp_path
     # What was leased when it was killed is taken again when the lease has ended.
     await comes_true(done, "the index is caught up", 100)
     await process.stop()
-    chunks = await fetch(database_url, "SELECT user_id::text, document_id::text FROM document_chunks")
-    messages = await fetch(database_url, "SELECT user_id::text, session_id::text FROM chat_messages")
-    found = sorted((payload["user_id"], payload["entity_id"]) for payload in scrolled(tmp_path / "data"))
+    chunks = await fetch(
+        database_url, "SELECT user_id::text, document_id::text FROM document_chunks"
+    )
+    messages = await fetch(
+        database_url, "SELECT user_id::text, session_id::text FROM chat_messages"
+    )
+    found = sorted(
+        (payload["user_id"], payload["entity_id"]) for payload in scrolled(tmp_path / "data")
+    )
     assert found == sorted(tuple(row) for row in [*chunks, *messages])
     assert len(found) == 3 * 8
 
@@ -319,7 +387,10 @@ async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Libra
 
     await settled(server)
     quiet = await p99(3)
-    text = "The quick brown fox jumps over the lazy dog, and nobody knows why it would do such a thing at all. " * 8
+    text = (
+        "The quick brown fox jumps over the lazy dog, and nobody knows why it would do such a thing at all. "
+        * 8
+    )
     for n in range(10):
         await library.create([f"{text} {n} {m}" for m in range(100)])
     assert server.search is not None
@@ -333,7 +404,9 @@ async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Libra
             await health.Check(health_pb2.HealthCheckRequest())
             worst = max(worst, time.thread_time() - asked)
             await asyncio.sleep(0.01)
-    print(f"GetContext p99: quiet {quiet * 1e3:.1f} ms, indexing {busy * 1e3:.1f} ms; health {worst * 1e3:.1f} ms")
+    print(
+        f"GetContext p99: quiet {quiet * 1e3:.1f} ms, indexing {busy * 1e3:.1f} ms; health {worst * 1e3:.1f} ms"
+    )
     assert figures.indexed >= start
     # A page that is embedded or indexed in the loop takes it 0.3 s. What callers see is the benchmark's (benchmarks/search.py).
     assert worst < 0.1

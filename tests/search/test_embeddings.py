@@ -36,7 +36,9 @@ class Endpoint:
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = next(
-            int(line.split(":")[1]) for line in head.lower().splitlines() if line.startswith("content-length")
+            int(line.split(":")[1])
+            for line in head.lower().splitlines()
+            if line.startswith("content-length")
         )
         sent = json.loads(await reader.readexactly(length))
         self.seen.append((head, sent))
@@ -105,7 +107,12 @@ async def test_what_goes_wrong_is_told_apart(endpoint: Endpoint) -> None:
 
 
 async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: Endpoint) -> None:
-    given = {"search": "on", "data_dir": tmp_path, "EMBEDDINGS_URL": endpoint.url, "EMBEDDINGS_MODEL": "Tiny/Model v1"}
+    given = {
+        "search": "on",
+        "data_dir": tmp_path,
+        "EMBEDDINGS_URL": endpoint.url,
+        "EMBEDDINGS_MODEL": "Tiny/Model v1",
+    }
     async with serving(database_url, **given) as server, connected(server.address) as stub:
         await searchable(server)
         library = Library(await Chat.of_new_user(stub))
@@ -132,7 +139,12 @@ async def test_one_text_that_is_refused_holds_no_other_up(
 ) -> None:
     monkeypatch.setattr(indexer, "RETRY_BASE", 0.01)
     endpoint.refused = "poison"
-    given = {"search": "on", "data_dir": tmp_path, "EMBEDDINGS_URL": endpoint.url, "EMBEDDINGS_MODEL": "tiny"}
+    given = {
+        "search": "on",
+        "data_dir": tmp_path,
+        "EMBEDDINGS_URL": endpoint.url,
+        "EMBEDDINGS_MODEL": "tiny",
+    }
     async with serving(database_url, **given) as server, connected(server.address) as stub:
         await searchable(server)
         library = Library(await Chat.of_new_user(stub))
@@ -149,11 +161,19 @@ async def test_one_text_that_is_refused_holds_no_other_up(
         await settled(server)
         document = await library.get(made.id)
         assert "refuses" in document.status_detail
-        assert [each.id for each in (await library.page(status=document.status)).documents] == [made.id]
+        assert [each.id for each in (await library.page(status=document.status)).documents] == [
+            made.id
+        ]
         assert (await library.get(fine.id)).status == INDEXED
-        found = {hit.chunk_index for hit in await library.search("text 99", document_ids=[made.id], limit=100)}
+        found = {
+            hit.chunk_index
+            for hit in await library.search("text 99", document_ids=[made.id], limit=100)
+        }
         assert found == set(range(100)) - {70}
-        assert {hit.message.content for hit in await library.said("after", SEMANTIC)} == {"before", "after"}
+        assert {hit.message.content for hit in await library.said("after", SEMANTIC)} == {
+            "before",
+            "after",
+        }
         search = server.search
         assert search is not None
         assert search.healthy
@@ -184,7 +204,12 @@ async def test_one_text_that_is_refused_holds_no_other_up(
 async def test_an_endpoint_that_takes_no_more_now_is_not_down(
     database_url: str, tmp_path: Path, endpoint: Endpoint
 ) -> None:
-    given = {"search": "on", "data_dir": tmp_path, "EMBEDDINGS_URL": endpoint.url, "EMBEDDINGS_MODEL": "tiny"}
+    given = {
+        "search": "on",
+        "data_dir": tmp_path,
+        "EMBEDDINGS_URL": endpoint.url,
+        "EMBEDDINGS_MODEL": "tiny",
+    }
     async with serving(database_url, **given) as server, connected(server.address) as stub:
         await searchable(server)
         library = Library(await Chat.of_new_user(stub))

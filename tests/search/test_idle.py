@@ -16,7 +16,9 @@ from tests.support.servers import channel
 from tests.support.statements import Sent
 
 
-@pytest.mark.parametrize("seconds", [4, pytest.param(60, marks=[pytest.mark.faults, pytest.mark.timeout(150)])])
+@pytest.mark.parametrize(
+    "seconds", [4, pytest.param(60, marks=[pytest.mark.faults, pytest.mark.timeout(150)])]
+)
 async def test_an_idle_service_asks_the_database_nothing(
     server: Server, chat: Chat, library: Library, cluster: Cluster, database_url: str, seconds: int
 ) -> None:

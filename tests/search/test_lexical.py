@@ -31,7 +31,10 @@ async def test_words_in_any_case_and_language(library: Library) -> None:
     assert await found(library, "trai") == set()
     assert await found(library, '"leaves at nine"') == {"the train leaves at nine"}
     assert await found(library, '"nine at"') == set()
-    assert await found(library, "zug or train") == {"Der Zug nach Zürich fährt um 9:15", "the train leaves at nine"}
+    assert await found(library, "zug or train") == {
+        "Der Zug nach Zürich fährt um 9:15",
+        "the train leaves at nine",
+    }
     assert await found(library, "the -nine") == set()
     assert await found(library, "100% _users_") == {"100% of _users_ like C:\\temp"}
     assert await found(library, "'; DROP TABLE users --") == set()
@@ -52,7 +55,9 @@ async def test_only_ones_own_and_only_what_is_there(library: Library, others: Li
 
 
 async def test_the_match_is_marked_and_the_rest_escaped(library: Library) -> None:
-    await library.chat.start("lorem ipsum " * 50 + "<b>the Zebra & friends</b> " + "dolor sit " * 50)
+    await library.chat.start(
+        "lorem ipsum " * 50 + "<b>the Zebra & friends</b> " + "dolor sit " * 50
+    )
     (hit,) = await library.said("zebra", LEXICAL)
     assert "<mark>Zebra</mark> &amp; friends" in hit.snippet
     assert "<b>" not in hit.snippet

@@ -17,9 +17,13 @@ QUESTIONS = [
 ]
 
 
-async def test_of_long_and_alike_sections_the_right_one_comes_first(server: Server, library: Library) -> None:
+async def test_of_long_and_alike_sections_the_right_one_comes_first(
+    server: Server, library: Library
+) -> None:
     for path in sorted(TEXTS.glob("*.md")):
-        await library.create(["## " + part.strip() for part in path.read_text().split("\n## ")[1:]], title=path.stem)
+        await library.create(
+            ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]], title=path.stem
+        )
     await settled(server)
     for question, heading in QUESTIONS:
         hits = await library.search(question)
@@ -31,7 +35,9 @@ async def test_of_long_and_alike_sections_the_right_one_comes_first(server: Serv
         assert only == hits[0]
 
 
-async def test_texts_and_questions_of_any_kind_are_compared(server: Server, library: Library) -> None:
+async def test_texts_and_questions_of_any_kind_are_compared(
+    server: Server, library: Library
+) -> None:
     texts = ["?!", "ein Wort", "\n\n", "x" * 200_000, "飛行機が空を飛ぶ", "word " * 20_000]
     made = await library.create(texts)
     await settled(server)

@@ -22,7 +22,17 @@ from service.search.index import floats
 from service.search.points import Kind, Point
 from service.server import Server
 from service.store import diagnosis
-from tests.search.library import HYBRID, INDEXED, LEXICAL, SEMANTIC, Library, built, comes_true, searchable, settled
+from tests.search.library import (
+    HYBRID,
+    INDEXED,
+    LEXICAL,
+    SEMANTIC,
+    Library,
+    built,
+    comes_true,
+    searchable,
+    settled,
+)
 from tests.search.qdrant_server import QdrantServer
 from tests.support import sentinel
 from tests.support.chat import Chat, new_id
@@ -83,7 +93,11 @@ async def foreign(qdrant: QdrantServer) -> None:
         FOREIGN, vectors_config=models.VectorParams(size=2, distance=models.Distance.DOT)
     )
     await qdrant.engine.upsert(
-        FOREIGN, [models.PointStruct(id=n, vector=[float(n), 1.0], payload={"user_id": "x"}) for n in range(5)]
+        FOREIGN,
+        [
+            models.PointStruct(id=n, vector=[float(n), 1.0], payload={"user_id": "x"})
+            for n in range(5)
+        ],
     )
 
 
@@ -104,7 +118,12 @@ async def test_what_is_written_is_found_and_what_is_erased_is_gone(
         (collection,) = await qdrant.live()
         assert len(await qdrant.points(collection)) == 2
         reply = await library.stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=library.user_id))
-        assert (reply.document_count, reply.chunk_count, reply.message_count, reply.vector_count) == (1, 1, 1, 2)
+        assert (
+            reply.document_count,
+            reply.chunk_count,
+            reply.message_count,
+            reply.vector_count,
+        ) == (1, 1, 1, 2)
         await settled(server)
         assert await qdrant.points(collection) == {}
         assert await fetch(database_url, "SELECT FROM search_outbox") == []
@@ -113,7 +132,9 @@ async def test_what_is_written_is_found_and_what_is_erased_is_gone(
     assert tenant.keyword_index_params.is_tenant
 
 
-async def test_every_query_names_its_owners(database_url: str, qdrant: QdrantServer, remote: dict[str, Any]) -> None:
+async def test_every_query_names_its_owners(
+    database_url: str, qdrant: QdrantServer, remote: dict[str, Any]
+) -> None:
     async with at_work(database_url, remote) as (_server, library):
         await library.search("anything", document_ids=[new_id()])
         await library.said("anything", SEMANTIC)
@@ -133,9 +154,16 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
         await settled(server)
         await qdrant.stop()
         started = time.monotonic()
-        for call in (library.search("keys"), library.said("keys", SEMANTIC), library.said("keys", HYBRID)):
+        for call in (
+            library.search("keys"),
+            library.said("keys", SEMANTIC),
+            library.said("keys", HYBRID),
+        ):
             failure = await how_it_fails(call)
-            assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "SEARCH_UNAVAILABLE")
+            assert (failure.code, failure.reason) == (
+                grpc.StatusCode.UNAVAILABLE,
+                "SEARCH_UNAVAILABLE",
+            )
         assert time.monotonic() - started < 8, "the time-out of one of them at the most"
         async with channel(server.address) as opened:
             health: Any = health_pb2_grpc.HealthStub(opened)
@@ -202,10 +230,15 @@ async def test_a_qdrant_that_does_not_answer_in_time(
 
 
 async def rebuilt(library: Library) -> list[search_pb2.RebuildSearchIndexResponse]:
-    return [reply async for reply in library.stub.RebuildSearchIndex(search_pb2.RebuildSearchIndexRequest())]
+    return [
+        reply
+        async for reply in library.stub.RebuildSearchIndex(search_pb2.RebuildSearchIndexRequest())
+    ]
 
 
-async def test_rebuilding_under_load(database_url: str, qdrant: QdrantServer, remote: dict[str, Any]) -> None:
+async def test_rebuilding_under_load(
+    database_url: str, qdrant: QdrantServer, remote: dict[str, Any]
+) -> None:
     await foreign(qdrant)
     async with at_work(database_url, remote) as (server, library):
         for n in range(30):
@@ -253,10 +286,16 @@ async def test_the_statements_that_do_without_an_owner_are_the_named_ones(
     seen = all_new_statements()
     assert sentinel.complaints(seen) == []
     flat = {" ".join(statement.sql.split()).rstrip("; ") for statement in seen}
-    ours = [name for name, pattern in sentinel.NAMED.items() if "search_" in pattern or "slice" in pattern]
+    ours = [
+        name
+        for name, pattern in sentinel.NAMED.items()
+        if "search_" in pattern or "slice" in pattern
+    ]
     assert len(ours) == 7
     for name in ours:
-        assert any(re.fullmatch(sentinel.NAMED[name], sql) for sql in flat), f"{name}: no statement is it any more"
+        assert any(re.fullmatch(sentinel.NAMED[name], sql) for sql in flat), (
+            f"{name}: no statement is it any more"
+        )
 
 
 async def test_a_lost_index_is_built_again_at_the_next_start(
@@ -275,7 +314,9 @@ async def test_a_lost_index_is_built_again_at_the_next_start(
     )
     async with serving(database_url, **remote) as server, connected(server.address) as stub:
         await searchable(server)
-        await comes_true(lambda: _found(Library(Chat(stub, library.user_id)), made.id), "it is found again")
+        await comes_true(
+            lambda: _found(Library(Chat(stub, library.user_id)), made.id), "it is found again"
+        )
         await index_equals_postgres(database_url, server, qdrant)
 
 
@@ -283,9 +324,18 @@ async def _found(library: Library, document_id: str) -> bool:
     return any(hit.document.id == document_id for hit in await library.search("lost"))
 
 
-async def test_two_replicas_share_the_work(database_url: str, qdrant: QdrantServer, remote: dict[str, Any]) -> None:
-    async with at_work(database_url, remote) as (one, library), at_work(database_url, remote) as (two, more):
-        made = [each.create([f"{n} of many facts", "and another"]) for n in range(20) for each in (library, more)]
+async def test_two_replicas_share_the_work(
+    database_url: str, qdrant: QdrantServer, remote: dict[str, Any]
+) -> None:
+    async with (
+        at_work(database_url, remote) as (one, library),
+        at_work(database_url, remote) as (two, more),
+    ):
+        made = [
+            each.create([f"{n} of many facts", "and another"])
+            for n in range(20)
+            for each in (library, more)
+        ]
         await asyncio.gather(*made)
         await index_equals_postgres(database_url, one, qdrant)
         await settled(two)
@@ -296,16 +346,33 @@ async def test_two_replicas_share_the_work(database_url: str, qdrant: QdrantServ
         def done() -> list[int]:
             return [server.search.figures.indexed for server in (one, two) if server.search]
 
-        while not all(done()):  # Who comes first may have taken everything; both take their part before long.
+        while not all(
+            done()
+        ):  # Who comes first may have taken everything; both take their part before long.
             await asyncio.gather(*(each.create(["one more"]) for each in (library, more)))
             await settled(one)
             count += 2
-        assert sum(done()) == len(qdrant.upserted) == len(set(qdrant.upserted)) == count, "each is done once"
+        assert sum(done()) == len(qdrant.upserted) == len(set(qdrant.upserted)) == count, (
+            "each is done once"
+        )
 
 
 STEPS = st.lists(
     st.sampled_from(
-        ["create", "grow", "delete", "say", "edit", "unsay", "forget", "leave", "crash", "outage", "back", "rebuild"]
+        [
+            "create",
+            "grow",
+            "delete",
+            "say",
+            "edit",
+            "unsay",
+            "forget",
+            "leave",
+            "crash",
+            "outage",
+            "back",
+            "rebuild",
+        ]
     ),
     min_size=3,
     max_size=14,
@@ -314,7 +381,9 @@ STEPS = st.lists(
 
 @pytest.mark.case(n=24)
 @pytest.mark.timeout(300)
-async def test_the_index_equals_postgres_whatever_happens(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_index_equals_postgres_whatever_happens(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Any sequence of writes, crashes and outages ends, when all is back, with an index that holds what PostgreSQL holds."""
     # What a crash leaves leased is taken again soon.
     monkeypatch.setattr(indexer, "LEASE", 2.0)
@@ -326,7 +395,12 @@ async def test_the_index_equals_postgres_whatever_happens(cluster: Cluster, monk
         name = await cluster.create_database()
         qdrant = QdrantServer()
         await qdrant.start()
-        given_ = {"search": "on", "QDRANT_URL": qdrant.url, "qdrant_grpc_port": qdrant.port, "search_timeout": 3.0}
+        given_ = {
+            "search": "on",
+            "QDRANT_URL": qdrant.url,
+            "qdrant_grpc_port": qdrant.port,
+            "search_timeout": 3.0,
+        }
         try:
             await _play(cluster.url(name), qdrant, given_, steps)
         finally:
@@ -344,7 +418,9 @@ async def test_the_index_equals_postgres_whatever_happens(cluster: Cluster, monk
     await asyncio.to_thread(whatever)
 
 
-async def _play(url: str, qdrant: QdrantServer, remote: dict[str, Any], steps: Sequence[str]) -> None:
+async def _play(
+    url: str, qdrant: QdrantServer, remote: dict[str, Any], steps: Sequence[str]
+) -> None:
     pending = list(steps)
     people: list[str] = []
     while True:
@@ -380,7 +456,9 @@ async def _live(  # noqa: C901, PLR0912 - a table of steps
                 sessions.append(await library.chat.start(f"said {len(sessions)}"))
             case "edit" if sessions:
                 for message in (await library.chat.page(sessions[-1])).messages:
-                    await library.chat.update(sessions[-1], message.id, content=f"edited {len(pending)}")
+                    await library.chat.update(
+                        sessions[-1], message.id, content=f"edited {len(pending)}"
+                    )
             case "unsay" if sessions:
                 for message in (await library.chat.page(sessions[0])).messages:
                     await library.chat.delete(sessions[0], message.id)

@@ -52,7 +52,9 @@ class Report:
 
 def recorded(things: Things) -> list[tuple[str, bytes]]:
     """Return requests of every RPC: small ones, and some with everything in them."""
-    found = [(rpc, row.request(things.user, things).SerializeToString()) for rpc, row in ROWS.items()]
+    found = [
+        (rpc, row.request(things.user, things).SerializeToString()) for rpc, row in ROWS.items()
+    ]
     parts = [
         Part(tool_call={"id": "c", "name": "f", "arguments": "{}"}),
         Part(tool_result={"tool_call_id": "c", "content": "x"}),
@@ -72,7 +74,11 @@ def recorded(things: Things) -> list[tuple[str, bytes]]:
     )
     user.update_mask.paths.extend(["name", "email", "metadata"])
     # The hot path is bent most.
-    return [*found, *[("AppendMessages", append.SerializeToString())] * 10, ("UpdateUser", user.SerializeToString())]
+    return [
+        *found,
+        *[("AppendMessages", append.SerializeToString())] * 10,
+        ("UpdateUser", user.SerializeToString()),
+    ]
 
 
 class _Fuzzer:
@@ -84,9 +90,13 @@ class _Fuzzer:
         self._calls = {rpc: self._raw(rpc) for rpc in ROWS}
         self._good_token = issuer.service_token()
 
-    def _raw(self, rpc: str) -> aio.UnaryUnaryMultiCallable[bytes, bytes] | aio.UnaryStreamMultiCallable[bytes, bytes]:
+    def _raw(
+        self, rpc: str
+    ) -> aio.UnaryUnaryMultiCallable[bytes, bytes] | aio.UnaryStreamMultiCallable[bytes, bytes]:
         make = self._opened.unary_stream if rpc in STREAMS else self._opened.unary_unary
-        return make(f"/{SERVICE.full_name}/{rpc}", request_serializer=bytes, response_deserializer=bytes)
+        return make(
+            f"/{SERVICE.full_name}/{rpc}", request_serializer=bytes, response_deserializer=bytes
+        )
 
     async def round(self, cases: int) -> None:
         """Try so many cases on things of their own."""
@@ -94,7 +104,13 @@ class _Fuzzer:
         todo = []
         for _ in range(cases):
             rpc, data = self._chance.choice(known)
-            todo.append((rpc, hostile.mutated(data, self._chance.choice(known)[1], self._chance), self._shown()))
+            todo.append(
+                (
+                    rpc,
+                    hostile.mutated(data, self._chance.choice(known)[1], self._chance),
+                    self._shown(),
+                )
+            )
         queue = iter(todo)
         await asyncio.gather(*(self._work(queue) for _ in range(AT_ONCE)))
 
@@ -102,7 +118,9 @@ class _Fuzzer:
         """Return a token, and whether it must be refused."""
         if self._chance.random() > 0.05:
             return self._good_token, False
-        bent = hostile.mutated(self._good_token.encode(), b"eyJhbGciOiJub25lIn0..", self._chance)[:4000]
+        bent = hostile.mutated(self._good_token.encode(), b"eyJhbGciOiJub25lIn0..", self._chance)[
+            :4000
+        ]
         text = "".join(chr(byte) for byte in bent if 0x20 < byte < 0x7F)
         return text, text.rstrip("=") != self._good_token  # Padding says nothing.
 
@@ -115,7 +133,9 @@ class _Fuzzer:
                 self.report.problems.append(f"{rpc}: {code} with the token {token!r}")
 
     async def _one(self, rpc: str, data: bytes, token: str, *, patience: float) -> str:
-        call = self._calls[rpc](data, metadata=issuer.bearer(token), timeout=patience if rpc == "WatchMessages" else 30)
+        call = self._calls[rpc](
+            data, metadata=issuer.bearer(token), timeout=patience if rpc == "WatchMessages" else 30
+        )
         try:
             if rpc in STREAMS:
                 while await call.read() is not EOF:  # type: ignore[union-attr]
@@ -132,7 +152,9 @@ class _Fuzzer:
                 self.report.problems.append(f"{rpc} {data!r}: {problem}")
             words = [word for word in hostile.DRIVER_WORDS if word in failed]
             if words or error.code() in (StatusCode.UNKNOWN, StatusCode.INTERNAL):
-                self.report.problems.append(f"{rpc} {data!r}: {error.code()} {error.details()} {words}")
+                self.report.problems.append(
+                    f"{rpc} {data!r}: {error.code()} {error.details()} {words}"
+                )
             return error.code().name
         return "OK"
 
@@ -164,7 +186,9 @@ async def run(database_url: str, folder: Path, *, cases: int, seed: int) -> Repo
 async def _whole(cases: int, seed: int) -> Report:
     with Cluster() as cluster, tempfile.TemporaryDirectory() as folder:
         await cluster.prepare()
-        return await run(cluster.url(await cluster.create_database()), Path(folder), cases=cases, seed=seed)
+        return await run(
+            cluster.url(await cluster.create_database()), Path(folder), cases=cases, seed=seed
+        )
 
 
 def main() -> None:

@@ -69,7 +69,9 @@ def _messages(kind: Descriptor, ids: Sequence[str], depth: int) -> st.SearchStra
     if kind.full_name == "google.protobuf.Struct":
         return _structs
     fields = [field for field in kind.fields if depth > 0 or field.message_type is None]
-    chosen = st.fixed_dictionaries({}, optional={field.name: _field(field, ids, depth - 1) for field in fields})
+    chosen = st.fixed_dictionaries(
+        {}, optional={field.name: _field(field, ids, depth - 1) for field in fields}
+    )
     return chosen.map(lambda values: _built(kind, values))
 
 
@@ -97,10 +99,14 @@ def _one(field: FieldDescriptor, ids: Sequence[str], depth: int) -> st.SearchStr
             return _messages(field.message_type, ids, depth)
         case FieldDescriptor.TYPE_STRING:
             texts = st.one_of(
-                st.sampled_from(INJECTIONS), st.text(st.characters(codec="utf-8"), max_size=40), st.just("")
+                st.sampled_from(INJECTIONS),
+                st.text(st.characters(codec="utf-8"), max_size=40),
+                st.just(""),
             )
             if field.name.endswith("id") or "token" in field.name:
-                return st.one_of(st.sampled_from(ids), st.sampled_from(ids), st.uuids().map(str), texts)
+                return st.one_of(
+                    st.sampled_from(ids), st.sampled_from(ids), st.uuids().map(str), texts
+                )
             return texts
         case FieldDescriptor.TYPE_BOOL:
             return st.booleans()
@@ -108,7 +114,8 @@ def _one(field: FieldDescriptor, ids: Sequence[str], depth: int) -> st.SearchStr
             return st.binary(max_size=40)
         case FieldDescriptor.TYPE_DOUBLE | FieldDescriptor.TYPE_FLOAT:
             return st.one_of(
-                st.sampled_from(_FLOATS[:5]), st.sampled_from(_FLOATS).filter(lambda n: abs(n) < 1e38 or math.isnan(n))
+                st.sampled_from(_FLOATS[:5]),
+                st.sampled_from(_FLOATS).filter(lambda n: abs(n) < 1e38 or math.isnan(n)),
             )
         case _:
             if field.type in _32_BIT:
@@ -164,7 +171,14 @@ def _flip(data: bytes, _other: bytes, chance: random.Random) -> bytes:
 def _insert(data: bytes, _other: bytes, chance: random.Random) -> bytes:
     at = chance.randint(0, len(data))
     new = chance.choice(
-        (chance.randbytes(chance.randint(1, 8)), b"\0", b"\xff" * 10, b"\xc3\x28", b"\xed\xa0\x80", b"\xf4\x90\x80\x80")
+        (
+            chance.randbytes(chance.randint(1, 8)),
+            b"\0",
+            b"\xff" * 10,
+            b"\xc3\x28",
+            b"\xed\xa0\x80",
+            b"\xf4\x90\x80\x80",
+        )
     )
     return data[:at] + new + data[at:]
 
@@ -187,7 +201,9 @@ def _repeat(data: bytes, _other: bytes, chance: random.Random) -> bytes:
 def _long(data: bytes, _other: bytes, chance: random.Random) -> bytes:
     """Add a field of some number with a length that says anything."""
     tag = bytes([chance.randint(1, 20) << 3 & 0x78 | chance.randint(0, 7)])
-    length = chance.choice((b"\x00", b"\x7f", b"\xff\xff\xff\xff\x07", b"\xff" * 9 + b"\x01", b"\x80" * 12))
+    length = chance.choice(
+        (b"\x00", b"\x7f", b"\xff\xff\xff\xff\x07", b"\xff" * 9 + b"\x01", b"\x80" * 12)
+    )
     return data + tag + length + chance.randbytes(chance.randint(0, 5))
 
 

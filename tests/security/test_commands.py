@@ -27,8 +27,12 @@ class Ran(NamedTuple):
     err: str
 
 
-async def command(folder: Path, *arguments: str, input_: bytes = b"", environment: dict[str, str] | None = None) -> Ran:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CHAT_HISTORY_")}
+async def command(
+    folder: Path, *arguments: str, input_: bytes = b"", environment: dict[str, str] | None = None
+) -> Ran:
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("CHAT_HISTORY_")
+    }
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "service", *arguments, cwd=folder, stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -41,7 +45,9 @@ async def command(folder: Path, *arguments: str, input_: bytes = b"", environmen
 async def test_token(database_url: str, tmp_path: Path) -> None:
     made = await command(tmp_path, "token", "backend", "--service", environment=IDENTITY)
     assert made.code == 0, made.err
-    values: dict[str, Any] = {name.removeprefix("CHAT_HISTORY_").lower(): value for name, value in IDENTITY.items()}
+    values: dict[str, Any] = {
+        name.removeprefix("CHAT_HISTORY_").lower(): value for name, value in IDENTITY.items()
+    }
     async with serving(database_url, **values) as server, connected(server.address) as stub:
         await stub.ListUsers(user_pb2.ListUsersRequest(), metadata=issuer.bearer(made.out.strip()))
     without = await command(tmp_path, "token", "backend")
@@ -49,7 +55,9 @@ async def test_token(database_url: str, tmp_path: Path) -> None:
     assert "CHAT_HISTORY_JWT_KEY" in without.err
     public = tmp_path / "public.pem"
     public.write_text(issuer.public_pem(issuer.ec_key()))
-    unable = await command(tmp_path, "token", "x", environment=IDENTITY | {"CHAT_HISTORY_JWT_KEY": str(public)})
+    unable = await command(
+        tmp_path, "token", "x", environment=IDENTITY | {"CHAT_HISTORY_JWT_KEY": str(public)}
+    )
     assert (unable.code, "public key cannot sign" in unable.err) == (2, True)
 
 
@@ -57,15 +65,26 @@ async def test_export_and_import(chat: Chat, database_url: str, tmp_path: Path) 
     session_id = await chat.start(texts(30))
     before = await chat.all(session_id)
     file = tmp_path / "user.jsonl"
-    out = await command(tmp_path, "export", chat.user_id, "-o", str(file), environment={"DATABASE_URL": database_url})
+    out = await command(
+        tmp_path,
+        "export",
+        chat.user_id,
+        "-o",
+        str(file),
+        environment={"DATABASE_URL": database_url},
+    )
     assert out.code == 0, out.err
     assert "exported 1 users, 1 sessions, 30 messages" in out.err
     assert file.stat().st_mode & 0o077 == 0
-    streamed = await command(tmp_path, "export", chat.user_id, environment={"DATABASE_URL": database_url})
+    streamed = await command(
+        tmp_path, "export", chat.user_id, environment={"DATABASE_URL": database_url}
+    )
     assert streamed.out.encode() == file.read_bytes()
     await chat.stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
     for new in (30, 0):
-        done = await command(tmp_path, "import", str(file), environment={"DATABASE_URL": database_url})
+        done = await command(
+            tmp_path, "import", str(file), environment={"DATABASE_URL": database_url}
+        )
         assert done.code == 0, done.err
         assert f"{new} messages were new" in done.err
     assert await chat.all(session_id) == before
@@ -84,25 +103,41 @@ async def test_export_and_import(chat: Chat, database_url: str, tmp_path: Path) 
     assert "audit" in piped.err
 
 
-async def test_mistakes_are_told_in_a_line(stub: AsyncStub, database_url: str, tmp_path: Path) -> None:
+async def test_mistakes_are_told_in_a_line(
+    stub: AsyncStub, database_url: str, tmp_path: Path
+) -> None:
     (tmp_path / "bad.jsonl").write_text("nonsense\n")
     cases: list[tuple[Callable[[], Any], str]] = [
-        (lambda: command(tmp_path, "export", "me", environment={"DATABASE_URL": database_url}), "'me' is no user id"),
         (
-            lambda: command(tmp_path, "export", issuer_free_id(), environment={"DATABASE_URL": database_url}),
+            lambda: command(tmp_path, "export", "me", environment={"DATABASE_URL": database_url}),
+            "'me' is no user id",
+        ),
+        (
+            lambda: command(
+                tmp_path, "export", issuer_free_id(), environment={"DATABASE_URL": database_url}
+            ),
             "user not found",
         ),
         (
-            lambda: command(tmp_path, "import", "missing.jsonl", environment={"DATABASE_URL": database_url}),
+            lambda: command(
+                tmp_path, "import", "missing.jsonl", environment={"DATABASE_URL": database_url}
+            ),
             "No such file",
         ),
         (
-            lambda: command(tmp_path, "import", "bad.jsonl", environment={"DATABASE_URL": database_url}),
+            lambda: command(
+                tmp_path, "import", "bad.jsonl", environment={"DATABASE_URL": database_url}
+            ),
             "line 1 is no JSON",
         ),
         (
             lambda: command(
-                tmp_path, "export", issuer_free_id(), "-o", "no/folder", environment={"DATABASE_URL": database_url}
+                tmp_path,
+                "export",
+                issuer_free_id(),
+                "-o",
+                "no/folder",
+                environment={"DATABASE_URL": database_url},
             ),
             "cannot be written",
         ),

@@ -31,19 +31,26 @@ async def dump(database_url: str) -> str:
     )
     rows = []
     for (name,) in tables:
-        rows += [f"{name} {row[0]}" for row in await fetch(database_url, f"SELECT t::text FROM {name} AS t")]
+        rows += [
+            f"{name} {row[0]}"
+            for row in await fetch(database_url, f"SELECT t::text FROM {name} AS t")
+        ]
     return "\n".join(rows)
 
 
 async def say_the_marker(stub: AsyncStub, **call: Any) -> Chat:
     """Make a user who has the marker in every text that there is."""
-    user = User(name=MARKER, external_id=MARKER, email=f"{MARKER}@example.com", metadata={MARKER: MARKER})
+    user = User(
+        name=MARKER, external_id=MARKER, email=f"{MARKER}@example.com", metadata={MARKER: MARKER}
+    )
     made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user), **call)).user
     parts = [
         Part(tool_call={"id": MARKER, "name": MARKER, "arguments": MARKER}),
         Part(data={MARKER: [MARKER]}),
     ]
-    said = text(MARKER, parts=parts, author=MARKER, metadata={MARKER: MARKER}, feedback={"comment": MARKER})
+    said = text(
+        MARKER, parts=parts, author=MARKER, metadata={MARKER: MARKER}, feedback={"comment": MARKER}
+    )
     session = Session(title=MARKER, summary=MARKER, metadata={MARKER: MARKER})
     append = message_pb2.AppendMessagesRequest(
         user_id=made.id, messages=[said, text(f"gone {MARKER}")], session=session
@@ -53,9 +60,13 @@ async def say_the_marker(stub: AsyncStub, **call: Any) -> Chat:
         user_id=made.id, session_id=stored.session_id, message_id=append.messages[1].id
     )
     await stub.DeleteMessage(gone, **call)
-    fork = session_pb2.ForkSessionRequest(user_id=made.id, session_id=stored.session_id, through_seq=2)
+    fork = session_pb2.ForkSessionRequest(
+        user_id=made.id, session_id=stored.session_id, through_seq=2
+    )
     await stub.ForkSession(fork, **call)
-    document = Document(title=MARKER, source_uri=f"https://example.com/{MARKER}", metadata={MARKER: MARKER})
+    document = Document(
+        title=MARKER, source_uri=f"https://example.com/{MARKER}", metadata={MARKER: MARKER}
+    )
     create = document_pb2.CreateDocumentRequest(user_id=made.id, document=document)
     create.chunks.add(text=MARKER)
     await stub.CreateDocument(create, **call)
@@ -65,7 +76,9 @@ async def say_the_marker(stub: AsyncStub, **call: Any) -> Chat:
 async def provoke(chat: Chat, **call: Any) -> None:
     """Fail in ways that quote: what is refused must not reach the log either."""
     for request in (
-        session_pb2.UpdateSessionRequest(user_id=chat.user_id, session=Session(id=new_id(), title=MARKER)),
+        session_pb2.UpdateSessionRequest(
+            user_id=chat.user_id, session=Session(id=new_id(), title=MARKER)
+        ),
         session_pb2.UpdateSessionRequest(user_id=chat.user_id, session=Session(title=MARKER * 50)),
     ):
         await failure(chat.stub.UpdateSession(request, **call))
@@ -82,7 +95,12 @@ async def test_nothing_is_left(start_process: Callable[..., Any], database_url: 
         async for _ in stub.ExportUserData(export_pb2.ExportUserDataRequest(user_id=chat.user_id)):
             pass
         gone = await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
-        assert (gone.session_count, gone.message_count, gone.document_count, gone.chunk_count) == (2, 2, 1, 1)
+        assert (gone.session_count, gone.message_count, gone.document_count, gone.chunk_count) == (
+            2,
+            2,
+            1,
+            1,
+        )
         left = await dump(database_url)
         assert MARKER not in left
         assert chat.user_id not in left
@@ -117,7 +135,9 @@ async def test_the_audit_trail(start_process: Callable[..., Any]) -> None:
         mine = bearer(token(made.id))
         await stub.AppendMessages(append, metadata=mine)
         for _ in range(2):
-            await failure(stub.ListSessions(session_pb2.ListSessionsRequest(user_id=new_id()), metadata=mine))
+            await failure(
+                stub.ListSessions(session_pb2.ListSessionsRequest(user_id=new_id()), metadata=mine)
+            )
         about: dict[str, Any] = {"user_id": made.id, "session_id": stored.session_id}
         await stub.DeleteSession(session_pb2.DeleteSessionRequest(**about), metadata=mine)
         await failure(stub.DeleteSession(session_pb2.DeleteSessionRequest(**about), metadata=mine))
@@ -129,10 +149,15 @@ async def test_the_audit_trail(start_process: Callable[..., Any]) -> None:
     service = {"caller": "service", "subject": "backend"}
     user = {"caller": "user", "caller_user_id": made.id, "subject": made.id}
     denied = found.pop(2)
-    assert (denied["act"], denied["outcome"], denied["caller_user_id"]) == ("denied", "USER_MISMATCH", made.id)
+    assert (denied["act"], denied["outcome"], denied["caller_user_id"]) == (
+        "denied",
+        "USER_MISMATCH",
+        made.id,
+    )
     assert found == [
         service | {"act": "act", "method": "CreateUser", "outcome": "allowed"},
-        service | {"act": "act", "method": "AppendMessages", "outcome": "allowed", "user_id": made.id},
+        service
+        | {"act": "act", "method": "AppendMessages", "outcome": "allowed", "user_id": made.id},
         user | {"act": "erase", "method": "DeleteSession", "outcome": "OK"} | about,
         user | {"act": "erase", "method": "DeleteSession", "outcome": "SESSION_NOT_FOUND"} | about,
         user | {"act": "export", "method": "ExportUserData", "outcome": "OK"},
@@ -156,7 +181,10 @@ def files_in(folder: Path) -> list[Path]:
 
 
 async def test_nothing_is_left_in_the_search_index(database_url: str, tmp_path: Path) -> None:
-    async with serving(database_url, search="on", data_dir=tmp_path) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, search="on", data_dir=tmp_path) as server,
+        connected(server.address) as stub,
+    ):
         await searchable(server)
         chat = await say_the_marker(stub)
         search = message_pb2.SearchMessagesRequest(
@@ -180,7 +208,10 @@ async def test_nothing_is_left_in_the_search_index(database_url: str, tmp_path: 
 
 async def test_a_rebuilding_remembers_nobody(database_url: str, tmp_path: Path) -> None:
     """How far it came is a user's id; it goes when the index is built."""
-    async with serving(database_url, search="on", data_dir=tmp_path) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, search="on", data_dir=tmp_path) as server,
+        connected(server.address) as stub,
+    ):
         await searchable(server)
         chat = await say_the_marker(stub)
         async for _ in stub.RebuildSearchIndex(search_pb2.RebuildSearchIndexRequest()):

@@ -25,7 +25,9 @@ from tests.support.failures import fails, read
 from tests.support.loose import Document, Message, Part, Session, User
 from tests.support.servers import AsyncStub, ServerProcess, channel, connected
 
-METHODS = {method.name: method for method in DESCRIPTOR.services_by_name["ChatHistoryService"].methods}
+METHODS = {
+    method.name: method for method in DESCRIPTOR.services_by_name["ChatHistoryService"].methods
+}
 # Things that every example may be about; made once a database.
 IDS = [f"00000000-0000-4000-8000-00000000000{n}" for n in range(1, 4)]
 
@@ -35,7 +37,9 @@ async def world(stub: AsyncStub) -> None:
     await stub.CreateUser(user_pb2.CreateUserRequest(user=User(id=user, name="somebody")))
     first = Message(id=message, role=message_pb2.ROLE_USER, content="hello")
     await stub.AppendMessages(
-        message_pb2.AppendMessagesRequest(user_id=user, session_id=session, messages=[first], create_if_missing=True)
+        message_pb2.AppendMessagesRequest(
+            user_id=user, session_id=session, messages=[first], create_if_missing=True
+        )
     )
 
 
@@ -78,7 +82,9 @@ async def test_every_request_has_an_answer_of_the_contract(stub: AsyncStub, rpc:
 
 async def flood(address: str) -> None:
     """Send what is large, or swells, or nests."""
-    bomb = message_pb2.AppendMessagesRequest(messages=[Message(content="0" * (30 << 20))]).SerializeToString()
+    bomb = message_pb2.AppendMessagesRequest(
+        messages=[Message(content="0" * (30 << 20))]
+    ).SerializeToString()
     deep = b"\x12\x00" * 100_000
     plain, gzip = grpc.Compression.NoCompression, grpc.Compression.Gzip
     todo = [
@@ -91,14 +97,19 @@ async def flood(address: str) -> None:
     async with channel(address, max_send_message_length=-1) as opened:
         call = opened.unary_unary(path, request_serializer=bytes, response_deserializer=bytes)
         for start in range(0, len(todo), 4):
-            calls = (call(data, compression=how, timeout=60) for data, how in todo[start : start + 4])
+            calls = (
+                call(data, compression=how, timeout=60) for data, how in todo[start : start + 4]
+            )
             done = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(each, aio.AioRpcError) for each in done)
 
 
 @pytest.mark.timeout(300)
 async def test_memory_returns_to_its_baseline(database_url: str, tmp_path: Path) -> None:
-    async with ServerProcess(database_url, tmp_path / "server") as server, connected(server.address) as stub:
+    async with (
+        ServerProcess(database_url, tmp_path / "server") as server,
+        connected(server.address) as stub,
+    ):
         await world(stub)
         process = psutil.Process(server.pid)
 
@@ -111,7 +122,9 @@ async def test_memory_returns_to_its_baseline(database_url: str, tmp_path: Path)
         before = process.memory_info().rss
         for _ in range(3):
             await everything()
-        for _ in range(7):  # What leaks never comes back; what is kept for the next calls does, sooner or later.
+        for _ in range(
+            7
+        ):  # What leaks never comes back; what is kept for the next calls does, sooner or later.
             if process.memory_info().rss - before < 16 << 20:
                 break
             await everything()
@@ -160,9 +173,13 @@ async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, wor
     assert (kept.title, kept.source_uri, kept.metadata) == (short, short, document.metadata)
     listing = document_pb2.ListDocumentChunksRequest(user_id=chat.user_id, document_id=kept.id)
     assert [chunk.text for chunk in (await chat.stub.ListDocumentChunks(listing)).chunks] == [words]
-    search = message_pb2.SearchMessagesRequest(user_id=chat.user_id, query=short, mode=message_pb2.SEARCH_MODE_LEXICAL)
+    search = message_pb2.SearchMessagesRequest(
+        user_id=chat.user_id, query=short, mode=message_pb2.SEARCH_MODE_LEXICAL
+    )
     await chat.stub.SearchMessages(search)
-    assert (await fetch(database_url, "SELECT count(*) FROM users"))[0][0] == 3  # With the system's.
+    assert (await fetch(database_url, "SELECT count(*) FROM users"))[0][
+        0
+    ] == 3  # With the system's.
 
 
 @pytest.mark.case(n=20)
@@ -171,7 +188,9 @@ async def test_negative_page_sizes_are_refused(chat: Chat, size: int) -> None:
     for call in (
         chat.list_sessions(page_size=size),
         chat.stub.ListMessages(
-            message_pb2.ListMessagesRequest(user_id=chat.user_id, session_id=new_id(), page_size=size)
+            message_pb2.ListMessagesRequest(
+                user_id=chat.user_id, session_id=new_id(), page_size=size
+            )
         ),
         chat.stub.ListUsers(user_pb2.ListUsersRequest(page_size=size)),
     ):

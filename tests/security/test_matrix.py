@@ -43,12 +43,16 @@ async def make_things(stub: AsyncStub) -> Things:
     things = random_things()
     user = user_pb2.User(id=things.user, external_id=things.external_id, email=things.email)
     await stub.CreateUser(user_pb2.CreateUserRequest(user=user), metadata=SHOWN)
-    message = message_pb2.Message(id=things.message, role=message_pb2.ROLE_USER, content=f"mine {things.user}")
+    message = message_pb2.Message(
+        id=things.message, role=message_pb2.ROLE_USER, content=f"mine {things.user}"
+    )
     append = message_pb2.AppendMessagesRequest(
         user_id=things.user, session_id=things.session, messages=[message], create_if_missing=True
     )
     await stub.AppendMessages(append, metadata=SHOWN)
-    create = document_pb2.CreateDocumentRequest(user_id=things.user, document=document_pb2.Document(id=things.document))
+    create = document_pb2.CreateDocumentRequest(
+        user_id=things.user, document=document_pb2.Document(id=things.document)
+    )
     create.chunks.add(text=f"mine too {things.user}")
     await stub.CreateDocument(create, metadata=SHOWN)
     return things
@@ -77,24 +81,38 @@ class Row(NamedTuple):
 
 def _append(user: str, t: Things, **more: Any) -> Any:
     message = message_pb2.Message(role=message_pb2.ROLE_USER, content="again")
-    return message_pb2.AppendMessagesRequest(user_id=user, session_id=t.session, messages=[message], **more)
+    return message_pb2.AppendMessagesRequest(
+        user_id=user, session_id=t.session, messages=[message], **more
+    )
 
 
 ROWS: dict[str, Row] = {
     "CreateUser": Row(
-        lambda u, _t: user_pb2.CreateUserRequest(user=user_pb2.User(name=u)), service_only=True, unnamed=OK
+        lambda u, _t: user_pb2.CreateUserRequest(user=user_pb2.User(name=u)),
+        service_only=True,
+        unnamed=OK,
     ),
     "GetUser": Row(
-        lambda u, _t: user_pb2.GetUserRequest(user_id=u) if u else user_pb2.GetUserRequest(), no_user=NO_USER
+        lambda u, _t: user_pb2.GetUserRequest(user_id=u) if u else user_pb2.GetUserRequest(),
+        no_user=NO_USER,
     ),
     "ListUsers": Row(lambda _u, _t: user_pb2.ListUsersRequest(), service_only=True, unnamed=OK),
     "UpdateUser": Row(
-        lambda u, _t: user_pb2.UpdateUserRequest(user_id=u, user=user_pb2.User(name="new")), no_user=NO_USER
+        lambda u, _t: user_pb2.UpdateUserRequest(user_id=u, user=user_pb2.User(name="new")),
+        no_user=NO_USER,
     ),
-    "DeleteUser": Row(lambda u, _t: user_pb2.DeleteUserRequest(user_id=u), no_user=NO_USER, service_only=True),
-    "ExportUserData": Row(lambda u, _t: export_pb2.ExportUserDataRequest(user_id=u), no_user=NO_USER),
-    "CreateSession": Row(lambda u, _t: session_pb2.CreateSessionRequest(user_id=u), no_user=NO_USER),
-    "GetSession": Row(lambda u, t: session_pb2.GetSessionRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "DeleteUser": Row(
+        lambda u, _t: user_pb2.DeleteUserRequest(user_id=u), no_user=NO_USER, service_only=True
+    ),
+    "ExportUserData": Row(
+        lambda u, _t: export_pb2.ExportUserDataRequest(user_id=u), no_user=NO_USER
+    ),
+    "CreateSession": Row(
+        lambda u, _t: session_pb2.CreateSessionRequest(user_id=u), no_user=NO_USER
+    ),
+    "GetSession": Row(
+        lambda u, t: session_pb2.GetSessionRequest(user_id=u, session_id=t.session), NO_SESSION
+    ),
     "ListSessions": Row(lambda u, _t: session_pb2.ListSessionsRequest(user_id=u)),
     "UpdateSession": Row(
         lambda u, t: session_pb2.UpdateSessionRequest(
@@ -102,36 +120,60 @@ ROWS: dict[str, Row] = {
         ),
         NO_SESSION,
     ),
-    "DeleteSession": Row(lambda u, t: session_pb2.DeleteSessionRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "DeleteSession": Row(
+        lambda u, t: session_pb2.DeleteSessionRequest(user_id=u, session_id=t.session), NO_SESSION
+    ),
     "ForkSession": Row(
-        lambda u, t: session_pb2.ForkSessionRequest(user_id=u, session_id=t.session, through_seq=1), NO_SESSION
+        lambda u, t: session_pb2.ForkSessionRequest(user_id=u, session_id=t.session, through_seq=1),
+        NO_SESSION,
     ),
     "AppendMessages": Row(_append, NO_SESSION),
     "GetMessage": Row(
-        lambda u, t: message_pb2.GetMessageRequest(user_id=u, session_id=t.session, message_id=t.message), NO_SESSION
+        lambda u, t: message_pb2.GetMessageRequest(
+            user_id=u, session_id=t.session, message_id=t.message
+        ),
+        NO_SESSION,
     ),
-    "ListMessages": Row(lambda u, t: message_pb2.ListMessagesRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "ListMessages": Row(
+        lambda u, t: message_pb2.ListMessagesRequest(user_id=u, session_id=t.session), NO_SESSION
+    ),
     "UpdateMessage": Row(
         lambda u, t: message_pb2.UpdateMessageRequest(
-            user_id=u, session_id=t.session, message=message_pb2.Message(id=t.message, content="new")
+            user_id=u,
+            session_id=t.session,
+            message=message_pb2.Message(id=t.message, content="new"),
         ),
         NO_SESSION,
     ),
     "DeleteMessage": Row(
-        lambda u, t: message_pb2.DeleteMessageRequest(user_id=u, session_id=t.session, message_id=t.message), NO_SESSION
+        lambda u, t: message_pb2.DeleteMessageRequest(
+            user_id=u, session_id=t.session, message_id=t.message
+        ),
+        NO_SESSION,
     ),
-    "GetContext": Row(lambda u, t: message_pb2.GetContextRequest(user_id=u, session_id=t.session), NO_SESSION),
-    "WatchMessages": Row(lambda u, t: message_pb2.WatchMessagesRequest(user_id=u, session_id=t.session), NO_SESSION),
+    "GetContext": Row(
+        lambda u, t: message_pb2.GetContextRequest(user_id=u, session_id=t.session), NO_SESSION
+    ),
+    "WatchMessages": Row(
+        lambda u, t: message_pb2.WatchMessagesRequest(user_id=u, session_id=t.session), NO_SESSION
+    ),
     "SearchMessages": Row(
-        lambda u, t: message_pb2.SearchMessagesRequest(user_id=u, session_id=t.session, query="mine")
+        lambda u, t: message_pb2.SearchMessagesRequest(
+            user_id=u, session_id=t.session, query="mine"
+        )
     ),
     "CreateDocument": Row(
-        lambda u, _t: document_pb2.CreateDocumentRequest(user_id=u, document=document_pb2.Document(title="x")),
+        lambda u, _t: document_pb2.CreateDocumentRequest(
+            user_id=u, document=document_pb2.Document(title="x")
+        ),
         no_user=NO_USER,
     ),
     "AppendDocumentChunks": Row(
         lambda u, t: document_pb2.AppendDocumentChunksRequest(
-            user_id=u, document_id=t.document, first_index=1, chunks=[document_pb2.DocumentChunk(text="x")]
+            user_id=u,
+            document_id=t.document,
+            first_index=1,
+            chunks=[document_pb2.DocumentChunk(text="x")],
         ),
         NO_DOCUMENT,
         unnamed=NO_DOCUMENT,
@@ -161,10 +203,14 @@ ROWS: dict[str, Row] = {
     ),
     # Search is off in these tests: whoever may search is told so.
     "SearchDocuments": Row(
-        lambda u, t: document_pb2.SearchDocumentsRequest(user_id=u, query="x", document_ids=[t.document]),
+        lambda u, t: document_pb2.SearchDocumentsRequest(
+            user_id=u, query="x", document_ids=[t.document]
+        ),
         unnamed="SEARCH_DISABLED",
     ),
-    "RebuildSearchIndex": Row(lambda _u, _t: search_pb2.RebuildSearchIndexRequest(), service_only=True),
+    "RebuildSearchIndex": Row(
+        lambda _u, _t: search_pb2.RebuildSearchIndexRequest(), service_only=True
+    ),
 }
 ALLOWED = {"SearchDocuments": "SEARCH_DISABLED", "RebuildSearchIndex": "SEARCH_DISABLED"}
 """What OK is for RPCs that these tests switch off."""
@@ -203,12 +249,19 @@ def expected(rpc: str, caller: str, case: Case) -> str:
 
 @asynccontextmanager
 async def service(database_url: str) -> AsyncGenerator[AsyncStub]:
-    values = {"auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE}
+    values = {
+        "auth": "jwt",
+        "jwt_key": issuer.SECRET,
+        "jwt_issuer": issuer.ISSUER,
+        "jwt_audience": issuer.AUDIENCE,
+    }
     async with serving(database_url, **values) as server, connected(server.address) as stub:
         yield stub
 
 
-async def ask(stub: AsyncStub, rpc: str, request: Any, shown: list[tuple[str, str]]) -> Failure | None:
+async def ask(
+    stub: AsyncStub, rpc: str, request: Any, shown: list[tuple[str, str]]
+) -> Failure | None:
     """Call an RPC and return how it failed; of a stream, the first reply is enough."""
     call = getattr(stub, rpc)(request, metadata=shown, timeout=20)
     try:
@@ -264,7 +317,11 @@ async def test_every_cell(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
         for caller in ("A", "B", "service"):
             for case in CASES:
-                world = {"A": await make_things(stub), "B": await make_things(stub), "?": random_things()}
+                world = {
+                    "A": await make_things(stub),
+                    "B": await make_things(stub),
+                    "?": random_things(),
+                }
                 shown = SHOWN if caller == "service" else bearer(token(world[caller].user))
                 user = world[case.user].user if case.user else ""
                 failed = await ask(stub, rpc, ROWS[rpc].request(user, world[case.things]), shown)
@@ -281,7 +338,9 @@ async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, r
         mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
         answers = []
         for things in (theirs, nobodys):
-            failed = await ask(stub, rpc, ROWS[rpc].request(mine.user, things), bearer(token(mine.user)))
+            failed = await ask(
+                stub, rpc, ROWS[rpc].request(mine.user, things), bearer(token(mine.user))
+            )
             answers.append(str(failed))
             for name, value in things._asdict().items():
                 answers[-1] = answers[-1].replace(value, name)
@@ -298,7 +357,9 @@ async def test_no_reply_holds_what_is_another_s(database_url: str, rpc: str) -> 
         mine, theirs = await make_things(stub), await make_things(stub)
         replies: list[Any] = []
         for things in (theirs, mine):
-            call = getattr(stub, rpc)(ROWS[rpc].request(mine.user, things), metadata=bearer(token(mine.user)))
+            call = getattr(stub, rpc)(
+                ROWS[rpc].request(mine.user, things), metadata=bearer(token(mine.user))
+            )
             replies.clear()
             with suppress(aio.AioRpcError):
                 if isinstance(call, Awaitable):
@@ -321,14 +382,31 @@ async def test_a_user_is_found_by_its_own_keys_alone(database_url: str) -> None:
         mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
         shown = bearer(token(mine.user))
         for key in ("external_id", "email"):
-            assert await ask(stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(mine, key)}), shown) is None
+            assert (
+                await ask(
+                    stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(mine, key)}), shown
+                )
+                is None
+            )
             answers = {
-                str(await ask(stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(other, key)}), shown))
+                str(
+                    await ask(
+                        stub,
+                        "GetUser",
+                        user_pb2.GetUserRequest(**{key: getattr(other, key)}),
+                        shown,
+                    )
+                )
                 for other in (theirs, nobodys)
             }
             assert len(answers) == 1
             assert MISMATCH in answers.pop()
-            assert await ask(stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(theirs, key)}), SHOWN) is None
+            assert (
+                await ask(
+                    stub, "GetUser", user_pb2.GetUserRequest(**{key: getattr(theirs, key)}), SHOWN
+                )
+                is None
+            )
         change = user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="mine"))
         failed = await ask(stub, "UpdateUser", change, shown)
         assert failed is not None
@@ -341,10 +419,14 @@ async def test_page_tokens_do_not_travel(database_url: str) -> None:
         mine, theirs = await make_things(stub), await make_things(stub)
         for things in (mine, theirs):
             for _ in range(2):
-                await stub.CreateSession(session_pb2.CreateSessionRequest(user_id=things.user), metadata=SHOWN)
+                await stub.CreateSession(
+                    session_pb2.CreateSessionRequest(user_id=things.user), metadata=SHOWN
+                )
                 await stub.AppendMessages(_append(things.user, things), metadata=SHOWN)
         shown, other = bearer(token(mine.user)), bearer(token(theirs.user))
-        sessions = await stub.ListSessions(session_pb2.ListSessionsRequest(page_size=1), metadata=shown)
+        sessions = await stub.ListSessions(
+            session_pb2.ListSessionsRequest(page_size=1), metadata=shown
+        )
         messages = message_pb2.ListMessagesRequest(session_id=mine.session, page_size=1)
         page = await stub.ListMessages(messages, metadata=shown)
         assert sessions.next_page_token
@@ -357,14 +439,21 @@ async def test_page_tokens_do_not_travel(database_url: str) -> None:
             assert failed is not None
             assert failed.reason == "BAD_PAGE_TOKEN"
         for session in (mine.session, theirs.session):
-            again = message_pb2.ListMessagesRequest(session_id=session, page_size=1, page_token=page.next_page_token)
+            again = message_pb2.ListMessagesRequest(
+                session_id=session, page_size=1, page_token=page.next_page_token
+            )
             failed = await ask(stub, "ListMessages", again, other)
             assert failed is not None
             assert failed.reason == "BAD_PAGE_TOKEN"
 
 
 @pytest.mark.parametrize(
-    "rpc", [rpc for rpc in RPCS if rpc not in NAMES_NOBODY and not rpc.endswith(("Document", "Documents", "Chunks"))]
+    "rpc",
+    [
+        rpc
+        for rpc in RPCS
+        if rpc not in NAMES_NOBODY and not rpc.endswith(("Document", "Documents", "Chunks"))
+    ],
 )
 async def test_nobody_is_the_system(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:

@@ -15,7 +15,11 @@ import pytest
 from chathistory.v1 import user_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+)
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -66,7 +70,9 @@ async def test_mutual_tls_may_trust_its_callers_on_any_address(
 ) -> None:
     authority, clients = Authority(), Authority("clients")
     files = write(tmp_path, authority.issue(), clients.pem)
-    async with serving(database_url, listen="0.0.0.0:0", health_listen="127.0.0.1:0", **files) as server:
+    async with serving(
+        database_url, listen="0.0.0.0:0", health_listen="127.0.0.1:0", **files
+    ) as server:
         address = f"127.0.0.1:{port_of(server.address)}"
         async with secured(address, authority.pem, clients.issue("backend")) as stub:
             await ask(stub)
@@ -93,7 +99,9 @@ async def test_health_is_served_in_plaintext_beside_tls(database_url: str, tmp_p
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_certificates_are_read_again_when_they_change(database_url: str, tmp_path: Path) -> None:
+async def test_certificates_are_read_again_when_they_change(
+    database_url: str, tmp_path: Path
+) -> None:
     old, new = Authority("old"), Authority("new")
     async with (
         serving(database_url, **write(tmp_path, old.issue(), old.pem)) as server,
@@ -108,7 +116,9 @@ async def test_certificates_are_read_again_when_they_change(database_url: str, t
         await ask(before)  # A connection that stands is left alone.
 
 
-async def test_a_pair_that_does_not_fit_leaves_the_last_good_one(database_url: str, tmp_path: Path) -> None:
+async def test_a_pair_that_does_not_fit_leaves_the_last_good_one(
+    database_url: str, tmp_path: Path
+) -> None:
     authority = Authority()
     files = write(tmp_path, authority.issue())
     async with serving(database_url, **files) as server:
@@ -130,7 +140,9 @@ async def test_tokens_are_asked_for_beside_mutual_tls(database_url: str, tmp_pat
     authority = Authority()
     files = write(tmp_path, authority.issue(), authority.pem)
     async with (
-        serving(database_url, auth="jwt", jwt_key=issuer.SECRET, jwt_audience=issuer.AUDIENCE, **files) as server,
+        serving(
+            database_url, auth="jwt", jwt_key=issuer.SECRET, jwt_audience=issuer.AUDIENCE, **files
+        ) as server,
         secured(server.address, authority.pem, authority.issue("client")) as stub,
     ):
         await fails(ask(stub), "TOKEN_INVALID")
@@ -162,8 +174,12 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         return str(caught.value)
 
     missing = tmp_path / "missing"
-    assert f"CHAT_HISTORY_TLS_CERT={missing} cannot be read: No such file" in complaint(tls_cert=missing)
-    assert f"CHAT_HISTORY_TLS_CLIENT_CA={missing} cannot be read" in complaint(tls_client_ca=missing)
+    assert f"CHAT_HISTORY_TLS_CERT={missing} cannot be read: No such file" in complaint(
+        tls_cert=missing
+    )
+    assert f"CHAT_HISTORY_TLS_CLIENT_CA={missing} cannot be read" in complaint(
+        tls_client_ca=missing
+    )
     assert "are no pair" in complaint(tls_key=files["tls_cert"])
     assert "holds no certificate" in complaint(tls_client_ca=files["tls_key"])
     locked = ec.generate_private_key(ec.SECP256R1()).private_bytes(

@@ -25,7 +25,12 @@ from tests.support.issuer import KeyServer, bearer, ec_key, ed_key, rsa_key, ser
 from tests.support.loose import Message, User
 from tests.support.servers import channel, connected, serving, settings
 
-HS = {"auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE}
+HS = {
+    "auth": "jwt",
+    "jwt_key": issuer.SECRET,
+    "jwt_issuer": issuer.ISSUER,
+    "jwt_audience": issuer.AUDIENCE,
+}
 USER = new_id()
 
 
@@ -56,12 +61,17 @@ async def test_no_bad_token_is_told_why(database_url: str) -> None:
 
 async def test_user_is_the_token_s_subject(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token()))
+        made = await stub.CreateUser(
+            user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token())
+        )
         mine = bearer(token(made.user.id.upper()))
         appended = await stub.AppendMessages(
-            message_pb2.AppendMessagesRequest(messages=[Message(role=1, content="hi")]), metadata=mine
+            message_pb2.AppendMessagesRequest(messages=[Message(role=1, content="hi")]),
+            metadata=mine,
         )
-        assert [each.id for each in (await list_sessions(stub, mine)).sessions] == [appended.session_id]
+        assert [each.id for each in (await list_sessions(stub, mine)).sessions] == [
+            appended.session_id
+        ]
         await fails(list_sessions(stub, bearer(token(USER)), made.user.id), "USER_MISMATCH")
         request = user_pb2.CreateUserRequest(user=User())
         await fails(stub.CreateUser(request, metadata=mine), "SERVICE_ONLY")
@@ -69,11 +79,17 @@ async def test_user_is_the_token_s_subject(database_url: str) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scope": "a chathistory.service b"}, {"scope": ["chathistory.service"]}, {"scp": "chathistory.service"}],
+    [
+        {"scope": "a chathistory.service b"},
+        {"scope": ["chathistory.service"]},
+        {"scp": "chathistory.service"},
+    ],
 )
 async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any]) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        await stub.ListUsers(user_pb2.ListUsersRequest(), metadata=bearer(token("backend", **changes)))
+        await stub.ListUsers(
+            user_pb2.ListUsersRequest(), metadata=bearer(token("backend", **changes))
+        )
         for near in (
             "chathistory.services",
             "xchathistory.service",
@@ -81,11 +97,15 @@ async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any])
             7,
             {"chathistory.service": 1},
         ):
-            call = stub.ListUsers(user_pb2.ListUsersRequest(), metadata=bearer(token(USER, scope=near)))
+            call = stub.ListUsers(
+                user_pb2.ListUsersRequest(), metadata=bearer(token(USER, scope=near))
+            )
             await fails(call, "SERVICE_ONLY")
 
 
-async def test_a_known_token_ends_with_its_expiry(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_known_token_ends_with_its_expiry(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokens, "LEEWAY", 0.0)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         ends = int(time.time()) + 5
@@ -95,14 +115,20 @@ async def test_a_known_token_ends_with_its_expiry(database_url: str, monkeypatch
         await fails(list_sessions(stub, short), "TOKEN_INVALID")
 
 
-async def test_a_watch_ends_with_its_token(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_watch_ends_with_its_token(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokens, "LEEWAY", 0.0)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token()))
+        made = await stub.CreateUser(
+            user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token())
+        )
         short = bearer(token(made.user.id, exp=int(time.time()) + 5))
         created = await stub.CreateSession(session_pb2.CreateSessionRequest(), metadata=short)
         call = stub.WatchMessages(
-            message_pb2.WatchMessagesRequest(session_id=created.session.id), metadata=short, timeout=30
+            message_pb2.WatchMessagesRequest(session_id=created.session.id),
+            metadata=short,
+            timeout=30,
         )
         assert (await failure(_drain(call))).code is grpc.StatusCode.UNAUTHENTICATED
 
@@ -112,35 +138,50 @@ async def _drain(call: Any) -> None:
         pass
 
 
-async def test_external_id_names_a_user_that_exists(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(database_url, jwt_subject="external_id", **HS) as server, connected(server.address) as stub:
+async def test_external_id_names_a_user_that_exists(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        serving(database_url, jwt_subject="external_id", **HS) as server,
+        connected(server.address) as stub,
+    ):
         mine = bearer(token("auth0|7"))
         await fails(list_sessions(stub, mine), "TOKEN_INVALID")
         await fails(list_sessions(stub, bearer(token("a\0b"))), "TOKEN_INVALID")
         user = User(external_id="auth0|7")
-        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=user), metadata=bearer(service_token()))
+        made = await stub.CreateUser(
+            user_pb2.CreateUserRequest(user=user), metadata=bearer(service_token())
+        )
         got = await stub.GetUser(user_pb2.GetUserRequest(), metadata=mine)
         assert got.user.id == made.user.id
         await fails(list_sessions(stub, bearer(token(made.user.id))), "TOKEN_INVALID")
-        await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=made.user.id), metadata=bearer(service_token()))
+        await stub.DeleteUser(
+            user_pb2.DeleteUserRequest(user_id=made.user.id), metadata=bearer(service_token())
+        )
         ahead = time.time() + 60
         monkeypatch.setattr("service.rpc.auth.time.time", lambda: ahead)
         await fails(list_sessions(stub, mine), "TOKEN_INVALID")
 
 
 @pytest.mark.parametrize(
-    ("key", "alg"), [(rsa_key(), "RS256"), (rsa_key(), "PS512"), (ec_key(), "ES256"), (ed_key(), "EdDSA")]
+    ("key", "alg"),
+    [(rsa_key(), "RS256"), (rsa_key(), "PS512"), (ec_key(), "ES256"), (ed_key(), "EdDSA")],
 )
 async def test_public_key_in_a_file(database_url: str, tmp_path: Path, key: Any, alg: str) -> None:
     pem = tmp_path / "key.pem"
     pem.write_text(issuer.public_pem(key))
-    async with serving(database_url, **HS | {"jwt_key": str(pem)}) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, **HS | {"jwt_key": str(pem)}) as server,
+        connected(server.address) as stub,
+    ):
         await list_sessions(stub, bearer(token(USER, key=key, alg=alg)))
         as_secret = issuer.hs256_with(pem.read_bytes(), issuer.claims(USER))
         await fails(list_sessions(stub, bearer(as_secret)), "TOKEN_INVALID")
         as_secret = issuer.hs256_with(pem.read_bytes().strip(), issuer.claims(USER))
         await fails(list_sessions(stub, bearer(as_secret)), "TOKEN_INVALID")
-        await fails(list_sessions(stub, bearer(token(USER, key=rsa_key(1), alg="RS256"))), "TOKEN_INVALID")
+        await fails(
+            list_sessions(stub, bearer(token(USER, key=rsa_key(1), alg="RS256"))), "TOKEN_INVALID"
+        )
 
 
 @pytest.fixture
@@ -153,7 +194,9 @@ def by_url(served: KeyServer, **more: Any) -> dict[str, Any]:
     return HS | {"jwt_key": None, "jwks_url": served.url} | more
 
 
-def signed(kid: str, key: Any, alg: str = "RS256", subject: str = USER, **changes: Any) -> list[tuple[str, str]]:
+def signed(
+    kid: str, key: Any, alg: str = "RS256", subject: str = USER, **changes: Any
+) -> list[tuple[str, str]]:
     return bearer(token(subject, key=key, alg=alg, headers={"kid": kid}, **changes))
 
 
@@ -164,12 +207,16 @@ async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
         await list_sessions(stub, signed("b", ec_key(), "ES256"))
         assert served.asked == 1
         await fails(list_sessions(stub, signed("b", rsa_key())), "TOKEN_INVALID")
-        await fails(list_sessions(stub, bearer(token(USER, key=rsa_key(), alg="RS256"))), "TOKEN_INVALID")
+        await fails(
+            list_sessions(stub, bearer(token(USER, key=rsa_key(), alg="RS256"))), "TOKEN_INVALID"
+        )
         await fails(list_sessions(stub, signed("a", issuer.SECRET, "HS256")), "TOKEN_INVALID")
 
 
 @pytest.mark.case(n=21)
-async def test_flood_of_unknown_keys_asks_once_a_cool_down(database_url: str, served: KeyServer) -> None:
+async def test_flood_of_unknown_keys_asks_once_a_cool_down(
+    database_url: str, served: KeyServer
+) -> None:
     served.publish(a=rsa_key())
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         await list_sessions(stub, signed("a", rsa_key()))
@@ -195,7 +242,9 @@ async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
         await fails(list_sessions(stub, signed("a", rsa_key())), "TOKEN_INVALID")
 
 
-async def test_last_good_keys_are_kept(database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_last_good_keys_are_kept(
+    database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
     monkeypatch.setattr(jwks, "REFRESH", 0.0)
     served.publish(a=rsa_key())
@@ -214,11 +263,15 @@ async def test_before_the_first_key_a_retry_may_help(
 ) -> None:
     served.fails = True
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
-        assert (await failure(list_sessions(stub, signed("a", rsa_key())))).reason == "KEYS_UNAVAILABLE"
+        assert (
+            await failure(list_sessions(stub, signed("a", rsa_key())))
+        ).reason == "KEYS_UNAVAILABLE"
         served.fails = False
         served.publish(a=rsa_key())
         asked = served.asked
-        assert (await failure(list_sessions(stub, signed("a", rsa_key())))).reason == "KEYS_UNAVAILABLE"
+        assert (
+            await failure(list_sessions(stub, signed("a", rsa_key())))
+        ).reason == "KEYS_UNAVAILABLE"
         assert served.asked == asked  # Cooling down.
         monkeypatch.setattr(jwks, "FIRST_COOL_DOWN", 0.0)
         await list_sessions(stub, signed("a", rsa_key()))
@@ -270,18 +323,30 @@ def test_a_key_set_that_is_too_large_is_given_up(served: KeyServer) -> None:
         jwks.over_http(served.url)()
 
 
-async def test_kubernetes_service_account(database_url: str, served: KeyServer, tmp_path: Path) -> None:
+async def test_kubernetes_service_account(
+    database_url: str, served: KeyServer, tmp_path: Path
+) -> None:
     shown = tmp_path / "token"
     shown.write_text("the pod's own token\n")
     subject = "system:serviceaccount:chat:backend"
-    more = {"jwt_service_subjects": f"system:serviceaccount:ops:import, {subject}", "jwks_token_file": shown}
+    more = {
+        "jwt_service_subjects": f"system:serviceaccount:ops:import, {subject}",
+        "jwks_token_file": shown,
+    }
     served.publish(k8s=rsa_key())
-    async with serving(database_url, **by_url(served, **more)) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, **by_url(served, **more)) as server,
+        connected(server.address) as stub,
+    ):
 
         def account(name: str) -> list[tuple[str, str]]:
             _, _, namespace, account = name.split(":")
             pod = {"name": f"{account}-6d4cf56db6-x7k2p", "uid": new_id()}
-            about = {"namespace": namespace, "serviceaccount": {"name": account, "uid": new_id()}, "pod": pod}
+            about = {
+                "namespace": namespace,
+                "serviceaccount": {"name": account, "uid": new_id()},
+                "pod": pod,
+            }
             now = int(time.time())
             changes: dict[str, Any] = {
                 "aud": [issuer.AUDIENCE],
@@ -294,14 +359,19 @@ async def test_kubernetes_service_account(database_url: str, served: KeyServer, 
         await stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(subject))
         assert served.shown == ["Bearer the pod's own token"]
         for other in ("system:serviceaccount:chat:default", "system:serviceaccount:else:backend"):
-            await fails(stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(other)), "TOKEN_INVALID")
+            await fails(
+                stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(other)),
+                "TOKEN_INVALID",
+            )
 
 
 @pytest.mark.case(n=1)
 async def test_malformed_bytes_without_a_token_are_unauthenticated(database_url: str) -> None:
     path = f"/{DESCRIPTOR.services_by_name['ChatHistoryService'].full_name}/AppendMessages"
     async with serving(database_url, **HS) as server, channel(server.address) as opened:
-        call = opened.unary_unary(path, request_serializer=lambda data: data, response_deserializer=lambda data: data)
+        call = opened.unary_unary(
+            path, request_serializer=lambda data: data, response_deserializer=lambda data: data
+        )
         for bytes_ in (b"\xff\xff\xff", b"\x0a\x02\xc3\x28"):
             await fails(call(bytes_), "TOKEN_INVALID")
             await fails(call(bytes_, metadata=bearer(token(USER))), "MALFORMED_REQUEST")
@@ -309,10 +379,14 @@ async def test_malformed_bytes_without_a_token_are_unauthenticated(database_url:
 
 async def test_authorised_before_validated(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        await fails(stub.GetSession(session_pb2.GetSessionRequest(session_id="no id")), "TOKEN_INVALID")
+        await fails(
+            stub.GetSession(session_pb2.GetSessionRequest(session_id="no id")), "TOKEN_INVALID"
+        )
 
 
-async def test_verified_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
+async def test_verified_tokens_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
     monkeypatch.setattr("service.rpc.auth.MAX_KNOWN_TOKENS", 3)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         for n in range(10):
@@ -325,10 +399,16 @@ async def test_verified_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch, data
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "short secret": ({"jwt_key": "hunter2"}, "fewer than 16 bytes"),
     "missing file": ({"jwt_key": "/nowhere/key.pem"}, "No such file"),
-    "secret like a file's name": ({"jwt_key": "/hunter2hunter2hunter2hunter2hunter2hunter2"}, "openssl"),
+    "secret like a file's name": (
+        {"jwt_key": "/hunter2hunter2hunter2hunter2hunter2hunter2"},
+        "openssl",
+    ),
     "folder": ({"jwt_key": "/"}, "directory"),
     "private key": ({"jwt_key": issuer.private_pem(ec_key())}, "private key"),
-    "broken pem": ({"jwt_key": "-----BEGIN PUBLIC KEY-----\nhunter2\n-----END PUBLIC KEY-----"}, "no public key"),
+    "broken pem": (
+        {"jwt_key": "-----BEGIN PUBLIC KEY-----\nhunter2\n-----END PUBLIC KEY-----"},
+        "no public key",
+    ),
 }
 
 
@@ -377,7 +457,9 @@ def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
     mixed = good | {"kid": "mixed", "alg": "HS256"}
     shared = {"kty": "oct", "k": "c2VjcmV0", "kid": "shared", "alg": "HS256"}
     one = good | {"kid": "one", "alg": "RS512"}
-    found = jwks.read(json.dumps({"keys": [weak, good, other, mixed, shared, one, 7, {"kty": "?"}]}).encode())
+    found = jwks.read(
+        json.dumps({"keys": [weak, good, other, mixed, shared, one, 7, {"kty": "?"}]}).encode()
+    )
     assert set(found) == {"good", "one"}
     assert found["one"].algorithms == ("RS512",)
 
@@ -385,14 +467,27 @@ def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
 async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         made = tokens.make(
-            issuer.SECRET, "dev", lifetime=60, issuer=issuer.ISSUER, audience=issuer.AUDIENCE, service=True
+            issuer.SECRET,
+            "dev",
+            lifetime=60,
+            issuer=issuer.ISSUER,
+            audience=issuer.AUDIENCE,
+            service=True,
         )
         await Chat(stub, "").stub.ListUsers(user_pb2.ListUsersRequest(), metadata=bearer(made))
     private, public = tmp_path / "private.pem", tmp_path / "public.pem"
     private.write_text(issuer.private_pem(ed_key()))
     public.write_text(issuer.public_pem(ed_key()))
-    async with serving(database_url, **HS | {"jwt_key": str(public)}) as server, connected(server.address) as stub:
+    async with (
+        serving(database_url, **HS | {"jwt_key": str(public)}) as server,
+        connected(server.address) as stub,
+    ):
         made = tokens.make(
-            str(private), USER, lifetime=60, issuer=issuer.ISSUER, audience=issuer.AUDIENCE, service=False
+            str(private),
+            USER,
+            lifetime=60,
+            issuer=issuer.ISSUER,
+            audience=issuer.AUDIENCE,
+            service=False,
         )
         await list_sessions(stub, bearer(made))

@@ -25,7 +25,10 @@ from tests.support.servers import AsyncStub
 
 
 async def exported(stub: AsyncStub, user_id: str) -> list[export_pb2.ExportUserDataResponse]:
-    return [item async for item in stub.ExportUserData(export_pb2.ExportUserDataRequest(user_id=user_id))]
+    return [
+        item
+        async for item in stub.ExportUserData(export_pb2.ExportUserDataRequest(user_id=user_id))
+    ]
 
 
 async def to_lines(database_url: str, user_id: str) -> str:
@@ -46,13 +49,22 @@ async def take_in(database_url: str, lines: str, user_id: str | None = None) -> 
 
 async def lively_user(stub: AsyncStub) -> Chat:
     """Make a user with everything that a user can have."""
-    user = User(email="ada@example.com", external_id="ada", name="Ada ✨", metadata={"plan": "pro", "n": [1, None]})
+    user = User(
+        email="ada@example.com",
+        external_id="ada",
+        name="Ada ✨",
+        metadata={"plan": "pro", "n": [1, None]},
+    )
     made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user))).user
     chat = Chat(stub, made.id)
     call = Part(tool_call={"id": "c1", "name": "weather", "arguments": '{"city": "Ulm"}'})
     result = Part(tool_result={"tool_call_id": "c1", "content": "sunny", "is_error": False})
     every = [
-        text("hello\nworld ' \" \\ \u2028 \U0001f600", author="Ada", metadata={"a": {"b": [True, 1.5, "x"]}}),
+        text(
+            "hello\nworld ' \" \\ \u2028 \U0001f600",
+            author="Ada",
+            metadata={"a": {"b": [True, 1.5, "x"]}},
+        ),
         text("", ASSISTANT, parts=[call], token_count=0),
         text("", TOOL, parts=[result, Part(data={"k": "v"})]),
         text("sunny", ASSISTANT, feedback={"score": -0.5, "comment": "meh"}, token_count=7),
@@ -65,7 +77,10 @@ async def lively_user(stub: AsyncStub) -> Chat:
         await chat.delete(first, message.id)
     await chat.update(first, every[3].id, ["content"], content="sunny, mostly")
     await chat.update_session(
-        ["summary", "summarized_through_seq"], id=first, summary="It was sunny.", summarized_through_seq=2
+        ["summary", "summarized_through_seq"],
+        id=first,
+        summary="It was sunny.",
+        summarized_through_seq=2,
     )
     await chat.fork(first, 3)
     archived = await chat.start(texts(100, "long"))
@@ -74,9 +89,14 @@ async def lively_user(stub: AsyncStub) -> Chat:
     await chat.update_session(["state"], id=archived, state=session_pb2.SESSION_STATE_ARCHIVED)
     await chat.create_session(title="empty")
     await create_document(
-        chat, [f"chunk {n} ✨" for n in range(25)], title="A book", source_uri="https://example.com/book"
+        chat,
+        [f"chunk {n} ✨" for n in range(25)],
+        title="A book",
+        source_uri="https://example.com/book",
     )
-    await create_document(chat, [], title="Nothing", metadata={"k": ["v"]}, content_sha256="ab" * 32)
+    await create_document(
+        chat, [], title="Nothing", metadata={"k": ["v"]}, content_sha256="ab" * 32
+    )
     return chat
 
 
@@ -111,7 +131,11 @@ async def test_export_is_everything_in_order(stub: AsyncStub) -> None:
     sessions = [item.session for item in items if item.HasField("session")]
     assert sessions == sorted((await chat.list_sessions()).sessions, key=lambda session: session.id)
     for session in sessions:
-        mine = [item.message for item in items if item.HasField("message") and item.message.session_id == session.id]
+        mine = [
+            item.message
+            for item in items
+            if item.HasField("message") and item.message.session_id == session.id
+        ]
         assert mine == await chat.all(session.id)
     kinds = [item.WhichOneof("item") for item in items]
     assert kinds[:2] == ["user", "session"]
@@ -126,7 +150,10 @@ async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_u
     chat = await lively_user(stub)
     before = comparable(await exported(stub, chat.user_id))
     lines = await to_lines(database_url, chat.user_id)
-    histories = {s.id: await history(database_url, chat.user_id, s.id) for s in (await chat.list_sessions()).sessions}
+    histories = {
+        s.id: await history(database_url, chat.user_id, s.id)
+        for s in (await chat.list_sessions()).sessions
+    }
     await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
     new = new_id()
     done = await take_in(database_url, lines, new)
@@ -137,7 +164,11 @@ async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_u
         assert now is not None
         assert old is not None
         now.check()
-        assert (now.last_seq, now.message_count, now.state) == (old.last_seq, old.message_count, old.state)
+        assert (now.last_seq, now.message_count, now.state) == (
+            old.last_seq,
+            old.message_count,
+            old.state,
+        )
     # The conversation goes on where it was, and a late retry of what is there is known.
     again = Chat(stub, new)
     session_id = next(iter(histories))
@@ -146,7 +177,9 @@ async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_u
     assert [each.seq for each in (await again.append(session_id, "on we go")).messages] == [end + 1]
 
 
-async def test_import_may_be_run_again_and_goes_on_where_it_broke_off(stub: AsyncStub, database_url: str) -> None:
+async def test_import_may_be_run_again_and_goes_on_where_it_broke_off(
+    stub: AsyncStub, database_url: str
+) -> None:
     chat = await lively_user(stub)
     before = comparable(await exported(stub, chat.user_id))
     lines = await to_lines(database_url, chat.user_id)
@@ -168,7 +201,9 @@ async def test_import_does_not_mix_with_other_messages(stub: AsyncStub, database
     await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
     other = await Chat.of_new_user(stub)
     session_id = next(
-        json.loads(line)["session"]["id"] for line in lines.split("\n")[:-1] if "session" in json.loads(line)
+        json.loads(line)["session"]["id"]
+        for line in lines.split("\n")[:-1]
+        if "session" in json.loads(line)
     )
     await other.append(session_id, "mine", create_if_missing=True)
     with pytest.raises(TransferError, match="not made by this import"):
@@ -205,7 +240,9 @@ INSERT INTO old.chat_messages (session_id, role, content, created_at)
 def documented_query() -> str:
     """Return the query that the documentation gives, for tables in the schema `old`."""
     text_ = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
-    return re.sub(r"\b(FROM|JOIN) (\w)", r"\1 old.\2", text_.partition("```sql\n")[2].partition("```")[0])
+    return re.sub(
+        r"\b(FROM|JOIN) (\w)", r"\1 old.\2", text_.partition("```sql\n")[2].partition("```")[0]
+    )
 
 
 async def test_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> None:
@@ -220,7 +257,9 @@ async def test_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> 
     chat = Chat(stub, user.id)
     sessions = (await chat.list_sessions()).sessions
     assert sorted(session.title for session in sessions) == ["chat 1", "chat 2", "chat 3"]
-    assert {session.create_time.ToJsonString() for session in sessions} == {"2021-03-04T05:06:07.891Z"}
+    assert {session.create_time.ToJsonString() for session in sessions} == {
+        "2021-03-04T05:06:07.891Z"
+    }
     messages = await chat.all(sessions[0].id)
     assert [message.seq for message in messages] == list(range(1, 301))
     assert messages[1].role == ASSISTANT
@@ -241,7 +280,10 @@ async def test_a_session_goes_on_whatever_times_it_came_with(
     session_id, made = new_id(), datetime.now(UTC) + timedelta(seconds=ahead)
     changed = made - timedelta(seconds=before)
     body = {"create_time": made.isoformat(), "update_time": changed.isoformat()}
-    for last_seq, messages in ((0, []), (1, [{"role": "user", "content": "old", "create_time": made.isoformat()}])):
+    for last_seq, messages in (
+        (0, []),
+        (1, [{"role": "user", "content": "old", "create_time": made.isoformat()}]),
+    ):
         session_id = new_id()
         lines = [
             {"session": body | {"id": session_id, "last_seq": last_seq}},

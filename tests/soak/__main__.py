@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # As in the tests (tests/support/environment.py): before gRPC is imported.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = (
+    "0"  # As in the tests (tests/support/environment.py): before gRPC is imported.
+)
 
 from tests.soak.report import save, show
 from tests.soak.run import Soak, logs_of
@@ -53,17 +55,22 @@ class Bar:
         while True:
             if self._soak is not None:
                 tally = self._soak.tally
-                words = (
-                    f"{tally.acknowledged:,} acknowledged, {len(tally.outages)} faults, {len(tally.problems)} problems"
-                )
+                words = f"{tally.acknowledged:,} acknowledged, {len(tally.outages)} faults, {len(tally.problems)} problems"
                 self._progress.update(self._task, completed=tally.seconds, figures=words)
             await asyncio.sleep(0.5)
 
 
-async def soak(minutes: float, idle: float, seed: int, round_seconds: float = ROUND_SECONDS) -> Tally:
+async def soak(
+    minutes: float, idle: float, seed: int, round_seconds: float = ROUND_SECONDS
+) -> Tally:
     """Run all of it and return what was counted."""
     rounds = max(1, round(minutes * 60 / round_seconds))
-    columns = BarColumn(30), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"), TextColumn("{task.description}")
+    columns = (
+        BarColumn(30),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         bar = Bar(progress, (minutes + idle) * 60)
         async with Stack() as stack:
@@ -86,14 +93,22 @@ async def soak(minutes: float, idle: float, seed: int, round_seconds: float = RO
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0, help="how long to load and break")
-    parser.add_argument("--idle", type=float, default=1.0, help="minutes to leave it alone afterwards")
+    parser.add_argument(
+        "--idle", type=float, default=1.0, help="minutes to leave it alone afterwards"
+    )
     parser.add_argument("--seed", default="", help="repeats the draws of an earlier run")
     asked = parser.parse_args()
     seed = int(asked.seed or random.SystemRandom().randrange(2**32))
     console.print(f"seed {seed}")
     tally = asyncio.run(soak(asked.minutes, asked.idle, seed))
     show(tally, console)
-    save(tally, RESULTS, seed=seed, minutes=asked.minutes, made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+    save(
+        tally,
+        RESULTS,
+        seed=seed,
+        minutes=asked.minutes,
+        made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    )
     console.print(f"report.json and memory.svg are in {RESULTS}")
     sys.exit(bool(tally.problems))
 

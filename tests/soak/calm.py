@@ -31,7 +31,9 @@ async def look(stack: Stack, tally: Tally) -> None:
         await _at_rest(replica, tally)
     for replica, other in zip(stack.replicas, reversed(stack.replicas), strict=True):
         async with channel(replica.front.address) as mine, channel(other.front.address) as others:
-            await _call(replica, ChatHistoryServiceStub(mine), ChatHistoryServiceStub(others), tally)
+            await _call(
+                replica, ChatHistoryServiceStub(mine), ChatHistoryServiceStub(others), tally
+            )
 
 
 async def _at_rest(replica: Replica, tally: Tally) -> None:
@@ -63,7 +65,9 @@ async def _call(replica: Replica, stub: Any, others: Any, tally: Tally) -> None:
                 yield
         except (aio.AioRpcError, TimeoutError) as error:
             code = error.code().name if isinstance(error, aio.AioRpcError) else "no answer"
-            tally.blame("STUCK", f"{what} by the {replica.name} replica, when nothing was broken: {code}")
+            tally.blame(
+                "STUCK", f"{what} by the {replica.name} replica, when nothing was broken: {code}"
+            )
 
     calls: dict[str, Callable[[], Awaitable[object]]] = {}
     async with trying("CreateUser, CreateSession and AppendMessages"):
@@ -78,7 +82,9 @@ async def _call(replica: Replica, stub: Any, others: Any, tally: Tally) -> None:
             "GetMessage": lambda: chat.get(session_id, message_id),
             "GetContext": lambda: chat.context(session_id),
             "WatchMessages": lambda: _follow(chat, Chat(others, chat.user_id), session_id),
-            "UpdateMessage": lambda: chat.update(session_id, message_id, ["content"], content="changed"),
+            "UpdateMessage": lambda: chat.update(
+                session_id, message_id, ["content"], content="changed"
+            ),
             "DeleteMessage": lambda: chat.delete(session_id, message_id),
             "DeleteSession": lambda: chat.delete_session(session_id),
             "DeleteUser": lambda: stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id)),

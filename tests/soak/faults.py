@@ -46,7 +46,10 @@ class Faults:
             "clients black-holed": lambda: self._network("front", self._hold),
         }
         if stack.pooler is not None:
-            self._kinds |= {"PgBouncer killed (-9)": self._kill_pooler, "PgBouncer restarted": self._restart_pooler}
+            self._kinds |= {
+                "PgBouncer killed (-9)": self._kill_pooler,
+                "PgBouncer restarted": self._restart_pooler,
+            }
         self._bag: list[str] = []
 
     @property
@@ -131,9 +134,13 @@ class Faults:
             replica.back.let_pass()
         return self._stack.replicas
 
-    async def _network(self, side: str, break_it: Callable[[Proxy], Awaitable[None]]) -> list[Replica]:
+    async def _network(
+        self, side: str, break_it: Callable[[Proxy], Awaitable[None]]
+    ) -> list[Replica]:
         """Break one replica's way, or all of them, and mend it."""
-        replicas = self._chance.choice([self._stack.replicas, *([each] for each in self._stack.replicas)])
+        replicas = self._chance.choice(
+            [self._stack.replicas, *([each] for each in self._stack.replicas)]
+        )
         proxies = [getattr(replica, side) for replica in replicas]
         try:
             await asyncio.gather(*map(break_it, proxies))

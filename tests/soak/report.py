@@ -71,7 +71,10 @@ def _counts(tally: Tally) -> Table:
         "other problems": len(tally.problems) - tally.of("LOST", "DOUBLED", "GAP"),
     }
     if tally.idle_statements is not None:
-        rows |= {"probes of an idle service": tally.probes, "statements that it sent": tally.idle_statements}
+        rows |= {
+            "probes of an idle service": tally.probes,
+            "statements that it sent": tally.idle_statements,
+        }
     for name, value in rows.items():
         table.add_row(name, f"{value:,}")
     return table
@@ -84,7 +87,9 @@ def _outages(outages: list[Outage]) -> Table:
     table.add_column("fault")
     for name in ("times", "median s", "max s", "longest fault s", "failed calls, median", "max"):
         table.add_column(name, justify="right")
-    for kind, group in groupby(sorted(outages, key=lambda outage: outage.kind), key=lambda outage: outage.kind):
+    for kind, group in groupby(
+        sorted(outages, key=lambda outage: outage.kind), key=lambda outage: outage.kind
+    ):
         row = figures(list(group))
         table.add_row(
             kind, str(row["times"]), f"{row['median_s']:.2f}", f"{row['max_s']:.2f}", f"{row['longest_s']:.1f}",
@@ -127,7 +132,9 @@ def _sparkline(levels: list[float]) -> str:
     step = max(1.0, len(levels) / _WIDTH)
     picked = [levels[int(n * step)] for n in range(min(_WIDTH, len(levels)))]
     low, high = min(0.8 * max(picked), *picked), max(picked)
-    return "".join(_BARS[round((level - low) / (high - low) * (len(_BARS) - 1))] for level in picked)
+    return "".join(
+        _BARS[round((level - low) / (high - low) * (len(_BARS) - 1))] for level in picked
+    )
 
 
 def save(tally: Tally, folder: Path, **about: Any) -> None:
@@ -149,37 +156,60 @@ def save(tally: Tally, folder: Path, **about: Any) -> None:
             "errors": {" ".join(key): count for key, count in tally.library_errors.items()},
         },
         "faults": {
-            kind: figures([outage for outage in tally.outages if outage.kind == kind]) for kind in sorted(kinds)
+            kind: figures([outage for outage in tally.outages if outage.kind == kind])
+            for kind in sorted(kinds)
         },
         "idle_statements": tally.idle_statements,
         "probes": tally.probes,
         "problems": [" ".join(problem) for problem in tally.problems],
         "memory": {
             name: [
-                [round(sample.seconds, 1), round(sample.mib, 1), sample.acknowledged, sample.at_rest]
+                [
+                    round(sample.seconds, 1),
+                    round(sample.mib, 1),
+                    sample.acknowledged,
+                    sample.at_rest,
+                ]
                 for sample in samples
             ]
             for name, samples in by_replica(tally).items()
         },
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    _draw(tally).savefig(folder / "memory.svg", format="svg", metadata={"Date": None}, bbox_inches="tight")
+    _draw(tally).savefig(
+        folder / "memory.svg", format="svg", metadata={"Date": None}, bbox_inches="tight"
+    )
 
 
 def _draw(tally: Tally) -> Figure:
     with mpl.rc_context({"svg.hashsalt": "soak", "svg.fonttype": "none", "font.size": 10}):
         figure = Figure(figsize=(8, 3))
         axes = figure.subplots()
-        for (name, samples), colour in zip(by_replica(tally).items(), ("#bf8700", "#1f6feb"), strict=False):
+        for (name, samples), colour in zip(
+            by_replica(tally).items(), ("#bf8700", "#1f6feb"), strict=False
+        ):
             # A line for each process: one that was killed begins anew.
             for number, pid in enumerate(dict.fromkeys(sample.pid for sample in samples)):
                 own = [sample for sample in samples if sample.pid == pid]
                 label = f"{name} replica" if number == 0 else None
                 axes.plot(
-                    [sample.seconds / 60 for sample in own], [sample.mib for sample in own], color=colour, label=label
+                    [sample.seconds / 60 for sample in own],
+                    [sample.mib for sample in own],
+                    color=colour,
+                    label=label,
                 )
             rest = [sample for sample in samples if sample.at_rest]
-            axes.plot([sample.seconds / 60 for sample in rest], [sample.mib for sample in rest], "o", color=colour)
-        axes.set(xlabel="minutes", ylabel="MiB resident", ylim=(0, None), title="Memory; dots: at rest after a round")
+            axes.plot(
+                [sample.seconds / 60 for sample in rest],
+                [sample.mib for sample in rest],
+                "o",
+                color=colour,
+            )
+        axes.set(
+            xlabel="minutes",
+            ylabel="MiB resident",
+            ylim=(0, None),
+            title="Memory; dots: at rest after a round",
+        )
         axes.legend(loc="lower right")
     return figure

@@ -99,7 +99,8 @@ class Soak:
             waiting = {name for name in waiting if heard.get(name, 0.0) <= outage.ended}
             if time.monotonic() > give_up:
                 self.tally.blame(
-                    "STUCK", f"{outage.kind}: {sorted(waiting)} did not recover in {RECOVERY_SECONDS:.0f} s"
+                    "STUCK",
+                    f"{outage.kind}: {sorted(waiting)} did not recover in {RECOVERY_SECONDS:.0f} s",
                 )
                 return
             await asyncio.sleep(0.002)
@@ -132,14 +133,18 @@ class Soak:
             self.tally.blame("DOUBLED", f"{twice} messages are stored more than once")
         there = {(row[0], row[1]) for row in await fetch(self.stack.database_url, SESSIONS)}
         if strange := there - known:
-            self.tally.blame("STRANGE", f"sessions that nobody started, or that were erased: {sorted(strange)}")
+            self.tally.blame(
+                "STRANGE", f"sessions that nobody started, or that were erased: {sorted(strange)}"
+            )
         if before is not None:
             await before.erase()
 
     async def _rows(self, traffic: Traffic) -> int:
         users = list({record.user_id for record in traffic.records})
         [[count]] = await fetch(
-            self.stack.database_url, "SELECT count(*) FROM chat_messages WHERE user_id = ANY($1::uuid[])", users
+            self.stack.database_url,
+            "SELECT count(*) FROM chat_messages WHERE user_id = ANY($1::uuid[])",
+            users,
         )
         return int(count)
 
@@ -155,18 +160,31 @@ class Soak:
             mib = replica.rss_mib
             if mib:  # A process that is about to end has none.
                 acknowledged = self.tally.acknowledged
-                sample = Sample(self.tally.seconds, replica.name, replica.process.pid, mib, acknowledged, at_rest)
+                sample = Sample(
+                    self.tally.seconds,
+                    replica.name,
+                    replica.process.pid,
+                    mib,
+                    acknowledged,
+                    at_rest,
+                )
                 self.tally.samples.append(sample)
 
     def _verdict_on_memory(self) -> None:
         for replica in self.stack.replicas:
             if replica.spared:
-                samples = [sample for sample in self.tally.samples if sample.replica == replica.name]
+                samples = [
+                    sample for sample in self.tally.samples if sample.replica == replica.name
+                ]
                 if len({sample.pid for sample in samples}) != 1:
-                    self.tally.blame("STUCK", f"the {replica.name} replica was to run through and did not")
+                    self.tally.blame(
+                        "STUCK", f"the {replica.name} replica was to run through and did not"
+                    )
                 grown = growth(samples)
                 if grown is not None and grown > self.tally.allowed_growth:
-                    self.tally.blame("MEMORY", f"the {replica.name} replica grew by {grown:.1f} MiB")
+                    self.tally.blame(
+                        "MEMORY", f"the {replica.name} replica grew by {grown:.1f} MiB"
+                    )
 
     # --- Idle.
 
@@ -183,14 +201,19 @@ class Soak:
                 async with channel(replica.front.address) as opened:
                     health: Any = health_pb2_grpc.HealthStub(opened)
                     for name in ("", "liveness", "chathistory.v1.ChatHistoryService"):
-                        reply = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+                        reply = await health.Check(
+                            health_pb2.HealthCheckRequest(service=name), timeout=5
+                        )
                         self.tally.probes += 1
                         if reply.status != health_pb2.HealthCheckResponse.SERVING:
                             self.tally.blame("IDLE", f"an idle service is not ready: {name!r}")
             await asyncio.sleep(min(1.0, left))
         self.tally.idle_statements = len(sent.so_far())
         if self.tally.idle_statements:
-            self.tally.blame("IDLE", f"an idle service asked the database: {[each.sql for each in sent.so_far()][:5]}")
+            self.tally.blame(
+                "IDLE",
+                f"an idle service asked the database: {[each.sql for each in sent.so_far()][:5]}",
+            )
         await self._call_after_suspend(sent)
 
     async def _call_after_suspend(self, sent: Sent) -> None:
@@ -205,7 +228,9 @@ class Soak:
                     await chat.context(session_id)
                 except aio.AioRpcError as error:
                     self.tally.failure("the first call after all backends had ended", error)
-                    self.tally.blame("IDLE", f"the first call failed: {error.code().name} {error.details()}")
+                    self.tally.blame(
+                        "IDLE", f"the first call failed: {error.code().name} {error.details()}"
+                    )
         if not sent.so_far():
             self.tally.blame("IDLE", "nothing was counted, not even calls")
 

@@ -40,7 +40,10 @@ class Replica:
         address = self.process.address
         folder = self.process.log.parent
         self.process = ServerProcess(
-            self.database_url, folder, CHAT_HISTORY_LISTEN=address, CHAT_HISTORY_METRICS_LISTEN=self.metrics
+            self.database_url,
+            folder,
+            CHAT_HISTORY_LISTEN=address,
+            CHAT_HISTORY_METRICS_LISTEN=self.metrics,
         )
         self.process.launch()
         self.process.address = address
@@ -56,14 +59,19 @@ class Replica:
     def connections(self) -> int:
         """How many connections to the database it has open."""
         found = psutil.Process(self.process.pid).net_connections("tcp")
-        return sum(each.status == psutil.CONN_ESTABLISHED and each.raddr[1:] == (self.back.port,) for each in found)
+        return sum(
+            each.status == psutil.CONN_ESTABLISHED and each.raddr[1:] == (self.back.port,)
+            for each in found
+        )
 
     async def gauges(self) -> dict[str, float]:
         """Return what its metrics count at this moment, by name."""
         async with httpx.AsyncClient(trust_env=False) as client:
             shown = (await client.get(f"http://{self.metrics}/metrics")).text
         return {
-            sample.name: sample.value for family in text_string_to_metric_families(shown) for sample in family.samples
+            sample.name: sample.value
+            for family in text_string_to_metric_families(shown)
+            for sample in family.samples
         }
 
 
@@ -85,12 +93,17 @@ class Stack:
 
     async def __aenter__(self) -> Self:
         try:
-            self.folder = Path(self._exit.enter_context(tempfile.TemporaryDirectory(prefix="chat-history-soak-")))
+            self.folder = Path(
+                self._exit.enter_context(tempfile.TemporaryDirectory(prefix="chat-history-soak-"))
+            )
             self._exit.enter_context(self.cluster)
             await upgrade(parse(self.database_url))
             if program() is not None:
                 self.pooler = self._exit.enter_context(PgBouncer(self.database_url))
-            self.replicas = [await self._start("first", spared=False), await self._start("second", spared=True)]
+            self.replicas = [
+                await self._start("first", spared=False),
+                await self._start("second", spared=True),
+            ]
         except BaseException:
             await self._exit.aclose()
             raise
@@ -106,7 +119,9 @@ class Stack:
         else:
             back, url = await self._exit.enter_async_context(before_postgres(self.database_url))
         metrics = f"127.0.0.1:{free_port()}"
-        process = await ServerProcess(url, self.folder / name, CHAT_HISTORY_METRICS_LISTEN=metrics).start()
+        process = await ServerProcess(
+            url, self.folder / name, CHAT_HISTORY_METRICS_LISTEN=metrics
+        ).start()
         front = await self._exit.enter_async_context(Proxy(process.address))
         replica = Replica(name, back, front, process, metrics, url, spared)
         self._exit.push_async_callback(self._stop, replica)

@@ -87,7 +87,9 @@ class Traffic:
         """Call all the time during a block; at its end let everybody finish."""
         async with AsyncExitStack() as exits:
             for replica in self._stack.replicas:
-                opened = await exits.enter_async_context(channel(replica.front.address, **patient()))
+                opened = await exits.enter_async_context(
+                    channel(replica.front.address, **patient())
+                )
                 self._stubs[replica.name] = ChatHistoryServiceStub(opened)
             target = "ipv4:" + ",".join(replica.front.address for replica in self._stack.replicas)
             library = await exits.enter_async_context(client_of(target))
@@ -107,7 +109,9 @@ class Traffic:
         """Delete the users, and all that is theirs."""
         async with AsyncExitStack() as exits:
             for replica in self._stack.replicas:
-                opened = await exits.enter_async_context(channel(replica.front.address, **patient()))
+                opened = await exits.enter_async_context(
+                    channel(replica.front.address, **patient())
+                )
                 self._stubs[replica.name] = ChatHistoryServiceStub(opened)
             for user_id in self._users:
                 request = user_pb2.DeleteUserRequest(user_id=user_id, allow_missing=True)
@@ -116,7 +120,13 @@ class Traffic:
     # --- Calls.
 
     async def _call(
-        self, rpc: str, request: Any, *, timeout: float = CALL_SECONDS, whole: bool = False, refused: str = ""
+        self,
+        rpc: str,
+        request: Any,
+        *,
+        timeout: float = CALL_SECONDS,
+        whole: bool = False,
+        refused: str = "",
     ) -> Any:
         """Make one call to some replica; now and then with little time, or cancelled by its caller, unless it is to be whole.
 
@@ -142,7 +152,11 @@ class Traffic:
                 tally.blame("ERROR", f"{rpc}: {error.code().name} {reason} {error.details()}")
             raise Gone(reason) from None
         except asyncio.CancelledError:
-            if not call.cancelled() or (task := asyncio.current_task()) is None or task.cancelling():
+            if (
+                not call.cancelled()
+                or (task := asyncio.current_task()) is None
+                or task.cancelling()
+            ):
                 raise
             tally.cancelled += 1
             raise Gone("cancelled") from None
@@ -176,7 +190,10 @@ class Traffic:
 
     async def _new_user(self) -> str:
         user_id = new_id()
-        await self._insist("CreateUser", user_pb2.CreateUserRequest(user=user_pb2.User(id=user_id, name="somebody")))
+        await self._insist(
+            "CreateUser",
+            user_pb2.CreateUserRequest(user=user_pb2.User(id=user_id, name="somebody")),
+        )
         return user_id
 
     # --- Writing.
@@ -193,7 +210,9 @@ class Traffic:
         sent = talk.record.send(new)
         while True:
             try:
-                reply: message_pb2.AppendMessagesResponse = await self._call("AppendMessages", request, whole=whole)
+                reply: message_pb2.AppendMessagesResponse = await self._call(
+                    "AppendMessages", request, whole=whole
+                )
             except Gone as failure:
                 if failure.args[0] == "LAST_SEQ_MISMATCH":
                     return None  # Whether an earlier try was stored nobody knows.
@@ -217,7 +236,9 @@ class Traffic:
         )
 
     def _messages(self, least: int, most: int) -> list[message_pb2.Message]:
-        return [said(self._chance.randint(40, 600)) for _ in range(self._chance.randint(least, most))]
+        return [
+            said(self._chance.randint(40, 600)) for _ in range(self._chance.randint(least, most))
+        ]
 
     async def _append(self, talk: Talk) -> None:
         messages = self._messages(1, 3)
@@ -230,7 +251,9 @@ class Traffic:
     async def _append_expecting(self, talk: Talk) -> None:
         messages = self._messages(1, 2)
         expected = talk.record.last_seq
-        await self._deliver(talk, self._request(talk, messages, expected_last_seq=expected), new=messages)
+        await self._deliver(
+            talk, self._request(talk, messages, expected_last_seq=expected), new=messages
+        )
 
     async def _append_mixed(self, talk: Talk) -> None:
         """Messages that are stored already and new ones, in one request."""
@@ -251,21 +274,30 @@ class Traffic:
         self._tally.replays += len(reply.messages)
         sent.acknowledge(reply)
         if not all(entry.replayed for entry in reply.messages):
-            self._tally.blame("DOUBLED", f"session {talk.record.session_id}: a retry was taken for new: {sent.ids}")
+            self._tally.blame(
+                "DOUBLED",
+                f"session {talk.record.session_id}: a retry was taken for new: {sent.ids}",
+            )
 
     async def _start(self, _talk: Talk | None) -> None:
         """Start a session: by its first append, with an id or without, or beforehand."""
         user_id = self._chance.choice(self._users)
         messages = self._messages(1, 3)
         way = self._chance.choice(["id of the server's", "id of ours", "beforehand"])
-        session_id = new_id() if way != "id of the server's" else str(uuid.uuid5(uuid.UUID(user_id), messages[0].id))
+        session_id = (
+            new_id()
+            if way != "id of the server's"
+            else str(uuid.uuid5(uuid.UUID(user_id), messages[0].id))
+        )
         talk = Talk(Record(user_id, session_id))
         request = self._request(talk, messages, create_if_missing=way == "id of ours")
         if way == "id of the server's":
             request.session_id = ""
         elif way == "beforehand":
             session = session_pb2.Session(id=session_id)
-            await self._insist("CreateSession", session_pb2.CreateSessionRequest(user_id=user_id, session=session))
+            await self._insist(
+                "CreateSession", session_pb2.CreateSessionRequest(user_id=user_id, session=session)
+            )
         self.talks.append(talk)
         if await self._deliver(talk, request, new=messages, whole=True) is not None:
             self._there.append(talk)
@@ -283,7 +315,10 @@ class Traffic:
 
     def _has(self, user_id: str, session_id: str) -> bool:
         """Whether the user has such a session, or may soon have."""
-        return any(talk.record.user_id == user_id and talk.record.session_id == session_id for talk in self.talks)
+        return any(
+            talk.record.user_id == user_id and talk.record.session_id == session_id
+            for talk in self.talks
+        )
 
     async def _trespass(self, talk: Talk) -> None:
         """Ask for another user's session: it must be as if there were none."""
@@ -297,7 +332,9 @@ class Traffic:
             "UpdateSession": session_pb2.UpdateSessionRequest(user_id=user_id, session=session),
             "ListMessages": message_pb2.ListMessagesRequest(**name),
             "GetContext": message_pb2.GetContextRequest(**name),
-            "AppendMessages": message_pb2.AppendMessagesRequest(messages=self._messages(1, 2), **name),
+            "AppendMessages": message_pb2.AppendMessagesRequest(
+                messages=self._messages(1, 2), **name
+            ),
         }
         rpc, request = self._chance.choice(list(calls.items()))
         try:
@@ -305,7 +342,9 @@ class Traffic:
         except Gone:
             return
         if not self._has(user_id, session_id):
-            self._tally.blame("FOREIGN", f"{rpc} gave user {user_id} session {session_id}, which is another's")
+            self._tally.blame(
+                "FOREIGN", f"{rpc} gave user {user_id} session {session_id}, which is another's"
+            )
 
     async def _rename(self, talk: Talk) -> None:
         edit = talk.record.edit("", new_id())
@@ -328,7 +367,9 @@ class Traffic:
                 await self._call("UpdateMessage", request, refused="MESSAGE_NOT_FOUND")
             except Gone as failure:
                 if failure.args[0] == "MESSAGE_NOT_FOUND" and not talk.record.erasing(id_):
-                    self._tally.blame("LOST", f"session {talk.record.session_id}: {id_} could not be edited")
+                    self._tally.blame(
+                        "LOST", f"session {talk.record.session_id}: {id_} could not be edited"
+                    )
                 raise
             edit.acknowledged = time.monotonic()
 
@@ -339,7 +380,9 @@ class Traffic:
         if talk.record.erasing(erasure.id):
             return
         talk.record.erasures.append(erasure)
-        request = message_pb2.DeleteMessageRequest(message_id=erasure.id, allow_missing=True, **talk.record.name)
+        request = message_pb2.DeleteMessageRequest(
+            message_id=erasure.id, allow_missing=True, **talk.record.name
+        )
         await self._call("DeleteMessage", request)
         erasure.acknowledged = time.monotonic()
 
@@ -348,18 +391,24 @@ class Traffic:
     async def _list(self, talk: Talk, **fields: Any) -> message_pb2.ListMessagesResponse:
         page: message_pb2.ListMessagesResponse = await self._call(
             "ListMessages",
-            message_pb2.ListMessagesRequest(**{"page_size": self._chance.randint(1, 60)} | talk.record.name | fields),
+            message_pb2.ListMessagesRequest(
+                **{"page_size": self._chance.randint(1, 60)} | talk.record.name | fields
+            ),
         )
         return page
 
     async def _context(self, talk: Talk) -> None:
         begun = time.monotonic()
-        request = message_pb2.GetContextRequest(max_messages=self._chance.randint(1, 60), **talk.record.name)
+        request = message_pb2.GetContextRequest(
+            max_messages=self._chance.randint(1, 60), **talk.record.name
+        )
         talk.record.saw_context(begun, await self._call("GetContext", request))
 
     async def _newest(self, talk: Talk, **fields: Any) -> None:
         begun = time.monotonic()
-        talk.record.saw_newest(begun, await self._list(talk, order=message_pb2.MESSAGE_ORDER_DESC, **fields))
+        talk.record.saw_newest(
+            begun, await self._list(talk, order=message_pb2.MESSAGE_ORDER_DESC, **fields)
+        )
 
     async def _read_twice(self, talk: Talk) -> None:
         """Read, append, and read the same again: what was read a moment ago will not do."""
@@ -382,16 +431,24 @@ class Traffic:
     async def _session(self, talk: Talk) -> None:
         begun = time.monotonic()
         talk.record.saw_session(
-            begun, (await self._call("GetSession", session_pb2.GetSessionRequest(**talk.record.name))).session
+            begun,
+            (
+                await self._call("GetSession", session_pb2.GetSessionRequest(**talk.record.name))
+            ).session,
         )
 
     async def _sessions(self, talk: Talk) -> None:
         user_id = talk.record.user_id
         known = {each.record.session_id for each in self._there if each.record.user_id == user_id}
-        reply = await self._call("ListSessions", session_pb2.ListSessionsRequest(user_id=user_id, page_size=1000))
+        reply = await self._call(
+            "ListSessions", session_pb2.ListSessionsRequest(user_id=user_id, page_size=1000)
+        )
         shown = {session.id for session in reply.sessions}
         if strange := {id_ for id_ in shown if not self._has(user_id, id_)}:
-            self._tally.blame("FOREIGN", f"user {user_id} was shown sessions {sorted(strange)}, which are another's")
+            self._tally.blame(
+                "FOREIGN",
+                f"user {user_id} was shown sessions {sorted(strange)}, which are another's",
+            )
         if missing := known - shown:
             self._tally.blame("STALE", f"user {user_id} was not shown sessions {sorted(missing)}")
 
@@ -400,9 +457,15 @@ class Traffic:
         replica: Replica = self._chance.choice(self._stack.replicas)
         stub, user_id = self._stubs[replica.name], talk.record.user_id
         ways: list[Callable[[], Any]] = [
-            lambda: stub.GetSession(session_pb2.GetSessionRequest(**talk.record.name), timeout=CALL_SECONDS),
-            lambda: stub.ListSessions(session_pb2.ListSessionsRequest(user_id=user_id), timeout=CALL_SECONDS),
-            lambda: stub.GetContext(message_pb2.GetContextRequest(**talk.record.name), timeout=CALL_SECONDS),
+            lambda: stub.GetSession(
+                session_pb2.GetSessionRequest(**talk.record.name), timeout=CALL_SECONDS
+            ),
+            lambda: stub.ListSessions(
+                session_pb2.ListSessionsRequest(user_id=user_id), timeout=CALL_SECONDS
+            ),
+            lambda: stub.GetContext(
+                message_pb2.GetContextRequest(**talk.record.name), timeout=CALL_SECONDS
+            ),
         ]
         calls = [self._chance.choice(ways)() for _ in range(CROWD)]
         self._tally.calls["left at once"] += CROWD
@@ -418,7 +481,9 @@ class Traffic:
         request = message_pb2.WatchMessagesRequest(after_seq=after, **talk.record.name)
         seen: list[Place] = []
         try:
-            async for reply in self._stubs[replica.name].WatchMessages(request, timeout=self._chance.uniform(0.2, 8)):
+            async for reply in self._stubs[replica.name].WatchMessages(
+                request, timeout=self._chance.uniform(0.2, 8)
+            ):
                 seen.append(place(reply.message))  # noqa: PERF401 - what has come counts also when it ends in an error
         except aio.AioRpcError as error:
             if error.code() != StatusCode.DEADLINE_EXCEEDED:
@@ -441,7 +506,9 @@ class Traffic:
             with suppress(ChatHistoryError):
                 sent.acknowledge(
                     await self._counted(
-                        library.append_messages(messages=messages, create_if_missing=True, **record.name)
+                        library.append_messages(
+                            messages=messages, create_if_missing=True, **record.name
+                        )
                     )
                 )
                 self._tally.acknowledged += len(messages)
@@ -449,7 +516,9 @@ class Traffic:
                     self._there.append(talk)
                     follower = asyncio.create_task(self._follow(library, record, seen))
                 asked = time.monotonic()
-                record.saw_context(asked, await self._counted(library.get_context(max_messages=20, **record.name)))
+                record.saw_context(
+                    asked, await self._counted(library.get_context(max_messages=20, **record.name))
+                )
             await asyncio.sleep(self._chance.uniform(0, 0.2))
         await self._catch_up(record, seen)
         follower.cancel()
@@ -464,7 +533,9 @@ class Traffic:
             return await call
         except ChatHistoryError as error:
             self._tally.library_errors[error.code.name, error.reason or OWN] += 1
-            self._tally.blame("ERROR", f"the library: {error.code.name} {error.reason} {error.message}")
+            self._tally.blame(
+                "ERROR", f"the library: {error.code.name} {error.reason} {error.message}"
+            )
             raise
 
     @staticmethod
@@ -477,6 +548,8 @@ class Traffic:
         give_up = time.monotonic() + CARRY_ON_SECONDS
         while not seen or seen[-1][0] < record.last_seq:
             if time.monotonic() > give_up:
-                self._tally.blame("STALE", f"session {record.session_id}: a follower did not catch up")
+                self._tally.blame(
+                    "STALE", f"session {record.session_id}: a follower did not catch up"
+                )
                 return
             await asyncio.sleep(0.05)

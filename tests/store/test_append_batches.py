@@ -57,7 +57,9 @@ class Sessions:
     ) -> asyncio.Task[Appended]:
         """Start an append of these messages, or of one."""
         deadline = asyncio.get_running_loop().time() + seconds
-        item = Append(self.user_id, session_id, list(messages or [new_message(new_id())]), deadline, **options)
+        item = Append(
+            self.user_id, session_id, list(messages or [new_message(new_id())]), deadline, **options
+        )
         return asyncio.create_task(self.appender.append(item))
 
     async def new(self, count: int = 0) -> str:
@@ -75,7 +77,9 @@ class Sessions:
 
     async def stored(self, session_id: str) -> list[str]:
         """Return the ids of what a sound session holds."""
-        return [message.id for message in (await checked(self.url, self.user_id, session_id)).messages]
+        return [
+            message.id for message in (await checked(self.url, self.user_id, session_id)).messages
+        ]
 
 
 @pytest.fixture
@@ -110,7 +114,9 @@ async def test_bad_items_do_not_fail_their_neighbours(store: Sessions) -> None:
         Appended, FailedPrecondition, Appended, NotFound, AlreadyExists, Appended, Appended, Conflict, Appended, DeadlineExceeded,
         Appended,
     ]  # fmt: skip
-    assert [len(await store.stored(session_id)) for session_id in (*good, archived, used, short)] == [
+    assert [
+        len(await store.stored(session_id)) for session_id in (*good, archived, used, short)
+    ] == [
         1,
         1,
         1,
@@ -143,7 +149,14 @@ async def test_a_session_that_fails_every_time_fails_alone(store: Sessions, kind
     answers = await asyncio.gather(bad, *map(store.start, good), return_exceptions=True)
     assert isinstance(answers[0], Conflict)
     assert answers[0].reason == "CONTENTION"
-    assert [len(await store.stored(session_id)) for session_id in (cursed, *good)] == [0, 1, 1, 1, 1, 1]
+    assert [len(await store.stored(session_id)) for session_id in (cursed, *good)] == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 async def test_a_locked_session_lets_others_pass(store: Sessions, cluster: Cluster) -> None:
@@ -164,7 +177,9 @@ async def test_a_locked_session_lets_others_pass(store: Sessions, cluster: Clust
     assert [len(await store.stored(session_id)) for session_id in others] == [3] * 5
 
 
-async def test_a_session_that_stays_locked_is_refused_in_time(store: Sessions, cluster: Cluster) -> None:
+async def test_a_session_that_stays_locked_is_refused_in_time(
+    store: Sessions, cluster: Cluster
+) -> None:
     locked, other = await store.new(), await store.new()
     holder = await cluster.connect(store.appender.database.target.url.database or "")
     try:
@@ -221,16 +236,21 @@ async def test_a_retry_meets_its_own_first_try_under_way(database_url: str) -> N
     async with stores(database_url, database_url) as databases:
         world = World(database_url, databases, await new_user(database_url))
         await world.perform(0, 0, 0, Add((Word(0, 0),), may_create=True))
-        done = await asyncio.gather(*(world.perform(n % 2, 0, 0, Add((Word(1, 0), Word(2, 0)))) for n in range(10)))
+        done = await asyncio.gather(
+            *(world.perform(n % 2, 0, 0, Add((Word(1, 0), Word(2, 0)))) for n in range(10))
+        )
         _, content = await world.content(0)
         assert content == Content(words=(Word(0, 0), Word(1, 0), Word(2, 0)))
         assert sorted(each.answer for each in done) == (
-            [("added", False, ((2, False), (3, False)))] + [("added", False, ((2, True), (3, True)))] * 9
+            [("added", False, ((2, False), (3, False)))]
+            + [("added", False, ((2, True), (3, True)))] * 9
         )
 
 
 @pytest.mark.parametrize("comes_back", [False, True], ids=["gone", "made anew"])
-async def test_what_was_found_in_an_erased_session_counts_no_more(database_url: str, comes_back: bool) -> None:
+async def test_what_was_found_in_an_erased_session_counts_no_more(
+    database_url: str, comes_back: bool
+) -> None:
     """The look at what is stored, and the statement, must be about one and the same session."""
     first, second = Word(0, 0), Word(1, 0)
     database = Interrupted(parse(database_url))
@@ -259,7 +279,9 @@ async def test_what_was_found_in_an_erased_session_counts_no_more(database_url: 
         assert explain(there, content, [done]), (done, content)
 
 
-async def test_a_session_erased_under_a_statement_is_not_made_anew(database_url: str, cluster: Cluster) -> None:
+async def test_a_session_erased_under_a_statement_is_not_made_anew(
+    database_url: str, cluster: Cluster
+) -> None:
     """The statement has seen the session and waits for its row; when it may go on, there is none."""
     async with stores(database_url) as [database]:
         store = Sessions(database, database_url, await new_user(database_url))
@@ -285,7 +307,9 @@ async def test_times_follow_seq_though_the_clock_goes_back(store: Sessions) -> N
     for column, table in (("updated_at", "chat_sessions"), ("created_at", "chat_messages")):
         key = "id" if table == "chat_sessions" else "session_id"
         await fetch(
-            store.url, f"UPDATE {table} SET {column} = {column} + interval '1 hour' WHERE {key} = $1", session_id
+            store.url,
+            f"UPDATE {table} SET {column} = {column} + interval '1 hour' WHERE {key} = $1",
+            session_id,
         )
     ahead = (await checked(store.url, store.user_id, session_id)).messages[0].created_us
     for _ in range(3):

@@ -24,7 +24,9 @@ async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url:
         loop = asyncio.get_running_loop()
 
         def begin() -> asyncio.Future[object]:
-            item = Append(user_id, new_id(), [new_message(new_id())], loop.time() + 14, may_create=True)
+            item = Append(
+                user_id, new_id(), [new_message(new_id())], loop.time() + 14, may_create=True
+            )
             return asyncio.ensure_future(appender.append(item))
 
         await begin()
@@ -55,7 +57,10 @@ async def test_who_cannot_wait_longer_is_told_though_the_lane_rests(
         loop = asyncio.get_running_loop()
         proxy.refuse()
         deadlines = [loop.time() + 4 + n / 10 for n in range(20)]
-        items = [Append(user_id, new_id(), [new_message(new_id())], each, may_create=True) for each in deadlines]
+        items = [
+            Append(user_id, new_id(), [new_message(new_id())], each, may_create=True)
+            for each in deadlines
+        ]
         answered: list[float] = []
 
         async def told(item: Append) -> None:

@@ -60,8 +60,12 @@ _others = st.one_of(
 )
 
 
-def _bursts(operations: st.SearchStrategy[Operation], size: int) -> st.SearchStrategy[list[list[Step]]]:
-    step = st.builds(Step, st.integers(0, 1), st.integers(0, 1), st.sampled_from([0, 0, 0, 1, 5, 30]), operations)
+def _bursts(
+    operations: st.SearchStrategy[Operation], size: int
+) -> st.SearchStrategy[list[list[Step]]]:
+    step = st.builds(
+        Step, st.integers(0, 1), st.integers(0, 1), st.sampled_from([0, 0, 0, 1, 5, 30]), operations
+    )
     return st.lists(st.lists(step, min_size=1, max_size=size), min_size=1, max_size=3)
 
 
@@ -99,7 +103,9 @@ def test_the_search_finds_what_cannot_be() -> None:
     assert not explain(Content(words=(word,)), Content(words=(word,)), [again])
     late = Done(Add((other,)), ("added", False, ((1, False),)), 2, 3)
     assert not explain(
-        Content(), Content(words=(other, word)), [Done(Add((word,)), ("added", False, ((2, False),)), 0, 1), late]
+        Content(),
+        Content(words=(other, word)),
+        [Done(Add((word,)), ("added", False, ((2, False),)), 0, 1), late],
     )
     unknown = Done(Add((word,), may_create=True), CANCELLED, 0, math.inf)
     assert explain(None, None, [unknown])
@@ -117,21 +123,31 @@ async def _any_interleaving(
     owed: bool,
 ) -> None:
     monkeypatch.setattr(append_module, "MAX_BATCH_MESSAGES", batch_messages)
-    await play(World(database_url, databases, await new_user(database_url), lanes=lanes, owed=owed), bursts)
+    await play(
+        World(database_url, databases, await new_user(database_url), lanes=lanes, owed=owed), bursts
+    )
 
 
 _interleavings = given(
-    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 10), lanes=st.integers(1, 2), owed=st.booleans()
+    bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 10),
+    lanes=st.integers(1, 2),
+    owed=st.booleans(),
 )
 _widths = pytest.mark.parametrize("batch_messages", [512, 2], ids=["wide", "narrow"])
-test_any_interleaving_is_some_order = _widths(settings(max_examples=40)(_interleavings(_any_interleaving)))
+test_any_interleaving_is_some_order = _widths(
+    settings(max_examples=40)(_interleavings(_any_interleaving))
+)
 test_any_interleaving_is_some_order_at_length = _at_length(
     _widths(settings(max_examples=600)(_interleavings(_any_interleaving)))
 )
 
 
 async def _fails_at_its_commit(
-    database_url: str, databases: list[Database], bursts: list[list[Step]], kind: str, counts: list[int]
+    database_url: str,
+    databases: list[Database],
+    bursts: list[list[Step]],
+    kind: str,
+    counts: list[int],
 ) -> None:
     """Serialization failures, deadlocks and the end of the backend itself, at the last moment before a commit."""
     await install(database_url)
@@ -149,7 +165,9 @@ _commit_failures = given(
     kind=st.sampled_from(["40001", "40P01", "terminate"]),
     counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
 )
-test_what_fails_at_its_commit_is_tried_again = settings(max_examples=25)(_commit_failures(_fails_at_its_commit))
+test_what_fails_at_its_commit_is_tried_again = settings(max_examples=25)(
+    _commit_failures(_fails_at_its_commit)
+)
 test_what_fails_at_its_commit_is_tried_again_at_length = _at_length(
     settings(max_examples=100)(_commit_failures(_fails_at_its_commit))
 )
@@ -190,15 +208,23 @@ class Cutter:
             case "unanswered":
                 self._doomed.add(link)
             case "half":
-                asyncio.get_running_loop().call_soon(link.cut_client)  # It is under way, with nobody to tell.
+                asyncio.get_running_loop().call_soon(
+                    link.cut_client
+                )  # It is under way, with nobody to tell.
         return True
 
 
-_cuts = st.lists(st.builds(Cut, st.integers(1, 12), st.sampled_from(["unsent", "unanswered", "half"])), max_size=4)
+_cuts = st.lists(
+    st.builds(Cut, st.integers(1, 12), st.sampled_from(["unsent", "unanswered", "half"])),
+    max_size=4,
+)
 
 
 async def _lost_on_the_way(
-    database_url: str, cut_off: tuple[list[Database], Cutter], bursts: list[list[Step]], cuts: list[list[Cut]]
+    database_url: str,
+    cut_off: tuple[list[Database], Cutter],
+    bursts: list[list[Step]],
+    cuts: list[list[Cut]],
 ) -> None:
     """Connections cut before a statement has left, while it is under way, and after it was committed."""
     databases, cutter = cut_off
@@ -212,7 +238,10 @@ async def _lost_on_the_way(
     await play(world, bursts, flags=False, prepare=prepare)
 
 
-_losses = given(bursts=_bursts(st.one_of(_adds, _adds, _leaving), 8), cuts=st.lists(_cuts, min_size=3, max_size=3))
+_losses = given(
+    bursts=_bursts(st.one_of(_adds, _adds, _leaving), 8),
+    cuts=st.lists(_cuts, min_size=3, max_size=3),
+)
 test_what_is_lost_on_the_way_is_stored_once = settings(max_examples=25)(_losses(_lost_on_the_way))
 test_what_is_lost_on_the_way_is_stored_once_at_length = _at_length(
     settings(max_examples=200)(_losses(_lost_on_the_way))

@@ -24,7 +24,12 @@ T = TypeVar("T")
 def message(said: Said) -> message_pb2.Message:
     parts: list[dict[str, Any]] = [{"tool_call": {"id": each}} for each in sorted(said.calls)]
     parts += [{"tool_result": {"tool_call_id": each}} for each in sorted(said.results)]
-    return text(f"message {said.seq}", message_pb2.Role.ValueType(said.role), token_count=said.tokens, parts=parts)
+    return text(
+        f"message {said.seq}",
+        message_pb2.Role.ValueType(said.role),
+        token_count=said.tokens,
+        parts=parts,
+    )
 
 
 async def write(chat: Chat, history: list[Said]) -> str:
@@ -43,7 +48,9 @@ def seqs(reply: message_pb2.GetContextResponse) -> list[int]:
     return [each.seq for each in reply.messages]
 
 
-async def test_any_session_gives_the_models_prompt(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_any_session_gives_the_models_prompt(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Small reads, so that what is chosen is often found in several.
     monkeypatch.setattr(context, "_CHUNK", 1)
     loop = asyncio.get_running_loop()
@@ -55,10 +62,16 @@ async def test_any_session_gives_the_models_prompt(chat: Chat, monkeypatch: pyte
         histories(),
         st.integers(0, 12),
         st.booleans(),
-        st.lists(st.tuples(st.integers(1, 8), st.one_of(st.just(0), st.integers(1, 20))), min_size=1, max_size=4),
+        st.lists(
+            st.tuples(st.integers(1, 8), st.one_of(st.just(0), st.integers(1, 20))),
+            min_size=1,
+            max_size=4,
+        ),
     )
     @settings(max_examples=120)
-    def holds(history: list[Said], through: int, has_summary: bool, limits: list[tuple[int, int]]) -> None:
+    def holds(
+        history: list[Said], through: int, has_summary: bool, limits: list[tuple[int, int]]
+    ) -> None:
         session_id = run(write(chat, history))
         through = min(through, len(history))
         run(
@@ -73,7 +86,9 @@ async def test_any_session_gives_the_models_prompt(chat: Chat, monkeypatch: pyte
         for max_messages, max_tokens in limits:
             reply = run(chat.context(session_id, max_messages=max_messages, max_tokens=max_tokens))
             # Only a summary leaves messages out.
-            right = expected(history, through if has_summary else 0, Wanted(max_messages, max_tokens))
+            right = expected(
+                history, through if has_summary else 0, Wanted(max_messages, max_tokens)
+            )
             assert seqs(reply) == right
             assert reply.omitted_count == len(there) - len(right)
             assert reply.token_count == sum(there[seq].tokens for seq in right)
@@ -100,7 +115,12 @@ async def test_tokens_are_the_clients_or_else_estimated(chat: Chat) -> None:
     total = estimates[0] + 7 + estimates[2]
     reply = await chat.context(session_id)
     assert (reply.token_count, seqs(reply)) == (total, [1, 2, 3])
-    for max_tokens, expected_seqs in ((total, [1, 2, 3]), (total - 1, [2, 3]), (estimates[2], [3]), (1, [3])):
+    for max_tokens, expected_seqs in (
+        (total, [1, 2, 3]),
+        (total - 1, [2, 3]),
+        (estimates[2], [3]),
+        (1, [3]),
+    ):
         reply = await chat.context(session_id, max_tokens=max_tokens)
         assert seqs(reply) == expected_seqs
     await chat.update(session_id, counted.id, ("token_count",))
@@ -132,7 +152,9 @@ async def test_a_summary_that_ends_between_a_call_and_its_result_takes_both(chat
 
 
 async def test_leading_system_messages_stay_however_long_ago_they_were(chat: Chat) -> None:
-    session_id = await chat.start([text("one", SYSTEM), text("two", SYSTEM), text("hello"), text("three", SYSTEM)])
+    session_id = await chat.start(
+        [text("one", SYSTEM), text("two", SYSTEM), text("hello"), text("three", SYSTEM)]
+    )
     for _ in range(3):
         await chat.append(session_id, texts(100))
     assert seqs(await chat.context(session_id, max_messages=3)) == [1, 2, 304]
@@ -157,7 +179,8 @@ async def test_many_results_of_one_call_come_however_far_back_it_is(chat: Chat) 
     calls = [{"tool_call": {"id": f"c{n}"}} for n in range(60)]
     session_id = await chat.start([text("question"), text("", ASSISTANT, parts=calls)])
     await chat.append(
-        session_id, [text("", TOOL, parts=[{"tool_result": {"tool_call_id": f"c{n}"}}]) for n in range(60)]
+        session_id,
+        [text("", TOOL, parts=[{"tool_result": {"tool_call_id": f"c{n}"}}]) for n in range(60)],
     )
     assert seqs(await chat.context(session_id, max_messages=3)) == list(range(2, 63))
     await chat.append(session_id, [text("answer", ASSISTANT)])
@@ -178,7 +201,9 @@ async def test_the_call_of_a_far_result_is_looked_for_within_a_bound(
 ) -> None:
     """However long the session, only so much of it is read: beyond that a call counts as not there."""
     monkeypatch.setattr(context, "LOOK_BACK", 20)
-    session_id = await chat.start([text("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}]), *texts(40)])
+    session_id = await chat.start(
+        [text("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}]), *texts(40)]
+    )
     await chat.append(session_id, [text("", TOOL, parts=[{"tool_result": {"tool_call_id": "c"}}])])
     assert seqs(await chat.context(session_id, max_messages=3)) == [39, 40, 41]
 
@@ -197,7 +222,9 @@ READABLE = 3 * 1024 * 1024
 """What a reply's messages take at the most; the channel of these tests refuses more than 4 MiB, as every client's does."""
 
 
-async def test_megabytes_of_leading_system_messages_are_cut_and_the_newest_message_stays(chat: Chat) -> None:
+async def test_megabytes_of_leading_system_messages_are_cut_and_the_newest_message_stays(
+    chat: Chat,
+) -> None:
     session_id = (await chat.create_session()).id
     for n in range(30):
         await chat.append(session_id, [text(f"{n}" + "x" * 200_000, SYSTEM)])
@@ -211,7 +238,9 @@ async def test_megabytes_of_leading_system_messages_are_cut_and_the_newest_messa
 
 async def test_of_a_newest_group_that_is_too_large_the_beginning_comes(chat: Chat) -> None:
     calls = [{"tool_call": {"id": f"c{n}"}} for n in range(40)]
-    session_id = await chat.start([text("be kind", SYSTEM), text("question"), text("", ASSISTANT, parts=calls)])
+    session_id = await chat.start(
+        [text("be kind", SYSTEM), text("question"), text("", ASSISTANT, parts=calls)]
+    )
     for n in range(40):
         result = {"tool_result": {"tool_call_id": f"c{n}", "content": "x" * 200_000}}
         await chat.append(session_id, [text("", TOOL, parts=[result])])
@@ -229,7 +258,9 @@ async def test_the_call_of_heavy_results_is_looked_for_within_a_bound(
 ) -> None:
     """What is looked at is held in memory: however many megabytes of results there are, only so many are read."""
     monkeypatch.setattr(context, "LOOK_BACK_BYTES", 4 * 1024 * 1024)
-    session_id = await chat.start([text("question"), text("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}])])
+    session_id = await chat.start(
+        [text("question"), text("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}])]
+    )
     for _ in range(50):
         result = {"tool_result": {"tool_call_id": "c", "content": "x" * 200_000}}
         await chat.append(session_id, [text("", TOOL, parts=[result])])
@@ -243,14 +274,20 @@ async def test_a_prompt_is_of_one_user_and_one_session(chat: Chat, other: Chat) 
     await other.append(theirs, texts(5, "theirs"))
     for who, prefix, count in ((chat, "mine", 3), (other, "theirs", 5)):
         reply = await who.context(session_id)
-        assert [each.content for each in reply.messages] == [f"{prefix} {n}" for n in range(1, count + 1)]
+        assert [each.content for each in reply.messages] == [
+            f"{prefix} {n}" for n in range(1, count + 1)
+        ]
         assert reply.session.user_id == who.user_id
     await fails(chat.context(missing := new_id()), "SESSION_NOT_FOUND", session_id=missing)
 
 
 async def test_prompts_asked_for_at_once_are_each_ones_own(chat: Chat, other: Chat) -> None:
-    sessions = [(who, await who.start(texts(n, f"{n}"))) for n in range(1, 16) for who in (chat, other)]
-    replies = await asyncio.gather(*(who.context(session_id, max_messages=5) for who, session_id in sessions))
+    sessions = [
+        (who, await who.start(texts(n, f"{n}"))) for n in range(1, 16) for who in (chat, other)
+    ]
+    replies = await asyncio.gather(
+        *(who.context(session_id, max_messages=5) for who, session_id in sessions)
+    )
     for (who, session_id), reply in zip(sessions, replies, strict=True):
         assert (reply.session.id, reply.session.user_id) == (session_id, who.user_id)
         count = reply.session.last_seq
@@ -260,4 +297,9 @@ async def test_prompts_asked_for_at_once_are_each_ones_own(chat: Chat, other: Ch
 
 
 def test_the_models_roles_are_the_services() -> None:
-    assert (prompts.USER, prompts.ASSISTANT, prompts.SYSTEM, prompts.TOOL) == (USER, ASSISTANT, SYSTEM, TOOL)
+    assert (prompts.USER, prompts.ASSISTANT, prompts.SYSTEM, prompts.TOOL) == (
+        USER,
+        ASSISTANT,
+        SYSTEM,
+        TOOL,
+    )

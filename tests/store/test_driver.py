@@ -30,7 +30,9 @@ async def test_a_connection_that_was_cut_meanwhile_tells_the_first_failure(
                 await fetch_in_transaction(connection, Statement.from_text("SELECT 1"))
 
 
-READ = Statement.from_text("SELECT count(*) FROM chat_sessions WHERE user_id = '00000000-0000-0000-0000-000000000000'")
+READ = Statement.from_text(
+    "SELECT count(*) FROM chat_sessions WHERE user_id = '00000000-0000-0000-0000-000000000000'"
+)
 LOCKS = """
 SELECT count(*) FROM pg_locks JOIN pg_stat_activity AS a USING (pid)
 WHERE a.datname = current_database() AND relation = 'chat_sessions'::regclass
@@ -57,7 +59,9 @@ async def test_a_caller_who_leaves_between_preparing_and_running_leaves_no_lock(
     await server.database.fetch_once(READ)
 
 
-async def test_a_connection_that_does_not_settle_is_cut(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_does_not_settle_is_cut(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def never(*_: Any, **__: Any) -> NoReturn:
         await asyncio.Event().wait()
         raise AssertionError("unreachable")

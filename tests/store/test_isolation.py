@@ -139,7 +139,11 @@ async def use_everything(stub_chat: Chat) -> None:
     chat, stub = stub_chat, stub_chat.stub
     user = user_pb2.User(id=chat.user_id, email="somebody@example.com", external_id="somebody")
     await stub.UpdateUser(user_pb2.UpdateUserRequest(user=user))
-    for key in ({"user_id": chat.user_id}, {"email": "somebody@example.com"}, {"external_id": "somebody"}):
+    for key in (
+        {"user_id": chat.user_id},
+        {"email": "somebody@example.com"},
+        {"external_id": "somebody"},
+    ):
         await stub.GetUser(user_pb2.GetUserRequest(**key))
     await stub.ListUsers(user_pb2.ListUsersRequest())
     session = await chat.create_session(title="one")
@@ -170,14 +174,21 @@ def without_owners(sql: str) -> str:
     owner_columns = set(sentinel.OWNERS.values())
 
     def is_owner(node: Any) -> bool:
-        return isinstance(node, ast.ColumnRef) and getattr(node.fields[-1], "sval", None) in owner_columns
+        return (
+            isinstance(node, ast.ColumnRef)
+            and getattr(node.fields[-1], "sval", None) in owner_columns
+        )
 
     tree = pglast.parse_sql(sql)
     for node in list(sentinel.nodes_of([each.stmt for each in tree])):
         for name in node:
             value = getattr(node, name)
             if isinstance(value, tuple):
-                setattr(node, name, tuple(_true() if _is_equality(each, is_owner) else each for each in value))
+                setattr(
+                    node,
+                    name,
+                    tuple(_true() if _is_equality(each, is_owner) else each for each in value),
+                )
             elif _is_equality(value, is_owner):
                 setattr(node, name, _true())
     return str(RawStream()(tree))
@@ -191,25 +202,32 @@ def _true() -> Any:
     return ast.A_Const(val=ast.Boolean(boolval=True))
 
 
-async def test_every_statement_of_the_service_passes_and_would_not_without_its_owner(chat: Chat) -> None:
+async def test_every_statement_of_the_service_passes_and_would_not_without_its_owner(
+    chat: Chat,
+) -> None:
     all_new_statements()
     await use_everything(chat)
     seen = all_new_statements()
     assert sentinel.complaints(seen) == []
     flat = {" ".join(statement.sql.split()).rstrip("; ") for statement in seen}
     for name in ("list users", "look a user up by e-mail address", "look a user up by external id"):
-        assert any(re.fullmatch(sentinel.NAMED[name], sql) for sql in flat), f"{name}: no statement is it any more"
+        assert any(re.fullmatch(sentinel.NAMED[name], sql) for sql in flat), (
+            f"{name}: no statement is it any more"
+        )
     reading = [sql for sql in flat if _touches_rows(sql)]
     assert len(reading) > 20
     passing = [sql for sql in reading if not sentinel.problems(without_owners(sql))]
     # What only inserts has no condition to take away, only the owner that it gives.
-    assert [sql for sql in passing if without_owners(sql) != RawStream()(pglast.parse_sql(sql))] == []
+    assert [
+        sql for sql in passing if without_owners(sql) != RawStream()(pglast.parse_sql(sql))
+    ] == []
     assert all(sql.startswith("INSERT INTO") for sql in passing)
 
 
 def _touches_rows(sql: str) -> bool:
     names = {
-        getattr(node, "relname", None) for node in sentinel.nodes_of([each.stmt for each in pglast.parse_sql(sql)])
+        getattr(node, "relname", None)
+        for node in sentinel.nodes_of([each.stmt for each in pglast.parse_sql(sql)])
     }
     named = any(re.fullmatch(pattern, sql) for pattern in sentinel.NAMED.values())
     return bool(names & set(sentinel.OWNERS)) and not named

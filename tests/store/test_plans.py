@@ -26,7 +26,10 @@ def assert_indexed(plan: Plan, table: str) -> None:
 
 async def fill_sessions(url: str, user_id: str) -> None:
     """Give a user 5,000 sessions, spread among 10^5 of 200 others."""
-    await fetch(url, "INSERT INTO users (id, fingerprint) SELECT gen_random_uuid(), '' FROM generate_series(1, 200)")
+    await fetch(
+        url,
+        "INSERT INTO users (id, fingerprint) SELECT gen_random_uuid(), '' FROM generate_series(1, 200)",
+    )
     await fetch(
         url,
         f"""
@@ -51,7 +54,9 @@ async def test_a_page_of_5000_sessions_among_100000_reads_the_users_own_rows_alo
     server: Server, chat: Chat, database_url: str
 ) -> None:
     await fill_sessions(database_url, chat.user_id)
-    (count,) = await fetch(database_url, "SELECT count(*) FROM chat_sessions WHERE user_id = $1", chat.user_id)
+    (count,) = await fetch(
+        database_url, "SELECT count(*) FROM chat_sessions WHERE user_id = $1", chat.user_id
+    )
     assert count[0] == OWN
     async with recorded(server) as sent:
         first = await chat.list_sessions()
@@ -63,7 +68,14 @@ async def test_a_page_of_5000_sessions_among_100000_reads_the_users_own_rows_alo
     for plan in plans:
         assert_indexed(plan, "chat_sessions")
         assert plan.rows_read("chat_sessions") <= OWN, plan
-    print("a page of", OWN, "sessions among", OTHERS, "takes", [f"{plan.milliseconds:.1f} ms" for plan in plans])
+    print(
+        "a page of",
+        OWN,
+        "sessions among",
+        OTHERS,
+        "takes",
+        [f"{plan.milliseconds:.1f} ms" for plan in plans],
+    )
     print(plans[0])
 
 
@@ -109,17 +121,26 @@ async def test_a_prompt_and_a_page_are_read_by_index_whatever_the_sessions_lengt
             context = await chat.context(session_id)
         assert [each.seq for each in context.messages][:3] == [1, 2, 3]
         assert len(context.messages) == 50
-        reads[f"context of {session_id}"] = 120, await explained(database_url, sent, "chat_messages")
+        reads[f"context of {session_id}"] = (
+            120,
+            await explained(database_url, sent, "chat_messages"),
+        )
     async with recorded(server) as sent:
         middle = await chat.page(session_ids[0], page_size=50)
         for _ in range(3):
-            middle = await chat.page(session_ids[0], page_size=50, page_token=middle.next_page_token)
+            middle = await chat.page(
+                session_ids[0], page_size=50, page_token=middle.next_page_token
+            )
         await chat.page(session_ids[0], page_size=50, order="MESSAGE_ORDER_DESC")
         await chat.get(session_ids[0], middle.messages[0].id)
     reads["pages"] = 55, await explained(database_url, sent, "chat_messages")
     async with recorded(server) as sent:
-        await asyncio.gather(*(chat.context(session_id, max_messages=20) for session_id in session_ids * 8))
-        await asyncio.gather(*(chat.page(session_id, page_size=20) for session_id in session_ids * 8))
+        await asyncio.gather(
+            *(chat.context(session_id, max_messages=20) for session_id in session_ids * 8)
+        )
+        await asyncio.gather(
+            *(chat.page(session_id, page_size=20) for session_id in session_ids * 8)
+        )
     # Many at once share a statement, each with its own rows.
     reads["at once"] = 16 * 60, await explained(database_url, sent, "chat_messages")
     for what, (rows, plans) in reads.items():

@@ -102,7 +102,9 @@ async def test_only_what_has_idled_long_is_tried_before_use(
     await database.close()
 
 
-async def test_connecting_takes_no_longer_than_it_may(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connecting_takes_no_longer_than_it_may(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody answers the connection attempts; a URL's own time-out goes before the setting."""
     monkeypatch.setattr(module, "OUTAGE_PATIENCE", 0.1)
     async with before_postgres(database_url) as (proxy, url):
@@ -115,7 +117,9 @@ async def test_connecting_takes_no_longer_than_it_may(database_url: str, monkeyp
             await database.close()
 
 
-async def test_hot_statements_have_connections_of_their_own_whatever_else_is_held(database_url: str) -> None:
+async def test_hot_statements_have_connections_of_their_own_whatever_else_is_held(
+    database_url: str,
+) -> None:
     """All that may be held for other things is held, and much more asked for."""
     database = Database(parse(database_url))
     turn = asyncio.Event()

@@ -41,7 +41,9 @@ async def ask(reads: Reads, read: SharedRead, numbers: range) -> list[int]:
     return [row[0] for [row] in answers]
 
 
-async def test_reads_at_once_share_statements_and_each_has_its_own_answer(database: Counting) -> None:
+async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
+    database: Counting,
+) -> None:
     read = SharedRead(_read)
     reads = Reads(database)
     assert await ask(reads, read, range(200)) == [2 * n for n in range(200)]
@@ -52,7 +54,9 @@ async def test_reads_at_once_share_statements_and_each_has_its_own_answer(databa
     assert database.texts[-1] == read.alone.text, "one that comes alone leaves alone"
 
 
-async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(database: Counting) -> None:
+async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(
+    database: Counting,
+) -> None:
     read = SharedRead(_read)
     # PostgreSQL's own "feature not supported", which is what Citus answers to the shared statement.
     read.together = Statement.from_text("SELECT 1 UNION SELECT 2 FOR UPDATE")
@@ -64,7 +68,9 @@ async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(databa
     assert set(database.texts) == {read.alone.text}
 
 
-async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(database: Counting) -> None:
+async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(
+    database: Counting,
+) -> None:
     read = SharedRead(select((literal_column("10") / bindparam("n", type_=Integer)).label("tenth")))
     reads = Reads(database)
     deadline = asyncio.get_running_loop().time() + 30
@@ -72,4 +78,6 @@ async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(dat
         *(reads.fetch(read, deadline, n=n) for n in (1, 2, 0, 5, 10)), return_exceptions=True
     )
     assert isinstance(answers[2], Exception)
-    assert [row[0] for answer in answers if not isinstance(answer, BaseException) for row in answer] == [10, 5, 2, 1]
+    assert [
+        row[0] for answer in answers if not isinstance(answer, BaseException) for row in answer
+    ] == [10, 5, 2, 1]

@@ -51,12 +51,33 @@ print(len(modules), version("protobuf"), version("grpcio"))
 @pytest.mark.network
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("resolution", "protobuf"), [("lowest", "6.31.1"), ("highest", "7.")])
-def test_wheel_works_with_the_runtimes_it_allows(resolution: str, protobuf: str, tmp_path: Path) -> None:
-    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, cwd=ROOT / "generated")
+def test_wheel_works_with_the_runtimes_it_allows(
+    resolution: str, protobuf: str, tmp_path: Path
+) -> None:
+    run(
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "-t",
+        "wheel",
+        "-d",
+        tmp_path,
+        cwd=ROOT / "generated",
+    )
     [wheel] = tmp_path.glob("*.whl")
     python = tmp_path / "venv" / "bin" / "python"
     uv = Path(sys.executable).parent / "uv"
-    run(uv, "venv", "--quiet", "--no-config", "--python", sys.executable, tmp_path / "venv", cwd=tmp_path)
+    run(
+        uv,
+        "venv",
+        "--quiet",
+        "--no-config",
+        "--python",
+        sys.executable,
+        tmp_path / "venv",
+        cwd=tmp_path,
+    )
     wanted = ("--resolution", resolution, "--only-binary", ":all:", wheel)
     run(uv, "pip", "install", "--quiet", "--no-config", "--python", python, *wanted, cwd=tmp_path)
 

@@ -107,7 +107,10 @@ def run(content: Content | None, operation: Operation) -> tuple[Content | None, 
             return None, ("no session",)
         case EraseMessage(name):
             there = any(word.name == name for word in content.words) and name not in content.erased
-            return content._replace(erased=content.erased | {name}) if there else content, ("erased", there)
+            return content._replace(erased=content.erased | {name}) if there else content, (
+                "erased",
+                there,
+            )
         case SetState(state):
             return content._replace(state=state), ("state",)
 
@@ -128,7 +131,11 @@ def _add(content: Content | None, add: Add) -> tuple[Content | None, Answer]:
         return content, ("mismatch", len(now.words))
     after = now._replace(words=now.words + fresh)
     seqs = {word.name: seq for seq, word in enumerate(after.words, 1)}
-    return after, ("added", created, tuple((seqs[word.name], word.name in places) for word in add.words))
+    return after, (
+        "added",
+        created,
+        tuple((seqs[word.name], word.name in places) for word in add.words),
+    )
 
 
 # --- The search for an order.
@@ -144,7 +151,9 @@ class Done:
     ended: float
 
 
-def explain(start: Content | None, end: Content | None, done: Sequence[Done], *, flags: bool = True) -> bool:
+def explain(
+    start: Content | None, end: Content | None, done: Sequence[Done], *, flags: bool = True
+) -> bool:
     """Say whether some order gives these answers and this end. Without `flags`, `created` and `replayed` are left aside."""
     # What was refused for contention has done nothing; what nobody knows about may have happened or not.
     done = [each for each in done if each.answer != CONTENTION]
@@ -161,7 +170,9 @@ def explain(start: Content | None, end: Content | None, done: Sequence[Done], *,
             if done[n].began > first_end:
                 continue
             after, answer = run(content, done[n].operation)
-            fits = done[n].answer == CANCELLED or _plain(answer, flags) == _plain(done[n].answer, flags)
+            fits = done[n].answer == CANCELLED or _plain(answer, flags) == _plain(
+                done[n].answer, flags
+            )
             if fits and search(left & ~(1 << n), after):
                 return True
         dead.add((left, content))
@@ -192,7 +203,9 @@ class World:
     """Whether what is appended is noted for the search index, by another statement."""
 
     def __post_init__(self) -> None:
-        self.appenders = [Appender(database, self.lanes, owed=self.owed) for database in self.databases]
+        self.appenders = [
+            Appender(database, self.lanes, owed=self.owed) for database in self.databases
+        ]
         self._clock = itertools.count()
         self._ids = [[new_id() for _ in range(NAMES)] for _ in self.session_ids]
 
@@ -229,13 +242,19 @@ class World:
                 case Add():
                     return await self._append(store, session, operation, deadline)
                 case EraseSession():
-                    return "erased", await database.write(sessions.erase, deadline, self.user_id, session_id)
+                    return "erased", await database.write(
+                        sessions.erase, deadline, self.user_id, session_id
+                    )
                 case EraseMessage(name):
                     message_id = self.message_id(session, name)
-                    gone = await database.write(messages.erase, deadline, self.user_id, session_id, message_id)
+                    gone = await database.write(
+                        messages.erase, deadline, self.user_id, session_id, message_id
+                    )
                     return "erased", gone
                 case SetState(state):
-                    await database.write(sessions.change, deadline, self.user_id, session_id, {"state": state}, "")
+                    await database.write(
+                        sessions.change, deadline, self.user_id, session_id, {"state": state}, ""
+                    )
                     return ("state",)
         except ServiceError as error:
             return self._refusal(session, error)
@@ -258,7 +277,11 @@ class World:
             call.cancel()
         stored = await call
         assert [entry.id for entry in stored.entries] == [message.id for message in new]
-        return "added", stored.session_created, tuple((entry.seq, entry.replayed) for entry in stored.entries)
+        return (
+            "added",
+            stored.session_created,
+            tuple((entry.seq, entry.replayed) for entry in stored.entries),
+        )
 
     def _refusal(self, session: int, error: ServiceError) -> Answer:
         match error:
@@ -280,7 +303,20 @@ class World:
 def new_message(message_id: str, variant: int = 0) -> NewMessage:
     """Make a message; variants differ in their content."""
     content = f"content {variant}"
-    return NewMessage(message_id, 1, content, None, None, None, 1, len(content), "", None, None, _fingerprint(variant))
+    return NewMessage(
+        message_id,
+        1,
+        content,
+        None,
+        None,
+        None,
+        1,
+        len(content),
+        "",
+        None,
+        None,
+        _fingerprint(variant),
+    )
 
 
 def _fingerprint(variant: int) -> bytes:

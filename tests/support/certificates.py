@@ -43,7 +43,12 @@ class Authority:
         return Pair(cert.public_bytes(Encoding.PEM), private)
 
     def _sign(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, names: Sequence[x509.GeneralName], *, authority: bool
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePublicKey,
+        names: Sequence[x509.GeneralName],
+        *,
+        authority: bool,
     ) -> x509.Certificate:
         now = dt.datetime.now(dt.UTC)
         return (

@@ -23,7 +23,9 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
-def text(content: str, role: message_pb2.Role.ValueType = USER, **fields: Any) -> message_pb2.Message:
+def text(
+    content: str, role: message_pb2.Role.ValueType = USER, **fields: Any
+) -> message_pb2.Message:
     """Make a message with an id of its own."""
     given: dict[str, Any] = {"id": new_id(), "role": role, "content": content} | fields
     return message_pb2.Message(**given)
@@ -44,11 +46,15 @@ class Chat:
     @classmethod
     async def of_new_user(cls, stub: AsyncStub) -> Chat:
         """Create a user to act for."""
-        made = await stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody")))
+        made = await stub.CreateUser(
+            user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody"))
+        )
         return cls(stub, made.user.id)
 
     async def create_session(self, **fields: Any) -> session_pb2.Session:
-        request = session_pb2.CreateSessionRequest(user_id=self.user_id, session=session_pb2.Session(**fields))
+        request = session_pb2.CreateSessionRequest(
+            user_id=self.user_id, session=session_pb2.Session(**fields)
+        )
         return (await self.stub.CreateSession(request)).session
 
     async def get_session(self, session_id: str) -> session_pb2.Session:
@@ -56,7 +62,9 @@ class Chat:
         return (await self.stub.GetSession(request)).session
 
     async def update_session(self, mask: Sequence[str] = (), **fields: Any) -> session_pb2.Session:
-        request = session_pb2.UpdateSessionRequest(user_id=self.user_id, session=session_pb2.Session(**fields))
+        request = session_pb2.UpdateSessionRequest(
+            user_id=self.user_id, session=session_pb2.Session(**fields)
+        )
         request.update_mask.paths.extend(mask)
         return (await self.stub.UpdateSession(request)).session
 
@@ -65,14 +73,21 @@ class Chat:
             session_pb2.DeleteSessionRequest(user_id=self.user_id, session_id=session_id, **fields)
         )
 
-    async def fork(self, session_id: str, through_seq: int, new_session_id: str = "") -> session_pb2.Session:
+    async def fork(
+        self, session_id: str, through_seq: int, new_session_id: str = ""
+    ) -> session_pb2.Session:
         request = session_pb2.ForkSessionRequest(
-            user_id=self.user_id, session_id=session_id, through_seq=through_seq, new_session_id=new_session_id
+            user_id=self.user_id,
+            session_id=session_id,
+            through_seq=through_seq,
+            new_session_id=new_session_id,
         )
         return (await self.stub.ForkSession(request)).session
 
     async def list_sessions(self, **fields: Any) -> session_pb2.ListSessionsResponse:
-        return await self.stub.ListSessions(session_pb2.ListSessionsRequest(user_id=self.user_id, **fields))
+        return await self.stub.ListSessions(
+            session_pb2.ListSessionsRequest(user_id=self.user_id, **fields)
+        )
 
     async def session_pages(self, **fields: Any) -> AsyncIterator[list[session_pb2.Session]]:
         """Read page after page to the end."""
@@ -96,12 +111,16 @@ class Chat:
         )
         return await self.stub.AppendMessages(request)
 
-    async def start(self, messages: Iterable[message_pb2.Message] | str = "hello", **fields: Any) -> str:
+    async def start(
+        self, messages: Iterable[message_pb2.Message] | str = "hello", **fields: Any
+    ) -> str:
         """Start a session by an append and return its id."""
         return (await self.append("", messages, **fields)).session_id
 
     async def get(self, session_id: str, message_id: str) -> message_pb2.Message:
-        request = message_pb2.GetMessageRequest(user_id=self.user_id, session_id=session_id, message_id=message_id)
+        request = message_pb2.GetMessageRequest(
+            user_id=self.user_id, session_id=session_id, message_id=message_id
+        )
         return (await self.stub.GetMessage(request)).message
 
     async def page(self, session_id: str, **fields: Any) -> message_pb2.ListMessagesResponse:
@@ -109,7 +128,9 @@ class Chat:
             message_pb2.ListMessagesRequest(user_id=self.user_id, session_id=session_id, **fields)
         )
 
-    async def pages(self, session_id: str, **fields: Any) -> AsyncIterator[list[message_pb2.Message]]:
+    async def pages(
+        self, session_id: str, **fields: Any
+    ) -> AsyncIterator[list[message_pb2.Message]]:
         """Read page after page to the end."""
         token, seen = "", set[str]()
         while True:
@@ -129,7 +150,9 @@ class Chat:
         self, session_id: str, message_id: str, mask: Sequence[str] = (), **fields: Any
     ) -> message_pb2.Message:
         request = message_pb2.UpdateMessageRequest(
-            user_id=self.user_id, session_id=session_id, message=message_pb2.Message(id=message_id, **fields)
+            user_id=self.user_id,
+            session_id=session_id,
+            message=message_pb2.Message(id=message_id, **fields),
         )
         request.update_mask.paths.extend(mask)
         return (await self.stub.UpdateMessage(request)).message
@@ -148,5 +171,7 @@ class Chat:
 
     def watch(self, session_id: str, after_seq: int = 0, **options: Any) -> Any:
         """Follow a session: the open call, to iterate over and to cancel."""
-        request = message_pb2.WatchMessagesRequest(user_id=self.user_id, session_id=session_id, after_seq=after_seq)
+        request = message_pb2.WatchMessagesRequest(
+            user_id=self.user_id, session_id=session_id, after_seq=after_seq
+        )
         return self.stub.WatchMessages(request, **options)

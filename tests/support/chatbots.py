@@ -30,7 +30,9 @@ class _Settings(Settings):
 async def serving_http(app: ASGIApp, grace: int = 3) -> AsyncGenerator[str]:
     """Serve an application on a free port and give its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace, lifespan="on")
+        config = uvicorn.Config(
+            app, log_level="error", timeout_graceful_shutdown=grace, lifespan="on"
+        )
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not server.started:
@@ -70,7 +72,8 @@ class Browser(httpx.AsyncClient):
         token = ""
         while True:
             reply = await self.get(
-                f"/api/sessions/{session_uuid}/messages", params={"page_token": token, "page_size": 3}
+                f"/api/sessions/{session_uuid}/messages",
+                params={"page_token": token, "page_size": 3},
             )
             assert reply.status_code == 200, reply.text
             messages += reply.json()["messages"]
@@ -126,7 +129,11 @@ class Model:
             if number:
                 await asyncio.sleep(self.pause)
             self.said += 1
-            choice = {"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}
+            choice = {
+                "index": 0,
+                "delta": {"role": "assistant", "content": word},
+                "finish_reason": None,
+            }
             chunk = {
                 "id": "1",
                 "object": "chat.completion.chunk",

@@ -45,7 +45,9 @@ async def opened(browser: Browser, complaints: list[str], **device: Any) -> Asyn
     page.on(
         "console",
         lambda said: (
-            complaints.append(said.text) if said.type == "error" and "Failed to load" not in said.text else None
+            complaints.append(said.text)
+            if said.type == "error" and "Failed to load" not in said.text
+            else None
         ),
     )
     yield page
@@ -54,7 +56,9 @@ async def opened(browser: Browser, complaints: list[str], **device: Any) -> Asyn
 
 async def at_rest(page: Page) -> None:
     """Wait until nothing moves any more."""
-    await page.evaluate("Promise.allSettled(document.getAnimations({ subtree: true }).map(each => each.finished))")
+    await page.evaluate(
+        "Promise.allSettled(document.getAnimations({ subtree: true }).map(each => each.finished))"
+    )
 
 
 async def barriers(page: Page) -> list[str]:
@@ -65,5 +69,6 @@ async def barriers(page: Page) -> list[str]:
     await page.evaluate(script)
     found = await page.evaluate("axe.run()")
     return [
-        f"{each['id']}: {each['help']} {[node['html'][:120] for node in each['nodes']]}" for each in found["violations"]
+        f"{each['id']}: {each['help']} {[node['html'][:120] for node in each['nodes']]}"
+        for each in found["violations"]
     ]

@@ -7,7 +7,10 @@ from typing import Any
 from chathistory_client import ChatHistoryClient
 
 # No call may pass through a proxy of the machine's, or wait for an earlier test's broken connection.
-OPTIONS: list[tuple[str, int | str]] = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 
 def client_of(

@@ -82,7 +82,10 @@ class Cluster:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.postgres.stop()
         with suppress(ValueError):
@@ -121,7 +124,9 @@ class Cluster:
     async def connect(self, database: str = "postgres") -> asyncpg.Connection:
         """Open a connection of the tests' own."""
         return await asyncpg.connect(
-            self.url(database), server_settings={"application_name": SUPPORT}, statement_cache_size=0
+            self.url(database),
+            server_settings={"application_name": SUPPORT},
+            statement_cache_size=0,
         )
 
     async def create_database(self, *, empty: bool = False) -> str:
@@ -131,7 +136,9 @@ class Cluster:
         connection = await self.connect()
         try:
             # By copying files: faster than through the log, where nothing is synced.
-            await connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+            await connection.execute(
+                f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy"
+            )
         finally:
             await connection.close()
         return name
@@ -161,7 +168,9 @@ class Cluster:
 def all_new_statements() -> list[Logged]:
     """Return what was sent to any cluster of this process since the last call, but for the tests' own statements."""
     left, Cluster.left = Cluster.left, []
-    return left + [statement for cluster in Cluster.running for statement in cluster.new_statements()]
+    return left + [
+        statement for cluster in Cluster.running for statement in cluster.new_statements()
+    ]
 
 
 def statements_in(log: str) -> Iterator[Logged]:
@@ -189,7 +198,9 @@ def sweep() -> None:
 @asynccontextmanager
 async def connected_to(url: str) -> AsyncGenerator[asyncpg.Connection]:
     """Open a connection to a database, as the tests themselves."""
-    connection = await asyncpg.connect(url, server_settings={"application_name": SUPPORT}, statement_cache_size=0)
+    connection = await asyncpg.connect(
+        url, server_settings={"application_name": SUPPORT}, statement_cache_size=0
+    )
     try:
         yield connection
     finally:

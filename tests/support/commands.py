@@ -15,7 +15,13 @@ def run(*command: str | Path, cwd: Path) -> str:
     unset = ("PYTHONPATH", "VIRTUAL_ENV", "UV_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
     done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+        command,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -29,11 +29,15 @@ class Conversation:
                 messages = [said(200), said(200)]
                 sent = self.record.send(messages)
                 sent.acknowledge(
-                    await self._client.append_messages(messages=messages, create_if_missing=True, **self.record.name)
+                    await self._client.append_messages(
+                        messages=messages, create_if_missing=True, **self.record.name
+                    )
                 )
                 following = following or asyncio.create_task(self._follow())
                 asked = time.monotonic()
-                self.record.saw_context(asked, await self._client.get_context(max_messages=20, **self.record.name))
+                self.record.saw_context(
+                    asked, await self._client.get_context(max_messages=20, **self.record.name)
+                )
                 asked = time.monotonic()
                 self.record.saw_session(asked, await self._client.get_session(**self.record.name))
                 assert not following.done()

@@ -21,7 +21,11 @@ class Demo:
         folder.mkdir(exist_ok=True)
         self.log = folder / "demo.log"
         self._ready = self.log.read_text().count("the chatbot is at") if self.log.exists() else 0
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "CHATBOT_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("OPENAI_", "CHATBOT_"))
+        }
         environment = kept | {
             "CHAT_HISTORY_DATA_DIR": str(folder),
             "CHAT_HISTORY_LISTEN": f"127.0.0.1:{ports[0]}",
@@ -30,7 +34,11 @@ class Demo:
         }
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "examples.chatbot.demo"], cwd=ROOT, env=environment, stdout=output, stderr=output
+                [sys.executable, "-m", "examples.chatbot.demo"],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
             )
 
     def ready(self) -> bool:

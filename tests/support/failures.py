@@ -16,15 +16,23 @@ DOMAIN = "chathistory.v1"
 
 # The contract's table: which reasons come with which code.
 TABLE: dict[StatusCode, frozenset[str]] = {
-    StatusCode.INVALID_ARGUMENT: frozenset({"FIELD_VIOLATION", "BAD_PAGE_TOKEN", "MALFORMED_REQUEST"}),
-    StatusCode.NOT_FOUND: frozenset({"USER_NOT_FOUND", "SESSION_NOT_FOUND", "MESSAGE_NOT_FOUND", "DOCUMENT_NOT_FOUND"}),
-    StatusCode.ALREADY_EXISTS: frozenset({"EMAIL_TAKEN", "EXTERNAL_ID_TAKEN", "ID_TAKEN", "MESSAGE_ID_REUSED"}),
+    StatusCode.INVALID_ARGUMENT: frozenset(
+        {"FIELD_VIOLATION", "BAD_PAGE_TOKEN", "MALFORMED_REQUEST"}
+    ),
+    StatusCode.NOT_FOUND: frozenset(
+        {"USER_NOT_FOUND", "SESSION_NOT_FOUND", "MESSAGE_NOT_FOUND", "DOCUMENT_NOT_FOUND"}
+    ),
+    StatusCode.ALREADY_EXISTS: frozenset(
+        {"EMAIL_TAKEN", "EXTERNAL_ID_TAKEN", "ID_TAKEN", "MESSAGE_ID_REUSED"}
+    ),
     StatusCode.ABORTED: frozenset({"ETAG_MISMATCH", "LAST_SEQ_MISMATCH", "CONTENTION"}),
     StatusCode.FAILED_PRECONDITION: frozenset({"SESSION_ARCHIVED", "SEARCH_DISABLED"}),
     StatusCode.UNAUTHENTICATED: frozenset({"TOKEN_INVALID"}),
     StatusCode.PERMISSION_DENIED: frozenset({"USER_MISMATCH", "SERVICE_ONLY"}),
     StatusCode.RESOURCE_EXHAUSTED: frozenset({"OVERLOADED", "REQUEST_TOO_LARGE"}),
-    StatusCode.UNAVAILABLE: frozenset({"DATABASE_UNAVAILABLE", "KEYS_UNAVAILABLE", "SEARCH_UNAVAILABLE", "DRAINING"}),
+    StatusCode.UNAVAILABLE: frozenset(
+        {"DATABASE_UNAVAILABLE", "KEYS_UNAVAILABLE", "SEARCH_UNAVAILABLE", "DRAINING"}
+    ),
     StatusCode.DEADLINE_EXCEEDED: frozenset({"DEADLINE_EXCEEDED"}),
     StatusCode.INTERNAL: frozenset({"INTERNAL"}),
 }
@@ -50,13 +58,21 @@ def read(error: aio.AioRpcError) -> Failure:
     assert status is not None, f"no google.rpc.Status: {error.code()} {error.details()}"
     assert status.code == error.code().value[0]
     assert status.message == error.details()
-    info, bad_request, retry = _unpack(status, ErrorInfo), _unpack(status, BadRequest), _unpack(status, RetryInfo)
-    assert len(status.details) == len(info) + len(bad_request) + len(retry), "a detail of another type"
+    info, bad_request, retry = (
+        _unpack(status, ErrorInfo),
+        _unpack(status, BadRequest),
+        _unpack(status, RetryInfo),
+    )
+    assert len(status.details) == len(info) + len(bad_request) + len(retry), (
+        "a detail of another type"
+    )
     assert len(info) == 1
     assert info[0].domain == DOMAIN
     reason = info[0].reason
     assert reason in TABLE[error.code()], f"{error.code()} with {reason}: {error.details()}"
-    assert len(bad_request) == (reason == "FIELD_VIOLATION"), "field errors name the fields, and nothing else does"
+    assert len(bad_request) == (reason == "FIELD_VIOLATION"), (
+        "field errors name the fields, and nothing else does"
+    )
     assert len(retry) <= 1
     if reason in WAITING_HELPS:
         assert retry, f"{reason} without RetryInfo"
@@ -93,7 +109,9 @@ async def fails(call: Awaitable[object], reason: str, **metadata: str | int) -> 
     """Wait for a call that must fail for this reason; the code follows from the contract's table."""
     found = await failure(call)
     assert found.reason == reason, found
-    assert {key: found.metadata.get(key) for key in metadata} == {key: str(value) for key, value in metadata.items()}
+    assert {key: found.metadata.get(key) for key in metadata} == {
+        key: str(value) for key, value in metadata.items()
+    }
     return found
 
 

@@ -44,10 +44,14 @@ class History(NamedTuple):
         places = {message.id: (message.seq, message.created_us) for message in self.messages}
         for reply in replies:
             for entry in reply.messages:
-                assert places.get(entry.id) == (entry.seq, entry.create_time.ToMicroseconds()), entry
+                assert places.get(entry.id) == (entry.seq, entry.create_time.ToMicroseconds()), (
+                    entry
+                )
 
 
-_SESSION = "SELECT state, last_seq, message_count, title FROM chat_sessions WHERE user_id = $1 AND id = $2"
+_SESSION = (
+    "SELECT state, last_seq, message_count, title FROM chat_sessions WHERE user_id = $1 AND id = $2"
+)
 _MESSAGES = """
 SELECT seq, id::text, content, (extract(epoch FROM created_at) * 1000000)::bigint AS created_us, fingerprint,
        deleted_at IS NOT NULL AS deleted

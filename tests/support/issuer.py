@@ -16,7 +16,12 @@ from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from jwt.algorithms import get_default_algorithms
 
 SECRET = "a shared secret that only the tests know, long enough for HS256"
@@ -57,12 +62,23 @@ def claims(subject: str, **changes: Any) -> dict[str, Any]:
     It is good for a day: some are made when pytest collects the tests, and a slow machine takes its time to come to the last of them.
     """
     now = int(time.time())
-    all_ = {"sub": subject, "iss": ISSUER, "aud": AUDIENCE, "iat": now, "exp": now + 86_400} | changes
+    all_ = {
+        "sub": subject,
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "iat": now,
+        "exp": now + 86_400,
+    } | changes
     return {name: value for name, value in all_.items() if value is not None}
 
 
 def token(
-    subject: str, *, key: Any = SECRET, alg: str = "HS256", headers: Mapping[str, Any] | None = None, **changes: Any
+    subject: str,
+    *,
+    key: Any = SECRET,
+    alg: str = "HS256",
+    headers: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> str:
     """Make a token; by default a good one of the shared secret."""
     return jwt.encode(claims(subject, **changes), key, alg, headers=dict(headers or {}))
@@ -74,7 +90,9 @@ def service_token(subject: str = "backend", **changes: Any) -> str:
 
 def raw(header: Mapping[str, Any], body: Mapping[str, Any], signature: bytes = b"") -> str:
     """Put a token together as it is, signed by nobody."""
-    return ".".join(_b64(part) for part in (json.dumps(header).encode(), json.dumps(body).encode(), signature))
+    return ".".join(
+        _b64(part) for part in (json.dumps(header).encode(), json.dumps(body).encode(), signature)
+    )
 
 
 def hs256_with(secret: bytes, body: Mapping[str, Any]) -> str:
@@ -107,7 +125,9 @@ def bad_tokens(subject: str) -> dict[str, str]:
         "alg None, old signature": raw({"alg": "None"}, claims(subject)) + signature,
         "alg missing": raw({"typ": "JWT"}, claims(subject)),
         "signature cut": f"{head}.{body}.",
-        "signature of another secret": token(subject, key="another secret, just as long as the first"),
+        "signature of another secret": token(
+            subject, key="another secret, just as long as the first"
+        ),
         "claims changed": f"{head}.{_b64(json.dumps(claims(subject, scope=SERVICE)).encode())}.{signature}",
         "RS256": token(subject, key=rsa_key(), alg="RS256"),
         "wrong audience": token(subject, aud="somebody else"),
@@ -116,7 +136,8 @@ def bad_tokens(subject: str) -> dict[str, str]:
         "no issuer": token(subject, iss=None),
         "expired": token(subject, exp=now - 60),
         "never expires": token(subject, exp=None),
-        "expiry is no number": token(subject, exp=None) and hs256_with(SECRET.encode(), claims(subject, exp="soon")),
+        "expiry is no number": token(subject, exp=None)
+        and hs256_with(SECRET.encode(), claims(subject, exp="soon")),
         "expiry is infinite": hs256_with(SECRET.encode(), claims(subject, exp=float("inf"))),
         "not yet valid": token(subject, nbf=now + 120),
         "issued in the future": token(subject, iat=now + 120),
@@ -146,7 +167,11 @@ class KeyServer:
 
 
 def public_jwk(key: Any) -> dict[str, Any]:
-    kinds = {rsa.RSAPrivateKey: "RS256", ec.EllipticCurvePrivateKey: "ES256", ed25519.Ed25519PrivateKey: "EdDSA"}
+    kinds = {
+        rsa.RSAPrivateKey: "RS256",
+        ec.EllipticCurvePrivateKey: "ES256",
+        ed25519.Ed25519PrivateKey: "EdDSA",
+    }
     name = next(name for kind, name in kinds.items() if isinstance(key, kind))
     found: dict[str, Any] = get_default_algorithms()[name].to_jwk(key.public_key(), as_dict=True)
     return found | {"use": "sig"}

@@ -29,7 +29,13 @@ class Load:
     """Several writers to each of several sessions; each sends its request again until it is acknowledged."""
 
     def __init__(
-        self, chat: Chat, *, sessions: int = 4, writers: int = 3, seed: int = 1, call_seconds: float = CALL_SECONDS
+        self,
+        chat: Chat,
+        *,
+        sessions: int = 4,
+        writers: int = 3,
+        seed: int = 1,
+        call_seconds: float = CALL_SECONDS,
     ) -> None:
         self._chat = chat
         self._call_seconds = call_seconds
@@ -49,7 +55,9 @@ class Load:
     async def running(self) -> AsyncGenerator[None]:
         """Write during a block; at its end every request that is under way is carried through."""
         writing = [asyncio.create_task(self._write(session_id)) for session_id in self._writers]
-        following = [asyncio.create_task(self._follow(session_id)) for session_id in self.session_ids]
+        following = [
+            asyncio.create_task(self._follow(session_id)) for session_id in self.session_ids
+        ]
         try:
             yield
             self._stopping = True
@@ -73,10 +81,15 @@ class Load:
 
     async def _write(self, session_id: str) -> None:
         while not self._stopping:
-            messages = [said(self._random.randint(40, 340)) for _ in range(self._random.randint(1, 3))]
+            messages = [
+                said(self._random.randint(40, 340)) for _ in range(self._random.randint(1, 3))
+            ]
             sent = self.records[session_id].send(messages)
             request = message_pb2.AppendMessagesRequest(
-                user_id=self._chat.user_id, session_id=session_id, messages=messages, create_if_missing=True
+                user_id=self._chat.user_id,
+                session_id=session_id,
+                messages=messages,
+                create_if_missing=True,
             )
             sent.acknowledge(await self._until_acknowledged(request))
             self.count += len(messages)

@@ -45,7 +45,9 @@ class NextBuild:
         self.revision = tables.BUILD + 1
         self._folder = folder
         self._scripts = folder / "alembic"
-        shutil.copytree(migrations.SCRIPTS, self._scripts, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            migrations.SCRIPTS, self._scripts, ignore=shutil.ignore_patterns("__pycache__")
+        )
         text = _MIGRATION.format(now=tables.BUILD, next=self.revision, statements=statements)
         (self._scripts / "versions" / "next.py").write_text(text)
 
@@ -54,9 +56,16 @@ class NextBuild:
         """What the interpreter runs for a server of it: see `ServerProcess`."""
         return "-c", _PROGRAM.format(module="tests.support.serve"), str(self._scripts)
 
-    async def migrate(self, database_url: str, on_line: Callable[[str], None] = lambda _line: None) -> None:
+    async def migrate(
+        self, database_url: str, on_line: Callable[[str], None] = lambda _line: None
+    ) -> None:
         """Run its `chat-history migrate`, given what the service is given; `on_line` is told what it says."""
-        given = {"DATABASE_URL": database_url, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+        given = {
+            "DATABASE_URL": database_url,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "200",
+        }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", _PROGRAM.format(module="service.cli"), str(self._scripts), "migrate",
             cwd=self._folder, env=os.environ | given, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,

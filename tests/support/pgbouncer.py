@@ -44,7 +44,10 @@ class PgBouncer:
     """One PgBouncer, as a context manager; its address stays when it is started again."""
 
     def __init__(
-        self, upstream: str, settings: dict[str, str] | None = None, files: dict[str, bytes] | None = None
+        self,
+        upstream: str,
+        settings: dict[str, str] | None = None,
+        files: dict[str, bytes] | None = None,
     ) -> None:
         """Name what it stands before, which must be ready for its users.
 
@@ -88,15 +91,24 @@ class PgBouncer:
     def _configure(self) -> None:
         user = self._upstream.username or "postgres"
         host = self._upstream.query["host"]
-        settings = self._settings | {"listen_port": str(self.port), "auth_file": "{folder}/users.txt"}
+        settings = self._settings | {
+            "listen_port": str(self.port),
+            "auth_file": "{folder}/users.txt",
+        }
         lines = [
             "[databases]",
             f"* = host={host} port={self._upstream.query.get('port', 5432)} user={user}",
             "[pgbouncer]",
         ]
-        lines += [f"{name} = {value.replace('{folder}', str(self.folder))}" for name, value in settings.items()]
+        lines += [
+            f"{name} = {value.replace('{folder}', str(self.folder))}"
+            for name, value in settings.items()
+        ]
         users = f'"{user}" "{PASSWORD}"\n'
-        files = {"pgbouncer.ini": "\n".join([*lines, ""]).encode(), "users.txt": users.encode()} | self._files
+        files = {
+            "pgbouncer.ini": "\n".join([*lines, ""]).encode(),
+            "users.txt": users.encode(),
+        } | self._files
         for name, content in files.items():
             path = self.folder / name
             path.touch(mode=0o600)
@@ -114,7 +126,9 @@ class PgBouncer:
             )  # fmt: skip
         give_up = time.monotonic() + 20
         while True:
-            assert self._process.poll() is None, f"PgBouncer does not start:\n{self.log.read_text()}"
+            assert self._process.poll() is None, (
+                f"PgBouncer does not start:\n{self.log.read_text()}"
+            )
             assert time.monotonic() < give_up, f"PgBouncer does not listen:\n{self.log.read_text()}"
             with socket.socket() as trial:
                 if trial.connect_ex(("127.0.0.1", self.port)) == 0:

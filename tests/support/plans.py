@@ -86,7 +86,9 @@ class Plan:
 async def explained(url: str, statements: Sequence[Sent], table: str) -> list[Plan]:
     """Run those of these statements that read a table again and return their plans: each as planned for its arguments, and for any."""
     plans: list[Plan] = []
-    connection = await asyncpg.connect(url, server_settings={"application_name": SUPPORT}, statement_cache_size=0)
+    connection = await asyncpg.connect(
+        url, server_settings={"application_name": SUPPORT}, statement_cache_size=0
+    )
     try:
         for number, (sql, args) in enumerate({repr(each): each for each in statements}.values()):
             if table not in sql:

@@ -72,9 +72,15 @@ def expected(history: Sequence[Said], through: int, wanted: Wanted) -> list[int]
     rest = [each for each in rest if each.seq in callers]
     groups = _groups(rest, callers)
     newest = groups[0] if groups else []
-    kept = max((part for part in _beginnings(newest) if _size(part) <= wanted.max_bytes), key=len, default=[])
+    kept = max(
+        (part for part in _beginnings(newest) if _size(part) <= wanted.max_bytes),
+        key=len,
+        default=[],
+    )
     whole = len(kept) == len(newest)
-    system = max((part for part in _parts(leading) if _size([*kept, *part]) <= wanted.max_bytes), key=len)
+    system = max(
+        (part for part in _parts(leading) if _size([*kept, *part]) <= wanted.max_bytes), key=len
+    )
     kept = [*kept, *system]
     if whole and len(system) == len(leading):
         for group in groups[1:]:
@@ -106,7 +112,10 @@ def _callers(rest: Sequence[Said]) -> dict[int, dict[str, int]]:
     found: dict[int, dict[str, int]] = {}
     for message in rest:
         asked = {
-            result: max((other.seq for other in rest if other.seq < message.seq and result in other.asks), default=0)
+            result: max(
+                (other.seq for other in rest if other.seq < message.seq and result in other.asks),
+                default=0,
+            )
             for result in message.answers
         }
         # The call's own message must be one that may be sent.
@@ -122,12 +131,16 @@ def _groups(rest: Sequence[Said], callers: dict[int, dict[str, int]]) -> list[li
         together = [group for group in groups if seq in group or group & set(asked.values())]
         groups = [group for group in groups if group not in together] + [set().union(*together)]
     by_seq = {each.seq: each for each in rest}
-    made = [[by_seq[seq] for seq in sorted(group)] for group in sorted(groups, key=max, reverse=True)]
+    made = [
+        [by_seq[seq] for seq in sorted(group)] for group in sorted(groups, key=max, reverse=True)
+    ]
     return [group for group in made if all(_may_be_sent(each, rest, callers) for each in group)]
 
 
 def _may_be_sent(message: Said, rest: Sequence[Said], callers: dict[int, dict[str, int]]) -> bool:
-    answered = {result for asked in callers.values() for result, seq in asked.items() if seq == message.seq}
+    answered = {
+        result for asked in callers.values() for result, seq in asked.items() if seq == message.seq
+    }
     if message.asks <= answered:
         return True
     later = [each for each in rest if each.seq > message.seq]
@@ -145,8 +158,13 @@ def histories(draw: st.DrawFn, max_size: int = 14) -> list[Said]:
     drafts = draw(st.lists(st.one_of(_anything(), _exchange()), max_size=max_size))
     flat = [each for draft in drafts for each in draft]
     head = draw(st.integers(0, 2))
-    flat = [Said(0, SYSTEM, tokens=draw(_tokens), size=draw(st.integers(1, 4))) for _ in range(head)] + flat
-    return [Said(seq, e.role, e.calls, e.results, e.tokens, e.size, e.deleted) for seq, e in enumerate(flat, 1)]
+    flat = [
+        Said(0, SYSTEM, tokens=draw(_tokens), size=draw(st.integers(1, 4))) for _ in range(head)
+    ] + flat
+    return [
+        Said(seq, e.role, e.calls, e.results, e.tokens, e.size, e.deleted)
+        for seq, e in enumerate(flat, 1)
+    ]
 
 
 _tokens = st.integers(0, 5)
@@ -169,9 +187,17 @@ def _exchange(draw: st.DrawFn) -> list[Said]:
     results = results[: draw(st.integers(0, len(results)))] if draw(st.booleans()) else results
     role = draw(st.sampled_from([TOOL, USER]))
     together = draw(st.booleans())
-    answers = [frozenset(results)] if together and results else [frozenset({each}) for each in results]
-    said = [Said(0, USER, tokens=draw(_tokens)), Said(0, ASSISTANT, frozenset(calls), tokens=draw(_tokens))]
-    said += [Said(0, role, results=each, tokens=draw(_tokens), deleted=draw(_deleted)) for each in answers]
+    answers = (
+        [frozenset(results)] if together and results else [frozenset({each}) for each in results]
+    )
+    said = [
+        Said(0, USER, tokens=draw(_tokens)),
+        Said(0, ASSISTANT, frozenset(calls), tokens=draw(_tokens)),
+    ]
+    said += [
+        Said(0, role, results=each, tokens=draw(_tokens), deleted=draw(_deleted))
+        for each in answers
+    ]
     if draw(st.booleans()):
         said.insert(draw(st.integers(1, len(said))), Said(0, USER, tokens=1))
     if draw(st.booleans()):

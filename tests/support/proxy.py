@@ -136,7 +136,8 @@ class Proxy:
             up_reader, up_writer = await self._connect()
             link.halves.append(up_writer)
             await asyncio.gather(
-                self._pump(link, Way.UP, reader, up_writer), self._pump(link, Way.DOWN, up_reader, writer)
+                self._pump(link, Way.UP, reader, up_writer),
+                self._pump(link, Way.DOWN, up_reader, writer),
             )
         except OSError:
             link.cut()
@@ -152,7 +153,9 @@ class Proxy:
         host, _, port = self.upstream.rpartition(":")
         return await asyncio.open_connection(host, int(port), limit=_PIECE)
 
-    async def _pump(self, link: Link, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, link: Link, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         while piece := await reader.read(_PIECE):
             await self._open[way].wait()
             if self.delay:
@@ -187,4 +190,7 @@ async def before_postgres(database_url: str) -> AsyncGenerator[tuple[Proxy, str]
     upstream = f"{url.host}:{url.port}" if url.host else f"{url.query['host']}/.s.PGSQL.5432"
     async with Proxy(upstream) as proxy:
         through = url.set(host="127.0.0.1", port=proxy.port).difference_update_query(["host"])
-        yield proxy, through.update_query_dict({"sslmode": "disable"}).render_as_string(hide_password=False)
+        yield (
+            proxy,
+            through.update_query_dict({"sslmode": "disable"}).render_as_string(hide_password=False),
+        )

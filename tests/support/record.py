@@ -57,7 +57,9 @@ class Sent:
 
     def acknowledge(self, reply: message_pb2.AppendMessagesResponse) -> None:
         """Note an answer; messages of other requests in it are theirs to note."""
-        places = {entry.id: (entry.seq, entry.create_time.ToMicroseconds()) for entry in reply.messages}
+        places = {
+            entry.id: (entry.seq, entry.create_time.ToMicroseconds()) for entry in reply.messages
+        }
         self.answers.append((time.monotonic(), {id_: places.get(id_, NOWHERE) for id_ in self.ids}))
 
     @property
@@ -175,10 +177,14 @@ class Record:
         session: session_pb2.Session | None = None,
     ) -> None:
         last_seq = None if session is None else session.last_seq
-        self.views.append(View(begun, time.monotonic(), after, tuple(map(place, messages)), to_end, last_seq))
+        self.views.append(
+            View(begun, time.monotonic(), after, tuple(map(place, messages)), to_end, last_seq)
+        )
 
 
-def said(size: int, role: message_pb2.Role.ValueType = message_pb2.ROLE_USER) -> message_pb2.Message:
+def said(
+    size: int, role: message_pb2.Role.ValueType = message_pb2.ROLE_USER
+) -> message_pb2.Message:
     """Make a message of at least so many characters, which begins with its own id."""
     id_ = new_id()
     return text(f"{id_} ".ljust(size, "x"), role, id=id_)
@@ -187,13 +193,20 @@ def said(size: int, role: message_pb2.Role.ValueType = message_pb2.ROLE_USER) ->
 def place(message: message_pb2.Message) -> Place:
     """Return what a reader was shown of a message."""
     own = message.content.startswith(message.id)
-    return message.seq, message.id if own else f"{message.id} with other content: {message.content[:36]}"
+    return (
+        message.seq,
+        message.id if own else f"{message.id} with other content: {message.content[:36]}",
+    )
 
 
 def judge(record: Record, stored: History | None) -> list[Problem]:
     """Return what is stored and should not be, or the other way round, or was shown and cannot be."""
     if stored is None:
-        return [Problem("LOST", f"session {record.session_id}")] if record.acknowledged or record.views else []
+        return (
+            [Problem("LOST", f"session {record.session_id}")]
+            if record.acknowledged or record.views
+            else []
+        )
     looks = (
         _rows(stored),
         _counts(stored),
@@ -246,7 +259,10 @@ def _places(record: Record, stored: History) -> Iterator[Problem]:
                     yield Problem("MOVED", f"{id_} was acknowledged as {told} and is {places[id_]}")
         there = [places[id_][0] for id_ in sent.ids if id_ in places]
         if there and there != list(range(there[0], there[0] + len(sent.ids))):
-            yield Problem("TORN", f"the messages of one request are at {there}, and there were {len(sent.ids)}")
+            yield Problem(
+                "TORN",
+                f"the messages of one request are at {there}, and there were {len(sent.ids)}",
+            )
     strange = places.keys() - {id_ for sent in record.sent for id_ in sent.ids}
     if strange:
         yield Problem("STRANGE", f"nobody sent {sorted(strange)}")
@@ -265,24 +281,33 @@ def _erased(record: Record, stored: History) -> Iterator[Problem]:
 
 def _edited(record: Record, stored: History) -> Iterator[Problem]:
     """Look for changes that were acknowledged and are not there, though none that was under way then or later explains that."""
-    values = {message.id: message.content for message in stored.messages if not message.deleted} | {"": stored.title}
+    values = {message.id: message.content for message in stored.messages if not message.deleted} | {
+        "": stored.title
+    }
     by_id: dict[str, list[Edit]] = {}
     for edit in record.edits:
         by_id.setdefault(edit.id, []).append(edit)
     for id_ in by_id.keys() & values.keys():
         edits, what = by_id[id_], id_ or "the title"
-        known = max((edit.begun for edit in edits if edit.acknowledged < math.inf), default=-math.inf)
+        known = max(
+            (edit.begun for edit in edits if edit.acknowledged < math.inf), default=-math.inf
+        )
         there = [edit for edit in edits if edit.value == values[id_]]
         if not there and known > -math.inf:
             yield Problem("LOST", f"a change of {what} was acknowledged, and none is there")
         elif there and all(edit.acknowledged < known for edit in there):
-            yield Problem("LOST", f"a change of {what} was acknowledged, and an earlier one is there")
+            yield Problem(
+                "LOST", f"a change of {what} was acknowledged, and an earlier one is there"
+            )
 
 
 def _order(record: Record, stored: History) -> Iterator[Problem]:
     """Look for an append that was acknowledged before another began, and lies behind it."""
     places = {message.id: message.seq for message in stored.messages}
-    there = sorted((sent for sent in record.sent if sent.ids[0] in places), key=lambda sent: places[sent.ids[0]])
+    there = sorted(
+        (sent for sent in record.sent if sent.ids[0] in places),
+        key=lambda sent: places[sent.ids[0]],
+    )
     done = math.inf
     for sent in reversed(there):
         if done < sent.begun:
@@ -294,7 +319,9 @@ def _views(record: Record, stored: History) -> Iterator[Problem]:
     """Compare what readers were shown with the rows, and with what had been acknowledged when they asked."""
     ids = {message.seq: message.id for message in stored.messages}
     erasures = {erasure.id: erasure for erasure in record.erasures}
-    done = sorted((at, max(places.values())[0]) for sent in record.sent for at, places in sent.answers)
+    done = sorted(
+        (at, max(places.values())[0]) for sent in record.sent for at, places in sent.answers
+    )
     known = at = 0
     for view in sorted(record.views):
         while at < len(done) and done[at][0] < view.begun:
@@ -306,7 +333,9 @@ def _views(record: Record, stored: History) -> Iterator[Problem]:
         yield from _shown(view, ids, erasures, known)
 
 
-def _shown(view: View, ids: dict[int, str], erasures: dict[str, Erasure], known: int) -> Iterator[Problem]:
+def _shown(
+    view: View, ids: dict[int, str], erasures: dict[str, Erasure], known: int
+) -> Iterator[Problem]:
     """Compare one view with the rows; `known` is the last seq that was acknowledged before it began."""
     last = view.after
     for seq, id_ in view.shown:
@@ -321,5 +350,7 @@ def _shown(view: View, ids: dict[int, str], erasures: dict[str, Erasure], known:
         last = max(last, known)
     shown = {seq for seq, _ in view.shown}
     for seq in range(view.after + 1, last + 1):
-        if seq not in shown and not (ids.get(seq) in erasures and erasures[ids[seq]].begun < view.ended):
+        if seq not in shown and not (
+            ids.get(seq) in erasures and erasures[ids[seq]].begun < view.ended
+        ):
             yield Problem("STALE" if seq <= known else "VIEW", f"seq {seq} was not shown")

@@ -25,7 +25,9 @@ from tests.support.cluster import Logged
 # Its types say that anything may be missing anywhere; the grammar says what is there.
 ast: Any = pglast.ast
 
-OWNERS = {name: "user_id" for name, table in metadata.tables.items() if "user_id" in table.c} | {"users": "id"}
+OWNERS = {name: "user_id" for name, table in metadata.tables.items() if "user_id" in table.c} | {
+    "users": "id"
+}
 """The tables of users' things, and the column of each that says whose a row is."""
 
 _COLUMNS = "SELECT [^;]*"
@@ -124,7 +126,9 @@ class _Scope:
         elif len(self.relations) == 1:
             matching = [] if self.relations[0].has(column) is False else self.relations
         else:
-            matching = [relation for relation in self.relations if relation.has(column) is not False]
+            matching = [
+                relation for relation in self.relations if relation.has(column) is not False
+            ]
         if len(matching) > 1:
             return None
         if matching:
@@ -146,7 +150,9 @@ class _Scope:
             case ast.A_ArrayExpr():
                 return all(map(self.safe, expression.elements or ()))
             case ast.FuncCall():
-                return _name(expression.funcname) == "unnest" and all(map(self.safe, expression.args or ()))
+                return _name(expression.funcname) == "unnest" and all(
+                    map(self.safe, expression.args or ())
+                )
             case tuple():
                 return all(map(self.safe, expression))
         return False
@@ -173,15 +179,24 @@ class _Checker:
         match node:
             case ast.SelectStmt() | ast.InsertStmt() | ast.UpdateStmt() | ast.DeleteStmt():
                 self._query(node, None, {})
-            case ast.ExplainStmt() | ast.DeclareCursorStmt() | ast.PrepareStmt() | ast.CreateTableAsStmt():
+            case (
+                ast.ExplainStmt()
+                | ast.DeclareCursorStmt()
+                | ast.PrepareStmt()
+                | ast.CreateTableAsStmt()
+            ):
                 self.statement(node.query)
             case _ if isinstance(node, _DDL):
                 pass
             case ast.DoStmt() | ast.CreateFunctionStmt() | ast.CallStmt():
                 self.found.append("what it does cannot be told")
             case _:
-                tables = {each.relname for each in nodes_of(node) if isinstance(each, ast.RangeVar)} & set(OWNERS)
-                self.found += [f"{table} is touched by a {type(node).__name__}" for table in sorted(tables)]
+                tables = {
+                    each.relname for each in nodes_of(node) if isinstance(each, ast.RangeVar)
+                } & set(OWNERS)
+                self.found += [
+                    f"{table} is touched by a {type(node).__name__}" for table in sorted(tables)
+                ]
 
     def _query(self, node: Any, parent: _Scope | None, ctes: dict[str, Output]) -> Output:
         ctes = self._ctes(node, parent, ctes)
@@ -197,7 +212,9 @@ class _Checker:
         self.statement(node)
         return []
 
-    def _ctes(self, node: Any, parent: _Scope | None, outer: dict[str, Output]) -> dict[str, Output]:
+    def _ctes(
+        self, node: Any, parent: _Scope | None, outer: dict[str, Output]
+    ) -> dict[str, Output]:
         known = dict(outer)
         for cte in node.withClause.ctes if getattr(node, "withClause", None) else ():
             known.pop(cte.ctename, None)  # It hides what is outside.
@@ -216,7 +233,9 @@ class _Checker:
         if node.valuesLists:
             self._subqueries(node.valuesLists, scope, ctes)
             rows = [[scope.safe(value) for value in row] for row in node.valuesLists]
-            return [(f"column{n}", all(column)) for n, column in enumerate(zip(*rows, strict=True), 1)]
+            return [
+                (f"column{n}", all(column)) for n, column in enumerate(zip(*rows, strict=True), 1)
+            ]
         equalities: list[_Equality] = []
         expressions: list[Any] = []
         for item in node.fromClause or ():
@@ -246,7 +265,10 @@ class _Checker:
             excluded = _Relation("excluded", target.columns, set(target.safe))
             inner = _Scope([target, excluded], parent)
             if owner is not None:
-                found_by = [element.name for element in (conflict.infer.indexElems if conflict.infer else None) or ()]
+                found_by = [
+                    element.name
+                    for element in (conflict.infer.indexElems if conflict.infer else None) or ()
+                ]
                 if owner not in found_by:
                     target.safe.discard(owner)
                     self._settle(inner, [*self._conjuncts(conflict.whereClause, inner, ctes, None)])
@@ -256,7 +278,12 @@ class _Checker:
         return self._output(node.returningClause and node.returningClause.exprs, scope)
 
     def _change(
-        self, node: Any, sources: Any, assignments: Any, parent: _Scope | None, ctes: dict[str, Output]
+        self,
+        node: Any,
+        sources: Any,
+        assignments: Any,
+        parent: _Scope | None,
+        ctes: dict[str, Output],
     ) -> Output:
         scope = _Scope([_table(node.relation)], parent)
         equalities: list[_Equality] = []
@@ -276,7 +303,12 @@ class _Checker:
                 self.found.append(f"{table}: {owner} is set to what is not a parameter")
 
     def _from(
-        self, item: Any, scope: _Scope, ctes: dict[str, Output], equalities: list[_Equality], expressions: list[Any]
+        self,
+        item: Any,
+        scope: _Scope,
+        ctes: dict[str, Output],
+        equalities: list[_Equality],
+        expressions: list[Any],
     ) -> list[_Relation]:
         """Add what an item of a FROM clause brings; return its relations."""
         if isinstance(item, ast.JoinExpr):
@@ -302,7 +334,9 @@ class _Checker:
             case ast.RangeFunction():
                 functions = [call for call, _ in item.functions]
                 names = [each.sval for each in (item.alias.colnames if item.alias else None) or ()]
-                made = _Relation(_alias(item) or "", names or None, all_safe=all(map(_Scope([]).safe, functions)))
+                made = _Relation(
+                    _alias(item) or "", names or None, all_safe=all(map(_Scope([]).safe, functions))
+                )
                 expressions.append(functions)
             case _:
                 self.found.append(f"a {type(item).__name__} cannot be read")
@@ -328,7 +362,9 @@ class _Checker:
                 rows = isinstance(left, ast.RowExpr) and isinstance(right, ast.RowExpr)
                 for pair in zip(left.args, right.args, strict=True) if rows else [(left, right)]:
                     yield _Equality(*pair, relations)
-            case ast.SubLink() if expression.subLinkType == enums.SubLinkType.ANY_SUBLINK and not expression.operName:
+            case ast.SubLink() if (
+                expression.subLinkType == enums.SubLinkType.ANY_SUBLINK and not expression.operName
+            ):
                 # Looked at for its columns alone; what is wrong in it is found when all subqueries are.
                 output = _Checker()._query(expression.subselect, scope, ctes)
                 tested = expression.testexpr
@@ -343,16 +379,25 @@ class _Checker:
         while changed:
             changed = False
             for equality in equalities:
-                for one, another in ((equality.left, equality.right), (equality.right, equality.left)):
+                for one, another in (
+                    (equality.left, equality.right),
+                    (equality.right, equality.left),
+                ):
                     place = scope.find(one) if isinstance(one, ast.ColumnRef) else None
-                    if place is None or place[0] not in equality.about or place[0].is_safe(place[1]):
+                    if (
+                        place is None
+                        or place[0] not in equality.about
+                        or place[0].is_safe(place[1])
+                    ):
                         continue
                     if scope.safe(another):
                         place[0].safe.add(place[1])
                         changed = True
         for relation in scope.relations:
             if relation.table is not None and not relation.is_safe(OWNERS[relation.table]):
-                self.found.append(f"{relation.table} AS {relation.name}: {OWNERS[relation.table]} is not constrained")
+                self.found.append(
+                    f"{relation.table} AS {relation.name}: {OWNERS[relation.table]} is not constrained"
+                )
 
     def _subqueries(self, expressions: Any, scope: _Scope, ctes: dict[str, Output]) -> None:
         for node in nodes_of(expressions, into_subqueries=False):
@@ -371,7 +416,9 @@ class _Checker:
                     if wanted in (None, relation.name):
                         if relation.columns is None:
                             return output  # What follows stands at a place that is not known.
-                        output += [(column, relation.is_safe(column)) for column in relation.columns]
+                        output += [
+                            (column, relation.is_safe(column)) for column in relation.columns
+                        ]
                 continue
             own = value.fields[-1].sval if isinstance(value, ast.ColumnRef) else ""
             output.append((target.name or own, scope.safe(value)))
@@ -382,16 +429,24 @@ def _table(node: Any) -> _Relation:
     """Make a relation of a table; of a user's only when it is in our schema."""
     ours = node.schemaname in (None, "public") and node.relname in metadata.tables
     columns = list(metadata.tables[node.relname].c.keys()) if ours else None
-    return _Relation(_alias(node) or node.relname, columns, table=node.relname if node.relname in OWNERS else None)
+    return _Relation(
+        _alias(node) or node.relname,
+        columns,
+        table=node.relname if node.relname in OWNERS else None,
+    )
 
 
 def _of_output(name: str, output: Output) -> _Relation:
-    return _Relation(name, [column for column, _ in output] or None, {column for column, safe in output if safe})
+    return _Relation(
+        name, [column for column, _ in output] or None, {column for column, safe in output if safe}
+    )
 
 
 def _renamed(output: Output, names: Any) -> Output:
     given = [each.sval for each in names or ()]
-    return [(given[n] if n < len(given) else column, safe) for n, (column, safe) in enumerate(output)]
+    return [
+        (given[n] if n < len(given) else column, safe) for n, (column, safe) in enumerate(output)
+    ]
 
 
 def _alias(node: Any) -> str | None:

@@ -16,7 +16,10 @@ def main() -> None:
     settings = Settings()
     configure_logging(settings.log_level, "json")
     assert settings.database_url is not None, "DATABASE_URL is not set"
-    target = parse(settings.database_url.get_secret_value(), prepared_statements=settings.db_prepared_statements)
+    target = parse(
+        settings.database_url.get_secret_value(),
+        prepared_statements=settings.db_prepared_statements,
+    )
     uvloop.run(server.run(settings, target, on_ready=lambda address: print(address, flush=True)))
     sys.exit(0)
 

@@ -34,7 +34,10 @@ else:  # The class is there for type checkers alone.
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every test has a server of its own, and no call may pass through a proxy or wait for an earlier test's broken connection.
-_CHANNEL_OPTIONS: list[tuple[str, int]] = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+_CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
 
 
 class _Settings(Settings):
@@ -44,7 +47,11 @@ class _Settings(Settings):
 def settings(**values: Any) -> Settings:
     """Return settings for a test: a free port, no delay at the end, nothing read from a file."""
     # Search has tests of its own (tests/search), which switch it on.
-    given: dict[str, Any] = {"listen": "127.0.0.1:0", "shutdown_grace": 2.0, "search": "off"} | values
+    given: dict[str, Any] = {
+        "listen": "127.0.0.1:0",
+        "shutdown_grace": 2.0,
+        "search": "off",
+    } | values
     return _Settings(**given)
 
 
@@ -63,12 +70,15 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
         async with asyncio.timeout(30):
             await server.readiness.wait_ready()
         yield server
-        await _comes_true(lambda: _busy(server) == {}, lambda: f"still at work after the test: {_busy(server)}")
+        await _comes_true(
+            lambda: _busy(server) == {}, lambda: f"still at work after the test: {_busy(server)}"
+        )
     finally:
         # Nobody calls any more, and hundreds of tests need not wait for those who do.
         server.calls.last_left = -math.inf
         await server.stop()
-    assert server.database.engine.pool.checkedout() == 0, "connections were not given back to the pool"  # type: ignore[attr-defined]
+    in_use = server.database.engine.pool.checkedout()  # type: ignore[attr-defined]
+    assert in_use == 0, "connections were not given back to the pool"
 
 
 def _busy(server: Server) -> dict[str, int]:
@@ -81,7 +91,9 @@ def _busy(server: Server) -> dict[str, int]:
         "watchers": len(server.watchers),
         "appends waiting": server.appender.waiting,
         "driver connections in use": len(driver._busy) + driver._opening + len(driver._waiting),
-        "permits taken": sum(permits.count - permits.free for permits in (database._permits, database._write_permits)),
+        "permits taken": sum(
+            permits.count - permits.free for permits in (database._permits, database._write_permits)
+        ),
         # Those that the driver keeps for the next hot statement are checked out all the time.
         "connections checked out": server.database.engine.pool.checkedout() - len(driver._idle),  # type: ignore[attr-defined]
     }
@@ -97,7 +109,9 @@ async def _comes_true(condition: Any, complaint: Any, seconds: float = 20.0) -> 
 
 def channel(address: str, **options: int) -> aio.Channel:
     """Open a channel, to be used as a context manager."""
-    return aio.insecure_channel(address, options=_CHANNEL_OPTIONS + [(f"grpc.{k}", v) for k, v in options.items()])
+    return aio.insecure_channel(
+        address, options=_CHANNEL_OPTIONS + [(f"grpc.{k}", v) for k, v in options.items()]
+    )
 
 
 @asynccontextmanager
@@ -143,7 +157,9 @@ class ServerProcess:
                 "CHAT_HISTORY_LISTEN": f"127.0.0.1:{free_port()}",
                 "CHAT_HISTORY_SHUTDOWN_GRACE": "3",
                 "CHAT_HISTORY_SEARCH": "off",
-                "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), inherited.get("PYTHONPATH")))),
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, (str(ROOT), inherited.get("PYTHONPATH")))
+                ),
             }
             | environment
         )

@@ -41,9 +41,9 @@ class TlsPostgres:
 
     def url(self, host: str = "127.0.0.1", **query: str) -> str:
         """Return the connection string by way of TCP."""
-        return URL.create("postgresql", USER, PASSWORD, host, self.port, DATABASE, query).render_as_string(
-            hide_password=False
-        )
+        return URL.create(
+            "postgresql", USER, PASSWORD, host, self.port, DATABASE, query
+        ).render_as_string(hide_password=False)
 
     @property
     def local_url(self) -> str:

@@ -61,8 +61,12 @@ def test_nobody_is_let_in_where_all_is_going_away() -> None:
         admission.enter("a")
 
 
-@given(st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.sampled_from("abcdef")), max_size=200))
-def test_the_counts_are_right_whatever_comes_and_goes(limit: int, steps: list[tuple[bool, str]]) -> None:
+@given(
+    st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.sampled_from("abcdef")), max_size=200)
+)
+def test_the_counts_are_right_whatever_comes_and_goes(
+    limit: int, steps: list[tuple[bool, str]]
+) -> None:
     admission = Admission(limit)
     inside: Counter[str] = Counter()
     for comes, whose in steps:
@@ -80,7 +84,9 @@ def test_the_counts_are_right_whatever_comes_and_goes(limit: int, steps: list[tu
         assert admission._counts == inside
 
 
-def test_the_more_are_refused_the_later_they_are_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_more_are_refused_the_later_they_are_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     refusals = pipeline._Refusals()

@@ -50,27 +50,48 @@ def test_the_database_url_has_two_names(
     assert url() == expected
 
 
-def test_a_file_is_read_and_the_environment_goes_before_it(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_and_the_environment_goes_before_it(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (empty_folder / ".env").write_text(
         "NEON_DATABASE_URL='postgresql://u@h/d?a=b#c'\nCHAT_HISTORY_LISTEN=127.0.0.1:1\n"
     )
     monkeypatch.setenv("CHAT_HISTORY_LISTEN", "127.0.0.1:2")
     assert url() == "postgresql://u@h/d?a=b#c"
     assert config.load().listen == "127.0.0.1:2"
-    assert config.sources() == {"CHAT_HISTORY_LISTEN": "the environment", "NEON_DATABASE_URL": ".env"}
+    assert config.sources() == {
+        "CHAT_HISTORY_LISTEN": "the environment",
+        "NEON_DATABASE_URL": ".env",
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("CHAT_HISTORY_LISTEN", "nowhere", "CHAT_HISTORY_LISTEN: 'nowhere' is not an address of the form host:port"),
+        (
+            "CHAT_HISTORY_LISTEN",
+            "nowhere",
+            "CHAT_HISTORY_LISTEN: 'nowhere' is not an address of the form host:port",
+        ),
         ("CHAT_HISTORY_LISTEN", "127.0.0.1:65536", "is not an address"),
-        ("CHAT_HISTORY_METRICS_LISTEN", ":9090", "CHAT_HISTORY_METRICS_LISTEN: ':9090' is not an address"),
+        (
+            "CHAT_HISTORY_METRICS_LISTEN",
+            ":9090",
+            "CHAT_HISTORY_METRICS_LISTEN: ':9090' is not an address",
+        ),
         ("CHAT_HISTORY_HEALTH_LISTEN", "h", "CHAT_HISTORY_HEALTH_LISTEN: 'h' is not an address"),
         ("CHAT_HISTORY_LISTEN", "0.0.0.0:50051", "not a loopback address"),
         ("CHAT_HISTORY_LISTEN", "[::]:50051", "not a loopback address"),
-        ("CHAT_HISTORY_DB_POOL_SIZE", "0", "CHAT_HISTORY_DB_POOL_SIZE: input should be greater than 0"),
-        ("CHAT_HISTORY_DB_POOL_SIZE", SECRET, "CHAT_HISTORY_DB_POOL_SIZE: input should be a valid integer"),
+        (
+            "CHAT_HISTORY_DB_POOL_SIZE",
+            "0",
+            "CHAT_HISTORY_DB_POOL_SIZE: input should be greater than 0",
+        ),
+        (
+            "CHAT_HISTORY_DB_POOL_SIZE",
+            SECRET,
+            "CHAT_HISTORY_DB_POOL_SIZE: input should be a valid integer",
+        ),
         ("CHAT_HISTORY_DB_PREPARED_STATEMENTS", SECRET, "should be 'auto', 'on' or 'off'"),
     ],
 )

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from service.store.context import Limits, choose
 from service.store.rows import MessageRow
-from tests.support.prompts import ASSISTANT, SYSTEM, TOOL, USER, Said, Wanted, expected, histories, wants
+from tests.support.prompts import (
+    ASSISTANT,
+    SYSTEM,
+    TOOL,
+    USER,
+    Said,
+    Wanted,
+    expected,
+    histories,
+    wants,
+)
 
 
 def row(said: Said) -> MessageRow:
@@ -23,11 +33,15 @@ def row(said: Said) -> MessageRow:
     )  # fmt: skip
 
 
-def given_to_choose(history: Sequence[Said], through: int) -> tuple[list[MessageRow], list[MessageRow]]:
+def given_to_choose(
+    history: Sequence[Said], through: int
+) -> tuple[list[MessageRow], list[MessageRow]]:
     """Return the leading SYSTEM messages, and those that a summary does not cover, newest first."""
     there = [each for each in history if not each.deleted]
     leading = list(takewhile(lambda each: each.role == SYSTEM, there))
-    return [row(each) for each in leading], [row(each) for each in reversed(there) if each.seq > through]
+    return [row(each) for each in leading], [
+        row(each) for each in reversed(there) if each.seq > through
+    ]
 
 
 def limits(wanted: Wanted) -> Limits:
@@ -36,7 +50,10 @@ def limits(wanted: Wanted) -> Limits:
 
 def conversation(*said: tuple[int, str, str]) -> list[Said]:
     """Make a session of (role, calls, results)."""
-    return [Said(seq, role, frozenset(calls), frozenset(results)) for seq, (role, calls, results) in enumerate(said, 1)]
+    return [
+        Said(seq, role, frozenset(calls), frozenset(results))
+        for seq, (role, calls, results) in enumerate(said, 1)
+    ]
 
 
 ANY = Wanted(1000)
@@ -53,7 +70,11 @@ U, S = (USER, "", ""), (SYSTEM, "", "")
 # What comes after an open call belongs to its group, but is no result of it.
 @example(conversation((ASSISTANT, "ac", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")), 0, ANY)
 # Of a newest group that is too large, what fits would leave an open call with another message after it.
-@example(conversation((ASSISTANT, "a", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")), 0, Wanted(1000, max_bytes=2))
+@example(
+    conversation((ASSISTANT, "a", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")),
+    0,
+    Wanted(1000, max_bytes=2),
+)
 def test_the_choice_is_the_models(history: list[Said], through: int, wanted: Wanted) -> None:
     system, newest = given_to_choose(history, through)
     chosen = choose(system, newest, limits(wanted), whole=True)
@@ -75,7 +96,9 @@ def test_a_choice_from_the_newest_messages_alone_is_right_or_put_off(
 
 @given(histories(), st.integers(0, 12), wants())
 @settings(max_examples=400)
-def test_what_is_chosen_is_what_model_apis_take(history: list[Said], through: int, wanted: Wanted) -> None:
+def test_what_is_chosen_is_what_model_apis_take(
+    history: list[Said], through: int, wanted: Wanted
+) -> None:
     """What the contract promises of every prompt, looked for in the prompt itself and not in how it was made."""
     by_seq = {each.seq: each for each in history}
     system, newest = given_to_choose(history, through)
@@ -92,14 +115,24 @@ def test_what_is_chosen_is_what_model_apis_take(history: list[Said], through: in
     assert all(each.seq > through for each in prompt[len(kept) :])
     for place, message in enumerate(prompt):
         before, after = prompt[:place], prompt[place + 1 :]
-        assert all(any(each in other.asks for other in before) for each in message.answers), "a result without its call"
+        assert all(any(each in other.asks for other in before) for each in message.answers), (
+            "a result without its call"
+        )
         missing = message.asks - {each for other in after for each in other.answers}
-        assert not missing or all(other.answers for other in after), "a call without its result, and not at the end"
+        assert not missing or all(other.answers for other in after), (
+            "a call without its result, and not at the end"
+        )
 
 
 def test_plain_messages_are_taken_from_the_newest_on() -> None:
     history = conversation(S, U, U, U, U)
-    for count, seqs in ((1, [1, 5]), (2, [1, 5]), (3, [1, 4, 5]), (4, [1, 3, 4, 5]), (5, [1, 2, 3, 4, 5])):
+    for count, seqs in (
+        (1, [1, 5]),
+        (2, [1, 5]),
+        (3, [1, 4, 5]),
+        (4, [1, 3, 4, 5]),
+        (5, [1, 2, 3, 4, 5]),
+    ):
         assert expected(history, 0, Wanted(count)) == seqs
         system, newest = given_to_choose(history, 0)
         chosen = choose(system, newest, Limits(count), whole=True)

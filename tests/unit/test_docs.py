@@ -20,7 +20,13 @@ async def test_the_readme_snippet_works_as_printed(server: Server) -> None:
     snippet = found[1].replace("127.0.0.1:50051", server.address)
     assert server.address in snippet
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-W", "error", "-c", snippet, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        snippet,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err.decode()

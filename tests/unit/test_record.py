@@ -132,7 +132,9 @@ def test_one_message_acknowledged_at_two_places() -> None:
 
 @pytest.mark.parametrize("ids", ["abd", "abcxd"], ids=["half of it", "something between"])
 def test_a_request_that_is_not_whole(ids: str) -> None:
-    made = Record("user", "session", [sent(0, 1, a=1, b=2), sent(2, None, c=3, d=4), sent(2, None, x=3)])
+    made = Record(
+        "user", "session", [sent(0, 1, a=1, b=2), sent(2, None, c=3, d=4), sent(2, None, x=3)]
+    )
     assert "TORN" in kinds(made, stored(*ids))
 
 
@@ -145,12 +147,18 @@ def test_one_that_was_acknowledged_first_lies_behind() -> None:
 
 ABC = ((1, "a"), (3, "c"), (4, "d"), (5, "e"))
 WRONG: dict[str, tuple[str, View]] = {
-    "an acknowledged one is not shown": ("STALE", View(7.2, 7.4, 0, ((1, "a"), (2, "b"), (3, "c"), (4, "d")), True)),
+    "an acknowledged one is not shown": (
+        "STALE",
+        View(7.2, 7.4, 0, ((1, "a"), (2, "b"), (3, "c"), (4, "d")), True),
+    ),
     "nothing is shown": ("STALE", View(7.2, 7.4, 0, (), True)),
     "last_seq is of the past": ("STALE", View(7.2, 7.4, 0, (), False, 4)),
     "last_seq is of no time": ("VIEW", View(7.2, 7.4, 0, (), False, 6)),
     "an erased one is shown": ("STALE", View(8.1, 8.2, 0, (*ABC[:1], (2, "b"), *ABC[1:]), True)),
-    "one is missing before it was erased": ("STALE", View(6.5, 6.6, 0, ((1, "a"), (3, "c"), (4, "d")), True)),
+    "one is missing before it was erased": (
+        "STALE",
+        View(6.5, 6.6, 0, ((1, "a"), (3, "c"), (4, "d")), True),
+    ),
     "one is left out": ("VIEW", View(0, 9, 2, ((3, "c"), (5, "e")), False)),
     "the first is left out": ("VIEW", View(0, 9, 2, ((4, "d"),), False)),
     "one comes twice": ("VIEW", View(0, 9, 2, ((3, "c"), (3, "c"), (4, "d")), False)),
@@ -170,5 +178,8 @@ def test_what_is_shown_and_cannot_be(name: str) -> None:
 
 def test_a_view_is_not_held_to_what_came_after_it() -> None:
     made = record()
-    made.views = [View(4, 4.5, 0, ((1, "a"), (2, "b")), True), View(FOREVER, FOREVER, 0, ABC, True, 5)]
+    made.views = [
+        View(4, 4.5, 0, ((1, "a"), (2, "b")), True),
+        View(FOREVER, FOREVER, 0, ABC, True, 5),
+    ]
     assert judge(made, good()) == []

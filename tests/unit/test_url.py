@@ -66,7 +66,10 @@ def test_every_form_of_neons_pooled_string_means_the_same(text: str) -> None:
     assert target.pooled
     assert not target.prepared_statements
     assert driver["prepared_statement_cache_size"] == 0
-    assert driver["server_settings"] == {"application_name": "chat-history", "client_encoding": "UTF8"}
+    assert driver["server_settings"] == {
+        "application_name": "chat-history",
+        "client_encoding": "UTF8",
+    }
     assert context(target).check_hostname
     assert context(target).verify_mode is ssl.CERT_REQUIRED
     assert "not supported" not in " ".join(target.notes)
@@ -139,7 +142,9 @@ def test_modes_without_a_context_are_the_drivers_own(mode: str | None, expected:
         ("verify-full", ssl.CERT_REQUIRED, True),
     ],
 )
-def test_modes_elsewhere_mean_what_libpq_means(mode: str, verify: ssl.VerifyMode, check_hostname: bool) -> None:
+def test_modes_elsewhere_mean_what_libpq_means(
+    mode: str, verify: ssl.VerifyMode, check_hostname: bool
+) -> None:
     found = context(parse(f"postgresql://u@db.internal/d?sslmode={mode}"))
     assert (found.verify_mode, found.check_hostname) == (verify, check_hostname)
 
@@ -171,7 +176,10 @@ def test_a_socket_needs_no_tls() -> None:
 )
 def test_start_up_options_pass_on_a_direct_connection_alone(options: str) -> None:
     target = parse(f"postgresql://u@db.internal/d?options={options}")
-    assert target.connect_args["server_settings"] == {"application_name": "chat-history", "search_path": "chat"}
+    assert target.connect_args["server_settings"] == {
+        "application_name": "chat-history",
+        "search_path": "chat",
+    }
     pooled = parse(f"postgresql://u@db.internal:6432/d?options={options}")
     assert pooled.connect_args["server_settings"].keys() == {"application_name", "client_encoding"}
     assert any("options" in note for note in pooled.notes)
@@ -218,4 +226,6 @@ def test_a_bad_string_is_refused_without_a_secret(text: str) -> None:
 
 def test_no_repr_holds_the_password(tmp_path: Path) -> None:
     target = parse(neon(POOLED))
-    assert SECRET not in f"{target!r} {target.url!r} {target.place} {target.notes} {target.direct()!r}"
+    assert (
+        SECRET not in f"{target!r} {target.url!r} {target.place} {target.notes} {target.direct()!r}"
+    )
