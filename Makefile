@@ -21,6 +21,8 @@ STAMP := $(VENV)/.installed
 PROTO_VENV := .venv-proto
 PROTO_STAMP := $(PROTO_VENV)/.installed
 PROTO := $(PROTO_VENV)/bin/python scripts/proto.py
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
 # FORCE for an environment that was moved (it knows its absolute path), is broken, or was made by another PYTHON than the
 # one asked for.
@@ -86,13 +88,21 @@ proto: $(PROTO_STAMP) ## make generated/ from protos/
 proto-release: $(PROTO_STAMP) ## take the protos of now as the release that later changes must not break
 	$(PROTO) release
 
+.PHONY: docs
+docs: $(DOCS_STAMP) ## build the documentation site into site/; a broken link or anchor fails
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
+.PHONY: docs-serve
+docs-serve: $(DOCS_STAMP) ## serve the documentation on 127.0.0.1:8001 and rebuild pages as they change; Ctrl-C stops
+	@NO_MKDOCS_2_WARNING=1 exec $(DOCS_VENV)/bin/mkdocs serve --strict --dev-addr 127.0.0.1:8001
+
 .PHONY: lock
 lock: install ## pin the dependencies anew: what still fits stays, or all of them with UPGRADE=1
 	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
 
 .PHONY: clean
 clean: ## remove the environments and caches; never .data, where the embedded database is
-	rm -rf $(VENV) $(PROTO_VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache dist generated/dist client/dist
+	rm -rf $(VENV) $(PROTO_VENV) $(DOCS_VENV) site .hypothesis .mypy_cache .pytest_cache .ruff_cache dist generated/dist client/dist
 	find $(wildcard service tests scripts alembic generated client examples) -name __pycache__ -prune -exec rm -rf {} +
 
 $(STAMP): requirements/dev.lock pyproject.toml generated/pyproject.toml client/pyproject.toml scripts/venv.sh $(call stale,$(VENV))
@@ -105,6 +115,10 @@ $(STAMP): requirements/dev.lock pyproject.toml generated/pyproject.toml client/p
 $(PROTO_STAMP): requirements/proto.lock scripts/venv.sh $(call stale,$(PROTO_VENV))
 	@scripts/venv.sh $(PROTO_VENV) requirements/proto.lock "$(PYTHON)"
 	@scripts/venv.sh --done $(PROTO_VENV) "$(PYTHON)"
+
+$(DOCS_STAMP): requirements/docs.lock scripts/venv.sh $(call stale,$(DOCS_VENV))
+	@scripts/venv.sh $(DOCS_VENV) requirements/docs.lock "$(PYTHON)"
+	@scripts/venv.sh --done $(DOCS_VENV) "$(PYTHON)"
 
 .PHONY: FORCE
 FORCE:

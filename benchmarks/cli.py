@@ -76,7 +76,7 @@ def run_all(
         list[str] | None, typer.Option(help=f"One of {', '.join(SCENARIOS)}; kept apart.")
     ] = None,
 ) -> None:
-    """Measure everything and write tables and plots: docs/performance.md and docs/bench/."""
+    """Measure everything and write tables and plots: docs/explanation/performance.md and docs/bench/."""
     unknown = set(only or ()) - set(SCENARIOS)
     if unknown:
         raise typer.BadParameter(f"no such scenario: {', '.join(sorted(unknown))}")
@@ -203,7 +203,7 @@ def list_messages(
 
 @app.command("overload")
 def overload_() -> None:
-    """Load the service with four times what it can carry; the table is for docs/stability.md."""
+    """Load the service with four times what it can carry; the table is for docs/explanation/stability.md."""
     _run(_overload())
 
 

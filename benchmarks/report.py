@@ -1,4 +1,4 @@
-"""Tables of the results: for the terminal, and for docs/performance.md between its markers."""
+"""Tables of the results: for the terminal, and for docs/explanation/performance.md between its markers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.driver import BenchError
 from benchmarks.stack import ROOT
 
 COMMITTED = ROOT / "docs" / "bench"
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "explanation" / "performance.md"
 _BEGIN, _END = "<!-- bench:begin, written by `make bench` -->", "<!-- bench:end -->"
 
 Results = dict[str, Any]
@@ -59,7 +59,7 @@ class Table:
         if self.note:
             parts.append(self.note)
         if self.plot:
-            parts.append(f"![{self.title}](bench/{self.plot}.svg)")
+            parts.append(f"![{self.title}](../bench/{self.plot}.svg)")
         return "\n\n".join(parts)
 
 

@@ -3,6 +3,7 @@
 - dev.lock: the service, bearer tokens, search, its embedded PostgreSQL and the tools; what `make install` installs
 - runtime.lock: the service with bearer tokens and search; what a production image installs
 - proto.lock: the generator of generated/, in an environment of its own
+- docs.lock: the builder of the documentation site, in an environment of its own
 """
 
 import os
@@ -33,6 +34,7 @@ LOCKS = {
         "requirements/dev.lock",
     ],
     "proto": ["--group", "proto"],
+    "docs": ["--group", "docs"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the settings themselves: `python scripts/settings.py [--check]`."""
+"""Writes docs/reference/configuration.md from the settings themselves: `python scripts/settings.py [--check]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from service import config
 
-TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
+TARGET = Path(__file__).parent.parent / "docs" / "reference" / "configuration.md"
 HEAD = """# Configuration
 
 Read once at start from the environment and a `.env` file in the working folder; the environment wins. A malformed value ends the start

@@ -28,7 +28,7 @@ MAX_PORT = 65535
 
 
 class Settings(BaseSettings):
-    """Every setting of the service; names and defaults are in docs/configuration.md.
+    """Every setting of the service; names and defaults are in docs/reference/configuration.md.
 
     Raises:
         pydantic.ValidationError: when a value is malformed, or two of them contradict each other.

@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="ChatHistory: a gRPC service that keeps conversations on PostgreSQL.",
-    epilog="Configured by environment variables and a .env file: see docs/configuration.md.",
+    epilog="Configured by environment variables and a .env file: see docs/reference/configuration.md.",
 )
 app.command()(serving.serve)
 app.command("migrate")(serving.migrate_command)

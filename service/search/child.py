@@ -43,7 +43,7 @@ _WARNINGS = (
     "Payload indexes have no effect in the local Qdrant",
     "Local mode is not recommended for collections",
 )
-"""What qdrant-client says of its embedded mode to programmers; docs/search.md says it to operators."""
+"""What qdrant-client says of its embedded mode to programmers; docs/how-to/search.md says it to operators."""
 
 _ERRORS = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}
 

@@ -2,7 +2,7 @@
 
 SQLAlchemy compiles the hot statements and owns the pool; the compiled text is run by the asyncpg connection under it, on
 connections that stay checked out while traffic flows. That saves the greenlet, the result wrapping and the reset at every release,
-which together cost more than the statement itself (docs/performance.md).
+which together cost more than the statement itself (docs/explanation/performance.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Brings the schema up to what this build brings: in one transaction, by one migrator at a time. The rules are in docs/migrations.md."""
+"""Brings the schema up to what this build brings: in one transaction, by one migrator at a time. The rules are in docs/how-to/migrations.md."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _BUSY = (
     f"others hold the locks that the migration needs; {TRIES} tries were rolled back: end long transactions (see pg_stat_activity) "
     "and migrate again"
 )
-_TOO_SLOW = "a statement of the migration took longer than its statement_timeout, and all of it was rolled back: see docs/migrations.md"
+_TOO_SLOW = "a statement of the migration took longer than its statement_timeout, and all of it was rolled back: see docs/how-to/migrations.md"
 
 
 class MigrationError(Exception):

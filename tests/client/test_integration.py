@@ -1,4 +1,4 @@
-"""docs/integration.md, followed word for word: what it says to write is put together, run and used."""
+"""docs/how-to/fastapi.md, followed word for word: what it says to write is put together, run and used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from service.server import Server
 from tests.support.chatbots import Browser, serving_http
 from tests.support.clients import client_of
 
-PAGE = (Path(__file__).parents[2] / "docs" / "integration.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "fastapi.md").read_text()
 OTHERS = "00000000-0000-4000-8000-000000000009"
 
 
@@ -76,7 +76,7 @@ async def written(namespace: dict[str, Any], *headings: str) -> None:
     for heading in headings:
         for code in blocks(heading):
             compiled = compile(
-                code, f"integration.md, {heading}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+                code, f"fastapi.md, {heading}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
             )
             done = eval(compiled, namespace)
             if inspect.iscoroutine(done):

@@ -189,9 +189,9 @@ async def test_neon_is_verified_also_with_require(
 
 
 async def test_the_documented_roles_are_enough_and_no_more(machine: Machine, root: Path) -> None:
-    """docs/neon.md: an owner who migrates, and a role for the service, who can change no table."""
+    """docs/how-to/neon.md: an owner who migrates, and a role for the service, who can change no table."""
     once, before_first = re.findall(
-        r"```sql\n(.*?)```", (ROOT / "docs" / "neon.md").read_text(), re.DOTALL
+        r"```sql\n(.*?)```", (ROOT / "docs" / "how-to" / "neon.md").read_text(), re.DOTALL
     )
     local = f"{machine.postgres.local_url}&sslmode=disable"
     await fetch(local, "CREATE DATABASE roles")

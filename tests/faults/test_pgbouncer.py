@@ -312,7 +312,7 @@ BUSY = "others hold the locks"
 async def test_a_rolling_update_shows_users_no_error(
     served_url: str, database_url: str, tmp_path: Path
 ) -> None:
-    """Migrate, then replace the replicas (docs/migrations.md), while users of the client library append, read and follow.
+    """Migrate, then replace the replicas (docs/how-to/migrations.md), while users of the client library append, read and follow.
 
     The migration meets somebody who holds what it needs for longer than it waits, and then itself keeps everybody out for a second.
     """

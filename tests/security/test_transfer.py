@@ -239,7 +239,9 @@ INSERT INTO old.chat_messages (session_id, role, content, created_at)
 
 def documented_query() -> str:
     """Return the query that the documentation gives, for tables in the schema `old`."""
-    text_ = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    text_ = (
+        Path(__file__).resolve().parents[2] / "docs" / "how-to" / "import-export.md"
+    ).read_text()
     return re.sub(
         r"\b(FROM|JOIN) (\w)", r"\1 old.\2", text_.partition("```sql\n")[2].partition("```")[0]
     )
