@@ -73,10 +73,21 @@ lint: install $(PROTO_STAMP) ## check style, types, imports between modules, pro
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(PROTO) check
 
+# The Markdown that the formatter owns: not the texts in tests/, which tests search as they are.
+MARKDOWN := $(wildcard *.md */README.md docs examples .github)
+
+.PHONY: prose
+prose: install ## check wording, spelling, lines over 100 columns and the layout of Markdown
+	$(BIN)/python scripts/prose.py
+	$(BIN)/codespell
+	$(BIN)/ruff check --select E501
+	$(BIN)/mdformat --check $(MARKDOWN)
+
 .PHONY: format
 format: install $(PROTO_STAMP) ## put code and protos into the one format, and mend what ruff can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
+	$(BIN)/mdformat $(MARKDOWN)
 	$(PROTO_VENV)/bin/buf format --write protos
 	$(BIN)/python scripts/settings.py
 
