@@ -31,9 +31,57 @@ if _version_not_supported:
 
 
 class ChatHistoryServiceStub(object):
-    """Keeps conversations: users, their sessions, and the messages in them.
+    """Stores chat history: users, their sessions, the messages of each session, and the documents that
+    a chatbot answers from.
 
-    Every error carries a google.rpc.Status with one ErrorInfo (domain "chathistory.v1") whose reason is stable.
+    Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
+    only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
+    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
+    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
+    created, read or deleted.
+
+    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+
+    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
+    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
+    before the reply is sent.
+
+    Sizes. A request is at most 4 MiB. A reply, or one message of a stream, holds at most about 3
+    MiB. Field limits are protovalidate rules in these files, and a request that breaks one fails
+    with `FIELD_VIOLATION`. Text fields reject NUL characters.
+
+    Errors. Every error that the service returns carries a `google.rpc.Status` in the
+    `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
+    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. In addition, any RPC may fail with:
+
+    - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
+    `user_id` empty.
+    - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
+    cannot store a value.
+    - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
+    - `TOKEN_INVALID` (UNAUTHENTICATED): the bearer token is missing, invalid or expired.
+    - `KEYS_UNAVAILABLE` (UNAVAILABLE, with `RetryInfo`): the token issuer's keys have not been
+    fetched yet.
+    - `USER_MISMATCH` (PERMISSION_DENIED): a user caller named another user.
+    - `OVERLOADED` (RESOURCE_EXHAUSTED, with `RetryInfo`): too many calls or streams are in flight.
+    - `CONTENTION` (ABORTED, with `RetryInfo`): concurrent writers prevented the transaction, which
+    was rolled back.
+    - `DATABASE_UNAVAILABLE` (UNAVAILABLE, with `RetryInfo`): PostgreSQL did not answer within the
+    retries.
+    - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
+    - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
+    repeat it with the same IDs.
+    - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
+    log.
+
+    Deadlines. A unary call without a deadline of its own ends after 30 s
+    (`CHAT_HISTORY_CALL_TIMEOUT`).
     """
 
     def __init__(self, channel):
@@ -190,20 +238,88 @@ class ChatHistoryServiceStub(object):
 
 
 class ChatHistoryServiceServicer(object):
-    """Keeps conversations: users, their sessions, and the messages in them.
+    """Stores chat history: users, their sessions, the messages of each session, and the documents that
+    a chatbot answers from.
 
-    Every error carries a google.rpc.Status with one ErrorInfo (domain "chathistory.v1") whose reason is stable.
+    Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
+    only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
+    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
+    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
+    created, read or deleted.
+
+    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+
+    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
+    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
+    before the reply is sent.
+
+    Sizes. A request is at most 4 MiB. A reply, or one message of a stream, holds at most about 3
+    MiB. Field limits are protovalidate rules in these files, and a request that breaks one fails
+    with `FIELD_VIOLATION`. Text fields reject NUL characters.
+
+    Errors. Every error that the service returns carries a `google.rpc.Status` in the
+    `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
+    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. In addition, any RPC may fail with:
+
+    - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
+    `user_id` empty.
+    - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
+    cannot store a value.
+    - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
+    - `TOKEN_INVALID` (UNAUTHENTICATED): the bearer token is missing, invalid or expired.
+    - `KEYS_UNAVAILABLE` (UNAVAILABLE, with `RetryInfo`): the token issuer's keys have not been
+    fetched yet.
+    - `USER_MISMATCH` (PERMISSION_DENIED): a user caller named another user.
+    - `OVERLOADED` (RESOURCE_EXHAUSTED, with `RetryInfo`): too many calls or streams are in flight.
+    - `CONTENTION` (ABORTED, with `RetryInfo`): concurrent writers prevented the transaction, which
+    was rolled back.
+    - `DATABASE_UNAVAILABLE` (UNAVAILABLE, with `RetryInfo`): PostgreSQL did not answer within the
+    retries.
+    - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
+    - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
+    repeat it with the same IDs.
+    - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
+    log.
+
+    Deadlines. A unary call without a deadline of its own ends after 30 s
+    (`CHAT_HISTORY_CALL_TIMEOUT`).
     """
 
     def CreateUser(self, request, context):
-        """Creates a user. The same id with the same content again returns the user, so that a retry is safe.
+        """Creates a user.
+
+        Callers: services only.
+
+        Idempotency: safe to repeat when `user.id` is set. The same ID with the same content returns
+        the stored user, also after later updates.
+
+        Errors:
+
+        - `EMAIL_TAKEN`: another user has this e-mail address, compared without case.
+        - `EXTERNAL_ID_TAKEN`: another user has this external ID.
+        - `ID_TAKEN`: a user with this ID was created with other content.
+        - `SERVICE_ONLY`: the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUser(self, request, context):
-        """Reads one user by id, e-mail address or external id.
+        """Returns one user by ID, e-mail address or external ID.
+
+        Callers: services and users. A user caller gets itself only, by any of its keys or without a
+        key.
+
+        Errors:
+
+        - `USER_NOT_FOUND`: no user has this key.
+        - `USER_MISMATCH`: a user caller asked for a key that is not its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,190 +327,528 @@ class ChatHistoryServiceServicer(object):
 
     def ListUsers(self, request, context):
         """Lists all users.
+
+        Callers: services only.
+
+        Ordering: by ID, ascending. Users that are created or deleted between two pages do not shift
+        the others.
+
+        Errors:
+
+        - `BAD_PAGE_TOKEN`: the page token was altered or belongs to another list.
+        - `SERVICE_ONLY`: the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateUser(self, request, context):
-        """Changes fields of a user.
+        """Updates fields of a user and returns the stored user.
+
+        Callers: services and users. A user caller updates itself only, and cannot write `external_id`.
+
+        Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
+        repeated call fails with `ETAG_MISMATCH` if the first attempt was applied.
+
+        Errors:
+
+        - `USER_NOT_FOUND`: no user has this ID.
+        - `ETAG_MISMATCH`: the user was updated since `etag` was read.
+        - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
+        - `SERVICE_ONLY`: a user caller writes `external_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteUser(self, request, context):
-        """Erases a user with everything that is theirs.
+        """Deletes a user permanently, with all of its sessions, messages, documents and chunks. Their
+        vectors are removed from the search index asynchronously. Shared documents are not affected.
+
+        Callers: services only.
+
+        Idempotency: safe to repeat. Large users are deleted in several transactions, the user itself
+        last. If the call is interrupted, repeating it continues the deletion, and the counts then
+        cover the last call only.
+
+        Errors:
+
+        - `USER_NOT_FOUND`: no user has this ID and `allow_missing` is false.
+        - `SERVICE_ONLY`: the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportUserData(self, request, context):
-        """Streams everything of one user: the user, each session with its messages, each document with its chunks.
+        """Streams all data of one user: the user, each session followed by its messages, and each
+        document of the user's own followed by its chunks. Deleted messages and shared documents are
+        not included. Memory use does not depend on the amount.
+
+        Callers: services and users. A user caller exports itself only.
+
+        Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
+        one snapshot: a session has the messages, and a document the chunks, that it had when the
+        stream reached it. An export that ends with OK is complete.
+
+        Errors:
+
+        - `USER_NOT_FOUND`: no user has this ID, or it was deleted during the export.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateSession(self, request, context):
-        """Creates an empty session. The same id with the same content again returns the session, so that a retry is safe.
+        """Creates an empty session. AppendMessages can create one as well, which saves this call.
+
+        Callers: services and users.
+
+        Idempotency: safe to repeat when `session.id` is set. The same ID with the same content returns
+        the stored session, also after later updates and appends.
+
+        Errors:
+
+        - `USER_NOT_FOUND`: the owner does not exist.
+        - `ID_TAKEN`: the user has a session with this ID that was created with other content.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Reads one session.
+        """Returns one session.
+
+        Callers: services and users.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists a user's sessions, newest activity first.
+        """Lists a user's sessions, newest activity first. A user that does not exist has no sessions.
+
+        Callers: services and users.
+
+        Ordering: by `update_time`, descending, then by ID. A session that becomes active between two
+        pages moves to the front, so later pages omit it.
+
+        Errors:
+
+        - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSession(self, request, context):
-        """Changes fields of a session.
+        """Updates fields of a session and returns the stored session.
+
+        Callers: services and users.
+
+        Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
+        repeated call fails with `ETAG_MISMATCH` if the first attempt was applied. Appends do not
+        change the etag.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `ETAG_MISMATCH`: the session was updated since `etag` was read.
+        - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, besides the rules of the
+        fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSession(self, request, context):
-        """Erases a session with its messages and vectors.
+        """Deletes a session permanently, with its messages. Their vectors are removed from the search
+        index asynchronously. Open WatchMessages streams of the session end with `SESSION_NOT_FOUND`.
+        Forks of the session are not affected.
+
+        Callers: services and users.
+
+        Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
+        transactions, oldest messages first. If the call is interrupted, repeating it continues the
+        deletion.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID and `allow_missing` is false.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Copies the beginning of a session into a new one.
+        """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
+        answer, edit a question or branch. The copies keep their IDs, `seq` and times; deleted messages
+        stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
+        only. The new session is ACTIVE. The source session is not changed.
+
+        Callers: services and users.
+
+        Idempotency: safe to repeat when `new_session_id` is set. The same source and `through_seq`
+        return the stored fork, also after the source was deleted.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with `session_id`.
+        - `ID_TAKEN`: the user has another session with `new_session_id`.
+        - `FIELD_VIOLATION`: `through_seq` exceeds the session's `last_seq`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AppendMessages(self, request, context):
-        """Appends messages to a session: durable, ordered without gap, all or none, and safe to retry when ids are given.
+        """Appends messages to a session, and creates the session if the request allows it. The reply is
+        sent after the commit.
+
+        Atomicity: either all messages of a request are stored, next to each other, or none.
+
+        Ordering: `seq` is 1, 2, 3… in each session, without gaps or ties, for any number of concurrent
+        writers and replicas. It does not depend on a clock.
+
+        Idempotency: safe to repeat when every message has an ID. A message with a stored ID and the
+        same content returns its first `seq` with `replayed` set, also after it was updated or deleted.
+        In a request that mixes new and stored messages, the stored ones keep their `seq`, and the new
+        ones are next to each other. A message without an ID is stored again.
+
+        The service checks the request in this order: the session exists or may be created, stored
+        messages, the session's state, `expected_last_seq`. A request whose messages are all stored
+        succeeds before the last two checks.
+
+        Callers: services and users.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID and `create_if_missing` is false.
+        - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
+        - `MESSAGE_ID_REUSED`: a message with this ID and other content is stored in the session.
+        - `SESSION_ARCHIVED`: the session is archived.
+        - `LAST_SEQ_MISMATCH`: `expected_last_seq` is not the session's `last_seq`, which
+        `metadata["last_seq"]` holds.
+        - `FIELD_VIOLATION`: an ID occurs twice in the request, a role is missing, or a message exceeds
+        1 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMessage(self, request, context):
-        """Reads one message.
+        """Returns one message.
+
+        Callers: services and users.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListMessages(self, request, context):
-        """Lists a session's messages in the order of their seq.
+        """Lists the messages of a session. Deleted messages are not included.
+
+        Callers: services and users.
+
+        Ordering: by `seq`, ascending by default. Messages appended between two pages appear at the end
+        of an ascending list and do not affect a descending one.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateMessage(self, request, context):
-        """Changes fields of a message.
+        """Updates fields of a message and returns the stored message. `seq`, `role` and `author` cannot
+        change. An update does not change the fingerprint, so repeating the original append is still a
+        replay. WatchMessages does not send updates.
+
+        Callers: services and users.
+
+        Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
+        repeated call fails with `ETAG_MISMATCH` if the first attempt was applied.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+        - `ETAG_MISMATCH`: the message was updated since `etag` was read.
+        - `FIELD_VIOLATION`: `session_id` or `message.id` is missing, or the message exceeds 1 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteMessage(self, request, context):
-        """Erases a message's content; its seq stays taken.
+        """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
+        the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
+        message again. Reads skip tombstones. No `seq` changes; the session's `message_count`
+        decreases, its `last_seq` does not.
+
+        Callers: services and users.
+
+        Idempotency: safe to repeat with `allow_missing`.
+
+        Errors, unless `allow_missing` is true:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetContext(self, request, context):
-        """Reads what goes into the next prompt: the newest messages within limits, tool calls together with their results.
+        """Selects the messages for the next prompt: the newest ones within the limits, oldest first.
+
+        A *group* is one message, or an assistant message with tool calls together with the messages
+        that hold their results. A result belongs to the newest earlier call with its ID. Groups are
+        returned completely or not at all. A message with a result whose call is missing is never
+        returned. A call that lacks a result is returned only if no message other than its results
+        follows.
+
+        Kept first, even above `max_messages` and `max_tokens`: the newest group and the leading SYSTEM
+        messages. Then older groups, newest first, until one does not fit into the limits or into a
+        reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has a
+        summary, except leading SYSTEM messages.
+
+        Callers: services and users.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchMessages(self, request, context):
-        """Streams a session's messages after a seq, then each new one as it is appended: no gap, no duplicate, in order.
+        """Streams the messages of a session after `after_seq`, then each new message after its append was
+        committed. There is no gap and no duplicate, whichever replica takes an append. Messages arrive
+        immediately when this replica took the append, and within 500 ms otherwise. Deleted messages
+        and updates are not sent.
+
+        Callers: services and users.
+
+        Ordering: by `seq`, ascending.
+
+        The stream has no end of its own and needs no deadline. After an error, resume with the last
+        `seq` that was received. An open stream keeps a database awake that would suspend itself when
+        idle.
+
+        Errors:
+
+        - `SESSION_NOT_FOUND`: the user has no session with this ID, or it was deleted during the
+        stream.
+        - `TOKEN_INVALID`: the token expired during the stream.
+        - `DRAINING`: this replica is shutting down; open the stream again.
+        - `OVERLOADED`: too many streams are open, in total or on this connection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SearchMessages(self, request, context):
-        """Searches one user's messages by words, by meaning, or by both.
+        """Searches the messages of one user by words, by meaning, or by both. Only `content` is searched.
+
+        LEXICAL compares words without regard to case and without stemming. It ranks the newest 2,000
+        messages that contain the words, by their first 32,768 characters. SEMANTIC compares
+        embeddings; a new message is found after it was indexed asynchronously. HYBRID merges both
+        rankings by reciprocal rank fusion.
+
+        Callers: services and users.
+
+        Ordering: by `score`, best first.
+
+        Errors:
+
+        - `SEARCH_DISABLED`: SEMANTIC or HYBRID was requested, and messages are not indexed.
+        - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer. LEXICAL does not
+        depend on them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateDocument(self, request, context):
-        """Creates a document with its first chunks. The same id with the same content again returns it, and so does the same
-        `content_sha256` and `source_uri` of one owner.
+        """Creates a document with its first chunks. Larger documents continue with AppendDocumentChunks.
+        The document and the text of its chunks are committed together; search finds them after they
+        were indexed asynchronously.
+
+        Callers: services and users. Shared documents are created by services only.
+
+        Idempotency: safe to repeat when `document.id` is set. The same ID with the same document and
+        first chunks returns the stored document. If `content_sha256` is set and the owner has a
+        document with the same `content_sha256` and `source_uri`, that document is returned unchanged,
+        whatever its ID.
+
+        Errors:
+
+        - `USER_NOT_FOUND`: the owner does not exist.
+        - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
+        - `SERVICE_ONLY`: a user caller creates a shared document.
+        - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector has not the dimension of the
+        search index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AppendDocumentChunks(self, request, context):
-        """Stores more chunks of a document; the same chunk again changes nothing.
+        """Stores further chunks of a document. The document becomes PENDING until the new chunks are
+        indexed.
+
+        Callers: services and users. Chunks of shared documents are stored by services only.
+
+        Idempotency: safe to repeat. Chunks that are stored already must be equal, and are not stored
+        again.
+
+        Errors:
+
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `ID_TAKEN`: another chunk is stored at one of the indexes, which `metadata["chunk_index"]`
+        holds.
+        - `SERVICE_ONLY`: the document is shared, and the caller is a user.
+        - `FIELD_VIOLATION`: `first_index` exceeds `chunk_count`, the chunks exceed 1 MiB together, or
+        a vector has not the dimension of the search index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetDocument(self, request, context):
-        """Reads one document, the user's own or a shared one.
+        """Returns one document, without its chunks.
+
+        Callers: services and users. The call covers the documents of `user_id` and the shared ones.
+
+        Errors:
+
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDocuments(self, request, context):
-        """Lists a user's own documents and the shared ones, newest first.
+        """Lists documents, without their chunks.
+
+        Callers: services and users. The call covers the documents of `user_id` and the shared ones.
+
+        Ordering: by `create_time`, newest first, then by ID.
+
+        Errors:
+
+        - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateDocument(self, request, context):
-        """Changes fields of a document.
+        """Updates fields of a document and returns the stored document. Chunks, `scope` and
+        `content_sha256` cannot change.
+
+        Callers: services and users. Shared documents are updated by services only.
+
+        Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
+        repeated call fails with `ETAG_MISMATCH` if the first attempt was applied.
+
+        Errors:
+
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `ETAG_MISMATCH`: the document was updated since `etag` was read.
+        - `ID_TAKEN`: another document of the owner has the same `content_sha256` and the new
+        `source_uri`.
+        - `SERVICE_ONLY`: the document is shared, and the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDocument(self, request, context):
-        """Erases a document with its chunks and vectors.
+        """Deletes a document permanently, with its chunks. Their vectors are removed from the search
+        index asynchronously; search does not return a deleted document in any case.
+
+        Callers: services and users. Shared documents are deleted by services only.
+
+        Idempotency: safe to repeat with `allow_missing`. A large document is deleted in several
+        transactions. If the call is interrupted, repeating it continues the deletion.
+
+        Errors:
+
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID, and
+        `allow_missing` is false.
+        - `SERVICE_ONLY`: the document is shared, and the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDocumentChunks(self, request, context):
-        """Lists a document's chunks in order.
+        """Lists the text of a document's chunks, for example to show the surroundings of a citation.
+
+        Callers: services and users. The call covers the documents of `user_id` and the shared ones.
+
+        Ordering: by index, ascending.
+
+        Errors:
+
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SearchDocuments(self, request, context):
-        """Searches the user's own documents and the shared ones by meaning.
+        """Finds the chunks that are nearest in meaning to a text or a vector. Chunks are found after they
+        were indexed asynchronously. PostgreSQL decides which documents the caller may see, so a stale
+        search index discloses nothing.
+
+        Callers: services and users. The call covers the documents of `user_id` and the shared ones.
+
+        Ordering: by `score`, best first.
+
+        Errors:
+
+        - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
+        - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer.
+        - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` has not the
+        dimension of the search index, or `query` cannot be embedded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RebuildSearchIndex(self, request, context):
-        """Builds the search index anew from what is stored, beside the live one, and swaps them at the end; tells how far it is.
-        Service callers only. A second call, or one after a break, follows the same work; a caller that goes away does not stop it.
+        """Rebuilds the search index from PostgreSQL and streams the progress. The new index is built next
+        to the live one, which serves searches until it is replaced at the end. Writes during the
+        rebuild reach both.
+
+        Callers: services only.
+
+        Idempotency: safe to repeat. While a rebuild is in progress, a call follows it instead of
+        starting another one. A caller that disconnects does not stop the rebuild. A rebuild that was
+        interrupted continues.
+
+        Errors:
+
+        - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
+        - `SEARCH_UNAVAILABLE`: the search index does not answer.
+        - `SERVICE_ONLY`: the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -557,9 +1011,57 @@ def add_ChatHistoryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatHistoryService(object):
-    """Keeps conversations: users, their sessions, and the messages in them.
+    """Stores chat history: users, their sessions, the messages of each session, and the documents that
+    a chatbot answers from.
 
-    Every error carries a google.rpc.Status with one ErrorInfo (domain "chathistory.v1") whose reason is stable.
+    Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
+    only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
+    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
+    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
+    created, read or deleted.
+
+    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+
+    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
+    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
+    before the reply is sent.
+
+    Sizes. A request is at most 4 MiB. A reply, or one message of a stream, holds at most about 3
+    MiB. Field limits are protovalidate rules in these files, and a request that breaks one fails
+    with `FIELD_VIOLATION`. Text fields reject NUL characters.
+
+    Errors. Every error that the service returns carries a `google.rpc.Status` in the
+    `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
+    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. In addition, any RPC may fail with:
+
+    - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
+    `user_id` empty.
+    - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
+    cannot store a value.
+    - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
+    - `TOKEN_INVALID` (UNAUTHENTICATED): the bearer token is missing, invalid or expired.
+    - `KEYS_UNAVAILABLE` (UNAVAILABLE, with `RetryInfo`): the token issuer's keys have not been
+    fetched yet.
+    - `USER_MISMATCH` (PERMISSION_DENIED): a user caller named another user.
+    - `OVERLOADED` (RESOURCE_EXHAUSTED, with `RetryInfo`): too many calls or streams are in flight.
+    - `CONTENTION` (ABORTED, with `RetryInfo`): concurrent writers prevented the transaction, which
+    was rolled back.
+    - `DATABASE_UNAVAILABLE` (UNAVAILABLE, with `RetryInfo`): PostgreSQL did not answer within the
+    retries.
+    - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
+    - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
+    repeat it with the same IDs.
+    - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
+    log.
+
+    Deadlines. A unary call without a deadline of its own ends after 30 s
+    (`CHAT_HISTORY_CALL_TIMEOUT`).
     """
 
     @staticmethod

@@ -29,26 +29,30 @@ class _SessionState:
 class _SessionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SessionState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SESSION_STATE_UNSPECIFIED: _SessionState.ValueType  # 0
-    """Not said: ACTIVE in a new session, any state in a list."""
+    """Not specified. Means ACTIVE when a session is created, and any state in ListSessions."""
     SESSION_STATE_ACTIVE: _SessionState.ValueType  # 1
-    """The session takes messages."""
+    """The session accepts messages."""
     SESSION_STATE_ARCHIVED: _SessionState.ValueType  # 2
-    """The session is kept, readable, and takes no messages."""
+    """The session rejects AppendMessages with `SESSION_ARCHIVED`. Reads, updates, deletions and forks
+    still work.
+    """
 
 class SessionState(_SessionState, metaclass=_SessionStateEnumTypeWrapper):
-    """Whether a session takes messages."""
+    """State of a session."""
 
 SESSION_STATE_UNSPECIFIED: SessionState.ValueType  # 0
-"""Not said: ACTIVE in a new session, any state in a list."""
+"""Not specified. Means ACTIVE when a session is created, and any state in ListSessions."""
 SESSION_STATE_ACTIVE: SessionState.ValueType  # 1
-"""The session takes messages."""
+"""The session accepts messages."""
 SESSION_STATE_ARCHIVED: SessionState.ValueType  # 2
-"""The session is kept, readable, and takes no messages."""
+"""The session rejects AppendMessages with `SESSION_ARCHIVED`. Reads, updates, deletions and forks
+still work.
+"""
 Global___SessionState: _TypeAlias = SessionState  # noqa: Y015
 
 @_typing.final
 class Session(_message.Message):
-    """A conversation of one user."""
+    """One conversation of one user."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -66,42 +70,52 @@ class Session(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     FORKED_FROM_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """UUID in text form, unique for its user. Chosen by the client to make a retry safe, or by the server (version 7)."""
+    """UUID of the session, unique per user. In CreateSession, set it to make the call safe to repeat,
+    or leave it empty for a UUID of version 7.
+    """
     user_id: _builtins.str
-    """The owner. In a request empty, or the same as the request's `user_id`."""
+    """ID of the user that owns the session. In a request it may be empty, and must otherwise equal
+    the request's `user_id`.
+    """
     title: _builtins.str
-    """Title to show, at most 512 characters."""
+    """Display title, at most 512 characters."""
     summary: _builtins.str
-    """What was said up to `summarized_through_seq`, in short; at most 64 KiB."""
+    """Summary of the messages up to `summarized_through_seq`, at most 64 KiB."""
     summarized_through_seq: _builtins.int
-    """The last `seq` that `summary` covers, at most `last_seq`; GetContext leaves messages up to it out."""
+    """Last `seq` that `summary` covers, at most `last_seq`. While `summary` is set, GetContext omits
+    the messages up to it, except leading SYSTEM messages. Must be 0 when the session is created.
+    """
     state: Global___SessionState.ValueType
-    """Whether the session takes messages."""
+    """Whether the session accepts messages. Defaults to ACTIVE."""
     last_seq: _builtins.int
-    """The highest `seq` ever given in this session; never falls. Output only."""
+    """Highest `seq` of the session; 0 before its first message. Never decreases. Output only."""
     message_count: _builtins.int
-    """How many messages can be read, deleted ones left out. Output only."""
+    """Number of messages that are not deleted. Output only."""
     etag: _builtins.str
-    """Opaque version of the session: changes at every UpdateSession, never by an append. Sent back in an update, it must
-    still match.
+    """Opaque version of the session, at most 64 characters. It changes with every UpdateSession that
+    writes a field, and never with an append. In UpdateSession, a value that is set must equal the
+    stored etag, or the call fails with `ETAG_MISMATCH`. Ignored elsewhere.
     """
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Anything the caller wants to keep beside the session, at most 16 KiB serialized.
-        Numbers come back as they are, but -0 as 0; neither NaN nor an infinity is one.
+        """Free-form JSON object for the caller's own data, at most 16 KiB serialized. Numbers are
+        doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected. An empty
+        object is stored as no metadata.
         """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When the session was created, by the server's clock. Output only."""
+        """Time of creation by the server's clock, with microsecond precision. Output only."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the session was last changed or appended to. Output only."""
+        """Time of the last append or UpdateSession, or of creation. ListSessions orders by it. Output
+        only.
+        """
 
     @_builtins.property
     def forked_from(self) -> Global___ForkedFrom:
-        """Where the session was forked from; unset when it was not. Output only."""
+        """Origin of a session that ForkSession created, otherwise unset. Output only."""
 
     def __init__(
         self,
@@ -130,16 +144,16 @@ Global___Session: _TypeAlias = Session  # noqa: Y015
 
 @_typing.final
 class ForkedFrom(_message.Message):
-    """The point at which a session left another one."""
+    """Origin of a forked session."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The session that was copied."""
+    """ID of the source session, which may have been deleted since."""
     seq: _builtins.int
-    """The last `seq` that was copied."""
+    """Last `seq` that was copied."""
     def __init__(
         self,
         *,
@@ -156,17 +170,19 @@ Global___ForkedFrom: _TypeAlias = ForkedFrom  # noqa: Y015
 
 @_typing.final
 class CreateSessionRequest(_message.Message):
-    """Asks for a new, empty session."""
+    """Request of CreateSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The owner; may be empty for a user caller."""
+    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    which means themselves.
+    """
     @_builtins.property
     def session(self) -> Global___Session:
-        """The session to create; `id` is optional, output-only fields are ignored."""
+        """The session to create. May be unset. `id` is optional. Output-only fields are ignored."""
 
     def __init__(
         self,
@@ -184,14 +200,14 @@ Global___CreateSessionRequest: _TypeAlias = CreateSessionRequest  # noqa: Y015
 
 @_typing.final
 class CreateSessionResponse(_message.Message):
-    """The session as created, or as it is when this is a retry."""
+    """Response of CreateSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def session(self) -> Global___Session:
-        """The stored session."""
+        """The stored session. When the call was a repetition, it includes later updates and appends."""
 
     def __init__(
         self,
@@ -208,16 +224,18 @@ Global___CreateSessionResponse: _TypeAlias = CreateSessionResponse  # noqa: Y015
 
 @_typing.final
 class GetSessionRequest(_message.Message):
-    """Asks for one session."""
+    """Request of GetSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The owner; may be empty for a user caller."""
+    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    which means themselves.
+    """
     session_id: _builtins.str
-    """The session."""
+    """ID of the session."""
     def __init__(
         self,
         *,
@@ -234,7 +252,7 @@ Global___GetSessionRequest: _TypeAlias = GetSessionRequest  # noqa: Y015
 
 @_typing.final
 class GetSessionResponse(_message.Message):
-    """The session that was asked for."""
+    """Response of GetSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -258,7 +276,7 @@ Global___GetSessionResponse: _TypeAlias = GetSessionResponse  # noqa: Y015
 
 @_typing.final
 class ListSessionsRequest(_message.Message):
-    """Asks for a page of a user's sessions, newest activity first."""
+    """Request of ListSessions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -267,13 +285,20 @@ class ListSessionsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The owner; may be empty for a user caller."""
+    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    which means themselves.
+    """
     page_size: _builtins.int
-    """How many sessions at the most: 0 means 50, above 1000 means 1000."""
+    """Maximum number of sessions in the page. 0 means 50, values over 1000 mean 1000, negative values
+    are rejected.
+    """
     page_token: _builtins.str
-    """`next_page_token` of the page before; empty for the first page."""
+    """`next_page_token` of the previous page. Empty for the first page. A token is valid only for a
+    request whose other fields, except `page_size`, are unchanged; otherwise the call fails with
+    `BAD_PAGE_TOKEN`.
+    """
     state: Global___SessionState.ValueType
-    """Only sessions in this state; unspecified means all."""
+    """Only sessions in this state. Unspecified means any state."""
     def __init__(
         self,
         *,
@@ -292,17 +317,19 @@ Global___ListSessionsRequest: _TypeAlias = ListSessionsRequest  # noqa: Y015
 
 @_typing.final
 class ListSessionsResponse(_message.Message):
-    """A page of sessions. A session that becomes active while one pages moves to the front."""
+    """Response of ListSessions: one page."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token of the next page; only an empty one ends the list."""
+    """Token of the next page. Only an empty token ends the list."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]:
-        """The sessions of this page; possibly fewer than asked for."""
+        """The sessions of this page, in the order of the list. A page may hold fewer than `page_size`,
+        because a reply stops at 3 MiB.
+        """
 
     def __init__(
         self,
@@ -320,7 +347,7 @@ Global___ListSessionsResponse: _TypeAlias = ListSessionsResponse  # noqa: Y015
 
 @_typing.final
 class UpdateSessionRequest(_message.Message):
-    """Asks to change fields of a session."""
+    """Request of UpdateSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -328,15 +355,20 @@ class UpdateSessionRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The owner; may be empty for a user caller."""
+    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    which means themselves.
+    """
     @_builtins.property
     def session(self) -> Global___Session:
-        """The new values, and the `id` of the session to change. `etag`, when set, must match the stored one."""
+        """The new values, and the `id` of the session to update, which is required. `etag`, if set, must
+        match the stored one.
+        """
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which of `title`, `summary`, `summarized_through_seq`, `metadata`, `state` to write; empty means every one that is
-        set.
+        """Fields to write: any of `title`, `summary`, `summarized_through_seq`, `metadata`, `state`. A
+        named field that is unset in the resource is cleared. An empty mask writes every one of these
+        fields that is set. Any other path is a `FIELD_VIOLATION`. `state` cannot be cleared.
         """
 
     def __init__(
@@ -356,14 +388,14 @@ Global___UpdateSessionRequest: _TypeAlias = UpdateSessionRequest  # noqa: Y015
 
 @_typing.final
 class UpdateSessionResponse(_message.Message):
-    """The session after the change."""
+    """Response of UpdateSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def session(self) -> Global___Session:
-        """The stored session."""
+        """The stored session after the update."""
 
     def __init__(
         self,
@@ -380,7 +412,7 @@ Global___UpdateSessionResponse: _TypeAlias = UpdateSessionResponse  # noqa: Y015
 
 @_typing.final
 class DeleteSessionRequest(_message.Message):
-    """Asks to erase a session with its messages and vectors."""
+    """Request of DeleteSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -388,11 +420,15 @@ class DeleteSessionRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The owner; may be empty for a user caller."""
+    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    which means themselves.
+    """
     session_id: _builtins.str
-    """The session to erase."""
+    """ID of the session to delete."""
     allow_missing: _builtins.bool
-    """Whether a session that is not there counts as erased."""
+    """True to succeed when the session does not exist. False (default) to fail with
+    `SESSION_NOT_FOUND`.
+    """
     def __init__(
         self,
         *,
@@ -410,7 +446,7 @@ Global___DeleteSessionRequest: _TypeAlias = DeleteSessionRequest  # noqa: Y015
 
 @_typing.final
 class DeleteSessionResponse(_message.Message):
-    """The session is gone."""
+    """Response of DeleteSession: the session does not exist any more."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -427,7 +463,7 @@ Global___DeleteSessionResponse: _TypeAlias = DeleteSessionResponse  # noqa: Y015
 
 @_typing.final
 class ForkSessionRequest(_message.Message):
-    """Asks to copy the beginning of a session into a new one: for regenerate, edit and branch."""
+    """Request of ForkSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -436,13 +472,17 @@ class ForkSessionRequest(_message.Message):
     THROUGH_SEQ_FIELD_NUMBER: _builtins.int
     NEW_SESSION_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The owner; may be empty for a user caller."""
+    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    which means themselves.
+    """
     session_id: _builtins.str
-    """The session to copy from."""
+    """ID of the session to copy from."""
     through_seq: _builtins.int
-    """The last `seq` to copy, at most the session's `last_seq`; 0 copies no message."""
+    """Last `seq` to copy, at most the session's `last_seq`. 0 copies no message."""
     new_session_id: _builtins.str
-    """Id of the new session: chosen by the client to make a retry safe, or empty and made by the server."""
+    """UUID of the new session. Set it to make the call safe to repeat, or leave it empty for a UUID
+    of version 7.
+    """
     def __init__(
         self,
         *,
@@ -461,14 +501,14 @@ Global___ForkSessionRequest: _TypeAlias = ForkSessionRequest  # noqa: Y015
 
 @_typing.final
 class ForkSessionResponse(_message.Message):
-    """The new session."""
+    """Response of ForkSession."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def session(self) -> Global___Session:
-        """The stored session; its messages keep their ids, `seq` and times."""
+        """The new session. When the call was a repetition, it includes later updates and appends."""
 
     def __init__(
         self,
