@@ -81,12 +81,20 @@ def generate(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         protoc(work, f"--python_out={out}", f"--mypy_out=quiet:{out}", *sources(), VALIDATE)
-        image = build_image(work, comments=False)
-        files = descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes()).file
+        image = descriptor_pb2.FileDescriptorSet.FromString(
+            build_image(work, comments=True).read_bytes()
+        )
+        files = image.file
         # Of a file without a service the plugin makes an empty module.
         services = [file.name for file in files if file.service]
         protoc(work, f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}", *services)
-        shutil.copyfile(image, out / "chathistory.binpb")
+        for file in files:
+            # The comments are documentation for other languages. The spans of the other elements
+            # would only triple the size.
+            commented = [at for at in file.source_code_info.location if at.leading_comments]
+            del file.source_code_info.location[:]
+            file.source_code_info.location.extend(commented)
+        (out / "chathistory.binpb").write_bytes(image.SerializeToString(deterministic=True))
     for package, says in INITS.items():
         (out / package / "__init__.py").write_text(
             f'"""{says} Generated from protos/ by `make proto`: do not edit."""\n'
