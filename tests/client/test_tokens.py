@@ -20,7 +20,7 @@ from chathistory_client import (
     message,
     new_id,
 )
-from chathistory_client.tokens import Tokens
+from chathistory_client.tokens import TokenCache
 from tests.support import certificates, issuer
 from tests.support.clients import client_of
 from tests.support.ports import NOBODY
@@ -126,7 +126,7 @@ async def test_a_jwt_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) 
     now = 1_000_000.0
     monkeypatch.setattr(time, "time", lambda: now)
     source = Source(jwt(now + 300), jwt(now + 600))
-    tokens = Tokens(source)
+    tokens = TokenCache(source)
 
     first = await tokens.get()
     now += 269

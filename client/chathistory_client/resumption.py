@@ -9,23 +9,23 @@ import grpc
 
 from chathistory_client.errors import ChatHistoryError
 
-FIRST_PAUSE = 0.1
-LONGEST_PAUSE = 5.0
+INITIAL_PAUSE_S = 0.1
+MAX_PAUSE_S = 5.0
 RESUMABLE = ChatHistoryError
 """What is looked at."""
 
 _LOST = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED})
 
 
-def may_resume(failure: ChatHistoryError) -> bool:
+def can_resume(error: ChatHistoryError) -> bool:
     """Whether a stream that ended so can be opened again: the service is away, draining or full, or a proxy has cut it."""
-    if failure.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         return True
     # The service gives a reason with each of its own errors; gRPC and proxies, which also use these codes, do not.
-    return failure.code in _LOST and not failure.reason
+    return error.code in _LOST and not error.reason
 
 
-class Retry:
+class ResumeBackoff:
     """Pauses that grow, with jitter, until there is progress."""
 
     def __init__(self) -> None:
@@ -42,6 +42,6 @@ class Retry:
 
     async def pause(self, at_least: float | None = None) -> None:
         """Wait before the next attempt."""
-        ceiling = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._failures)
+        ceiling = min(MAX_PAUSE_S, INITIAL_PAUSE_S * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
         await asyncio.sleep((at_least or 0.0) + random.uniform(ceiling / 2, ceiling))  # noqa: S311 - no secret
