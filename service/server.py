@@ -19,14 +19,15 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from service.auth import setup
+from service.auth.caller import trust
+from service.auth.tls import Certificates
 from service.config import BadConfiguration, Settings, split_address
-from service.rpc import connections, identity
+from service.rpc import connections
 from service.rpc.audit import Audited
-from service.rpc.auth import trust
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
-from service.rpc.tls import Certificates
 from service.store.append import Appender
 from service.store.database import Database
 from service.store.url import Target
@@ -87,7 +88,7 @@ class Server:
             BadConfiguration: a key or a certificate cannot be used.
         """
         self.settings = settings
-        self.certificates = identity.certificates(settings)
+        self.certificates = setup.certificates(settings)
         self.database = Database(
             target,
             pool_size=settings.db_pool_size,
@@ -97,7 +98,7 @@ class Server:
             connect_timeout=settings.db_connect_timeout,
             driver_connections=settings.append_lanes + settings.read_connections,
         )
-        self.authenticate = identity.authenticator(settings, self.database)
+        self.authenticate = setup.authenticator(settings, self.database)
         self.readiness = Readiness(self.database)
         self.database.on_doubt = self.readiness.doubt
         self.search = search = self._make_search()
@@ -180,7 +181,7 @@ class Server:
         await self._see_off(give_up)
         self.health.close()
         await asyncio.gather(*(self._hang_up(server, port) for server, port in self._servers))
-        identity.close(self.authenticate)
+        setup.close(self.authenticate)
         steps = [
             _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
             self.appender.drain(LAST_WRITES),

@@ -26,8 +26,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from service import errors
+from service.auth.caller import Authenticate, Caller, authorise
 from service.rpc import status
-from service.rpc.auth import Authenticate, Caller, authorise
 from service.store.failures import to_service_error
 from service.telemetry import Observer
 

@@ -76,7 +76,7 @@ async def test_a_token_that_stays_bad_fails_after_one_renewal(database_url: str)
 async def test_a_watch_goes_on_when_its_token_ends(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.rpc.tokens.LEEWAY", 0)
+    monkeypatch.setattr("service.auth.bearer.LEEWAY", 0)
     seen: list[int] = []
     async with (
         serving(database_url, **JWT) as server,

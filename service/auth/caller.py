@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from grpc import aio
 
+from service.auth.bearer import Identity, Verifier, refused
 from service.errors import InvalidArgument, NotFound, PermissionDenied
-from service.rpc.tokens import Identity, Verifier, refused
 from service.store import users
 from service.store.database import Database
 from service.store.tables import SYSTEM_USER_ID

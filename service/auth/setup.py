@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import structlog
 
+from service.auth import bearer, jwks
+from service.auth.caller import Authenticate, BearerTokens, by_certificate, by_external_id, trust
+from service.auth.tls import Certificates, Files
 from service.config import PREFIX, BadConfiguration, Settings, is_loopback, split_address
-from service.rpc import jwks, tokens
-from service.rpc.auth import Authenticate, BearerTokens, by_certificate, by_external_id, trust
-from service.rpc.tls import Certificates, Files
 from service.store.database import Database
 
 _log = structlog.get_logger(__name__)
@@ -25,8 +25,8 @@ def authenticator(settings: Settings, database: Database) -> Authenticate:
     for note in notes + _notes(settings):
         _log.warning(note)
     subjects = frozenset(filter(None, map(str.strip, settings.jwt_service_subjects.split(","))))
-    verifier = tokens.Verifier(
-        keys, tokens.Rules(settings.jwt_issuer, settings.jwt_audience, subjects)
+    verifier = bearer.Verifier(
+        keys, bearer.Rules(settings.jwt_issuer, settings.jwt_audience, subjects)
     )
     return BearerTokens(
         verifier, by_external_id(database) if settings.jwt_subject == "external_id" else None
@@ -63,7 +63,7 @@ def check(settings: Settings) -> list[str]:
     return [] if settings.auth == "none" else _keys(settings)[1] + _notes(settings)
 
 
-def _keys(settings: Settings) -> tuple[tokens.Keys, list[str]]:
+def _keys(settings: Settings) -> tuple[bearer.Keys, list[str]]:
     try:
         import jwt  # noqa: F401, PLC0415 - asked for once, to say what is missing
     except ImportError:
@@ -78,10 +78,10 @@ def _keys(settings: Settings) -> tuple[tokens.Keys, list[str]]:
         return jwks.Jwks(fetch), []
     value = settings.jwt_key.get_secret_value() if settings.jwt_key else ""
     try:
-        key, notes = tokens.load_key(value)
+        key, notes = bearer.load_key(value)
     except ValueError as error:
         raise BadConfiguration([f"{PREFIX}JWT_KEY: {error}"]) from None
-    return tokens.OneKey(key), [f"{PREFIX}JWT_KEY: {note}" for note in notes]
+    return bearer.OneKey(key), [f"{PREFIX}JWT_KEY: {note}" for note in notes]
 
 
 def _notes(settings: Settings) -> list[str]:

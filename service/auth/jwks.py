@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from service.auth.bearer import Key, public_key
 from service.errors import Unavailable
-from service.rpc.tokens import Key, public_key
 
 COOL_DOWN = 30.0
 """Seconds between two fetches that unknown key ids cause: a flood of them must not become a flood of fetches."""
