@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from service.errors import ServiceError
-from service.rpc import export, lines
+from service.portability import jsonl
+from service.rpc import export
 from service.store import documents, transfer
 from service.store.database import Database
 from service.store.transfer import OldMessage
@@ -86,7 +87,7 @@ async def export_user(
     ):
         try:
             async for item in items:
-                write(lines.write(item) + "\n")
+                write(jsonl.write(item) + "\n")
                 kind = f"{item.WhichOneof('item')}s"
                 setattr(counts, kind, getattr(counts, kind) + 1)
                 on_line()
@@ -119,7 +120,7 @@ async def import_lines(
         Whatever connecting raises.
     """
     async with _opened(target) as database:
-        importer = _Importer(database, lines.Reader(user_id), search=search)
+        importer = _Importer(database, jsonl.Reader(user_id), search=search)
         number = 0
         try:
             for text in source:
@@ -128,7 +129,7 @@ async def import_lines(
                     await importer.take(text)
                 on_line(len(text))
             await importer.end()
-        except lines.BadLine as error:
+        except jsonl.BadLine as error:
             await importer.flush()
             raise TransferError(f"line {number} {error}") from None
         except ServiceError as error:
@@ -142,18 +143,18 @@ async def import_lines(
 class _Importer:
     """Groups lines into transactions."""
 
-    def __init__(self, database: Database, reader: lines.Reader, *, search: bool) -> None:
+    def __init__(self, database: Database, reader: jsonl.Reader, *, search: bool) -> None:
         self.counts = Counts()
         self.users: set[str] = set()
         self._database = database
         self._reader = reader
         self._search = search
-        self._session: lines.SessionLine | None = None
+        self._session: jsonl.SessionLine | None = None
         self._last: OldMessage | None = None
         self._messages: list[OldMessage] = []
         self._bytes = 0
-        self._document: lines.DocumentLine | None = None
-        self._chunks: list[lines.ChunkLine] = []
+        self._document: jsonl.DocumentLine | None = None
+        self._chunks: list[jsonl.ChunkLine] = []
         self._skips_chunks = False
 
     async def take(self, text: bytes) -> None:
@@ -161,14 +162,14 @@ class _Importer:
         match line:
             case OldMessage():
                 if self._session is None:
-                    raise lines.BadLine("comes after a document, and not after its session")
+                    raise jsonl.BadLine("comes after a document, and not after its session")
                 self.counts.messages += 1
                 self._messages.append(line)
                 self._last = line
                 self._bytes += line.message.size
-            case lines.ChunkLine():
+            case jsonl.ChunkLine():
                 if self._document is None:
-                    raise lines.BadLine("comes before its document")
+                    raise jsonl.BadLine("comes before its document")
                 self.counts.chunks += 1
                 self._chunks.append(line)
                 self._bytes += len(line.chunk.text) + len(line.chunk.vector or b"")
@@ -178,18 +179,18 @@ class _Importer:
         if self._bytes >= BATCH_BYTES or len(self._messages) + len(self._chunks) >= BATCH:
             await self.flush()
 
-    async def _begin(self, line: lines.UserLine | lines.SessionLine | lines.DocumentLine) -> None:
+    async def _begin(self, line: jsonl.UserLine | jsonl.SessionLine | jsonl.DocumentLine) -> None:
         database = self._database
         self.users.add(self._reader.user_id)
         match line:
-            case lines.UserLine():
+            case jsonl.UserLine():
                 self.counts.users += 1
                 await database.write(transfer.put_user, _deadline(), line.values)
-            case lines.SessionLine():
+            case jsonl.SessionLine():
                 self.counts.sessions += 1
                 self._session = line
                 await database.write(transfer.put_session, _deadline(), line.values)
-            case lines.DocumentLine():
+            case jsonl.DocumentLine():
                 self.counts.documents += 1
                 self._document = line
                 row = await database.write(
