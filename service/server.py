@@ -28,7 +28,7 @@ from service.rpc.audit import Audited
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
-from service.store.append import Appender
+from service.store.append.appender import Appender
 from service.store.database import Database
 from service.store.url import Target
 from service.store.watch import WatchHub

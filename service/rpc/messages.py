@@ -15,8 +15,8 @@ from service.rpc import convert, masks, paging
 from service.rpc.pipeline import Call, draining
 from service.rpc.sessions import same
 from service.store import context, messages, sessions
-from service.store.append import Appender
-from service.store.append_item import Append, NewMessage, NewSession
+from service.store.append.appender import Appender
+from service.store.append.request import Append, NewMessage, NewSession
 from service.store.database import Database
 from service.store.sharing import Reads
 from service.store.watch import Watcher, WatchHub

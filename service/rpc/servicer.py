@@ -12,7 +12,7 @@ from service.rpc.messages import Messages
 from service.rpc.search import Searches
 from service.rpc.sessions import Sessions
 from service.rpc.users import Users
-from service.store.append import Appender
+from service.store.append.appender import Appender
 from service.store.database import Database
 from service.store.sharing import Reads
 from service.store.watch import WatchHub

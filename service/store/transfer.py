@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, NotFound
 from service.store import outbox, sessions, users
-from service.store.append_item import NewMessage
+from service.store.append.request import NewMessage
 from service.store.rows import time_of
 from service.store.tables import Owed, chat_messages, chat_sessions
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.store import append as append_module
+from service.store.append import appender as append_module
 from service.store.database import Database
 from service.store.tables import State
 from tests.support.appends import (

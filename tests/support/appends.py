@@ -26,8 +26,8 @@ from service.errors import (
     Unavailable,
 )
 from service.store import messages, sessions
-from service.store.append import Appender
-from service.store.append_item import Append, NewMessage, NewSession
+from service.store.append.appender import Appender
+from service.store.append.request import Append, NewMessage, NewSession
 from service.store.database import Database
 from service.store.tables import State
 from service.store.url import parse

@@ -27,8 +27,8 @@ from collections import deque
 from collections.abc import Callable
 
 from service.errors import Conflict, DeadlineExceeded, NotFound, Unavailable
-from service.store import append_sql
-from service.store.append_item import Append, Appended, Entry, Key, note_replays, refusal_of
+from service.store.append import sql
+from service.store.append.request import Append, Appended, Entry, Key, note_replays, refusal_of
 from service.store.database import DATABASE_ERRORS, Database, backoff
 from service.store.driver import Record
 from service.store.failures import Failure, classify, constraint, sqlstate, to_service_error
@@ -55,7 +55,7 @@ class Appender:
         """Take `lanes` statements under way at once; `owed`: whether the search index owes what is appended."""
         self.database = database
         self.loop = asyncio.get_running_loop()
-        self.statement = append_sql.APPEND_OWED if owed else append_sql.APPEND
+        self.statement = sql.APPEND_OWED if owed else sql.APPEND
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._apart: dict[Key, _Lane] = {}
         self.apart_permits = asyncio.Semaphore(APART_STATEMENTS)
@@ -208,9 +208,7 @@ class _Lane:
         """Find which messages of these items are stored; answer those items that are stored whole. Returns their sessions."""
         if not suspects:
             return {}
-        rows = await self._database.fetch_once(
-            append_sql.LOOK_UP, *append_sql.look_up_arguments(suspects)
-        )
+        rows = await self._database.fetch_once(sql.LOOK_UP, *sql.look_up_arguments(suspects))
         stored = {(row["user_id"], row["session_id"], row["id"]): row for row in rows}
         for item in suspects:
             item.check = False
@@ -221,7 +219,7 @@ class _Lane:
         """Run the statement for a batch, answer its items, and see to those that it left out."""
         if not batch:
             return
-        arguments = append_sql.append_arguments(batch, LOCK_TIMEOUT)
+        arguments = sql.append_arguments(batch, LOCK_TIMEOUT)
         for item in batch:
             item.tries += 1
         try:
@@ -235,7 +233,7 @@ class _Lane:
         left_out: list[Append] = []
         ends = {key: row["last_seq"] for key, row in answers.items()}
         # Backwards: the last item of a session ends at its last_seq.
-        for item in reversed(append_sql.in_order(batch)):
+        for item in reversed(sql.in_order(batch)):
             row = answers.get(item.key)
             if row is None:
                 left_out.append(item)

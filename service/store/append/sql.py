@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from service.store.append_item import Append
+from service.store.append.request import Append
 from service.store.driver import Statement
 from service.store.tables import OPEN_END, Owed, State
 
