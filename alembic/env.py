@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from service.config import Settings
 from service.store import migrations, tables
 from service.store.data_folder import running_url
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 
 def number_revisions(_context: Any, _revision: Any, directives: list[Any]) -> None:

@@ -29,8 +29,8 @@ from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 from service.store.append.appender import Appender
-from service.store.database import Database
-from service.store.url import Target
+from service.store.db.database import Database
+from service.store.db.dsn import Target
 from service.store.watch import WatchHub
 from service.telemetry import Metrics
 

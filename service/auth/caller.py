@@ -16,7 +16,7 @@ from grpc import aio
 from service.auth.bearer import Identity, Verifier, refused
 from service.errors import InvalidArgument, NotFound, PermissionDenied
 from service.store import users
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.tables import SYSTEM_USER_ID
 
 MAX_KNOWN_TOKENS = 10_000

@@ -8,7 +8,7 @@ from service.auth import bearer, jwks
 from service.auth.caller import Authenticate, BearerTokens, by_certificate, by_external_id, trust
 from service.auth.tls import Certificates, Files
 from service.config import PREFIX, BadConfiguration, Settings, is_loopback, split_address
-from service.store.database import Database
+from service.store.db.database import Database
 
 _log = structlog.get_logger(__name__)
 

@@ -10,7 +10,7 @@ import typer
 from service import config
 from service.cli.common import configuration, run, stoppable
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 if TYPE_CHECKING:
     from service.store.diagnosis import Finding
@@ -62,7 +62,7 @@ def _check_identity(settings: Settings) -> list[Finding]:
 
 def _check(settings: Settings, target: Target) -> list[Finding]:
     from service.store import diagnosis
-    from service.store.database import DATABASE_ERRORS
+    from service.store.db.database import DATABASE_ERRORS
 
     notes = [
         diagnosis.Finding("database URL", note, diagnosis.Verdict.NOTE) for note in target.notes

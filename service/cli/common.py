@@ -14,7 +14,7 @@ import typer
 
 from service import config
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import typer
 
 from service.cli.common import configuration, fail, run, say, stoppable, telling_embedded_errors
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 if TYPE_CHECKING:
     from service.portability.transfer import Counts
@@ -53,7 +53,7 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
     from service.portability.transfer import TransferError
     from service.store import diagnosis
     from service.store.data_folder import running_url
-    from service.store.database import DATABASE_ERRORS
+    from service.store.db.database import DATABASE_ERRORS
     from service.store.embedded import EmbeddedPostgres
     from service.telemetry import configure_logging
 

@@ -23,7 +23,7 @@ from service.cli.common import (
     telling_embedded_errors,
 )
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 
 def serve(
@@ -68,7 +68,7 @@ def migrate_command() -> None:
 def _migrate(target: Target, *, quiet: bool = False) -> None:
     """Bring the schema up; `quiet` says nothing when nothing was to do."""
     from service.store import diagnosis
-    from service.store.database import DATABASE_ERRORS
+    from service.store.db.database import DATABASE_ERRORS
     from service.store.migrations import MigrationError, upgrade
 
     try:

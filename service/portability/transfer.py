@@ -20,9 +20,9 @@ from service.errors import ServiceError
 from service.portability import jsonl
 from service.rpc import export
 from service.store import documents, transfer
-from service.store.database import Database
+from service.store.db.database import Database
+from service.store.db.dsn import Target
 from service.store.transfer import OldMessage
-from service.store.url import Target
 from service.telemetry import audit
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from service.rpc import masks, paging
 from service.rpc.pipeline import Call
 from service.rpc.sessions import same
 from service.store import documents
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.documents import ChunkRow, Place
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID

@@ -15,7 +15,7 @@ import structlog
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.store.database import DATABASE_ERRORS, Database
+from service.store.db.database import DATABASE_ERRORS, Database
 
 SERVICE = "chathistory.v1.ChatHistoryService"
 PROBE_SECONDS = 1.0

@@ -17,8 +17,8 @@ from service.rpc.sessions import same
 from service.store import context, messages, sessions
 from service.store.append.appender import Appender
 from service.store.append.request import Append, NewMessage, NewSession
-from service.store.database import Database
-from service.store.sharing import Reads
+from service.store.db.database import Database
+from service.store.db.read_batching import Reads
 from service.store.watch import Watcher, WatchHub
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from grpc import aio
 from service import errors
 from service.auth.caller import Authenticate, Caller, authorise
 from service.rpc import status
-from service.store.failures import to_service_error
+from service.store.db.db_errors import to_service_error
 from service.telemetry import Observer
 
 _log = structlog.get_logger(__name__)

@@ -13,7 +13,7 @@ from service.rpc import convert, convert_documents
 from service.rpc.documents import owners
 from service.rpc.pipeline import Call
 from service.store import documents, lexical
-from service.store.database import Database
+from service.store.db.database import Database
 
 if TYPE_CHECKING:
     from service.search.engine import Search

@@ -13,8 +13,8 @@ from service.rpc.search import Searches
 from service.rpc.sessions import Sessions
 from service.rpc.users import Users
 from service.store.append.appender import Appender
-from service.store.database import Database
-from service.store.sharing import Reads
+from service.store.db.database import Database
+from service.store.db.read_batching import Reads
 from service.store.watch import WatchHub
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from service.errors import InvalidArgument, NotFound
 from service.rpc import convert, masks, paging
 from service.rpc.pipeline import Call
 from service.store import sessions
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.rows import SessionRow
 from service.store.tables import State
 from service.store.watch import WatchHub

@@ -11,7 +11,7 @@ from service.errors import InvalidArgument, NotFound, PermissionDenied
 from service.rpc import convert, masks, paging
 from service.rpc.pipeline import Call
 from service.store import documents, sessions, users
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.tables import SYSTEM_USER_ID
 
 if TYPE_CHECKING:

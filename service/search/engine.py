@@ -28,7 +28,7 @@ from service.search.points import (
 )
 from service.search.process import Child, ChildIndex
 from service.search.rebuild import Rebuild
-from service.store.database import DATABASE_ERRORS, Database, backoff
+from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox import Outbox
 from service.store.rebuilding import Progress, Rebuilding
 

@@ -20,7 +20,7 @@ import structlog
 from service.search.embeddings import Embeddings
 from service.search.points import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
 from service.store import indexed
-from service.store.database import DATABASE_ERRORS, Database, backoff
+from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.indexed import Item, Range
 from service.store.outbox import MAX_ATTEMPTS, Backlog, Outbox, Taken
 from service.store.rebuilding import Rebuilding

@@ -10,7 +10,7 @@ from contextlib import suppress
 import structlog
 
 from service.search.points import Index, SearchDown
-from service.store.database import DATABASE_ERRORS, Database
+from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.rebuilding import Place, Rebuilding
 from service.store.tables import SYSTEM_USER_ID, Owed
 

@@ -33,9 +33,9 @@ from sqlalchemy import (
 )
 
 from service.errors import NotFound
+from service.store.db.read_batching import Reads, Rows, SharedRead
 from service.store.messages import LAST, PAGE_BYTES, bounded
 from service.store.rows import MESSAGE_COLUMNS, SESSION_COLUMNS, MessageRow, SessionRow
-from service.store.sharing import Reads, Rows, SharedRead
 from service.store.tables import Role, chat_messages, chat_sessions
 
 LOOK_BACK = 1000

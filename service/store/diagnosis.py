@@ -14,12 +14,12 @@ import asyncpg
 from sqlalchemy import NullPool, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from service.store.database import PING_AFTER_IDLE
-from service.store.failures import driver_error, sqlstate
+from service.store.db.database import PING_AFTER_IDLE
+from service.store.db.db_errors import driver_error, sqlstate
+from service.store.db.dsn import Target
 from service.store.outbox import BACKLOG, Backlog
 from service.store.schema import SchemaVersion, schema_version
 from service.store.tables import BUILD, REQUIRED_REVISION
-from service.store.url import Target
 
 OLDEST, NEWEST = 15, 18
 """Major versions of PostgreSQL that the tests run on."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from service.store.database import Database
-from service.store.driver import Statement
+from service.store.db.database import Database
+from service.store.db.hot_pool import Statement
 from service.store.tables import DocumentStatus, Owed
 
 MAX_TEXT = 8192

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from sqlalchemy import select
 
-from service.store.database import Database
-from service.store.driver import Record, Statement
+from service.store.db.database import Database
+from service.store.db.hot_pool import Record, Statement
 from service.store.rows import MessageRow, message_columns
 from service.store.tables import chat_messages
 

@@ -22,8 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
 from service.store import outbox, sessions
+from service.store.db.read_batching import Reads, Rows, SharedRead
 from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, micros, one
-from service.store.sharing import Reads, Rows, SharedRead
 from service.store.tables import Owed, chat_messages, chat_sessions
 
 PAGE_BYTES = 3 * 1024 * 1024

@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 import service
 from service.store import tables
-from service.store.database import DATABASE_ERRORS
-from service.store.failures import Failure, classify, driver_error
+from service.store.db.database import DATABASE_ERRORS
+from service.store.db.db_errors import Failure, classify, driver_error
+from service.store.db.dsn import Target
 from service.store.schema import SchemaVersion, schema_version
-from service.store.url import Target
 
 T = TypeVar("T")
 

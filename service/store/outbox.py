@@ -29,8 +29,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store.database import Database
-from service.store.driver import Statement
+from service.store.db.database import Database
+from service.store.db.hot_pool import Statement
 from service.store.tables import Owed, search_indexes, search_outbox
 
 LAST = 2**63 - 1

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from service.store.database import Database
-from service.store.driver import Statement
+from service.store.db.database import Database
+from service.store.db.hot_pool import Statement
 from service.store.outbox import LAST
 from service.store.tables import Owed
 

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
 from service.store import outbox
-from service.store.failures import sqlstate
+from service.store.db.db_errors import sqlstate
 from service.store.rows import (
     SESSION_COLUMNS,
     SessionRow,

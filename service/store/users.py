@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, NotFound
 from service.store import documents, outbox, sessions
-from service.store.failures import constraint
+from service.store.db.db_errors import constraint
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, one
 from service.store.tables import SYSTEM_USER_ID, chat_sessions, users
 

@@ -13,8 +13,8 @@ from typing import Self
 
 import structlog
 
-from service.store.database import DATABASE_ERRORS, Database
-from service.store.driver import Record, Statement
+from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.hot_pool import Record, Statement
 
 POLL_SECONDS = 0.3
 """Between two looks at what other processes have appended."""

@@ -19,9 +19,9 @@ from sqlalchemy import Connection, make_url, text
 
 from service.server import Server
 from service.store import migrations
-from service.store.database import Database
-from service.store.driver import Statement
-from service.store.url import parse
+from service.store.db.database import Database
+from service.store.db.dsn import parse
+from service.store.db.hot_pool import Statement
 from tests.faults.conftest import every_kind
 from tests.support import pgbouncer
 from tests.support.chat import Chat

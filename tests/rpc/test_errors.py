@@ -15,7 +15,8 @@ from grpc import StatusCode, aio
 
 from service.rpc import pipeline
 from service.server import Server
-from service.store import database, sessions
+from service.store import sessions
+from service.store.db import database
 from tests.support import issuer
 from tests.support.chat import Chat, new_id, text, texts
 from tests.support.cluster import SUPPORT, fetch

@@ -15,7 +15,7 @@ from chathistory.v1 import document_pb2, export_pb2, session_pb2, user_pb2
 from service.portability import transfer
 from service.portability.transfer import Counts, TransferError
 from service.server import Server
-from service.store.url import parse
+from service.store.db.dsn import parse
 from tests.support.chat import ASSISTANT, TOOL, Chat, new_id, text, texts
 from tests.support.cluster import fetch
 from tests.support.failures import fails

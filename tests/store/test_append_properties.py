@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.store.append import appender as append_module
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.tables import State
 from tests.support.appends import (
     CANCELLED,

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.store.permits import Permits
+from service.store.db.fair_semaphore import Permits
 
 
 async def test_users_take_turns_whatever_one_of_them_asks_for() -> None:

@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator
 import pytest
 from sqlalchemy import Integer, bindparam, literal_column, select
 
-from service.store import sharing
-from service.store.database import Database
-from service.store.driver import Record, Statement
-from service.store.sharing import Reads, SharedRead
-from service.store.url import parse
+from service.store.db import read_batching
+from service.store.db.database import Database
+from service.store.db.dsn import parse
+from service.store.db.hot_pool import Record, Statement
+from service.store.db.read_batching import Reads, SharedRead
 
 _read = select((bindparam("n", type_=Integer) * literal_column("2")).label("twice"))
 
@@ -47,7 +47,7 @@ async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
     read = SharedRead(_read)
     reads = Reads(database)
     assert await ask(reads, read, range(200)) == [2 * n for n in range(200)]
-    assert len(database.texts) < 200 / sharing.WIDTH + 10
+    assert len(database.texts) < 200 / read_batching.WIDTH + 10
     database.texts.clear()
     for n in range(5):
         assert await ask(reads, read, range(n, n + 1)) == [2 * n]

@@ -28,9 +28,9 @@ from service.errors import (
 from service.store import messages, sessions
 from service.store.append.appender import Appender
 from service.store.append.request import Append, NewMessage, NewSession
-from service.store.database import Database
+from service.store.db.database import Database
+from service.store.db.dsn import parse
 from service.store.tables import State
-from service.store.url import parse
 from tests.support.chat import new_id
 from tests.support.cluster import at_rest, fetch
 from tests.support.history import History, history

@@ -19,8 +19,8 @@ import psutil
 
 from service.store import migrations
 from service.store.data_folder import Postmaster, end_server, owner
+from service.store.db.dsn import parse
 from service.store.embedded import EmbeddedPostgres
-from service.store.url import parse
 
 SUPPORT = "test-support"
 """The application name of what the tests themselves ask; such statements are not the service's."""

@@ -29,10 +29,10 @@ from collections.abc import Callable
 from service.errors import Conflict, DeadlineExceeded, NotFound, Unavailable
 from service.store.append import sql
 from service.store.append.request import Append, Appended, Entry, Key, note_replays, refusal_of
-from service.store.database import DATABASE_ERRORS, Database, backoff
-from service.store.driver import Record
-from service.store.failures import Failure, classify, constraint, sqlstate, to_service_error
-from service.store.gather import Gather
+from service.store.db.batch_window import Gather
+from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.db.db_errors import Failure, classify, constraint, sqlstate, to_service_error
+from service.store.db.hot_pool import Record
 
 MAX_BATCH_MESSAGES = 512
 """Messages in one statement."""

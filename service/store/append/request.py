@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from service.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, ServiceError
-from service.store.database import patience_ends
-from service.store.driver import Record
+from service.store.db.database import patience_ends
+from service.store.db.hot_pool import Record
 from service.store.tables import State
 
 Key = tuple[str, str]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from service.store.append.request import Append
-from service.store.driver import Statement
+from service.store.db.hot_pool import Statement
 from service.store.tables import OPEN_END, Owed, State
 
 # Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an

@@ -25,7 +25,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
-from service.store.driver import (
+from service.store.db.db_errors import Failure, classify, to_service_error
+from service.store.db.dsn import Target
+from service.store.db.fair_semaphore import NoTurn, Permits
+from service.store.db.hot_pool import (
     LOCK_WAIT,
     Connection,
     DriverConnections,
@@ -34,10 +37,7 @@ from service.store.driver import (
     Statement,
     fetch_in_transaction,
 )
-from service.store.failures import Failure, classify, to_service_error
-from service.store.permits import NoTurn, Permits
 from service.store.schema import SchemaVersion, schema_version
-from service.store.url import Target
 
 P = ParamSpec("P")
 T = TypeVar("T")

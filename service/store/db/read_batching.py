@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ClauseElement
 
-from service.store.database import DATABASE_ERRORS, Database
-from service.store.driver import Statement
-from service.store.failures import sqlstate
-from service.store.gather import Gather
+from service.store.db.batch_window import Gather
+from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.db_errors import sqlstate
+from service.store.db.hot_pool import Statement
 
 WIDTH = 16
 """Reads in one statement: each may return a page of 3 MiB."""
