@@ -29,8 +29,8 @@ from service.search.points import (
 from service.search.process import Child, ChildIndex
 from service.search.rebuild import Rebuild
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
-from service.store.outbox import Outbox
-from service.store.rebuilding import Progress, Rebuilding
+from service.store.outbox.outbox import Outbox
+from service.store.outbox.reindex_state import Progress, Rebuilding
 
 STEADY = 30.0
 """Seconds that search must have been up for its next fall to be a new one: else the pauses go on growing."""

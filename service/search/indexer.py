@@ -19,11 +19,11 @@ import structlog
 
 from service.search.embeddings import Embeddings
 from service.search.points import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
-from service.store import indexed
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
-from service.store.indexed import Item, Range
-from service.store.outbox import MAX_ATTEMPTS, Backlog, Outbox, Taken
-from service.store.rebuilding import Rebuilding
+from service.store.outbox import index_source
+from service.store.outbox.index_source import Item, Range
+from service.store.outbox.outbox import MAX_ATTEMPTS, Backlog, Outbox, Taken
+from service.store.outbox.reindex_state import Rebuilding
 from service.store.tables import DocumentStatus, Owed
 
 CLAIM = 256
@@ -247,7 +247,7 @@ class Indexer:
                 await self._bring(batch, kind, rows)
 
     async def _bring(self, batch: _Batch, kind: Owed, rows: list[Taken]) -> None:
-        there = await indexed.there(
+        there = await index_source.there(
             self._database, kind, [(row.user_id, row.entity_id) for row in rows]
         )
         wipes = [
@@ -268,10 +268,10 @@ class Indexer:
             Range(*entity, row.since, min(row.through, there[entity]))
             for entity, row in by_entity.items()
         )
-        for page in indexed.pages(ranges, PAGE):
+        for page in index_source.pages(ranges, PAGE):
             started, used = self._loop.time(), time.process_time()
             changes, refused = await self._changes(
-                _KIND[kind], page, await indexed.items(self._database, kind, page)
+                _KIND[kind], page, await index_source.items(self._database, kind, page)
             )
             batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
             if changes.points or changes.deletes:
@@ -283,7 +283,7 @@ class Indexer:
                 for entity, row in by_entity.items()
                 if row not in batch.refused
             }
-            await indexed.settle(self._database, done, DocumentStatus.INDEXED)
+            await index_source.settle(self._database, done, DocumentStatus.INDEXED)
 
     def _rest(self, took: float, used: float) -> float:
         """Return how long to rest after a batch that took so many seconds, of which this process used some of a core."""
@@ -385,5 +385,5 @@ class Indexer:
             await self._outbox.put_back(batch.lease_id, [row], pause, attempts=1, detail=words)
             if final and row.kind == Owed.DOCUMENT:
                 key = (row.user_id, row.entity_id)
-                there = await indexed.there(self._database, Owed.DOCUMENT, [key])
-                await indexed.settle(self._database, there, DocumentStatus.FAILED, words)
+                there = await index_source.there(self._database, Owed.DOCUMENT, [key])
+                await index_source.settle(self._database, there, DocumentStatus.FAILED, words)

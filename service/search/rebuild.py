@@ -11,7 +11,7 @@ import structlog
 
 from service.search.points import Index, SearchDown
 from service.store.db.database import DATABASE_ERRORS, Database
-from service.store.rebuilding import Place, Rebuilding
+from service.store.outbox.reindex_state import Place, Rebuilding
 from service.store.tables import SYSTEM_USER_ID, Owed
 
 SLICE = 256

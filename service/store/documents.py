@@ -22,8 +22,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store import outbox
 from service.store.db.db_errors import sqlstate
+from service.store.outbox import outbox
 from service.store.rows import DOCUMENT_COLUMNS, DocumentRow, check_etag, one, time_of
 from service.store.tables import DocumentStatus, Owed, document_chunks, documents
 

@@ -21,8 +21,9 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
-from service.store import outbox, sessions
+from service.store import sessions
 from service.store.db.read_batching import Reads, Rows, SharedRead
+from service.store.outbox import outbox
 from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, micros, one
 from service.store.tables import Owed, chat_messages, chat_sessions
 

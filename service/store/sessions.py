@@ -11,8 +11,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store import outbox
 from service.store.db.db_errors import sqlstate
+from service.store.outbox import outbox
 from service.store.rows import (
     SESSION_COLUMNS,
     SessionRow,

@@ -15,8 +15,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, NotFound
-from service.store import outbox, sessions, users
+from service.store import sessions, users
 from service.store.append.request import NewMessage
+from service.store.outbox import outbox
 from service.store.rows import time_of
 from service.store.tables import Owed, chat_messages, chat_sessions
 

@@ -10,8 +10,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, NotFound
-from service.store import documents, outbox, sessions
+from service.store import documents, sessions
 from service.store.db.db_errors import constraint
+from service.store.outbox import outbox
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, one
 from service.store.tables import SYSTEM_USER_ID, chat_sessions, users
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from service.store.db.database import Database
 from service.store.db.hot_pool import Statement
-from service.store.outbox import LAST
+from service.store.outbox.outbox import LAST
 from service.store.tables import Owed
 
 _BUILDING = Statement.from_text("SELECT building FROM search_indexes WHERE alias = $1")
