@@ -69,7 +69,7 @@ def _migrate(target: Target, *, quiet: bool = False) -> None:
     """Bring the schema up; `quiet` says nothing when nothing was to do."""
     from service.store import diagnosis
     from service.store.db.database import DATABASE_ERRORS
-    from service.store.migrations import MigrationError, upgrade
+    from service.store.schema.migrations import MigrationError, upgrade
 
     try:
         done = run(lambda: upgrade(target, on_wait=say))

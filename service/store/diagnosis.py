@@ -18,7 +18,7 @@ from service.store.db.database import PING_AFTER_IDLE
 from service.store.db.db_errors import driver_error, sqlstate
 from service.store.db.dsn import Target
 from service.store.outbox.outbox import BACKLOG, Backlog
-from service.store.schema import SchemaVersion, schema_version
+from service.store.schema.version import SchemaVersion, schema_version
 from service.store.tables import BUILD, REQUIRED_REVISION
 
 OLDEST, NEWEST = 15, 18

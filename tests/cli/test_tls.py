@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from service.store.db.dsn import parse
 from service.store.diagnosis import Description, Pool, Verdict, describe, explain, findings
-from service.store.schema import SchemaVersion
+from service.store.schema.version import SchemaVersion
 from service.store.tables import BUILD
 from tests.cli.conftest import Start
 from tests.support.cluster import Cluster

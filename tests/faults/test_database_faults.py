@@ -16,7 +16,7 @@ from grpc import StatusCode
 
 from service.store.db import database
 from service.store.db.dsn import parse
-from service.store.migrations import upgrade
+from service.store.schema.migrations import upgrade
 from tests.faults.conftest import Broken, every_kind
 from tests.support import failures, faults
 from tests.support.chat import Chat, text, texts

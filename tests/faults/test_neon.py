@@ -18,9 +18,10 @@ import pytest
 from chathistory.v1 import message_pb2
 from sqlalchemy import text
 
-from service.store import diagnosis, migrations, tables
+from service.store import diagnosis, tables
 from service.store.db.database import DATABASE_ERRORS
 from service.store.db.dsn import parse
+from service.store.schema import migrations
 from tests.faults.conftest import every_kind
 from tests.support import pgbouncer, tls_postgres
 from tests.support.certificates import Authority

@@ -16,10 +16,11 @@ import asyncpg
 import pytest
 from sqlalchemy import Connection, text
 
-from service.store import migrations, tables
+from service.store import tables
 from service.store.db.dsn import Target
-from service.store.migrations import MigrationError
-from service.store.schema import SchemaVersion
+from service.store.schema import migrations
+from service.store.schema.migrations import MigrationError
+from service.store.schema.version import SchemaVersion
 from tests.migration.test_schema import url_of
 from tests.support.cluster import SUPPORT, fetch
 

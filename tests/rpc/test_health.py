@@ -14,8 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.rpc.health import SERVICE
 from service.server import Server
-from service.store import migrations, tables
+from service.store import tables
 from service.store.db.dsn import parse
+from service.store.schema import migrations
 from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, fetch
 from tests.support.ports import free_port

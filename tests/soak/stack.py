@@ -13,7 +13,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.store.db.dsn import parse
-from service.store.migrations import upgrade
+from service.store.schema.migrations import upgrade
 from tests.support.cluster import Cluster
 from tests.support.pgbouncer import PgBouncer, program
 from tests.support.ports import free_port

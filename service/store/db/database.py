@@ -37,7 +37,7 @@ from service.store.db.hot_pool import (
     Statement,
     fetch_in_transaction,
 )
-from service.store.schema import SchemaVersion, schema_version
+from service.store.schema.version import SchemaVersion, schema_version
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from service.store import tables
 from service.store.db.database import DATABASE_ERRORS
 from service.store.db.db_errors import Failure, classify, driver_error
 from service.store.db.dsn import Target
-from service.store.schema import SchemaVersion, schema_version
+from service.store.schema.version import SchemaVersion, schema_version
 
 T = TypeVar("T")
 
