@@ -20,8 +20,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from service.errors import InvalidArgument
 from service.rpc import convert, convert_documents
 from service.store.documents import Chunk
+from service.store.importing import OldMessage
 from service.store.rows import time_of
-from service.store.transfer import OldMessage
 
 _ROLES = {
     "human": "user",

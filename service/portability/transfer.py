@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 from service.errors import ServiceError
 from service.portability import jsonl
 from service.rpc import export
-from service.store import documents, transfer
+from service.store import documents, importing
 from service.store.db.database import Database
 from service.store.db.dsn import Target
-from service.store.transfer import OldMessage
+from service.store.importing import OldMessage
 from service.telemetry import audit
 
 if TYPE_CHECKING:
@@ -185,11 +185,11 @@ class _Importer:
         match line:
             case jsonl.UserLine():
                 self.counts.users += 1
-                await database.write(transfer.put_user, _deadline(), line.values)
+                await database.write(importing.put_user, _deadline(), line.values)
             case jsonl.SessionLine():
                 self.counts.sessions += 1
                 self._session = line
-                await database.write(transfer.put_session, _deadline(), line.values)
+                await database.write(importing.put_session, _deadline(), line.values)
             case jsonl.DocumentLine():
                 self.counts.documents += 1
                 self._document = line
@@ -207,7 +207,7 @@ class _Importer:
         if messages and self._session is not None:
             values = self._session.values
             self.counts.written += await self._database.write(
-                transfer.put_messages,
+                importing.put_messages,
                 _deadline(),
                 values["user_id"],
                 values["id"],
@@ -234,7 +234,7 @@ class _Importer:
             last_seq = max(session.last_seq, last.seq if last else 0)
             updated_us = session.updated_us or (last.created_us if last else None)
             await self._database.write(
-                transfer.end_session,
+                importing.end_session,
                 _deadline(),
                 session.values["user_id"],
                 session.values["id"],

@@ -12,7 +12,7 @@ from service.errors import FailedPrecondition, InvalidArgument
 from service.rpc import convert, convert_documents
 from service.rpc.documents import owners
 from service.rpc.pipeline import Call
-from service.store import documents, lexical
+from service.store import documents, fulltext
 from service.store.db.database import Database
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Searches:
                 scores = fused((by_words, by_meaning))
         keys = list(scores)[: limit + SPARE]
         said = (
-            await lexical.read(self.database, user_id, keys, request.query, call.deadline)
+            await fulltext.read(self.database, user_id, keys, request.query, call.deadline)
             if keys
             else []
         )
@@ -152,7 +152,7 @@ class Searches:
     async def _by_words(
         self, user_id: str, query: str, session_id: str, limit: int, call: Call
     ) -> dict[Key, float]:
-        found = await lexical.search(
+        found = await fulltext.search(
             self.database, user_id, query, session_id or None, limit, call.deadline
         )
         return {(each.session_id, each.message_id): each.rank for each in found}
@@ -176,4 +176,4 @@ def fused(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
 def marked(snippet: str) -> str:
     """Put the marks of a match into a page's language, and nothing else of it."""
     escaped = html.escape(snippet, quote=False)
-    return escaped.replace(lexical.START, "<mark>").replace(lexical.END, "</mark>")
+    return escaped.replace(fulltext.START, "<mark>").replace(fulltext.END, "</mark>")
