@@ -22,8 +22,8 @@ from chathistory.v1 import chat_history_service_pb2_grpc
 from grpc_health.v1 import health_pb2
 
 from benchmarks.driver import BenchError, compiled
+from service.embedded.postgres import EmbeddedPostgres
 from service.store.db import dsn
-from service.store.embedded import EmbeddedPostgres
 from service.store.schema import migrations
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -50,18 +50,18 @@ def import_command(
 
 def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
     """Take data out of the configured database, or put it in; an embedded one is started when it does not run."""
+    from service import doctor
+    from service.embedded.data_dir import running_url
+    from service.embedded.postgres import EmbeddedPostgres
     from service.portability.transfer import TransferError
-    from service.store import diagnosis
-    from service.store.data_folder import running_url
     from service.store.db.database import DATABASE_ERRORS
-    from service.store.embedded import EmbeddedPostgres
     from service.telemetry import configure_logging
 
     def on(target: Target) -> Counts:
         try:
             return run(lambda: work(settings, target))
         except DATABASE_ERRORS as error:
-            fail(diagnosis.explain(error, target), 1)
+            fail(doctor.explain(error, target), 1)
 
     settings, configured = configuration()
     configure_logging(settings.log_level, settings.log_format)

@@ -54,8 +54,8 @@ def migrate_command() -> None:
         if target is not None:
             _migrate(target)
             return
-        from service.store.data_folder import running_url
-        from service.store.embedded import EmbeddedPostgres
+        from service.embedded.data_dir import running_url
+        from service.embedded.postgres import EmbeddedPostgres
 
         with telling_embedded_errors():
             if (url := running_url(settings.data_dir)) is not None:
@@ -67,7 +67,7 @@ def migrate_command() -> None:
 
 def _migrate(target: Target, *, quiet: bool = False) -> None:
     """Bring the schema up; `quiet` says nothing when nothing was to do."""
-    from service.store import diagnosis
+    from service import doctor
     from service.store.db.database import DATABASE_ERRORS
     from service.store.schema.migrations import MigrationError, upgrade
 
@@ -76,7 +76,7 @@ def _migrate(target: Target, *, quiet: bool = False) -> None:
     except MigrationError as error:
         fail(str(error), 1)
     except DATABASE_ERRORS as error:
-        fail(diagnosis.explain(error, target), 1)
+        fail(doctor.explain(error, target), 1)
     if done.before != done.after or not quiet:
         say(str(done))
     if done.problem is not None:
@@ -84,7 +84,7 @@ def _migrate(target: Target, *, quiet: bool = False) -> None:
 
 
 def _serve_embedded(settings: Settings, told_to_stop: Callable[[], bool]) -> None:
-    from service.store.embedded import EmbeddedPostgres
+    from service.embedded.postgres import EmbeddedPostgres
 
     def tell(words: str) -> None:
         structlog.get_logger(__name__).warning(words)

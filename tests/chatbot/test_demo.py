@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.store.data_folder import Postmaster
+from service.embedded.data_dir import Postmaster
 from tests.support.chatbots import Browser
 from tests.support.demo import demo
 from tests.support.ports import free_port

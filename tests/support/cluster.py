@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import asyncpg
 import psutil
 
-from service.store.data_folder import Postmaster, end_server, owner
+from service.embedded.data_dir import Postmaster, end_server, owner
+from service.embedded.postgres import EmbeddedPostgres
 from service.store.db.dsn import parse
-from service.store.embedded import EmbeddedPostgres
 from service.store.schema import migrations
 
 SUPPORT = "test-support"

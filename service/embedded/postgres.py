@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from service.store.data_folder import (
+from service.embedded.data_dir import (
     EmbeddedError,
     Lock,
     Owner,
