@@ -35,7 +35,7 @@ from service.store.watch import WatchHub
 from service.telemetry import Metrics
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 LINGER = 0.5
 """Seconds for which a server that is in use still refuses new calls, and the last answers are carried away, before it hangs up."""
@@ -214,7 +214,7 @@ class Server:
                 ]
             )
         # Imported here: a service without search does not pay for it.
-        from service.search.engine import Search  # noqa: PLC0415
+        from service.search.service import Search  # noqa: PLC0415
 
         search = Search(self.settings, self.database, self.readiness.wait_ready)
         search.on_change = self.readiness.tell

@@ -20,7 +20,7 @@ from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 MAX_CHUNKS_BYTES = 1024 * 1024
 """All chunks of one request, serialized."""

@@ -22,7 +22,7 @@ from service.store.db.read_batching import Reads
 from service.store.watch import Watcher, WatchHub
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 DEFAULT_MAX_MESSAGES = 50
 WATCH_PAGE = 100

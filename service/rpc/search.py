@@ -16,7 +16,7 @@ from service.store import documents, fulltext
 from service.store.db.database import Database
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 DEFAULT_LIMIT = 10
 SPARE = 10

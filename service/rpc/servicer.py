@@ -18,7 +18,7 @@ from service.store.db.read_batching import Reads
 from service.store.watch import WatchHub
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 
 DESCRIPTOR = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]

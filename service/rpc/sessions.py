@@ -17,7 +17,7 @@ from service.store.tables import State
 from service.store.watch import WatchHub
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 _WRITABLE = ("title", "summary", "summarized_through_seq", "metadata", "state")
 

@@ -15,7 +15,7 @@ from service.store.db.database import Database
 from service.store.tables import SYSTEM_USER_ID
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
 

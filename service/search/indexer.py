@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.search.embeddings import Embeddings
-from service.search.points import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
+from service.search.types import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox import index_source
 from service.store.outbox.index_source import Item, Range

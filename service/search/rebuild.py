@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import structlog
 
-from service.search.points import Index, SearchDown
+from service.search.types import Index, SearchDown
 from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.outbox.reindex_state import Place, Rebuilding
 from service.store.tables import SYSTEM_USER_ID, Owed

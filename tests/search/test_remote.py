@@ -19,8 +19,8 @@ from qdrant_client import models
 
 from service import doctor
 from service.search import indexer, rebuild
-from service.search.index import floats
-from service.search.points import Kind, Point
+from service.search.qdrant import floats
+from service.search.types import Kind, Point
 from service.server import Server
 from tests.search.library import (
     HYBRID,

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from qdrant_client import models
 
-from service.search.points import Point
+from service.search.types import Point
 
 
 def fit(client: Any) -> None:

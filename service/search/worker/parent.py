@@ -14,8 +14,7 @@ from typing import Any
 
 import structlog
 
-from service.search import wire
-from service.search.points import (
+from service.search.types import (
     Changes,
     Found,
     Point,
@@ -25,6 +24,7 @@ from service.search.points import (
     Wipe,
     WrongIndex,
 )
+from service.search.worker import framing
 
 TIMEOUT = 60.0
 """Seconds after which a child that does not answer is taken for stuck, and ended."""
@@ -51,7 +51,7 @@ class _Run:
         self.process = process
         self.reader = reader
         self.writer = writer
-        self.waiting: dict[int, asyncio.Future[wire.Frame]] = {}
+        self.waiting: dict[int, asyncio.Future[framing.Frame]] = {}
         self.listening = asyncio.get_running_loop().create_task(self._listen())
         self.ready = False
         self.is_set_up = False
@@ -59,10 +59,10 @@ class _Run:
     async def _listen(self) -> None:
         try:
             while True:
-                header_size, blob_size = wire.lengths(
-                    await self.reader.readexactly(wire.HEAD_BYTES)
+                header_size, blob_size = framing.lengths(
+                    await self.reader.readexactly(framing.HEAD_BYTES)
                 )
-                frame = wire.decode(
+                frame = framing.decode(
                     await self.reader.readexactly(header_size),
                     await self.reader.readexactly(blob_size),
                 )
@@ -123,7 +123,7 @@ class Child:
             SearchDown, Refused, WrongIndex: as the child says, or because it is gone.
         """
         run = await self._ready()
-        if operation not in wire.OF_TEXTS and not run.is_set_up:
+        if operation not in framing.OF_TEXTS and not run.is_set_up:
             aside, _ = await self._ask(run, "setup", self.setup)
             if aside is not None:
                 _log.warning(
@@ -138,7 +138,7 @@ class Child:
         number = next(self._numbers)
         answer = run.waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            run.writer.write(wire.encode([number, operation, given], blob))
+            run.writer.write(framing.encode([number, operation, given], blob))
             async with asyncio.timeout(TIMEOUT):
                 await run.writer.drain()
                 frame = await answer
@@ -181,7 +181,7 @@ class Child:
         with theirs:
             # An interpreter of its own: nothing of this process's threads, locks and sockets goes with it, as a fork would take.
             process = subprocess.Popen(  # noqa: ASYNC220, S603 - returns at once; no input of anybody's
-                [sys.executable, "-m", "service.search.child", str(theirs.fileno())],
+                [sys.executable, "-m", "service.search.worker.child", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """The child process: the embedded Qdrant and the offline embeddings, which both hold the interpreter while they work.
 
-`python -m service.search.child FD` serves the requests that come over the socket FD, one after the other, and ends when its parent does.
+`python -m service.search.worker.child FD` serves the requests that come over the socket FD, one after the other, and ends when its parent does.
 It runs below the parent's priority: indexing must not slow chat down.
 """
 
@@ -21,15 +21,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.search import wire
-from service.search.points import Changes, Point, Question, Refused, SearchDown, Wipe, WrongIndex
+from service.search.types import Changes, Point, Question, Refused, SearchDown, Wipe, WrongIndex
+from service.search.worker import framing
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from wordllama.inference import WordLlamaInference
 
-    from service.search.index import QdrantIndex
+    from service.search.qdrant import QdrantIndex
 
 NICENESS = 19
 LOCK_PATIENCE = 10.0
@@ -74,12 +74,10 @@ class Offline:
         """As `Embeddings.nearness`."""
         import numpy as np  # noqa: PLC0415 - as above
 
-        from service.search import nearness  # noqa: PLC0415 - as above
+        from service.search import rerank  # noqa: PLC0415 - as above
 
         question, texts = given
-        return nearness.scores(
-            question, texts, lambda words: np.stack(list(self._sums(words)))
-        ), b""
+        return rerank.scores(question, texts, lambda words: np.stack(list(self._sums(words)))), b""
 
     def _sums(self, texts: list[str]) -> Iterator[NDArray[np.float32]]:
         """Give the sum of each text's words' vectors.
@@ -126,7 +124,7 @@ class Local:
         """Open the folder; answer where to one that could not be read was moved, if any was."""
         from qdrant_client import AsyncQdrantClient  # noqa: PLC0415 - as above
 
-        from service.search.index import QdrantIndex  # noqa: PLC0415
+        from service.search.qdrant import QdrantIndex  # noqa: PLC0415
 
         if self._index is None:
             self._client, aside = await _open(AsyncQdrantClient, given["folder"])
@@ -136,14 +134,14 @@ class Local:
         return None, b""
 
     def _fit(self) -> None:
-        from service.search import embedded  # noqa: PLC0415 - as above
+        from service.search.worker import qdrant_local  # noqa: PLC0415 - as above
 
-        embedded.fit(self._client)
+        qdrant_local.fit(self._client)
 
     def _commit(self, *, erased: bool) -> None:
-        from service.search import embedded  # noqa: PLC0415 - as above
+        from service.search.worker import qdrant_local  # noqa: PLC0415 - as above
 
-        embedded.commit(self._client, erased=erased)
+        qdrant_local.commit(self._client, erased=erased)
 
     @property
     def index(self) -> QdrantIndex:
@@ -247,15 +245,17 @@ async def serve(connection: socket.socket) -> None:
     }  # fmt: skip
     with suppress(EOFError, ConnectionError):
         while True:
-            header_size, blob_size = wire.lengths(_receive(connection, wire.HEAD_BYTES))
-            frame = wire.decode(_receive(connection, header_size), _receive(connection, blob_size))
+            header_size, blob_size = framing.lengths(_receive(connection, framing.HEAD_BYTES))
+            frame = framing.decode(
+                _receive(connection, header_size), _receive(connection, blob_size)
+            )
             number, operation, given = frame.header
             try:
                 result, blob = await handlers[operation](given, frame.blob)
-                answer = wire.encode([number, None, result], blob)
+                answer = framing.encode([number, None, result], blob)
             except Exception as error:  # noqa: BLE001 - the parent decides what it means
                 name = type(error).__name__
-                if operation in wire.OF_TEXTS and isinstance(
+                if operation in framing.OF_TEXTS and isinstance(
                     error, (ValueError, TypeError, OverflowError)
                 ):
                     # The text's fault, which another try would not mend.
@@ -265,7 +265,7 @@ async def serve(connection: socket.socket) -> None:
                     if name in _ERRORS
                     else f"{operation} failed in the child process ({name})"
                 )
-                answer = wire.encode([number, name, words])
+                answer = framing.encode([number, name, words])
             connection.sendall(answer)
 
 

@@ -15,7 +15,8 @@ from service.config import Settings
 from service.errors import InvalidArgument, Unavailable
 from service.search.embeddings import Embeddings, OfflineEmbeddings, RemoteEmbeddings
 from service.search.indexer import Figures, Indexer
-from service.search.points import (
+from service.search.rebuild import Rebuild
+from service.search.types import (
     Found,
     Index,
     Kind,
@@ -26,8 +27,7 @@ from service.search.points import (
     WrongIndex,
     alias_of,
 )
-from service.search.process import Child, ChildIndex
-from service.search.rebuild import Rebuild
+from service.search.worker.parent import Child, ChildIndex
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox.outbox import Outbox
 from service.store.outbox.reindex_state import Progress, Rebuilding
@@ -190,7 +190,7 @@ class Search:
             }
             return ChildIndex(child)
         # Imported here: with the embedded index only the child pays for it.
-        from service.search.index import QdrantIndex, remote  # noqa: PLC0415
+        from service.search.qdrant import QdrantIndex, remote  # noqa: PLC0415
 
         key = settings.qdrant_api_key
         client = remote(
