@@ -62,7 +62,7 @@ def reindex(
 
     from service.auth.bearer import make
     from service.errors import ServiceError
-    from service.rpc.reindex import Tls, rebuild
+    from service.rpc.reindex_client import Tls, rebuild
 
     settings, _ = configuration()
     if token is None and settings.auth == "jwt" and settings.jwt_key is not None:

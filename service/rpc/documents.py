@@ -10,7 +10,7 @@ from chathistory.v1 import document_pb2
 
 from service.errors import InvalidArgument, NotFound
 from service.rpc import convert_documents as convert
-from service.rpc import masks, paging
+from service.rpc import field_masks, paging
 from service.rpc.pipeline import Call
 from service.rpc.sessions import same
 from service.store import documents
@@ -124,7 +124,9 @@ class Documents:
         who = owners(request.user_id, call)
         if sent.user_id.lower() not in ("", *who):
             raise InvalidArgument.field("document.user_id", "is not the request's")
-        values = convert.document_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
+        values = convert.document_changes(
+            sent, field_masks.paths(request.update_mask, sent, _WRITABLE)
+        )
         who = await self._writers(request.user_id, document_id, call)
         row = await self.database.write(
             documents.change, call.deadline, who, document_id, values, sent.etag

@@ -11,7 +11,7 @@ import uuid_utils
 from chathistory.v1 import message_pb2, session_pb2
 
 from service.errors import FieldViolation, InvalidArgument, NotFound, Unauthenticated
-from service.rpc import convert, masks, paging
+from service.rpc import convert, field_masks, paging
 from service.rpc.pipeline import Call, draining
 from service.rpc.sessions import same
 from service.store import context, messages, sessions
@@ -129,7 +129,9 @@ class Messages:
             raise InvalidArgument.fields(
                 tuple(FieldViolation(name, "is required") for name in missing)
             )
-        values = convert.message_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
+        values = convert.message_changes(
+            sent, field_masks.paths(request.update_mask, sent, _WRITABLE)
+        )
         row = await self.database.write(
             messages.change,
             call.deadline,

@@ -8,7 +8,7 @@ import uuid_utils
 from chathistory.v1 import session_pb2
 
 from service.errors import InvalidArgument, NotFound
-from service.rpc import convert, masks, paging
+from service.rpc import convert, field_masks, paging
 from service.rpc.pipeline import Call
 from service.store import sessions
 from service.store.db.database import Database
@@ -89,7 +89,7 @@ class Sessions:
         if not session_id:
             raise InvalidArgument.field("session.id", "is required")
         values = convert.session_changes(
-            request.session, masks.paths(request.update_mask, request.session, _WRITABLE)
+            request.session, field_masks.paths(request.update_mask, request.session, _WRITABLE)
         )
         row = await self.database.write(
             sessions.change, call.deadline, user_id, session_id, values, request.session.etag

@@ -8,7 +8,7 @@ import uuid_utils
 from chathistory.v1 import user_pb2
 
 from service.errors import InvalidArgument, NotFound, PermissionDenied
-from service.rpc import convert, masks, paging
+from service.rpc import convert, field_masks, paging
 from service.rpc.pipeline import Call
 from service.store import documents, sessions, users
 from service.store.db.database import Database
@@ -87,7 +87,7 @@ class Users:
         user_id = call.caller.owner(request.user_id or inside)
         if inside not in ("", user_id):
             raise InvalidArgument.field("user.id", "is not the request's user_id")
-        paths = masks.paths(request.update_mask, request.user, _WRITABLE)
+        paths = field_masks.paths(request.update_mask, request.user, _WRITABLE)
         if "external_id" in paths:
             call.caller.require_service()
         values = convert.user_changes(request.user, paths)
