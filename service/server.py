@@ -100,15 +100,17 @@ class Server:
         )
         self.authenticate = setup.authenticator(settings, self.database)
         self.readiness = Readiness(self.database)
-        self.database.on_doubt = self.readiness.doubt
+        self.database.on_suspected_outage = self.readiness.request_probe
         self.search = search = self._make_search()
         self.health = Health(
             self.database, self.readiness, (lambda: search.healthy) if search is not None else None
         )
-        owed = self.search is not None and self.search.messages
-        self.appender = Appender(self.database, settings.append_lanes, owed=owed)
+        search_enabled = self.search is not None and self.search.messages
+        self.appender = Appender(
+            self.database, settings.append_lanes, search_enabled=search_enabled
+        )
         self.watchers = WatchHub(self.database)
-        self.appender.on_appended = self._appended if owed else self.watchers.changed
+        self.appender.on_appended = self._appended if search_enabled else self.watchers.changed
         self.calls = Admission(settings.max_in_flight)
         self.streams = Streams(settings.max_watches, max(1, settings.max_calls_per_connection // 2))
         self.metrics = self._start_metrics()
@@ -162,7 +164,7 @@ class Server:
         # What lives as long as the process need not be looked at by every collection.
         gc.collect()
         gc.freeze()
-        self.readiness.doubt()
+        self.readiness.request_probe()
         if search is not None:
             search.start()
 
@@ -178,9 +180,11 @@ class Server:
         # An open stream would eat the whole grace.
         self.watchers.close()
         give_up = loop.time() + self.settings.shutdown_grace
-        await self._see_off(give_up)
+        await self._drain_calls(give_up)
         self.health.close()
-        await asyncio.gather(*(self._hang_up(server, port) for server, port in self._servers))
+        await asyncio.gather(
+            *(self._close_connections(server, port) for server, port in self._servers)
+        )
         setup.close(self.authenticate)
         steps = [
             _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
@@ -225,7 +229,7 @@ class Server:
         if self.search is not None:
             self.search.wake()
 
-    async def _see_off(self, give_up: float) -> None:
+    async def _drain_calls(self, give_up: float) -> None:
         """Let calls under way end, and their answers arrive, while those that come are told to go elsewhere."""
         loop = asyncio.get_running_loop()
         quiet = time.monotonic() - self.calls.last_left > IN_USE
@@ -239,7 +243,7 @@ class Server:
         # Followers have been sent away: one that is left does not read.
         return self.calls.in_flight > 0 or self.streams.in_flight > len(self.watchers)
 
-    async def _hang_up(self, server: aio.Server, port: int) -> None:
+    async def _close_connections(self, server: aio.Server, port: int) -> None:
         """End a server's connections, and with them the calls that have not ended by now; then the server.
 
         gRPC by itself would wait for every call that it knows of: one that came in the instant in which it was told to stop, which it
@@ -247,9 +251,9 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         # One after the other, and nothing else between: those who are sent away would come back. Whoever manages to is sent away, too.
-        loop.call_soon(connections.hang_up, port)
+        loop.call_soon(connections.close_connections, port)
         stopping = loop.create_task(server.stop(None))
-        loop.call_soon(connections.hang_up, port)
+        loop.call_soon(connections.close_connections, port)
         await _at_most(SETTLE, "connections", stopping)
 
     def _start_metrics(self) -> Metrics | None:

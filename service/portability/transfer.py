@@ -194,7 +194,7 @@ class _Importer:
                 self.counts.documents += 1
                 self._document = line
                 row = await database.write(
-                    documents.create, _deadline(), line.values, (), on=self._search
+                    documents.create, _deadline(), line.values, (), search_enabled=self._search
                 )
                 # The same content may be there under another id.
                 self._skips_chunks = row.id != line.values["id"]
@@ -212,7 +212,7 @@ class _Importer:
                 values["user_id"],
                 values["id"],
                 messages,
-                search=self._search,
+                search_enabled=self._search,
             )
         if chunks and self._document is not None and not self._skips_chunks:
             values = self._document.values
@@ -223,7 +223,7 @@ class _Importer:
                 values["id"],
                 chunks[0].place,
                 [each.chunk for each in chunks],
-                on=self._search,
+                search_enabled=self._search,
             )
 
     async def end(self) -> None:

@@ -18,7 +18,7 @@ from service.store import context, messages, sessions
 from service.store.append.appender import Appender
 from service.store.append.request import Append, NewMessage, NewSession
 from service.store.db.database import Database
-from service.store.db.read_batching import Reads
+from service.store.db.read_batching import ReadBatcher
 from service.store.watch import Watcher, WatchHub
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Messages:
     """Appends, reads, changes, erases and follows messages."""
 
     database: Database
-    reads: Reads
+    reads: ReadBatcher
     appender: Appender
     watchers: WatchHub
     call_timeout: float
@@ -141,7 +141,7 @@ class Messages:
             values,
             sent.etag,
             convert.message_size,
-            owed=self._indexed(),
+            search_enabled=self._indexed(),
         )
         self._wake()
         return message_pb2.UpdateMessageResponse(message=convert.message(row, session_id))
@@ -154,7 +154,12 @@ class Messages:
         message_id = request.message_id.lower()
         try:
             gone = await self.database.write(
-                messages.erase, call.deadline, user_id, session_id, message_id, owed=self._indexed()
+                messages.erase,
+                call.deadline,
+                user_id,
+                session_id,
+                message_id,
+                search_enabled=self._indexed(),
             )
             self._wake()
         except NotFound:
@@ -198,7 +203,7 @@ class Messages:
                     self.reads,
                     user_id,
                     session_id,
-                    watcher.born,
+                    watcher.session_created_us,
                     seq,
                     WATCH_PAGE,
                     deadline=deadline,

@@ -99,7 +99,7 @@ class Searches:
                 # Meaning first: it is what may be down, and then the words need not be looked for.
                 by_meaning = await self._by_meaning(user_id, request.query, session_id, wide, call)
                 by_words = await self._by_words(user_id, request.query, session_id, wide, call)
-                scores = fused((by_words, by_meaning))
+                scores = reciprocal_rank_fusion((by_words, by_meaning))
         keys = list(scores)[: limit + SPARE]
         said = (
             await fulltext.read(self.database, user_id, keys, request.query, call.deadline)
@@ -139,10 +139,14 @@ class Searches:
         Raises:
             FailedPrecondition: by meaning, and messages are not indexed (SEARCH_DISABLED).
         """
-        on = self.search is not None and self.search.messages
+        search_enabled = self.search is not None and self.search.messages
         if not asked:
-            return message_pb2.SEARCH_MODE_HYBRID if on else message_pb2.SEARCH_MODE_LEXICAL
-        if asked != message_pb2.SEARCH_MODE_LEXICAL and not on:
+            return (
+                message_pb2.SEARCH_MODE_HYBRID
+                if search_enabled
+                else message_pb2.SEARCH_MODE_LEXICAL
+            )
+        if asked != message_pb2.SEARCH_MODE_LEXICAL and not search_enabled:
             raise FailedPrecondition(
                 "search of messages by meaning is switched off (CHAT_HISTORY_SEARCH, CHAT_HISTORY_INDEX_MESSAGES)",
                 reason="SEARCH_DISABLED",
@@ -164,7 +168,7 @@ class Searches:
         return {(each.point.entity_id, each.point.item): each.score for each in found}
 
 
-def fused(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
+def reciprocal_rank_fusion(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
     """Fuse several orders into one by reciprocal ranks: scores of different kinds cannot be added, places can."""
     scores: dict[Key, float] = {}
     for order in orders:

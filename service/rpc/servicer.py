@@ -14,7 +14,7 @@ from service.rpc.sessions import Sessions
 from service.rpc.users import Users
 from service.store.append.appender import Appender
 from service.store.db.database import Database
-from service.store.db.read_batching import Reads
+from service.store.db.read_batching import ReadBatcher
 from service.store.watch import WatchHub
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class ChatHistoryServicer(Users, Sessions, Messages, Exports, Documents, Searche
         search: Search | None = None,
     ) -> None:
         self.database = database
-        self.reads = Reads(database)
+        self.reads = ReadBatcher(database)
         self.appender = appender
         self.watchers = watchers
         self.call_timeout = call_timeout

@@ -108,7 +108,11 @@ class Sessions:
                 sessions.erase_slice, call.deadline, user_id, session_id
             )
         gone = await self.database.write(
-            sessions.erase, call.deadline, user_id, session_id, on=self.search is not None
+            sessions.erase,
+            call.deadline,
+            user_id,
+            session_id,
+            search_enabled=self.search is not None,
         )
         if not gone and not request.allow_missing:
             raise NotFound.session(session_id)
@@ -133,7 +137,7 @@ class Sessions:
             request.through_seq,
             new_id,
             fingerprint,
-            owed=self.search is not None and self.search.messages,
+            search_enabled=self.search is not None and self.search.messages,
         )
         if self.search is not None:
             self.search.wake()

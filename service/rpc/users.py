@@ -112,7 +112,7 @@ class Users:
             erased, more = await self.database.write(documents.erase_slice, call.deadline, user_id)
             chunks += erased
         gone = await self.database.write(
-            users.erase, call.deadline, user_id, on=self.search is not None
+            users.erase, call.deadline, user_id, search_enabled=self.search is not None
         )
         if gone is None:
             if not request.allow_missing:

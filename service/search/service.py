@@ -30,7 +30,7 @@ from service.search.types import (
 from service.search.worker.parent import Child, ChildIndex
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox.outbox import Outbox
-from service.store.outbox.reindex_state import Progress, Rebuilding
+from service.store.outbox.reindex_state import Progress, ReindexState
 
 STEADY = 30.0
 """Seconds that search must have been up for its next fall to be a new one: else the pauses go on growing."""
@@ -111,12 +111,12 @@ class Search:
                 if loop.time() - opened > STEADY:
                     attempt = 0
             except (SearchDown, WrongIndex) as error:
-                self._fell(str(error))
+                self._mark_down(str(error))
             except DATABASE_ERRORS as error:
-                self._fell(f"the database does not answer ({type(error).__name__})")
+                self._mark_down(f"the database does not answer ({type(error).__name__})")
             except Exception as error:  # noqa: BLE001 - chat goes on, whatever is wrong here
                 _log.error("search cannot be opened", error=type(error).__name__, exc_info=True)
-                self._fell(f"search cannot be opened ({type(error).__name__})")
+                self._mark_down(f"search cannot be opened ({type(error).__name__})")
             attempt += 1
             await asyncio.sleep(0.2 + backoff(attempt, base=0.2, cap=PROBE_CAP))
 
@@ -135,15 +135,15 @@ class Search:
                 self._alias,
                 dimensions=self.dimensions or 0,
                 messages=self.messages,
-                on_down=self._fell,
+                on_down=self._mark_down,
             )
             await Outbox(self._database).retry_failed()
-        progress = await Rebuilding(self._database, self._alias).progress()
+        progress = await ReindexState(self._database, self._alias).progress()
         if not there or progress is None or progress.building is not None:
             # The first start, an index that was lost, or a rebuilding that was left unfinished.
             self._start_rebuild(anew=False)
         if there:
-            self._rose()
+            self._mark_up()
 
     async def _connect(self) -> Index:
         """Make the clients once; return the index."""
@@ -202,7 +202,7 @@ class Search:
         )
         return QdrantIndex(client, self._alias, dimensions, settings.search_timeout)
 
-    def _rose(self) -> None:
+    def _mark_up(self) -> None:
         if self._indexer is not None:
             self._indexer.start()
         if not self.healthy:
@@ -210,7 +210,7 @@ class Search:
             self.healthy, self.problem = True, ""
             self.on_change()
 
-    def _fell(self, problem: str) -> None:
+    def _mark_down(self, problem: str) -> None:
         if self.healthy or problem != self.problem:
             _log.warning("search is not available", problem=problem)
         changed = self.healthy
@@ -252,7 +252,7 @@ class Search:
     def _wake_or_start(self) -> None:
         """Have the collection, which is there by now, filled."""
         if not self.healthy and not self._down.is_set():
-            self._rose()
+            self._mark_up()
         self.wake()
 
     async def rebuild(self) -> AsyncIterator[Progress]:
@@ -263,7 +263,7 @@ class Search:
         """
         if not self.healthy:
             raise self._unavailable()
-        state = Rebuilding(self._database, self._alias)
+        state = ReindexState(self._database, self._alias)
         before = await state.progress()
         if before is None or before.building is None:
             self._start_rebuild(anew=True)
@@ -344,7 +344,7 @@ class Search:
         except (SearchBusy, TimeoutError):
             raise self._unavailable() from None
         except SearchDown as error:
-            self._fell(str(error))
+            self._mark_down(str(error))
             raise self._unavailable() from None
         except Refused:
             raise InvalidArgument.field("query", "cannot be embedded") from None

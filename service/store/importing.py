@@ -19,7 +19,7 @@ from service.store import sessions, users
 from service.store.append.request import NewMessage
 from service.store.outbox import outbox
 from service.store.rows import time_of
-from service.store.tables import Owed, chat_messages, chat_sessions
+from service.store.tables import OutboxKind, chat_messages, chat_sessions
 
 GAP = b""
 """Fingerprint of a tombstone that stands where a file has no message; no message of a client has it."""
@@ -66,7 +66,7 @@ async def put_messages(
     session_id: str,
     messages: Sequence[OldMessage],
     *,
-    search: bool,
+    search_enabled: bool,
 ) -> int:
     """Insert messages at their places, those that are there already left out; return how many were inserted.
 
@@ -109,8 +109,14 @@ async def put_messages(
             last_seq=func.greatest(_own.last_seq, last), message_count=_own.message_count + len(new)
         )
     )
-    await outbox.owe(
-        connection, Owed.SESSION, user_id, session_id, since=first, through=last, on=search
+    await outbox.enqueue(
+        connection,
+        OutboxKind.SESSION,
+        user_id,
+        session_id,
+        since=first,
+        through=last,
+        search_enabled=search_enabled,
     )
     return len(new)
 

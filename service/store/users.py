@@ -139,7 +139,9 @@ class Erased(NamedTuple):
     chunks: int
 
 
-async def erase(connection: AsyncConnection, user_id: str, *, on: bool = False) -> Erased | None:
+async def erase(
+    connection: AsyncConnection, user_id: str, *, search_enabled: bool = False
+) -> Erased | None:
     """Erase a user with everything that is theirs; None when there is no such user."""
     if await _by(connection, users.c.id == user_id, lock=True) is None:
         return None
@@ -147,5 +149,5 @@ async def erase(connection: AsyncConnection, user_id: str, *, on: bool = False) 
     erased, chunks = await documents.erase_all(connection, user_id)
     gone = await connection.execute(delete(chat_sessions).where(chat_sessions.c.user_id == user_id))
     await connection.execute(delete(users).where(users.c.id == user_id))
-    await outbox.owe_user(connection, user_id, on=on)
+    await outbox.enqueue_user(connection, user_id, search_enabled=search_enabled)
     return Erased(gone.rowcount, messages, erased, chunks)

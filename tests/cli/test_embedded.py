@@ -32,7 +32,7 @@ from tests.support.cluster import fetch
 _HOLD = """
 import sys, time
 from pathlib import Path
-from service.store.embedded import EmbeddedPostgres
+from service.embedded.postgres import EmbeddedPostgres
 postgres = EmbeddedPostgres(Path(sys.argv[1]), "127.0.0.1:1")
 print(postgres.start(), flush=True)
 time.sleep(600)

@@ -169,9 +169,9 @@ def counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     tries: list[None] = []
     enter = server.calls.enter
 
-    def count(whose: str) -> None:
+    def count(owner_id: str) -> None:
         tries.append(None)
-        enter(whose)
+        enter(owner_id)
 
     monkeypatch.setattr(server.calls, "enter", count)
     return tries

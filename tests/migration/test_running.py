@@ -185,7 +185,7 @@ async def test_logging_is_left_alone(empty: Target) -> None:
 async def test_nothing_to_do_does_not_load_alembic(empty: Target) -> None:
     await migrations.upgrade(empty)
     program = (
-        "import asyncio, sys; from service.store import migrations; from service.store.db.dsn import parse; "
+        "import asyncio, sys; from service.store.schema import migrations; from service.store.db.dsn import parse; "
         "print(asyncio.run(migrations.upgrade(parse(sys.argv[1])))); sys.exit('alembic' in sys.modules)"
     )
     done = await asyncio.to_thread(

@@ -199,12 +199,13 @@ class World:
     user_id: str
     session_ids: list[str] = field(default_factory=lambda: [new_id(), new_id()])
     lanes: int = 2
-    owed: bool = False
+    search_enabled: bool = False
     """Whether what is appended is noted for the search index, by another statement."""
 
     def __post_init__(self) -> None:
         self.appenders = [
-            Appender(database, self.lanes, owed=self.owed) for database in self.databases
+            Appender(database, self.lanes, search_enabled=self.search_enabled)
+            for database in self.databases
         ]
         self._clock = itertools.count()
         self._ids = [[new_id() for _ in range(NAMES)] for _ in self.session_ids]

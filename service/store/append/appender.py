@@ -29,7 +29,7 @@ from collections.abc import Callable
 from service.errors import Conflict, DeadlineExceeded, NotFound, Unavailable
 from service.store.append import sql
 from service.store.append.request import Append, Appended, Entry, Key, note_replays, refusal_of
-from service.store.db.batch_window import Gather
+from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.db.db_errors import Failure, classify, constraint, sqlstate, to_service_error
 from service.store.db.hot_pool import Record
@@ -44,18 +44,18 @@ APART_STATEMENTS = 4
 """Statements of sessions run apart that are under way at once."""
 SHARED_TRIES = 3
 """Tries of a statement that meets contention, before its sessions run apart: one of them may meet it every time."""
-MAX_BEATEN = 8
+MAX_LOST_RACES = 8
 """Tries of an item in which others came first, before the caller is told."""
 
 
 class Appender:
     """Takes appends and shares statements among them."""
 
-    def __init__(self, database: Database, lanes: int = 2, *, owed: bool = False) -> None:
+    def __init__(self, database: Database, lanes: int = 2, *, search_enabled: bool = False) -> None:
         """Take `lanes` statements under way at once; `owed`: whether the search index owes what is appended."""
         self.database = database
         self.loop = asyncio.get_running_loop()
-        self.statement = sql.APPEND_OWED if owed else sql.APPEND
+        self.statement = sql.APPEND_AND_ENQUEUE if search_enabled else sql.APPEND
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._apart: dict[Key, _Lane] = {}
         self.apart_permits = asyncio.Semaphore(APART_STATEMENTS)
@@ -128,7 +128,7 @@ class _Lane:
         self._outages = 0
         """Times in a row that the database was away."""
         self._loop = appender.loop
-        self._gather = Gather()
+        self._gather = BatchWindow()
 
     def put(self, item: Append) -> None:
         self.queue.append(item)
@@ -191,7 +191,7 @@ class _Lane:
                 self._appender.run_apart(item.key, [item])
                 continue
             group = groups.setdefault(item.key, [])
-            if (group and _collides(group, item)) or (item.solo and batch):
+            if (group and _collides(group, item)) or (item.run_alone and batch):
                 group.append(item)  # What follows in this session must not overtake it.
                 later.append(item)
                 continue
@@ -199,7 +199,7 @@ class _Lane:
             batch.append(item)
             messages += len(item.pending)
             size += item.size
-            if item.solo:
+            if item.run_alone:
                 break
         self._again(later)
         return batch
@@ -262,11 +262,11 @@ class _Lane:
         for item in left_out:
             if item.future.done():
                 continue
-            item.beaten += 1
+            item.lost_races += 1
             refusal = refusal_of(item, sessions.get(item.key))
             if refusal is not None:
                 item.fail(refusal)
-            elif item.beaten >= MAX_BEATEN:
+            elif item.lost_races >= MAX_LOST_RACES:
                 item.fail(
                     Conflict(
                         "the session changes too fast; try again",
@@ -290,7 +290,7 @@ class _Lane:
         if not batch:
             await asyncio.sleep(0)
         elif failure in (Failure.LOST, Failure.REFUSED):
-            await self._outlast(batch, error)
+            await self._wait_for_database(batch, error)
         elif state == "23505" and all(item.tries <= 1 for item in batch):
             for item in batch:
                 item.check = True
@@ -303,7 +303,7 @@ class _Lane:
                 self._appender.run_apart(key, [item for item in batch if item.key == key])
         elif len(batch) > 1:
             for item in batch:
-                item.solo = True
+                item.run_alone = True
             self._again(batch)
         elif state in ("23505", "55P03"):
             batch[0].check = state == "23505"
@@ -312,9 +312,9 @@ class _Lane:
             for item in batch:
                 item.fail(_final(item, error))
 
-    async def _outlast(self, batch: list[Append], error: BaseException) -> None:
+    async def _wait_for_database(self, batch: list[Append], error: BaseException) -> None:
         """Keep a batch until the database is back; the message ids tell then whether it was stored before it went."""
-        self._database.on_doubt()
+        self._database.on_suspected_outage()
         for item in batch:
             item.check = True
         self._again(batch)
@@ -335,8 +335,8 @@ class _Lane:
     async def _try_again(self, batch: list[Append], error: BaseException) -> None:
         now = self._loop.time()
         for item in batch:
-            item.beaten += sqlstate(error) != "55P03"
-            if item.beaten >= MAX_BEATEN or now >= item.give_up:
+            item.lost_races += sqlstate(error) != "55P03"
+            if item.lost_races >= MAX_LOST_RACES or now >= item.give_up:
                 item.fail(_final(item, error))
         self._again([item for item in batch if not item.future.done()])
         await asyncio.sleep(backoff(batch[0].tries, base=0.002, cap=0.05) if batch else 0)
@@ -348,7 +348,7 @@ class _Lane:
 
 def _collides(group: list[Append], item: Append) -> bool:
     """Whether an item cannot share a statement with others of its session: it would fail, or make them fail."""
-    if item.is_conditional or any(other.is_conditional or other.solo for other in group):
+    if item.is_conditional or any(other.is_conditional or other.run_alone for other in group):
         return True
     ids = {message.id for other in group for message in other.pending}
     if any(message.id in ids for message in item.pending):

@@ -73,8 +73,25 @@ class Append:
     """
 
     __slots__ = (
-        "arrived", "attempted", "beaten", "born", "check", "creates", "deadline", "expected", "future", "give_up", "key", "may_create",
-        "messages", "new_session", "pending", "replayed", "size", "solo", "tries",
+        "arrived",
+        "attempted",
+        "check",
+        "creates",
+        "deadline",
+        "expected",
+        "future",
+        "give_up",
+        "key",
+        "lost_races",
+        "may_create",
+        "messages",
+        "new_session",
+        "pending",
+        "replayed",
+        "run_alone",
+        "session_created_us",
+        "size",
+        "tries",
     )  # fmt: skip
 
     def __init__(
@@ -96,7 +113,7 @@ class Append:
         self.pending = messages
         """Those that are not known to be stored."""
         self.replayed: dict[str, Entry] = {}
-        self.born: int | None = None
+        self.session_created_us: int | None = None
         """When the session was made in which those are; no other with its id will do."""
         self.may_create = may_create
         self.expected = expected_last_seq
@@ -112,10 +129,10 @@ class Append:
 
         Ages are compared to within the time that the database's answer takes: a retry that came so soon is not told from a first try.
         """
-        self.solo = False
+        self.run_alone = False
         """Whether it must be the only item of its statement."""
         self.tries = 0
-        self.beaten = 0
+        self.lost_races = 0
         """Of its tries, those in which others came first; neither a lock waited for nor a database away is one."""
         self.size = sum(message.size for message in messages)
         self.future: asyncio.Future[Appended] = loop.create_future()
@@ -123,7 +140,7 @@ class Append:
     @property
     def is_conditional(self) -> bool:
         """Whether what is known of the session must still be true: then the statement takes nothing else to that session."""
-        return self.expected is not None or self.born is not None
+        return self.expected is not None or self.session_created_us is not None
 
     @property
     def age_us(self) -> float:
@@ -148,7 +165,7 @@ class Append:
 
 def note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> None:
     """Take what is stored out of the item's pending messages."""
-    item.replayed, item.born, item.pending = {}, None, []
+    item.replayed, item.session_created_us, item.pending = {}, None, []
     for message in item.messages:
         row = stored.get((*item.key, message.id))
         if row is None:
@@ -164,14 +181,17 @@ def note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
             )
             return
         else:
-            item.born = row["born"]
+            item.session_created_us = row["session_created_us"]
             ours = item.attempted and row["age"] <= item.age_us
             item.replayed[message.id] = Entry(message.id, row["seq"], row["at"], not ours)
-    item.creates = item.may_create and not item.expected and item.born is None
+    item.creates = item.may_create and not item.expected and item.session_created_us is None
     if not item.pending:
         first = item.replayed[item.messages[0].id]
         item.finish(
-            (), created=not first.replayed and first.seq == 1 and first.created_us == item.born
+            (),
+            created=not first.replayed
+            and first.seq == 1
+            and first.created_us == item.session_created_us,
         )
 
 

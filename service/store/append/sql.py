@@ -7,7 +7,7 @@ from typing import Any
 
 from service.store.append.request import Append
 from service.store.db.hot_pool import Statement
-from service.store.tables import OPEN_END, Owed, State
+from service.store.tables import OPEN_END, OutboxKind, State
 
 # Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an
 # expectation ($9 to $12), and one a message ($14 on).
@@ -17,9 +17,9 @@ from service.store.tables import OPEN_END, Owed, State
 # With messages indexed, the row of each session in the outbox says from which message on the index owes them. A row that says so
 # already is left as it is: only the first append since the indexer took it changes it, in place. The lock that is taken even so keeps
 # the indexer from taking the row before what is appended here can be seen.
-_OWED = f""", owed AS (
+_ENQUEUE = f""", enqueued AS (
     INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
-    SELECT {Owed.SESSION:d}, a.user_id, a.id, a.last_seq - i.count + 1, {OPEN_END}
+    SELECT {OutboxKind.SESSION:d}, a.user_id, a.id, a.last_seq - i.count + 1, {OPEN_END}
     FROM appended AS a
     JOIN unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS i (user_id, id, count) ON i.user_id = a.user_id AND i.id = a.id
     ORDER BY a.user_id, a.id
@@ -30,7 +30,7 @@ _OWED = f""", owed AS (
 )"""  # noqa: S608 - nothing but numbers of ours goes in
 
 
-def _append(owed: str) -> Statement:
+def _append(enqueue: str) -> Statement:
     return Statement.from_text(f"""
 WITH appended AS (
     INSERT INTO chat_sessions AS s
@@ -51,9 +51,9 @@ WITH appended AS (
         updated_at = greatest(greatest(s.updated_at, s.created_at) + interval '1 microsecond', excluded.updated_at)
     WHERE s.state = {State.ACTIVE:d}
       AND NOT EXISTS (
-        SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[], $12::bigint[]) AS e (user_id, id, last_seq, born)
+        SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[], $12::bigint[]) AS e (user_id, id, last_seq, session_created_us)
         WHERE e.user_id = s.user_id AND e.id = s.id
-          AND (e.last_seq <> s.last_seq OR e.born <> (date_part('epoch', s.created_at) * 1e6)::bigint))
+          AND (e.last_seq <> s.last_seq OR e.session_created_us <> (date_part('epoch', s.created_at) * 1e6)::bigint))
     RETURNING s.user_id, s.id, s.last_seq, s.updated_at, s.updated_at = s.created_at AS created
 ), stored AS (
     INSERT INTO chat_messages
@@ -68,18 +68,18 @@ WITH appended AS (
          AS m (user_id, session_id, back, may_create, id, role, content, parts, metadata, token_count, token_estimate, size,
                author, feedback_score, feedback_comment, fingerprint)
     JOIN appended AS a ON a.user_id = m.user_id AND a.id = m.session_id
-){owed}
+){enqueue}
 SELECT user_id::text, id::text AS session_id, last_seq, (date_part('epoch', updated_at) * 1e6)::bigint AS at, created
 FROM appended
 """)  # noqa: S608 - nothing but a number of ours goes in
 
 
 APPEND = _append("")
-APPEND_OWED = _append(_OWED)
+APPEND_AND_ENQUEUE = _append(_ENQUEUE)
 
 # One row a wanted message whose session is there, so that both are seen at one moment; `id` is NULL where it is not stored.
 LOOK_UP = Statement.from_text("""
-SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS born,
+SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us,
        m.id::text, m.seq, m.fingerprint, (date_part('epoch', m.created_at) * 1e6)::bigint AS at,
        date_part('epoch', clock_timestamp() - m.created_at) * 1e6 AS age
 FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
@@ -125,7 +125,7 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         [item.key[0] for item in expecting],
         [item.key[1] for item in expecting],
         [item.expected for item in expecting],
-        [item.born for item in expecting],
+        [item.session_created_us for item in expecting],
         lock_timeout,
         [key[0] for key, _, _ in rows],
         [key[1] for key, _, _ in rows],

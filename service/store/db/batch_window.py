@@ -19,7 +19,7 @@ LONGEST = 0.01
 """Seconds after which a statement leaves in any case."""
 
 
-class Gather:
+class BatchWindow:
     """Decides when what waits in a queue leaves together."""
 
     __slots__ = ("_loop", "last")

@@ -27,7 +27,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.store.db.db_errors import Failure, classify, to_service_error
 from service.store.db.dsn import Target
-from service.store.db.fair_semaphore import NoTurn, Permits
+from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
 from service.store.db.hot_pool import (
     LOCK_WAIT,
     Connection,
@@ -126,7 +126,7 @@ class Database:
         hot = max(1, min(driver_connections, pool_size, self._limit - HOT_SHARE))
         self.driver = DriverConnections(self.engine, hot)
         rest = max(1, self._limit - hot)
-        self._permits, self._write_permits = Permits(rest), Permits(rest - rest // 3)
+        self._permits, self._write_permits = FairSemaphore(rest), FairSemaphore(rest - rest // 3)
         self._pool_timeout = pool_timeout
         self._writes: set[asyncio.Task[Any]] = set()
         self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
@@ -136,8 +136,8 @@ class Database:
             lambda made, _: self._connections.add(made.driver_connection),
         )
         self._loop = asyncio.get_running_loop()
-        self.driver.on_slow = lambda: self.on_doubt()  # noqa: PLW0108 - it is set later
-        self.on_doubt: Callable[[], None] = lambda: None
+        self.driver.on_slow = lambda: self.on_suspected_outage()  # noqa: PLW0108 - it is set later
+        self.on_suspected_outage: Callable[[], None] = lambda: None
         """Called when a call has shown, or suggests, that the database does not answer."""
 
     async def fetch(self, statement: Statement, *args: Any, deadline: float) -> list[Record]:
@@ -189,11 +189,11 @@ class Database:
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
         """
-        whose = _owner(args)
+        owner_id = _owner(args)
 
         async def once(give_up: float) -> T:
             async with (
-                self._permits.one(whose, self._patience(give_up)),
+                self._permits.one(owner_id, self._patience(give_up)),
                 self._reader.connect() as connection,
             ):
                 return await work(connection, *args, **kwargs)
@@ -218,14 +218,14 @@ class Database:
             ServiceError: what `work` raises.
         """
         unknown = False
-        whose = _owner(args)
+        owner_id = _owner(args)
 
         async def once(give_up: float) -> T:
             nonlocal unknown
             give_up -= LOCK_WAIT
             async with (
-                self._write_permits.one(whose, self._patience(give_up)),
-                self._permits.one(whose, self._patience(give_up)),
+                self._write_permits.one(owner_id, self._patience(give_up)),
+                self._permits.one(owner_id, self._patience(give_up)),
                 self.engine.connect() as connection,
             ):
                 try:
@@ -287,7 +287,7 @@ class Database:
                 if scope.expired():
                     self._suspect(started)
                     raise DeadlineExceeded("the database did not answer in time") from None
-                if error is None or not isinstance(failed, NoTurn):
+                if error is None or not isinstance(failed, AcquireTimeout):
                     error = failed  # Else what it has met before says more.
             except asyncio.CancelledError:
                 self._suspect(started)
@@ -301,7 +301,7 @@ class Database:
         """Wait before the next try, or raise what the caller is told when there is none."""
         failure = classify(error)
         if failure in (Failure.LOST, Failure.REFUSED):
-            self.on_doubt()
+            self.on_suspected_outage()
         pause = backoff(attempt)
         if failure is Failure.LOCKED:
             give_up -= LOCK_WAIT  # The next wait may be in vain too.
@@ -326,7 +326,7 @@ class Database:
     def _suspect(self, started: float) -> None:
         """Cast doubt on the database when a call was given up that had waited for it a while."""
         if self._loop.time() - started > SUSPICIOUS_WAIT:
-            self.on_doubt()
+            self.on_suspected_outage()
 
     async def probe(self, timeout: float) -> SchemaVersion:
         """Ask the database for its schema's version, on a connection of its own when the pool has none left; one try.

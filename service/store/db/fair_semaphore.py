@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class NoTurn(TimeoutError):
+class AcquireTimeout(TimeoutError):
     """There was no permit for as long as one could wait."""
 
 
-class Permits:
+class FairSemaphore:
     """`count` permits. Those who wait get them user by user, one each in turn, and each user's in the order in which they came."""
 
     def __init__(self, count: int) -> None:
@@ -22,28 +22,28 @@ class Permits:
         self._loop = asyncio.get_running_loop()
 
     @asynccontextmanager
-    async def one(self, whose: str, patience: float) -> AsyncIterator[None]:
+    async def one(self, owner_id: str, patience: float) -> AsyncIterator[None]:
         """Hold a permit for a block.
 
         Args:
-            whose: The user for whom it is.
+            owner_id: The user for whom it is.
             patience: Seconds to wait for one at the most.
 
         Raises:
-            NoTurn: there was none in that time.
+            AcquireTimeout: there was none in that time.
         """
         if self.free:
             self.free -= 1
         else:
-            await self._turn(whose, patience)
+            await self._turn(owner_id, patience)
         try:
             yield
         finally:
             self._pass_on()
 
-    async def _turn(self, whose: str, patience: float) -> None:
+    async def _turn(self, owner_id: str, patience: float) -> None:
         turn = self._loop.create_future()
-        self._waiting.setdefault(whose, deque()).append(turn)
+        self._waiting.setdefault(owner_id, deque()).append(turn)
         try:
             async with asyncio.timeout(patience):
                 await turn
@@ -51,15 +51,15 @@ class Permits:
             if turn.done() and not turn.cancelled():
                 self._pass_on()  # It was ours already.
             if isinstance(error, TimeoutError):
-                raise NoTurn from None
+                raise AcquireTimeout from None
             raise
 
     def _pass_on(self) -> None:
         while self._waiting:
-            whose, turns = self._waiting.popitem(last=False)
+            owner_id, turns = self._waiting.popitem(last=False)
             turn = turns.popleft()
             if turns:
-                self._waiting[whose] = turns
+                self._waiting[owner_id] = turns
             if not turn.done():  # Else nobody waits for it any more.
                 turn.set_result(None)
                 return

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ClauseElement
 
-from service.store.db.batch_window import Gather
+from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.db.db_errors import sqlstate
 from service.store.db.hot_pool import Statement
@@ -31,7 +31,7 @@ Rows = Sequence[Any]
 """Each a sequence of columns."""
 
 
-class SharedRead:
+class BatchedRead:
     """One kind of read: its statement alone, and the same for many at once."""
 
     def __init__(self, read: ClauseElement) -> None:
@@ -52,14 +52,14 @@ class _Asked(NamedTuple):
     answer: asyncio.Future[Rows]
 
 
-class Reads:
+class ReadBatcher:
     """The shared reads of one database."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._lines: dict[SharedRead, _Line] = {}
+        self._lines: dict[BatchedRead, _ReadQueue] = {}
 
-    async def fetch(self, read: SharedRead, deadline: float, **values: Any) -> Rows:
+    async def fetch(self, read: BatchedRead, deadline: float, **values: Any) -> Rows:
         """Run one read, alone or with others of its kind, and return its rows.
 
         Raises:
@@ -67,21 +67,21 @@ class Reads:
         """
         line = self._lines.get(read)
         if line is None:
-            line = self._lines[read] = _Line(self.database, read)
+            line = self._lines[read] = _ReadQueue(self.database, read)
         return await line.fetch(read.alone.bind(**values), deadline)
 
 
-class _Line:
+class _ReadQueue:
     """Those who wait for reads of one kind."""
 
-    def __init__(self, database: Database, read: SharedRead) -> None:
+    def __init__(self, database: Database, read: BatchedRead) -> None:
         self._database = database
         self._read = read
         self._queue: deque[_Asked] = deque()
         self._under_way = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._gather = Gather()
+        self._gather = BatchWindow()
         self._shares = True
         """False once the database has refused the shared statement: Citus takes no LATERAL … LIMIT over several users."""
 

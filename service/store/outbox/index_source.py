@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from service.store.db.database import Database
 from service.store.db.hot_pool import Statement
-from service.store.tables import DocumentStatus, Owed
+from service.store.tables import DocumentStatus, OutboxKind
 
 MAX_TEXT = 8192
 """Characters of a text that are embedded; what lies beyond does not count in a search."""
@@ -77,21 +77,21 @@ ORDER BY w.n, m.seq
 """)  # noqa: S608
 
 _THERE = {
-    Owed.DOCUMENT: Statement.from_text("""
+    OutboxKind.DOCUMENT: Statement.from_text("""
 SELECT w.n - 1, d.chunk_count FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
 JOIN documents AS d ON d.user_id = w.user_id AND d.id = w.id
 """),
-    Owed.SESSION: Statement.from_text("""
+    OutboxKind.SESSION: Statement.from_text("""
 SELECT w.n - 1, s.last_seq FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
 JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 """),
 }
 
-_ITEMS = {Owed.DOCUMENT: _CHUNKS, Owed.SESSION: _MESSAGES}
+_ITEMS = {OutboxKind.DOCUMENT: _CHUNKS, OutboxKind.SESSION: _MESSAGES}
 
 
 async def there(
-    database: Database, kind: Owed, entities: Sequence[tuple[str, str]]
+    database: Database, kind: OutboxKind, entities: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], int]:
     """Return which of these documents or sessions (user id, id) are there, and how many chunks or messages each has had."""
     rows = await database.fetch_once(
@@ -100,7 +100,7 @@ async def there(
     return {entities[row[0]]: row[1] for row in rows}
 
 
-async def items(database: Database, kind: Owed, ranges: Sequence[Range]) -> list[Item]:
+async def items(database: Database, kind: OutboxKind, ranges: Sequence[Range]) -> list[Item]:
     """Read the items of these ranges in order."""
     columns = zip(*ranges, strict=True)
     return [Item(*row) for row in await database.fetch_once(_ITEMS[kind], *map(list, columns))]

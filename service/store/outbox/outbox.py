@@ -31,7 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.db.database import Database
 from service.store.db.hot_pool import Statement
-from service.store.tables import Owed, search_indexes, search_outbox
+from service.store.tables import OutboxKind, search_indexes, search_outbox
 
 LAST = 2**63 - 1
 """Beyond every chunk's index and every message's seq."""
@@ -44,22 +44,22 @@ _KEY = ("kind", "user_id", "entity_id")
 _NEVER: ColumnElement[datetime] = literal_column("'infinity'::timestamptz")
 
 
-async def owe(
+async def enqueue(
     connection: AsyncConnection,
-    kind: Owed,
+    kind: OutboxKind,
     user_id: str,
     entity_id: str,
     *,
     since: int = 0,
     through: int = LAST,
     wipe: bool = False,
-    on: bool = True,
+    search_enabled: bool = True,
 ) -> None:
     """Note that the index owes some items of an entity.
 
     With search off (`on` False) nothing is noted, but for what must leave an index that was built before.
     """
-    if not (on or wipe):
+    if not (search_enabled or wipe):
         return
     values = {
         "kind": literal(int(kind), _own.kind.type),
@@ -70,7 +70,7 @@ async def owe(
         "wipe": literal(wipe, Boolean),
     }
     row = select(*values.values())
-    if not on:
+    if not search_enabled:
         row = row.where(exists(select(search_indexes.c.alias)))
     new = insert(search_outbox).from_select(list(values), row)
     await connection.execute(
@@ -88,16 +88,18 @@ async def owe(
     )
 
 
-async def owe_user(connection: AsyncConnection, user_id: str, *, on: bool) -> None:
+async def enqueue_user(connection: AsyncConnection, user_id: str, *, search_enabled: bool) -> None:
     """Note that all points of a user must go; leases under way on things of theirs do not count as done."""
     bumped = update(search_outbox).where(_own.user_id == user_id)
     await connection.execute(
         bumped.values(version=_own.version + 1, since=0, through=LAST, wipe=True)
     )
-    await owe(connection, Owed.USER, user_id, user_id, wipe=True, on=on)
+    await enqueue(
+        connection, OutboxKind.USER, user_id, user_id, wipe=True, search_enabled=search_enabled
+    )
 
 
-class Taken(NamedTuple):
+class LeasedRow(NamedTuple):
     """A row that was taken to be worked off."""
 
     kind: int
@@ -129,18 +131,18 @@ WITH due AS (
     SELECT o.kind, o.user_id, o.entity_id
     FROM search_outbox AS o
     WHERE o.due_at <= now()
-      AND (o.kind = {Owed.USER:d} OR NOT EXISTS (
-        SELECT FROM search_outbox AS u WHERE u.kind = {Owed.USER:d} AND u.user_id = o.user_id AND u.entity_id = o.user_id))
+      AND (o.kind = {OutboxKind.USER:d} OR NOT EXISTS (
+        SELECT FROM search_outbox AS u WHERE u.kind = {OutboxKind.USER:d} AND u.user_id = o.user_id AND u.entity_id = o.user_id))
     ORDER BY o.due_at
     LIMIT $1
     FOR UPDATE OF o SKIP LOCKED
 )
 UPDATE search_outbox AS o SET
     lease_id = $2, due_at = clock_timestamp() + $3 * interval '1 second',
-    taken_since = CASE WHEN o.kind = {Owed.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN o.since ELSE least(o.taken_since, o.since) END,
+    taken_since = CASE WHEN o.kind = {OutboxKind.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN o.since ELSE least(o.taken_since, o.since) END,
     taken_through = greatest(o.taken_through, o.through),
     taken_wipe = o.taken_wipe OR o.wipe,
-    attempts = CASE WHEN o.kind = {Owed.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN 0 ELSE o.attempts END,
+    attempts = CASE WHEN o.kind = {OutboxKind.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN 0 ELSE o.attempts END,
     since = {LAST}, through = -1, wipe = false
 FROM due AS d
 WHERE o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id
@@ -198,7 +200,7 @@ Key = tuple[int, str, str]
 
 
 def _arguments(
-    rows: Sequence[Taken],
+    rows: Sequence[LeasedRow],
 ) -> tuple[list[int], list[str], list[str], list[int], list[int]]:
     return (
         [row.kind for row in rows],
@@ -219,20 +221,21 @@ class Outbox:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def claim(self, lease_id: str, seconds: float, limit: int) -> list[Taken]:
+    async def claim(self, lease_id: str, seconds: float, limit: int) -> list[LeasedRow]:
         """Take up to `limit` rows that are due, for so long."""
         return [
-            Taken(*row) for row in await self._database.fetch_once(_CLAIM, limit, lease_id, seconds)
+            LeasedRow(*row)
+            for row in await self._database.fetch_once(_CLAIM, limit, lease_id, seconds)
         ]
 
-    async def finish(self, lease_id: str, rows: Sequence[Taken]) -> set[Key]:
+    async def finish(self, lease_id: str, rows: Sequence[LeasedRow]) -> set[Key]:
         """Remove rows that have not changed, give the others free; return those that were reached."""
         return {
             (row[0], row[1], row[2])
             for row in await self._database.fetch_once(_FINISH, *_arguments(rows), lease_id)
         }
 
-    async def renew(self, lease_id: str, rows: Sequence[Taken], seconds: float) -> set[Key]:
+    async def renew(self, lease_id: str, rows: Sequence[LeasedRow], seconds: float) -> set[Key]:
         """Hold rows for longer, from their `since` on; return those that are still ours."""
         return {
             (row[0], row[1], row[2])
@@ -242,7 +245,7 @@ class Outbox:
     async def put_back(
         self,
         lease_id: str,
-        rows: Sequence[Taken],
+        rows: Sequence[LeasedRow],
         pause: float | None,
         *,
         attempts: int = 0,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from service.store.db.database import Database
 from service.store.db.hot_pool import Statement
 from service.store.outbox.outbox import LAST
-from service.store.tables import Owed
+from service.store.tables import OutboxKind
 
 _BUILDING = Statement.from_text("SELECT building FROM search_indexes WHERE alias = $1")
 
@@ -51,11 +51,11 @@ _LET_GO = Statement.from_text(
 )
 
 
-def _hand_out(kind: Owed, table: str) -> Statement:
+def _hand_out(kind: OutboxKind, table: str) -> Statement:
     return Statement.from_text(f"""
 WITH slice AS (
     SELECT t.user_id, t.id FROM {table} AS t WHERE (t.user_id, t.id) > ($3, $4) ORDER BY t.user_id, t.id LIMIT $5
-), owed AS (
+), enqueued AS (
     INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
     SELECT {kind:d}, s.user_id, s.id, 0, {LAST} FROM slice AS s ORDER BY s.user_id, s.id
     ON CONFLICT (kind, user_id, entity_id) DO UPDATE SET
@@ -73,8 +73,8 @@ RETURNING l.user_id::text, l.id::text
 
 
 _HAND_OUT = {
-    Owed.DOCUMENT: _hand_out(Owed.DOCUMENT, "documents"),
-    Owed.SESSION: _hand_out(Owed.SESSION, "chat_sessions"),
+    OutboxKind.DOCUMENT: _hand_out(OutboxKind.DOCUMENT, "documents"),
+    OutboxKind.SESSION: _hand_out(OutboxKind.SESSION, "chat_sessions"),
 }
 
 
@@ -104,7 +104,7 @@ class Progress(NamedTuple):
         return max(0, min(self.total, self.handed_out) - self.waiting)
 
 
-class Rebuilding:
+class ReindexState:
     """The row of one index; each method is one statement, without a retry.
 
     Raises:
@@ -130,7 +130,7 @@ class Rebuilding:
         await self._database.fetch_once(_BEGIN, self._alias, lease_id, collection, messages)
 
     async def hand_out(
-        self, lease_id: str, kind: Owed, after: tuple[str, str], limit: int, seconds: float
+        self, lease_id: str, kind: OutboxKind, after: tuple[str, str], limit: int, seconds: float
     ) -> tuple[str, str] | None:
         """Owe the index a slice of all documents or sessions; return the last of it, None at the end."""
         rows = await self._database.fetch_once(
