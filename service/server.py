@@ -214,7 +214,7 @@ class Server:
         if missing:
             raise BadConfiguration(
                 [
-                    f"search is on and {missing[0]} is not installed: pip install 'chat-history[search]', or set CHAT_HISTORY_SEARCH=off"
+                    f"search is on and {missing[0]} is not installed: pip install 'chathistory-service[search]', or set CHAT_HISTORY_SEARCH=off"
                 ]
             )
         # Imported here: a service without search does not pay for it.

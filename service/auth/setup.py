@@ -68,7 +68,7 @@ def _keys(settings: Settings) -> tuple[bearer.Keys, list[str]]:
         import jwt  # noqa: F401, PLC0415 - asked for once, to say what is missing
     except ImportError:
         raise BadConfiguration(
-            [f"{PREFIX}AUTH=jwt needs PyJWT: pip install 'chat-history[auth]'"]
+            [f"{PREFIX}AUTH=jwt needs PyJWT: pip install 'chathistory-service[auth]'"]
         ) from None
     if settings.jwks_url is not None:
         try:

