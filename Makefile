@@ -89,15 +89,11 @@ format: install $(PROTO_STAMP) ## put code and protos into the one format, and m
 	$(BIN)/ruff format
 	$(BIN)/mdformat $(MARKDOWN)
 	$(PROTO_VENV)/bin/buf format --write protos
-	$(BIN)/python scripts/settings.py
+	$(BIN)/python -m scripts.docs
 
 .PHONY: proto
 proto: $(PROTO_STAMP) ## make generated/ from protos/
 	$(PROTO) generate
-
-.PHONY: version
-version: install ## copy the version in service/__init__.py to the client and the stubs
-	$(BIN)/python scripts/version.py
 
 .PHONY: proto-release
 proto-release: $(PROTO_STAMP) ## take the protos of now as the release that later changes must not break

@@ -1,4 +1,4 @@
-"""`python -m examples.chatbot`: serve the chatbot."""
+"""Serves the chatbot: `python -m examples.chatbot`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request and response bodies of the HTTP API."""
+"""What goes over HTTP."""
 
 from __future__ import annotations
 
@@ -8,48 +8,39 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field, StringConstraints
 
-MAX_QUESTION_CHARS = 32_000
-
-RoleName = Literal["user", "assistant", "system", "tool"]
+MAX_QUESTION = 32_000
 
 
 class Error(BaseModel):
     """Why a request failed."""
 
-    detail: str = Field(description="Explanation for people.")
-    reason: str = Field(
-        description="Stable identifier for programs.", examples=["SESSION_NOT_FOUND"]
-    )
-    fields: list[str] = Field(
-        default=[], description="Rejected fields of the request, each with the reason."
-    )
+    detail: str = Field(description="In words, for people.")
+    reason: str = Field(description="Stable, for programs.", examples=["SESSION_NOT_FOUND"])
+    fields: list[str] = Field(default=[], description="What of the request was refused, and why.")
 
 
 class ChatRequest(BaseModel):
     """A question."""
 
     message: Annotated[
-        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUESTION_CHARS)
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUESTION)
     ] = Field(examples=["How do I back the service up?"])
     session_uuid: UUID | None = Field(
-        default=None, description="The conversation. Omit it to start a new one."
+        default=None, description="The conversation; none starts a new one."
     )
     message_id: UUID | None = Field(
         default=None,
-        description=(
-            "An id chosen by the caller. Repeating a request with the same id stores nothing "
-            "twice and returns the same answer."
-        ),
+        description="An id of your own: the same request again stores nothing twice and gets the same answer.",
     )
 
 
 class Source(BaseModel):
-    """A passage that an answer is based on."""
+    """A passage that an answer stands on."""
 
     document_uuid: UUID
     title: str
-    uri: str = Field(default="", description="Origin of the document.")
-    chunk_index: int = Field(description="Position of the passage in the document, from 0.")
+    uri: str = Field(default="", description="Where the document came from.")
+    chunk_index: int = Field(description="The passage's place in the document, from 0.")
     text: str = Field(description="The passage.")
 
 
@@ -58,20 +49,20 @@ class ChatResponse(BaseModel):
 
     answer: str
     session_uuid: UUID | None = Field(
-        description="The conversation. Null when a new one could not be saved."
+        description="The conversation; null when a new one could not be saved."
     )
     saved: bool = Field(description="Whether question and answer are both stored.")
     sources: list[Source] = []
     message_id: UUID = Field(description="The question's id.")
     answer_id: UUID = Field(description="The answer's id.")
     title: str | None = Field(
-        default=None, description="The conversation's title, if this request started it."
+        default=None, description="The conversation's title, when this request has started it."
     )
-    stopped: bool = Field(default=False, description="Whether the answer is incomplete.")
+    stopped: bool = Field(default=False, description="Whether the answer broke off before its end.")
 
 
-class BeginEvent(BaseModel):
-    """Stream event `begin`: the question was accepted."""
+class Begun(BaseModel):
+    """Stream event `begin`: the question has been taken."""
 
     session_uuid: UUID | None
     message_id: UUID
@@ -81,7 +72,7 @@ class BeginEvent(BaseModel):
     sources: list[Source] = []
 
 
-class DeltaEvent(BaseModel):
+class Delta(BaseModel):
     """Stream event `delta`: the next piece of the answer."""
 
     text: str
@@ -98,14 +89,14 @@ class Session(BaseModel):
 
 
 class SessionPage(BaseModel):
-    """Conversations, most recently active first."""
+    """Conversations, newest activity first."""
 
     sessions: list[Session]
     next_page_token: str = Field(description="Empty on the last page.")
 
 
 class SessionChange(BaseModel):
-    """The fields of a conversation that can be changed."""
+    """What can be changed in a conversation."""
 
     title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=512)]
 
@@ -114,8 +105,8 @@ class Message(BaseModel):
     """A message of a conversation."""
 
     id: UUID
-    seq: int = Field(description="Position in the conversation: 1, 2, 3…")
-    role: RoleName
+    seq: int = Field(description="Its place: 1, 2, 3…")
+    role: Literal["user", "assistant", "system", "tool"]
     content: str
     created_at: datetime
     sources: list[Source] = []
@@ -123,38 +114,38 @@ class Message(BaseModel):
 
 
 class MessagePage(BaseModel):
-    """Messages of a conversation, oldest first unless `newest_first` was set."""
+    """Messages in order."""
 
     messages: list[Message]
     next_page_token: str = Field(description="Empty on the last page.")
 
 
 class Hit(BaseModel):
-    """A message that matches a search."""
+    """A message that was found."""
 
     session_uuid: UUID
     session_title: str
     message_id: UUID
     seq: int
-    role: RoleName
+    role: Literal["user", "assistant", "system", "tool"]
     snippet: str = Field(
-        description="Matching text as escaped HTML, with the words between <mark> and </mark>."
+        description="What fits, as HTML: escaped, with the words between <mark> and </mark>."
     )
     created_at: datetime
 
 
 class SearchResult(BaseModel):
-    """Matching messages, best first."""
+    """What was found, best first."""
 
     hits: list[Hit]
 
 
 class Health(BaseModel):
-    """State of the database and the search index, checked by this request."""
+    """How the database is, asked now."""
 
     status: Literal["ok", "unavailable"]
     database: str = Field(examples=["serving"])
     search: str = Field(examples=["serving"])
     model: str | None = Field(
-        description="Name of the language model. Null: answers quote the documents."
+        description="The language model; null: the answer is what the documents say."
     )

@@ -1,4 +1,4 @@
-"""The chatbot's settings, read from the environment and a `.env` file."""
+"""The chatbot's settings, from the environment and a `.env` file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """All settings. A variable is `CHATBOT_` plus the field's name, except if an alias is set."""
+    """Every setting; each is `CHATBOT_` and its name, but for those with an alias."""
 
     model_config = SettingsConfigDict(
         env_prefix="CHATBOT_",
@@ -23,46 +23,46 @@ class Settings(BaseSettings):
     )
 
     listen: str = "127.0.0.1:8000"
-    """Address of the web page and the API, as `host:port`."""
+    """Where the web page is."""
     secret: SecretStr | None = None
-    """Key that signs the identity cookie. Unset: generated once and stored in `data_dir`."""
+    """Signs the cookie that says who somebody is. Unset: made once and kept in `data_dir`."""
     data_dir: Path = Field(
         default=Path(".data"),
         validation_alias=AliasChoices("CHATBOT_DATA_DIR", "CHAT_HISTORY_DATA_DIR"),
     )
-    """Folder of the generated `secret`."""
+    """Where that secret is kept."""
 
     history_target: str = Field(
         default="127.0.0.1:50051",
         validation_alias=AliasChoices("CHATBOT_HISTORY_TARGET", "CHAT_HISTORY_LISTEN"),
     )
-    """Address of the ChatHistory service, as `host:port`."""
+    """The ChatHistory service."""
     history_tls: bool = False
-    """Whether to connect to the service with TLS."""
+    """Whether to talk TLS to it."""
     history_token: SecretStr | None = None
-    """The backend's service token. Not needed if the service runs with `CHAT_HISTORY_AUTH=none`."""
+    """The backend's own service token; none is needed where the service has `CHAT_HISTORY_AUTH=none`."""
     history_timeout: PositiveFloat = 2.0
-    """Seconds that one call to the service may take, retries included."""
+    """Seconds that each question to the service may take."""
     require_history: bool = False
-    """Answer 503 while a turn cannot be stored, instead of answering with `saved: false`."""
+    """Whether to refuse to answer (503) what cannot be saved, instead of answering with `saved: false`."""
 
     model: str | None = None
-    """Name of the language model. Unset: answers quote the documents."""
+    """The language model; unset, the answer is what the documents say."""
     openai_base_url: str | None = Field(default=None, validation_alias="OPENAI_BASE_URL")
-    """Base URL of an OpenAI-compatible endpoint. Unset: OpenAI's own."""
+    """Any OpenAI-compatible endpoint; unset: OpenAI's own."""
     openai_api_key: SecretStr | None = Field(default=None, validation_alias="OPENAI_API_KEY")
-    """API key of that endpoint, if it requires one."""
+    """Its key, where it wants one."""
     model_timeout: PositiveFloat = 60.0
-    """Seconds to wait for the model's next chunk of output."""
+    """Seconds that the model may be silent."""
     context_tokens: PositiveInt = 6000
-    """Maximum tokens of a conversation that are sent to the model."""
+    """How much of a conversation the model gets to see."""
     instructions: str = (
         "You are a helpful assistant. Answer briefly, in the language of the question."
     )
     """The system prompt."""
 
     def cookie_secret(self) -> str:
-        """Return the key that signs cookies. After a change of key every user is a new user."""
+        """Return the secret that signs cookies; it must stay the same for people to stay who they are."""
         if self.secret is not None:
             return self.secret.get_secret_value()
         path = self.data_dir / "chatbot-secret"

@@ -22,10 +22,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store.db.db_errors import sqlstate
-from service.store.outbox import outbox
+from service.store import outbox
+from service.store.failures import sqlstate
 from service.store.rows import DOCUMENT_COLUMNS, DocumentRow, check_etag, one, time_of
-from service.store.tables import DocumentStatus, OutboxKind, document_chunks, documents
+from service.store.tables import DocumentStatus, Owed, document_chunks, documents
 
 SLICE = 5_000
 """Chunks erased in one transaction."""
@@ -62,11 +62,7 @@ class Place(NamedTuple):
 
 
 async def create(
-    connection: AsyncConnection,
-    values: dict[str, Any],
-    chunks: Sequence[Chunk],
-    *,
-    search_enabled: bool,
+    connection: AsyncConnection, values: dict[str, Any], chunks: Sequence[Chunk], *, on: bool
 ) -> DocumentRow:
     """Insert a document with its first chunks, or return the one that is there: by a retry, or with the same content.
 
@@ -90,14 +86,7 @@ async def create(
         return await _there_already(connection, values)
     await _store(connection, user_id, document_id, 0, chunks)
     last = max(0, len(chunks) - 1)
-    await outbox.enqueue(
-        connection,
-        OutboxKind.DOCUMENT,
-        user_id,
-        document_id,
-        through=last,
-        search_enabled=search_enabled,
-    )
+    await outbox.owe(connection, Owed.DOCUMENT, user_id, document_id, through=last, on=on)
     return row
 
 
@@ -152,7 +141,7 @@ async def append_chunks(
     first: int,
     chunks: Sequence[Chunk],
     *,
-    search_enabled: bool,
+    on: bool,
 ) -> DocumentRow:
     """Store chunks from a place on; those that are there already must be the same.
 
@@ -196,14 +185,14 @@ async def append_chunks(
         .returning(*DOCUMENT_COLUMNS)
     )
     result = DocumentRow._make((await connection.execute(grown)).one())
-    await outbox.enqueue(
+    await outbox.owe(
         connection,
-        OutboxKind.DOCUMENT,
+        Owed.DOCUMENT,
         row.user_id,
         document_id,
         since=row.chunk_count,
         through=result.chunk_count - 1,
-        search_enabled=search_enabled,
+        on=on,
     )
     return result
 
@@ -305,22 +294,13 @@ async def erase_slice(
     return gone.rowcount, True
 
 
-async def erase(
-    connection: AsyncConnection, user_id: str, document_id: str, *, search_enabled: bool
-) -> bool:
+async def erase(connection: AsyncConnection, user_id: str, document_id: str, *, on: bool) -> bool:
     """Erase a document with its chunks; False when there is none."""
     gone = await connection.execute(
         delete(documents).where(_own.user_id == user_id, _own.id == document_id)
     )
     if gone.rowcount:
-        await outbox.enqueue(
-            connection,
-            OutboxKind.DOCUMENT,
-            user_id,
-            document_id,
-            wipe=True,
-            search_enabled=search_enabled,
-        )
+        await outbox.owe(connection, Owed.DOCUMENT, user_id, document_id, wipe=True, on=on)
     return gone.rowcount == 1
 
 

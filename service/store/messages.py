@@ -21,11 +21,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
-from service.store import sessions
-from service.store.db.read_batching import BatchedRead, ReadBatcher, Rows
-from service.store.outbox import outbox
+from service.store import outbox, sessions
 from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, micros, one
-from service.store.tables import OutboxKind, chat_messages, chat_sessions
+from service.store.sharing import Reads, Rows, SharedRead
+from service.store.tables import Owed, chat_messages, chat_sessions
 
 PAGE_BYTES = 3 * 1024 * 1024
 """Where a page stops, so that a reply stays below the 4 MiB that clients take by default."""
@@ -70,24 +69,24 @@ def bounded(
 
 
 _seq = bindparam("seq", type_=BigInteger)
-_AFTER = BatchedRead(bounded(_own.seq > _seq, _own.seq.asc()))
-_BEFORE = BatchedRead(bounded(_own.seq < _seq, _own.seq.desc()))
+_AFTER = SharedRead(bounded(_own.seq > _seq, _own.seq.asc()))
+_BEFORE = SharedRead(bounded(_own.seq < _seq, _own.seq.desc()))
 _same_session = (
     select(chat_sessions.c.id)
     .where(
         chat_sessions.c.user_id == bindparam("user_id", type_=_own.user_id.type),
         chat_sessions.c.id == bindparam("session_id", type_=_own.session_id.type),
-        micros(chat_sessions.c.created_at) == bindparam("session_created_us", type_=BigInteger),
+        micros(chat_sessions.c.created_at) == bindparam("born", type_=BigInteger),
     )
     .exists()
 )
-_FOLLOWING = BatchedRead(bounded(and_(_own.seq > _seq, _same_session), _own.seq.asc()))
+_FOLLOWING = SharedRead(bounded(and_(_own.seq > _seq, _same_session), _own.seq.asc()))
 LAST = 2**63 - 1
 """Beyond every `seq`."""
 
 
 async def page(
-    reads: ReadBatcher,
+    reads: Reads,
     user_id: str,
     session_id: str,
     start: int,
@@ -116,16 +115,16 @@ async def page(
 
 
 async def following(
-    reads: ReadBatcher,
+    reads: Reads,
     user_id: str,
     session_id: str,
-    session_created_us: int,
+    born: int,
     start: int,
     limit: int,
     *,
     deadline: float,
 ) -> tuple[list[MessageRow], bool]:
-    """Read as `page` does, from the session that was created at `session_created_us` and from no other that has come by its id since.
+    """Read as `page` does, from the session that was created at `born` and from no other that has come by its id since.
 
     Raises:
         NotFound: that session is gone.
@@ -135,13 +134,13 @@ async def following(
         deadline,
         user_id=user_id,
         session_id=session_id,
-        session_created_us=session_created_us,
+        born=born,
         seq=start,
         limit=limit + 1,
     )
     if not records:
         session = await reads.database.read(sessions.get, deadline, user_id, session_id)
-        if session.created_us != session_created_us:
+        if session.created_us != born:
             raise NotFound.session(session_id)
     return _cut(records, limit)
 
@@ -191,7 +190,7 @@ async def change(
     etag: str,
     measure: Callable[[MessageRow], int],
     *,
-    search_enabled: bool = False,
+    owed: bool = False,
 ) -> MessageRow:
     """Write some columns of a message, `parts` and `metadata` given as JSON; its estimated tokens and (by `measure`) size follow.
 
@@ -222,9 +221,9 @@ async def change(
         .returning(*MESSAGE_COLUMNS)
     )
     result = MessageRow._make((await connection.execute(changed)).one())
-    if search_enabled and result.content != row.content:
-        await outbox.enqueue(
-            connection, OutboxKind.SESSION, user_id, session_id, since=row.seq, through=row.seq
+    if owed and result.content != row.content:
+        await outbox.owe(
+            connection, Owed.SESSION, user_id, session_id, since=row.seq, through=row.seq
         )
     return result
 
@@ -235,7 +234,7 @@ async def erase(
     session_id: str,
     message_id: str,
     *,
-    search_enabled: bool = False,
+    owed: bool = False,
 ) -> bool:
     """Erase what a message says and leave its tombstone; False when there is nothing to erase.
 
@@ -260,8 +259,6 @@ async def erase(
         .where(chat_sessions.c.user_id == user_id, chat_sessions.c.id == session_id)
         .values(message_count=chat_sessions.c.message_count - 1)
     )
-    if search_enabled:
-        await outbox.enqueue(
-            connection, OutboxKind.SESSION, user_id, session_id, since=seq, through=seq
-        )
+    if owed:
+        await outbox.owe(connection, Owed.SESSION, user_id, session_id, since=seq, through=seq)
     return True

@@ -1,4 +1,4 @@
-"""Fixtures: a chatbot that uses the server under test, and its clients."""
+"""A chatbot before the server under test."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ OpenBrowser = Callable[[], Awaitable[Browser]]
 
 @pytest.fixture
 async def bot(server: Server) -> AsyncGenerator[str]:
-    """Yield the address of a chatbot without a model."""
+    """Give the address of a chatbot that has no model."""
     async with chatting(server.address) as address:
         yield address
 
 
 @pytest.fixture
 async def browser(bot: str) -> AsyncGenerator[Browser]:
-    """Yield a client of that chatbot, with its own cookies."""
-    async with Browser(bot) as browser:
-        yield browser
+    """Give a browser on it."""
+    async with Browser(bot) as opened:
+        yield opened
 
 
 @pytest.fixture
-async def other_browser(bot: str) -> AsyncGenerator[Browser]:
-    """Yield a client that is another user."""
-    async with Browser(bot) as browser:
-        yield browser
+async def stranger(bot: str) -> AsyncGenerator[Browser]:
+    """Give another one, with cookies of its own."""
+    async with Browser(bot) as opened:
+        yield opened
 
 
 @pytest.fixture
 async def model() -> Model:
-    """Return a model that is not served yet."""
+    """Give a model that is not served yet."""
     return Model()
 
 
 @pytest.fixture
-async def model_browser(server: Server, model: Model) -> AsyncGenerator[Browser]:
-    """Yield a client of a chatbot that uses `model`."""
+async def clever(server: Server, model: Model) -> AsyncGenerator[Browser]:
+    """Give a browser on a chatbot that has a model."""
     async with AsyncExitStack() as stack:
         settings = await stack.enter_async_context(model.serving())
         address = await stack.enter_async_context(chatting(server.address, **settings))

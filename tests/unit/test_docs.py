@@ -7,7 +7,6 @@ from pathlib import Path
 
 from chathistory.v1 import chat_history_service_pb2
 
-from scripts import settings
 from service.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +37,3 @@ def test_the_readme_names_every_rpc() -> None:
     service = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]
     missing = [method.name for method in service.methods if f"`{method.name}`" not in readme]
     assert not missing
-
-
-def test_the_configuration_page_is_that_of_the_settings() -> None:
-    assert settings.TARGET.read_text() == settings.render(), "run make format"

@@ -1,1 +1,0 @@
-"""Caller identity: tokens, published keys, certificates, and which user a caller may act for."""

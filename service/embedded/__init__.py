@@ -1,1 +1,0 @@
-"""The embedded PostgreSQL that serves when no database is configured."""

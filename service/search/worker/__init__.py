@@ -1,1 +1,0 @@
-"""The worker process of search: embedded Qdrant and offline embeddings, outside the event loop."""

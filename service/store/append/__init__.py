@@ -1,1 +1,0 @@
-"""The append path: batches concurrent appends into shared statements (group commit)."""

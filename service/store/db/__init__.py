@@ -1,1 +1,0 @@
-"""Access to PostgreSQL: pools, retries, read batching, error classification, connection strings."""

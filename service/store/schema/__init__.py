@@ -1,1 +1,0 @@
-"""The schema: its version and its migrations."""
