@@ -55,7 +55,7 @@ COMMANDS = {
         command does not stop the rebuild. Exit code 1: the server refused the call or cannot be reached.
         Exit code 2: a certificate file cannot be read.""",
 }
-"""What the help of a command does not say: effects, exit codes, further reading."""
+"""Text on each command that its help lacks: effects, exit codes, further reading."""
 
 
 def _type(parameter: Any) -> str:

@@ -84,7 +84,7 @@ class Usage(NamedTuple):
 
 
 class Documented(NamedTuple):
-    """What errors.md says of a reason."""
+    """A section of errors.md."""
 
     code: str
     metadata: frozenset[str]
