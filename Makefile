@@ -95,6 +95,10 @@ format: install $(PROTO_STAMP) ## put code and protos into the one format, and m
 proto: $(PROTO_STAMP) ## make generated/ from protos/
 	$(PROTO) generate
 
+.PHONY: version
+version: install ## copy the version in service/__init__.py to the client and the stubs
+	$(BIN)/python scripts/version.py
+
 .PHONY: proto-release
 proto-release: $(PROTO_STAMP) ## take the protos of now as the release that later changes must not break
 	$(PROTO) release

@@ -7,9 +7,10 @@ from alembic import context
 from sqlalchemy import Connection
 
 from service.config import Settings
-from service.store import migrations, tables
-from service.store.data_folder import running_url
-from service.store.url import Target, parse
+from service.embedded.data_dir import running_url
+from service.store import tables
+from service.store.db.dsn import Target, parse
+from service.store.schema import migrations
 
 
 def number_revisions(_context: Any, _revision: Any, directives: list[Any]) -> None:

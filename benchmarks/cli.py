@@ -19,7 +19,7 @@ from benchmarks.compare import Result, Subject, compare
 from benchmarks.driver import BenchError, Load
 from benchmarks.scenarios import FULL, QUICK, SCENARIOS, SESSIONS, Bench, Variant, enough, with_jwt
 from benchmarks.stack import WORK, Stack
-from service.store.data_folder import EmbeddedError
+from service.embedded.data_dir import EmbeddedError
 
 _BUSY = 15.0
 """Percent of the machine that others may use before the figures are doubted."""

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from benchmarks import work
 from benchmarks.servers.behind import pipeline
-from service.rpc.auth import Caller
+from service.auth.caller import Caller
 from service.rpc.pipeline import Pipeline
 from service.rpc.servicer import DESCRIPTOR
 

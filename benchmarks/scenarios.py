@@ -19,7 +19,7 @@ from benchmarks.driver import BenchError, Load
 from benchmarks.search import search
 from benchmarks.stack import Server, Stack
 from benchmarks.work import Session
-from service.rpc.tokens import SERVICE_SCOPE
+from service.auth.bearer import SERVICE_SCOPE
 from tests.support import pgbouncer
 from tests.support.pgbouncer import PgBouncer
 

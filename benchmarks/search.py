@@ -46,7 +46,7 @@ _READERS = 4
 _HITS = 10
 _DRAIN_SECONDS = 300
 
-_OWED = """
+_ENQUEUE = """
 SELECT coalesce(sum(s.last_seq - least(o.since, o.taken_since) + 1), 0)::bigint
 FROM search_outbox AS o JOIN chat_sessions AS s ON s.user_id = o.user_id AND s.id = o.entity_id
 """
@@ -281,7 +281,7 @@ async def _health(server: Server, until: asyncio.Task[Any]) -> float:
 
 async def _owed_messages(stack: Stack, database: str) -> int:
     async with stack.connect(database) as connection:
-        return int(await connection.fetchval(_OWED))
+        return int(await connection.fetchval(_ENQUEUE))
 
 
 async def _drained(stack: Stack, database: str) -> float:

@@ -22,8 +22,9 @@ from chathistory.v1 import chat_history_service_pb2_grpc
 from grpc_health.v1 import health_pb2
 
 from benchmarks.driver import BenchError, compiled
-from service.store import migrations, url
-from service.store.embedded import EmbeddedPostgres
+from service.embedded.postgres import EmbeddedPostgres
+from service.store.db import dsn
+from service.store.schema import migrations
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".bench"
@@ -96,7 +97,7 @@ class Stack:
         await connection.execute(f'CREATE DATABASE "{name}"')
         await connection.close()
         address = self.database_url(name)
-        await migrations.upgrade(url.parse(address))
+        await migrations.upgrade(dsn.parse(address))
         return address
 
     @asynccontextmanager

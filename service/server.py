@@ -19,22 +19,23 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from service.auth import setup
+from service.auth.caller import trust
+from service.auth.tls import Certificates
 from service.config import BadConfiguration, Settings, split_address
-from service.rpc import connections, identity
+from service.rpc import connections
 from service.rpc.audit import Audited
-from service.rpc.auth import trust
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
-from service.rpc.tls import Certificates
-from service.store.append import Appender
-from service.store.database import Database
-from service.store.url import Target
+from service.store.append.appender import Appender
+from service.store.db.database import Database
+from service.store.db.dsn import Target
 from service.store.watch import WatchHub
 from service.telemetry import Metrics
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 LINGER = 0.5
 """Seconds for which a server that is in use still refuses new calls, and the last answers are carried away, before it hangs up."""
@@ -87,7 +88,7 @@ class Server:
             BadConfiguration: a key or a certificate cannot be used.
         """
         self.settings = settings
-        self.certificates = identity.certificates(settings)
+        self.certificates = setup.certificates(settings)
         self.database = Database(
             target,
             pool_size=settings.db_pool_size,
@@ -97,17 +98,19 @@ class Server:
             connect_timeout=settings.db_connect_timeout,
             driver_connections=settings.append_lanes + settings.read_connections,
         )
-        self.authenticate = identity.authenticator(settings, self.database)
+        self.authenticate = setup.authenticator(settings, self.database)
         self.readiness = Readiness(self.database)
-        self.database.on_doubt = self.readiness.doubt
+        self.database.on_suspected_outage = self.readiness.request_probe
         self.search = search = self._make_search()
         self.health = Health(
             self.database, self.readiness, (lambda: search.healthy) if search is not None else None
         )
-        owed = self.search is not None and self.search.messages
-        self.appender = Appender(self.database, settings.append_lanes, owed=owed)
+        search_enabled = self.search is not None and self.search.messages
+        self.appender = Appender(
+            self.database, settings.append_lanes, search_enabled=search_enabled
+        )
         self.watchers = WatchHub(self.database)
-        self.appender.on_appended = self._appended if owed else self.watchers.changed
+        self.appender.on_appended = self._appended if search_enabled else self.watchers.changed
         self.calls = Admission(settings.max_in_flight)
         self.streams = Streams(settings.max_watches, max(1, settings.max_calls_per_connection // 2))
         self.metrics = self._start_metrics()
@@ -161,7 +164,7 @@ class Server:
         # What lives as long as the process need not be looked at by every collection.
         gc.collect()
         gc.freeze()
-        self.readiness.doubt()
+        self.readiness.request_probe()
         if search is not None:
             search.start()
 
@@ -177,10 +180,12 @@ class Server:
         # An open stream would eat the whole grace.
         self.watchers.close()
         give_up = loop.time() + self.settings.shutdown_grace
-        await self._see_off(give_up)
+        await self._drain_calls(give_up)
         self.health.close()
-        await asyncio.gather(*(self._hang_up(server, port) for server, port in self._servers))
-        identity.close(self.authenticate)
+        await asyncio.gather(
+            *(self._close_connections(server, port) for server, port in self._servers)
+        )
+        setup.close(self.authenticate)
         steps = [
             _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
             self.appender.drain(LAST_WRITES),
@@ -209,11 +214,11 @@ class Server:
         if missing:
             raise BadConfiguration(
                 [
-                    f"search is on and {missing[0]} is not installed: pip install 'chat-history[search]', or set CHAT_HISTORY_SEARCH=off"
+                    f"search is on and {missing[0]} is not installed: pip install 'chathistory-service[search]', or set CHAT_HISTORY_SEARCH=off"
                 ]
             )
         # Imported here: a service without search does not pay for it.
-        from service.search.engine import Search  # noqa: PLC0415
+        from service.search.service import Search  # noqa: PLC0415
 
         search = Search(self.settings, self.database, self.readiness.wait_ready)
         search.on_change = self.readiness.tell
@@ -224,7 +229,7 @@ class Server:
         if self.search is not None:
             self.search.wake()
 
-    async def _see_off(self, give_up: float) -> None:
+    async def _drain_calls(self, give_up: float) -> None:
         """Let calls under way end, and their answers arrive, while those that come are told to go elsewhere."""
         loop = asyncio.get_running_loop()
         quiet = time.monotonic() - self.calls.last_left > IN_USE
@@ -238,7 +243,7 @@ class Server:
         # Followers have been sent away: one that is left does not read.
         return self.calls.in_flight > 0 or self.streams.in_flight > len(self.watchers)
 
-    async def _hang_up(self, server: aio.Server, port: int) -> None:
+    async def _close_connections(self, server: aio.Server, port: int) -> None:
         """End a server's connections, and with them the calls that have not ended by now; then the server.
 
         gRPC by itself would wait for every call that it knows of: one that came in the instant in which it was told to stop, which it
@@ -246,9 +251,9 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         # One after the other, and nothing else between: those who are sent away would come back. Whoever manages to is sent away, too.
-        loop.call_soon(connections.hang_up, port)
+        loop.call_soon(connections.close_connections, port)
         stopping = loop.create_task(server.stop(None))
-        loop.call_soon(connections.hang_up, port)
+        loop.call_soon(connections.close_connections, port)
         await _at_most(SETTLE, "connections", stopping)
 
     def _start_metrics(self) -> Metrics | None:

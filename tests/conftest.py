@@ -28,8 +28,8 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from service import server as server_module
+from service.embedded.data_dir import Postmaster, end_server
 from service.server import Server
-from service.store.data_folder import Postmaster, end_server
 from tests.support import sentinel as checks
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster, all_new_statements, sweep

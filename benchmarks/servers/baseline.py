@@ -20,10 +20,11 @@ from sqlalchemy.orm import DeclarativeBase
 
 from benchmarks.servers.serving import announce, database_url, run
 from benchmarks.work import estimated_tokens, reply_size
-from service.store import tables, url
+from service.store import tables
+from service.store.db import dsn
 
 app = FastAPI()
-_target = url.parse(database_url())
+_target = dsn.parse(database_url())
 _engine = create_async_engine(
     _target.url, connect_args=_target.connect_args, pool_size=16, max_overflow=0
 )

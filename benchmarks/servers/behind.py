@@ -9,7 +9,7 @@ from grpc import aio
 
 from benchmarks.servers.echo import Echo
 from benchmarks.servers.serving import announce, run, until_told
-from service.rpc.auth import trust
+from service.auth.caller import trust
 from service.rpc.health import SERVICE
 from service.rpc.pipeline import Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR

@@ -15,9 +15,9 @@ from chathistory.v1 import chat_history_service_pb2_grpc, message_pb2
 
 from benchmarks.servers.serving import database_url, run, serve
 from benchmarks.work import estimated_tokens, reply_size
-from service.store.append import LOCK_TIMEOUT
-from service.store.append_item import Append, NewMessage
-from service.store.append_sql import APPEND, append_arguments
+from service.store.append.appender import LOCK_TIMEOUT
+from service.store.append.request import Append, NewMessage
+from service.store.append.sql import APPEND, append_arguments
 
 
 class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):

@@ -31,6 +31,7 @@ from chathistory.v1.message_pb2 import (
 from chathistory.v1.session_pb2 import Session, SessionState
 from chathistory.v1.user_pb2 import User
 
+from chathistory_client._version import __version__
 from chathistory_client.client import ChatHistoryClient
 from chathistory_client.connection import Tls
 from chathistory_client.errors import (
@@ -91,6 +92,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "User",
+    "__version__",
     "message",
     "new_id",
     "trace_context",

@@ -16,7 +16,7 @@ from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc import aio
 
 from chathistory_client import errors, tracing
-from chathistory_client.tokens import Tokens, TokenSource
+from chathistory_client.tokens import TokenCache, TokenSource
 
 if TYPE_CHECKING:
     from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceAsyncStub
@@ -26,15 +26,15 @@ else:  # The class is there for type checkers alone.
     Stub = ChatHistoryServiceStub
 
 DEFAULT_TARGET = "127.0.0.1:50051"
-DEFAULT_TIMEOUT = 10.0
+DEFAULT_TIMEOUT_S = 10.0
 """Seconds that a call may take, its retries and the wait for a connection included."""
-LONG_TIMEOUT = 60.0
+DELETE_TIMEOUT_S = 60.0
 """The same for what erases much."""
-EXPORT_TIMEOUT = 600.0
+EXPORT_TIMEOUT_S = 600.0
 """The same for everything of one user."""
-STREAMS = 100
+MAX_STREAMS_PER_CHANNEL = 100
 """Open streams on one connection, beyond which the next get another: the service bounds the calls on one, as proxies do."""
-AWAY_PAUSE = 0.2
+DRAIN_RETRY_S = 0.2
 """Seconds between two tries, at the most, while a replica shuts down; gRPC's own retries may all have met that one."""
 
 Request = TypeVar("Request")
@@ -93,12 +93,12 @@ class Tls:
 
 
 @dataclass
-class _Lane:
+class _PooledChannel:
     """A channel, and how many streams are open on it."""
 
     channel: aio.Channel
     stub: Stub
-    streams: int = 0
+    stream_count: int = 0
 
 
 class Connection:
@@ -111,7 +111,7 @@ class Connection:
         tls: Tls | bool = False,
         token: TokenSource | None = None,
         allow_insecure_token: bool = False,
-        timeout: float = DEFAULT_TIMEOUT,
+        timeout: float = DEFAULT_TIMEOUT_S,
         wait_for_ready: bool = True,
         options: Sequence[tuple[str, int | str]] = (),
     ) -> None:
@@ -129,56 +129,63 @@ class Connection:
             raise ValueError(
                 f"a token would travel to {target} in plaintext: use tls, or say allow_insecure_token=True"
             )
-        self._tokens = Tokens(token) if token is not None else None
+        self._tokens = TokenCache(token) if token is not None else None
         self._timeout = timeout
         self._wait_for_ready = wait_for_ready
         self._options = list((dict(_OPTIONS) | dict(options)).items())
-        self._lanes: list[_Lane] = []
+        self._channels: list[_PooledChannel] = []
         self._closed = False
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled. A closed client stays closed."""
         self._closed = True
-        for lane in self._lanes:
-            await lane.channel.close(None)
+        for pooled in self._channels:
+            await pooled.channel.close(None)
 
     @property
     def _channel(self) -> aio.Channel:
-        return self._first().channel
+        return self._first_channel().channel
 
     @property
     def _stub(self) -> Stub:
-        return self._first().stub
+        return self._first_channel().stub
 
-    def _first(self) -> _Lane:
-        return self._lanes[0] if self._lanes and not self._closed else self._another_lane()
+    def _first_channel(self) -> _PooledChannel:
+        return self._channels[0] if self._channels and not self._closed else self._open_channel()
 
-    def _another_lane(self) -> _Lane:
+    def _open_channel(self) -> _PooledChannel:
         if self._closed:
             raise RuntimeError("the client is closed")
-        channel = self._make_channel()
-        lane = _Lane(channel, ChatHistoryServiceStub(channel))
-        self._lanes.append(lane)
-        return lane
+        channel = self._create_channel()
+        pooled = _PooledChannel(channel, ChatHistoryServiceStub(channel))
+        self._channels.append(pooled)
+        return pooled
 
     @contextmanager
-    def _room(self) -> Generator[Stub]:
+    def _stream_slot(self) -> Generator[Stub]:
         """Give the stub of a connection that has room for one more stream."""
-        lane = self._first()
-        if lane.streams >= STREAMS:
-            lane = (
-                next((each for each in self._lanes if each.streams < STREAMS), None)
-                or self._another_lane()
+        pooled = self._first_channel()
+        if pooled.stream_count >= MAX_STREAMS_PER_CHANNEL:
+            pooled = (
+                next(
+                    (
+                        each
+                        for each in self._channels
+                        if each.stream_count < MAX_STREAMS_PER_CHANNEL
+                    ),
+                    None,
+                )
+                or self._open_channel()
             )
-        lane.streams += 1
+        pooled.stream_count += 1
         try:
-            yield lane.stub
+            yield pooled.stub
         finally:
-            lane.streams -= 1
+            pooled.stream_count -= 1
 
-    def _make_channel(self) -> aio.Channel:
+    def _create_channel(self) -> aio.Channel:
         options = list(self._options)
-        if self._lanes:
+        if self._channels:
             # Channels to one target would share their connections.
             options.append(("grpc.use_local_subchannel_pool", 1))
         if self._tls is None:
@@ -202,9 +209,9 @@ class Connection:
             timeout if timeout is not None else default if default is not None else self._timeout
         )
         deadline = time.monotonic() + given
-        token = await self._token(given)
-        renewed = False
-        away: errors.ChatHistoryError | None = None
+        token = await self._get_token(given)
+        token_refreshed = False
+        drain_error: errors.ChatHistoryError | None = None
         while True:
             try:
                 return await method(
@@ -214,27 +221,30 @@ class Connection:
                     wait_for_ready=self._wait_for_ready,
                 )
             except aio.AioRpcError as error:
-                failure = errors.from_rpc(error)
-                if _sent_away(failure) and deadline - time.monotonic() > AWAY_PAUSE:
-                    away = failure if failure.reason else away
-                    await asyncio.sleep(random.uniform(AWAY_PAUSE / 2, AWAY_PAUSE))  # noqa: S311 - no secret
+                failure = errors.from_rpc_error(error)
+                if (
+                    _rejected_while_draining(failure)
+                    and deadline - time.monotonic() > DRAIN_RETRY_S
+                ):
+                    drain_error = failure if failure.reason else drain_error
+                    await asyncio.sleep(random.uniform(DRAIN_RETRY_S / 2, DRAIN_RETRY_S))  # noqa: S311 - no secret
                     continue
                 if (
-                    away is not None
+                    drain_error is not None
                     and failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
                     and not failure.reason
                 ):
-                    raise away from error  # It says more.
-                other = (
+                    raise drain_error from error  # It says more.
+                new_token = (
                     None
-                    if renewed
-                    else await self._another(failure, token, deadline - time.monotonic())
+                    if token_refreshed
+                    else await self._refresh_token(failure, token, deadline - time.monotonic())
                 )
-                if other is None:
+                if new_token is None:
                     raise failure from error
-                token, renewed = other, True
+                token, token_refreshed = new_token, True
             except asyncio.CancelledError:
-                self._explain_cancellation()
+                self._raise_if_closed()
                 raise
 
     async def _stream(
@@ -245,7 +255,7 @@ class Connection:
         timeout: float | None = None,
     ) -> AsyncGenerator[Response]:
         """Open one stream and read it to its end; leaving it early ends the call."""
-        with self._room() as stub:
+        with self._stream_slot() as stub:
             call = method(stub)(
                 request,
                 timeout=timeout,
@@ -256,14 +266,14 @@ class Connection:
                 async for reply in call:
                     yield reply
             except aio.AioRpcError as error:
-                raise errors.from_rpc(error) from error
+                raise errors.from_rpc_error(error) from error
             except asyncio.CancelledError:
-                self._explain_cancellation()
+                self._raise_if_closed()
                 raise
             finally:
                 call.cancel()
 
-    async def _token(self, seconds: float) -> str:
+    async def _get_token(self, seconds: float) -> str:
         """Return the token to send, empty when none is used."""
         if self._tokens is None:
             return ""
@@ -278,8 +288,8 @@ class Connection:
                 "no token came in time", code=grpc.StatusCode.DEADLINE_EXCEEDED
             ) from None
 
-    async def _another(
-        self, failure: errors.ChatHistoryError, refused: str, seconds: float
+    async def _refresh_token(
+        self, failure: errors.ChatHistoryError, rejected: str, seconds: float
     ) -> str | None:
         """Return another token when a call was refused for its token, and there is another one in time."""
         if self._tokens is None or not isinstance(failure, errors.Unauthenticated):
@@ -287,13 +297,13 @@ class Connection:
         scope = asyncio.timeout(max(0.0, seconds))
         try:
             async with scope:
-                return await self._tokens.get() if await self._tokens.renew(refused) else None
+                return await self._tokens.get() if await self._tokens.refresh(rejected) else None
         except TimeoutError:
             if not scope.expired():
                 raise
             return None
 
-    def _explain_cancellation(self) -> None:
+    def _raise_if_closed(self) -> None:
         """Tell a call that `close` has cut short from a task that was cancelled.
 
         Raises:
@@ -306,7 +316,7 @@ class Connection:
             ) from None
 
 
-def _sent_away(failure: errors.ChatHistoryError) -> bool:
+def _rejected_while_draining(failure: errors.ChatHistoryError) -> bool:
     """Whether a replica that shuts down has not taken a call: another one will, or the next.
 
     gRPC itself cancels what reaches a server that stops, or that has too much to take up, and gives no reason.

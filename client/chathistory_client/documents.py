@@ -16,8 +16,8 @@ from chathistory.v1.document_pb2 import (
     DocumentStatus,
 )
 
-from chathistory_client.connection import LONG_TIMEOUT, Connection
-from chathistory_client.fields import UNSET, Metadata, Unset, put, struct
+from chathistory_client.connection import DELETE_TIMEOUT_S, Connection
+from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
 
@@ -64,22 +64,22 @@ class Documents(Connection):
             size_bytes=size_bytes,
             metadata=struct(metadata),
         )
-        portions = _portions(chunks)
-        first = next(portions, [])
+        batches = _batches(chunks)
+        first = next(batches, [])
         request = document_pb2.CreateDocumentRequest(
             user_id=user_id, document=document, chunks=first
         )
         stored = (await self._call(self._stub.CreateDocument, request, timeout)).document
         done = len(first)
-        for portion in portions:
+        for batch in batches:
             stored = await self.append_document_chunks(
                 user_id=user_id,
                 document_id=stored.id,
                 first_index=done,
-                chunks=portion,
+                chunks=batch,
                 timeout=timeout,
             )
-            done += len(portion)
+            done += len(batch)
         return stored
 
     async def append_document_chunks(
@@ -159,7 +159,7 @@ class Documents(Connection):
             Conflict: `etag` is given and is not that of the stored document (ETAG_MISMATCH).
         """
         document = Document(id=document_id, etag=etag)
-        mask = put(
+        mask = set_fields(
             document, title=title, source_uri=source_uri, mime_type=mime_type, metadata=metadata
         )
         request = document_pb2.UpdateDocumentRequest(
@@ -179,7 +179,7 @@ class Documents(Connection):
         request = document_pb2.DeleteDocumentRequest(
             user_id=user_id, document_id=document_id, allow_missing=allow_missing
         )
-        await self._call(self._stub.DeleteDocument, request, timeout, LONG_TIMEOUT)
+        await self._call(self._stub.DeleteDocument, request, timeout, DELETE_TIMEOUT_S)
 
     def list_document_chunks(
         self,
@@ -232,16 +232,16 @@ def _chunk(given: str | DocumentChunk) -> DocumentChunk:
     return DocumentChunk(text=given) if isinstance(given, str) else given
 
 
-def _portions(chunks: Iterable[str | DocumentChunk]) -> Iterator[list[DocumentChunk]]:
+def _batches(chunks: Iterable[str | DocumentChunk]) -> Iterator[list[DocumentChunk]]:
     """Cut chunks into what one request takes."""
-    portion: list[DocumentChunk] = []
+    batch: list[DocumentChunk] = []
     size = 0
     for chunk in map(_chunk, chunks):
         added = chunk.ByteSize() + 8
-        if portion and (len(portion) == MAX_CHUNKS or size + added > MAX_CHUNK_BYTES):
-            yield portion
-            portion, size = [], 0
-        portion.append(chunk)
+        if batch and (len(batch) == MAX_CHUNKS or size + added > MAX_CHUNK_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(chunk)
         size += added
-    if portion:
-        yield portion
+    if batch:
+        yield batch

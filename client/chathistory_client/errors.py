@@ -119,7 +119,7 @@ _CLASSES: dict[grpc.StatusCode, type[ChatHistoryError]] = {
 }
 
 
-def from_rpc(error: aio.AioRpcError) -> ChatHistoryError:
+def from_rpc_error(error: aio.AioRpcError) -> ChatHistoryError:
     """Read gRPC's error with the details that travel in its trailing metadata."""
     code = error.code()
     info, refusal, retry = ErrorInfo(), BadRequest(), RetryInfo()

@@ -36,7 +36,7 @@ def struct(values: Metadata | None) -> Struct | None:
     return made
 
 
-def put(message: ProtoMessage, **values: Any) -> FieldMask:
+def set_fields(message: ProtoMessage, **values: Any) -> FieldMask:
     """Put values into a message, those that are not UNSET, and return the mask that names them."""
     mask = FieldMask()
     for name, value in values.items():

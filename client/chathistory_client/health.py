@@ -17,9 +17,9 @@ from chathistory_client.errors import Unavailable
 if TYPE_CHECKING:
     _Check = aio.UnaryUnaryMultiCallable[StringValue, Int32Value]
 
-HEALTH_TIMEOUT = 2.0
+HEALTH_TIMEOUT_S = 2.0
 _SERVING = 1
-_POLL_SECONDS = 0.2
+_POLL_INTERVAL_S = 0.2
 
 
 class HealthStatus(StrEnum):
@@ -37,7 +37,7 @@ class Health(Connection):
     """Asks how the service is. No token is needed."""
 
     async def check_health(
-        self, name: str = "", *, timeout: float = HEALTH_TIMEOUT
+        self, name: str = "", *, timeout: float = HEALTH_TIMEOUT_S
     ) -> HealthStatus:
         """Ask for `""` (ready), `"liveness"`, `"search"` or `"database"`; does not raise.
 
@@ -69,11 +69,11 @@ class Health(Connection):
         Raises:
             Unavailable: it does not in time.
         """
-        give_up = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout
         while (status := await self.check_health()) is not HealthStatus.SERVING:
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise Unavailable(
                     f"the service is not ready after {timeout:g} s ({status})",
                     code=grpc.StatusCode.UNAVAILABLE,
                 )
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(_POLL_INTERVAL_S)

@@ -18,9 +18,9 @@ from chathistory.v1.message_pb2 import (
 )
 from chathistory.v1.session_pb2 import Session
 
-from chathistory_client import watching
+from chathistory_client import resumption
 from chathistory_client.connection import Connection
-from chathistory_client.fields import UNSET, Metadata, Unset, put, struct
+from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
 
@@ -176,7 +176,7 @@ class Messages(Connection):
             Conflict: `etag` is given and is not that of the stored message (ETAG_MISMATCH).
         """
         changed = Message(id=message_id, etag=etag)
-        mask = put(
+        mask = set_fields(
             changed,
             content=content,
             parts=parts,
@@ -271,9 +271,9 @@ class Messages(Connection):
         request = message_pb2.WatchMessagesRequest(
             user_id=user_id, session_id=session_id, after_seq=after_seq
         )
-        retry = watching.Retry()
+        retry = resumption.ResumeBackoff()
         while True:
-            token = await self._token(self._timeout)
+            token = await self._get_token(self._timeout)
             try:
                 async with aclosing(
                     self._stream(lambda stub: stub.WatchMessages, request, token)
@@ -283,12 +283,12 @@ class Messages(Connection):
                         if reply.message.seq > request.after_seq:
                             request.after_seq = reply.message.seq
                             yield reply.message
-            except watching.RESUMABLE as failure:
+            except resumption.RESUMABLE as failure:
                 if self._closed or not (
-                    watching.may_resume(failure)
+                    resumption.can_resume(failure)
                     or (
                         retry.first
-                        and await self._another(failure, token, self._timeout) is not None
+                        and await self._refresh_token(failure, token, self._timeout) is not None
                     )
                 ):
                     raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 from chathistory.v1 import session_pb2
 from chathistory.v1.session_pb2 import Session, SessionState
 
-from chathistory_client.connection import LONG_TIMEOUT, Connection
-from chathistory_client.fields import UNSET, Metadata, Unset, put, struct
+from chathistory_client.connection import DELETE_TIMEOUT_S, Connection
+from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
 
@@ -98,7 +98,7 @@ class Sessions(Connection):
             Conflict: `etag` is given and is not that of the stored session (ETAG_MISMATCH).
         """
         session = Session(id=session_id, etag=etag)
-        mask = put(
+        mask = set_fields(
             session,
             title=title,
             summary=summary,
@@ -123,7 +123,7 @@ class Sessions(Connection):
         request = session_pb2.DeleteSessionRequest(
             user_id=user_id, session_id=session_id, allow_missing=allow_missing
         )
-        await self._call(self._stub.DeleteSession, request, timeout, LONG_TIMEOUT)
+        await self._call(self._stub.DeleteSession, request, timeout, DELETE_TIMEOUT_S)
 
     async def fork_session(
         self,

@@ -13,45 +13,45 @@ from collections.abc import Awaitable, Callable
 TokenSource = str | Callable[[], str | Awaitable[str]]
 """A token, or a function (async or not) that returns a fresh one."""
 
-RENEW_BEFORE = 30.0
+REFRESH_MARGIN_S = 30.0
 """Seconds before its end at which a JWT is renewed; a short-lived one at four fifths of its life."""
 
 
-class Tokens:
+class TokenCache:
     """The token of the moment."""
 
     def __init__(self, source: TokenSource) -> None:
         self._source = source
         self._token = ""
-        self._renew_at = 0.0
+        self._refresh_at = 0.0
         # Made at first use, in the loop that uses it: those who need a token at once ask for it once.
-        self._asking: asyncio.Lock | None = None
+        self._lock: asyncio.Lock | None = None
 
     async def get(self) -> str:
         """Return a token that is still good, as far as can be seen."""
-        if not self._token or time.time() >= self._renew_at:
-            await self._ask(self._token)
+        if not self._token or time.time() >= self._refresh_at:
+            await self._fetch(self._token)
         return self._token
 
-    async def renew(self, refused: str) -> bool:
+    async def refresh(self, rejected: str) -> bool:
         """Get another token than one that was refused; False when there is no other."""
-        await self._ask(refused)
-        return self._token != refused
+        await self._fetch(rejected)
+        return self._token != rejected
 
-    async def _ask(self, old: str) -> None:
+    async def _fetch(self, replaced: str) -> None:
         if isinstance(self._source, str):
-            self._token, self._renew_at = self._source, float("inf")
+            self._token, self._refresh_at = self._source, float("inf")
             return
-        if self._asking is None:
-            self._asking = asyncio.Lock()
-        async with self._asking:
-            if self._token != old:
+        if self._lock is None:
+            self._lock = asyncio.Lock()
+        async with self._lock:
+            if self._token != replaced:
                 return  # Somebody else has asked meanwhile.
-            answer = self._source()
-            self._token = await answer if inspect.isawaitable(answer) else answer
+            result = self._source()
+            self._token = await result if inspect.isawaitable(result) else result
             now = time.time()
-            left = _expiry(self._token) - now
-            self._renew_at = now + max(left - RENEW_BEFORE, left * 0.8)
+            remaining_s = _expiry(self._token) - now
+            self._refresh_at = now + max(remaining_s - REFRESH_MARGIN_S, remaining_s * 0.8)
 
 
 def _expiry(token: str) -> float:

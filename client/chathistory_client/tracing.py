@@ -15,7 +15,7 @@ _TRACEPARENT = re.compile(
 )
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,512}")
 
-_given: ContextVar[Headers] = ContextVar("chathistory_trace_context", default=())
+_context: ContextVar[Headers] = ContextVar("chathistory_trace_context", default=())
 
 
 @contextmanager
@@ -30,16 +30,16 @@ def trace_context(traceparent: str | None, tracestate: str | None = None) -> Ite
         headers.append(("traceparent", traceparent))
         if tracestate is not None and _PRINTABLE.fullmatch(tracestate):
             headers.append(("tracestate", tracestate))
-    token = _given.set(tuple(headers))
+    token = _context.set(tuple(headers))
     try:
         yield
     finally:
-        _given.reset(token)
+        _context.reset(token)
 
 
 def headers() -> Headers:
     """Return what to send with a call that starts now."""
-    if given := _given.get():
+    if given := _context.get():
         return given
     # Looked up and never imported: it costs nothing where it is not used.
     propagate = sys.modules.get("opentelemetry.propagate")

@@ -8,8 +8,8 @@ from contextlib import aclosing
 from chathistory.v1 import export_pb2, user_pb2
 from chathistory.v1.user_pb2 import User
 
-from chathistory_client.connection import EXPORT_TIMEOUT, LONG_TIMEOUT, Connection
-from chathistory_client.fields import UNSET, Metadata, Unset, put, struct
+from chathistory_client.connection import DELETE_TIMEOUT_S, EXPORT_TIMEOUT_S, Connection
+from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
 
@@ -100,7 +100,7 @@ class Users(Connection):
             Conflict: `etag` is given and is not that of the stored user (ETAG_MISMATCH).
         """
         user = User(id=user_id, etag=etag)
-        mask = put(user, external_id=external_id, email=email, name=name, metadata=metadata)
+        mask = set_fields(user, external_id=external_id, email=email, name=name, metadata=metadata)
         request = user_pb2.UpdateUserRequest(user_id=user_id, user=user, update_mask=mask)
         return (await self._call(self._stub.UpdateUser, request, timeout)).user
 
@@ -115,10 +115,10 @@ class Users(Connection):
         1
         """
         request = user_pb2.DeleteUserRequest(user_id=user_id, allow_missing=allow_missing)
-        return await self._call(self._stub.DeleteUser, request, timeout, LONG_TIMEOUT)
+        return await self._call(self._stub.DeleteUser, request, timeout, DELETE_TIMEOUT_S)
 
     async def export_user_data(
-        self, *, user_id: str = "", timeout: float = EXPORT_TIMEOUT
+        self, *, user_id: str = "", timeout: float = EXPORT_TIMEOUT_S
     ) -> AsyncGenerator[export_pb2.ExportUserDataResponse]:
         """Read everything of one user, item by item: the user, each session with its messages, each document with its chunks.
 
@@ -127,7 +127,7 @@ class Users(Connection):
         ['user', 'session', 'message']
         """
         request = export_pb2.ExportUserDataRequest(user_id=user_id)
-        token = await self._token(self._timeout)
+        token = await self._get_token(self._timeout)
         async with aclosing(
             self._stream(lambda stub: stub.ExportUserData, request, token, timeout)
         ) as items:

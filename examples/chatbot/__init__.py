@@ -1,1 +1,1 @@
-"""A chatbot backend that keeps its conversations in the ChatHistory service: FastAPI, with a web page."""
+"""A FastAPI chatbot with a web page that stores its conversations in the ChatHistory service."""

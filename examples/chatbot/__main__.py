@@ -1,4 +1,4 @@
-"""Serves the chatbot: `python -m examples.chatbot`."""
+"""`python -m examples.chatbot`: serve the chatbot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The application: what it is made of, and what lives as long as it does."""
+"""The FastAPI application: its parts, and the objects that live as long as it does."""
 
 from __future__ import annotations
 
@@ -10,42 +10,36 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from chathistory_client import ChatHistoryClient
-
-from . import problems, routes
-from .history import History
-from .identity import Identity
+from . import error_handlers, routes
+from .history import History, create_client
+from .identity import IdentityMiddleware
 from .model import Model
 from .settings import Settings
-from .turns import Turns
+from .turns import TurnRunner
 
-STATIC = Path(__file__).parent / "static"
+STATIC_DIR = Path(__file__).parent / "static"
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
-    "form-action 'self'",
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; base-uri 'none'; frame-ancestors 'none'; "
+        "form-action 'self'"
+    ),
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """Make the application; uvicorn takes this as a factory."""
+    """Create the application. uvicorn accepts this function as a factory."""
     settings = settings or Settings()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        token = settings.history_token.get_secret_value() if settings.history_token else None
         model = Model(settings)
-        async with ChatHistoryClient(
-            settings.history_target,
-            tls=settings.history_tls,
-            token=token,
-            timeout=settings.history_timeout,
-        ) as client:
+        async with create_client(settings, timeout=settings.history_timeout) as client:
             app.state.history = History(client)
             app.state.model = model
-            app.state.turns = Turns(
+            app.state.turns = TurnRunner(
                 app.state.history,
                 model,
                 context_tokens=settings.context_tokens,
@@ -58,18 +52,21 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title="Example chatbot",
         version="0.1.0",
-        summary="A chatbot whose conversations are kept by the ChatHistory service.",
+        summary="A chatbot that stores its conversations in the ChatHistory service.",
         lifespan=lifespan,
     )
-    app.add_middleware(Identity, secret=settings.cookie_secret())
-    problems.install(app)
+    app.add_middleware(IdentityMiddleware, secret=settings.cookie_secret())
+    error_handlers.install(app)
     app.include_router(routes.router)
-    app.include_router(routes.health)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.include_router(routes.health_router)
+    _serve_page(app)
+    return app
+
+
+def _serve_page(app: FastAPI) -> None:
+    app.mount("/static", StaticFiles(directory=STATIC_DIR), name="static")
 
     @app.get("/", include_in_schema=False)
     @app.get("/s/{session_uuid}", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html", headers=_PAGE_HEADERS)
-
-    return app
+        return FileResponse(STATIC_DIR / "index.html", headers=_PAGE_HEADERS)

@@ -1,69 +1,72 @@
-"""What the chatbot asks of the ChatHistory service, and what it makes of the service being away."""
+"""The chatbot's calls to the ChatHistory service that need more than one line."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Any, Literal, cast
-from uuid import UUID
-
-from google.protobuf.json_format import MessageToDict
+from dataclasses import dataclass
+from typing import Any
 
 from chathistory_client import (
     ChatHistoryClient,
     ChatHistoryError,
-    Citation,
     DeadlineExceeded,
-    DocumentHit,
     Internal,
     Message,
     NotFound,
     Overloaded,
-    Part,
     PermissionDenied,
-    Role,
+    Session,
     Unauthenticated,
     Unavailable,
 )
-from chathistory_client import Session as StoredSession
 
-from . import schemas
+from . import convert, schemas
+from .settings import Settings
 
-AWAY = (Unavailable, DeadlineExceeded, Overloaded, Internal, Unauthenticated, PermissionDenied)
-"""Errors that say nothing about the request: the chat goes on, and says that it is not saved."""
+OUTAGE_ERRORS = (
+    Unavailable,
+    DeadlineExceeded,
+    Overloaded,
+    Internal,
+    Unauthenticated,
+    PermissionDenied,
+)
+"""Errors that the request did not cause. The chat continues and reports that it is not saved."""
 MAX_PASSAGES = 4
 MIN_SCORE = 0.2
-"""Passages farther off than this say nothing about the question."""
-QUOTE = 1000
-"""Characters of a passage that are kept with an answer."""
-TITLE = 60
+"""Hits with a lower score are unrelated to the question."""
+MAX_QUERY_CHARS = 2000
 
-_ROLES: dict[int, Literal["user", "assistant", "system", "tool"]] = {
-    Role.ROLE_USER: "user",
-    Role.ROLE_ASSISTANT: "assistant",
-    Role.ROLE_SYSTEM: "system",
-    Role.ROLE_TOOL: "tool",
-}
 _log = logging.getLogger(__name__)
 
 
-class Appended:
-    """Where a message stands."""
+def create_client(settings: Settings, **options: Any) -> ChatHistoryClient:
+    """Return a client of the service. Use it as a context manager, one for the whole process."""
+    token = settings.history_token.get_secret_value() if settings.history_token else None
+    return ChatHistoryClient(
+        settings.history_target, tls=settings.history_tls, token=token, **options
+    )
 
-    def __init__(self, session_id: str, seq: int, *, replayed: bool, started: bool) -> None:
-        self.session_id = session_id
-        self.seq = seq
-        self.replayed = replayed
-        self.started = started
-        """Whether this has started the session."""
+
+@dataclass(frozen=True)
+class AppendResult:
+    """Where an append was stored."""
+
+    session_id: str
+    first_seq: int
+    """Sequence number of the first of the messages."""
+    replayed: bool
+    """Whether the messages were stored already, by an earlier request with the same ids."""
+    session_created: bool
 
 
 class History:
-    """One user's things at a time; each method is one call or two."""
+    """Calls on behalf of one user at a time."""
 
     def __init__(self, client: ChatHistoryClient) -> None:
         self.client = client
+        """For the calls that need no method here."""
 
     async def append(
         self,
@@ -72,39 +75,38 @@ class History:
         messages: Sequence[Message],
         *,
         title: str,
-        timeout: float | None = None,
-    ) -> Appended:
-        """Append messages, the first of which may start the session; a user who is not known yet is made.
+        timeout_s: float | None = None,
+    ) -> AppendResult:
+        """Append messages to a session.
+
+        An empty `session_id` starts a session with this title. An unknown user is created first.
 
         Raises:
-            NotFound: there is no such session.
-            AlreadyExists: a message's id stands for something else.
+            NotFound: the session does not exist, or belongs to another user.
+            AlreadyExists: a message's id is in use for a message with other content.
         """
-        for last in (False, True):
-            try:
-                reply = await self.client.append_messages(
-                    user_id=user_id,
-                    session_id=session_id,
-                    messages=messages,
-                    session=None if session_id else StoredSession(title=title),
-                    timeout=timeout,
-                )
-            except NotFound as error:
-                if last or error.reason != "USER_NOT_FOUND":
-                    raise
-                await self.client.create_user(user_id=user_id, timeout=timeout)
-            else:
-                first = reply.messages[0]
-                return Appended(
-                    reply.session_id,
-                    first.seq,
-                    replayed=first.replayed,
-                    started=reply.session_created,
-                )
-        raise AssertionError("unreachable")
 
-    async def answer(self, user_id: str, session_id: str, answer_id: str) -> Message | None:
-        """Return an answer that is stored, None when it is not."""
+        async def attempt() -> AppendResult:
+            reply = await self.client.append_messages(
+                user_id=user_id,
+                session_id=session_id,
+                messages=messages,
+                session=None if session_id else Session(title=title),
+                timeout=timeout_s,
+            )
+            first = reply.messages[0]
+            return AppendResult(reply.session_id, first.seq, first.replayed, reply.session_created)
+
+        try:
+            return await attempt()
+        except NotFound as error:
+            if error.reason != "USER_NOT_FOUND":
+                raise
+        await self.client.create_user(user_id=user_id, timeout=timeout_s)
+        return await attempt()
+
+    async def find_answer(self, user_id: str, session_id: str, answer_id: str) -> Message | None:
+        """Return a stored answer, or None if it is not stored."""
         try:
             return await self.client.get_message(
                 user_id=user_id, session_id=session_id, message_id=answer_id
@@ -112,113 +114,16 @@ class History:
         except NotFound:
             return None
 
-    async def passages(self, user_id: str, question: str) -> list[schemas.Source] | None:
-        """Find what the documents say; None when they cannot be searched now."""
+    async def find_passages(self, user_id: str, question: str) -> list[schemas.Source] | None:
+        """Return the passages of documents that match a question, None while search is unavailable.
+
+        Passages are optional for an answer, so no error of the search fails the turn.
+        """
         try:
             hits = await self.client.search_documents(
-                user_id=user_id, query=question[:2000], limit=MAX_PASSAGES
+                user_id=user_id, query=question[:MAX_QUERY_CHARS], limit=MAX_PASSAGES
             )
         except ChatHistoryError as error:
-            _log.info("no passages: %s", error)
+            _log.info("document search failed: %s", error)
             return None
-        return [_source(hit) for hit in hits if hit.score >= MIN_SCORE]
-
-
-def _source(hit: DocumentHit) -> schemas.Source:
-    title, text = hit.document.title or "Untitled", hit.text
-    if text.startswith("#"):  # A section: its heading says what the passage is about.
-        heading, _, text = text.partition("\n")
-        title = f"{title}: {heading.lstrip('# ')}"
-    return schemas.Source(
-        document_uuid=UUID(hit.document.id),
-        title=title,
-        uri=hit.document.source_uri,
-        chunk_index=hit.chunk_index,
-        text=text.strip()[:QUOTE],
-    )
-
-
-def cited(sources: Sequence[schemas.Source]) -> list[Part]:
-    """Return sources as an answer keeps them."""
-    return [
-        Part(
-            citation=Citation(
-                document_id=str(source.document_uuid),
-                chunk_index=source.chunk_index,
-                quote=source.text[:QUOTE],
-            )
-        )
-        for source in sources
-    ]
-
-
-def titles(sources: Sequence[schemas.Source]) -> list[dict[str, str]]:
-    """Return the passages' titles, which a citation has no room for, as an answer's metadata keeps them."""
-    return [{"title": source.title, "uri": source.uri[:500]} for source in sources]
-
-
-def sources_of(message: Message) -> list[schemas.Source]:
-    """Read the sources of a stored answer."""
-    citations = [part.citation for part in message.parts if part.WhichOneof("kind") == "citation"]
-    named = _plain(message).get("sources", [])
-    named += [{}] * (len(citations) - len(named))
-    return [
-        schemas.Source(
-            document_uuid=UUID(citation.document_id),
-            title=name.get("title", "Untitled"),
-            uri=name.get("uri", ""),
-            chunk_index=citation.chunk_index,
-            text=citation.quote,
-        )
-        for citation, name in zip(citations, named, strict=False)
-    ]
-
-
-def stopped(message: Message) -> bool:
-    """Whether a stored answer broke off."""
-    return bool(_plain(message).get("stopped", False))
-
-
-def message_out(message: Message) -> schemas.Message:
-    """Return a stored message as the page gets it."""
-    return schemas.Message(
-        id=UUID(message.id),
-        seq=message.seq,
-        role=role(message),
-        content=message.content,
-        created_at=_time(message),
-        sources=sources_of(message),
-        stopped=stopped(message),
-    )
-
-
-def session_out(session: StoredSession) -> schemas.Session:
-    """Return a stored session as the page gets it."""
-    return schemas.Session(
-        session_uuid=UUID(session.id),
-        title=session.title or "Untitled",
-        message_count=session.message_count,
-        created_at=_time(session),
-        updated_at=_time(session, "update_time"),
-    )
-
-
-def role(message: Message) -> Literal["user", "assistant", "system", "tool"]:
-    """Return who speaks."""
-    return _ROLES[message.role]
-
-
-def title_of(question: str) -> str:
-    """Return a title for a conversation that begins with this question."""
-    line = " ".join(question.split())
-    if len(line) <= TITLE:
-        return line
-    return (line[:TITLE].rsplit(" ", 1)[0] or line[:TITLE]).rstrip(" ,;:.-") + "…"
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    return MessageToDict(message.metadata) if message.HasField("metadata") else {}
-
-
-def _time(thing: Message | StoredSession, field: str = "create_time") -> datetime:
-    return cast("datetime", getattr(thing, field).ToDatetime(tzinfo=UTC))
+        return [convert.source_body(hit) for hit in hits if hit.score >= MIN_SCORE]

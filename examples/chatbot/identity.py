@@ -1,4 +1,4 @@
-"""Who somebody is: a signed cookie with their user id. Whoever has none gets a new one."""
+"""Identifies users by a signed cookie with their user id. A request without one gets a new id."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chathistory_client import new_id
 
 COOKIE = "chatbot_user"
-_YEAR = 365 * 24 * 3600
+_MAX_AGE_S = 365 * 24 * 3600
 _ANONYMOUS_PATHS = ("/static/", "/db-health", "/docs", "/openapi.json")
 
 
-class Identity:
-    """Middleware that puts `user_id` into the request's state. It works on the bare protocol, so that streams stay streams."""
+class IdentityMiddleware:
+    """Puts `user_id` into the request's state.
+
+    It is plain ASGI middleware: Starlette's BaseHTTPMiddleware would wrap streamed responses.
+    """
 
     def __init__(self, app: ASGIApp, secret: str) -> None:
         self._app = app
@@ -30,41 +33,41 @@ class Identity:
             await self._app(scope, receive, send)
             return
         request = Request(scope)
-        known = self._read(request.cookies.get(COOKIE, ""))
-        user_id = known or new_id()
+        known_id = self._verified_id(request.cookies.get(COOKIE, ""))
+        user_id = known_id or new_id()
         scope.setdefault("state", {})["user_id"] = user_id
 
         async def send_with_cookie(message: Message) -> None:
-            if message["type"] == "http.response.start" and known is None:
-                headers = MutableHeaders(scope=message)
-                headers.append(
-                    "set-cookie", self._cookie(user_id, secure=request.url.scheme == "https")
-                )
+            if message["type"] == "http.response.start":
+                cookie = self._cookie(user_id, secure=request.url.scheme == "https")
+                MutableHeaders(scope=message).append("set-cookie", cookie)
             await send(message)
 
-        await self._app(scope, receive, send_with_cookie)
+        await self._app(scope, receive, send if known_id else send_with_cookie)
 
-    def _read(self, value: str) -> str | None:
+    def _verified_id(self, cookie_value: str) -> str | None:
         try:
-            return str(UUID(self._signer.loads(value)))
+            return str(UUID(self._signer.loads(cookie_value)))
         except (BadSignature, ValueError, TypeError, AttributeError):
             return None
 
     def _cookie(self, user_id: str, *, secure: bool) -> str:
         cookie = SimpleCookie({COOKIE: str(self._signer.dumps(user_id))})
-        cookie[COOKIE].update({"path": "/", "max-age": str(_YEAR), "samesite": "Lax"})
+        cookie[COOKIE].update({"path": "/", "max-age": str(_MAX_AGE_S), "samesite": "Lax"})
         cookie[COOKIE]["httponly"] = True
         if secure:
             cookie[COOKIE]["secure"] = True
         return cookie[COOKIE].OutputString()
 
 
-def user_id(request: Request) -> str:
-    """Return whose request this is."""
+def current_user_id(request: Request) -> str:
+    """Return the id of the user who sent the request."""
     return str(request.state.user_id)
 
 
-# For the description of the API: the cookie itself was read before.
-documented = Depends(
-    APIKeyCookie(name=COOKIE, auto_error=False, description="Given to whoever comes without one.")
+# Only describes the cookie in OpenAPI: the middleware has already read it.
+documented_cookie = Depends(
+    APIKeyCookie(
+        name=COOKIE, auto_error=False, description="Set on the first response to a new user."
+    )
 )

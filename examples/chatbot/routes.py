@@ -1,9 +1,9 @@
-"""The endpoints."""
+"""The HTTP endpoints."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Annotated
 from uuid import UUID
@@ -14,6 +14,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from chathistory_client import (
     FailedPrecondition,
     HealthStatus,
+    MessageHit,
     MessageOrder,
     NotFound,
     SearchMode,
@@ -21,113 +22,115 @@ from chathistory_client import (
     trace_context,
 )
 
-from . import history, schemas
+from . import convert, schemas
+from .error_handlers import error_responses
 from .history import MIN_SCORE, History
-from .identity import documented, user_id
+from .identity import current_user_id, documented_cookie
 from .model import Model
-from .problems import responses
-from .turns import Turn, Turns
+from .turns import Turn, TurnRunner
 
-HEALTH_TIMEOUT = 1.5
-"""Seconds for the whole of /db-health."""
-DELETE_TIMEOUT = 10.0
-"""Seconds that erasing a conversation may take, however long it is."""
-BY_MEANING = 5
-"""How many messages are shown that have none of the words."""
+HEALTH_TIMEOUT_S = 1.5
+"""Timeout of each check of /db-health; the checks run concurrently."""
+DELETE_TIMEOUT_S = 10.0
+"""Timeout of deleting a conversation, which takes longer the more messages it has."""
+MAX_SEMANTIC_HITS = 5
+"""Maximum hits of a search by meaning, used when no message contains the words."""
 
 
-async def _traced(
+async def _forward_trace(
     traceparent: Annotated[str | None, Header(include_in_schema=False)] = None,
     tracestate: Annotated[str | None, Header(include_in_schema=False)] = None,
 ) -> AsyncIterator[None]:
-    """Pass the request's trace on to the service."""
+    """Continue the request's trace in calls to the service."""
     with trace_context(traceparent, tracestate):
         yield
 
 
 def _history(request: Request) -> History:
-    found: History = request.app.state.history
-    return found
+    history: History = request.app.state.history
+    return history
 
 
-def _turns(request: Request) -> Turns:
-    found: Turns = request.app.state.turns
-    return found
+def _turn_runner(request: Request) -> TurnRunner:
+    turns: TurnRunner = request.app.state.turns
+    return turns
 
 
 def _model(request: Request) -> Model:
-    found: Model = request.app.state.model
-    return found
+    model: Model = request.app.state.model
+    return model
 
 
-UserId = Annotated[str, Depends(user_id)]
-Store = Annotated[History, Depends(_history)]
+UserId = Annotated[str, Depends(current_user_id)]
+HistoryDep = Annotated[History, Depends(_history)]
+TurnsDep = Annotated[TurnRunner, Depends(_turn_runner)]
+ModelDep = Annotated[Model, Depends(_model)]
 PageSize = Annotated[int, Query(ge=1, le=200)]
 PageToken = Annotated[
-    str, Query(max_length=1024, description="`next_page_token` of the page before.")
+    str, Query(max_length=1024, description="`next_page_token` of the previous page.")
 ]
 
-router = APIRouter(dependencies=[documented, Depends(_traced)])
-health = APIRouter()
+router = APIRouter(dependencies=[documented_cookie, Depends(_forward_trace)])
+health_router = APIRouter()
 
 
-async def _begin(
-    body: schemas.ChatRequest, user: UserId, turns: Annotated[Turns, Depends(_turns)]
-) -> Turn:
-    # A dependency, so that what fails here fails before a stream has begun.
+async def _begin_turn(body: schemas.ChatRequest, user: UserId, turns: TurnsDep) -> Turn:
+    # A dependency, so that its errors become HTTP statuses before a stream has started.
     return await turns.begin(user, body)
 
 
-Begun = Annotated[Turn, Depends(_begin)]
+TurnDep = Annotated[Turn, Depends(_begin_turn)]
 
 
-@router.post("/chat", tags=["chat"], summary="Ask", responses=responses(404, 409, 422, 503))
-async def chat(turn: Begun, turns: Annotated[Turns, Depends(_turns)]) -> schemas.ChatResponse:
-    """Answer a question in a conversation, and store both.
+@router.post("/chat", tags=["chat"], summary="Ask", responses=error_responses(404, 409, 422, 503))
+async def chat(turn: TurnDep, turns: TurnsDep) -> schemas.ChatResponse:
+    """Answer a question in a conversation and store both.
 
-    While the history service is away the answer comes all the same, with `saved: false`.
+    While the history service is unavailable the reply is an answer with `saved: false`.
     """
-    answering = turns.answer(turn)
-    await asyncio.shield(answering.ended)
-    return turn.done()
+    answer = turns.answer(turn)
+    await asyncio.shield(answer.finished)
+    return turn.response()
 
 
 @router.post(
     "/chat/stream",
     tags=["chat"],
-    summary="Ask, and be answered word by word",
+    summary="Ask and stream the answer",
     response_class=EventSourceResponse,
-    responses=responses(404, 409, 422, 503, of_stream=True),
+    responses=error_responses(404, 409, 422, 503, is_stream=True),
 )
-async def chat_stream(
-    turn: Begun, turns: Annotated[Turns, Depends(_turns)]
-) -> AsyncIterator[ServerSentEvent]:
-    """Like `/chat`, by server-sent events: `begin` (Begun), then `delta` (Delta) many times, then `done` (ChatResponse).
+async def chat_stream(turn: TurnDep, turns: TurnsDep) -> AsyncIterator[ServerSentEvent]:
+    """Like `/chat`, as server-sent events.
 
-    Whoever stops listening breaks the answer off; what there is of it is stored.
+    The events are `begin` (BeginEvent), then any number of `delta` (DeltaEvent), then `done`
+    (ChatResponse). Closing the connection stops the answer; the text so far is stored.
     """
-    answering = turns.answer(turn)
-    yield ServerSentEvent(event="begin", data=turn.begun())
-    async for piece in answering.pieces():
-        yield ServerSentEvent(event="delta", data=schemas.Delta(text=piece))
-    yield ServerSentEvent(event="done", data=turn.done())
+    answer = turns.answer(turn)
+    yield ServerSentEvent(event="begin", data=turn.begin_event())
+    async for piece in answer.pieces():
+        yield ServerSentEvent(event="delta", data=schemas.DeltaEvent(text=piece))
+    yield ServerSentEvent(event="done", data=turn.response())
 
 
 @router.get(
-    "/api/sessions", tags=["sessions"], summary="List conversations", responses=responses(422, 503)
+    "/api/sessions",
+    tags=["sessions"],
+    summary="List conversations",
+    responses=error_responses(422, 503),
 )
 async def list_sessions(
-    user: UserId, store: Store, page_size: PageSize = 30, page_token: PageToken = ""
+    user: UserId, history: HistoryDep, page_size: PageSize = 30, page_token: PageToken = ""
 ) -> schemas.SessionPage:
-    """List one's conversations, newest activity first."""
+    """List the user's conversations, most recently active first."""
     try:
-        page = await store.client.list_sessions(
+        page = await history.client.list_sessions(
             user_id=user, page_size=page_size, page_token=page_token
         )
-    except NotFound:  # Nobody is made a user by looking.
+    except NotFound:  # A user is created by the first question only.
         return schemas.SessionPage(sessions=[], next_page_token="")
     return schemas.SessionPage(
-        sessions=[history.session_out(each) for each in page.sessions],
+        sessions=[convert.session_body(session) for session in page.sessions],
         next_page_token=page.next_page_token,
     )
 
@@ -135,33 +138,32 @@ async def list_sessions(
 @router.get(
     "/api/sessions/{session_uuid}",
     tags=["sessions"],
-    summary="Read a conversation's head",
-    responses=responses(404, 422, 503),
+    summary="Get a conversation",
+    responses=error_responses(404, 422, 503),
 )
-async def get_session(user: UserId, store: Store, session_uuid: UUID) -> schemas.Session:
-    """Read one conversation's title and times."""
-    return history.session_out(
-        await store.client.get_session(user_id=user, session_id=str(session_uuid))
-    )
+async def get_session(user: UserId, history: HistoryDep, session_uuid: UUID) -> schemas.Session:
+    """Return a conversation's title, times and message count."""
+    session = await history.client.get_session(user_id=user, session_id=str(session_uuid))
+    return convert.session_body(session)
 
 
 @router.get(
     "/api/sessions/{session_uuid}/messages",
     tags=["sessions"],
-    summary="Read a conversation",
-    responses=responses(404, 422, 503),
+    summary="List messages",
+    responses=error_responses(404, 422, 503),
 )
 async def list_messages(
     user: UserId,
-    store: Store,
+    history: HistoryDep,
     session_uuid: UUID,
     page_size: PageSize = 50,
     page_token: PageToken = "",
     *,
     newest_first: bool = False,
 ) -> schemas.MessagePage:
-    """Read a page of a conversation's messages in order."""
-    page = await store.client.list_messages(
+    """List a page of a conversation's messages."""
+    page = await history.client.list_messages(
         user_id=user,
         session_id=str(session_uuid),
         order=MessageOrder.MESSAGE_ORDER_DESC if newest_first else MessageOrder.MESSAGE_ORDER_ASC,
@@ -169,7 +171,7 @@ async def list_messages(
         page_token=page_token,
     )
     return schemas.MessagePage(
-        messages=[history.message_out(each) for each in page.messages],
+        messages=[convert.message_body(message) for message in page.messages],
         next_page_token=page.next_page_token,
     )
 
@@ -178,16 +180,16 @@ async def list_messages(
     "/api/sessions/{session_uuid}",
     tags=["sessions"],
     summary="Rename a conversation",
-    responses=responses(404, 422, 503),
+    responses=error_responses(404, 422, 503),
 )
 async def change_session(
-    user: UserId, store: Store, session_uuid: UUID, change: schemas.SessionChange
+    user: UserId, history: HistoryDep, session_uuid: UUID, change: schemas.SessionChange
 ) -> schemas.Session:
-    """Give a conversation another title."""
-    changed = await store.client.update_session(
+    """Change a conversation's title."""
+    session = await history.client.update_session(
         user_id=user, session_id=str(session_uuid), title=change.title
     )
-    return history.session_out(changed)
+    return convert.session_body(session)
 
 
 @router.delete(
@@ -195,97 +197,99 @@ async def change_session(
     tags=["sessions"],
     summary="Delete a conversation",
     status_code=204,
-    responses=responses(404, 422, 503),
+    responses=error_responses(404, 422, 503),
 )
-async def delete_session(user: UserId, store: Store, session_uuid: UUID) -> None:
-    """Erase a conversation with all its messages."""
-    await store.client.delete_session(
-        user_id=user, session_id=str(session_uuid), timeout=DELETE_TIMEOUT
+async def delete_session(user: UserId, history: HistoryDep, session_uuid: UUID) -> None:
+    """Delete a conversation with all its messages."""
+    await history.client.delete_session(
+        user_id=user, session_id=str(session_uuid), timeout=DELETE_TIMEOUT_S
     )
 
 
 @router.get(
     "/api/search",
     tags=["sessions"],
-    summary="Search one's conversations",
-    responses=responses(422, 503),
+    summary="Search conversations",
+    responses=error_responses(422, 503),
 )
 async def search(
     user: UserId,
-    store: Store,
-    q: Annotated[str, Query(min_length=1, max_length=1000, description="What is looked for.")],
+    history: HistoryDep,
+    q: Annotated[str, Query(min_length=1, max_length=1000, description="Words to search for.")],
     limit: Annotated[int, Query(ge=1, le=50)] = 20,
 ) -> schemas.SearchResult:
-    """Find messages in all of one's conversations, best first."""
+    """Search the messages of all of the user's conversations, best matches first."""
     try:
-        hits = await store.client.search_messages(
-            user_id=user, query=q, limit=limit, mode=SearchMode.SEARCH_MODE_LEXICAL
-        )
-        if not hits:  # No such words: what is near in meaning, where that can be told.
-            with suppress(FailedPrecondition, Unavailable):
-                near = await store.client.search_messages(
-                    user_id=user,
-                    query=q,
-                    limit=min(limit, BY_MEANING),
-                    mode=SearchMode.SEARCH_MODE_SEMANTIC,
-                )
-                hits = [hit for hit in near if hit.score >= MIN_SCORE]
+        hits = await _search_messages(history, user, q, limit)
     except NotFound:
         return schemas.SearchResult(hits=[])
     session_ids = {hit.message.session_id for hit in hits}
-    titles = dict(await asyncio.gather(*(_title(store, user, each) for each in session_ids)))
+    titles = dict(
+        await asyncio.gather(*(_title(history, user, session_id) for session_id in session_ids))
+    )
     return schemas.SearchResult(
         hits=[
-            schemas.Hit.model_validate(
-                {
-                    "session_uuid": hit.message.session_id,
-                    "session_title": titles[hit.message.session_id],
-                    "message_id": hit.message.id,
-                    "seq": hit.message.seq,
-                    "role": history.role(hit.message),
-                    "snippet": hit.snippet,
-                    "created_at": history.message_out(hit.message).created_at,
-                }
-            )
+            convert.hit_body(hit, title)
             for hit in hits
-            if titles[hit.message.session_id] is not None
+            if (title := titles[hit.message.session_id]) is not None
         ]
     )
 
 
-async def _title(store: History, user: str, session_id: str) -> tuple[str, str | None]:
+async def _search_messages(
+    history: History, user: str, query: str, limit: int
+) -> Sequence[MessageHit]:
+    hits = await history.client.search_messages(
+        user_id=user, query=query, limit=limit, mode=SearchMode.SEARCH_MODE_LEXICAL
+    )
+    if hits:
+        return hits
+    # No message contains the words. Search by meaning, unless the service does not offer it.
+    with suppress(FailedPrecondition, Unavailable):
+        hits = await history.client.search_messages(
+            user_id=user,
+            query=query,
+            limit=min(limit, MAX_SEMANTIC_HITS),
+            mode=SearchMode.SEARCH_MODE_SEMANTIC,
+        )
+    return [hit for hit in hits if hit.score >= MIN_SCORE]
+
+
+async def _title(history: History, user: str, session_id: str) -> tuple[str, str | None]:
+    """Return a session's id and its title, None if it has just been deleted."""
     try:
-        found = await store.client.get_session(user_id=user, session_id=session_id)
-    except NotFound:  # Deleted this moment.
+        session = await history.client.get_session(user_id=user, session_id=session_id)
+    except NotFound:
         return session_id, None
-    return session_id, found.title or "Untitled"
+    return session_id, session.title or convert.UNTITLED
 
 
-@health.get(
+@health_router.get(
     "/db-health",
     tags=["health"],
-    summary="Ask the database",
+    summary="Check the database",
     responses={
         503: {
             "model": schemas.Health,
-            "description": "The database, or the history service, does not answer.",
+            "description": "The database or the history service is unavailable.",
         }
     },
 )
-async def db_health(
-    store: Store, model: Annotated[Model, Depends(_model)], response: Response
-) -> schemas.Health:
-    """Make a real round trip to the database. For people; as a periodic probe it would keep a suspended database awake."""
-    database, found = await asyncio.gather(
-        store.client.check_health("database", timeout=HEALTH_TIMEOUT),
-        store.client.check_health("search", timeout=HEALTH_TIMEOUT),
+async def db_health(history: HistoryDep, model: ModelDep, response: Response) -> schemas.Health:
+    """Make a round trip to the database.
+
+    This is for people. A periodic probe would keep a serverless database from being suspended.
+    """
+    database, search_index = await asyncio.gather(
+        history.client.check_health("database", timeout=HEALTH_TIMEOUT_S),
+        history.client.check_health("search", timeout=HEALTH_TIMEOUT_S),
     )
-    serving = database is HealthStatus.SERVING
-    response.status_code = 200 if serving else 503
+    is_serving = database is HealthStatus.SERVING
+    response.status_code = 200 if is_serving else 503
     response.headers["cache-control"] = "no-store"
     return schemas.Health(
-        status="ok" if serving else "unavailable",
+        status="ok" if is_serving else "unavailable",
         database=database.value,
-        search=found.value,
+        search=search_index.value,
         model=model.name,
     )

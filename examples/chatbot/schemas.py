@@ -1,4 +1,4 @@
-"""What goes over HTTP."""
+"""Request and response bodies of the HTTP API."""
 
 from __future__ import annotations
 
@@ -8,39 +8,48 @@ from uuid import UUID
 
 from pydantic import BaseModel, Field, StringConstraints
 
-MAX_QUESTION = 32_000
+MAX_QUESTION_CHARS = 32_000
+
+RoleName = Literal["user", "assistant", "system", "tool"]
 
 
 class Error(BaseModel):
     """Why a request failed."""
 
-    detail: str = Field(description="In words, for people.")
-    reason: str = Field(description="Stable, for programs.", examples=["SESSION_NOT_FOUND"])
-    fields: list[str] = Field(default=[], description="What of the request was refused, and why.")
+    detail: str = Field(description="Explanation for people.")
+    reason: str = Field(
+        description="Stable identifier for programs.", examples=["SESSION_NOT_FOUND"]
+    )
+    fields: list[str] = Field(
+        default=[], description="Rejected fields of the request, each with the reason."
+    )
 
 
 class ChatRequest(BaseModel):
     """A question."""
 
     message: Annotated[
-        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUESTION)
+        str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_QUESTION_CHARS)
     ] = Field(examples=["How do I back the service up?"])
     session_uuid: UUID | None = Field(
-        default=None, description="The conversation; none starts a new one."
+        default=None, description="The conversation. Omit it to start a new one."
     )
     message_id: UUID | None = Field(
         default=None,
-        description="An id of your own: the same request again stores nothing twice and gets the same answer.",
+        description=(
+            "An id chosen by the caller. Repeating a request with the same id stores nothing "
+            "twice and returns the same answer."
+        ),
     )
 
 
 class Source(BaseModel):
-    """A passage that an answer stands on."""
+    """A passage that an answer is based on."""
 
     document_uuid: UUID
     title: str
-    uri: str = Field(default="", description="Where the document came from.")
-    chunk_index: int = Field(description="The passage's place in the document, from 0.")
+    uri: str = Field(default="", description="Origin of the document.")
+    chunk_index: int = Field(description="Position of the passage in the document, from 0.")
     text: str = Field(description="The passage.")
 
 
@@ -49,20 +58,20 @@ class ChatResponse(BaseModel):
 
     answer: str
     session_uuid: UUID | None = Field(
-        description="The conversation; null when a new one could not be saved."
+        description="The conversation. Null when a new one could not be saved."
     )
     saved: bool = Field(description="Whether question and answer are both stored.")
     sources: list[Source] = []
     message_id: UUID = Field(description="The question's id.")
     answer_id: UUID = Field(description="The answer's id.")
     title: str | None = Field(
-        default=None, description="The conversation's title, when this request has started it."
+        default=None, description="The conversation's title, if this request started it."
     )
-    stopped: bool = Field(default=False, description="Whether the answer broke off before its end.")
+    stopped: bool = Field(default=False, description="Whether the answer is incomplete.")
 
 
-class Begun(BaseModel):
-    """Stream event `begin`: the question has been taken."""
+class BeginEvent(BaseModel):
+    """Stream event `begin`: the question was accepted."""
 
     session_uuid: UUID | None
     message_id: UUID
@@ -72,7 +81,7 @@ class Begun(BaseModel):
     sources: list[Source] = []
 
 
-class Delta(BaseModel):
+class DeltaEvent(BaseModel):
     """Stream event `delta`: the next piece of the answer."""
 
     text: str
@@ -89,14 +98,14 @@ class Session(BaseModel):
 
 
 class SessionPage(BaseModel):
-    """Conversations, newest activity first."""
+    """Conversations, most recently active first."""
 
     sessions: list[Session]
     next_page_token: str = Field(description="Empty on the last page.")
 
 
 class SessionChange(BaseModel):
-    """What can be changed in a conversation."""
+    """The fields of a conversation that can be changed."""
 
     title: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=512)]
 
@@ -105,8 +114,8 @@ class Message(BaseModel):
     """A message of a conversation."""
 
     id: UUID
-    seq: int = Field(description="Its place: 1, 2, 3…")
-    role: Literal["user", "assistant", "system", "tool"]
+    seq: int = Field(description="Position in the conversation: 1, 2, 3…")
+    role: RoleName
     content: str
     created_at: datetime
     sources: list[Source] = []
@@ -114,38 +123,38 @@ class Message(BaseModel):
 
 
 class MessagePage(BaseModel):
-    """Messages in order."""
+    """Messages of a conversation, oldest first unless `newest_first` was set."""
 
     messages: list[Message]
     next_page_token: str = Field(description="Empty on the last page.")
 
 
 class Hit(BaseModel):
-    """A message that was found."""
+    """A message that matches a search."""
 
     session_uuid: UUID
     session_title: str
     message_id: UUID
     seq: int
-    role: Literal["user", "assistant", "system", "tool"]
+    role: RoleName
     snippet: str = Field(
-        description="What fits, as HTML: escaped, with the words between <mark> and </mark>."
+        description="Matching text as escaped HTML, with the words between <mark> and </mark>."
     )
     created_at: datetime
 
 
 class SearchResult(BaseModel):
-    """What was found, best first."""
+    """Matching messages, best first."""
 
     hits: list[Hit]
 
 
 class Health(BaseModel):
-    """How the database is, asked now."""
+    """State of the database and the search index, checked by this request."""
 
     status: Literal["ok", "unavailable"]
     database: str = Field(examples=["serving"])
     search: str = Field(examples=["serving"])
     model: str | None = Field(
-        description="The language model; null: the answer is what the documents say."
+        description="Name of the language model. Null: answers quote the documents."
     )

@@ -7,19 +7,19 @@ import uvicorn
 from .app import create_app
 from .settings import Settings
 
-STREAMS_GRACE = 3
-"""Seconds that open streams get at the end; what there is of their answers is stored."""
+STREAM_GRACE_S = 3
+"""Seconds that open streams get at shutdown; partial answers are stored afterwards."""
 
 
-def configured(settings: Settings) -> uvicorn.Server:
-    """Return a server that is ready to serve."""
+def create_server(settings: Settings) -> uvicorn.Server:
+    """Return a uvicorn server of the application, not started yet."""
     host, _, port = settings.listen.rpartition(":")
     return uvicorn.Server(
         uvicorn.Config(
             create_app(settings),
             host=host.strip("[]"),
             port=int(port),
-            timeout_graceful_shutdown=STREAMS_GRACE,
+            timeout_graceful_shutdown=STREAM_GRACE_S,
             log_level="warning",
             proxy_headers=True,
         )
@@ -30,4 +30,4 @@ def serve() -> None:
     """Serve until Ctrl-C or SIGTERM."""
     settings = Settings()
     print(f"the chatbot is at http://{settings.listen}")
-    configured(settings).run()
+    create_server(settings).run()

@@ -1,4 +1,4 @@
-"""The chatbot's settings, from the environment and a `.env` file."""
+"""The chatbot's settings, read from the environment and a `.env` file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """Every setting; each is `CHATBOT_` and its name, but for those with an alias."""
+    """All settings. A variable is `CHATBOT_` plus the field's name, except if an alias is set."""
 
     model_config = SettingsConfigDict(
         env_prefix="CHATBOT_",
@@ -23,46 +23,46 @@ class Settings(BaseSettings):
     )
 
     listen: str = "127.0.0.1:8000"
-    """Where the web page is."""
+    """Address of the web page and the API, as `host:port`."""
     secret: SecretStr | None = None
-    """Signs the cookie that says who somebody is. Unset: made once and kept in `data_dir`."""
+    """Key that signs the identity cookie. Unset: generated once and stored in `data_dir`."""
     data_dir: Path = Field(
         default=Path(".data"),
         validation_alias=AliasChoices("CHATBOT_DATA_DIR", "CHAT_HISTORY_DATA_DIR"),
     )
-    """Where that secret is kept."""
+    """Folder of the generated `secret`."""
 
     history_target: str = Field(
         default="127.0.0.1:50051",
         validation_alias=AliasChoices("CHATBOT_HISTORY_TARGET", "CHAT_HISTORY_LISTEN"),
     )
-    """The ChatHistory service."""
+    """Address of the ChatHistory service, as `host:port`."""
     history_tls: bool = False
-    """Whether to talk TLS to it."""
+    """Whether to connect to the service with TLS."""
     history_token: SecretStr | None = None
-    """The backend's own service token; none is needed where the service has `CHAT_HISTORY_AUTH=none`."""
+    """The backend's service token. Not needed if the service runs with `CHAT_HISTORY_AUTH=none`."""
     history_timeout: PositiveFloat = 2.0
-    """Seconds that each question to the service may take."""
+    """Seconds that one call to the service may take, retries included."""
     require_history: bool = False
-    """Whether to refuse to answer (503) what cannot be saved, instead of answering with `saved: false`."""
+    """Answer 503 while a turn cannot be stored, instead of answering with `saved: false`."""
 
     model: str | None = None
-    """The language model; unset, the answer is what the documents say."""
+    """Name of the language model. Unset: answers quote the documents."""
     openai_base_url: str | None = Field(default=None, validation_alias="OPENAI_BASE_URL")
-    """Any OpenAI-compatible endpoint; unset: OpenAI's own."""
+    """Base URL of an OpenAI-compatible endpoint. Unset: OpenAI's own."""
     openai_api_key: SecretStr | None = Field(default=None, validation_alias="OPENAI_API_KEY")
-    """Its key, where it wants one."""
+    """API key of that endpoint, if it requires one."""
     model_timeout: PositiveFloat = 60.0
-    """Seconds that the model may be silent."""
+    """Seconds to wait for the model's next chunk of output."""
     context_tokens: PositiveInt = 6000
-    """How much of a conversation the model gets to see."""
+    """Maximum tokens of a conversation that are sent to the model."""
     instructions: str = (
         "You are a helpful assistant. Answer briefly, in the language of the question."
     )
     """The system prompt."""
 
     def cookie_secret(self) -> str:
-        """Return the secret that signs cookies; it must stay the same for people to stay who they are."""
+        """Return the key that signs cookies. After a change of key every user is a new user."""
         if self.secret is not None:
             return self.secret.get_secret_value()
         path = self.data_dir / "chatbot-secret"

@@ -27,7 +27,7 @@ def token(
     ] = None,
 ) -> None:
     """Make a token for development."""
-    from service.rpc import tokens
+    from service.auth import bearer
 
     settings, _ = configuration()
     signing = key or (settings.jwt_key.get_secret_value() if settings.jwt_key else None)
@@ -38,7 +38,7 @@ def token(
         )
     about = {"issuer": settings.jwt_issuer, "audience": settings.jwt_audience, "kid": kid}
     try:
-        print(tokens.make(signing, subject, lifetime=lifetime, service=as_service, **about))
+        print(bearer.make(signing, subject, lifetime=lifetime, service=as_service, **about))
     except ValueError as error:
         fail(str(error), 2)
 
@@ -60,9 +60,9 @@ def reindex(
     """Have the running server build its search index anew; search goes on meanwhile."""
     from rich.progress import Progress
 
+    from service.auth.bearer import make
     from service.errors import ServiceError
-    from service.rpc.reindex import Tls, rebuild
-    from service.rpc.tokens import make
+    from service.rpc.reindex_client import Tls, rebuild
 
     settings, _ = configuration()
     if token is None and settings.auth == "jwt" and settings.jwt_key is not None:

@@ -10,16 +10,16 @@ import typer
 from service import config
 from service.cli.common import configuration, run, stoppable
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 if TYPE_CHECKING:
-    from service.store.diagnosis import Finding
+    from service.doctor import Finding
 
 
 def check() -> None:
     """Connect to what is configured and say what is well and what must be done."""
-    from service.store.data_folder import EmbeddedError
-    from service.store.diagnosis import Finding, Verdict
+    from service.doctor import Finding, Verdict
+    from service.embedded.data_dir import EmbeddedError
 
     settings, target = configuration()
     report = [
@@ -37,7 +37,7 @@ def check() -> None:
 
 
 def _on_configuration() -> Finding:
-    from service.store.diagnosis import Finding
+    from service.doctor import Finding
 
     given = config.sources()
     by_source: dict[str, list[str]] = {}
@@ -51,46 +51,44 @@ def _on_configuration() -> Finding:
 
 
 def _check_identity(settings: Settings) -> list[Finding]:
-    from service.rpc import identity
-    from service.store.diagnosis import Finding, Verdict
+    from service.auth import setup
+    from service.doctor import Finding, Verdict
 
     try:
-        return [Finding("identity", note, Verdict.NOTE) for note in identity.check(settings)]
+        return [Finding("identity", note, Verdict.NOTE) for note in setup.check(settings)]
     except config.BadConfiguration as error:
         return [Finding("identity", problem, Verdict.TODO) for problem in error.problems]
 
 
 def _check(settings: Settings, target: Target) -> list[Finding]:
-    from service.store import diagnosis
-    from service.store.database import DATABASE_ERRORS
+    from service import doctor
+    from service.store.db.database import DATABASE_ERRORS
 
-    notes = [
-        diagnosis.Finding("database URL", note, diagnosis.Verdict.NOTE) for note in target.notes
-    ]
+    notes = [doctor.Finding("database URL", note, doctor.Verdict.NOTE) for note in target.notes]
     try:
-        found = run(lambda: diagnosis.describe(target, settings.db_connect_timeout))
+        found = run(lambda: doctor.describe(target, settings.db_connect_timeout))
     except DATABASE_ERRORS as error:
         return [
-            diagnosis.Finding("database", diagnosis.explain(error, target), diagnosis.Verdict.TODO),
+            doctor.Finding("database", doctor.explain(error, target), doctor.Verdict.TODO),
             *notes,
         ]
-    pool = diagnosis.Pool(
+    pool = doctor.Pool(
         settings.db_pool_size,
         settings.db_max_overflow,
         settings.db_pool_recycle,
         settings.db_connect_timeout,
     )
-    return [*diagnosis.findings(found, target, pool), *notes]
+    return [*doctor.findings(found, target, pool), *notes]
 
 
 def _check_embedded(settings: Settings) -> list[Finding]:
-    from service.store import data_folder, embedded
-    from service.store.diagnosis import Finding, Verdict
+    from service.doctor import Finding, Verdict
+    from service.embedded import data_dir, postgres
 
     place = f"embedded PostgreSQL in {settings.data_dir.resolve()}, as no DATABASE_URL is set"
-    url = data_folder.running_url(settings.data_dir)
+    url = data_dir.running_url(settings.data_dir)
     if url is None:
-        embedded.find_programs()
+        postgres.find_programs()
         return [
             Finding(
                 "database",
@@ -98,7 +96,7 @@ def _check_embedded(settings: Settings) -> list[Finding]:
                 Verdict.TODO,
             )
         ]
-    holder = data_folder.owner(settings.data_dir)
+    holder = data_dir.owner(settings.data_dir)
     service_line = (
         Finding("service", f"process {holder.pid}, listening on {holder.listen}")
         if holder

@@ -14,7 +14,7 @@ import typer
 
 from service import config
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
 
 @contextmanager
 def telling_embedded_errors() -> Iterator[None]:
-    from service.store.data_folder import AlreadyRunning, EmbeddedError
+    from service.embedded.data_dir import AlreadyRunning, EmbeddedError
 
     try:
         yield

@@ -10,10 +10,10 @@ import typer
 
 from service.cli.common import configuration, fail, run, say, stoppable, telling_embedded_errors
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 if TYPE_CHECKING:
-    from service.transfer import Counts
+    from service.portability.transfer import Counts
 
 
 def export_command(
@@ -23,7 +23,7 @@ def export_command(
     ] = Path("-"),
 ) -> None:
     """Write everything of one user as lines of JSON."""
-    from service import transfer
+    from service.portability import transfer
 
     done = _transfer(lambda _settings, target: transfer.export_to(target, user, output))
     say(f"exported {done}")
@@ -38,7 +38,7 @@ def import_command(
     ] = None,
 ) -> None:
     """Store what was exported, or another chatbot's history, with its times and order; may be run again at any time."""
-    from service import transfer
+    from service.portability import transfer
 
     done = _transfer(
         lambda settings, target: transfer.import_from(
@@ -50,18 +50,18 @@ def import_command(
 
 def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
     """Take data out of the configured database, or put it in; an embedded one is started when it does not run."""
-    from service.store import diagnosis
-    from service.store.data_folder import running_url
-    from service.store.database import DATABASE_ERRORS
-    from service.store.embedded import EmbeddedPostgres
+    from service import doctor
+    from service.embedded.data_dir import running_url
+    from service.embedded.postgres import EmbeddedPostgres
+    from service.portability.transfer import TransferError
+    from service.store.db.database import DATABASE_ERRORS
     from service.telemetry import configure_logging
-    from service.transfer import TransferError
 
     def on(target: Target) -> Counts:
         try:
             return run(lambda: work(settings, target))
         except DATABASE_ERRORS as error:
-            fail(diagnosis.explain(error, target), 1)
+            fail(doctor.explain(error, target), 1)
 
     settings, configured = configuration()
     configure_logging(settings.log_level, settings.log_format)

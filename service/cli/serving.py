@@ -23,7 +23,7 @@ from service.cli.common import (
     telling_embedded_errors,
 )
 from service.config import Settings
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 
 def serve(
@@ -54,8 +54,8 @@ def migrate_command() -> None:
         if target is not None:
             _migrate(target)
             return
-        from service.store.data_folder import running_url
-        from service.store.embedded import EmbeddedPostgres
+        from service.embedded.data_dir import running_url
+        from service.embedded.postgres import EmbeddedPostgres
 
         with telling_embedded_errors():
             if (url := running_url(settings.data_dir)) is not None:
@@ -67,16 +67,16 @@ def migrate_command() -> None:
 
 def _migrate(target: Target, *, quiet: bool = False) -> None:
     """Bring the schema up; `quiet` says nothing when nothing was to do."""
-    from service.store import diagnosis
-    from service.store.database import DATABASE_ERRORS
-    from service.store.migrations import MigrationError, upgrade
+    from service import doctor
+    from service.store.db.database import DATABASE_ERRORS
+    from service.store.schema.migrations import MigrationError, upgrade
 
     try:
         done = run(lambda: upgrade(target, on_wait=say))
     except MigrationError as error:
         fail(str(error), 1)
     except DATABASE_ERRORS as error:
-        fail(diagnosis.explain(error, target), 1)
+        fail(doctor.explain(error, target), 1)
     if done.before != done.after or not quiet:
         say(str(done))
     if done.problem is not None:
@@ -84,7 +84,7 @@ def _migrate(target: Target, *, quiet: bool = False) -> None:
 
 
 def _serve_embedded(settings: Settings, told_to_stop: Callable[[], bool]) -> None:
-    from service.store.embedded import EmbeddedPostgres
+    from service.embedded.postgres import EmbeddedPostgres
 
     def tell(words: str) -> None:
         structlog.get_logger(__name__).warning(words)

@@ -13,8 +13,8 @@ from contextlib import aclosing, contextmanager
 from inspect import isasyncgenfunction
 from typing import Any
 
+from service.auth.caller import Caller, authorise, is_uuid
 from service.errors import PermissionDenied, ServiceError
-from service.rpc.auth import Caller, authorise, is_uuid
 from service.rpc.pipeline import Call
 from service.telemetry import audit
 

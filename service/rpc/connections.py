@@ -20,7 +20,7 @@ _TAKE_NOTHING = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
 """The program of a packet filter, in one instruction: return 0 (BPF_RET | BPF_K), which drops the packet."""
 
 
-def hang_up(port: int) -> None:
+def close_connections(port: int) -> None:
     """End the connections that this process has accepted on a TCP port, and let nobody in again. What was written on them still arrives.
 
     Where a process cannot see its descriptors (/dev/fd), nothing happens, and gRPC ends them in its own way.

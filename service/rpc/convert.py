@@ -13,7 +13,7 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.struct_pb2 import Struct
 
 from service.errors import InvalidArgument
-from service.store.append_item import NewMessage
+from service.store.append.request import NewMessage
 from service.store.messages import estimate_tokens
 from service.store.rows import MessageRow, SessionRow, UserRow
 

@@ -10,17 +10,17 @@ from chathistory.v1 import document_pb2
 
 from service.errors import InvalidArgument, NotFound
 from service.rpc import convert_documents as convert
-from service.rpc import masks, paging
+from service.rpc import field_masks, paging
 from service.rpc.pipeline import Call
 from service.rpc.sessions import same
 from service.store import documents
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.documents import ChunkRow, Place
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 MAX_CHUNKS_BYTES = 1024 * 1024
 """All chunks of one request, serialized."""
@@ -54,7 +54,9 @@ class Documents:
         document_id = sent.id.lower() or str(uuid_utils.uuid7())
         values = convert.document_values(sent, request.chunks, document_id) | {"user_id": user_id}
         chunks = self._chunks(request.chunks)
-        row = await self._write(documents.create, call, values, chunks, on=self.search is not None)
+        row = await self._write(
+            documents.create, call, values, chunks, search_enabled=self.search is not None
+        )
         return document_pb2.CreateDocumentResponse(document=convert.document(row))
 
     async def AppendDocumentChunks(
@@ -63,15 +65,15 @@ class Documents:
         """Store more chunks; the same ones again change nothing."""
         document_id = request.document_id.lower()
         chunks = self._chunks(request.chunks)
-        who = await self._writers(request.user_id, document_id, call)
+        owner_ids = await self._writers(request.user_id, document_id, call)
         row = await self._write(
             documents.append_chunks,
             call,
-            who,
+            owner_ids,
             document_id,
             request.first_index,
             chunks,
-            on=self.search is not None,
+            search_enabled=self.search is not None,
         )
         return document_pb2.AppendDocumentChunksResponse(document=convert.document(row))
 
@@ -79,9 +81,9 @@ class Documents:
         self, request: document_pb2.GetDocumentRequest, call: Call
     ) -> document_pb2.GetDocumentResponse:
         """Read one document."""
-        who = owners(request.user_id, call)
+        owner_ids = owners(request.user_id, call)
         row = await self.database.read(
-            documents.get, call.deadline, who, request.document_id.lower()
+            documents.get, call.deadline, owner_ids, request.document_id.lower()
         )
         return document_pb2.GetDocumentResponse(document=convert.document(row))
 
@@ -89,21 +91,23 @@ class Documents:
         self, request: document_pb2.ListDocumentsRequest, call: Call
     ) -> document_pb2.ListDocumentsResponse:
         """List the documents that a caller finds, newest first."""
-        who = owners(request.user_id, call)
+        owner_ids = owners(request.user_id, call)
         filters = {
             name: value
             for name in ("status", "source_uri", "mime_type")
             if (value := getattr(request, name))  # Zero and empty mean any.
         }
-        bound = ("ListDocuments", *who, request.scope, sorted(filters.items()))
+        bound = ("ListDocuments", *owner_ids, request.scope, sorted(filters.items()))
         size = paging.page_size(request.page_size)
         after = _place(paging.place(request.page_token, *bound))
         if request.scope:
             shared = request.scope == document_pb2.DOCUMENT_SCOPE_SHARED
-            who = tuple(owner for owner in who if (owner == SYSTEM_USER_ID) == shared)
+            owner_ids = tuple(owner for owner in owner_ids if (owner == SYSTEM_USER_ID) == shared)
         rows = (
-            await self.database.read(documents.page, call.deadline, who, filters, after, size + 1)
-            if who
+            await self.database.read(
+                documents.page, call.deadline, owner_ids, filters, after, size + 1
+            )
+            if owner_ids
             else []
         )
 
@@ -121,13 +125,15 @@ class Documents:
         document_id = sent.id.lower()
         if not document_id:
             raise InvalidArgument.field("document.id", "is required")
-        who = owners(request.user_id, call)
-        if sent.user_id.lower() not in ("", *who):
+        owner_ids = owners(request.user_id, call)
+        if sent.user_id.lower() not in ("", *owner_ids):
             raise InvalidArgument.field("document.user_id", "is not the request's")
-        values = convert.document_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
-        who = await self._writers(request.user_id, document_id, call)
+        values = convert.document_changes(
+            sent, field_masks.paths(request.update_mask, sent, _WRITABLE)
+        )
+        owner_ids = await self._writers(request.user_id, document_id, call)
         row = await self.database.write(
-            documents.change, call.deadline, who, document_id, values, sent.etag
+            documents.change, call.deadline, owner_ids, document_id, values, sent.etag
         )
         return document_pb2.UpdateDocumentResponse(document=convert.document(row))
 
@@ -145,7 +151,7 @@ class Documents:
                     documents.erase_slice, call.deadline, user_id, document_id
                 )
             gone = await self._write(
-                documents.erase, call, user_id, document_id, on=self.search is not None
+                documents.erase, call, user_id, document_id, search_enabled=self.search is not None
             )
         except NotFound:
             if not request.allow_missing:
@@ -158,12 +164,12 @@ class Documents:
         self, request: document_pb2.ListDocumentChunksRequest, call: Call
     ) -> document_pb2.ListDocumentChunksResponse:
         """List a document's chunks in order."""
-        who, document_id = owners(request.user_id, call), request.document_id.lower()
-        bound = ("ListDocumentChunks", *who, document_id)
+        owner_ids, document_id = owners(request.user_id, call), request.document_id.lower()
+        bound = ("ListDocumentChunks", *owner_ids, document_id)
         size = paging.page_size(request.page_size)
         first = int(paging.place(request.page_token, *bound) or 0)
         rows, more = await self.database.read(
-            documents.chunk_page, call.deadline, who, document_id, first, size
+            documents.chunk_page, call.deadline, owner_ids, document_id, first, size
         )
 
         def token(row: ChunkRow) -> str:

@@ -10,7 +10,7 @@ from chathistory.v1 import export_pb2
 from service.rpc import convert, convert_documents
 from service.rpc.pipeline import Call
 from service.store import export, users
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.rows import DocumentRow, SessionRow
 
 PAGE = 100

@@ -15,7 +15,7 @@ import structlog
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.store.database import DATABASE_ERRORS, Database
+from service.store.db.database import DATABASE_ERRORS, Database
 
 SERVICE = "chathistory.v1.ChatHistoryService"
 PROBE_SECONDS = 1.0
@@ -49,7 +49,7 @@ class Readiness:
         self._listeners: set[asyncio.Event] = set()
         self._first = asyncio.Event()
 
-    def doubt(self) -> None:
+    def request_probe(self) -> None:
         """Ask the database, since a call has shown that it may not answer."""
         self._doubted = True
         if self.prober is None and not self._draining:
@@ -198,6 +198,6 @@ class Health(health_pb2_grpc.HealthServicer):
         try:
             await self._database.probe(ASKED_TIMEOUT)
         except DATABASE_ERRORS:
-            self._readiness.doubt()
+            self._readiness.request_probe()
             return False
         return True

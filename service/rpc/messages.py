@@ -11,18 +11,18 @@ import uuid_utils
 from chathistory.v1 import message_pb2, session_pb2
 
 from service.errors import FieldViolation, InvalidArgument, NotFound, Unauthenticated
-from service.rpc import convert, masks, paging
+from service.rpc import convert, field_masks, paging
 from service.rpc.pipeline import Call, draining
 from service.rpc.sessions import same
 from service.store import context, messages, sessions
-from service.store.append import Appender
-from service.store.append_item import Append, NewMessage, NewSession
-from service.store.database import Database
-from service.store.sharing import Reads
+from service.store.append.appender import Appender
+from service.store.append.request import Append, NewMessage, NewSession
+from service.store.db.database import Database
+from service.store.db.read_batching import ReadBatcher
 from service.store.watch import Watcher, WatchHub
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 DEFAULT_MAX_MESSAGES = 50
 WATCH_PAGE = 100
@@ -34,7 +34,7 @@ class Messages:
     """Appends, reads, changes, erases and follows messages."""
 
     database: Database
-    reads: Reads
+    reads: ReadBatcher
     appender: Appender
     watchers: WatchHub
     call_timeout: float
@@ -129,7 +129,9 @@ class Messages:
             raise InvalidArgument.fields(
                 tuple(FieldViolation(name, "is required") for name in missing)
             )
-        values = convert.message_changes(sent, masks.paths(request.update_mask, sent, _WRITABLE))
+        values = convert.message_changes(
+            sent, field_masks.paths(request.update_mask, sent, _WRITABLE)
+        )
         row = await self.database.write(
             messages.change,
             call.deadline,
@@ -139,7 +141,7 @@ class Messages:
             values,
             sent.etag,
             convert.message_size,
-            owed=self._indexed(),
+            search_enabled=self._indexed(),
         )
         self._wake()
         return message_pb2.UpdateMessageResponse(message=convert.message(row, session_id))
@@ -152,7 +154,12 @@ class Messages:
         message_id = request.message_id.lower()
         try:
             gone = await self.database.write(
-                messages.erase, call.deadline, user_id, session_id, message_id, owed=self._indexed()
+                messages.erase,
+                call.deadline,
+                user_id,
+                session_id,
+                message_id,
+                search_enabled=self._indexed(),
             )
             self._wake()
         except NotFound:
@@ -196,7 +203,7 @@ class Messages:
                     self.reads,
                     user_id,
                     session_id,
-                    watcher.born,
+                    watcher.session_created_us,
                     seq,
                     WATCH_PAGE,
                     deadline=deadline,

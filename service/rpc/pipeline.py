@@ -26,9 +26,9 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from service import errors
+from service.auth.caller import Authenticate, Caller, authorise
 from service.rpc import status
-from service.rpc.auth import Authenticate, Caller, authorise
-from service.store.failures import to_service_error
+from service.store.db.db_errors import to_service_error
 from service.telemetry import Observer
 
 _log = structlog.get_logger(__name__)
@@ -70,7 +70,7 @@ class Admission:
         self._counts: dict[str, int] = {}
         self._refusals = _Refusals()
 
-    def enter(self, whose: str) -> None:
+    def enter(self, owner_id: str) -> None:
         """Let a user's call in; `leave` must follow.
 
         Raises:
@@ -79,23 +79,23 @@ class Admission:
         """
         if self.draining:
             raise draining()
-        count = self._counts.get(whose, 0)
+        count = self._counts.get(owner_id, 0)
         if self.in_flight >= self.limit and count >= self.most - self.in_flight:
             raise errors.Overloaded(
                 "too many calls are under way; try again", retry_after=self._refusals.pause()
             )
-        self._counts[whose] = count + 1
+        self._counts[owner_id] = count + 1
         self.in_flight += 1
 
-    def leave(self, whose: str) -> None:
+    def leave(self, owner_id: str) -> None:
         """Note that a user's call has ended."""
         self.in_flight -= 1
         self.last_left = time.monotonic()
-        count = self._counts[whose]
+        count = self._counts[owner_id]
         if count > 1:
-            self._counts[whose] = count - 1
+            self._counts[owner_id] = count - 1
         else:
-            del self._counts[whose]
+            del self._counts[owner_id]
 
 
 class Streams(Admission):
@@ -107,7 +107,7 @@ class Streams(Admission):
         self._connections: Counter[str] = Counter()
 
     @contextmanager
-    def entered(self, whose: str, peer: str) -> Generator[None]:
+    def entered(self, owner_id: str, peer: str) -> Generator[None]:
         """Let a user's stream in for a block; `peer` is gRPC's name of the connection.
 
         Raises:
@@ -121,12 +121,12 @@ class Streams(Admission):
                 f"{self._per_connection} streams are open on this connection; open another one",
                 retry_after=MAX_PAUSE,
             )
-        self.enter(whose)
+        self.enter(owner_id)
         self._connections[connection] += 1
         try:
             yield
         finally:
-            self.leave(whose)
+            self.leave(owner_id)
             self._connections[connection] -= 1
             if not self._connections[connection]:
                 del self._connections[connection]
@@ -220,8 +220,8 @@ class Pipeline:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                whose = _whose(caller, request)
-                self._calls.enter(whose)
+                owner_id = _owner_id(caller, request)
+                self._calls.enter(owner_id)
                 try:
                     self._check(name, request, caller)
                     left: float | None = context.time_remaining()
@@ -230,7 +230,7 @@ class Pipeline:
                     else:
                         reply = await self._timed(method, request, caller)
                 finally:
-                    self._calls.leave(whose)
+                    self._calls.leave(owner_id)
             except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
                 await self._fail(name, context, error, started)
             if self._observe:
@@ -262,8 +262,8 @@ class Pipeline:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                whose = _whose(caller, request)
-                with self._streams.entered(whose, context.peer()):
+                owner_id = _owner_id(caller, request)
+                with self._streams.entered(owner_id, context.peer()):
                     self._check(name, request, caller)
                     deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
                     async with aclosing(method(request, Call(caller, deadline))) as replies:
@@ -326,7 +326,7 @@ class Pipeline:
             self._observe(name, code, time.perf_counter() - started)
 
 
-def _whose(caller: Caller, request: Any) -> str:
+def _owner_id(caller: Caller, request: Any) -> str:
     """Return the user on whose account a call counts: the caller, or the one for whom a service calls."""
     return caller.user_id or getattr(request, "user_id", "") or ""
 

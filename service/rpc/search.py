@@ -12,11 +12,11 @@ from service.errors import FailedPrecondition, InvalidArgument
 from service.rpc import convert, convert_documents
 from service.rpc.documents import owners
 from service.rpc.pipeline import Call
-from service.store import documents, lexical
-from service.store.database import Database
+from service.store import documents, fulltext
+from service.store.db.database import Database
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 DEFAULT_LIMIT = 10
 SPARE = 10
@@ -99,10 +99,10 @@ class Searches:
                 # Meaning first: it is what may be down, and then the words need not be looked for.
                 by_meaning = await self._by_meaning(user_id, request.query, session_id, wide, call)
                 by_words = await self._by_words(user_id, request.query, session_id, wide, call)
-                scores = fused((by_words, by_meaning))
+                scores = reciprocal_rank_fusion((by_words, by_meaning))
         keys = list(scores)[: limit + SPARE]
         said = (
-            await lexical.read(self.database, user_id, keys, request.query, call.deadline)
+            await fulltext.read(self.database, user_id, keys, request.query, call.deadline)
             if keys
             else []
         )
@@ -139,10 +139,14 @@ class Searches:
         Raises:
             FailedPrecondition: by meaning, and messages are not indexed (SEARCH_DISABLED).
         """
-        on = self.search is not None and self.search.messages
+        search_enabled = self.search is not None and self.search.messages
         if not asked:
-            return message_pb2.SEARCH_MODE_HYBRID if on else message_pb2.SEARCH_MODE_LEXICAL
-        if asked != message_pb2.SEARCH_MODE_LEXICAL and not on:
+            return (
+                message_pb2.SEARCH_MODE_HYBRID
+                if search_enabled
+                else message_pb2.SEARCH_MODE_LEXICAL
+            )
+        if asked != message_pb2.SEARCH_MODE_LEXICAL and not search_enabled:
             raise FailedPrecondition(
                 "search of messages by meaning is switched off (CHAT_HISTORY_SEARCH, CHAT_HISTORY_INDEX_MESSAGES)",
                 reason="SEARCH_DISABLED",
@@ -152,7 +156,7 @@ class Searches:
     async def _by_words(
         self, user_id: str, query: str, session_id: str, limit: int, call: Call
     ) -> dict[Key, float]:
-        found = await lexical.search(
+        found = await fulltext.search(
             self.database, user_id, query, session_id or None, limit, call.deadline
         )
         return {(each.session_id, each.message_id): each.rank for each in found}
@@ -164,7 +168,7 @@ class Searches:
         return {(each.point.entity_id, each.point.item): each.score for each in found}
 
 
-def fused(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
+def reciprocal_rank_fusion(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
     """Fuse several orders into one by reciprocal ranks: scores of different kinds cannot be added, places can."""
     scores: dict[Key, float] = {}
     for order in orders:
@@ -176,4 +180,4 @@ def fused(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
 def marked(snippet: str) -> str:
     """Put the marks of a match into a page's language, and nothing else of it."""
     escaped = html.escape(snippet, quote=False)
-    return escaped.replace(lexical.START, "<mark>").replace(lexical.END, "</mark>")
+    return escaped.replace(fulltext.START, "<mark>").replace(fulltext.END, "</mark>")

@@ -12,13 +12,13 @@ from service.rpc.messages import Messages
 from service.rpc.search import Searches
 from service.rpc.sessions import Sessions
 from service.rpc.users import Users
-from service.store.append import Appender
-from service.store.database import Database
-from service.store.sharing import Reads
+from service.store.append.appender import Appender
+from service.store.db.database import Database
+from service.store.db.read_batching import ReadBatcher
 from service.store.watch import WatchHub
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 
 DESCRIPTOR = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistoryService"]
@@ -37,7 +37,7 @@ class ChatHistoryServicer(Users, Sessions, Messages, Exports, Documents, Searche
         search: Search | None = None,
     ) -> None:
         self.database = database
-        self.reads = Reads(database)
+        self.reads = ReadBatcher(database)
         self.appender = appender
         self.watchers = watchers
         self.call_timeout = call_timeout

@@ -8,16 +8,16 @@ import uuid_utils
 from chathistory.v1 import session_pb2
 
 from service.errors import InvalidArgument, NotFound
-from service.rpc import convert, masks, paging
+from service.rpc import convert, field_masks, paging
 from service.rpc.pipeline import Call
 from service.store import sessions
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.rows import SessionRow
 from service.store.tables import State
 from service.store.watch import WatchHub
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 _WRITABLE = ("title", "summary", "summarized_through_seq", "metadata", "state")
 
@@ -89,7 +89,7 @@ class Sessions:
         if not session_id:
             raise InvalidArgument.field("session.id", "is required")
         values = convert.session_changes(
-            request.session, masks.paths(request.update_mask, request.session, _WRITABLE)
+            request.session, field_masks.paths(request.update_mask, request.session, _WRITABLE)
         )
         row = await self.database.write(
             sessions.change, call.deadline, user_id, session_id, values, request.session.etag
@@ -108,7 +108,11 @@ class Sessions:
                 sessions.erase_slice, call.deadline, user_id, session_id
             )
         gone = await self.database.write(
-            sessions.erase, call.deadline, user_id, session_id, on=self.search is not None
+            sessions.erase,
+            call.deadline,
+            user_id,
+            session_id,
+            search_enabled=self.search is not None,
         )
         if not gone and not request.allow_missing:
             raise NotFound.session(session_id)
@@ -133,7 +137,7 @@ class Sessions:
             request.through_seq,
             new_id,
             fingerprint,
-            owed=self.search is not None and self.search.messages,
+            search_enabled=self.search is not None and self.search.messages,
         )
         if self.search is not None:
             self.search.wake()

@@ -8,14 +8,14 @@ import uuid_utils
 from chathistory.v1 import user_pb2
 
 from service.errors import InvalidArgument, NotFound, PermissionDenied
-from service.rpc import convert, masks, paging
+from service.rpc import convert, field_masks, paging
 from service.rpc.pipeline import Call
 from service.store import documents, sessions, users
-from service.store.database import Database
+from service.store.db.database import Database
 from service.store.tables import SYSTEM_USER_ID
 
 if TYPE_CHECKING:
-    from service.search.engine import Search
+    from service.search.service import Search
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
 
@@ -87,7 +87,7 @@ class Users:
         user_id = call.caller.owner(request.user_id or inside)
         if inside not in ("", user_id):
             raise InvalidArgument.field("user.id", "is not the request's user_id")
-        paths = masks.paths(request.update_mask, request.user, _WRITABLE)
+        paths = field_masks.paths(request.update_mask, request.user, _WRITABLE)
         if "external_id" in paths:
             call.caller.require_service()
         values = convert.user_changes(request.user, paths)
@@ -112,7 +112,7 @@ class Users:
             erased, more = await self.database.write(documents.erase_slice, call.deadline, user_id)
             chunks += erased
         gone = await self.database.write(
-            users.erase, call.deadline, user_id, on=self.search is not None
+            users.erase, call.deadline, user_id, search_enabled=self.search is not None
         )
         if gone is None:
             if not request.allow_missing:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from service.search.points import Refused, SearchBusy, SearchDown, WrongIndex
-from service.search.process import Child
+from service.search.types import Refused, SearchBusy, SearchDown, WrongIndex
+from service.search.worker.parent import Child
 
 _TOO_MANY_REQUESTS = 429
 OFFLINE_MODEL = "wordllama-l2-supercat"

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.search.embeddings import Embeddings
-from service.search.points import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
-from service.store import indexed
-from service.store.database import DATABASE_ERRORS, Database, backoff
-from service.store.indexed import Item, Range
-from service.store.outbox import MAX_ATTEMPTS, Backlog, Outbox, Taken
-from service.store.rebuilding import Rebuilding
-from service.store.tables import DocumentStatus, Owed
+from service.search.types import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
+from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.outbox import index_source
+from service.store.outbox.index_source import Item, Range
+from service.store.outbox.outbox import MAX_ATTEMPTS, Backlog, LeasedRow, Outbox
+from service.store.outbox.reindex_state import ReindexState
+from service.store.tables import DocumentStatus, OutboxKind
 
 CLAIM = 256
 """Rows taken at a time."""
@@ -49,7 +49,7 @@ PACE = 0.25
 BACKLOG_AGE = 2.0
 """Seconds that something may wait before there is no more gathering."""
 
-_KIND = {Owed.DOCUMENT: Kind.CHUNK, Owed.SESSION: Kind.MESSAGE}
+_KIND = {OutboxKind.DOCUMENT: Kind.CHUNK, OutboxKind.SESSION: Kind.MESSAGE}
 
 _log = structlog.get_logger(__name__)
 
@@ -77,9 +77,9 @@ class _Batch:
 
     lease_id: str
     until: float
-    rows: list[Taken]
+    rows: list[LeasedRow]
     building: str | None
-    refused: dict[Taken, str] = field(default_factory=dict)
+    refused: dict[LeasedRow, str] = field(default_factory=dict)
     """Rows of which something was refused, and why."""
 
 
@@ -103,7 +103,7 @@ class Indexer:
     ) -> None:
         self._database = database
         self._outbox = Outbox(database)
-        self._rebuilding = Rebuilding(database, alias)
+        self._rebuilding = ReindexState(database, alias)
         self._index = index
         self._embeddings = embeddings
         self._dimensions = dimensions
@@ -238,16 +238,16 @@ class Indexer:
 
     async def _do(self, batch: _Batch) -> None:
         """Bring the index to what PostgreSQL says of these rows."""
-        gone = [Wipe(row.user_id) for row in batch.rows if row.kind == Owed.USER]
+        gone = [Wipe(row.user_id) for row in batch.rows if row.kind == OutboxKind.USER]
         if gone:
             await self._write(batch, Changes(wipes=gone))
-        for kind in (Owed.DOCUMENT, Owed.SESSION):
+        for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
             rows = [row for row in batch.rows if row.kind == kind]
             if rows:
                 await self._bring(batch, kind, rows)
 
-    async def _bring(self, batch: _Batch, kind: Owed, rows: list[Taken]) -> None:
-        there = await indexed.there(
+    async def _bring(self, batch: _Batch, kind: OutboxKind, rows: list[LeasedRow]) -> None:
+        there = await index_source.there(
             self._database, kind, [(row.user_id, row.entity_id) for row in rows]
         )
         wipes = [
@@ -257,7 +257,7 @@ class Indexer:
         ]
         if wipes:
             await self._write(batch, Changes(wipes=wipes))
-        if kind == Owed.SESSION and not self._messages:
+        if kind == OutboxKind.SESSION and not self._messages:
             return
         by_entity = {
             (row.user_id, row.entity_id): row
@@ -268,22 +268,22 @@ class Indexer:
             Range(*entity, row.since, min(row.through, there[entity]))
             for entity, row in by_entity.items()
         )
-        for page in indexed.pages(ranges, PAGE):
+        for page in index_source.pages(ranges, PAGE):
             started, used = self._loop.time(), time.process_time()
             changes, refused = await self._changes(
-                _KIND[kind], page, await indexed.items(self._database, kind, page)
+                _KIND[kind], page, await index_source.items(self._database, kind, page)
             )
             batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
             if changes.points or changes.deletes:
                 await self._write(batch, changes)
             await asyncio.sleep(self._rest(self._loop.time() - started, time.process_time() - used))
-        if kind == Owed.DOCUMENT:
+        if kind == OutboxKind.DOCUMENT:
             done = {
                 entity: there[entity]
                 for entity, row in by_entity.items()
                 if row not in batch.refused
             }
-            await indexed.settle(self._database, done, DocumentStatus.INDEXED)
+            await index_source.settle(self._database, done, DocumentStatus.INDEXED)
 
     def _rest(self, took: float, used: float) -> float:
         """Return how long to rest after a batch that took so many seconds, of which this process used some of a core."""
@@ -376,14 +376,14 @@ class Indexer:
             final = row.attempts + 1 >= MAX_ATTEMPTS
             _log.warning(
                 "refused by the index",
-                owed=Owed(row.kind).name,
+                owed=OutboxKind(row.kind).name,
                 entity_id=row.entity_id,
                 reason=words,
                 final=final,
             )
             pause = None if final else min(RETRY_CAP, RETRY_BASE * 2**row.attempts)
             await self._outbox.put_back(batch.lease_id, [row], pause, attempts=1, detail=words)
-            if final and row.kind == Owed.DOCUMENT:
+            if final and row.kind == OutboxKind.DOCUMENT:
                 key = (row.user_id, row.entity_id)
-                there = await indexed.there(self._database, Owed.DOCUMENT, [key])
-                await indexed.settle(self._database, there, DocumentStatus.FAILED, words)
+                there = await index_source.there(self._database, OutboxKind.DOCUMENT, [key])
+                await index_source.settle(self._database, there, DocumentStatus.FAILED, words)

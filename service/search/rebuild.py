@@ -9,10 +9,10 @@ from contextlib import suppress
 
 import structlog
 
-from service.search.points import Index, SearchDown
-from service.store.database import DATABASE_ERRORS, Database
-from service.store.rebuilding import Place, Rebuilding
-from service.store.tables import SYSTEM_USER_ID, Owed
+from service.search.types import Index, SearchDown
+from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.outbox.reindex_state import Place, ReindexState
+from service.store.tables import SYSTEM_USER_ID, OutboxKind
 
 SLICE = 256
 """Entities owed at a time."""
@@ -39,7 +39,7 @@ class Rebuild:
         messages: bool,
         wake: Callable[[], None],
     ) -> None:
-        self._state = Rebuilding(database, alias)
+        self._state = ReindexState(database, alias)
         self._index = index
         self._messages = messages
         self._wake = wake
@@ -85,8 +85,8 @@ class Rebuild:
 
     async def _hand_out(self, place: Place, collection: str) -> None:
         """Owe everything there is, from a place on."""
-        for kind in (Owed.DOCUMENT, Owed.SESSION):
-            if kind < place.kind or (kind == Owed.SESSION and not self._messages):
+        for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
+            if kind < place.kind or (kind == OutboxKind.SESSION and not self._messages):
                 continue
             after: tuple[str, str] | None = (
                 (place.user_id, place.entity_id) if kind == place.kind else _START

@@ -33,9 +33,9 @@ from sqlalchemy import (
 )
 
 from service.errors import NotFound
+from service.store.db.read_batching import BatchedRead, ReadBatcher, Rows
 from service.store.messages import LAST, PAGE_BYTES, bounded
 from service.store.rows import MESSAGE_COLUMNS, SESSION_COLUMNS, MessageRow, SessionRow
-from service.store.sharing import Reads, Rows, SharedRead
 from service.store.tables import Role, chat_messages, chat_sessions
 
 LOOK_BACK = 1000
@@ -74,7 +74,7 @@ class Limits(NamedTuple):
 
 
 async def get(
-    reads: Reads, user_id: str, session_id: str, limits: Limits, deadline: float
+    reads: ReadBatcher, user_id: str, session_id: str, limits: Limits, deadline: float
 ) -> Context:
     """Choose what goes into the next prompt.
 
@@ -361,14 +361,14 @@ def _leg(
     return select(literal_column(str(kind)), *left, *right)
 
 
-_OPENING = SharedRead(
+_OPENING = BatchedRead(
     union_all(
         _leg(0, SESSION_COLUMNS, None).where(*_its_session),
         _leg(1, None, _leading_system()),
         _leg(2, None, _newest),
     )
 )
-_OLDER = SharedRead(_newest)
+_OLDER = BatchedRead(_newest)
 _MESSAGE_AT = 1 + len(SESSION_COLUMNS)
 _seq_of = attrgetter("seq")
 

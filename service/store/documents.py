@@ -22,10 +22,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store import outbox
-from service.store.failures import sqlstate
+from service.store.db.db_errors import sqlstate
+from service.store.outbox import outbox
 from service.store.rows import DOCUMENT_COLUMNS, DocumentRow, check_etag, one, time_of
-from service.store.tables import DocumentStatus, Owed, document_chunks, documents
+from service.store.tables import DocumentStatus, OutboxKind, document_chunks, documents
 
 SLICE = 5_000
 """Chunks erased in one transaction."""
@@ -62,7 +62,11 @@ class Place(NamedTuple):
 
 
 async def create(
-    connection: AsyncConnection, values: dict[str, Any], chunks: Sequence[Chunk], *, on: bool
+    connection: AsyncConnection,
+    values: dict[str, Any],
+    chunks: Sequence[Chunk],
+    *,
+    search_enabled: bool,
 ) -> DocumentRow:
     """Insert a document with its first chunks, or return the one that is there: by a retry, or with the same content.
 
@@ -86,7 +90,14 @@ async def create(
         return await _there_already(connection, values)
     await _store(connection, user_id, document_id, 0, chunks)
     last = max(0, len(chunks) - 1)
-    await outbox.owe(connection, Owed.DOCUMENT, user_id, document_id, through=last, on=on)
+    await outbox.enqueue(
+        connection,
+        OutboxKind.DOCUMENT,
+        user_id,
+        document_id,
+        through=last,
+        search_enabled=search_enabled,
+    )
     return row
 
 
@@ -141,7 +152,7 @@ async def append_chunks(
     first: int,
     chunks: Sequence[Chunk],
     *,
-    on: bool,
+    search_enabled: bool,
 ) -> DocumentRow:
     """Store chunks from a place on; those that are there already must be the same.
 
@@ -185,14 +196,14 @@ async def append_chunks(
         .returning(*DOCUMENT_COLUMNS)
     )
     result = DocumentRow._make((await connection.execute(grown)).one())
-    await outbox.owe(
+    await outbox.enqueue(
         connection,
-        Owed.DOCUMENT,
+        OutboxKind.DOCUMENT,
         row.user_id,
         document_id,
         since=row.chunk_count,
         through=result.chunk_count - 1,
-        on=on,
+        search_enabled=search_enabled,
     )
     return result
 
@@ -294,13 +305,22 @@ async def erase_slice(
     return gone.rowcount, True
 
 
-async def erase(connection: AsyncConnection, user_id: str, document_id: str, *, on: bool) -> bool:
+async def erase(
+    connection: AsyncConnection, user_id: str, document_id: str, *, search_enabled: bool
+) -> bool:
     """Erase a document with its chunks; False when there is none."""
     gone = await connection.execute(
         delete(documents).where(_own.user_id == user_id, _own.id == document_id)
     )
     if gone.rowcount:
-        await outbox.owe(connection, Owed.DOCUMENT, user_id, document_id, wipe=True, on=on)
+        await outbox.enqueue(
+            connection,
+            OutboxKind.DOCUMENT,
+            user_id,
+            document_id,
+            wipe=True,
+            search_enabled=search_enabled,
+        )
     return gone.rowcount == 1
 
 

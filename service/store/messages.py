@@ -21,10 +21,11 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
-from service.store import outbox, sessions
+from service.store import sessions
+from service.store.db.read_batching import BatchedRead, ReadBatcher, Rows
+from service.store.outbox import outbox
 from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, micros, one
-from service.store.sharing import Reads, Rows, SharedRead
-from service.store.tables import Owed, chat_messages, chat_sessions
+from service.store.tables import OutboxKind, chat_messages, chat_sessions
 
 PAGE_BYTES = 3 * 1024 * 1024
 """Where a page stops, so that a reply stays below the 4 MiB that clients take by default."""
@@ -69,24 +70,24 @@ def bounded(
 
 
 _seq = bindparam("seq", type_=BigInteger)
-_AFTER = SharedRead(bounded(_own.seq > _seq, _own.seq.asc()))
-_BEFORE = SharedRead(bounded(_own.seq < _seq, _own.seq.desc()))
+_AFTER = BatchedRead(bounded(_own.seq > _seq, _own.seq.asc()))
+_BEFORE = BatchedRead(bounded(_own.seq < _seq, _own.seq.desc()))
 _same_session = (
     select(chat_sessions.c.id)
     .where(
         chat_sessions.c.user_id == bindparam("user_id", type_=_own.user_id.type),
         chat_sessions.c.id == bindparam("session_id", type_=_own.session_id.type),
-        micros(chat_sessions.c.created_at) == bindparam("born", type_=BigInteger),
+        micros(chat_sessions.c.created_at) == bindparam("session_created_us", type_=BigInteger),
     )
     .exists()
 )
-_FOLLOWING = SharedRead(bounded(and_(_own.seq > _seq, _same_session), _own.seq.asc()))
+_FOLLOWING = BatchedRead(bounded(and_(_own.seq > _seq, _same_session), _own.seq.asc()))
 LAST = 2**63 - 1
 """Beyond every `seq`."""
 
 
 async def page(
-    reads: Reads,
+    reads: ReadBatcher,
     user_id: str,
     session_id: str,
     start: int,
@@ -115,16 +116,16 @@ async def page(
 
 
 async def following(
-    reads: Reads,
+    reads: ReadBatcher,
     user_id: str,
     session_id: str,
-    born: int,
+    session_created_us: int,
     start: int,
     limit: int,
     *,
     deadline: float,
 ) -> tuple[list[MessageRow], bool]:
-    """Read as `page` does, from the session that was created at `born` and from no other that has come by its id since.
+    """Read as `page` does, from the session that was created at `session_created_us` and from no other that has come by its id since.
 
     Raises:
         NotFound: that session is gone.
@@ -134,13 +135,13 @@ async def following(
         deadline,
         user_id=user_id,
         session_id=session_id,
-        born=born,
+        session_created_us=session_created_us,
         seq=start,
         limit=limit + 1,
     )
     if not records:
         session = await reads.database.read(sessions.get, deadline, user_id, session_id)
-        if session.created_us != born:
+        if session.created_us != session_created_us:
             raise NotFound.session(session_id)
     return _cut(records, limit)
 
@@ -190,7 +191,7 @@ async def change(
     etag: str,
     measure: Callable[[MessageRow], int],
     *,
-    owed: bool = False,
+    search_enabled: bool = False,
 ) -> MessageRow:
     """Write some columns of a message, `parts` and `metadata` given as JSON; its estimated tokens and (by `measure`) size follow.
 
@@ -221,9 +222,9 @@ async def change(
         .returning(*MESSAGE_COLUMNS)
     )
     result = MessageRow._make((await connection.execute(changed)).one())
-    if owed and result.content != row.content:
-        await outbox.owe(
-            connection, Owed.SESSION, user_id, session_id, since=row.seq, through=row.seq
+    if search_enabled and result.content != row.content:
+        await outbox.enqueue(
+            connection, OutboxKind.SESSION, user_id, session_id, since=row.seq, through=row.seq
         )
     return result
 
@@ -234,7 +235,7 @@ async def erase(
     session_id: str,
     message_id: str,
     *,
-    owed: bool = False,
+    search_enabled: bool = False,
 ) -> bool:
     """Erase what a message says and leave its tombstone; False when there is nothing to erase.
 
@@ -259,6 +260,8 @@ async def erase(
         .where(chat_sessions.c.user_id == user_id, chat_sessions.c.id == session_id)
         .values(message_count=chat_sessions.c.message_count - 1)
     )
-    if owed:
-        await outbox.owe(connection, Owed.SESSION, user_id, session_id, since=seq, through=seq)
+    if search_enabled:
+        await outbox.enqueue(
+            connection, OutboxKind.SESSION, user_id, session_id, since=seq, through=seq
+        )
     return True

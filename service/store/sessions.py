@@ -11,8 +11,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store import outbox
-from service.store.failures import sqlstate
+from service.store.db.db_errors import sqlstate
+from service.store.outbox import outbox
 from service.store.rows import (
     SESSION_COLUMNS,
     SessionRow,
@@ -21,7 +21,7 @@ from service.store.rows import (
     session_columns,
     time_of,
 )
-from service.store.tables import Owed, State, chat_messages, chat_sessions
+from service.store.tables import OutboxKind, State, chat_messages, chat_sessions
 
 SLICE = 10_000
 """Messages erased in one transaction. The cascade of a session of 500,000 held its lock for 0.76 s."""
@@ -134,14 +134,21 @@ async def change(
 
 
 async def erase(
-    connection: AsyncConnection, user_id: str, session_id: str, *, on: bool = False
+    connection: AsyncConnection, user_id: str, session_id: str, *, search_enabled: bool = False
 ) -> bool:
     """Erase a session with its messages; False when there is none."""
     gone = await connection.execute(
         delete(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
     )
     if gone.rowcount:
-        await outbox.owe(connection, Owed.SESSION, user_id, session_id, wipe=True, on=on)
+        await outbox.enqueue(
+            connection,
+            OutboxKind.SESSION,
+            user_id,
+            session_id,
+            wipe=True,
+            search_enabled=search_enabled,
+        )
     return gone.rowcount == 1
 
 
@@ -204,7 +211,7 @@ async def fork(
     new_id: str,
     fingerprint: bytes,
     *,
-    owed: bool = False,
+    search_enabled: bool = False,
 ) -> SessionRow:
     """Copy a session's messages up to `through_seq`, tombstones too, into a new session, or return what an earlier try has made.
 
@@ -245,7 +252,14 @@ async def fork(
     if made.last_seq or not through_seq:
         return made  # Another try of the same has copied meanwhile. Or there is nothing to copy.
     await _copy(connection, user_id, source_id, through_seq, new_id)
-    await outbox.owe(connection, Owed.SESSION, user_id, new_id, through=through_seq, on=owed)
+    await outbox.enqueue(
+        connection,
+        OutboxKind.SESSION,
+        user_id,
+        new_id,
+        through=through_seq,
+        search_enabled=search_enabled,
+    )
     return await get(connection, user_id, new_id)
 
 

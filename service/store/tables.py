@@ -61,7 +61,7 @@ class DocumentStatus(IntEnum):
     FAILED = 3
 
 
-class Owed(IntEnum):
+class OutboxKind(IntEnum):
     """What a row of the outbox is about; the numbers are stored."""
 
     DOCUMENT = 1

@@ -13,14 +13,14 @@ from typing import Self
 
 import structlog
 
-from service.store.database import DATABASE_ERRORS, Database
-from service.store.driver import Record, Statement
+from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.hot_pool import Record, Statement
 
 POLL_SECONDS = 0.3
 """Between two looks at what other processes have appended."""
 
 _SESSIONS = Statement.from_text("""
-SELECT s.user_id::text, s.id::text AS session_id, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS born
+SELECT s.user_id::text, s.id::text AS session_id, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us
 FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, id)
 JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 """)
@@ -31,10 +31,12 @@ _log = structlog.get_logger(__name__)
 class Watcher:
     """One follower of one session; a context manager that signs off at its end."""
 
-    def __init__(self, hub: WatchHub, key: tuple[str, str], born: int, seq: int) -> None:
+    def __init__(
+        self, hub: WatchHub, key: tuple[str, str], session_created_us: int, seq: int
+    ) -> None:
         self._hub = hub
         self.key = key
-        self.born = born
+        self.session_created_us = session_created_us
         """When the session was created: another one may be made with the same id."""
         self.known_seq = seq
         """The highest `last_seq` that this watcher was woken for."""
@@ -129,7 +131,7 @@ class WatchHub:
             except DATABASE_ERRORS:
                 # Each follower finds out by its own read, which retries, and ends its stream when that does not help.
                 _log.warning("watch poll failed", watched_sessions=len(keys))
-                self._database.on_doubt()
+                self._database.on_suspected_outage()
                 self._wake_all()
                 continue
             found = {(row["user_id"], row["session_id"]): row for row in rows}
@@ -138,7 +140,7 @@ class WatchHub:
 
     def _tell(self, key: tuple[str, str], session: Record | None) -> None:
         for watcher in self._watchers.get(key, ()):
-            if session is None or session["born"] != watcher.born:
+            if session is None or session["session_created_us"] != watcher.session_created_us:
                 watcher.gone = True
                 watcher.wake()
             elif session["last_seq"] > watcher.known_seq:

@@ -1,4 +1,4 @@
-"""A chatbot before the server under test."""
+"""Fixtures: a chatbot that uses the server under test, and its clients."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ OpenBrowser = Callable[[], Awaitable[Browser]]
 
 @pytest.fixture
 async def bot(server: Server) -> AsyncGenerator[str]:
-    """Give the address of a chatbot that has no model."""
+    """Yield the address of a chatbot without a model."""
     async with chatting(server.address) as address:
         yield address
 
 
 @pytest.fixture
 async def browser(bot: str) -> AsyncGenerator[Browser]:
-    """Give a browser on it."""
-    async with Browser(bot) as opened:
-        yield opened
+    """Yield a client of that chatbot, with its own cookies."""
+    async with Browser(bot) as browser:
+        yield browser
 
 
 @pytest.fixture
-async def stranger(bot: str) -> AsyncGenerator[Browser]:
-    """Give another one, with cookies of its own."""
-    async with Browser(bot) as opened:
-        yield opened
+async def other_browser(bot: str) -> AsyncGenerator[Browser]:
+    """Yield a client that is another user."""
+    async with Browser(bot) as browser:
+        yield browser
 
 
 @pytest.fixture
 async def model() -> Model:
-    """Give a model that is not served yet."""
+    """Return a model that is not served yet."""
     return Model()
 
 
 @pytest.fixture
-async def clever(server: Server, model: Model) -> AsyncGenerator[Browser]:
-    """Give a browser on a chatbot that has a model."""
+async def model_browser(server: Server, model: Model) -> AsyncGenerator[Browser]:
+    """Yield a client of a chatbot that uses `model`."""
     async with AsyncExitStack() as stack:
         settings = await stack.enter_async_context(model.serving())
         address = await stack.enter_async_context(chatting(server.address, **settings))

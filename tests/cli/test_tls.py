@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from service.store.diagnosis import Description, Pool, Verdict, describe, explain, findings
-from service.store.schema import SchemaVersion
+from service.doctor import Description, Pool, Verdict, describe, explain, findings
+from service.store.db.dsn import parse
+from service.store.schema.version import SchemaVersion
 from service.store.tables import BUILD
-from service.store.url import parse
 from tests.cli.conftest import Start
 from tests.support.cluster import Cluster
 

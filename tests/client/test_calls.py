@@ -34,8 +34,8 @@ from chathistory_client import (
     new_id,
     trace_context,
 )
-from chathistory_client.connection import STREAMS
-from chathistory_client.errors import from_rpc
+from chathistory_client.connection import MAX_STREAMS_PER_CHANNEL
+from chathistory_client.errors import from_rpc_error
 from service.errors import Unavailable as ServiceUnavailable
 from service.server import Server
 from tests.support.clients import client_of
@@ -169,9 +169,9 @@ def counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[None]:
     tries: list[None] = []
     enter = server.calls.enter
 
-    def count(whose: str) -> None:
+    def count(owner_id: str) -> None:
         tries.append(None)
-        enter(whose)
+        enter(owner_id)
 
     monkeypatch.setattr(server.calls, "enter", count)
     return tries
@@ -303,9 +303,9 @@ async def test_health_of_nothing_is_unreachable_at_once() -> None:
 
 
 async def test_more_streams_than_a_connection_takes_get_another(database_url: str) -> None:
-    count = STREAMS + 20
+    count = MAX_STREAMS_PER_CHANNEL + 20
     async with (
-        serving(database_url, max_calls_per_connection=2 * STREAMS) as server,
+        serving(database_url, max_calls_per_connection=2 * MAX_STREAMS_PER_CHANNEL) as server,
         client_of(server.address) as client,
         AsyncExitStack() as stack,
     ):
@@ -360,7 +360,7 @@ def test_errors_without_details_keep_their_code() -> None:
         (grpc.StatusCode.UNAVAILABLE, Unavailable),
         (grpc.StatusCode.UNKNOWN, ChatHistoryError),
     ):
-        error = from_rpc(aio.AioRpcError(code, aio.Metadata(), spoilt, "words", None))
+        error = from_rpc_error(aio.AioRpcError(code, aio.Metadata(), spoilt, "words", None))
         assert type(error) is kind
         assert (error.reason, error.message, error.code) == ("", "words", code)
 

@@ -20,7 +20,7 @@ from chathistory_client import (
     message,
     new_id,
 )
-from chathistory_client.tokens import Tokens
+from chathistory_client.tokens import TokenCache
 from tests.support import certificates, issuer
 from tests.support.clients import client_of
 from tests.support.ports import NOBODY
@@ -76,7 +76,7 @@ async def test_a_token_that_stays_bad_fails_after_one_renewal(database_url: str)
 async def test_a_watch_goes_on_when_its_token_ends(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.rpc.tokens.LEEWAY", 0)
+    monkeypatch.setattr("service.auth.bearer.LEEWAY", 0)
     seen: list[int] = []
     async with (
         serving(database_url, **JWT) as server,
@@ -126,7 +126,7 @@ async def test_a_jwt_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) 
     now = 1_000_000.0
     monkeypatch.setattr(time, "time", lambda: now)
     source = Source(jwt(now + 300), jwt(now + 600))
-    tokens = Tokens(source)
+    tokens = TokenCache(source)
 
     first = await tokens.get()
     now += 269

@@ -14,9 +14,9 @@ from chathistory.v1 import message_pb2, session_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
 from grpc import StatusCode
 
-from service.store import database
-from service.store.migrations import upgrade
-from service.store.url import parse
+from service.store.db import database
+from service.store.db.dsn import parse
+from service.store.schema.migrations import upgrade
 from tests.faults.conftest import Broken, every_kind
 from tests.support import failures, faults
 from tests.support.chat import Chat, text, texts

@@ -18,9 +18,11 @@ import pytest
 from chathistory.v1 import message_pb2
 from sqlalchemy import text
 
-from service.store import diagnosis, migrations, tables
-from service.store.database import DATABASE_ERRORS
-from service.store.url import parse
+from service import doctor
+from service.store import tables
+from service.store.db.database import DATABASE_ERRORS
+from service.store.db.dsn import parse
+from service.store.schema import migrations
 from tests.faults.conftest import every_kind
 from tests.support import pgbouncer, tls_postgres
 from tests.support.certificates import Authority
@@ -152,11 +154,10 @@ async def test_the_consoles_strings_work_as_they_are(
         for _ in range(3):
             await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
         assert (await checked(neon.postgres.local_url, chat.user_id, session_id)).last_seq == 4
-    found = await diagnosis.describe(target, 10.0)
+    found = await doctor.describe(target, 10.0)
     assert found.tls == "TLSv1.3"
     verdicts = {
-        line.about: line
-        for line in diagnosis.findings(found, target, diagnosis.Pool(8, 4, 240, 12))
+        line.about: line for line in doctor.findings(found, target, doctor.Pool(8, 4, 240, 12))
     }
     assert "certificate verified" in verdicts["TLS"].words
     assert ("through a transaction pooler" in verdicts["connection"].words) is not prepared
@@ -171,7 +172,7 @@ async def test_migrations_take_the_direct_host(neon: Neon) -> None:
         done = await migrations.upgrade(parse(printed(POOLED)))
         assert done.after == tables.BUILD
         with pytest.raises(OSError, match="Connect call failed"):
-            await diagnosis.describe(parse(printed(POOLED)), 5.0)
+            await doctor.describe(parse(printed(POOLED)), 5.0)
 
 
 @pytest.mark.parametrize("host", [DIRECT, POOLED])
@@ -182,8 +183,8 @@ async def test_neon_is_verified_also_with_require(
     monkeypatch.setenv("SSL_CERT_FILE", str(other_root))
     target = parse(printed(host))
     with pytest.raises(DATABASE_ERRORS) as refused:
-        await diagnosis.describe(target, 5.0)
-    words = diagnosis.explain(refused.value, target)
+        await doctor.describe(target, 5.0)
+    words = doctor.explain(refused.value, target)
     assert f"the certificate of {host} is not trusted" in words
     assert PASSWORD not in words
 
@@ -277,8 +278,8 @@ async def test_a_wrong_password_is_refused_without_repeating_it(machine: Machine
         machine.postgres.url("localhost", sslmode="require").replace(PASSWORD, "npg_wrong")
     )
     with pytest.raises(DATABASE_ERRORS) as refused:
-        await diagnosis.describe(target, 5.0)
-    words = diagnosis.explain(refused.value, target)
+        await doctor.describe(target, 5.0)
+    words = doctor.explain(refused.value, target)
     assert "check user and password" in words
     assert "npg_wrong" not in words
 

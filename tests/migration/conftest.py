@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 from tests.support.cluster import Cluster
 
 

@@ -16,10 +16,11 @@ import asyncpg
 import pytest
 from sqlalchemy import Connection, text
 
-from service.store import migrations, tables
-from service.store.migrations import MigrationError
-from service.store.schema import SchemaVersion
-from service.store.url import Target
+from service.store import tables
+from service.store.db.dsn import Target
+from service.store.schema import migrations
+from service.store.schema.migrations import MigrationError
+from service.store.schema.version import SchemaVersion
 from tests.migration.test_schema import url_of
 from tests.support.cluster import SUPPORT, fetch
 
@@ -184,7 +185,7 @@ async def test_logging_is_left_alone(empty: Target) -> None:
 async def test_nothing_to_do_does_not_load_alembic(empty: Target) -> None:
     await migrations.upgrade(empty)
     program = (
-        "import asyncio, sys; from service.store import migrations; from service.store.url import parse; "
+        "import asyncio, sys; from service.store.schema import migrations; from service.store.db.dsn import parse; "
         "print(asyncio.run(migrations.upgrade(parse(sys.argv[1])))); sys.exit('alembic' in sys.modules)"
     )
     done = await asyncio.to_thread(

@@ -11,8 +11,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from service.store import migrations, tables
-from service.store.url import Target, parse
+from service.store import tables
+from service.store.db.dsn import Target, parse
+from service.store.schema import migrations
 from tests.support.cluster import SUPPORT, fetch
 
 # What the catalog knows of a schema, as text that does not depend on the order in which things were made.

@@ -362,9 +362,9 @@ async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(
 async def test_reads_that_share_a_statement_are_not_mixed_up(chat: Chat, other: Chat) -> None:
     """Pages and contexts of two users' sessions, of different lengths, all at once: each reader gets its own, in order."""
     owned = [
-        (whose, await whose.start(texts(3 + 7 * n, f"{n}")))
+        (owner_id, await owner_id.start(texts(3 + 7 * n, f"{n}")))
         for n in range(6)
-        for whose in (chat, other)
+        for owner_id in (chat, other)
     ]
     descending = message_pb2.MESSAGE_ORDER_DESC
 
@@ -373,12 +373,12 @@ async def test_reads_that_share_a_statement_are_not_mixed_up(chat: Chat, other: 
     ]:
         return [
             call
-            for whose, session_id in owned
+            for owner_id, session_id in owned
             for call in (
-                whose.page(session_id),
-                whose.page(session_id, page_size=2),
-                whose.page(session_id, page_size=5, order=descending),
-                whose.context(session_id, max_messages=4),
+                owner_id.page(session_id),
+                owner_id.page(session_id, page_size=2),
+                owner_id.page(session_id, page_size=5, order=descending),
+                owner_id.context(session_id, max_messages=4),
             )
         ]
 

@@ -15,7 +15,8 @@ from grpc import StatusCode, aio
 
 from service.rpc import pipeline
 from service.server import Server
-from service.store import database, sessions
+from service.store import sessions
+from service.store.db import database
 from tests.support import issuer
 from tests.support.chat import Chat, new_id, text, texts
 from tests.support.cluster import SUPPORT, fetch
@@ -319,7 +320,7 @@ async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(
     database_url: str,
 ) -> None:
     async with serving(database_url, **JWT) as server, connected(server.address) as stub:
-        service = issuer.bearer(issuer.service_token())
+        service = issuer.bearer_metadata(issuer.service_token())
         made = [
             (
                 await stub.CreateUser(
@@ -330,7 +331,7 @@ async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(
             for n in range(2)
         ]
         mine, theirs = (user.id for user in made)
-        me = issuer.bearer(issuer.token(mine))
+        me = issuer.bearer_metadata(issuer.token(mine))
         get = user_pb2.GetUserRequest
         for own in (get(), get(user_id=mine), get(email="0@X.example")):
             assert (await stub.GetUser(own, metadata=me)).user.id == mine

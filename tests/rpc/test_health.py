@@ -14,8 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.rpc.health import SERVICE
 from service.server import Server
-from service.store import migrations, tables
-from service.store.url import parse
+from service.store import tables
+from service.store.db.dsn import parse
+from service.store.schema import migrations
 from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, fetch
 from tests.support.ports import free_port
@@ -229,12 +230,12 @@ async def test_the_database_is_gone_without_a_word_under_traffic(database_url: s
 
 
 @pytest.mark.case(n=12)
-@pytest.mark.parametrize("whose", ["client", "server"])
+@pytest.mark.parametrize("deadline_of", ["client", "server"])
 async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(
-    database_url: str, whose: str
+    database_url: str, deadline_of: str
 ) -> None:
     """By the client's deadline, or by the server's for a client that has set none; and the server does not go on."""
-    of_server, of_client = (0.8, None) if whose == "server" else (30.0, 0.8)
+    of_server, of_client = (0.8, None) if deadline_of == "server" else (30.0, 0.8)
     async with (
         before_postgres(database_url) as (proxy, url),
         serving(url, call_timeout=of_server) as server,

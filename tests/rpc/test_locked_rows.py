@@ -12,8 +12,8 @@ from chathistory.v1 import session_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.server import Server
-from service.store import database
-from service.store.url import parse
+from service.store.db import database
+from service.store.db.dsn import parse
 from tests.support import failures
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster

@@ -228,8 +228,8 @@ async def test_the_end_of_the_user_ends_it(chat: Chat) -> None:
 @pytest.mark.case(n=19)
 async def test_what_is_missing_or_foreign_cannot_be_followed(chat: Chat, other: Chat) -> None:
     session_id = await chat.start()
-    for whose, asked in ((chat, new_id()), (other, session_id)):
-        async with following(whose, asked) as follower:
+    for owner_id, asked in ((chat, new_id()), (other, session_id)):
+        async with following(owner_id, asked) as follower:
             ended = await follower.ends()
         assert (ended.reason, ended.metadata) == ("SESSION_NOT_FOUND", {"session_id": asked})
 

@@ -15,10 +15,10 @@ from chathistory.v1 import document_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
-from service.search import embedded
 from service.search.embeddings import packed
-from service.search.index import QdrantIndex
-from service.search.points import Changes, Kind, Point, Wipe
+from service.search.qdrant import QdrantIndex
+from service.search.types import Changes, Kind, Point, Wipe
+from service.search.worker import qdrant_local
 from service.server import Server
 from tests.search.library import (
     HYBRID,
@@ -110,7 +110,7 @@ async def test_nobody_finds_what_is_anothers(
     await settled(server)
     assert server.search is not None
     assert server.search._embeddings is not None
-    from service.search.index import floats  # noqa: PLC0415
+    from service.search.qdrant import floats  # noqa: PLC0415
 
     vector = floats(
         await server.search._embeddings.embed(["The treasure is buried below the oak."])
@@ -226,7 +226,7 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
     name = await index.create()
     collection = client._client.collections[name]  # type: ignore[attr-defined]
     slow = collection._payload_and_non_deleted_mask
-    embedded.fit(client)
+    qdrant_local.fit(client)
     points = [
         Point(f"user {n % 3}", (Kind.CHUNK, Kind.MESSAGE)[n % 2], f"entity {n % 5}", str(n // 2))
         for n in range(60)
@@ -263,7 +263,7 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
             Changes((), (), points[start : start + 20], packed([1.0, float(start)]) * 20), None
         )
         assert await same()
-    embedded.commit(client, erased=False)
+    qdrant_local.commit(client, erased=False)
     await index.write(Changes([Wipe("user 1")], points[:5], points[:1], packed([0.5, 1.0])), None)
     assert await same()
     assert await index.count(Wipe("user 1")) == 0
@@ -272,7 +272,7 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
         must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=Kind.CHUNK))]
     )
     assert list(collection._payload_and_non_deleted_mask(other)) == list(slow(other))
-    embedded.commit(client, erased=True)
+    qdrant_local.commit(client, erased=True)
     await client.close()
     kept = {
         (payload["user_id"], payload["item"], payload["entity_id"])

@@ -14,8 +14,8 @@ from grpc import StatusCode
 
 from service.search import indexer
 from service.search.embeddings import RemoteEmbeddings
-from service.search.index import floats
-from service.search.points import Refused, SearchDown, WrongIndex
+from service.search.qdrant import floats
+from service.search.types import Refused, SearchDown, WrongIndex
 from tests.search.library import INDEXED, SEMANTIC, Library, comes_true, searchable, settled
 from tests.support.chat import Chat
 from tests.support.cluster import fetch

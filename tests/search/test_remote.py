@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qdrant_client import models
 
+from service import doctor
 from service.search import indexer, rebuild
-from service.search.index import floats
-from service.search.points import Kind, Point
+from service.search.qdrant import floats
+from service.search.types import Kind, Point
 from service.server import Server
-from service.store import diagnosis
 from tests.search.library import (
     HYBRID,
     INDEXED,
@@ -282,7 +282,7 @@ async def test_the_statements_that_do_without_an_owner_are_the_named_ones(
         await library.chat.start("y")
         await settled(server)
         await rebuilt(library)
-        await diagnosis.describe(server.database.target, 20.0)
+        await doctor.describe(server.database.target, 20.0)
     seen = all_new_statements()
     assert sentinel.complaints(seen) == []
     flat = {" ".join(statement.sql.split()).rstrip("; ") for statement in seen}

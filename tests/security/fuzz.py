@@ -134,7 +134,9 @@ class _Fuzzer:
 
     async def _one(self, rpc: str, data: bytes, token: str, *, patience: float) -> str:
         call = self._calls[rpc](
-            data, metadata=issuer.bearer(token), timeout=patience if rpc == "WatchMessages" else 30
+            data,
+            metadata=issuer.bearer_metadata(token),
+            timeout=patience if rpc == "WatchMessages" else 30,
         )
         try:
             if rpc in STREAMS:

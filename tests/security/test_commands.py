@@ -49,7 +49,9 @@ async def test_token(database_url: str, tmp_path: Path) -> None:
         name.removeprefix("CHAT_HISTORY_").lower(): value for name, value in IDENTITY.items()
     }
     async with serving(database_url, **values) as server, connected(server.address) as stub:
-        await stub.ListUsers(user_pb2.ListUsersRequest(), metadata=issuer.bearer(made.out.strip()))
+        await stub.ListUsers(
+            user_pb2.ListUsersRequest(), metadata=issuer.bearer_metadata(made.out.strip())
+        )
     without = await command(tmp_path, "token", "backend")
     assert without.code == 2
     assert "CHAT_HISTORY_JWT_KEY" in without.err

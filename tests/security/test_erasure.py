@@ -15,7 +15,7 @@ from tests.support import issuer
 from tests.support.chat import Chat, new_id, text
 from tests.support.cluster import fetch
 from tests.support.failures import failure
-from tests.support.issuer import bearer, service_token, token
+from tests.support.issuer import bearer_metadata, service_token, token
 from tests.support.loose import Document, Part, Session, User
 from tests.support.servers import AsyncStub, connected, serving
 
@@ -126,13 +126,13 @@ async def test_the_audit_trail(start_process: Callable[..., Any]) -> None:
         CHAT_HISTORY_LOG_LEVEL="error", CHAT_HISTORY_SEARCH="off",
     )  # fmt: skip
     async with connected(server.address) as stub:
-        shown = bearer(service_token("backend"))
+        shown = bearer_metadata(service_token("backend"))
         made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=User()), metadata=shown)).user
         append = message_pb2.AppendMessagesRequest(user_id=made.id, messages=[text(MARKER)])
         stored = await stub.AppendMessages(append, metadata=shown)
         for _ in range(4):
             await stub.AppendMessages(append, metadata=shown)
-        mine = bearer(token(made.id))
+        mine = bearer_metadata(token(made.id))
         await stub.AppendMessages(append, metadata=mine)
         for _ in range(2):
             await failure(

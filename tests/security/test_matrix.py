@@ -15,12 +15,12 @@ from grpc.aio import EOF  # type: ignore[attr-defined]
 from tests.support import issuer
 from tests.support.chat import new_id
 from tests.support.failures import Failure, read
-from tests.support.issuer import bearer, service_token, token
+from tests.support.issuer import bearer_metadata, service_token, token
 from tests.support.servers import AsyncStub, connected, serving
 
 SERVICE = DESCRIPTOR.services_by_name["ChatHistoryService"]
 RPCS = [method.name for method in SERVICE.methods]
-SHOWN = bearer(service_token())
+SHOWN = bearer_metadata(service_token())
 NIL = "00000000-0000-0000-0000-000000000000"
 
 
@@ -302,7 +302,7 @@ async def test_without_a_good_token_nothing_is_done_or_told(database_url: str, r
             type(ROWS[rpc].request("", mine))(),
         ]
         for request in requests:
-            for shown in ([], *map(bearer, issuer.bad_tokens(mine.user).values())):
+            for shown in ([], *map(bearer_metadata, issuer.bad_tokens(mine.user).values())):
                 failed = await ask(stub, rpc, request, shown)
                 assert failed is not None
                 answers.add(str(failed))
@@ -322,7 +322,7 @@ async def test_every_cell(database_url: str, rpc: str) -> None:
                     "B": await make_things(stub),
                     "?": random_things(),
                 }
-                shown = SHOWN if caller == "service" else bearer(token(world[caller].user))
+                shown = SHOWN if caller == "service" else bearer_metadata(token(world[caller].user))
                 user = world[case.user].user if case.user else ""
                 failed = await ask(stub, rpc, ROWS[rpc].request(user, world[case.things]), shown)
                 found = failed.reason if failed else OK
@@ -339,7 +339,7 @@ async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, r
         answers = []
         for things in (theirs, nobodys):
             failed = await ask(
-                stub, rpc, ROWS[rpc].request(mine.user, things), bearer(token(mine.user))
+                stub, rpc, ROWS[rpc].request(mine.user, things), bearer_metadata(token(mine.user))
             )
             answers.append(str(failed))
             for name, value in things._asdict().items():
@@ -358,7 +358,7 @@ async def test_no_reply_holds_what_is_another_s(database_url: str, rpc: str) -> 
         replies: list[Any] = []
         for things in (theirs, mine):
             call = getattr(stub, rpc)(
-                ROWS[rpc].request(mine.user, things), metadata=bearer(token(mine.user))
+                ROWS[rpc].request(mine.user, things), metadata=bearer_metadata(token(mine.user))
             )
             replies.clear()
             with suppress(aio.AioRpcError):
@@ -380,7 +380,7 @@ async def test_no_reply_holds_what_is_another_s(database_url: str, rpc: str) -> 
 async def test_a_user_is_found_by_its_own_keys_alone(database_url: str) -> None:
     async with service(database_url) as stub:
         mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
-        shown = bearer(token(mine.user))
+        shown = bearer_metadata(token(mine.user))
         for key in ("external_id", "email"):
             assert (
                 await ask(
@@ -423,7 +423,7 @@ async def test_page_tokens_do_not_travel(database_url: str) -> None:
                     session_pb2.CreateSessionRequest(user_id=things.user), metadata=SHOWN
                 )
                 await stub.AppendMessages(_append(things.user, things), metadata=SHOWN)
-        shown, other = bearer(token(mine.user)), bearer(token(theirs.user))
+        shown, other = bearer_metadata(token(mine.user)), bearer_metadata(token(theirs.user))
         sessions = await stub.ListSessions(
             session_pb2.ListSessionsRequest(page_size=1), metadata=shown
         )
@@ -461,7 +461,7 @@ async def test_nobody_is_the_system(database_url: str, rpc: str) -> None:
         failed = await ask(stub, rpc, ROWS[rpc].request(NIL, things), SHOWN)
         assert failed is not None
         assert failed.reason == VIOLATION
-        failed = await ask(stub, rpc, ROWS[rpc].request(NIL, things), bearer(token(NIL)))
+        failed = await ask(stub, rpc, ROWS[rpc].request(NIL, things), bearer_metadata(token(NIL)))
         assert failed is not None
         assert failed.reason == "TOKEN_INVALID"
 
@@ -478,6 +478,6 @@ async def test_rights_come_before_validation(database_url: str, rpc: str) -> Non
                 and not (field.is_repeated or field.containing_oneof)
             ):
                 setattr(request, field.name, "no id\0")
-        failed = await ask(stub, rpc, request, bearer(token(mine)))
+        failed = await ask(stub, rpc, request, bearer_metadata(token(mine)))
         assert failed is not None
         assert failed.reason == (SERVICE_ONLY if ROWS[rpc].service_only else MISMATCH)

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.auth import setup
 from service.config import BadConfiguration
-from service.rpc import identity
 from tests.support import issuer
 from tests.support.certificates import Authority, Pair, write
 from tests.support.failures import fails
@@ -146,7 +146,7 @@ async def test_tokens_are_asked_for_beside_mutual_tls(database_url: str, tmp_pat
         secured(server.address, authority.pem, authority.issue("client")) as stub,
     ):
         await fails(ask(stub), "TOKEN_INVALID")
-        await ask(stub, metadata=issuer.bearer(issuer.service_token()))
+        await ask(stub, metadata=issuer.bearer_metadata(issuer.service_token()))
 
 
 async def test_old_protocols_are_refused(database_url: str, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
 
     def complaint(**changes: Path) -> str:
         with pytest.raises(BadConfiguration) as caught:
-            identity.check(settings(**files | changes))
+            setup.check(settings(**files | changes))
         return str(caught.value)
 
     missing = tmp_path / "missing"

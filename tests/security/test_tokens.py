@@ -16,12 +16,20 @@ from chathistory.v1 import message_pb2, session_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from service.auth import bearer, jwks, setup
 from service.config import BadConfiguration
-from service.rpc import identity, jwks, tokens
 from tests.support import issuer
 from tests.support.chat import Chat, new_id
 from tests.support.failures import Failure, fails, failure
-from tests.support.issuer import KeyServer, bearer, ec_key, ed_key, rsa_key, service_token, token
+from tests.support.issuer import (
+    KeyServer,
+    bearer_metadata,
+    ec_key,
+    ed_key,
+    rsa_key,
+    service_token,
+    token,
+)
 from tests.support.loose import Message, User
 from tests.support.servers import channel, connected, serving, settings
 
@@ -42,15 +50,15 @@ def list_sessions(stub: Any, shown: list[tuple[str, str]], user_id: str = "") ->
 async def test_no_bad_token_is_told_why(database_url: str) -> None:
     answers: dict[str, Failure] = {}
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        await list_sessions(stub, bearer(token(USER)))
+        await list_sessions(stub, bearer_metadata(token(USER)))
         for kind, bad in issuer.bad_tokens(USER).items():
-            answers[kind] = await fails(list_sessions(stub, bearer(bad)), "TOKEN_INVALID")
+            answers[kind] = await fails(list_sessions(stub, bearer_metadata(bad)), "TOKEN_INVALID")
         good = token(USER)
         shown: dict[str, list[tuple[str, str]]] = {
             "none": [],
             "basic": [("authorization", f"Basic {good}")],
             "bare": [("authorization", good)],
-            "two": bearer(good) + bearer(token(new_id())),
+            "two": bearer_metadata(good) + bearer_metadata(token(new_id())),
             "elsewhere": [("x-authorization", f"Bearer {good}")],
         }
         for kind, metadata in shown.items():
@@ -62,9 +70,9 @@ async def test_no_bad_token_is_told_why(database_url: str) -> None:
 async def test_user_is_the_token_s_subject(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         made = await stub.CreateUser(
-            user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token())
+            user_pb2.CreateUserRequest(user=User()), metadata=bearer_metadata(service_token())
         )
-        mine = bearer(token(made.user.id.upper()))
+        mine = bearer_metadata(token(made.user.id.upper()))
         appended = await stub.AppendMessages(
             message_pb2.AppendMessagesRequest(messages=[Message(role=1, content="hi")]),
             metadata=mine,
@@ -72,7 +80,9 @@ async def test_user_is_the_token_s_subject(database_url: str) -> None:
         assert [each.id for each in (await list_sessions(stub, mine)).sessions] == [
             appended.session_id
         ]
-        await fails(list_sessions(stub, bearer(token(USER)), made.user.id), "USER_MISMATCH")
+        await fails(
+            list_sessions(stub, bearer_metadata(token(USER)), made.user.id), "USER_MISMATCH"
+        )
         request = user_pb2.CreateUserRequest(user=User())
         await fails(stub.CreateUser(request, metadata=mine), "SERVICE_ONLY")
 
@@ -88,7 +98,7 @@ async def test_user_is_the_token_s_subject(database_url: str) -> None:
 async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any]) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         await stub.ListUsers(
-            user_pb2.ListUsersRequest(), metadata=bearer(token("backend", **changes))
+            user_pb2.ListUsersRequest(), metadata=bearer_metadata(token("backend", **changes))
         )
         for near in (
             "chathistory.services",
@@ -98,7 +108,7 @@ async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any])
             {"chathistory.service": 1},
         ):
             call = stub.ListUsers(
-                user_pb2.ListUsersRequest(), metadata=bearer(token(USER, scope=near))
+                user_pb2.ListUsersRequest(), metadata=bearer_metadata(token(USER, scope=near))
             )
             await fails(call, "SERVICE_ONLY")
 
@@ -106,10 +116,10 @@ async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any])
 async def test_a_known_token_ends_with_its_expiry(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "LEEWAY", 0.0)
+    monkeypatch.setattr(bearer, "LEEWAY", 0.0)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         ends = int(time.time()) + 5
-        short = bearer(token(USER, exp=ends))
+        short = bearer_metadata(token(USER, exp=ends))
         await list_sessions(stub, short)
         await asyncio.sleep(ends - time.time() + 0.1)
         await fails(list_sessions(stub, short), "TOKEN_INVALID")
@@ -118,12 +128,12 @@ async def test_a_known_token_ends_with_its_expiry(
 async def test_a_watch_ends_with_its_token(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "LEEWAY", 0.0)
+    monkeypatch.setattr(bearer, "LEEWAY", 0.0)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         made = await stub.CreateUser(
-            user_pb2.CreateUserRequest(user=User()), metadata=bearer(service_token())
+            user_pb2.CreateUserRequest(user=User()), metadata=bearer_metadata(service_token())
         )
-        short = bearer(token(made.user.id, exp=int(time.time()) + 5))
+        short = bearer_metadata(token(made.user.id, exp=int(time.time()) + 5))
         created = await stub.CreateSession(session_pb2.CreateSessionRequest(), metadata=short)
         call = stub.WatchMessages(
             message_pb2.WatchMessagesRequest(session_id=created.session.id),
@@ -145,21 +155,22 @@ async def test_external_id_names_a_user_that_exists(
         serving(database_url, jwt_subject="external_id", **HS) as server,
         connected(server.address) as stub,
     ):
-        mine = bearer(token("auth0|7"))
+        mine = bearer_metadata(token("auth0|7"))
         await fails(list_sessions(stub, mine), "TOKEN_INVALID")
-        await fails(list_sessions(stub, bearer(token("a\0b"))), "TOKEN_INVALID")
+        await fails(list_sessions(stub, bearer_metadata(token("a\0b"))), "TOKEN_INVALID")
         user = User(external_id="auth0|7")
         made = await stub.CreateUser(
-            user_pb2.CreateUserRequest(user=user), metadata=bearer(service_token())
+            user_pb2.CreateUserRequest(user=user), metadata=bearer_metadata(service_token())
         )
         got = await stub.GetUser(user_pb2.GetUserRequest(), metadata=mine)
         assert got.user.id == made.user.id
-        await fails(list_sessions(stub, bearer(token(made.user.id))), "TOKEN_INVALID")
+        await fails(list_sessions(stub, bearer_metadata(token(made.user.id))), "TOKEN_INVALID")
         await stub.DeleteUser(
-            user_pb2.DeleteUserRequest(user_id=made.user.id), metadata=bearer(service_token())
+            user_pb2.DeleteUserRequest(user_id=made.user.id),
+            metadata=bearer_metadata(service_token()),
         )
         ahead = time.time() + 60
-        monkeypatch.setattr("service.rpc.auth.time.time", lambda: ahead)
+        monkeypatch.setattr("service.auth.caller.time.time", lambda: ahead)
         await fails(list_sessions(stub, mine), "TOKEN_INVALID")
 
 
@@ -174,13 +185,14 @@ async def test_public_key_in_a_file(database_url: str, tmp_path: Path, key: Any,
         serving(database_url, **HS | {"jwt_key": str(pem)}) as server,
         connected(server.address) as stub,
     ):
-        await list_sessions(stub, bearer(token(USER, key=key, alg=alg)))
+        await list_sessions(stub, bearer_metadata(token(USER, key=key, alg=alg)))
         as_secret = issuer.hs256_with(pem.read_bytes(), issuer.claims(USER))
-        await fails(list_sessions(stub, bearer(as_secret)), "TOKEN_INVALID")
+        await fails(list_sessions(stub, bearer_metadata(as_secret)), "TOKEN_INVALID")
         as_secret = issuer.hs256_with(pem.read_bytes().strip(), issuer.claims(USER))
-        await fails(list_sessions(stub, bearer(as_secret)), "TOKEN_INVALID")
+        await fails(list_sessions(stub, bearer_metadata(as_secret)), "TOKEN_INVALID")
         await fails(
-            list_sessions(stub, bearer(token(USER, key=rsa_key(1), alg="RS256"))), "TOKEN_INVALID"
+            list_sessions(stub, bearer_metadata(token(USER, key=rsa_key(1), alg="RS256"))),
+            "TOKEN_INVALID",
         )
 
 
@@ -197,7 +209,7 @@ def by_url(served: KeyServer, **more: Any) -> dict[str, Any]:
 def signed(
     kid: str, key: Any, alg: str = "RS256", subject: str = USER, **changes: Any
 ) -> list[tuple[str, str]]:
-    return bearer(token(subject, key=key, alg=alg, headers={"kid": kid}, **changes))
+    return bearer_metadata(token(subject, key=key, alg=alg, headers={"kid": kid}, **changes))
 
 
 async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
@@ -208,7 +220,8 @@ async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
         assert served.asked == 1
         await fails(list_sessions(stub, signed("b", rsa_key())), "TOKEN_INVALID")
         await fails(
-            list_sessions(stub, bearer(token(USER, key=rsa_key(), alg="RS256"))), "TOKEN_INVALID"
+            list_sessions(stub, bearer_metadata(token(USER, key=rsa_key(), alg="RS256"))),
+            "TOKEN_INVALID",
         )
         await fails(list_sessions(stub, signed("a", issuer.SECRET, "HS256")), "TOKEN_INVALID")
 
@@ -374,7 +387,7 @@ async def test_malformed_bytes_without_a_token_are_unauthenticated(database_url:
         )
         for bytes_ in (b"\xff\xff\xff", b"\x0a\x02\xc3\x28"):
             await fails(call(bytes_), "TOKEN_INVALID")
-            await fails(call(bytes_, metadata=bearer(token(USER))), "MALFORMED_REQUEST")
+            await fails(call(bytes_, metadata=bearer_metadata(token(USER))), "MALFORMED_REQUEST")
 
 
 async def test_authorised_before_validated(database_url: str) -> None:
@@ -387,10 +400,10 @@ async def test_authorised_before_validated(database_url: str) -> None:
 async def test_verified_tokens_are_bounded(
     monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
-    monkeypatch.setattr("service.rpc.auth.MAX_KNOWN_TOKENS", 3)
+    monkeypatch.setattr("service.auth.caller.MAX_KNOWN_TOKENS", 3)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         for n in range(10):
-            await list_sessions(stub, bearer(token(USER, jti=str(n))))
+            await list_sessions(stub, bearer_metadata(token(USER, jti=str(n))))
         known = server.authenticate._known  # type: ignore[attr-defined]
         assert len(known) == 3
         assert all(isinstance(key, bytes) for key in known)
@@ -416,7 +429,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_unusable_key_is_said_in_a_line_without_it(case: str) -> None:
     values, words = BAD[case]
     with pytest.raises(BadConfiguration, match=words) as caught:
-        identity.check(settings(**HS | values))
+        setup.check(settings(**HS | values))
     assert "hunter2" not in str(caught.value)
     assert len(caught.value.problems) == 1
     assert "CHAT_HISTORY_JWT_KEY" in caught.value.problems[0]
@@ -447,7 +460,7 @@ def test_contradictions_are_refused(values: dict[str, Any]) -> None:
 
 def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(issuer.SECRET + "\n")
-    assert tokens.load_key(str(tmp_path / "secret"))[0].key == issuer.SECRET.encode()
+    assert bearer.load_key(str(tmp_path / "secret"))[0].key == issuer.SECRET.encode()
 
 
 def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
@@ -466,7 +479,7 @@ def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
 
 async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        made = tokens.make(
+        made = bearer.make(
             issuer.SECRET,
             "dev",
             lifetime=60,
@@ -474,7 +487,9 @@ async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> No
             audience=issuer.AUDIENCE,
             service=True,
         )
-        await Chat(stub, "").stub.ListUsers(user_pb2.ListUsersRequest(), metadata=bearer(made))
+        await Chat(stub, "").stub.ListUsers(
+            user_pb2.ListUsersRequest(), metadata=bearer_metadata(made)
+        )
     private, public = tmp_path / "private.pem", tmp_path / "public.pem"
     private.write_text(issuer.private_pem(ed_key()))
     public.write_text(issuer.public_pem(ed_key()))
@@ -482,7 +497,7 @@ async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> No
         serving(database_url, **HS | {"jwt_key": str(public)}) as server,
         connected(server.address) as stub,
     ):
-        made = tokens.make(
+        made = bearer.make(
             str(private),
             USER,
             lifetime=60,
@@ -490,4 +505,4 @@ async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> No
             audience=issuer.AUDIENCE,
             service=False,
         )
-        await list_sessions(stub, bearer(made))
+        await list_sessions(stub, bearer_metadata(made))

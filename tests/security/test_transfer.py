@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from chathistory.v1 import document_pb2, export_pb2, session_pb2, user_pb2
 
-from service import transfer
+from service.portability import transfer
+from service.portability.transfer import Counts, TransferError
 from service.server import Server
-from service.store.url import parse
-from service.transfer import Counts, TransferError
+from service.store.db.dsn import parse
 from tests.support.chat import ASSISTANT, TOOL, Chat, new_id, text, texts
 from tests.support.cluster import fetch
 from tests.support.failures import fails

@@ -12,8 +12,8 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.store.migrations import upgrade
-from service.store.url import parse
+from service.store.db.dsn import parse
+from service.store.schema.migrations import upgrade
 from tests.support.cluster import Cluster
 from tests.support.pgbouncer import PgBouncer, program
 from tests.support.ports import free_port

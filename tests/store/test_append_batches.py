@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from service.errors import AlreadyExists, Conflict, DeadlineExceeded, FailedPrecondition, NotFound
-from service.store import append as append_module
-from service.store.append import Appender
-from service.store.append_item import Append, Appended, NewMessage
-from service.store.database import Database
+from service.store.append import appender as append_module
+from service.store.append.appender import Appender
+from service.store.append.request import Append, Appended, NewMessage
+from service.store.db.database import Database
+from service.store.db.dsn import parse
 from service.store.tables import State
-from service.store.url import parse
 from tests.support.appends import (
     Add,
     Content,

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from service.store import database as database_module
-from service.store.append import Appender
-from service.store.append_item import Append
+from service.store.append.appender import Appender
+from service.store.append.request import Append
+from service.store.db import database as database_module
 from tests.support.appends import new_message, new_user, stores
 from tests.support.chat import new_id
 from tests.support.proxy import before_postgres

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.store import append as append_module
-from service.store.database import Database
+from service.store.append import appender as append_module
+from service.store.db.database import Database
 from service.store.tables import State
 from tests.support.appends import (
     CANCELLED,
@@ -120,18 +120,25 @@ async def _any_interleaving(
     batch_messages: int,
     bursts: list[list[Step]],
     lanes: int,
-    owed: bool,
+    search_enabled: bool,
 ) -> None:
     monkeypatch.setattr(append_module, "MAX_BATCH_MESSAGES", batch_messages)
     await play(
-        World(database_url, databases, await new_user(database_url), lanes=lanes, owed=owed), bursts
+        World(
+            database_url,
+            databases,
+            await new_user(database_url),
+            lanes=lanes,
+            search_enabled=search_enabled,
+        ),
+        bursts,
     )
 
 
 _interleavings = given(
     bursts=_bursts(st.one_of(_adds, _adds, _adds, _leaving, _others), 10),
     lanes=st.integers(1, 2),
-    owed=st.booleans(),
+    search_enabled=st.booleans(),
 )
 _widths = pytest.mark.parametrize("batch_messages", [512, 2], ids=["wide", "narrow"])
 test_any_interleaving_is_some_order = _widths(

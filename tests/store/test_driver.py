@@ -9,8 +9,8 @@ import asyncpg
 import pytest
 
 from service.server import Server
-from service.store import driver
-from service.store.driver import Statement, fetch_in_transaction
+from service.store.db import hot_pool
+from service.store.db.hot_pool import Statement, fetch_in_transaction
 from tests.support.cluster import connected_to, fetch
 
 
@@ -69,7 +69,7 @@ async def test_a_connection_that_does_not_settle_is_cut(
     connections = server.database.driver
     kept = await connections.acquire()
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "SETTLE_SECONDS", 0.1)
+        patch.setattr(hot_pool, "SETTLE_SECONDS", 0.1)
         patch.setattr(asyncpg.Connection, "execute", never)
         connections.settle(kept)
         async with asyncio.timeout(20):

@@ -14,7 +14,7 @@ from chathistory.v1 import user_pb2
 from pglast.stream import RawStream
 
 from service.server import Server
-from service.store.driver import Statement
+from service.store.db.hot_pool import Statement
 from tests.support import sentinel
 from tests.support.chat import Chat, new_id, texts
 from tests.support.cluster import Logged, all_new_statements, statements_in

@@ -6,22 +6,22 @@ import asyncio
 
 import pytest
 
-from service.store.permits import Permits
+from service.store.db.fair_semaphore import FairSemaphore
 
 
 async def test_users_take_turns_whatever_one_of_them_asks_for() -> None:
-    permits = Permits(1)
+    permits = FairSemaphore(1)
     order: list[str] = []
 
-    async def use(whose: str) -> None:
-        async with permits.one(whose, 20):
-            order.append(whose)
+    async def use(owner_id: str) -> None:
+        async with permits.one(owner_id, 20):
+            order.append(owner_id)
             await asyncio.sleep(0)
 
     async with permits.one("somebody", 20):
         flood = [asyncio.create_task(use("flood")) for _ in range(100)]
         await asyncio.sleep(0)
-        others = [asyncio.create_task(use(whose)) for whose in "aabc"]
+        others = [asyncio.create_task(use(owner_id)) for owner_id in "aabc"]
         await asyncio.sleep(0)
         assert not order
     await asyncio.gather(*flood, *others)
@@ -31,7 +31,7 @@ async def test_users_take_turns_whatever_one_of_them_asks_for() -> None:
 
 
 async def test_no_more_than_so_many_hold_one() -> None:
-    permits = Permits(3)
+    permits = FairSemaphore(3)
     most = now = 0
 
     async def use() -> None:
@@ -47,7 +47,7 @@ async def test_no_more_than_so_many_hold_one() -> None:
 
 
 async def test_who_waits_too_long_is_told_and_nothing_is_lost() -> None:
-    permits = Permits(1)
+    permits = FairSemaphore(1)
     async with permits.one("a", 20):
         with pytest.raises(TimeoutError):
             async with permits.one("b", 0.01):
@@ -58,7 +58,7 @@ async def test_who_waits_too_long_is_told_and_nothing_is_lost() -> None:
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
 async def test_who_goes_away_when_the_turn_comes_passes_it_on(turns: int) -> None:
-    permits = Permits(1)
+    permits = FairSemaphore(1)
 
     async def use() -> None:
         async with permits.one("a", 20):

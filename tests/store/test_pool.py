@@ -9,9 +9,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import Unavailable
-from service.store import database as module
-from service.store.database import Database
-from service.store.url import parse
+from service.store.db import database as module
+from service.store.db.database import Database
+from service.store.db.dsn import parse
 from tests.support.cluster import Cluster
 from tests.support.proxy import Way, before_postgres
 from tests.support.servers import serving, settings

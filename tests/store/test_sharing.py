@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator
 import pytest
 from sqlalchemy import Integer, bindparam, literal_column, select
 
-from service.store import sharing
-from service.store.database import Database
-from service.store.driver import Record, Statement
-from service.store.sharing import Reads, SharedRead
-from service.store.url import parse
+from service.store.db import read_batching
+from service.store.db.database import Database
+from service.store.db.dsn import parse
+from service.store.db.hot_pool import Record, Statement
+from service.store.db.read_batching import BatchedRead, ReadBatcher
 
 _read = select((bindparam("n", type_=Integer) * literal_column("2")).label("twice"))
 
@@ -35,7 +35,7 @@ async def database(database_url: str) -> AsyncGenerator[Counting]:
     await database.close()
 
 
-async def ask(reads: Reads, read: SharedRead, numbers: range) -> list[int]:
+async def ask(reads: ReadBatcher, read: BatchedRead, numbers: range) -> list[int]:
     deadline = asyncio.get_running_loop().time() + 30
     answers = await asyncio.gather(*(reads.fetch(read, deadline, n=n) for n in numbers))
     return [row[0] for [row] in answers]
@@ -44,10 +44,10 @@ async def ask(reads: Reads, read: SharedRead, numbers: range) -> list[int]:
 async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
     database: Counting,
 ) -> None:
-    read = SharedRead(_read)
-    reads = Reads(database)
+    read = BatchedRead(_read)
+    reads = ReadBatcher(database)
     assert await ask(reads, read, range(200)) == [2 * n for n in range(200)]
-    assert len(database.texts) < 200 / sharing.WIDTH + 10
+    assert len(database.texts) < 200 / read_batching.WIDTH + 10
     database.texts.clear()
     for n in range(5):
         assert await ask(reads, read, range(n, n + 1)) == [2 * n]
@@ -57,10 +57,10 @@ async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
 async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(
     database: Counting,
 ) -> None:
-    read = SharedRead(_read)
+    read = BatchedRead(_read)
     # PostgreSQL's own "feature not supported", which is what Citus answers to the shared statement.
     read.together = Statement.from_text("SELECT 1 UNION SELECT 2 FOR UPDATE")
-    reads = Reads(database)
+    reads = ReadBatcher(database)
     assert await ask(reads, read, range(40)) == [2 * n for n in range(40)]
     assert read.together.text in database.texts
     database.texts.clear()
@@ -71,8 +71,10 @@ async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(
 async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(
     database: Counting,
 ) -> None:
-    read = SharedRead(select((literal_column("10") / bindparam("n", type_=Integer)).label("tenth")))
-    reads = Reads(database)
+    read = BatchedRead(
+        select((literal_column("10") / bindparam("n", type_=Integer)).label("tenth"))
+    )
+    reads = ReadBatcher(database)
     deadline = asyncio.get_running_loop().time() + 30
     answers = await asyncio.gather(
         *(reads.fetch(read, deadline, n=n) for n in (1, 2, 0, 5, 10)), return_exceptions=True

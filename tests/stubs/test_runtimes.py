@@ -1,15 +1,13 @@
-"""The stubs package keeps its promise: its wheel works with the oldest and the newest grpcio and protobuf it allows."""
+"""The stubs' wheel works with the oldest and the newest grpcio and protobuf that it allows."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import run
+from tests.support.wheels import PROJECTS, build, create_environment, install
 
-ROOT = Path(__file__).resolve().parents[2]
-
-# Runs in the throw-away environment: every module imports, and a call goes over a real channel and back.
+# Runs in a temporary environment: imports every module and makes a call over a real channel.
 USE_STUBS = """
 import importlib, sys
 from concurrent import futures
@@ -42,7 +40,8 @@ with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
 server.stop(None).wait()
 assert reply.session == session, reply
 
-rules = session_pb2.Session.DESCRIPTOR.fields_by_name["title"].GetOptions().Extensions[validate_pb2.field]
+options = session_pb2.Session.DESCRIPTOR.fields_by_name["title"].GetOptions()
+rules = options.Extensions[validate_pb2.field]
 assert rules.string.max_len == 512, rules
 print(len(modules), version("protobuf"), version("grpcio"))
 """
@@ -54,34 +53,11 @@ print(len(modules), version("protobuf"), version("grpcio"))
 def test_wheel_works_with_the_runtimes_it_allows(
     resolution: str, protobuf: str, tmp_path: Path
 ) -> None:
-    run(
-        sys.executable,
-        "-m",
-        "hatchling",
-        "build",
-        "-t",
-        "wheel",
-        "-d",
-        tmp_path,
-        cwd=ROOT / "generated",
-    )
-    [wheel] = tmp_path.glob("*.whl")
-    python = tmp_path / "venv" / "bin" / "python"
-    uv = Path(sys.executable).parent / "uv"
-    run(
-        uv,
-        "venv",
-        "--quiet",
-        "--no-config",
-        "--python",
-        sys.executable,
-        tmp_path / "venv",
-        cwd=tmp_path,
-    )
-    wanted = ("--resolution", resolution, "--only-binary", ":all:", wheel)
-    run(uv, "pip", "install", "--quiet", "--no-config", "--python", python, *wanted, cwd=tmp_path)
+    wheel = build(PROJECTS["chathistory-stubs"], "wheel", tmp_path)
+    python = create_environment(tmp_path / "environment")
+    install(python, "--resolution", resolution, wheel)
 
-    modules, found, _ = run(python, "-W", "error", "-c", USE_STUBS, cwd=tmp_path).split()
+    modules, installed, _ = run(python, "-W", "error", "-c", USE_STUBS, cwd=tmp_path).split()
 
-    assert found.startswith(protobuf)
+    assert installed.startswith(protobuf)
     assert int(modules) >= 8

@@ -26,11 +26,11 @@ from service.errors import (
     Unavailable,
 )
 from service.store import messages, sessions
-from service.store.append import Appender
-from service.store.append_item import Append, NewMessage, NewSession
-from service.store.database import Database
+from service.store.append.appender import Appender
+from service.store.append.request import Append, NewMessage, NewSession
+from service.store.db.database import Database
+from service.store.db.dsn import parse
 from service.store.tables import State
-from service.store.url import parse
 from tests.support.chat import new_id
 from tests.support.cluster import at_rest, fetch
 from tests.support.history import History, history
@@ -199,12 +199,13 @@ class World:
     user_id: str
     session_ids: list[str] = field(default_factory=lambda: [new_id(), new_id()])
     lanes: int = 2
-    owed: bool = False
+    search_enabled: bool = False
     """Whether what is appended is noted for the search index, by another statement."""
 
     def __post_init__(self) -> None:
         self.appenders = [
-            Appender(database, self.lanes, owed=self.owed) for database in self.databases
+            Appender(database, self.lanes, search_enabled=self.search_enabled)
+            for database in self.databases
         ]
         self._clock = itertools.count()
         self._ids = [[new_id() for _ in range(NAMES)] for _ in self.session_ids]

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 import asyncpg
 import psutil
 
-from service.store import migrations
-from service.store.data_folder import Postmaster, end_server, owner
-from service.store.embedded import EmbeddedPostgres
-from service.store.url import parse
+from service.embedded.data_dir import Postmaster, end_server, owner
+from service.embedded.postgres import EmbeddedPostgres
+from service.store.db.dsn import parse
+from service.store.schema import migrations
 
 SUPPORT = "test-support"
 """The application name of what the tests themselves ask; such statements are not the service's."""

@@ -105,7 +105,7 @@ def _b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-def bearer(value: str) -> list[tuple[str, str]]:
+def bearer_metadata(value: str) -> list[tuple[str, str]]:
     """Return the metadata that shows a token."""
     return [("authorization", f"Bearer {value}")]
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from service.store import migrations, tables
+from service.store import tables
+from service.store.schema import migrations
 from tests.support.servers import ROOT
 
 _PROGRAM = """

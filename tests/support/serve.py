@@ -8,7 +8,7 @@ import uvloop
 
 from service import server
 from service.config import Settings
-from service.store.url import parse
+from service.store.db.dsn import parse
 from service.telemetry import configure_logging
 
 

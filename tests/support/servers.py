@@ -21,7 +21,7 @@ from pydantic_settings import SettingsConfigDict
 
 from service.config import Settings
 from service.server import Server
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 from tests.support.ports import free_port
 from tests.support.route import routed_url
 

@@ -13,9 +13,9 @@ from service.rpc import pipeline
 from service.rpc.pipeline import Admission
 
 
-def enters(admission: Admission, whose: str) -> bool:
+def enters(admission: Admission, owner_id: str) -> bool:
     try:
-        admission.enter(whose)
+        admission.enter(owner_id)
     except Overloaded as error:
         if error.retry_after:
             return False
@@ -69,16 +69,16 @@ def test_the_counts_are_right_whatever_comes_and_goes(
 ) -> None:
     admission = Admission(limit)
     inside: Counter[str] = Counter()
-    for comes, whose in steps:
+    for comes, owner_id in steps:
         if comes:
-            alone = not inside or set(inside) == {whose}
-            let_in = enters(admission, whose)
+            alone = not inside or set(inside) == {owner_id}
+            let_in = enters(admission, owner_id)
             if alone:
-                assert let_in == (inside[whose] < limit)
-            inside[whose] += let_in
-        elif inside[whose]:
-            admission.leave(whose)
-            inside[whose] -= 1
+                assert let_in == (inside[owner_id] < limit)
+            inside[owner_id] += let_in
+        elif inside[owner_id]:
+            admission.leave(owner_id)
+            inside[owner_id] -= 1
         inside += Counter()
         assert admission.in_flight == inside.total() <= admission.most
         assert admission._counts == inside

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
-from service.store.url import Target, parse
+from service.store.db.dsn import Target, parse
 
 SECRET = "npg_s3cret"
 POOLED = "ep-cool-sun-a1b2c3-pooler.eu-central-1.aws.neon.tech"

@@ -4,7 +4,7 @@ import { element, icon, render } from "./markdown.js";
 
 const SUGGESTIONS = [
   "How do I back up my conversations?",
-  "What happens when the database is away?",
+  "What happens when the database is unavailable?",
   "Is a message ever stored twice?",
   "How does search find things?",
 ];

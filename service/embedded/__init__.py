@@ -1,0 +1,1 @@
+"""The embedded PostgreSQL that serves when no database is configured."""

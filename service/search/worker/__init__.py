@@ -1,0 +1,1 @@
+"""The worker process of search: embedded Qdrant and offline embeddings, outside the event loop."""

@@ -1,0 +1,1 @@
+"""The append path: batches concurrent appends into shared statements (group commit)."""

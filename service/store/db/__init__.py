@@ -1,0 +1,1 @@
+"""Access to PostgreSQL: pools, retries, read batching, error classification, connection strings."""

@@ -1,0 +1,1 @@
+"""The search outbox: pending index changes, what to index, and the state of a rebuild."""
