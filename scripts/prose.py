@@ -319,11 +319,11 @@ _READERS: dict[str, Callable[[str], Iterable[Passage]]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Print the rejected words; return the exit status: 1 when there are any."""
+    """Print the rejected words, and return the exit status: 1 if there are any."""
     rules = read_rules(WORDS.read_text())
     count = 0
     for path in files([Path(argument) for argument in arguments] or [ROOT]):
-        for finding in check(_relative(path), path.read_text(), rules):
+        for finding in sorted(check(_relative(path), path.read_text(), rules)):
             print(f"{finding.path}:{finding.line}: {finding.word!r}: {finding.suggestion}")
             count += 1
     if count:

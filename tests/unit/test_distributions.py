@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import re
 import shutil
 import subprocess
 import sys
@@ -83,3 +84,8 @@ def test_every_copy_of_the_version_is_current() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert chathistory_client.__version__ == service.__version__
+
+
+def test_the_changelog_has_a_dated_section_for_the_version() -> None:
+    heading = rf"^## \[{re.escape(service.__version__)}\] - \d{{4}}-\d\d-\d\d$"
+    assert re.search(heading, (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
