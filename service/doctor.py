@@ -294,7 +294,7 @@ def _on_settings(found: Description) -> list[Finding]:
 def _on_search(owed: Owing | None) -> list[Finding]:
     if owed is None:
         return []
-    waiting, failed, age = owed.backlog.waiting, owed.backlog.failed, owed.backlog.age
+    waiting, failed, age = owed.backlog.pending, owed.backlog.failed, owed.backlog.oldest_age_s
     words = (
         f"{waiting} documents and sessions wait to be indexed, the oldest for {age:.0f} s"
         if waiting

@@ -110,7 +110,9 @@ class Server:
             self.database, settings.append_lanes, search_enabled=search_enabled
         )
         self.watchers = WatchHub(self.database)
-        self.appender.on_appended = self._appended if search_enabled else self.watchers.changed
+        self.appender.on_appended = (
+            self._appended if search_enabled else self.watchers.session_changed
+        )
         self.calls = Admission(settings.max_in_flight)
         self.streams = Streams(settings.max_watches, max(1, settings.max_calls_per_connection // 2))
         self.metrics = self._start_metrics()
@@ -225,7 +227,7 @@ class Server:
         return search
 
     def _appended(self, user_id: str, session_id: str) -> None:
-        self.watchers.changed(user_id, session_id)
+        self.watchers.session_changed(user_id, session_id)
         if self.search is not None:
             self.search.wake()
 

@@ -224,7 +224,7 @@ def by_external_id(database: Database) -> Callable[[str, float], Awaitable[str |
         if "\0" in external_id:
             return None
         try:
-            return (await database.read(users.find, deadline, external_id=external_id)).id
+            return (await database.read(users.get_by, deadline, external_id=external_id)).id
         except NotFound:
             return None
 

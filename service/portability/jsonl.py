@@ -20,8 +20,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from service.errors import InvalidArgument
 from service.rpc import convert, convert_documents
 from service.store.documents import Chunk
-from service.store.importing import OldMessage
-from service.store.rows import time_of
+from service.store.importing import ImportedMessage
+from service.store.rows import datetime_from_us
 
 _ROLES = {
     "human": "user",
@@ -69,7 +69,7 @@ class ChunkLine(NamedTuple):
     chunk: Chunk
 
 
-Line = UserLine | SessionLine | OldMessage | DocumentLine | ChunkLine
+Line = UserLine | SessionLine | ImportedMessage | DocumentLine | ChunkLine
 
 
 def write(item: export_pb2.ExportUserDataResponse) -> str:
@@ -140,7 +140,10 @@ class Reader:
         user = self._parsed(body, user_pb2.User())
         created, updated = _times(user)
         values = convert.user_values(user, self.user_id)
-        return UserLine(values | {"created_at": time_of(created), "updated_at": time_of(updated)})
+        return UserLine(
+            values
+            | {"created_at": datetime_from_us(created), "updated_at": datetime_from_us(updated)}
+        )
 
     def _session(self, body: dict[str, Any]) -> SessionLine:
         if not self.user_id:
@@ -160,8 +163,8 @@ class Reader:
         values = convert.session_values(session, self._session_id) | {
             "user_id": self.user_id,
             "summarized_through_seq": summarized,
-            "created_at": time_of(created),
-            "updated_at": time_of(updated),
+            "created_at": datetime_from_us(created),
+            "updated_at": datetime_from_us(updated),
         }
         if origin[0]:
             values |= {
@@ -170,7 +173,7 @@ class Reader:
             }
         return SessionLine(values, last_seq, updated if "update_time" in body else None)
 
-    def _message(self, body: dict[str, Any]) -> OldMessage:
+    def _message(self, body: dict[str, Any]) -> ImportedMessage:
         if not self._session_id:
             raise BadLine("comes before its session")
         if (given := str(body.pop("session_id", ""))) and self._session_uuid(
@@ -188,7 +191,7 @@ class Reader:
         created, updated = _times(sent)
         message = convert.new_message(sent, message_id, "message")
         self._seq = seq
-        return OldMessage(seq, created, updated, message)
+        return ImportedMessage(seq, created, updated, message)
 
     def _session_uuid(self, given: str) -> str:
         return _uuid(uuid.UUID(self.user_id), "session", given)
@@ -203,8 +206,8 @@ class Reader:
         created, updated = _times(document)
         values = convert_documents.document_values(document, (), document_id) | {
             "user_id": self.user_id,
-            "created_at": time_of(created),
-            "updated_at": time_of(updated),
+            "created_at": datetime_from_us(created),
+            "updated_at": datetime_from_us(updated),
         }
         return DocumentLine(values)
 

@@ -22,7 +22,7 @@ from service.rpc import export
 from service.store import documents, importing
 from service.store.db.database import Database
 from service.store.db.dsn import Target
-from service.store.importing import OldMessage
+from service.store.importing import ImportedMessage
 from service.telemetry import audit
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ class _Importer:
         self._reader = reader
         self._search = search
         self._session: jsonl.SessionLine | None = None
-        self._last: OldMessage | None = None
-        self._messages: list[OldMessage] = []
+        self._last: ImportedMessage | None = None
+        self._messages: list[ImportedMessage] = []
         self._bytes = 0
         self._document: jsonl.DocumentLine | None = None
         self._chunks: list[jsonl.ChunkLine] = []
@@ -160,7 +160,7 @@ class _Importer:
     async def take(self, text: bytes) -> None:
         line = self._reader.read(text)
         match line:
-            case OldMessage():
+            case ImportedMessage():
                 if self._session is None:
                     raise jsonl.BadLine("comes after a document, and not after its session")
                 self.counts.messages += 1
@@ -185,11 +185,11 @@ class _Importer:
         match line:
             case jsonl.UserLine():
                 self.counts.users += 1
-                await database.write(importing.put_user, _deadline(), line.values)
+                await database.write(importing.import_user, _deadline(), line.values)
             case jsonl.SessionLine():
                 self.counts.sessions += 1
                 self._session = line
-                await database.write(importing.put_session, _deadline(), line.values)
+                await database.write(importing.import_session, _deadline(), line.values)
             case jsonl.DocumentLine():
                 self.counts.documents += 1
                 self._document = line
@@ -207,7 +207,7 @@ class _Importer:
         if messages and self._session is not None:
             values = self._session.values
             self.counts.written += await self._database.write(
-                importing.put_messages,
+                importing.import_messages,
                 _deadline(),
                 values["user_id"],
                 values["id"],
@@ -234,7 +234,7 @@ class _Importer:
             last_seq = max(session.last_seq, last.seq if last else 0)
             updated_us = session.updated_us or (last.created_us if last else None)
             await self._database.write(
-                importing.end_session,
+                importing.finish_session,
                 _deadline(),
                 session.values["user_id"],
                 session.values["id"],

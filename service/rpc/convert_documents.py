@@ -50,7 +50,7 @@ def document(row: DocumentRow) -> document_pb2.Document:
 
 def chunk(row: ChunkRow) -> document_pb2.StoredDocumentChunk:
     """Make the resource of a row."""
-    return document_pb2.StoredDocumentChunk(index=row.place, text=row.text)
+    return document_pb2.StoredDocumentChunk(index=row.chunk_index, text=row.text)
 
 
 def new_chunk(sent: document_pb2.DocumentChunk) -> Chunk:

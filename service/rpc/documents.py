@@ -15,7 +15,7 @@ from service.rpc.pipeline import Call
 from service.rpc.sessions import same
 from service.store import documents
 from service.store.db.database import Database
-from service.store.documents import ChunkRow, Place
+from service.store.documents import ChunkRow, DocumentCursor
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
 
@@ -105,7 +105,7 @@ class Documents:
             owner_ids = tuple(owner for owner in owner_ids if (owner == SYSTEM_USER_ID) == shared)
         rows = (
             await self.database.read(
-                documents.page, call.deadline, owner_ids, filters, after, size + 1
+                documents.list_page, call.deadline, owner_ids, filters, after, size + 1
             )
             if owner_ids
             else []
@@ -133,7 +133,7 @@ class Documents:
         )
         owner_ids = await self._writers(request.user_id, document_id, call)
         row = await self.database.write(
-            documents.change, call.deadline, owner_ids, document_id, values, sent.etag
+            documents.update, call.deadline, owner_ids, document_id, values, sent.etag
         )
         return document_pb2.UpdateDocumentResponse(document=convert.document(row))
 
@@ -148,10 +148,10 @@ class Documents:
             more = True
             while more:
                 _, more = await self.database.write(
-                    documents.erase_slice, call.deadline, user_id, document_id
+                    documents.delete_slice, call.deadline, user_id, document_id
                 )
             gone = await self._write(
-                documents.erase, call, user_id, document_id, search_enabled=self.search is not None
+                documents.delete, call, user_id, document_id, search_enabled=self.search is not None
             )
         except NotFound:
             if not request.allow_missing:
@@ -169,11 +169,11 @@ class Documents:
         size = paging.page_size(request.page_size)
         first = int(paging.place(request.page_token, *bound) or 0)
         rows, more = await self.database.read(
-            documents.chunk_page, call.deadline, owner_ids, document_id, first, size
+            documents.list_chunks, call.deadline, owner_ids, document_id, first, size
         )
 
         def token(row: ChunkRow) -> str:
-            return paging.token(str(row.place + 1), *bound)
+            return paging.token(str(row.chunk_index + 1), *bound)
 
         page, next_token = paging.cut(rows, convert.chunk, token, more=more)
         return document_pb2.ListDocumentChunksResponse(chunks=page, next_page_token=next_token)
@@ -218,8 +218,8 @@ class Documents:
         return result
 
 
-def _place(text: str | None) -> Place | None:
+def _place(text: str | None) -> DocumentCursor | None:
     if text is None:
         return None
     created_us, document_id, user_id = text.split(" ")
-    return Place(int(created_us), document_id, user_id)
+    return DocumentCursor(int(created_us), document_id, user_id)

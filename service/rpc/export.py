@@ -48,14 +48,14 @@ async def items(database: Database, user_id: str, timeout: float) -> AsyncGenera
 
     yield Item(user=convert.user(await database.read(users.get, deadline(), user_id)))
     last: str | None = None
-    while page := await database.read(export.sessions_after, deadline(), user_id, last, PAGE):
+    while page := await database.read(export.list_sessions, deadline(), user_id, last, PAGE):
         for session in page:
             yield Item(session=convert.session(session))
             async for item in _messages(database, session, timeout):
                 yield item
         last = page[-1].id
     last = None
-    while found := await database.read(export.documents_after, deadline(), user_id, last, PAGE):
+    while found := await database.read(export.list_documents, deadline(), user_id, last, PAGE):
         for document in found:
             yield Item(document=convert_documents.document(document))
             async for item in _chunks(database, document, timeout):
@@ -72,18 +72,18 @@ async def _chunks(
     loop = asyncio.get_running_loop()
     first = 0
     while page := await database.read(
-        export.chunks_from, loop.time() + timeout, document.user_id, document.id, first, CHUNKS
+        export.list_chunks, loop.time() + timeout, document.user_id, document.id, first, CHUNKS
     ):
         for row in page:
-            if row.place >= document.chunk_count:
+            if row.chunk_index >= document.chunk_count:
                 return
             chunk = export_pb2.ExportedChunk(
-                document_id=document.id, index=row.place, text=row.text
+                document_id=document.id, index=row.chunk_index, text=row.text
             )
             if row.vector is not None:
                 chunk.vector.extend(convert_documents.unpacked(row.vector))
             yield Item(chunk=chunk)
-        first = page[-1].place + 1
+        first = page[-1].chunk_index + 1
 
 
 async def _messages(
@@ -93,7 +93,7 @@ async def _messages(
     loop = asyncio.get_running_loop()
     seq = 0
     while page := await database.read(
-        export.messages_after, loop.time() + timeout, session.user_id, session.id, seq, PAGE
+        export.list_messages, loop.time() + timeout, session.user_id, session.id, seq, PAGE
     ):
         for row in page:
             if row.seq > session.last_seq:

@@ -95,8 +95,8 @@ class Messages:
         bound = ("ListMessages", user_id, session_id, descending)
         size = paging.page_size(request.page_size)
         place = paging.place(request.page_token, *bound)
-        start = int(place) if place is not None else messages.LAST if descending else 0
-        rows, more = await messages.page(
+        start = int(place) if place is not None else messages.MAX_SEQ if descending else 0
+        rows, more = await messages.list_page(
             self.reads,
             user_id,
             session_id,
@@ -133,7 +133,7 @@ class Messages:
             sent, field_masks.paths(request.update_mask, sent, _WRITABLE)
         )
         row = await self.database.write(
-            messages.change,
+            messages.update,
             call.deadline,
             user_id,
             session_id,
@@ -154,7 +154,7 @@ class Messages:
         message_id = request.message_id.lower()
         try:
             gone = await self.database.write(
-                messages.erase,
+                messages.delete,
                 call.deadline,
                 user_id,
                 session_id,
@@ -199,7 +199,7 @@ class Messages:
                 watcher.arm()
                 left = self._time_left(watcher, call)
                 deadline = loop.time() + self.call_timeout
-                rows, more = await messages.following(
+                rows, more = await messages.list_since(
                     self.reads,
                     user_id,
                     session_id,
@@ -231,9 +231,9 @@ class Messages:
             Unauthenticated: what the caller has shown of itself has expired.
             Unavailable: the server is going away (DRAINING).
         """
-        if self.watchers.closing:
+        if self.watchers.is_closing:
             raise draining()
-        if watcher.gone:
+        if watcher.session_deleted:
             raise NotFound.session(watcher.key[1])
         expires_at = call.caller.expires_at
         left = None if expires_at is None else expires_at - asyncio.get_running_loop().time()

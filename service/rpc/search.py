@@ -56,7 +56,7 @@ class Searches:
             for each in found
         }
         rows = (
-            await self.database.read(documents.found, call.deadline, who, list(near))
+            await self.database.read(documents.find_chunks, call.deadline, who, list(near))
             if near
             else {}
         )
@@ -102,7 +102,7 @@ class Searches:
                 scores = reciprocal_rank_fusion((by_words, by_meaning))
         keys = list(scores)[: limit + SPARE]
         said = (
-            await fulltext.read(self.database, user_id, keys, request.query, call.deadline)
+            await fulltext.read_matches(self.database, user_id, keys, request.query, call.deadline)
             if keys
             else []
         )
@@ -123,7 +123,7 @@ class Searches:
                 total_count=progress.total,
                 done_count=progress.done,
                 failed_count=progress.failed,
-                collection=progress.building or "",
+                collection=progress.collection or "",
             )
 
     def _on(self) -> Search:

@@ -13,7 +13,7 @@ from service.rpc.pipeline import Call
 from service.store import sessions
 from service.store.db.database import Database
 from service.store.rows import SessionRow
-from service.store.tables import State
+from service.store.tables import SessionState
 from service.store.watch import WatchHub
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ class Sessions:
         bound = ("ListSessions", user_id, request.state)
         size = paging.page_size(request.page_size)
         after = _position(paging.place(request.page_token, *bound))
-        state = State(request.state) if request.state else None
+        state = SessionState(request.state) if request.state else None
         rows = await self.database.read(
-            sessions.page, call.deadline, user_id, state, after, size + 1
+            sessions.list_page, call.deadline, user_id, state, after, size + 1
         )
 
         def token(row: SessionRow) -> str:
@@ -92,7 +92,7 @@ class Sessions:
             request.session, field_masks.paths(request.update_mask, request.session, _WRITABLE)
         )
         row = await self.database.write(
-            sessions.change, call.deadline, user_id, session_id, values, request.session.etag
+            sessions.update, call.deadline, user_id, session_id, values, request.session.etag
         )
         return session_pb2.UpdateSessionResponse(session=convert.session(row))
 
@@ -105,10 +105,10 @@ class Sessions:
         more = True
         while more:
             _, more = await self.database.write(
-                sessions.erase_slice, call.deadline, user_id, session_id
+                sessions.delete_slice, call.deadline, user_id, session_id
             )
         gone = await self.database.write(
-            sessions.erase,
+            sessions.delete,
             call.deadline,
             user_id,
             session_id,
@@ -116,7 +116,7 @@ class Sessions:
         )
         if not gone and not request.allow_missing:
             raise NotFound.session(session_id)
-        self.watchers.erased(user_id, session_id)
+        self.watchers.session_deleted(user_id, session_id)
         if self.search is not None:
             self.search.wake()
         return session_pb2.DeleteSessionResponse()

@@ -59,7 +59,7 @@ class Users:
                 raise PermissionDenied("not yours", reason="USER_MISMATCH")
         else:
             row = await self.database.read(
-                users.find, call.deadline, **{key: getattr(request, key)}
+                users.get_by, call.deadline, **{key: getattr(request, key)}
             )
         return user_pb2.GetUserResponse(user=convert.user(row))
 
@@ -70,7 +70,7 @@ class Users:
         call.caller.require_service()
         size = paging.page_size(request.page_size)
         after = paging.place(request.page_token, "ListUsers")
-        rows = await self.database.read(users.page, call.deadline, after, size + 1)
+        rows = await self.database.read(users.list_page, call.deadline, after, size + 1)
         page, token = paging.cut(
             rows[:size],
             convert.user,
@@ -92,7 +92,7 @@ class Users:
             call.caller.require_service()
         values = convert.user_changes(request.user, paths)
         row = await self.database.write(
-            users.change, call.deadline, user_id, values, request.user.etag
+            users.update, call.deadline, user_id, values, request.user.etag
         )
         return user_pb2.UpdateUserResponse(user=convert.user(row))
 
@@ -105,14 +105,14 @@ class Users:
         messages = chunks = 0
         more = True
         while more:
-            erased, more = await self.database.write(sessions.erase_slice, call.deadline, user_id)
+            erased, more = await self.database.write(sessions.delete_slice, call.deadline, user_id)
             messages += erased
         more = True
         while more:
-            erased, more = await self.database.write(documents.erase_slice, call.deadline, user_id)
+            erased, more = await self.database.write(documents.delete_slice, call.deadline, user_id)
             chunks += erased
         gone = await self.database.write(
-            users.erase, call.deadline, user_id, search_enabled=self.search is not None
+            users.delete, call.deadline, user_id, search_enabled=self.search is not None
         )
         if gone is None:
             if not request.allow_missing:

@@ -179,18 +179,20 @@ class Indexer:
                 await self._look()
                 looked = self._loop.time()
         backlog = await self._look()
-        if backlog.pause is None:
+        if backlog.next_due_s is None:
             return None
         return (
-            max(backlog.pause, 0.05) if backlog.pause < RECHECK else max(RECHECK, backlog.pause / 2)
+            max(backlog.next_due_s, 0.05)
+            if backlog.next_due_s < RECHECK
+            else max(RECHECK, backlog.next_due_s / 2)
         )
 
     async def _look(self) -> Backlog:
         """Count what is owed."""
         backlog = await self._outbox.backlog()
         figures = self.figures
-        figures.waiting, figures.failed = backlog.waiting, backlog.failed
-        figures.oldest = time.monotonic() - backlog.age if backlog.waiting else None
+        figures.waiting, figures.failed = backlog.pending, backlog.failed
+        figures.oldest = time.monotonic() - backlog.oldest_age_s if backlog.pending else None
         return backlog
 
     async def _step(self) -> bool:
@@ -199,14 +201,14 @@ class Indexer:
         batch.rows = await self._outbox.claim(batch.lease_id, LEASE, CLAIM)
         if not batch.rows:
             return False
-        taken = time.monotonic() - max(row.age for row in batch.rows)
+        taken = time.monotonic() - max(row.age_s for row in batch.rows)
         # What has failed before these rows were taken still waits, and may not be among them.
         oldest = self.figures.oldest
         self.figures.oldest = taken if oldest is None or self._goes_on else min(oldest, taken)
         self._goes_on = False
         try:
             # Read after the rows were taken: whoever starts to build a collection meanwhile owes every row anew.
-            batch.building = await self._rebuilding.collection()
+            batch.building = await self._rebuilding.building_collection()
             await self._do(batch)
         except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
             await asyncio.shield(self._give_back(batch))
@@ -219,7 +221,7 @@ class Indexer:
 
     async def _give_back(self, batch: _Batch) -> None:
         with suppress(*DATABASE_ERRORS):
-            await self._outbox.put_back(batch.lease_id, batch.rows, 0.0)
+            await self._outbox.release(batch.lease_id, batch.rows, 0.0)
 
     async def _find_refused(self, batch: _Batch, words: str) -> None:
         """Do each row apart, so that one that is refused holds nobody up."""
@@ -247,7 +249,7 @@ class Indexer:
                 await self._bring(batch, kind, rows)
 
     async def _bring(self, batch: _Batch, kind: OutboxKind, rows: list[LeasedRow]) -> None:
-        there = await index_source.there(
+        there = await index_source.read_item_counts(
             self._database, kind, [(row.user_id, row.entity_id) for row in rows]
         )
         wipes = [
@@ -268,10 +270,10 @@ class Indexer:
             Range(*entity, row.since, min(row.through, there[entity]))
             for entity, row in by_entity.items()
         )
-        for page in index_source.pages(ranges, PAGE):
+        for page in index_source.split_ranges(ranges, PAGE):
             started, used = self._loop.time(), time.process_time()
             changes, refused = await self._changes(
-                _KIND[kind], page, await index_source.items(self._database, kind, page)
+                _KIND[kind], page, await index_source.read_items(self._database, kind, page)
             )
             batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
             if changes.points or changes.deletes:
@@ -283,7 +285,7 @@ class Indexer:
                 for entity, row in by_entity.items()
                 if row not in batch.refused
             }
-            await index_source.settle(self._database, done, DocumentStatus.INDEXED)
+            await index_source.set_document_status(self._database, done, DocumentStatus.INDEXED)
 
     def _rest(self, took: float, used: float) -> float:
         """Return how long to rest after a batch that took so many seconds, of which this process used some of a core."""
@@ -299,17 +301,17 @@ class Indexer:
         Returns:
             What to change, and by entity why something of it is refused.
         """
-        wanted = [item.text or "" for item in items if item.vector is None and not item.blank]
+        wanted = [item.text or "" for item in items if item.vector is None and not item.is_blank]
         made = iter(await self._embed(wanted))
         deletes: list[Point] = []
         points: list[Point] = []
         vectors: list[bytes] = []
         refused: dict[tuple[str, str], str] = {}
         for item in items:
-            owner = ranges[item.range]
+            owner = ranges[item.range_index]
             point = Point(owner.user_id, kind, owner.entity_id, item.key)
             vector: bytes | str = b""
-            if not item.blank:
+            if not item.is_blank:
                 vector = next(made) if item.vector is None else self._fitting(item.vector)
             if isinstance(vector, str):
                 refused[owner.user_id, owner.entity_id] = vector
@@ -382,8 +384,12 @@ class Indexer:
                 final=final,
             )
             pause = None if final else min(RETRY_CAP, RETRY_BASE * 2**row.attempts)
-            await self._outbox.put_back(batch.lease_id, [row], pause, attempts=1, detail=words)
+            await self._outbox.release(batch.lease_id, [row], pause, attempts=1, detail=words)
             if final and row.kind == OutboxKind.DOCUMENT:
                 key = (row.user_id, row.entity_id)
-                there = await index_source.there(self._database, OutboxKind.DOCUMENT, [key])
-                await index_source.settle(self._database, there, DocumentStatus.FAILED, words)
+                there = await index_source.read_item_counts(
+                    self._database, OutboxKind.DOCUMENT, [key]
+                )
+                await index_source.set_document_status(
+                    self._database, there, DocumentStatus.FAILED, words
+                )

@@ -11,7 +11,7 @@ import structlog
 
 from service.search.types import Index, SearchDown
 from service.store.db.database import DATABASE_ERRORS, Database
-from service.store.outbox.reindex_state import Place, ReindexState
+from service.store.outbox.reindex_state import RebuildCursor, ReindexState
 from service.store.tables import SYSTEM_USER_ID, OutboxKind
 
 SLICE = 256
@@ -54,54 +54,54 @@ class Rebuild:
         Raises:
             SearchDown: the index does not answer.
         """
-        while (place := await self._state.take(self._lease_id, LEASE)) is None:
+        while (cursor := await self._state.acquire(self._lease_id, LEASE)) is None:
             # Another process does it: this one is needed when that one is gone.
             anew = False
             await asyncio.sleep(LOOK * 5)
         try:
-            await self._build(place, anew=anew)
+            await self._build(cursor, anew=anew)
         except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
             with suppress(*DATABASE_ERRORS):
-                await asyncio.shield(self._state.let_go(self._lease_id))
+                await asyncio.shield(self._state.release(self._lease_id))
             raise
 
-    async def _build(self, place: Place, *, anew: bool) -> None:
+    async def _build(self, cursor: RebuildCursor, *, anew: bool) -> None:
         live = await self._index.live()
-        collection = place.building
+        collection = cursor.collection
         if collection is None or live is None:
             if live is not None and not anew:
-                await self._state.let_go(self._lease_id)
+                await self._state.release(self._lease_id)
                 return
             collection = await self._index.create()
             await self._state.begin(self._lease_id, collection, messages=self._messages)
-            place = Place(collection, 0, *_START, 0, 0)
+            cursor = RebuildCursor(collection, 0, *_START, 0, 0)
             _log.info("building a search index", collection=collection)
-        await self._hand_out(place, collection)
-        while (progress := await self._state.progress()) is not None and progress.waiting:
+        await self._hand_out(cursor, collection)
+        while (progress := await self._state.progress()) is not None and progress.pending:
             await self._pause(collection)
         await self._index.publish(collection)
         await self._state.end(self._lease_id)
         _log.info("the search index is built", collection=collection)
 
-    async def _hand_out(self, place: Place, collection: str) -> None:
-        """Owe everything there is, from a place on."""
+    async def _hand_out(self, cursor: RebuildCursor, collection: str) -> None:
+        """Owe everything there is, from a cursor on."""
         for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
-            if kind < place.kind or (kind == OutboxKind.SESSION and not self._messages):
+            if kind < cursor.kind or (kind == OutboxKind.SESSION and not self._messages):
                 continue
             after: tuple[str, str] | None = (
-                (place.user_id, place.entity_id) if kind == place.kind else _START
+                (cursor.user_id, cursor.entity_id) if kind == cursor.kind else _START
             )
             while after is not None:
-                after = await self._state.hand_out(self._lease_id, kind, after, SLICE, LEASE)
+                after = await self._state.enqueue_slice(self._lease_id, kind, after, SLICE, LEASE)
                 self._wake()
                 while (
                     progress := await self._state.progress()
-                ) is not None and progress.waiting > MOST_WAITING:
+                ) is not None and progress.pending > MOST_WAITING:
                     await self._pause(collection)
 
     async def _pause(self, collection: str) -> None:
         self._wake()
         await asyncio.sleep(LOOK)
-        place = await self._state.take(self._lease_id, LEASE)
-        if place is None or place.building != collection:
+        cursor = await self._state.acquire(self._lease_id, LEASE)
+        if cursor is None or cursor.collection != collection:
             raise SearchDown("another process has taken the rebuilding over")

@@ -30,7 +30,7 @@ from service.search.types import (
 from service.search.worker.parent import Child, ChildIndex
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox.outbox import Outbox
-from service.store.outbox.reindex_state import Progress, ReindexState
+from service.store.outbox.reindex_state import RebuildProgress, ReindexState
 
 STEADY = 30.0
 """Seconds that search must have been up for its next fall to be a new one: else the pauses go on growing."""
@@ -139,7 +139,7 @@ class Search:
             )
             await Outbox(self._database).retry_failed()
         progress = await ReindexState(self._database, self._alias).progress()
-        if not there or progress is None or progress.building is not None:
+        if not there or progress is None or progress.collection is not None:
             # The first start, an index that was lost, or a rebuilding that was left unfinished.
             self._start_rebuild(anew=False)
         if there:
@@ -255,7 +255,7 @@ class Search:
             self._mark_up()
         self.wake()
 
-    async def rebuild(self) -> AsyncIterator[Progress]:
+    async def rebuild(self) -> AsyncIterator[RebuildProgress]:
         """Build the index anew, or follow the work that is under way; a caller that goes away does not stop it.
 
         Raises:
@@ -265,15 +265,15 @@ class Search:
             raise self._unavailable()
         state = ReindexState(self._database, self._alias)
         before = await state.progress()
-        if before is None or before.building is None:
+        if before is None or before.collection is None:
             self._start_rebuild(anew=True)
         while True:
             work = self._rebuild
             progress = await state.progress()
             running = work is not None and not work.done()
-            if progress is not None and (progress.building is not None or not running):
+            if progress is not None and (progress.collection is not None or not running):
                 yield progress
-            if (work is None or work.done()) and (progress is None or progress.building is None):
+            if (work is None or work.done()) and (progress is None or progress.collection is None):
                 return
             await asyncio.sleep(0.3)
 

@@ -34,13 +34,13 @@ from sqlalchemy import (
 
 from service.errors import NotFound
 from service.store.db.read_batching import BatchedRead, ReadBatcher, Rows
-from service.store.messages import LAST, PAGE_BYTES, bounded
+from service.store.messages import MAX_PAGE_BYTES, MAX_SEQ, bounded
 from service.store.rows import MESSAGE_COLUMNS, SESSION_COLUMNS, MessageRow, SessionRow
 from service.store.tables import Role, chat_messages, chat_sessions
 
 LOOK_BACK = 1000
 """How many messages beyond the limit are searched for what is missing, so that no session's length counts."""
-LOOK_BACK_BYTES = 8 * PAGE_BYTES
+LOOK_BACK_BYTES = 8 * MAX_PAGE_BYTES
 """The same in bytes, which are held in memory."""
 LEADING = 1000
 """How many leading SYSTEM messages are looked at."""
@@ -62,7 +62,7 @@ class Limits(NamedTuple):
 
     max_messages: int
     max_tokens: int = 0
-    max_bytes: int = PAGE_BYTES
+    max_bytes: int = MAX_PAGE_BYTES
 
     def hold(self, total: _Total) -> bool:
         """Whether so much fits."""
@@ -82,13 +82,13 @@ async def get(
         NotFound: this user has no such session.
     """
     ids = {"user_id": user_id, "session_id": session_id}
-    opening = await reads.fetch(_OPENING, deadline, **ids, seq=LAST, limit=limits.max_messages)
+    opening = await reads.fetch(_OPENING, deadline, **ids, seq=MAX_SEQ, limit=limits.max_messages)
     session, system, newest = _unpack(opening)
     if session is None:
         raise NotFound.session(session_id)
     whole = _is_last(newest, limits.max_messages)
     farthest = limits.max_messages + LOOK_BACK
-    while (chosen := choose(system, newest, limits, whole=whole)) is None:
+    while (chosen := select_messages(system, newest, limits, whole=whole)) is None:
         wanted = min(max(_CHUNK, len(newest)), farthest - len(newest))
         rows = await reads.fetch(_OLDER, deadline, **ids, seq=newest[-1].seq, limit=wanted)
         older = [MessageRow._make(row) for row in rows]
@@ -96,12 +96,12 @@ async def get(
         far = len(newest) >= farthest or _size(newest) >= LOOK_BACK_BYTES
         whole = far or _is_last(older, wanted)
     omitted = max(0, session.message_count - len(chosen))
-    return Context(session, chosen, omitted, sum(row.tokens for row in chosen))
+    return Context(session, chosen, omitted, sum(row.prompt_tokens for row in chosen))
 
 
 def _is_last(rows: Sequence[MessageRow], wanted: int) -> bool:
     """Whether a read has come to the session's beginning: it returned less than asked for, and not because of its size."""
-    return len(rows) < wanted and _size(rows) < PAGE_BYTES
+    return len(rows) < wanted and _size(rows) < MAX_PAGE_BYTES
 
 
 def _size(rows: Iterable[MessageRow]) -> int:
@@ -122,11 +122,11 @@ class _Total(NamedTuple):
     def plus(self, rows: Iterable[MessageRow]) -> _Total:
         messages, tokens, size = self
         for row in rows:
-            messages, tokens, size = messages + 1, tokens + row.tokens, size + row.size
+            messages, tokens, size = messages + 1, tokens + row.prompt_tokens, size + row.size
         return _Total(messages, tokens, size)
 
 
-def choose(
+def select_messages(
     system: Sequence[MessageRow], newest: Sequence[MessageRow], limits: Limits, *, whole: bool
 ) -> list[MessageRow] | None:
     """Choose from a session's readable messages what goes into the next prompt, oldest first.
@@ -343,7 +343,7 @@ def _leading_system() -> Select[Any]:
         select(_m.seq).where(*others).order_by(_m.seq).limit(literal_column("1")).scalar_subquery()
     )
     return bounded(
-        _m.seq < func.coalesce(first_other, literal_column(str(LAST))),
+        _m.seq < func.coalesce(first_other, literal_column(str(MAX_SEQ))),
         _m.seq.asc(),
         literal_column(str(LEADING)),
     )

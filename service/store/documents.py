@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    ARRAY,
-    Column,
-    ColumnElement,
-    delete,
-    func,
-    insert,
-    literal,
-    select,
-    tuple_,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -24,19 +13,25 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import AlreadyExists, InvalidArgument, NotFound
 from service.store.db.db_errors import sqlstate
 from service.store.outbox import outbox
-from service.store.rows import DOCUMENT_COLUMNS, DocumentRow, check_etag, one, time_of
+from service.store.rows import (
+    DOCUMENT_COLUMNS,
+    DocumentRow,
+    check_etag,
+    datetime_from_us,
+    row_or_none,
+)
 from service.store.tables import DocumentStatus, OutboxKind, document_chunks, documents
 
-SLICE = 5_000
+CHUNKS_PER_DELETE = 5_000
 """Chunks erased in one transaction."""
-PAGE_BYTES = 3 * 1024 * 1024
+MAX_PAGE_BYTES = 3 * 1024 * 1024
 """Where a page of chunks stops."""
 
 _own, _chunk = documents.c, document_chunks.c
 
 
-def _array(column: Column[Any]) -> ARRAY[Any]:
-    return ARRAY(column.type)
+def _array(column: sa.Column[Any]) -> sa.ARRAY[Any]:
+    return sa.ARRAY(column.type)
 
 
 class Chunk(NamedTuple):
@@ -49,11 +44,11 @@ class Chunk(NamedTuple):
 class ChunkRow(NamedTuple):
     """A stored chunk."""
 
-    place: int
+    chunk_index: int
     text: str
 
 
-class Place(NamedTuple):
+class DocumentCursor(NamedTuple):
     """Where a page of documents begins."""
 
     created_us: int
@@ -79,7 +74,7 @@ async def create(
         pg_insert(documents).values(values | {"chunk_count": len(chunks)}).on_conflict_do_nothing()
     )
     try:
-        row = one(
+        row = row_or_none(
             DocumentRow, (await connection.execute(made.returning(*DOCUMENT_COLUMNS))).one_or_none()
         )
     except IntegrityError as error:
@@ -87,7 +82,7 @@ async def create(
             raise NotFound.user(user_id) from None
         raise
     if row is None:
-        return await _there_already(connection, values)
+        return await _find_existing(connection, values)
     await _store(connection, user_id, document_id, 0, chunks)
     last = max(0, len(chunks) - 1)
     await outbox.enqueue(
@@ -101,7 +96,7 @@ async def create(
     return row
 
 
-async def _there_already(connection: AsyncConnection, values: dict[str, Any]) -> DocumentRow:
+async def _find_existing(connection: AsyncConnection, values: dict[str, Any]) -> DocumentRow:
     user_id = values["user_id"]
     row = await _one(connection, _own.user_id == user_id, _own.id == values["id"])
     if row is not None and row.fingerprint == values["fingerprint"]:
@@ -119,10 +114,10 @@ async def _there_already(connection: AsyncConnection, values: dict[str, Any]) ->
 
 
 async def _one(
-    connection: AsyncConnection, *match: ColumnElement[bool], lock: bool = False
+    connection: AsyncConnection, *match: sa.ColumnElement[bool], lock: bool = False
 ) -> DocumentRow | None:
-    query = select(*DOCUMENT_COLUMNS).where(*match)
-    return one(
+    query = sa.select(*DOCUMENT_COLUMNS).where(*match)
+    return row_or_none(
         DocumentRow,
         (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
     )
@@ -142,7 +137,7 @@ async def _store(
             }
             for n, chunk in enumerate(chunks, first)
         ]
-        await connection.execute(insert(document_chunks), rows)
+        await connection.execute(sa.insert(document_chunks), rows)
 
 
 async def append_chunks(
@@ -169,7 +164,7 @@ async def append_chunks(
         )
     match = (_chunk.user_id == row.user_id, _chunk.document_id == document_id)
     if there > 0:
-        stored = select(_chunk.chunk_index, _chunk.text, _chunk.vector).where(
+        stored = sa.select(_chunk.chunk_index, _chunk.text, _chunk.vector).where(
             *match, _chunk.chunk_index.between(first, first + len(chunks) - 1)
         )
         for index, text, vector in await connection.execute(stored):
@@ -185,13 +180,13 @@ async def append_chunks(
         return row
     await _store(connection, row.user_id, document_id, row.chunk_count, new)
     grown = (
-        update(documents)
+        sa.update(documents)
         .where(_own.user_id == row.user_id, _own.id == document_id)
         .values(
             chunk_count=row.chunk_count + len(new),
             status=DocumentStatus.PENDING,
             status_detail="",
-            updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
+            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*DOCUMENT_COLUMNS)
     )
@@ -223,29 +218,29 @@ async def get(
     raise NotFound.document(document_id)
 
 
-async def page(
+async def list_page(
     connection: AsyncConnection,
     owners: Sequence[str],
     filters: dict[str, Any],
-    after: Place | None,
+    after: DocumentCursor | None,
     limit: int,
 ) -> list[DocumentRow]:
     """Read `limit` documents of these owners, newest first, after a place."""
-    query = select(*DOCUMENT_COLUMNS).where(
+    query = sa.select(*DOCUMENT_COLUMNS).where(
         _own.user_id.in_(owners), *(_own[name] == is_ for name, is_ in filters.items())
     )
     if after is not None:
         place = (
-            literal(time_of(after.created_us)),
-            literal(after.id, _own.id.type),
-            literal(after.user_id, _own.user_id.type),
+            sa.literal(datetime_from_us(after.created_us)),
+            sa.literal(after.id, _own.id.type),
+            sa.literal(after.user_id, _own.user_id.type),
         )
-        query = query.where(tuple_(_own.created_at, _own.id, _own.user_id) < tuple_(*place))
+        query = query.where(sa.tuple_(_own.created_at, _own.id, _own.user_id) < sa.tuple_(*place))
     query = query.order_by(_own.created_at.desc(), _own.id.desc(), _own.user_id.desc()).limit(limit)
     return [DocumentRow._make(row) for row in await connection.execute(query)]
 
 
-async def change(
+async def update(
     connection: AsyncConnection,
     owners: Sequence[str],
     document_id: str,
@@ -264,12 +259,12 @@ async def change(
     if not values:
         return row
     changed = (
-        update(documents)
+        sa.update(documents)
         .where(_own.user_id == row.user_id, _own.id == document_id)
         .values(
             **values,
             revision=_own.revision + 1,
-            updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
+            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*DOCUMENT_COLUMNS)
     )
@@ -285,7 +280,7 @@ async def change(
         raise
 
 
-async def erase_slice(
+async def delete_slice(
     connection: AsyncConnection, user_id: str, document_id: str | None = None
 ) -> tuple[int, bool]:
     """Erase a slice of what is large, of one document or of all the user's; return how many chunks, and whether to go on."""
@@ -293,24 +288,28 @@ async def erase_slice(
         [_chunk.document_id == document_id] if document_id else []
     )
     large = await connection.scalar(
-        select(literal(1)).select_from(document_chunks).where(*match).offset(SLICE).limit(1)
+        sa.select(sa.literal(1))
+        .select_from(document_chunks)
+        .where(*match)
+        .offset(CHUNKS_PER_DELETE)
+        .limit(1)
     )
     if not large:
         return 0, False
     key = (_chunk.document_id, _chunk.chunk_index)
-    slice_ = select(*key).where(*match).order_by(*key).limit(SLICE)
+    slice_ = sa.select(*key).where(*match).order_by(*key).limit(CHUNKS_PER_DELETE)
     gone = await connection.execute(
-        delete(document_chunks).where(_chunk.user_id == user_id, tuple_(*key).in_(slice_))
+        sa.delete(document_chunks).where(_chunk.user_id == user_id, sa.tuple_(*key).in_(slice_))
     )
     return gone.rowcount, True
 
 
-async def erase(
+async def delete(
     connection: AsyncConnection, user_id: str, document_id: str, *, search_enabled: bool
 ) -> bool:
     """Erase a document with its chunks; False when there is none."""
     gone = await connection.execute(
-        delete(documents).where(_own.user_id == user_id, _own.id == document_id)
+        sa.delete(documents).where(_own.user_id == user_id, _own.id == document_id)
     )
     if gone.rowcount:
         await outbox.enqueue(
@@ -324,14 +323,14 @@ async def erase(
     return gone.rowcount == 1
 
 
-async def erase_all(connection: AsyncConnection, user_id: str) -> tuple[int, int]:
+async def delete_all(connection: AsyncConnection, user_id: str) -> tuple[int, int]:
     """Erase all documents of a user; return how many documents and chunks went."""
-    chunks = await connection.execute(delete(document_chunks).where(_chunk.user_id == user_id))
-    gone = await connection.execute(delete(documents).where(_own.user_id == user_id))
+    chunks = await connection.execute(sa.delete(document_chunks).where(_chunk.user_id == user_id))
+    gone = await connection.execute(sa.delete(documents).where(_own.user_id == user_id))
     return gone.rowcount, chunks.rowcount
 
 
-async def chunk_page(
+async def list_chunks(
     connection: AsyncConnection, owners: Sequence[str], document_id: str, first: int, limit: int
 ) -> tuple[list[ChunkRow], bool]:
     """Read up to `limit` chunks from a place on, fewer when they are large; and whether there may be more.
@@ -341,10 +340,10 @@ async def chunk_page(
     """
     row = await get(connection, owners, document_id)
     # The sizes are summed before the texts are read.
-    size = func.octet_length(_chunk.text)
-    running = func.sum(size).over(order_by=_chunk.chunk_index, rows=(None, 0))
+    size = sa.func.octet_length(_chunk.text)
+    running = sa.func.sum(size).over(order_by=_chunk.chunk_index, rows=(None, 0))
     rows = (
-        select(
+        sa.select(
             _chunk.user_id,
             _chunk.document_id,
             _chunk.chunk_index,
@@ -361,30 +360,30 @@ async def chunk_page(
         .subquery()
     )
     query = (
-        select(rows.c.chunk_index, rows.c.text)
-        .where(rows.c.before < PAGE_BYTES)
+        sa.select(rows.c.chunk_index, rows.c.text)
+        .where(rows.c.before < MAX_PAGE_BYTES)
         .order_by(rows.c.chunk_index)
     )
     page = [ChunkRow._make(found) for found in await connection.execute(query)]
-    return page, bool(page) and page[-1].place + 1 < row.chunk_count
+    return page, bool(page) and page[-1].chunk_index + 1 < row.chunk_count
 
 
-async def found(
+async def find_chunks(
     connection: AsyncConnection, owners: Sequence[str], keys: Sequence[tuple[str, str, int]]
 ) -> dict[tuple[str, str, int], tuple[DocumentRow, str]]:
     """Read chunks by (owner, document id, index) with their documents; those that are gone, or not these owners', are left out."""
     wanted = (
-        func.unnest(
-            literal([key[0] for key in keys], _array(_own.user_id)),
-            literal([key[1] for key in keys], _array(_own.id)),
-            literal([key[2] for key in keys], _array(_chunk.chunk_index)),
+        sa.func.unnest(
+            sa.literal([key[0] for key in keys], _array(_own.user_id)),
+            sa.literal([key[1] for key in keys], _array(_own.id)),
+            sa.literal([key[2] for key in keys], _array(_chunk.chunk_index)),
         )
         .table_valued("user_id", "id", "chunk_index")
         .render_derived("w")
     )
     w = wanted.c
     query = (
-        select(*DOCUMENT_COLUMNS, _chunk.chunk_index, _chunk.text)
+        sa.select(*DOCUMENT_COLUMNS, _chunk.chunk_index, _chunk.text)
         .select_from(wanted)
         .join(documents, (_own.user_id == w.user_id) & (_own.id == w.id))
         .join(

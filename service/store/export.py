@@ -28,15 +28,15 @@ _MESSAGES_AFTER = bounded(
 )
 
 
-class WholeChunk(NamedTuple):
+class ChunkWithVector(NamedTuple):
     """A chunk with the vector that the client gave, if any."""
 
-    place: int
+    chunk_index: int
     text: str
     vector: bytes | None
 
 
-async def sessions_after(
+async def list_sessions(
     connection: AsyncConnection, user_id: str, after: str | None, limit: int
 ) -> list[SessionRow]:
     """Read `limit` sessions after an id, in the order of ids: unlike the list's, it stays while one reads."""
@@ -50,7 +50,7 @@ async def sessions_after(
     ]
 
 
-async def messages_after(
+async def list_messages(
     connection: AsyncConnection, user_id: str, session_id: str, seq: int, limit: int
 ) -> list[MessageRow]:
     """Read up to `limit` messages of a session after a seq, fewer when they are large; none when there are no more."""
@@ -58,7 +58,7 @@ async def messages_after(
     return [MessageRow._make(row) for row in await connection.execute(_MESSAGES_AFTER, values)]
 
 
-async def documents_after(
+async def list_documents(
     connection: AsyncConnection, user_id: str, after: str | None, limit: int
 ) -> list[DocumentRow]:
     """Read `limit` of a user's own documents after an id, in the order of ids."""
@@ -72,15 +72,15 @@ async def documents_after(
     ]
 
 
-async def chunks_from(
+async def list_chunks(
     connection: AsyncConnection, user_id: str, document_id: str, first: int, limit: int
-) -> list[WholeChunk]:
+) -> list[ChunkWithVector]:
     """Read up to `limit` chunks of a document from a place on."""
     own = document_chunks.c
     query = select(own.chunk_index, own.text, own.vector).where(
         own.user_id == user_id, own.document_id == document_id, own.chunk_index >= first
     )
     return [
-        WholeChunk._make(row)
+        ChunkWithVector._make(row)
         for row in await connection.execute(query.order_by(own.chunk_index).limit(limit))
     ]

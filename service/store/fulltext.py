@@ -22,9 +22,9 @@ START, END = "\ue000", "\ue001"
 
 MAX_CANDIDATES = 2000
 """Messages, the newest first, that are ranked of those that hold the words."""
-MAX_TEXT = 32_768
+MAX_TEXT_CHARS = 32_768
 """Characters of a message that are ranked, and of which a snippet is made."""
-REPLY_BYTES = 3 * 1024 * 1024
+MAX_REPLY_BYTES = 3 * 1024 * 1024
 """Where a reply stops."""
 _SNIPPET = f'MaxFragments=2, MaxWords=30, MinWords=12, FragmentDelimiter=" … ", StartSel={START}, StopSel={END}'
 _NOT = re.compile(r"(?<!\S)-(\"[^\"]*\"?|\S+)")
@@ -40,7 +40,7 @@ class Match(NamedTuple):
     rank: float
 
 
-class Said(NamedTuple):
+class MatchedMessage(NamedTuple):
     """A message that was found, with the part that fits."""
 
     session_id: str
@@ -69,7 +69,7 @@ SELECT c.session_id::text, m.id::text, ts_rank_cd(v.lexemes, w.query)::float8 AS
 FROM candidates AS c
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = c.session_id AND m.seq = c.seq
 CROSS JOIN wanted AS w
-CROSS JOIN LATERAL (SELECT to_tsvector('simple', left(m.content, {MAX_TEXT})) AS lexemes OFFSET 0) AS v
+CROSS JOIN LATERAL (SELECT to_tsvector('simple', left(m.content, {MAX_TEXT_CHARS})) AS lexemes OFFSET 0) AS v
 WHERE v.lexemes @@ w.query
 ORDER BY rank DESC, m.created_at DESC, m.session_id, m.seq DESC
 LIMIT $5
@@ -91,11 +91,11 @@ WITH found AS (
     WHERE m.deleted_at IS NULL
 )
 SELECT f.session_id::text, ts_headline(
-           'simple', left(m.content, {MAX_TEXT}), replace(plainto_tsquery('simple', $4)::text, '&', '|')::tsquery, '{_SNIPPET}'),
+           'simple', left(m.content, {MAX_TEXT_CHARS}), replace(plainto_tsquery('simple', $4)::text, '&', '|')::tsquery, '{_SNIPPET}'),
        {_columns}
 FROM found AS f
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = f.session_id AND m.seq = f.seq
-WHERE f.running - f.size < {REPLY_BYTES}
+WHERE f.running - f.size < {MAX_REPLY_BYTES}
 ORDER BY f.n
 """)  # noqa: S608
 
@@ -125,12 +125,12 @@ async def search(
     return [Match(*row) for row in rows]
 
 
-async def read(
+async def read_matches(
     database: Database, user_id: str, keys: Sequence[tuple[str, str]], query: str, deadline: float
-) -> list[Said]:
+) -> list[MatchedMessage]:
     """Read messages by (session id, id) in this order, each with the part that fits; those that are gone are left out."""
     sessions, ids = [session for session, _ in keys], [id_ for _, id_ in keys]
     rows: list[Record] = await database.fetch(
         _READ, user_id, sessions, ids, wanted(query)[0], deadline=deadline
     )
-    return [Said(row[0], MessageRow._make(row[2:]), row[1]) for row in rows]
+    return [MatchedMessage(row[0], MessageRow._make(row[2:]), row[1]) for row in rows]

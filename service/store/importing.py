@@ -18,16 +18,16 @@ from service.errors import AlreadyExists, NotFound
 from service.store import sessions, users
 from service.store.append.request import NewMessage
 from service.store.outbox import outbox
-from service.store.rows import time_of
+from service.store.rows import datetime_from_us
 from service.store.tables import OutboxKind, chat_messages, chat_sessions
 
-GAP = b""
+GAP_FINGERPRINT = b""
 """Fingerprint of a tombstone that stands where a file has no message; no message of a client has it."""
 
 _own, _message = chat_sessions.c, chat_messages.c
 
 
-class OldMessage(NamedTuple):
+class ImportedMessage(NamedTuple):
     """A message with its place and times, in microseconds since 1970."""
 
     seq: int
@@ -36,7 +36,7 @@ class OldMessage(NamedTuple):
     message: NewMessage
 
 
-async def put_user(connection: AsyncConnection, values: dict[str, Any]) -> bool:
+async def import_user(connection: AsyncConnection, values: dict[str, Any]) -> bool:
     """Insert a user, unless there is one with this id; return whether it was inserted.
 
     Raises:
@@ -50,7 +50,7 @@ async def put_user(connection: AsyncConnection, values: dict[str, Any]) -> bool:
     return False
 
 
-async def put_session(connection: AsyncConnection, values: dict[str, Any]) -> None:
+async def import_session(connection: AsyncConnection, values: dict[str, Any]) -> None:
     """Insert a session, unless there is one with this id.
 
     Raises:
@@ -60,11 +60,11 @@ async def put_session(connection: AsyncConnection, values: dict[str, Any]) -> No
     await connection.execute(pg_insert(chat_sessions).values(values).on_conflict_do_nothing())
 
 
-async def put_messages(
+async def import_messages(
     connection: AsyncConnection,
     user_id: str,
     session_id: str,
-    messages: Sequence[OldMessage],
+    messages: Sequence[ImportedMessage],
     *,
     search_enabled: bool,
 ) -> int:
@@ -85,11 +85,11 @@ async def put_messages(
             select(_message.seq, _message.id, _message.fingerprint).where(*place)
         )
     ).all()
-    if any(row.fingerprint == GAP for row in rows):
+    if any(row.fingerprint == GAP_FINGERPRINT for row in rows):
         # An earlier run had a file that ended here, and took what it lacked for deleted.
-        filled = delete(chat_messages).where(*place, _message.fingerprint == GAP)
+        filled = delete(chat_messages).where(*place, _message.fingerprint == GAP_FINGERPRINT)
         await connection.execute(filled.where(_message.seq.in_([old.seq for old in messages])))
-    there = {row.seq: row.id for row in rows if row.fingerprint != GAP}
+    there = {row.seq: row.id for row in rows if row.fingerprint != GAP_FINGERPRINT}
     for old in messages:
         if there.get(old.seq, old.message.id) != old.message.id:
             raise _taken(session_id, old.seq)
@@ -129,7 +129,7 @@ def _taken(session_id: str, seq: int) -> AlreadyExists:
     )
 
 
-def _values(user_id: str, session_id: str, old: OldMessage) -> dict[str, Any]:
+def _values(user_id: str, session_id: str, old: ImportedMessage) -> dict[str, Any]:
     values = old.message._asdict()
     for name in ("parts", "metadata"):
         values[name] = json.loads(values[name] or "null")
@@ -137,12 +137,12 @@ def _values(user_id: str, session_id: str, old: OldMessage) -> dict[str, Any]:
         "user_id": user_id,
         "session_id": session_id,
         "seq": old.seq,
-        "created_at": time_of(old.created_us),
-        "updated_at": time_of(old.updated_us),
+        "created_at": datetime_from_us(old.created_us),
+        "updated_at": datetime_from_us(old.updated_us),
     }
 
 
-async def end_session(
+async def finish_session(
     connection: AsyncConnection,
     user_id: str,
     session_id: str,
@@ -169,7 +169,7 @@ async def end_session(
         .limit(1)
         .scalar_subquery()
     )
-    at = func.coalesce(before, time_of(row.created_us))
+    at = func.coalesce(before, datetime_from_us(row.created_us))
     columns = {
         "created_at": at,
         "updated_at": at,
@@ -181,7 +181,7 @@ async def end_session(
         "content": literal(""),
         "token_estimate": literal(0),
         "size": literal(0),
-        "fingerprint": literal(GAP),
+        "fingerprint": literal(GAP_FINGERPRINT),
         "deleted_at": func.clock_timestamp(),
     }
     missing = select(*columns.values()).where(~there.exists())
@@ -191,7 +191,7 @@ async def end_session(
         .where(_message.user_id == user_id, _message.session_id == session_id)
         .scalar_subquery()
     )
-    updated_at = _own.updated_at if updated_us is None else time_of(updated_us)
+    updated_at = _own.updated_at if updated_us is None else datetime_from_us(updated_us)
     await connection.execute(
         update(chat_sessions)
         .where(_own.user_id == user_id, _own.id == session_id)

@@ -6,28 +6,24 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Integer,
-    Select,
-    and_,
-    bindparam,
-    func,
-    literal_column,
-    select,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
 from service.store import sessions
 from service.store.db.read_batching import BatchedRead, ReadBatcher, Rows
 from service.store.outbox import outbox
-from service.store.rows import MESSAGE_COLUMNS, MessageRow, check_etag, message_columns, micros, one
+from service.store.rows import (
+    MESSAGE_COLUMNS,
+    MessageRow,
+    check_etag,
+    epoch_us,
+    message_columns,
+    row_or_none,
+)
 from service.store.tables import OutboxKind, chat_messages, chat_sessions
 
-PAGE_BYTES = 3 * 1024 * 1024
+MAX_PAGE_BYTES = 3 * 1024 * 1024
 """Where a page stops, so that a reply stays below the 4 MiB that clients take by default."""
 _BYTES_PER_TOKEN = 4
 """What common tokenizers make of English prose, on average."""
@@ -40,23 +36,25 @@ def estimate_tokens(content: str, parts: str | None) -> int:
     return -(-(len(content.encode()) + len(parts or "")) // _BYTES_PER_TOKEN)
 
 
-_limit = bindparam("limit", type_=Integer)
+_limit = sa.bindparam("limit", type_=sa.Integer)
 
 
 def bounded(
-    match: ColumnElement[bool], order: ColumnElement[Any], limit: ColumnElement[int] = _limit
-) -> Select[Any]:
-    """Select readable messages of one session up to `limit` rows or PAGE_BYTES, whichever comes first, at least one.
+    match: sa.ColumnElement[bool],
+    order: sa.ColumnElement[Any],
+    limit: sa.ColumnElement[int] = _limit,
+) -> sa.Select[Any]:
+    """Select readable messages of one session up to `limit` rows or MAX_PAGE_BYTES, whichever comes first, at least one.
 
     The sizes are summed before the texts are read, so that a page never holds much more than it can send. Parameters: `user_id`,
     `session_id`, and `limit` unless given.
     """
-    running = func.sum(_own.size).over(order_by=order, rows=(None, 0))
+    running = sa.func.sum(_own.size).over(order_by=order, rows=(None, 0))
     rows = (
-        select(chat_messages, running.label("running"))
+        sa.select(chat_messages, running.label("running"))
         .where(
-            _own.user_id == bindparam("user_id", type_=_own.user_id.type),
-            _own.session_id == bindparam("session_id", type_=_own.session_id.type),
+            _own.user_id == sa.bindparam("user_id", type_=_own.user_id.type),
+            _own.session_id == sa.bindparam("session_id", type_=_own.session_id.type),
             match,
             _own.deleted_at.is_(None),
         )
@@ -64,29 +62,30 @@ def bounded(
         .limit(limit)
         .subquery("m")
     )
-    return select(*message_columns(rows)).where(
-        rows.c.running - rows.c.size < literal_column(str(PAGE_BYTES))
+    return sa.select(*message_columns(rows)).where(
+        rows.c.running - rows.c.size < sa.literal_column(str(MAX_PAGE_BYTES))
     )
 
 
-_seq = bindparam("seq", type_=BigInteger)
+_seq = sa.bindparam("seq", type_=sa.BigInteger)
 _AFTER = BatchedRead(bounded(_own.seq > _seq, _own.seq.asc()))
 _BEFORE = BatchedRead(bounded(_own.seq < _seq, _own.seq.desc()))
 _same_session = (
-    select(chat_sessions.c.id)
+    sa.select(chat_sessions.c.id)
     .where(
-        chat_sessions.c.user_id == bindparam("user_id", type_=_own.user_id.type),
-        chat_sessions.c.id == bindparam("session_id", type_=_own.session_id.type),
-        micros(chat_sessions.c.created_at) == bindparam("session_created_us", type_=BigInteger),
+        chat_sessions.c.user_id == sa.bindparam("user_id", type_=_own.user_id.type),
+        chat_sessions.c.id == sa.bindparam("session_id", type_=_own.session_id.type),
+        epoch_us(chat_sessions.c.created_at)
+        == sa.bindparam("session_created_us", type_=sa.BigInteger),
     )
     .exists()
 )
-_FOLLOWING = BatchedRead(bounded(and_(_own.seq > _seq, _same_session), _own.seq.asc()))
-LAST = 2**63 - 1
+_FOLLOWING = BatchedRead(bounded(sa.and_(_own.seq > _seq, _same_session), _own.seq.asc()))
+MAX_SEQ = 2**63 - 1
 """Beyond every `seq`."""
 
 
-async def page(
+async def list_page(
     reads: ReadBatcher,
     user_id: str,
     session_id: str,
@@ -115,7 +114,7 @@ async def page(
     return _cut(records, limit)
 
 
-async def following(
+async def list_since(
     reads: ReadBatcher,
     user_id: str,
     session_id: str,
@@ -148,7 +147,7 @@ async def following(
 
 def _cut(records: Rows, limit: int) -> tuple[list[MessageRow], bool]:
     rows = [MessageRow._make(record) for record in records]
-    more = len(rows) > limit or sum(row.size for row in rows) >= PAGE_BYTES
+    more = len(rows) > limit or sum(row.size for row in rows) >= MAX_PAGE_BYTES
     return rows[:limit], more
 
 
@@ -165,10 +164,10 @@ async def get(
     Raises:
         NotFound: there is no such session of this user (SESSION_NOT_FOUND), or no such message in it (MESSAGE_NOT_FOUND).
     """
-    query = select(*MESSAGE_COLUMNS).where(
+    query = sa.select(*MESSAGE_COLUMNS).where(
         *_is(user_id, session_id, message_id), _own.deleted_at.is_(None)
     )
-    row = one(
+    row = row_or_none(
         MessageRow,
         (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
     )
@@ -178,11 +177,11 @@ async def get(
     return row
 
 
-def _is(user_id: str, session_id: str, message_id: str) -> tuple[ColumnElement[bool], ...]:
+def _is(user_id: str, session_id: str, message_id: str) -> tuple[sa.ColumnElement[bool], ...]:
     return _own.user_id == user_id, _own.session_id == session_id, _own.id == message_id
 
 
-async def change(
+async def update(
     connection: AsyncConnection,
     user_id: str,
     session_id: str,
@@ -205,7 +204,7 @@ async def change(
         return row
     new = row._replace(**values)
     changed = (
-        update(chat_messages)
+        sa.update(chat_messages)
         .where(*_is(user_id, session_id, message_id))
         .values(
             **values
@@ -217,7 +216,7 @@ async def change(
             token_estimate=estimate_tokens(new.content, new.parts),
             size=measure(new),
             revision=_own.revision + 1,
-            updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
+            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*MESSAGE_COLUMNS)
     )
@@ -229,7 +228,7 @@ async def change(
     return result
 
 
-async def erase(
+async def delete(
     connection: AsyncConnection,
     user_id: str,
     session_id: str,
@@ -245,18 +244,18 @@ async def erase(
     # The session first, as every other writer takes it: whoever took the message first could meet an erasure of the session.
     await sessions.get(connection, user_id, session_id, lock=True)
     emptied = (
-        update(chat_messages)
+        sa.update(chat_messages)
         .where(*_is(user_id, session_id, message_id), _own.deleted_at.is_(None))
         .values(
             content="", author="", parts=None, metadata=None, feedback_score=None, feedback_comment=None,
-            token_count=None, token_estimate=0, size=0, deleted_at=func.clock_timestamp(),
+            token_count=None, token_estimate=0, size=0, deleted_at=sa.func.clock_timestamp(),
         )
     )  # fmt: skip
     seq = await connection.scalar(emptied.returning(_own.seq))
     if seq is None:
         return False
     await connection.execute(
-        update(chat_sessions)
+        sa.update(chat_sessions)
         .where(chat_sessions.c.user_id == user_id, chat_sessions.c.id == session_id)
         .values(message_count=chat_sessions.c.message_count - 1)
     )

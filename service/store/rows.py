@@ -17,14 +17,14 @@ from service.store.tables import chat_messages, chat_sessions, documents, users
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def micros(column: ColumnElement[Any]) -> ColumnElement[int]:
+def epoch_us(column: ColumnElement[Any]) -> ColumnElement[int]:
     """Return a time as microseconds since 1970: exact, since a double holds 2^53 of them (until the year 2255)."""
     return cast(
         func.date_part(literal_column("'epoch'"), column) * literal_column("1e6"), BigInteger
     )
 
 
-def time_of(us: int) -> datetime:
+def datetime_from_us(us: int) -> datetime:
     """Return the time of so many microseconds since 1970."""
     return _EPOCH + timedelta(microseconds=us)
 
@@ -103,7 +103,7 @@ class MessageRow(NamedTuple):
         return _etag(self.created_us, self.revision)
 
     @property
-    def tokens(self) -> int:
+    def prompt_tokens(self) -> int:
         """How many tokens it takes in a prompt: counted by the client, or else estimated."""
         return self.token_estimate if self.token_count is None else self.token_count
 
@@ -136,13 +136,13 @@ class DocumentRow(NamedTuple):
 _u, _d = users.c, documents.c
 
 USER_COLUMNS = (
-    cast(_u.id, Text), _u.external_id, _u.email, _u.name, cast(_u.metadata, Text), micros(_u.created_at), micros(_u.updated_at),
+    cast(_u.id, Text), _u.external_id, _u.email, _u.name, cast(_u.metadata, Text), epoch_us(_u.created_at), epoch_us(_u.updated_at),
     _u.revision, _u.fingerprint,
 )  # fmt: skip
 
 DOCUMENT_COLUMNS = (
     cast(_d.user_id, Text), cast(_d.id, Text), _d.title, _d.source_uri, _d.mime_type, _d.content_sha256, _d.size_bytes, _d.chunk_count,
-    _d.status, _d.status_detail, cast(_d.metadata, Text), micros(_d.created_at), micros(_d.updated_at), _d.revision, _d.fingerprint,
+    _d.status, _d.status_detail, cast(_d.metadata, Text), epoch_us(_d.created_at), epoch_us(_d.updated_at), _d.revision, _d.fingerprint,
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def session_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
     s = source.c
     return (
         cast(s.user_id, Text), cast(s.id, Text), s.title, s.summary, s.summarized_through_seq, cast(s.metadata, Text), s.state,
-        s.last_seq, s.message_count, micros(s.created_at), micros(s.updated_at), s.revision, cast(s.forked_from_id, Text),
+        s.last_seq, s.message_count, epoch_us(s.created_at), epoch_us(s.updated_at), s.revision, cast(s.forked_from_id, Text),
         s.forked_from_seq, s.fingerprint,
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def message_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
     m = source.c
     return (
         cast(m.id, Text), m.seq, m.role, m.content, cast(m.parts, Text), cast(m.metadata, Text), m.token_count, m.token_estimate,
-        m.size, m.author, m.feedback_score, m.feedback_comment, micros(m.created_at), micros(m.updated_at), m.revision,
+        m.size, m.author, m.feedback_score, m.feedback_comment, epoch_us(m.created_at), epoch_us(m.updated_at), m.revision,
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ MESSAGE_COLUMNS = message_columns(chat_messages)
 R = TypeVar("R", UserRow, SessionRow, MessageRow, DocumentRow)
 
 
-def one(kind: type[R], row: Row[Any] | None) -> R | None:
+def row_or_none(kind: type[R], row: Row[Any] | None) -> R | None:
     """Make a typed row of a result's row."""
     return None if row is None else kind._make(row)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sqlalchemy import delete, func, insert, literal, select, tuple_, update
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -17,13 +17,13 @@ from service.store.rows import (
     SESSION_COLUMNS,
     SessionRow,
     check_etag,
-    one,
+    datetime_from_us,
+    row_or_none,
     session_columns,
-    time_of,
 )
-from service.store.tables import OutboxKind, State, chat_messages, chat_sessions
+from service.store.tables import OutboxKind, SessionState, chat_messages, chat_sessions
 
-SLICE = 10_000
+MESSAGES_PER_DELETE = 10_000
 """Messages erased in one transaction. The cascade of a session of 500,000 held its lock for 0.76 s."""
 
 _own = chat_sessions.c
@@ -40,7 +40,7 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
         pg_insert(chat_sessions).values(values).on_conflict_do_nothing().returning(*SESSION_COLUMNS)
     )
     try:
-        row = one(SessionRow, (await connection.execute(made)).one_or_none())
+        row = row_or_none(SessionRow, (await connection.execute(made)).one_or_none())
     except IntegrityError as error:
         if sqlstate(error) == "23503":
             raise NotFound.user(values["user_id"]) from None
@@ -58,8 +58,8 @@ async def find(
     connection: AsyncConnection, user_id: str, session_id: str, *, lock: bool = False
 ) -> SessionRow | None:
     """Read a session, or None; with `lock` nobody else changes it before this transaction ends."""
-    query = select(*SESSION_COLUMNS).where(_own.user_id == user_id, _own.id == session_id)
-    return one(
+    query = sa.select(*SESSION_COLUMNS).where(_own.user_id == user_id, _own.id == session_id)
+    return row_or_none(
         SessionRow,
         (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
     )
@@ -79,10 +79,10 @@ async def get(
     return row
 
 
-async def page(
+async def list_page(
     connection: AsyncConnection,
     user_id: str,
-    state: State | None,
+    state: SessionState | None,
     after: tuple[int, str] | None,
     limit: int,
 ) -> list[SessionRow]:
@@ -91,18 +91,20 @@ async def page(
     No index serves the order, since an append would have to maintain it: the user's own rows are sorted. Only those of the page are
     then put into the form in which they leave, which costs more than the sort.
     """
-    query = select(chat_sessions).where(_own.user_id == user_id)
+    query = sa.select(chat_sessions).where(_own.user_id == user_id)
     if state is not None:
         query = query.where(_own.state == state)
     if after is not None:
-        place = tuple_(literal(time_of(after[0])), literal(after[1], _own.id.type))
-        query = query.where(tuple_(_own.updated_at, _own.id) < place)
+        place = sa.tuple_(
+            sa.literal(datetime_from_us(after[0])), sa.literal(after[1], _own.id.type)
+        )
+        query = query.where(sa.tuple_(_own.updated_at, _own.id) < place)
     rows = query.order_by(_own.updated_at.desc(), _own.id.desc()).limit(limit).subquery("s")
-    ordered = select(*session_columns(rows)).order_by(rows.c.updated_at.desc(), rows.c.id.desc())
+    ordered = sa.select(*session_columns(rows)).order_by(rows.c.updated_at.desc(), rows.c.id.desc())
     return [SessionRow._make(row) for row in await connection.execute(ordered)]
 
 
-async def change(
+async def update(
     connection: AsyncConnection, user_id: str, session_id: str, values: dict[str, Any], etag: str
 ) -> SessionRow:
     """Write some columns of a session.
@@ -121,24 +123,24 @@ async def change(
     if not values:
         return row
     changed = (
-        update(chat_sessions)
+        sa.update(chat_sessions)
         .where(_own.user_id == user_id, _own.id == session_id)
         .values(
             **values,
             revision=_own.revision + 1,
-            updated_at=func.greatest(_own.updated_at, func.clock_timestamp()),
+            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*SESSION_COLUMNS)
     )
     return SessionRow._make((await connection.execute(changed)).one())
 
 
-async def erase(
+async def delete(
     connection: AsyncConnection, user_id: str, session_id: str, *, search_enabled: bool = False
 ) -> bool:
     """Erase a session with its messages; False when there is none."""
     gone = await connection.execute(
-        delete(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
+        sa.delete(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
     )
     if gone.rowcount:
         await outbox.enqueue(
@@ -152,7 +154,7 @@ async def erase(
     return gone.rowcount == 1
 
 
-async def erase_messages(
+async def delete_messages(
     connection: AsyncConnection,
     user_id: str,
     session_id: str | None = None,
@@ -165,20 +167,22 @@ async def erase_messages(
         if session_id is None
         else [ours.user_id == user_id, ours.session_id == session_id]
     )
-    gone = delete(chat_messages).where(*match)
+    gone = sa.delete(chat_messages).where(*match)
     if limit is not None:
         key = (ours.session_id, ours.seq)
-        gone = gone.where(tuple_(*key).in_(select(*key).where(*match).order_by(*key).limit(limit)))
+        gone = gone.where(
+            sa.tuple_(*key).in_(sa.select(*key).where(*match).order_by(*key).limit(limit))
+        )
     erased = gone.returning(ours.deleted_at).cte("erased")
     return (
         await connection.scalar(
-            select(func.count()).select_from(erased).where(erased.c.deleted_at.is_(None))
+            sa.select(sa.func.count()).select_from(erased).where(erased.c.deleted_at.is_(None))
         )
         or 0
     )
 
 
-async def erase_slice(
+async def delete_slice(
     connection: AsyncConnection, user_id: str, session_id: str | None = None
 ) -> tuple[int, bool]:
     """Erase a slice of what is large; return how many messages could still be read, and whether more than a slice is left.
@@ -192,13 +196,17 @@ async def erase_slice(
         else [ours.user_id == user_id, ours.session_id == session_id]
     )
     large = await connection.scalar(
-        select(literal(1)).select_from(chat_messages).where(*match).offset(SLICE).limit(1)
+        sa.select(sa.literal(1))
+        .select_from(chat_messages)
+        .where(*match)
+        .offset(MESSAGES_PER_DELETE)
+        .limit(1)
     )
     if not large:
         return 0, False
-    erased = await erase_messages(connection, user_id, session_id, SLICE)
+    erased = await delete_messages(connection, user_id, session_id, MESSAGES_PER_DELETE)
     if session_id is not None:
-        shrunk = update(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
+        shrunk = sa.update(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
         await connection.execute(shrunk.values(message_count=_own.message_count - erased))
     return erased, True
 
@@ -225,7 +233,7 @@ async def fork(
         return earlier  # Whatever has become of the source since.
     # KEY SHARE keeps the source from being erased meanwhile, and lets appends pass.
     lock = (
-        select(_own.id)
+        sa.select(_own.id)
         .where(_own.user_id == user_id, _own.id == source_id)
         .with_for_update(read=True, key_share=True)
     )
@@ -268,26 +276,26 @@ async def _copy(
 ) -> None:
     ours = chat_messages.c
     columns = [column for column in ours if column.name != "session_id"]
-    rows = select(literal(new_id, ours.session_id.type), *columns).where(
+    rows = sa.select(sa.literal(new_id, ours.session_id.type), *columns).where(
         ours.user_id == user_id, ours.session_id == source_id, ours.seq <= through_seq
     )
     copied = (
-        insert(chat_messages)
+        sa.insert(chat_messages)
         .from_select(["session_id", *(column.name for column in columns)], rows)
         .returning(ours.deleted_at, ours.created_at)
         .cte("copied")
     )
-    totals = select(
-        func.count().filter(copied.c.deleted_at.is_(None)), func.max(copied.c.created_at)
+    totals = sa.select(
+        sa.func.count().filter(copied.c.deleted_at.is_(None)), sa.func.max(copied.c.created_at)
     )
     readable, newest = (await connection.execute(totals)).one()
     await connection.execute(
-        update(chat_sessions)
+        sa.update(chat_sessions)
         .where(_own.user_id == user_id, _own.id == new_id)
         .values(
             last_seq=through_seq,
             message_count=readable,
             # The next append's time must not lie before the last copied message's.
-            updated_at=func.greatest(_own.updated_at, newest),
+            updated_at=sa.func.greatest(_own.updated_at, newest),
         )
     )

@@ -37,7 +37,7 @@ SYSTEM_USER_ID = "00000000-0000-0000-0000-000000000000"
 """Owner of what belongs to nobody in particular (shared documents); no caller can be it."""
 
 
-class State(IntEnum):
+class SessionState(IntEnum):
     """Whether a session takes messages; the numbers are stored."""
 
     ACTIVE = 1
@@ -124,7 +124,9 @@ chat_sessions = Table(
     Column("summary", Text, nullable=False, server_default=""),
     Column("summarized_through_seq", BigInteger, nullable=False, server_default=text("0")),
     Column("metadata", _json),
-    Column("state", SmallInteger, nullable=False, server_default=text(str(int(State.ACTIVE)))),
+    Column(
+        "state", SmallInteger, nullable=False, server_default=text(str(int(SessionState.ACTIVE)))
+    ),
     # The next three change at every append: not indexed, so that the update stays heap-only.
     Column("last_seq", BigInteger, nullable=False, server_default=text("0")),
     Column("message_count", BigInteger, nullable=False, server_default=text("0")),

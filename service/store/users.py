@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, delete, func, select, update
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -13,7 +13,7 @@ from service.errors import AlreadyExists, NotFound
 from service.store import documents, sessions
 from service.store.db.db_errors import constraint
 from service.store.outbox import outbox
-from service.store.rows import USER_COLUMNS, UserRow, check_etag, one
+from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
 from service.store.tables import SYSTEM_USER_ID, chat_sessions, users
 
 _TAKEN = {
@@ -35,11 +35,11 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
         .returning(*USER_COLUMNS)
     )
     try:
-        row = one(UserRow, (await connection.execute(made)).one_or_none())
+        row = row_or_none(UserRow, (await connection.execute(made)).one_or_none())
     except IntegrityError as error:
         raise _taken(error) from None
     if row is None:
-        row = await _by(connection, users.c.id == values["id"])
+        row = await _find(connection, users.c.id == values["id"])
     if row is None or row.fingerprint != values["fingerprint"]:
         raise AlreadyExists("another user has this id", reason="ID_TAKEN", user_id=values["id"])
     return row
@@ -56,13 +56,13 @@ async def get(connection: AsyncConnection, user_id: str) -> UserRow:
     Raises:
         NotFound: there is none.
     """
-    row = await _by(connection, users.c.id == user_id)
+    row = await _find(connection, users.c.id == user_id)
     if row is None:
         raise NotFound.user(user_id)
     return row
 
 
-async def find(
+async def get_by(
     connection: AsyncConnection, *, email: str | None = None, external_id: str | None = None
 ) -> UserRow:
     """Read a user by e-mail address (in any case) or external id.
@@ -73,28 +73,28 @@ async def find(
     match = (
         users.c.external_id == external_id
         if email is None
-        else func.lower(users.c.email) == func.lower(email)
+        else sa.func.lower(users.c.email) == sa.func.lower(email)
     )
-    row = await _by(connection, match)
+    row = await _find(connection, match)
     if row is None:
         raise NotFound("user not found", reason="USER_NOT_FOUND")
     return row
 
 
-async def _by(
-    connection: AsyncConnection, match: ColumnElement[bool], *, lock: bool = False
+async def _find(
+    connection: AsyncConnection, match: sa.ColumnElement[bool], *, lock: bool = False
 ) -> UserRow | None:
-    query = select(*USER_COLUMNS).where(match, users.c.id != SYSTEM_USER_ID)
-    return one(
+    query = sa.select(*USER_COLUMNS).where(match, users.c.id != SYSTEM_USER_ID)
+    return row_or_none(
         UserRow,
         (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
     )
 
 
-async def page(connection: AsyncConnection, after: str | None, limit: int) -> list[UserRow]:
+async def list_page(connection: AsyncConnection, after: str | None, limit: int) -> list[UserRow]:
     """Read `limit` users after an id, in order of id."""
     query = (
-        select(*USER_COLUMNS)
+        sa.select(*USER_COLUMNS)
         .where(users.c.id > (after or SYSTEM_USER_ID))
         .order_by(users.c.id)
         .limit(limit)
@@ -102,7 +102,7 @@ async def page(connection: AsyncConnection, after: str | None, limit: int) -> li
     return [UserRow._make(row) for row in await connection.execute(query)]
 
 
-async def change(
+async def update(
     connection: AsyncConnection, user_id: str, values: dict[str, Any], etag: str
 ) -> UserRow:
     """Write some columns of a user.
@@ -112,16 +112,16 @@ async def change(
         Conflict: the etag is an older one's.
         AlreadyExists: the e-mail address or external id is another user's.
     """
-    row = await _by(connection, users.c.id == user_id, lock=True)
+    row = await _find(connection, users.c.id == user_id, lock=True)
     if row is None:
         raise NotFound.user(user_id)
     check_etag(row, etag)
     if not values:
         return row
     changed = (
-        update(users)
+        sa.update(users)
         .where(users.c.id == user_id)
-        .values(**values, revision=users.c.revision + 1, updated_at=func.clock_timestamp())
+        .values(**values, revision=users.c.revision + 1, updated_at=sa.func.clock_timestamp())
         .returning(*USER_COLUMNS)
     )
     try:
@@ -130,7 +130,7 @@ async def change(
         raise _taken(error) from None
 
 
-class Erased(NamedTuple):
+class DeletedCounts(NamedTuple):
     """How many of each kind went."""
 
     sessions: int
@@ -139,15 +139,17 @@ class Erased(NamedTuple):
     chunks: int
 
 
-async def erase(
+async def delete(
     connection: AsyncConnection, user_id: str, *, search_enabled: bool = False
-) -> Erased | None:
+) -> DeletedCounts | None:
     """Erase a user with everything that is theirs; None when there is no such user."""
-    if await _by(connection, users.c.id == user_id, lock=True) is None:
+    if await _find(connection, users.c.id == user_id, lock=True) is None:
         return None
-    messages = await sessions.erase_messages(connection, user_id)
-    erased, chunks = await documents.erase_all(connection, user_id)
-    gone = await connection.execute(delete(chat_sessions).where(chat_sessions.c.user_id == user_id))
-    await connection.execute(delete(users).where(users.c.id == user_id))
+    messages = await sessions.delete_messages(connection, user_id)
+    erased, chunks = await documents.delete_all(connection, user_id)
+    gone = await connection.execute(
+        sa.delete(chat_sessions).where(chat_sessions.c.user_id == user_id)
+    )
+    await connection.execute(sa.delete(users).where(users.c.id == user_id))
     await outbox.enqueue_user(connection, user_id, search_enabled=search_enabled)
-    return Erased(gone.rowcount, messages, erased, chunks)
+    return DeletedCounts(gone.rowcount, messages, erased, chunks)

@@ -16,7 +16,7 @@ import structlog
 from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.db.hot_pool import Record, Statement
 
-POLL_SECONDS = 0.3
+POLL_INTERVAL_S = 0.3
 """Between two looks at what other processes have appended."""
 
 _SESSIONS = Statement.from_text("""
@@ -40,7 +40,7 @@ class Watcher:
         """When the session was created: another one may be made with the same id."""
         self.known_seq = seq
         """The highest `last_seq` that this watcher was woken for."""
-        self.gone = False
+        self.session_deleted = False
         """Whether the session has been erased."""
         self._woken = asyncio.Event()
 
@@ -78,7 +78,7 @@ class WatchHub:
         self._database = database
         self._watchers: dict[tuple[str, str], set[Watcher]] = {}
         self._poller: asyncio.Task[None] | None = None
-        self.closing = False
+        self.is_closing = False
         """Whether the followers are being sent away."""
 
     def __len__(self) -> int:
@@ -100,20 +100,20 @@ class WatchHub:
             self._poller.cancel()
             self._poller = None
 
-    def changed(self, user_id: str, session_id: str) -> None:
+    def session_changed(self, user_id: str, session_id: str) -> None:
         """Wake the followers of a session to which this process has appended."""
         for watcher in self._watchers.get((user_id, session_id), ()):
             watcher.wake()
 
-    def erased(self, user_id: str, session_id: str) -> None:
+    def session_deleted(self, user_id: str, session_id: str) -> None:
         """Tell the followers of a session that this process has erased."""
         for watcher in self._watchers.get((user_id, session_id), ()):
-            watcher.gone = True
+            watcher.session_deleted = True
             watcher.wake()
 
     def close(self) -> None:
         """Wake every follower to be sent away."""
-        self.closing = True
+        self.is_closing = True
         self._wake_all()
 
     def _wake_all(self) -> None:
@@ -123,7 +123,7 @@ class WatchHub:
 
     async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(POLL_INTERVAL_S)
             keys = list(self._watchers)
             arguments = ([key[0] for key in keys], [key[1] for key in keys])
             try:
@@ -136,12 +136,12 @@ class WatchHub:
                 continue
             found = {(row["user_id"], row["session_id"]): row for row in rows}
             for key in keys:
-                self._tell(key, found.get(key))
+                self._notify(key, found.get(key))
 
-    def _tell(self, key: tuple[str, str], session: Record | None) -> None:
+    def _notify(self, key: tuple[str, str], session: Record | None) -> None:
         for watcher in self._watchers.get(key, ()):
             if session is None or session["session_created_us"] != watcher.session_created_us:
-                watcher.gone = True
+                watcher.session_deleted = True
                 watcher.wake()
             elif session["last_seq"] > watcher.known_seq:
                 watcher.known_seq = session["last_seq"]

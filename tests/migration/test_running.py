@@ -24,7 +24,7 @@ from service.store.schema.version import SchemaVersion
 from tests.migration.test_schema import url_of
 from tests.support.cluster import SUPPORT, fetch
 
-ROOT = Path(migrations.SCRIPTS).parent
+ROOT = Path(migrations.SCRIPTS_DIR).parent
 
 
 @asynccontextmanager
@@ -45,7 +45,7 @@ async def somebody_else(target: Target, statement: str) -> AsyncGenerator[asyncp
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrations, "LOCK_TIMEOUT", "100ms")
     monkeypatch.setattr(migrations, "STATEMENT_TIMEOUT", "300ms")
-    monkeypatch.setattr(migrations, "PAUSE", 0.1)
+    monkeypatch.setattr(migrations, "RETRY_PAUSE_S", 0.1)
 
 
 async def test_of_many_migrators_one_migrates(empty: Target) -> None:
@@ -60,7 +60,9 @@ async def test_of_many_migrators_one_migrates(empty: Target) -> None:
 
 async def test_a_migrator_waits_for_another_without_a_snapshot(empty: Target) -> None:
     waiting = asyncio.Event()
-    async with somebody_else(empty, f"SELECT pg_advisory_xact_lock({migrations.TURN})") as other:
+    async with somebody_else(
+        empty, f"SELECT pg_advisory_xact_lock({migrations.ADVISORY_LOCK_KEY})"
+    ) as other:
         task = asyncio.create_task(migrations.upgrade(empty, on_wait=lambda _words: waiting.set()))
         await waiting.wait()
         held = await other.fetch(
@@ -74,8 +76,10 @@ async def test_a_migrator_waits_for_another_without_a_snapshot(empty: Target) ->
 async def test_a_migrator_that_never_ends_is_told(
     empty: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrations, "PATIENCE", 0.0)
-    async with somebody_else(empty, f"SELECT pg_advisory_xact_lock({migrations.TURN})"):
+    monkeypatch.setattr(migrations, "MIGRATOR_TIMEOUT_S", 0.0)
+    async with somebody_else(
+        empty, f"SELECT pg_advisory_xact_lock({migrations.ADVISORY_LOCK_KEY})"
+    ):
         with pytest.raises(MigrationError, match="another migration has not ended"):
             await migrations.upgrade(empty)
 
@@ -170,7 +174,7 @@ async def test_another_applications_migrations_are_not_touched(empty: Target) ->
 async def test_missing_scripts_are_told(
     empty: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(migrations, "SCRIPTS", tmp_path / "alembic")
+    monkeypatch.setattr(migrations, "SCRIPTS_DIR", tmp_path / "alembic")
     with pytest.raises(MigrationError, match="not installed"):
         await migrations.upgrade(empty)
 

@@ -117,7 +117,7 @@ async def test_the_first_migration_leaves_what_the_service_needs(empty: Target) 
 
 def revisions() -> list[str]:
     config = Config()
-    config.set_main_option("script_location", str(migrations.SCRIPTS))
+    config.set_main_option("script_location", str(migrations.SCRIPTS_DIR))
     config.set_main_option("path_separator", "os")
     return [script.revision for script in ScriptDirectory.from_config(config).walk_revisions()][
         ::-1

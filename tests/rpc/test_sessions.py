@@ -378,11 +378,11 @@ async def count(url: str, session_id: str) -> int:
     return int(rows[0][0])
 
 
-@pytest.mark.parametrize("slice_size", [sessions.SLICE, 4])
+@pytest.mark.parametrize("slice_size", [sessions.MESSAGES_PER_DELETE, 4])
 async def test_a_session_goes_with_its_messages_and_nothing_else_does(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch, slice_size: int
 ) -> None:
-    monkeypatch.setattr(sessions, "SLICE", slice_size)
+    monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", slice_size)
     gone, kept = await chat.start(texts(13)), await chat.start(texts(13))
     same_id = (await other.create_session(id=gone)).id
     await other.append(same_id, texts(13))
@@ -421,11 +421,11 @@ async def test_an_erased_sessions_id_may_be_used_again_for_an_empty_one(chat: Ch
 async def test_a_session_half_erased_in_slices_still_counts_right_and_can_be_erased(
     chat: Chat, database_url: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "SLICE", 4)
+    monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 4)
     session_id = await chat.start(texts(10))
     deadline = asyncio.get_running_loop().time() + 10
     erased, more = await server.database.write(
-        sessions.erase_slice, deadline, chat.user_id, session_id
+        sessions.delete_slice, deadline, chat.user_id, session_id
     )
     assert (erased, more) == (4, True)
     assert (

@@ -325,7 +325,7 @@ async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
 async def test_a_user_of_more_than_a_slice_is_erased_in_slices(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "SLICE", 7)
+    monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 7)
     kept = await other.start(texts(30))
     long = await chat.start(texts(25))
     await chat.start(texts(6))

@@ -207,7 +207,7 @@ async def test_a_new_session_of_the_same_id_is_not_followed_for_a_moment(
     pair: tuple[Chat, Chat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Erased elsewhere and made anew between two looks: what wakes the follower is the new session's first append."""
-    monkeypatch.setattr(watch, "POLL_SECONDS", 600.0)
+    monkeypatch.setattr(watch, "POLL_INTERVAL_S", 600.0)
     session_id = await pair[0].start(texts(3))
     async with following(pair[0], session_id) as follower:
         await follower.reaches(3)

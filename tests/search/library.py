@@ -155,6 +155,6 @@ async def settled(server: Server) -> None:
     assert outbox is not None
 
     async def nothing() -> bool:
-        return (await outbox.backlog()).waiting == 0
+        return (await outbox.backlog()).pending == 0
 
     await comes_true(nothing, "everything is indexed")

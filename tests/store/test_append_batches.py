@@ -14,7 +14,7 @@ from service.store.append.appender import Appender
 from service.store.append.request import Append, Appended, NewMessage
 from service.store.db.database import Database
 from service.store.db.dsn import parse
-from service.store.tables import State
+from service.store.tables import SessionState
 from tests.support.appends import (
     Add,
     Content,
@@ -94,7 +94,7 @@ async def test_bad_items_do_not_fail_their_neighbours(store: Sessions) -> None:
     archived, used, short = await store.new(), await store.new(1), await store.new(1)
     taken = (await store.stored(used))[0]
     world = World(store.url, [store.appender.database], store.user_id, [archived, short])
-    await world.perform(0, 0, 0, SetState(State.ARCHIVED))
+    await world.perform(0, 0, 0, SetState(SessionState.ARCHIVED))
     good = [await store.new() for _ in range(4)]
     appended = [
         store.start(good[0]),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from service.store.append import appender as append_module
 from service.store.db.database import Database
-from service.store.tables import State
+from service.store.tables import SessionState
 from tests.support.appends import (
     CANCELLED,
     NAMES,
@@ -56,7 +56,9 @@ _leaving = st.builds(Add, words=_words, may_create=st.booleans(), cancel_after=s
 _others = st.one_of(
     st.just(EraseSession()),
     st.builds(EraseMessage, st.integers(0, NAMES - 1)),
-    st.builds(SetState, st.sampled_from([State.ARCHIVED, State.ACTIVE, State.ACTIVE])),
+    st.builds(
+        SetState, st.sampled_from([SessionState.ARCHIVED, SessionState.ACTIVE, SessionState.ACTIVE])
+    ),
 )
 
 

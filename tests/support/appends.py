@@ -30,7 +30,7 @@ from service.store.append.appender import Appender
 from service.store.append.request import Append, NewMessage, NewSession
 from service.store.db.database import Database
 from service.store.db.dsn import parse
-from service.store.tables import State
+from service.store.tables import SessionState
 from tests.support.chat import new_id
 from tests.support.cluster import at_rest, fetch
 from tests.support.history import History, history
@@ -75,7 +75,7 @@ class EraseMessage:
 class SetState:
     """The session is archived, or taken back."""
 
-    state: State
+    state: SessionState
 
 
 Operation = Add | EraseSession | EraseMessage | SetState
@@ -84,7 +84,7 @@ Operation = Add | EraseSession | EraseMessage | SetState
 class Content(NamedTuple):
     """A session as the model sees it; a missing one is None."""
 
-    state: State = State.ACTIVE
+    state: SessionState = SessionState.ACTIVE
     words: tuple[Word, ...] = ()
     """In order of seq."""
     erased: frozenset[int] = frozenset()
@@ -125,7 +125,7 @@ def _add(content: Content | None, add: Add) -> tuple[Content | None, Answer]:
         if word.name in places and places[word.name][1] != word.variant:
             return content, ("reused", word.name)
     fresh = tuple(word for word in add.words if word.name not in places)
-    if fresh and now.state is State.ARCHIVED:
+    if fresh and now.state is SessionState.ARCHIVED:
         return content, ("archived",)
     if fresh and add.expected not in (None, len(now.words)):
         return content, ("mismatch", len(now.words))
@@ -222,7 +222,7 @@ class World:
         names = {self.message_id(session, name): name for name in range(NAMES)}
         words = tuple(Word(names[m.id], _variant(m.fingerprint)) for m in found.messages)
         erased = frozenset(names[m.id] for m in found.messages if m.deleted)
-        return found, Content(State(found.state), words, erased)
+        return found, Content(SessionState(found.state), words, erased)
 
     async def perform(self, store: int, session: int, delay: int, operation: Operation) -> Done:
         """Carry an operation out and note its answer."""
@@ -244,17 +244,17 @@ class World:
                     return await self._append(store, session, operation, deadline)
                 case EraseSession():
                     return "erased", await database.write(
-                        sessions.erase, deadline, self.user_id, session_id
+                        sessions.delete, deadline, self.user_id, session_id
                     )
                 case EraseMessage(name):
                     message_id = self.message_id(session, name)
                     gone = await database.write(
-                        messages.erase, deadline, self.user_id, session_id, message_id
+                        messages.delete, deadline, self.user_id, session_id, message_id
                     )
                     return "erased", gone
                 case SetState(state):
                     await database.write(
-                        sessions.change, deadline, self.user_id, session_id, {"state": state}, ""
+                        sessions.update, deadline, self.user_id, session_id, {"state": state}, ""
                     )
                     return ("state",)
         except ServiceError as error:

@@ -17,8 +17,9 @@ _PROGRAM = """
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from service.store import migrations, tables
-migrations.SCRIPTS = Path(sys.argv.pop(1))
+from service.store import tables
+from service.store.schema import migrations
+migrations.SCRIPTS_DIR = Path(sys.argv.pop(1))
 tables.BUILD = tables.REQUIRED_REVISION = tables.BUILD + 1
 from {module} import main
 main()
@@ -47,7 +48,7 @@ class NextBuild:
         self._folder = folder
         self._scripts = folder / "alembic"
         shutil.copytree(
-            migrations.SCRIPTS, self._scripts, ignore=shutil.ignore_patterns("__pycache__")
+            migrations.SCRIPTS_DIR, self._scripts, ignore=shutil.ignore_patterns("__pycache__")
         )
         text = _MIGRATION.format(now=tables.BUILD, next=self.revision, statements=statements)
         (self._scripts / "versions" / "next.py").write_text(text)

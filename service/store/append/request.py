@@ -9,7 +9,7 @@ from typing import NamedTuple
 from service.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, ServiceError
 from service.store.db.database import patience_ends
 from service.store.db.hot_pool import Record
-from service.store.tables import State
+from service.store.tables import SessionState
 
 Key = tuple[str, str]
 """A user's id and a session's."""
@@ -200,7 +200,7 @@ def refusal_of(item: Append, session: Record | None) -> ServiceError | None:
     session_id = item.key[1]
     if session is None and not item.may_create:
         return NotFound.session(session_id)
-    if session is not None and session["state"] == State.ARCHIVED:
+    if session is not None and session["state"] == SessionState.ARCHIVED:
         return FailedPrecondition(
             "the session is archived", reason="SESSION_ARCHIVED", session_id=session_id
         )

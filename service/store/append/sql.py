@@ -7,7 +7,7 @@ from typing import Any
 
 from service.store.append.request import Append
 from service.store.db.hot_pool import Statement
-from service.store.tables import OPEN_END, OutboxKind, State
+from service.store.tables import OPEN_END, OutboxKind, SessionState
 
 # Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an
 # expectation ($9 to $12), and one a message ($14 on).
@@ -49,7 +49,7 @@ WITH appended AS (
         last_seq = s.last_seq + excluded.last_seq,
         message_count = s.message_count + excluded.message_count,
         updated_at = greatest(greatest(s.updated_at, s.created_at) + interval '1 microsecond', excluded.updated_at)
-    WHERE s.state = {State.ACTIVE:d}
+    WHERE s.state = {SessionState.ACTIVE:d}
       AND NOT EXISTS (
         SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[], $12::bigint[]) AS e (user_id, id, last_seq, session_created_us)
         WHERE e.user_id = s.user_id AND e.id = s.id

@@ -33,7 +33,7 @@ from service.store.db.database import Database
 from service.store.db.hot_pool import Statement
 from service.store.tables import OutboxKind, search_indexes, search_outbox
 
-LAST = 2**63 - 1
+MAX_POSITION = 2**63 - 1
 """Beyond every chunk's index and every message's seq."""
 
 MAX_ATTEMPTS = 5
@@ -51,7 +51,7 @@ async def enqueue(
     entity_id: str,
     *,
     since: int = 0,
-    through: int = LAST,
+    through: int = MAX_POSITION,
     wipe: bool = False,
     search_enabled: bool = True,
 ) -> None:
@@ -92,7 +92,7 @@ async def enqueue_user(connection: AsyncConnection, user_id: str, *, search_enab
     """Note that all points of a user must go; leases under way on things of theirs do not count as done."""
     bumped = update(search_outbox).where(_own.user_id == user_id)
     await connection.execute(
-        bumped.values(version=_own.version + 1, since=0, through=LAST, wipe=True)
+        bumped.values(version=_own.version + 1, since=0, through=MAX_POSITION, wipe=True)
     )
     await enqueue(
         connection, OutboxKind.USER, user_id, user_id, wipe=True, search_enabled=search_enabled
@@ -110,18 +110,18 @@ class LeasedRow(NamedTuple):
     through: int
     wipe: bool
     attempts: int
-    age: float
+    age_s: float
     """Seconds since the oldest change."""
 
 
 class Backlog(NamedTuple):
     """How much is owed."""
 
-    waiting: int
+    pending: int
     failed: int
-    age: float
+    oldest_age_s: float
     """Seconds since the oldest change that waits."""
-    pause: float | None
+    next_due_s: float | None
     """Seconds until the next row may be taken; None when nothing waits."""
 
 
@@ -143,7 +143,7 @@ UPDATE search_outbox AS o SET
     taken_through = greatest(o.taken_through, o.through),
     taken_wipe = o.taken_wipe OR o.wipe,
     attempts = CASE WHEN o.kind = {OutboxKind.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN 0 ELSE o.attempts END,
-    since = {LAST}, through = -1, wipe = false
+    since = {MAX_POSITION}, through = -1, wipe = false
 FROM due AS d
 WHERE o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id
 RETURNING o.kind, o.user_id::text, o.entity_id::text, o.version, o.taken_since, o.taken_through, o.taken_wipe, o.attempts,
@@ -178,7 +178,7 @@ UPDATE search_outbox AS o SET due_at = clock_timestamp() + $7 * interval '1 seco
 FROM mine AS m WHERE {_IS_MINE} RETURNING {_IDS}
 """)  # noqa: S608
 
-_PUT_BACK = Statement.from_text(f"""{_MINE}
+_RELEASE = Statement.from_text(f"""{_MINE}
 UPDATE search_outbox AS o SET
     lease_id = NULL, taken_since = m.since, attempts = o.attempts + $8, detail = $9,
     due_at = CASE WHEN $7::float8 < 0 THEN 'infinity' ELSE clock_timestamp() + $7 * interval '1 second' END
@@ -196,7 +196,7 @@ _RETRY_FAILED = Statement.from_text(
     "UPDATE search_outbox SET due_at = now(), attempts = 0 WHERE due_at = 'infinity'"
 )
 
-Key = tuple[int, str, str]
+OutboxKey = tuple[int, str, str]
 
 
 def _arguments(
@@ -228,21 +228,23 @@ class Outbox:
             for row in await self._database.fetch_once(_CLAIM, limit, lease_id, seconds)
         ]
 
-    async def finish(self, lease_id: str, rows: Sequence[LeasedRow]) -> set[Key]:
+    async def finish(self, lease_id: str, rows: Sequence[LeasedRow]) -> set[OutboxKey]:
         """Remove rows that have not changed, give the others free; return those that were reached."""
         return {
             (row[0], row[1], row[2])
             for row in await self._database.fetch_once(_FINISH, *_arguments(rows), lease_id)
         }
 
-    async def renew(self, lease_id: str, rows: Sequence[LeasedRow], seconds: float) -> set[Key]:
+    async def renew(
+        self, lease_id: str, rows: Sequence[LeasedRow], seconds: float
+    ) -> set[OutboxKey]:
         """Hold rows for longer, from their `since` on; return those that are still ours."""
         return {
             (row[0], row[1], row[2])
             for row in await self._database.fetch_once(_RENEW, *_arguments(rows), lease_id, seconds)
         }
 
-    async def put_back(
+    async def release(
         self,
         lease_id: str,
         rows: Sequence[LeasedRow],
@@ -254,7 +256,7 @@ class Outbox:
         """Give rows free, to be taken again after a pause; None gives them up."""
         wait = -1.0 if pause is None else pause
         await self._database.fetch_once(
-            _PUT_BACK, *_arguments(rows), lease_id, wait, attempts, detail
+            _RELEASE, *_arguments(rows), lease_id, wait, attempts, detail
         )
 
     async def backlog(self) -> Backlog:

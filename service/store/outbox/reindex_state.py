@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from service.store.db.database import Database
 from service.store.db.hot_pool import Statement
-from service.store.outbox.outbox import LAST
+from service.store.outbox.outbox import MAX_POSITION
 from service.store.tables import OutboxKind
 
 _BUILDING = Statement.from_text("SELECT building FROM search_indexes WHERE alias = $1")
 
 # Only one process does it at a time; what another has left unfinished is taken up when its lease has ended.
-_TAKE = Statement.from_text("""
+_ACQUIRE = Statement.from_text("""
 INSERT INTO search_indexes AS i (alias, lease_id, lease_until) VALUES ($1, $2, clock_timestamp() + $3 * interval '1 second')
 ON CONFLICT (alias) DO UPDATE SET lease_id = excluded.lease_id, lease_until = excluded.lease_until
 WHERE i.lease_until IS NULL OR i.lease_until < clock_timestamp() OR i.lease_id = excluded.lease_id
@@ -30,11 +30,11 @@ UPDATE search_indexes SET
 WHERE alias = $1 AND lease_id = $2
 """)
 
-# What was handed out is owed up to LAST; nothing else is, but for what must go.
+# What was handed out is owed up to MAX_POSITION; nothing else is, but for what must go.
 _PROGRESS = Statement.from_text(f"""
 SELECT i.building, i.total, i.handed_out,
        (SELECT count(*) FROM search_outbox AS o
-        WHERE ((o.through = {LAST} AND NOT o.wipe) OR (o.taken_through = {LAST} AND NOT o.taken_wipe))
+        WHERE ((o.through = {MAX_POSITION} AND NOT o.wipe) OR (o.taken_through = {MAX_POSITION} AND NOT o.taken_wipe))
           AND o.due_at < 'infinity' AND i.building IS NOT NULL),
        (SELECT count(*) FROM search_outbox AS o WHERE o.due_at = 'infinity')
 FROM search_indexes AS i WHERE i.alias = $1
@@ -46,20 +46,20 @@ _END = Statement.from_text(
     "after_kind = 0, after_user_id = DEFAULT, after_entity_id = DEFAULT WHERE alias = $1 AND lease_id = $2"
 )
 
-_LET_GO = Statement.from_text(
+_RELEASE = Statement.from_text(
     "UPDATE search_indexes SET lease_id = NULL, lease_until = NULL WHERE alias = $1 AND lease_id = $2"
 )
 
 
-def _hand_out(kind: OutboxKind, table: str) -> Statement:
+def _enqueue_slice(kind: OutboxKind, table: str) -> Statement:
     return Statement.from_text(f"""
 WITH slice AS (
     SELECT t.user_id, t.id FROM {table} AS t WHERE (t.user_id, t.id) > ($3, $4) ORDER BY t.user_id, t.id LIMIT $5
 ), enqueued AS (
     INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
-    SELECT {kind:d}, s.user_id, s.id, 0, {LAST} FROM slice AS s ORDER BY s.user_id, s.id
+    SELECT {kind:d}, s.user_id, s.id, 0, {MAX_POSITION} FROM slice AS s ORDER BY s.user_id, s.id
     ON CONFLICT (kind, user_id, entity_id) DO UPDATE SET
-        version = o.version + 1, since = 0, through = {LAST},
+        version = o.version + 1, since = 0, through = {MAX_POSITION},
         due_at = CASE WHEN o.due_at = 'infinity' THEN excluded.due_at ELSE o.due_at END
 ), last AS (
     SELECT s.user_id, s.id, (SELECT count(*) FROM slice) AS count FROM slice AS s ORDER BY s.user_id DESC, s.id DESC LIMIT 1
@@ -72,36 +72,36 @@ RETURNING l.user_id::text, l.id::text
 """)  # noqa: S608 - nothing but names and numbers of ours goes in
 
 
-_HAND_OUT = {
-    OutboxKind.DOCUMENT: _hand_out(OutboxKind.DOCUMENT, "documents"),
-    OutboxKind.SESSION: _hand_out(OutboxKind.SESSION, "chat_sessions"),
+_ENQUEUE_SLICE = {
+    OutboxKind.DOCUMENT: _enqueue_slice(OutboxKind.DOCUMENT, "documents"),
+    OutboxKind.SESSION: _enqueue_slice(OutboxKind.SESSION, "chat_sessions"),
 }
 
 
-class Place(NamedTuple):
+class RebuildCursor(NamedTuple):
     """Where a rebuilding stands."""
 
-    building: str | None
+    collection: str | None
     kind: int
     user_id: str
     entity_id: str
-    handed_out: int
+    enqueued: int
     total: int
 
 
-class Progress(NamedTuple):
+class RebuildProgress(NamedTuple):
     """How far a rebuilding is."""
 
-    building: str | None
+    collection: str | None
     total: int
-    handed_out: int
-    waiting: int
+    enqueued: int
+    pending: int
     failed: int
 
     @property
     def done(self) -> int:
         """How many entities are indexed."""
-        return max(0, min(self.total, self.handed_out) - self.waiting)
+        return max(0, min(self.total, self.enqueued) - self.pending)
 
 
 class ReindexState:
@@ -115,38 +115,38 @@ class ReindexState:
         self._database = database
         self._alias = alias
 
-    async def collection(self) -> str | None:
+    async def building_collection(self) -> str | None:
         """Return the collection that is filled now, if any."""
         rows = await self._database.fetch_once(_BUILDING, self._alias)
         return rows[0][0] if rows else None
 
-    async def take(self, lease_id: str, seconds: float) -> Place | None:
+    async def acquire(self, lease_id: str, seconds: float) -> RebuildCursor | None:
         """Become the one who does it, or stay it; None when another is."""
-        rows = await self._database.fetch_once(_TAKE, self._alias, lease_id, seconds)
-        return Place(*rows[0]) if rows else None
+        rows = await self._database.fetch_once(_ACQUIRE, self._alias, lease_id, seconds)
+        return RebuildCursor(*rows[0]) if rows else None
 
     async def begin(self, lease_id: str, collection: str, *, messages: bool) -> None:
         """Note which collection is filled: from now on everybody writes to it too."""
         await self._database.fetch_once(_BEGIN, self._alias, lease_id, collection, messages)
 
-    async def hand_out(
+    async def enqueue_slice(
         self, lease_id: str, kind: OutboxKind, after: tuple[str, str], limit: int, seconds: float
     ) -> tuple[str, str] | None:
         """Owe the index a slice of all documents or sessions; return the last of it, None at the end."""
         rows = await self._database.fetch_once(
-            _HAND_OUT[kind], self._alias, lease_id, *after, limit, seconds
+            _ENQUEUE_SLICE[kind], self._alias, lease_id, *after, limit, seconds
         )
         return (rows[0][0], rows[0][1]) if rows else None
 
-    async def progress(self) -> Progress | None:
+    async def progress(self) -> RebuildProgress | None:
         """Say how far it is; None when this index was never built."""
         rows = await self._database.fetch_once(_PROGRESS, self._alias)
-        return Progress(*rows[0]) if rows else None
+        return RebuildProgress(*rows[0]) if rows else None
 
     async def end(self, lease_id: str) -> None:
         """Note that the new collection has taken the place of the old one."""
         await self._database.fetch_once(_END, self._alias, lease_id)
 
-    async def let_go(self, lease_id: str) -> None:
+    async def release(self, lease_id: str) -> None:
         """Leave the rest to another."""
-        await self._database.fetch_once(_LET_GO, self._alias, lease_id)
+        await self._database.fetch_once(_RELEASE, self._alias, lease_id)

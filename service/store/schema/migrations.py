@@ -24,37 +24,37 @@ T = TypeVar("T")
 
 _PACKAGE = Path(service.__file__).parent
 # In a wheel they lie in the package, in a checkout beside it.
-SCRIPTS = (
+SCRIPTS_DIR = (
     _PACKAGE / "migrations" if (_PACKAGE / "migrations").is_dir() else _PACKAGE.parent / "alembic"
 )
 LOCK_TIMEOUT = "4s"
 """How long a migration waits for a lock: everything that comes after queues behind it for as long."""
 STATEMENT_TIMEOUT = "5s"
 """How long one of its statements may run, locks in hand. A migration that needs more sets more itself."""
-TRIES = 6
+MAX_ATTEMPTS = 6
 """How often a migration is tried whose locks others hold."""
-PAUSE = 3.0
+RETRY_PAUSE_S = 3.0
 """Seconds between two tries, roughly: what waited behind the migration gets through meanwhile."""
-PATIENCE = 600.0
+MIGRATOR_TIMEOUT_S = 600.0
 """Seconds to wait for another migrator."""
-START_PATIENCE = 10.0
+START_TIMEOUT_S = 10.0
 """Seconds to wait for a database that is starting."""
-CONNECT_TIMEOUT = 15.0
-TURN = 0x63686174_68697374
+CONNECT_TIMEOUT_S = 15.0
+ADVISORY_LOCK_KEY = 0x63686174_68697374
 """Key of the advisory lock that one migrator at a time holds."""
 
-_BUSY = (
-    f"others hold the locks that the migration needs; {TRIES} tries were rolled back: end long transactions (see pg_stat_activity) "
+_LOCKS_HELD = (
+    f"others hold the locks that the migration needs; {MAX_ATTEMPTS} tries were rolled back: end long transactions (see pg_stat_activity) "
     "and migrate again"
 )
-_TOO_SLOW = "a statement of the migration took longer than its statement_timeout, and all of it was rolled back: see docs/how-to/migrations.md"
+_STATEMENT_TOO_SLOW = "a statement of the migration took longer than its statement_timeout, and all of it was rolled back: see docs/how-to/migrations.md"
 
 
 class MigrationError(Exception):
     """The schema could not be brought up; the text says why and what to do."""
 
 
-class Migrated:
+class MigrationResult:
     """What a migration came to, in words by `str`."""
 
     def __init__(self, before: SchemaVersion, after: SchemaVersion) -> None:
@@ -65,21 +65,21 @@ class Migrated:
 
     def __str__(self) -> str:
         if self.before != self.after:
-            return f"migrated the schema from {_name(self.before)} to {_name(self.after)}"
+            return f"migrated the schema from {_revision_name(self.before)} to {_revision_name(self.after)}"
         if self.after > tables.BUILD:
-            return f"nothing to do: the schema is at {_name(self.after)}, newer than this build brings ({tables.BUILD:04d})"
-        return f"nothing to do: the schema is at {_name(self.after)}"
+            return f"nothing to do: the schema is at {_revision_name(self.after)}, newer than this build brings ({tables.BUILD:04d})"
+        return f"nothing to do: the schema is at {_revision_name(self.after)}"
 
 
-def _name(revision: int) -> str:
+def _revision_name(revision: int) -> str:
     return f"revision {revision:04d}" if revision else "nothing"
 
 
-def _silent(_words: str) -> None:
+def _ignore(_words: str) -> None:
     pass
 
 
-async def upgrade(target: Target, *, on_wait: Callable[[str], None] = _silent) -> Migrated:
+async def upgrade(target: Target, *, on_wait: Callable[[str], None] = _ignore) -> MigrationResult:
     """Bring the schema up to this build's revision; a schema that is there already, or newer, is left alone.
 
     Args:
@@ -93,14 +93,14 @@ async def upgrade(target: Target, *, on_wait: Callable[[str], None] = _silent) -
     return await _migrate(target.direct(), _upgrade, on_wait)
 
 
-async def downgrade(target: Target, revision: str = "base") -> Migrated:
+async def downgrade(target: Target, revision: str = "base") -> MigrationResult:
     """Take migrations back, for tests and for a developer's own database: it drops data.
 
     Raises:
         As `upgrade`.
     """
     return await _migrate(
-        target.direct(), lambda connection: alembic(connection, "downgrade", revision), _silent
+        target.direct(), lambda connection: alembic(connection, "downgrade", revision), _ignore
     )
 
 
@@ -110,29 +110,29 @@ def _upgrade(connection: Connection) -> None:
 
 async def _migrate(
     target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]
-) -> Migrated:
+) -> MigrationResult:
     """Try until it works: while the database starts or wakes, and while others hold what the migration must lock."""
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + START_PATIENCE
+    timeout_at = loop.time() + START_TIMEOUT_S
     busy = 0
     while True:
         try:
-            return await _try(target, work, on_wait)
+            return await _attempt(target, work, on_wait)
         except DATABASE_ERRORS as error:
             failure = classify(error)
             if failure in (Failure.CONTENTION, Failure.LOCKED):
                 busy += 1
-                if busy == TRIES:
-                    raise MigrationError(_BUSY) from error
+                if busy == MAX_ATTEMPTS:
+                    raise MigrationError(_LOCKS_HELD) from error
                 on_wait(
                     "others hold the locks that the migration needs: trying again in some seconds"
                 )
-                await asyncio.sleep(PAUSE * random.uniform(0.5, 1.5))  # noqa: S311 - spreads tries, keeps no secret
-            elif failure is Failure.REFUSED and loop.time() < give_up and not _is_final(error):
+                await asyncio.sleep(RETRY_PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - spreads tries, keeps no secret
+            elif failure is Failure.REFUSED and loop.time() < timeout_at and not _is_final(error):
                 on_wait(f"{target.place} does not answer yet: trying again")
                 await asyncio.sleep(1.0)
             elif failure is Failure.CANCELLED:
-                raise MigrationError(_TOO_SLOW) from error
+                raise MigrationError(_STATEMENT_TOO_SLOW) from error
             else:
                 raise
 
@@ -143,18 +143,18 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(cause, socket.gaierror | ssl.SSLError) or "rejected SSL upgrade" in str(cause)
 
 
-async def _try(
+async def _attempt(
     target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]
-) -> Migrated:
-    async def step(connection: AsyncConnection) -> Migrated:
+) -> MigrationResult:
+    async def step(connection: AsyncConnection) -> MigrationResult:
         before = await schema_version(connection)
         # Alembic is not imported for nothing: it would cost memory for as long as the process lives.
         if work is _upgrade and before.revision >= tables.BUILD:
-            return Migrated(before, before)
+            return MigrationResult(before, before)
         await connection.run_sync(work)
-        return Migrated(before, await schema_version(connection))
+        return MigrationResult(before, await schema_version(connection))
 
-    return await _in_turn(target, step, on_wait)
+    return await _with_migrator_lock(target, step, on_wait)
 
 
 async def in_transaction(target: Target, work: Callable[[Connection], None]) -> None:
@@ -168,35 +168,37 @@ async def in_transaction(target: Target, work: Callable[[Connection], None]) -> 
     async def step(connection: AsyncConnection) -> None:
         await connection.run_sync(work)
 
-    await _in_turn(target, step, _silent)
+    await _with_migrator_lock(target, step, _ignore)
 
 
-async def _in_turn(
+async def _with_migrator_lock(
     target: Target, step: Callable[[AsyncConnection], Awaitable[T]], on_wait: Callable[[str], None]
 ) -> T:
     """Run `step` in a transaction when no other migrator is at work."""
-    args = {"timeout": CONNECT_TIMEOUT} | target.connect_args
+    args = {"timeout": CONNECT_TIMEOUT_S} | target.connect_args
     engine = create_async_engine(
         target.url, connect_args=args, poolclass=NullPool, hide_parameters=True
     )
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + PATIENCE
+    timeout_at = loop.time() + MIGRATOR_TIMEOUT_S
     told = False
     try:
         async with engine.connect() as connection:
             while True:
                 async with connection.begin():
                     # Ends with the transaction: a session's lock would be lost behind a pooler.
-                    if await connection.scalar(select(func.pg_try_advisory_xact_lock(TURN))):
+                    if await connection.scalar(
+                        select(func.pg_try_advisory_xact_lock(ADVISORY_LOCK_KEY))
+                    ):
                         await connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'"))
                         await connection.execute(
                             text(f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT}'")
                         )
                         return await step(connection)
                 # No transaction is open while it waits: CREATE INDEX CONCURRENTLY would wait for its snapshot in turn.
-                if loop.time() > give_up:
+                if loop.time() > timeout_at:
                     raise MigrationError(
-                        f"another migration has not ended in {PATIENCE:.0f} s: see pg_stat_activity"
+                        f"another migration has not ended in {MIGRATOR_TIMEOUT_S:.0f} s: see pg_stat_activity"
                     )
                 if not told:
                     on_wait("another migration is under way: waiting for it")
@@ -216,10 +218,10 @@ def alembic(connection: Connection, command: str, revision: str) -> None:
     from alembic.config import Config  # noqa: PLC0415
     from alembic.util import CommandError  # noqa: PLC0415
 
-    if not (SCRIPTS / "env.py").exists():
-        raise MigrationError(f"the migrations are not installed: there is no {SCRIPTS}")
+    if not (SCRIPTS_DIR / "env.py").exists():
+        raise MigrationError(f"the migrations are not installed: there is no {SCRIPTS_DIR}")
     config = Config()
-    config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
+    config.set_main_option("script_location", str(SCRIPTS_DIR).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     try:
