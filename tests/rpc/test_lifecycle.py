@@ -92,28 +92,40 @@ async def test_sigterm_under_load_with_a_watch_open(
 
 
 @pytest.mark.case(n=17)
-async def test_those_who_come_again_at_once_are_never_told_cancelled(
+async def test_calls_repeated_during_shutdown_never_end_with_cancelled(
     start_process: StartProcess,
 ) -> None:
-    """CANCELLED is what gRPC makes of calls that reach a server while it stops, and no reason for a client to try again."""
+    """gRPC answers calls that reach a stopping server with CANCELLED, which clients do not retry.
+
+    A third of the callers open a new connection for each call, so that they also meet the listener.
+    """
     process = await start_process()
     codes: list[StatusCode] = []
     async with connected(process.address) as stub:
         chat = await Chat.of_new_user(stub)
-        ended = asyncio.Event()
+        stopped = asyncio.Event()
 
-        async def come_again() -> None:
-            while not ended.is_set():
+        async def call(*, reconnect: bool) -> None:
+            if not reconnect:
+                await chat.list_sessions()
+                return
+            async with connected(process.address) as fresh_stub:
+                await Chat(fresh_stub, chat.user_id).list_sessions()
+
+        async def call_repeatedly(*, reconnect: bool) -> None:
+            while not stopped.is_set():
                 try:
-                    await chat.list_sessions()
+                    await call(reconnect=reconnect)
                 except aio.AioRpcError as error:
                     codes.append(error.code())
 
-        callers = [asyncio.create_task(come_again()) for _ in range(24)]
+        callers = [
+            asyncio.create_task(call_repeatedly(reconnect=number % 3 == 0)) for number in range(24)
+        ]
         await asyncio.sleep(0.2)
         process.send(signal.SIGTERM)
         assert await process.wait() == 0
-        ended.set()
+        stopped.set()
         await asyncio.gather(*callers)
     assert set(codes) == {StatusCode.UNAVAILABLE}
 
