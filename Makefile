@@ -1,16 +1,19 @@
-# Everything a person or CI does here is a target; `make` alone lists them. Each target does its own set-up.
+# Every task of a developer or of CI is a target; `make` alone lists them. A target does its own
+# set-up.
 
 .DEFAULT_GOAL := help
 
-# Interpreter to make the environments with; empty: the first of python3, python3.13, python3.12, python3.11 that fits.
+# The interpreter for the environments. Empty: the first of python3, python3.13, python3.12 and
+# python3.11 that has a supported version.
 PYTHON ?=
-# How many test processes run side by side.
+# Number of concurrent test processes.
 TEST_WORKERS ?= 2
-# More for pytest: make test PYTEST_ARGS='tests/store -k fork'
+# Further arguments of pytest: make test PYTEST_ARGS='tests/store -k fork'
 PYTEST_ARGS ?=
-# How many cases `make fuzz` tries.
+# Number of requests that `make fuzz` sends.
 CASES ?= 100000
-# How long `make soak` loads and breaks, and how long it leaves all idle afterwards; SEED repeats the draws of an earlier run.
+# Minutes for which `make soak` injects faults under load, and idle minutes after that. SEED repeats
+# the random choices of an earlier run.
 MINUTES ?= 5
 IDLE ?= 1
 SEED ?=
@@ -24,8 +27,8 @@ PROTO := $(PROTO_VENV)/bin/python scripts/proto.py
 DOCS_VENV := .venv-docs
 DOCS_STAMP := $(DOCS_VENV)/.installed
 
-# FORCE for an environment that was moved (it knows its absolute path), is broken, or was made by another PYTHON than the
-# one asked for.
+# FORCE for an environment that was moved (it contains its absolute path), is broken, or was created
+# by another interpreter than PYTHON.
 stale = $(shell scripts/venv.sh --stale $(1) "$(PYTHON)")
 
 .PHONY: help
@@ -33,14 +36,14 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: install
-install: $(STAMP) ## make .venv with the pinned dependencies; the service, the client and the stubs are editable
+install: $(STAMP) ## create .venv: pinned dependencies, and service, client and stubs editable
 
 .PHONY: run
-run: install ## set everything up, migrate and serve; Ctrl-C stops
+run: install ## install, migrate and serve; Ctrl-C stops
 	@exec $(BIN)/chat-history serve --migrate
 
 .PHONY: demo
-demo: install ## the service and the example chatbot on 127.0.0.1:8000, with sample documents; Ctrl-C stops both
+demo: install ## run the service and the example chatbot, with sample documents; Ctrl-C stops both
 	@exec $(BIN)/python -m examples.chatbot.demo
 
 .PHONY: test
@@ -50,23 +53,24 @@ test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
 .PHONY: test-faults
 test-faults: install ## run the long tests: faults, outages, the browser, all RPCs through PgBouncer
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m faults $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal --through pgbouncer tests/rpc)
+	$(if $(PYTEST_ARGS),,\
+		$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal --through pgbouncer tests/rpc)
 
 .PHONY: bench
-bench: install ## measure the service beside an echo and others, into docs/; QUICK=1 takes two minutes and keeps apart
+bench: install ## measure the service and its baselines; QUICK=1: two minutes, docs/ unchanged
 	@benchmarks/needs.sh
 	@$(BIN)/python -m benchmarks all $(if $(QUICK),--quick)
 
 .PHONY: fuzz
-fuzz: install ## send bytes of all kinds to a server of its own; CASES=100000
+fuzz: install ## send malformed requests to a server; CASES=100000
 	$(BIN)/python -m tests.security.fuzz --cases $(CASES)
 
 .PHONY: soak
-soak: install ## load replicas of its own, break things at random, judge what is stored; MINUTES=5 IDLE=1 SEED=
+soak: install ## inject random faults under load and check the stored data; MINUTES=5 IDLE=1 SEED=
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES) --idle $(IDLE) --seed '$(SEED)'
 
 .PHONY: lint
-lint: install $(PROTO_STAMP) ## check style, types, imports between modules, protos and generated code
+lint: install $(PROTO_STAMP) ## check style, types, import rules, protos and generated code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -84,7 +88,7 @@ prose: install ## check wording, spelling, lines over 100 columns and the layout
 	$(BIN)/mdformat --check $(MARKDOWN)
 
 .PHONY: format
-format: install $(PROTO_STAMP) ## put code and protos into the one format, and mend what ruff can
+format: install $(PROTO_STAMP) ## format code, Markdown and protos; write the generated pages
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 	$(BIN)/mdformat $(MARKDOWN)
@@ -92,7 +96,7 @@ format: install $(PROTO_STAMP) ## put code and protos into the one format, and m
 	$(BIN)/python -m scripts.docs
 
 .PHONY: proto
-proto: $(PROTO_STAMP) ## make generated/ from protos/
+proto: $(PROTO_STAMP) ## generate generated/ from protos/
 	$(PROTO) generate
 
 .PHONY: version
@@ -100,7 +104,7 @@ version: install ## copy the version in service/__init__.py to the client and th
 	$(BIN)/python scripts/version.py
 
 .PHONY: proto-release
-proto-release: $(PROTO_STAMP) ## take the protos of now as the release that later changes must not break
+proto-release: $(PROTO_STAMP) ## record the protos as a release that later changes must not break
 	$(PROTO) release
 
 .PHONY: docs
@@ -108,22 +112,27 @@ docs: $(DOCS_STAMP) ## build the documentation site into site/; a broken link or
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
 
 .PHONY: docs-serve
-docs-serve: $(DOCS_STAMP) ## serve the documentation on 127.0.0.1:8001 and rebuild pages as they change; Ctrl-C stops
+docs-serve: $(DOCS_STAMP) ## serve the documentation on 127.0.0.1:8001, rebuilt on changes; Ctrl-C stops
 	@NO_MKDOCS_2_WARNING=1 exec $(DOCS_VENV)/bin/mkdocs serve --strict --dev-addr 127.0.0.1:8001
 
 .PHONY: lock
-lock: install ## pin the dependencies anew: what still fits stays, or all of them with UPGRADE=1
+lock: install ## pin the dependencies; a pin changes only if it must, or with UPGRADE=1
 	$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
 
 .PHONY: clean
-clean: ## remove the environments and caches; never .data, where the embedded database is
-	rm -rf $(VENV) $(PROTO_VENV) $(DOCS_VENV) site .hypothesis .mypy_cache .pytest_cache .ruff_cache dist generated/dist client/dist
-	find $(wildcard service tests scripts alembic generated client examples) -name __pycache__ -prune -exec rm -rf {} +
+clean: ## remove environments and caches, but never .data, which holds the embedded database
+	rm -rf $(VENV) $(PROTO_VENV) $(DOCS_VENV) site .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+		dist generated/dist client/dist
+	find $(wildcard service tests scripts alembic benchmarks generated client examples) \
+		-name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): requirements/dev.lock pyproject.toml generated/pyproject.toml client/pyproject.toml scripts/venv.sh $(call stale,$(VENV))
+PROJECTS := pyproject.toml generated/pyproject.toml client/pyproject.toml
+
+$(STAMP): requirements/dev.lock $(PROJECTS) scripts/venv.sh $(call stale,$(VENV))
 	@scripts/venv.sh $(VENV) requirements/dev.lock "$(PYTHON)"
-	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable generated --editable client --editable .
-	@# Fails when pyproject.toml asks for what the lock does not have.
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation \
+		--editable generated --editable client --editable .
+	@# Fails if pyproject.toml has a requirement that the lock does not satisfy.
 	@broken=$$($(BIN)/python -m pip check) || { echo "$$broken"; echo "run: make lock"; exit 1; }
 	@scripts/venv.sh --done $(VENV) "$(PYTHON)"
 

@@ -1,7 +1,7 @@
-"""Pins the dependencies of pyproject.toml, with hashes, for every Python and platform it promises.
+"""Pins the dependencies of pyproject.toml with hashes, for every supported Python and platform.
 
-- dev.lock: the service, bearer tokens, search, its embedded PostgreSQL and the tools; what `make install` installs
-- runtime.lock: the service with bearer tokens and search; what a production image installs
+- dev.lock: for `make install`: the service with all extras, and the development tools
+- runtime.lock: for production images: the service with bearer tokens and search
 - proto.lock: the generator of generated/, in an environment of its own
 - docs.lock: the builder of the documentation site, in an environment of its own
 """
@@ -39,13 +39,13 @@ LOCKS = {
 
 
 def main() -> None:
-    """Write requirements/*.lock; arguments are passed on to the resolver."""
+    """Write requirements/*.lock; arguments go to the resolver."""
     uv = Path(sys.executable).parent / "uv"
     for name, sources in LOCKS.items():
         command = [
             *(str(uv), "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"),
             *("--generate-hashes", "--only-binary", ":all:"),
-            # The lock is the same for everyone: nothing of this machine's package sources goes in or is obeyed.
+            # The lock must not depend on this machine's package sources, nor name them.
             *("--no-config", "--no-emit-index-url", "--no-emit-find-links"),
             # A local path has no hash; `make install` adds the stubs.
             *("--no-emit-package", "chathistory-stubs"),

@@ -1,9 +1,9 @@
-"""Makes generated/ from protos/ and checks both. Runs in .venv-proto; nothing here needs the network.
+"""Generates generated/ from protos/ and checks both. Runs in .venv-proto, without the network.
 
-- generate: write generated/ anew
-- check: fail when generated/ is not what protos/ give, when buf finds fault with a proto's style or format, or when a
-  proto breaks users of the last release
-- release: take the protos of now as the release that later changes must not break
+- generate: write generated/
+- check: fail when generated/ differs from the output of `generate`, when buf rejects a proto's
+  style or format, or when a proto is incompatible with the last release
+- release: record the current protos as the release that later changes must not break
 """
 
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
 RELEASED = PROTOS / "released.binpb"
 GENERATED = ROOT / "generated"
-# What `generate` owns in generated/; the rest is written by hand.
+# The contents of generated/ that `generate` writes; the other files are written by hand.
 OUTPUTS = ("chathistory", "buf", "chathistory.binpb")
 VALIDATE = "buf/validate/validate.proto"
 LINT = {"version": "v1", "lint": {"use": ["STANDARD", "COMMENTS"], "ignore": ["buf", "google"]}}
@@ -37,9 +37,10 @@ def run(*command: str | Path) -> int:
 
 
 def protoc(work: Path, *arguments: str) -> None:
-    """Run protoc on our protos with protovalidate's at hand.
+    """Run protoc on our protos and those that they import.
 
-    buf/validate/validate.proto is in no Python package as text, but protovalidate carries its descriptor.
+    No Python package has the text of buf/validate/validate.proto, but protovalidate has its
+    descriptor.
     """
     known = descriptor_pb2.FileDescriptorSet()
     for module in (descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2):
@@ -57,14 +58,14 @@ def protoc(work: Path, *arguments: str) -> None:
 
 
 def sources() -> list[str]:
-    found = sorted(path.relative_to(PROTOS).as_posix() for path in PROTOS.rglob("*.proto"))
-    if not found:
+    paths = sorted(path.relative_to(PROTOS).as_posix() for path in PROTOS.rglob("*.proto"))
+    if not paths:
         sys.exit(f"no .proto file under {PROTOS}")
-    return found
+    return paths
 
 
 def build_image(work: Path, *, comments: bool) -> Path:
-    """Our protos with all that they import, as one FileDescriptorSet: what buf and grpcurl read."""
+    """Write our protos and their imports as one FileDescriptorSet, which buf and grpcurl read."""
     image = work / "image.binpb"
     protoc(
         work,
@@ -85,27 +86,30 @@ def generate(out: Path) -> None:
             build_image(work, comments=True).read_bytes()
         )
         files = image.file
-        # Of a file without a service the plugin makes an empty module.
+        # For a file without a service the plugin would write an empty module.
         services = [file.name for file in files if file.service]
         protoc(work, f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}", *services)
         for file in files:
             # The comments are documentation for other languages. The spans of the other elements
             # would only triple the size.
-            commented = [at for at in file.source_code_info.location if at.leading_comments]
+            commented = [
+                location for location in file.source_code_info.location if location.leading_comments
+            ]
             del file.source_code_info.location[:]
             file.source_code_info.location.extend(commented)
         (out / "chathistory.binpb").write_bytes(image.SerializeToString(deterministic=True))
-    for package, says in INITS.items():
+    for package, summary in INITS.items():
         (out / package / "__init__.py").write_text(
-            f'"""{says} Generated from protos/ by `make proto`: do not edit."""\n'
+            f'"""{summary} Generated from protos/ by `make proto`: do not edit."""\n'
         )
-    # `buf` and `buf.validate` get no __init__.py: other distributions may have a part in these namespaces.
+    # `buf` and `buf.validate` get no __init__.py: they are namespaces, which other distributions
+    # may share.
     for package in ("chathistory", "buf/validate"):
         (out / package / "py.typed").touch()
 
 
 def replace(out: Path) -> None:
-    """Put what was generated in `out` in the place of what is in generated/."""
+    """Replace the outputs in generated/ by those in `out`."""
     for name in OUTPUTS:
         shutil.rmtree(GENERATED / name) if (GENERATED / name).is_dir() else (
             GENERATED / name
@@ -122,19 +126,19 @@ def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def check_generated() -> bool:
-    """Whether generated/ is what `generate` would write now."""
+    """Return whether generated/ is the output of `generate`, and print the files that differ."""
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder))
-        fresh, there = dict(files_of(Path(folder))), dict(files_of(GENERATED))
-    stale = sorted(name for name in fresh | there if fresh.get(name) != there.get(name))
+        expected, current = dict(files_of(Path(folder))), dict(files_of(GENERATED))
+    stale = sorted(name for name in expected | current if expected.get(name) != current.get(name))
     if stale:
-        print("generated/ is not what protos/ give: run `make proto` and commit what it writes")
+        print("generated/ does not match protos/: run `make proto` and commit the files")
         print("\n".join(f"  generated/{name}" for name in stale))
     return not stale
 
 
 def check_protos() -> bool:
-    """Whether buf has nothing to say about the protos."""
+    """Return whether buf accepts the protos; buf prints its findings."""
     buf = Path(sys.executable).parent / "buf"
     with tempfile.TemporaryDirectory() as folder:
         image = build_image(Path(folder), comments=True)
