@@ -1,10 +1,12 @@
-"""An async client of the ChatHistory service (`chathistory.v1`).
+"""Async client of the ChatHistory service (`chathistory.v1`).
 
 >>> async with ChatHistoryClient(address) as client:
 ...     user = await client.create_user(name="Ada")
-...     reply = await client.append_messages(user_id=user.id, messages=[message("user", "Hello!")])
+...     reply = await client.append_messages(
+...         user_id=user.id, messages=[message("user", "Hello!")]
+...     )
 ...     context = await client.get_context(user_id=user.id, session_id=reply.session_id)
-...     [each.content for each in context.messages]
+...     [item.content for item in context.messages]
 ['Hello!']
 """
 
@@ -32,8 +34,8 @@ from chathistory.v1.session_pb2 import Session, SessionState
 from chathistory.v1.user_pb2 import User
 
 from chathistory_client._version import __version__
+from chathistory_client.channels import Tls
 from chathistory_client.client import ChatHistoryClient
-from chathistory_client.connection import Tls
 from chathistory_client.errors import (
     AlreadyExists,
     ChatHistoryError,

@@ -13,28 +13,40 @@ from chathistory_client.users import Users
 
 
 class ChatHistoryClient(Users, Sessions, Messages, Documents, Health):
-    """The ChatHistory service. One client serves a whole process: keep it open, as a context manager or with `close`.
+    """A client of the ChatHistory service.
+
+    Create one client per process and keep it open. Use it as a context manager, or call `close`.
 
     >>> async with ChatHistoryClient(address) as client:
     ...     user = await client.create_user(name="Ada")
-    ...     reply = await client.append_messages(user_id=user.id, messages=[message("user", "Hello!")])
+    ...     reply = await client.append_messages(
+    ...         user_id=user.id, messages=[message("user", "Hello!")]
+    ...     )
     ...     page = await client.list_messages(user_id=user.id, session_id=reply.session_id)
-    ...     [(each.seq, each.content) for each in page.messages]
+    ...     [(item.seq, item.content) for item in page.messages]
     [(1, 'Hello!')]
 
-    Every method is the RPC of that name. It waits until the service can be reached, at most until its deadline (10 s, or what
-    `timeout` says); what fails with UNAVAILABLE is tried again, up to five times, with the same ids; what fails for good raises
-    one of the errors in `chathistory_client.errors`.
+    Each method is the RPC of the same name. A call waits until the service can be reached, at most
+    until its deadline (10 s, or `timeout`). Calls that fail with UNAVAILABLE are retried, up to
+    five attempts, with the same IDs. A final failure raises one of the errors in
+    `chathistory_client.errors`.
 
     Args:
-        target: `host:port`, whose every address takes a share of the calls, or any gRPC target (`dns:///`, `unix:`, …).
-        tls: True for TLS by the public authorities, or a `Tls` with certificates of your own.
-        token: A bearer token, or a function, async or not, that returns a fresh one. It is asked again before a JWT expires
-            and when the service refuses the token.
-        allow_insecure_token: Send the token in plaintext to another machine, where a mesh encrypts what leaves this one.
-        timeout: Seconds that a call may take when it does not say itself.
-        wait_for_ready: False to fail at once, and not at the deadline, while the service cannot be reached.
-        options: More gRPC channel options; they override those made here.
+        target: `host:port`, or any gRPC target (`dns:///`, `unix:`, …). All addresses of the name
+            share the calls.
+        tls: True for TLS with the public certificate authorities, or a `Tls` with your own
+            certificates.
+        token: A bearer token, or a function, async or not, that returns one. The function is called
+            again before a JWT expires and when the service rejects the token.
+        allow_insecure_token: True to send the token in plaintext to another machine, for example
+            where a mesh encrypts the traffic.
+        timeout: Default timeout of a call, in seconds.
+        wait_for_ready: True to wait until the deadline while the service cannot be reached. False
+            to fail immediately.
+        options: gRPC channel options. They override the client's own.
+
+    Raises:
+        ValueError: The token would be sent to another machine in plaintext.
     """
 
     async def __aenter__(self) -> Self:
@@ -42,7 +54,7 @@ class ChatHistoryClient(Users, Sessions, Messages, Documents, Health):
 
     async def __aexit__(
         self,
-        kind: type[BaseException] | None,
+        exc_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:

@@ -1,7 +1,4 @@
-"""Documents: what a chatbot answers from, in chunks that search finds.
-
-Without `user_id` a service caller is about the shared documents alone.
-"""
+"""RPCs of documents: the texts that a chatbot answers from, in searchable chunks."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ from chathistory_client.paging import Pager
 
 MAX_CHUNKS = 1000
 MAX_CHUNK_BYTES = 1024 * 1024 - 64 * 1024
-"""What the chunks of one request may take: the service's 1 MiB, with room for the rest."""
+"""Bytes of chunks in one request: the service's limit of 1 MiB, less a margin."""
 
 
 class Documents(Connection):
-    """Creates, reads, changes, erases and searches documents. A user caller may leave `user_id` out."""
+    """Creates, reads, updates, deletes and searches documents."""
 
     async def create_document(
         self,
@@ -44,15 +41,43 @@ class Documents(Connection):
         metadata: Metadata | None = None,
         timeout: float | None = None,
     ) -> Document:
-        """Create a document with its chunks; more of them than one request takes go in several.
+        """Create a document with its chunks, in several requests if they exceed the size of one.
 
-        The same `content_sha256` and `source_uri` again return the document that is there, so loading twice stores once.
+        Retries send the same ID, so the document is created once. If `content_sha256` is set and
+        the owner has a document with the same `content_sha256` and `source_uri`, that document is
+        returned instead.
 
         >>> document = await client.create_document(
-        ...     user_id=user_id, title="Herons", chunks=["Herons wade.", "They eat fish."], source_uri="file:herons.md"
+        ...     user_id=user_id,
+        ...     title="Herons",
+        ...     chunks=["Herons wade.", "They eat fish."],
+        ...     source_uri="file:herons.md",
         ... )
         >>> document.title, document.chunk_count
         ('Herons', 2)
+
+        Args:
+            chunks: The text, as strings or as chunks with vectors of your own.
+            user_id: ID of the owner. Services must set it for a private document; user callers may
+                leave it empty.
+            document_id: UUID of the document. Empty for a new one.
+            title: Display title, at most 512 characters.
+            scope: Private, or shared with all users. Services only may share.
+            source_uri: Location of the original.
+            mime_type: Media type of the original.
+            content_sha256: SHA-256 of the original, in hexadecimal digits.
+            size_bytes: Size of the original in bytes.
+            metadata: JSON object of your own, at most 16 KiB.
+            timeout: Seconds for each request, including retries. None for the client's default.
+
+        Returns:
+            The stored document.
+
+        Raises:
+            AlreadyExists: The owner has another document with this ID, or other chunks are stored
+                (ID_TAKEN).
+            NotFound: The owner does not exist (USER_NOT_FOUND).
+            PermissionDenied: A user caller creates a shared document (SERVICE_ONLY).
         """
         document = Document(
             id=document_id or new_id(),
@@ -65,21 +90,21 @@ class Documents(Connection):
             metadata=struct(metadata),
         )
         batches = _batches(chunks)
-        first = next(batches, [])
+        first_batch = next(batches, [])
         request = document_pb2.CreateDocumentRequest(
-            user_id=user_id, document=document, chunks=first
+            user_id=user_id, document=document, chunks=first_batch
         )
         stored = (await self._call(self._stub.CreateDocument, request, timeout)).document
-        done = len(first)
+        next_index = len(first_batch)
         for batch in batches:
             stored = await self.append_document_chunks(
                 user_id=user_id,
                 document_id=stored.id,
-                first_index=done,
+                first_index=next_index,
                 chunks=batch,
                 timeout=timeout,
             )
-            done += len(batch)
+            next_index += len(batch)
         return stored
 
     async def append_document_chunks(
@@ -91,7 +116,26 @@ class Documents(Connection):
         user_id: str = "",
         timeout: float | None = None,
     ) -> Document:
-        """Store more chunks of a document; the same chunk again changes nothing."""
+        """Store further chunks of a document. Chunks that are stored already are not stored again.
+
+        Args:
+            document_id: ID of the document.
+            first_index: Index of the first chunk, at most the document's `chunk_count`.
+            chunks: 1 to 1000 chunks, at most 1 MiB together.
+            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+                User callers may leave it empty. From services, an empty value covers the shared
+                documents only.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored document.
+
+        Raises:
+            NotFound: Neither the user's own documents nor the shared ones have this ID
+                (DOCUMENT_NOT_FOUND).
+            AlreadyExists: Another chunk is stored at one of the indexes (ID_TAKEN).
+            PermissionDenied: The document is shared, and the caller is a user (SERVICE_ONLY).
+        """
         request = document_pb2.AppendDocumentChunksRequest(
             user_id=user_id,
             document_id=document_id,
@@ -103,7 +147,22 @@ class Documents(Connection):
     async def get_document(
         self, *, user_id: str = "", document_id: str, timeout: float | None = None
     ) -> Document:
-        """Read one document, the user's own or a shared one."""
+        """Return one document, without its chunks.
+
+        Args:
+            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+                User callers may leave it empty. From services, an empty value covers the shared
+                documents only.
+            document_id: ID of the document.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored document.
+
+        Raises:
+            NotFound: Neither the user's own documents nor the shared ones have this ID
+                (DOCUMENT_NOT_FOUND).
+        """
         request = document_pb2.GetDocumentRequest(user_id=user_id, document_id=document_id)
         return (await self._call(self._stub.GetDocument, request, timeout)).document
 
@@ -119,12 +178,29 @@ class Documents(Connection):
         page_token: str = "",
         timeout: float | None = None,
     ) -> Pager[document_pb2.ListDocumentsResponse, Document]:
-        """List a user's own documents and the shared ones, newest first: `async for` gives all of them, `await` one page.
+        """List a user's own documents and the shared ones, newest first.
 
-        >>> _ = await client.create_document(user_id=user_id, title="Herons", mime_type="text/markdown")
+        >>> _ = await client.create_document(
+        ...     user_id=user_id, title="Herons", mime_type="text/markdown"
+        ... )
         >>> documents = client.list_documents(user_id=user_id, mime_type="text/markdown")
         >>> [document.title async for document in documents]
         ['Herons']
+
+        Args:
+            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+                User callers may leave it empty. From services, an empty value covers the shared
+                documents only.
+            status: Only documents with this status. Unspecified for any.
+            source_uri: Only documents with exactly this URI. Empty for any.
+            mime_type: Only documents with exactly this media type. Empty for any.
+            scope: Only documents of this scope. Unspecified for any.
+            page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
+            page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            timeout: Seconds for each page, including retries. None for the client's default.
+
+        Returns:
+            A pager: `async for` iterates over all items, `await` returns one page.
         """
 
         async def fetch(token: str) -> document_pb2.ListDocumentsResponse:
@@ -153,10 +229,33 @@ class Documents(Connection):
         etag: str = "",
         timeout: float | None = None,
     ) -> Document:
-        """Change the fields that are given.
+        """Update fields of a document. The chunks cannot be updated.
+
+        Fields that are left `UNSET` keep their value; None and empty values clear a field.
+
+        Args:
+            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+                User callers may leave it empty. From services, an empty value covers the shared
+                documents only.
+            document_id: ID of the document.
+            title: Display title, at most 512 characters.
+            source_uri: Location of the original.
+            mime_type: Media type of the original.
+            metadata: JSON object of your own; replaces the stored one.
+            etag: If set, the update succeeds only while this is the etag of the stored document.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored document after the update.
 
         Raises:
-            Conflict: `etag` is given and is not that of the stored document (ETAG_MISMATCH).
+            ValueError: No field was passed.
+            Conflict: `etag` is not that of the stored document (ETAG_MISMATCH).
+            NotFound: Neither the user's own documents nor the shared ones have this ID
+                (DOCUMENT_NOT_FOUND).
+            AlreadyExists: Another document has the same content and the new `source_uri`
+                (ID_TAKEN).
+            PermissionDenied: The document is shared, and the caller is a user (SERVICE_ONLY).
         """
         document = Document(id=document_id, etag=etag)
         mask = set_fields(
@@ -175,7 +274,21 @@ class Documents(Connection):
         allow_missing: bool = False,
         timeout: float | None = None,
     ) -> None:
-        """Erase a document with its chunks and vectors."""
+        """Delete a document permanently, with its chunks and vectors.
+
+        Args:
+            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+                User callers may leave it empty. From services, an empty value covers the shared
+                documents only.
+            document_id: ID of the document.
+            allow_missing: True to succeed when the document does not exist.
+            timeout: Seconds for the call, including retries. None for 60 s.
+
+        Raises:
+            NotFound: Neither the user's own documents nor the shared ones have this ID
+                (DOCUMENT_NOT_FOUND).
+            PermissionDenied: The document is shared, and the caller is a user (SERVICE_ONLY).
+        """
         request = document_pb2.DeleteDocumentRequest(
             user_id=user_id, document_id=document_id, allow_missing=allow_missing
         )
@@ -190,12 +303,30 @@ class Documents(Connection):
         page_token: str = "",
         timeout: float | None = None,
     ) -> Pager[document_pb2.ListDocumentChunksResponse, document_pb2.StoredDocumentChunk]:
-        """List a document's chunks in order: what a citation points to.
+        """List the chunks of a document, ordered by index.
 
-        >>> document = await client.create_document(user_id=user_id, chunks=["Herons wade.", "They eat fish."])
+        >>> document = await client.create_document(
+        ...     user_id=user_id, chunks=["Herons wade.", "They eat fish."]
+        ... )
         >>> chunks = client.list_document_chunks(user_id=user_id, document_id=document.id)
         >>> [(chunk.index, chunk.text) async for chunk in chunks]
         [(0, 'Herons wade.'), (1, 'They eat fish.')]
+
+        Args:
+            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+                User callers may leave it empty. From services, an empty value covers the shared
+                documents only.
+            document_id: ID of the document.
+            page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
+            page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            timeout: Seconds for each page, including retries. None for the client's default.
+
+        Returns:
+            A pager: `async for` iterates over all items, `await` returns one page.
+
+        Raises:
+            NotFound: Neither the user's own documents nor the shared ones have this ID
+                (DOCUMENT_NOT_FOUND).
         """
 
         async def fetch(token: str) -> document_pb2.ListDocumentChunksResponse:
@@ -216,11 +347,26 @@ class Documents(Connection):
         document_ids: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Sequence[DocumentHit]:
-        """Find the chunks nearest in meaning, best first, in the user's own documents and the shared ones.
+        """Find the chunks nearest in meaning to a text or a vector, best first.
+
+        Exactly one of `query` and `vector` is required.
+
+        Args:
+            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+                User callers may leave it empty. From services, an empty value covers the shared
+                documents only.
+            query: Text to search for, at most 8 KiB.
+            vector: Embedding to search for, of the search index's dimension.
+            limit: Maximum number of hits, up to 100. 0 means 10.
+            document_ids: Only chunks of these documents, at most 100. Empty for all.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The hits, best first.
 
         Raises:
-            FailedPrecondition: search is switched off (SEARCH_DISABLED).
-            Unavailable: the search index does not answer (SEARCH_UNAVAILABLE).
+            FailedPrecondition: Search is off (SEARCH_DISABLED).
+            Unavailable: The search index does not answer (SEARCH_UNAVAILABLE).
         """
         request = document_pb2.SearchDocumentsRequest(
             user_id=user_id, query=query, vector=vector, limit=limit, document_ids=document_ids
@@ -228,20 +374,20 @@ class Documents(Connection):
         return (await self._call(self._stub.SearchDocuments, request, timeout)).hits
 
 
-def _chunk(given: str | DocumentChunk) -> DocumentChunk:
-    return DocumentChunk(text=given) if isinstance(given, str) else given
+def _chunk(chunk: str | DocumentChunk) -> DocumentChunk:
+    return DocumentChunk(text=chunk) if isinstance(chunk, str) else chunk
 
 
 def _batches(chunks: Iterable[str | DocumentChunk]) -> Iterator[list[DocumentChunk]]:
-    """Cut chunks into what one request takes."""
+    """Split chunks into the batches that one request can hold."""
     batch: list[DocumentChunk] = []
-    size = 0
+    size_bytes = 0
     for chunk in map(_chunk, chunks):
-        added = chunk.ByteSize() + 8
-        if batch and (len(batch) == MAX_CHUNKS or size + added > MAX_CHUNK_BYTES):
+        chunk_bytes = chunk.ByteSize() + 8  # The field's tag and length.
+        if batch and (len(batch) == MAX_CHUNKS or size_bytes + chunk_bytes > MAX_CHUNK_BYTES):
             yield batch
-            batch, size = [], 0
+            batch, size_bytes = [], 0
         batch.append(chunk)
-        size += added
+        size_bytes += chunk_bytes
     if batch:
         yield batch

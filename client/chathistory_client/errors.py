@@ -1,4 +1,4 @@
-"""What can go wrong: one class for each status code that the service answers with.
+"""Errors of the client: one class for each status code that the service returns.
 
     >>> try:
     ...     await client.get_session(user_id=user_id, session_id=new_id())
@@ -6,7 +6,7 @@
     ...     print(error.reason, sorted(error.metadata))
     SESSION_NOT_FOUND ['session_id']
 
-`reason` is stable and what a program should branch on; the text is for people and may change.
+Programs should branch on `reason`, which is stable. The text is for people and may change.
 """
 
 from __future__ import annotations
@@ -25,14 +25,24 @@ _DETAILS_KEY = "grpc-status-details-bin"
 
 
 class FieldViolation(NamedTuple):
-    """One refused field: its path in the request, such as `messages[0].content`, and what is wrong with it."""
+    """A rejected field: its path, such as `messages[0].content`, and the violated rule."""
 
     field: str
     description: str
 
 
 class ChatHistoryError(Exception):
-    """Base of all of them, and the class of a status code that has none of its own."""
+    """Base class of all errors, and the class for status codes without a class of their own.
+
+    Args:
+        message: Text for people. It may change.
+        code: The gRPC status code.
+        reason: Stable reason in UPPER_SNAKE, such as `LAST_SEQ_MISMATCH`. Empty if gRPC or a proxy,
+            rather than the service, ended the call.
+        metadata: IDs and numbers that the error refers to, such as `last_seq`.
+        violations: The rejected fields.
+        retry_after: Seconds after which the service asks to retry. None when waiting does not help.
+    """
 
     def __init__(
         self,
@@ -48,60 +58,56 @@ class ChatHistoryError(Exception):
         self.message = message
         self.code = code
         self.reason = reason
-        """Stable, in UPPER_SNAKE, such as `LAST_SEQ_MISMATCH`; empty when the answer did not come from the service itself."""
         self.metadata = dict(metadata or {})
-        """Ids and numbers that the error is about, such as `last_seq`."""
         self.violations = violations
-        """Which fields were refused."""
         self.retry_after = retry_after
-        """Seconds after which the service asks to be tried again; None when waiting does not help."""
 
     def __str__(self) -> str:
         return f"{self.message} [{self.reason or self.code.name}]"
 
 
 class InvalidArgument(ChatHistoryError):
-    """The request itself is wrong; `violations` names the fields."""
+    """The request is invalid. `violations` names the fields."""
 
 
 class NotFound(ChatHistoryError):
-    """The thing is missing, or somebody else's: nobody can tell which."""
+    """The resource does not exist or belongs to another user, without disclosing which."""
 
 
 class AlreadyExists(ChatHistoryError):
-    """The id, or another unique value, is taken by something else."""
+    """Another resource has the ID or another unique value."""
 
 
 class Conflict(ChatHistoryError):
-    """Somebody else has changed the thing meanwhile: read it again and decide."""
+    """The resource was changed concurrently. Read it again and decide."""
 
 
 class FailedPrecondition(ChatHistoryError):
-    """The thing is not in a state that allows this, or search is switched off."""
+    """The state of the resource does not allow the call, or search is off."""
 
 
 class Unauthenticated(ChatHistoryError):
-    """The token is missing, malformed or expired."""
+    """The token is missing, invalid or expired."""
 
 
 class PermissionDenied(ChatHistoryError):
-    """The caller may not do this."""
+    """The caller is not allowed to make the call."""
 
 
 class Overloaded(ChatHistoryError):
-    """Too much is asked at once (`retry_after` says when to come back), or the request is too large."""
+    """The service is overloaded (`retry_after` holds the delay), or the request is too large."""
 
 
 class Unavailable(ChatHistoryError):
-    """The service, or what it needs, does not answer now. It was tried again already; trying later may help."""
+    """The service or a dependency did not answer, also after retries. A later call may succeed."""
 
 
 class DeadlineExceeded(ChatHistoryError):
-    """The call's time is up. Whether a write was stored is open: the same ids again will tell."""
+    """The time ran out. A write may have been stored; repeat it with the same IDs."""
 
 
 class Internal(ChatHistoryError):
-    """The service has failed; `metadata["request_id"]` finds it in the service's log."""
+    """The service failed. `metadata["request_id"]` identifies the entry in its log."""
 
 
 _CLASSES: dict[grpc.StatusCode, type[ChatHistoryError]] = {
@@ -120,36 +126,35 @@ _CLASSES: dict[grpc.StatusCode, type[ChatHistoryError]] = {
 
 
 def from_rpc_error(error: aio.AioRpcError) -> ChatHistoryError:
-    """Read gRPC's error with the details that travel in its trailing metadata."""
+    """Convert gRPC's error, with the details of its trailing metadata."""
     code = error.code()
-    info, refusal, retry = ErrorInfo(), BadRequest(), RetryInfo()
+    info, bad_request, retry_info = ErrorInfo(), BadRequest(), RetryInfo()
     for detail in _status(error).details:
-        # Each is a no-op for a detail of another type.
+        # A no-op unless the detail has this type.
         detail.Unpack(info)
-        detail.Unpack(refusal)
-        detail.Unpack(retry)
+        detail.Unpack(bad_request)
+        detail.Unpack(retry_info)
     return _CLASSES.get(code, ChatHistoryError)(
         error.details() or code.name,
         code=code,
         reason=info.reason if info.domain == DOMAIN else "",
         metadata=info.metadata,
         violations=tuple(
-            FieldViolation(found.field, found.description) for found in refusal.field_violations
+            FieldViolation(violation.field, violation.description)
+            for violation in bad_request.field_violations
         ),
-        retry_after=retry.retry_delay.ToTimedelta().total_seconds()
-        if retry.HasField("retry_delay")
+        retry_after=retry_info.retry_delay.ToTimedelta().total_seconds()
+        if retry_info.HasField("retry_delay")
         else None,
     )
 
 
 def _status(error: aio.AioRpcError) -> Status:
-    trailing: Any = error.trailing_metadata()  # Pairs, whatever the types of grpc say.
+    trailing: Any = error.trailing_metadata()  # Pairs, unlike what the type stubs declare.
     for key, value in trailing or ():
         if key == _DETAILS_KEY:
             try:
                 return Status.FromString(value)
-            except (
-                DecodeError
-            ):  # Something on the way has spoilt them; the code and the text remain.
-                break
+            except DecodeError:
+                break  # A proxy truncated the details. The code and the message are still valid.
     return Status()

@@ -1,4 +1,4 @@
-"""From Python's values to the messages of the contract."""
+"""Conversion of Python values to the fields of API messages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.struct_pb2 import Struct
 
 Metadata = Mapping[str, Any]
-"""What JSON can hold; whole numbers come back as floats."""
+"""A JSON object. Whole numbers are returned as floats."""
 
 
 class Unset(Enum):
-    """The type of `UNSET`."""
+    """Type of `UNSET`."""
 
     UNSET = "UNSET"
 
@@ -24,20 +24,28 @@ class Unset(Enum):
 
 
 UNSET: Final = Unset.UNSET
-"""Leaves a field as it is. (None and "" clear it.)"""
+"""Default of update arguments: the field keeps its value. None and "" clear a field."""
 
 
 def struct(values: Metadata | None) -> Struct | None:
-    """Return metadata as the contract has it."""
+    """Return metadata as a protobuf Struct, None for None."""
     if values is None:
         return None
-    made = Struct()
-    made.update(values)
-    return made
+    result = Struct()
+    result.update(values)
+    return result
 
 
 def set_fields(message: ProtoMessage, **values: Any) -> FieldMask:
-    """Put values into a message, those that are not UNSET, and return the mask that names them."""
+    """Set the fields of a message that are not `UNSET`, and return the update mask that names them.
+
+    Args:
+        message: The message to modify.
+        values: Values by field name. None clears a field.
+
+    Raises:
+        ValueError: All values are `UNSET`.
+    """
     mask = FieldMask()
     for name, value in values.items():
         if value is UNSET:
@@ -54,5 +62,5 @@ def set_fields(message: ProtoMessage, **values: Any) -> FieldMask:
         else:
             setattr(message, name, value)
     if not mask.paths:
-        raise ValueError(f"nothing to change: give at least one of {', '.join(values)}")
+        raise ValueError(f"no field to update: pass at least one of {', '.join(values)}")
     return mask

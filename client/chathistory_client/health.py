@@ -1,4 +1,4 @@
-"""How the service is, by its standard health service."""
+"""Health of the service, by the standard `grpc.health.v1` API."""
 
 from __future__ import annotations
 
@@ -23,51 +23,58 @@ _POLL_INTERVAL_S = 0.2
 
 
 class HealthStatus(StrEnum):
-    """What is known of a name."""
+    """Health of one name."""
 
     SERVING = "serving"
     NOT_SERVING = "not_serving"
     UNKNOWN = "unknown"
-    """The service knows no such name."""
+    """The service does not know the name."""
     UNREACHABLE = "unreachable"
-    """The service did not answer."""
+    """The service did not respond."""
 
 
 class Health(Connection):
-    """Asks how the service is. No token is needed."""
+    """Checks the health of the service. No token is required."""
 
     async def check_health(
         self, name: str = "", *, timeout: float = HEALTH_TIMEOUT_S
     ) -> HealthStatus:
-        """Ask for `""` (ready), `"liveness"`, `"search"` or `"database"`; does not raise.
+        """Return the health of the service or of one component. Never raises.
 
-        `"database"` is a real round trip to PostgreSQL: for people and a `/db-health`, never for a periodic probe, since it
-        keeps a database that suspends itself awake.
+        `"database"` causes a round trip to PostgreSQL. Do not probe it periodically, because that
+        keeps a database awake that would suspend itself when idle.
 
         >>> await client.check_health("database")
         <HealthStatus.SERVING: 'serving'>
+
+        Args:
+            name: `""` for readiness, or `"liveness"`, `"database"` or `"search"`.
+            timeout: Seconds to wait for the response.
         """
-        # HealthCheckRequest is one string and HealthCheckResponse one enum, so the well-known wrappers have their wire form,
-        # and no further package is needed.
-        check: _Check = self._channel.unary_unary(
+        # HealthCheckRequest is one string and HealthCheckResponse one enum. The well-known wrappers
+        # have the same wire format, which saves the dependency on grpcio-health-checking.
+        check: _Check = self._pool.channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=StringValue.SerializeToString,
             response_deserializer=Int32Value.FromString,
         )
         try:
-            answer = await check(StringValue(value=name), timeout=timeout)
+            response = await check(StringValue(value=name), timeout=timeout)
         except aio.AioRpcError as error:
-            known = error.code() not in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
-            return HealthStatus.UNREACHABLE if known else HealthStatus.UNKNOWN
-        return HealthStatus.SERVING if answer.value == _SERVING else HealthStatus.NOT_SERVING
+            unknown = error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
+            return HealthStatus.UNKNOWN if unknown else HealthStatus.UNREACHABLE
+        return HealthStatus.SERVING if response.value == _SERVING else HealthStatus.NOT_SERVING
 
     async def wait_until_ready(self, *, timeout: float = 30.0) -> None:
-        """Wait until the service serves calls.
+        """Wait until the service is ready to serve calls.
 
         >>> await client.wait_until_ready()
 
+        Args:
+            timeout: Seconds to wait.
+
         Raises:
-            Unavailable: it does not in time.
+            Unavailable: The service was not ready in time.
         """
         deadline = time.monotonic() + timeout
         while (status := await self.check_health()) is not HealthStatus.SERVING:

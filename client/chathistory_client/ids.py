@@ -1,4 +1,8 @@
-"""Ids, made where a call begins: whatever is tried again then carries the same one, and is stored once."""
+"""IDs for new resources.
+
+They are created before the first attempt of a call, so every retry sends the same ID and nothing is
+stored twice.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import uuid
 
 
 def new_id() -> str:
-    """Return a fresh UUID of version 7, which sorts by the time it was made.
+    """Return a new UUID of version 7, which sorts by its time of creation.
 
     >>> uuid.UUID(new_id()).version
     7

@@ -1,4 +1,4 @@
-"""Messages: what was said, in order."""
+"""RPCs of messages: the content of sessions, in order."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from chathistory.v1.message_pb2 import (
 )
 from chathistory.v1.session_pb2 import Session
 
-from chathistory_client import resumption
 from chathistory_client.connection import Connection
+from chathistory_client.errors import ChatHistoryError
 from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
+from chathistory_client.resumption import ResumeBackoff, can_resume
 
 ROLES: dict[str, Role.ValueType] = {
     "user": Role.ROLE_USER,
@@ -42,11 +43,22 @@ def message(
     token_count: int | None = None,
     author: str = "",
 ) -> Message:
-    """Make a message, with an id: to append it a second time is a replay and changes nothing.
+    """Create a message with an ID, ready to append.
+
+    Appending the same message again is a replay and stores nothing.
 
     >>> hello = message("user", "Hello!")
     >>> hello.role == Role.ROLE_USER, hello.content, len(hello.id)
     (True, 'Hello!', 36)
+
+    Args:
+        role: Author kind.
+        content: Text for people, at most 256 KiB.
+        id: UUID of the message. Empty for a new one.
+        parts: Structured content, such as tool calls, at most 64 parts.
+        metadata: JSON object of your own, at most 16 KiB.
+        token_count: Tokens that the message takes in a prompt. None for the service's estimate.
+        author: Display name of the author, at most 256 characters.
     """
     return Message(
         id=id or new_id(),
@@ -60,7 +72,7 @@ def message(
 
 
 class Messages(Connection):
-    """Appends, reads, changes, erases and follows messages. A user caller may leave `user_id` out."""
+    """Appends, reads, updates, deletes, searches and watches messages."""
 
     async def append_messages(
         self,
@@ -73,9 +85,10 @@ class Messages(Connection):
         session: Session | None = None,
         timeout: float | None = None,
     ) -> message_pb2.AppendMessagesResponse:
-        """Append messages, 1 to 100 of them, all or none; without `session_id` they start a session.
+        """Append messages to a session, all or none. Without `session_id`, create the session.
 
-        Messages that have no id get one, once, before the first attempt: whatever is tried again is stored once.
+        Messages without an ID get one before the first attempt, so retries store them once. The
+        messages passed are not modified.
 
         >>> reply = await client.append_messages(
         ...     user_id=user_id,
@@ -86,16 +99,32 @@ class Messages(Connection):
         (True, 1)
         >>> answer = message("assistant", "A wading bird.")
         >>> for attempt in range(2):
-        ...     reply = await client.append_messages(user_id=user_id, session_id=reply.session_id, messages=[answer])
+        ...     reply = await client.append_messages(
+        ...         user_id=user_id, session_id=reply.session_id, messages=[answer]
+        ...     )
         ...     print(reply.messages[0].seq, reply.messages[0].replayed)
         2 False
         2 True
 
+        Args:
+            messages: 1 to 100 messages.
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session. Empty to create a session.
+            expected_last_seq: If set, the session's `last_seq` must equal it. 0 expects an empty
+                session.
+            create_if_missing: True to create the session with `session_id` if it does not exist.
+            session: Title, summary and metadata of a session that this call creates.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The session's ID, and the `seq` of each message.
+
         Raises:
-            NotFound: there is no such session and `create_if_missing` is not said (SESSION_NOT_FOUND), or no such user.
-            AlreadyExists: a message's id stands for another content (MESSAGE_ID_REUSED).
-            Conflict: `expected_last_seq` is given, and others have appended (LAST_SEQ_MISMATCH).
-            FailedPrecondition: the session is archived (SESSION_ARCHIVED).
+            NotFound: The session does not exist and `create_if_missing` is false
+                (SESSION_NOT_FOUND), or its owner does not exist (USER_NOT_FOUND).
+            AlreadyExists: A message with this ID and other content is stored (MESSAGE_ID_REUSED).
+            Conflict: `expected_last_seq` is not the session's `last_seq` (LAST_SEQ_MISMATCH).
+            FailedPrecondition: The session is archived (SESSION_ARCHIVED).
         """
         request = message_pb2.AppendMessagesRequest(
             user_id=user_id,
@@ -105,14 +134,28 @@ class Messages(Connection):
             create_if_missing=create_if_missing,
             session=session,
         )
-        for sent in request.messages:  # Copies: the caller's own stay as they are.
-            sent.id = sent.id or new_id()
+        for copy in request.messages:
+            copy.id = copy.id or new_id()
         return await self._call(self._stub.AppendMessages, request, timeout)
 
     async def get_message(
         self, *, user_id: str = "", session_id: str, message_id: str, timeout: float | None = None
     ) -> Message:
-        """Read one message."""
+        """Return one message.
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            message_id: ID of the message.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored message.
+
+        Raises:
+            NotFound: The session (SESSION_NOT_FOUND) or the message (MESSAGE_NOT_FOUND) does not
+                exist.
+        """
         request = message_pb2.GetMessageRequest(
             user_id=user_id, session_id=session_id, message_id=message_id
         )
@@ -128,12 +171,28 @@ class Messages(Connection):
         page_token: str = "",
         timeout: float | None = None,
     ) -> Pager[message_pb2.ListMessagesResponse, Message]:
-        """List a session's messages by `seq`: `async for` gives all of them, `await` one page.
+        """List the messages of a session, ordered by `seq`.
 
-        >>> said = [message("user", "Hi"), message("assistant", "Hello!")]
-        >>> reply = await client.append_messages(user_id=user_id, messages=said)
-        >>> [each.content async for each in client.list_messages(user_id=user_id, session_id=reply.session_id)]
+        >>> reply = await client.append_messages(
+        ...     user_id=user_id, messages=[message("user", "Hi"), message("assistant", "Hello!")]
+        ... )
+        >>> pager = client.list_messages(user_id=user_id, session_id=reply.session_id)
+        >>> [item.content async for item in pager]
         ['Hi', 'Hello!']
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            order: Ascending or descending.
+            page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
+            page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            timeout: Seconds for each page, including retries. None for the client's default.
+
+        Returns:
+            A pager: `async for` iterates over all items, `await` returns one page.
+
+        Raises:
+            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
         """
 
         async def fetch(token: str) -> message_pb2.ListMessagesResponse:
@@ -162,22 +221,42 @@ class Messages(Connection):
         etag: str = "",
         timeout: float | None = None,
     ) -> Message:
-        """Change the fields that are given.
+        """Update fields of a message.
+
+        Fields that are left `UNSET` keep their value; None and empty values clear a field.
 
         >>> hello = message("user", "Helo")
         >>> reply = await client.append_messages(user_id=user_id, messages=[hello])
-        >>> place = {"user_id": user_id, "session_id": reply.session_id, "message_id": hello.id}
-        >>> (await client.update_message(**place, content="Hello")).content
+        >>> ids = {"user_id": user_id, "session_id": reply.session_id, "message_id": hello.id}
+        >>> (await client.update_message(**ids, content="Hello")).content
         'Hello'
-        >>> (await client.update_message(**place, feedback=Feedback(score=1))).feedback.score
+        >>> (await client.update_message(**ids, feedback=Feedback(score=1))).feedback.score
         1.0
 
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            message_id: ID of the message.
+            content: Text for people, at most 256 KiB.
+            parts: Structured content; replaces the stored parts.
+            metadata: JSON object of your own; replaces the stored one.
+            token_count: Tokens that the message takes in a prompt. None for the service's estimate.
+            feedback: A reader's rating.
+            etag: If set, the update succeeds only while this is the etag of the stored message.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored message after the update.
+
         Raises:
-            Conflict: `etag` is given and is not that of the stored message (ETAG_MISMATCH).
+            ValueError: No field was passed.
+            Conflict: `etag` is not that of the stored message (ETAG_MISMATCH).
+            NotFound: The session (SESSION_NOT_FOUND) or the message (MESSAGE_NOT_FOUND) does not
+                exist.
         """
-        changed = Message(id=message_id, etag=etag)
+        update = Message(id=message_id, etag=etag)
         mask = set_fields(
-            changed,
+            update,
             content=content,
             parts=parts,
             metadata=metadata,
@@ -185,7 +264,7 @@ class Messages(Connection):
             feedback=feedback,
         )
         request = message_pb2.UpdateMessageRequest(
-            user_id=user_id, session_id=session_id, message=changed, update_mask=mask
+            user_id=user_id, session_id=session_id, message=update, update_mask=mask
         )
         return (await self._call(self._stub.UpdateMessage, request, timeout)).message
 
@@ -198,7 +277,19 @@ class Messages(Connection):
         allow_missing: bool = False,
         timeout: float | None = None,
     ) -> None:
-        """Erase what a message says; its `seq` stays taken, and nothing is renumbered."""
+        """Erase the content of a message. Its `seq` is not reused, and no message is renumbered.
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            message_id: ID of the message.
+            allow_missing: True to succeed when the message or its session does not exist.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Raises:
+            NotFound: The session (SESSION_NOT_FOUND) or the message (MESSAGE_NOT_FOUND) does not
+                exist.
+        """
         request = message_pb2.DeleteMessageRequest(
             user_id=user_id,
             session_id=session_id,
@@ -216,13 +307,33 @@ class Messages(Connection):
         max_tokens: int = 0,
         timeout: float | None = None,
     ) -> message_pb2.GetContextResponse:
-        """Read what goes into the next prompt: the newest messages within the limits, oldest first.
+        """Return the messages for the next prompt: the newest ones within the limits, oldest first.
 
-        >>> said = [message("system", "Be brief."), message("user", "One"), message("user", "Two")]
-        >>> reply = await client.append_messages(user_id=user_id, messages=said)
-        >>> context = await client.get_context(user_id=user_id, session_id=reply.session_id, max_messages=2)
-        >>> [each.content for each in context.messages], context.omitted_count
+        Leading SYSTEM messages and the newest group are returned even above the limits. Tool calls
+        are returned together with their results.
+
+        >>> first, second = message("user", "One"), message("user", "Two")
+        >>> reply = await client.append_messages(
+        ...     user_id=user_id, messages=[message("system", "Be brief."), first, second]
+        ... )
+        >>> context = await client.get_context(
+        ...     user_id=user_id, session_id=reply.session_id, max_messages=2
+        ... )
+        >>> [item.content for item in context.messages], context.omitted_count
         (['Be brief.', 'Two'], 1)
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            max_messages: Maximum number of messages, up to 1000. 0 means 50.
+            max_tokens: Maximum number of tokens. 0 means no limit.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The session, the messages, the number of omitted messages, and the tokens.
+
+        Raises:
+            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
         """
         request = message_pb2.GetContextRequest(
             user_id=user_id, session_id=session_id, max_messages=max_messages, max_tokens=max_tokens
@@ -239,13 +350,34 @@ class Messages(Connection):
         mode: SearchMode.ValueType = SearchMode.SEARCH_MODE_UNSPECIFIED,
         timeout: float | None = None,
     ) -> Sequence[MessageHit]:
-        """Search one user's messages, best first; `snippet` is safe to put into a web page.
+        """Search one user's messages by words, by meaning, or by both.
 
-        >>> said = [message("user", "Do herons wade?"), message("assistant", "They do.")]
-        >>> _ = await client.append_messages(user_id=user_id, messages=said)
-        >>> hits = await client.search_messages(user_id=user_id, query="herons", mode=SearchMode.SEARCH_MODE_LEXICAL)
+        >>> _ = await client.append_messages(
+        ...     user_id=user_id,
+        ...     messages=[message("user", "Do herons wade?"), message("assistant", "They do.")],
+        ... )
+        >>> hits = await client.search_messages(
+        ...     user_id=user_id, query="herons", mode=SearchMode.SEARCH_MODE_LEXICAL
+        ... )
         >>> [hit.message.content for hit in hits], "<mark>herons</mark>" in hits[0].snippet
         (['Do herons wade?'], True)
+
+        Args:
+            query: Text to search for, at most 8 KiB.
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: Only messages of this session. Empty for all sessions.
+            limit: Maximum number of hits, up to 100. 0 means 10.
+            mode: How to compare. Unspecified for HYBRID where the service indexes messages, else
+                LEXICAL.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The hits, best first. `snippet` is HTML-escaped and safe to insert into a web page.
+
+        Raises:
+            FailedPrecondition: The mode needs an index of messages, and there is none
+                (SEARCH_DISABLED).
+            Unavailable: The search index does not answer (SEARCH_UNAVAILABLE).
         """
         request = message_pb2.SearchMessagesRequest(
             user_id=user_id, query=query, session_id=session_id, limit=limit, mode=mode
@@ -255,43 +387,50 @@ class Messages(Connection):
     async def watch_messages(
         self, *, user_id: str = "", session_id: str, after_seq: int = 0
     ) -> AsyncGenerator[Message]:
-        """Follow a session: the messages after `after_seq`, then each new one as it comes, in order, none twice.
+        """Stream the messages after `after_seq`, then each new message.
 
-        It goes on by itself after a lost connection, a restart of the service and the end of a token, and has no deadline.
+        Messages arrive in the order of `seq`, without gaps or duplicates. The stream has no
+        deadline. It resumes after a lost connection, a restart of the service and an expired token.
 
         >>> reply = await client.append_messages(user_id=user_id, messages=[message("user", "Hi")])
-        >>> async for each in client.watch_messages(user_id=user_id, session_id=reply.session_id):
-        ...     print(each.seq, each.content)
+        >>> async for item in client.watch_messages(user_id=user_id, session_id=reply.session_id):
+        ...     print(item.seq, item.content)
         ...     break
         1 Hi
 
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            after_seq: Last `seq` that is known already. 0 streams the whole session first.
+
         Raises:
-            NotFound: there is no such session, or it was erased meanwhile.
+            NotFound: The session does not exist, or it was deleted during the stream
+                (SESSION_NOT_FOUND).
         """
         request = message_pb2.WatchMessagesRequest(
             user_id=user_id, session_id=session_id, after_seq=after_seq
         )
-        retry = resumption.ResumeBackoff()
+        backoff = ResumeBackoff()
         while True:
-            token = await self._get_token(self._timeout)
+            token = await self._get_token(self._timeout_s)
             try:
                 async with aclosing(
                     self._stream(lambda stub: stub.WatchMessages, request, token)
-                ) as replies:
-                    async for reply in replies:
-                        retry.progress()
-                        if reply.message.seq > request.after_seq:
-                            request.after_seq = reply.message.seq
-                            yield reply.message
-            except resumption.RESUMABLE as failure:
-                if self._closed or not (
-                    resumption.can_resume(failure)
-                    or (
-                        retry.first
-                        and await self._refresh_token(failure, token, self._timeout) is not None
-                    )
+                ) as responses:
+                    async for response in responses:
+                        backoff.progress()
+                        if response.message.seq > request.after_seq:
+                            request.after_seq = response.message.seq
+                            yield response.message
+            except ChatHistoryError as error:
+                if self._pool.is_closed:
+                    raise
+                if not can_resume(error) and not (
+                    # One refresh after each progress, so that a rejected token cannot loop.
+                    backoff.is_reset
+                    and await self._refresh_token(error, token, self._timeout_s) is not None
                 ):
                     raise
-                await retry.pause(failure.retry_after)
+                await backoff.pause(error.retry_after)
             else:
-                await retry.pause()
+                await backoff.pause()

@@ -1,4 +1,4 @@
-"""Lists that come in pages."""
+"""Iteration over paged lists."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ Item = TypeVar("Item")
 
 
 class Pager(Generic[Response, Item]):
-    """A list: `async for` gives its items, all of them, and `await` one page.
+    """A list in pages: `async for` iterates over all items, `await` returns one page.
 
     >>> for number in range(3):
     ...     _ = await client.create_session(user_id=user_id, title=f"No. {number}")
     >>> [session.title async for session in client.list_sessions(user_id=user_id, page_size=2)]
     ['No. 2', 'No. 1', 'No. 0']
 
-    A page is the service's reply itself; `next_page_token` leads to the next one, and only an empty one ends the list:
+    A page is the response of the service. Only an empty `next_page_token` ends the list:
 
     >>> page = await client.list_sessions(user_id=user_id, page_size=2)
     >>> [session.title for session in page.sessions]
     ['No. 2', 'No. 1']
-    >>> page = await client.list_sessions(user_id=user_id, page_size=2, page_token=page.next_page_token)
+    >>> page = await client.list_sessions(
+    ...     user_id=user_id, page_size=2, page_token=page.next_page_token
+    ... )
     >>> [session.title for session in page.sessions], page.next_page_token
     (['No. 0'], '')
     """
@@ -52,7 +54,7 @@ class Pager(Generic[Response, Item]):
                 yield item
 
     async def pages(self) -> AsyncIterator[Response]:
-        """Give page after page."""
+        """Iterate over the pages."""
         token = self._page_token
         while True:
             page = await self._fetch(token)

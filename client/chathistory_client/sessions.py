@@ -1,4 +1,4 @@
-"""Sessions: one conversation each."""
+"""RPCs of sessions: one conversation each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chathistory_client.paging import Pager
 
 
 class Sessions(Connection):
-    """Creates, reads, changes, forks and erases sessions. A user caller may leave `user_id` out."""
+    """Creates, reads, updates, forks and deletes sessions."""
 
     async def create_session(
         self,
@@ -24,14 +24,29 @@ class Sessions(Connection):
         metadata: Metadata | None = None,
         timeout: float | None = None,
     ) -> Session:
-        """Create an empty session; `append_messages` can start one as well, in the same call.
+        """Create an empty session.
+
+        `append_messages` can create a session as well, in the same call. Retries send the same ID,
+        so the session is created once.
 
         >>> session = await client.create_session(user_id=user_id, title="Holidays")
         >>> session.title, session.last_seq
         ('Holidays', 0)
 
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: UUID of the session. Empty for a new one.
+            title: Display title, at most 512 characters.
+            summary: Summary, at most 64 KiB.
+            metadata: JSON object of your own, at most 16 KiB.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored session.
+
         Raises:
-            AlreadyExists: the id that you chose is that of another session (ID_TAKEN).
+            AlreadyExists: The user has another session with this ID (ID_TAKEN).
+            NotFound: The owner does not exist (USER_NOT_FOUND).
         """
         session = Session(
             id=session_id or new_id(), title=title, summary=summary, metadata=struct(metadata)
@@ -42,10 +57,18 @@ class Sessions(Connection):
     async def get_session(
         self, *, user_id: str = "", session_id: str, timeout: float | None = None
     ) -> Session:
-        """Read one session.
+        """Return one session.
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored session.
 
         Raises:
-            NotFound: it is missing, or somebody else's (SESSION_NOT_FOUND).
+            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
         """
         request = session_pb2.GetSessionRequest(user_id=user_id, session_id=session_id)
         return (await self._call(self._stub.GetSession, request, timeout)).session
@@ -59,11 +82,21 @@ class Sessions(Connection):
         page_token: str = "",
         timeout: float | None = None,
     ) -> Pager[session_pb2.ListSessionsResponse, Session]:
-        """List a user's sessions, newest activity first: `async for` gives all of them, `await` one page.
+        """List a user's sessions, newest activity first.
 
         >>> _ = await client.create_session(user_id=user_id, title="One")
         >>> [session.title async for session in client.list_sessions(user_id=user_id)]
         ['One']
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            state: Only sessions in this state. Unspecified for any state.
+            page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
+            page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            timeout: Seconds for each page, including retries. None for the client's default.
+
+        Returns:
+            A pager: `async for` iterates over all items, `await` returns one page.
         """
 
         async def fetch(token: str) -> session_pb2.ListSessionsResponse:
@@ -87,15 +120,38 @@ class Sessions(Connection):
         etag: str = "",
         timeout: float | None = None,
     ) -> Session:
-        """Change the fields that are given.
+        """Update fields of a session.
 
-        >>> session = await client.create_session(user_id=user_id, title="Untitled", metadata={"lang": "en"})
-        >>> session = await client.update_session(user_id=user_id, session_id=session.id, title="Holidays")
+        Fields that are left `UNSET` keep their value; None and empty values clear a field.
+
+        >>> session = await client.create_session(
+        ...     user_id=user_id, title="Untitled", metadata={"lang": "en"}
+        ... )
+        >>> session = await client.update_session(
+        ...     user_id=user_id, session_id=session.id, title="Holidays"
+        ... )
         >>> session.title, session.metadata["lang"]
         ('Holidays', 'en')
 
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            title: Display title, at most 512 characters.
+            summary: Summary of the messages up to `summarized_through_seq`, at most 64 KiB.
+            summarized_through_seq: Last `seq` that the summary covers. `get_context` omits the
+                messages up to it.
+            metadata: JSON object of your own; replaces the stored one.
+            state: Active, or archived to reject further messages.
+            etag: If set, the update succeeds only while this is the etag of the stored session.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored session after the update.
+
         Raises:
-            Conflict: `etag` is given and is not that of the stored session (ETAG_MISMATCH).
+            ValueError: No field was passed.
+            Conflict: `etag` is not that of the stored session (ETAG_MISMATCH).
+            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
         """
         session = Session(id=session_id, etag=etag)
         mask = set_fields(
@@ -119,7 +175,17 @@ class Sessions(Connection):
         allow_missing: bool = False,
         timeout: float | None = None,
     ) -> None:
-        """Erase a session with its messages."""
+        """Delete a session permanently, with its messages.
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session.
+            allow_missing: True to succeed when the session does not exist.
+            timeout: Seconds for the call, including retries. None for 60 s.
+
+        Raises:
+            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+        """
         request = session_pb2.DeleteSessionRequest(
             user_id=user_id, session_id=session_id, allow_missing=allow_missing
         )
@@ -134,12 +200,34 @@ class Sessions(Connection):
         new_session_id: str = "",
         timeout: float | None = None,
     ) -> Session:
-        """Copy a session up to a message into a new one: to regenerate an answer, edit a question, or branch.
+        """Copy the beginning of a session into a new one.
 
-        >>> first = await client.append_messages(user_id=user_id, messages=[message("user", "Hi"), message("assistant", "?")])
-        >>> fork = await client.fork_session(user_id=user_id, session_id=first.session_id, through_seq=1)
-        >>> fork.last_seq, fork.forked_from.session_id == first.session_id
+        Use it to regenerate an answer, edit a question, or branch. The copied messages keep their
+        IDs, `seq` and times.
+
+        >>> source = await client.append_messages(
+        ...     user_id=user_id, messages=[message("user", "Hi"), message("assistant", "?")]
+        ... )
+        >>> fork = await client.fork_session(
+        ...     user_id=user_id, session_id=source.session_id, through_seq=1
+        ... )
+        >>> fork.last_seq, fork.forked_from.session_id == source.session_id
         (1, True)
+
+        Args:
+            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            session_id: ID of the session to copy from.
+            through_seq: Last `seq` to copy. 0 copies no message.
+            new_session_id: UUID of the new session. Empty for a new one.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The new session.
+
+        Raises:
+            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+            InvalidArgument: `through_seq` exceeds the session's `last_seq` (FIELD_VIOLATION).
+            AlreadyExists: The user has another session with `new_session_id` (ID_TAKEN).
         """
         request = session_pb2.ForkSessionRequest(
             user_id=user_id,

@@ -1,4 +1,4 @@
-"""Bearer tokens: asked for when there is none, before a JWT expires, and once more when one is refused."""
+"""Cached bearer tokens, fetched again before a JWT expires or after a rejection."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ import time
 from collections.abc import Awaitable, Callable
 
 TokenSource = str | Callable[[], str | Awaitable[str]]
-"""A token, or a function (async or not) that returns a fresh one."""
+"""A token, or a function, async or not, that returns a current one."""
 
 REFRESH_MARGIN_S = 30.0
-"""Seconds before its end at which a JWT is renewed; a short-lived one at four fifths of its life."""
+"""Time before its expiry at which a JWT is replaced. Short-lived ones are replaced at 80%."""
 
 
 class TokenCache:
-    """The token of the moment."""
+    """Caches the token of one source."""
 
     def __init__(self, source: TokenSource) -> None:
         self._source = source
         self._token = ""
         self._refresh_at = 0.0
-        # Made at first use, in the loop that uses it: those who need a token at once ask for it once.
+        # Created at first use, in the event loop of the calls. Concurrent calls fetch one token.
         self._lock: asyncio.Lock | None = None
 
     async def get(self) -> str:
-        """Return a token that is still good, as far as can be seen."""
+        """Return the cached token, or a new one if there is none or it is about to expire."""
         if not self._token or time.time() >= self._refresh_at:
             await self._fetch(self._token)
         return self._token
 
     async def refresh(self, rejected: str) -> bool:
-        """Get another token than one that was refused; False when there is no other."""
+        """Fetch a token to replace a rejected one.
+
+        Returns:
+            False if the source has no other token.
+        """
         await self._fetch(rejected)
         return self._token != rejected
 
@@ -46,7 +50,7 @@ class TokenCache:
             self._lock = asyncio.Lock()
         async with self._lock:
             if self._token != replaced:
-                return  # Somebody else has asked meanwhile.
+                return  # A concurrent call has fetched it.
             result = self._source()
             self._token = await result if inspect.isawaitable(result) else result
             now = time.time()
@@ -55,7 +59,7 @@ class TokenCache:
 
 
 def _expiry(token: str) -> float:
-    """Return when a JWT ends, by its own word; never for anything else."""
+    """Return the expiry of a JWT in seconds since 1970, infinity for any other token."""
     try:
         _, payload, _ = token.split(".")
         return float(

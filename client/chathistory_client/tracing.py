@@ -1,4 +1,8 @@
-"""Passes the W3C trace context on: the one given with `trace_context`, or else OpenTelemetry's when the program uses that."""
+"""Propagation of the W3C trace context.
+
+Calls send the context set with `trace_context`, else OpenTelemetry's current context if the program
+uses OpenTelemetry.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,14 @@ _context: ContextVar[Headers] = ContextVar("chathistory_trace_context", default=
 
 @contextmanager
 def trace_context(traceparent: str | None, tracestate: str | None = None) -> Iterator[None]:
-    """Send these headers, as an incoming request had them, with every call inside. Malformed ones are ignored.
+    """Send the given trace context with every call in the block. Malformed headers are ignored.
 
     >>> with trace_context("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"):
     ...     session = await client.create_session(user_id=user_id)
+
+    Args:
+        traceparent: The `traceparent` header of an incoming request. None for no context.
+        tracestate: The `tracestate` header that belongs to it.
     """
     headers: list[tuple[str, str]] = []
     if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):
@@ -38,10 +46,10 @@ def trace_context(traceparent: str | None, tracestate: str | None = None) -> Ite
 
 
 def headers() -> Headers:
-    """Return what to send with a call that starts now."""
-    if given := _context.get():
-        return given
-    # Looked up and never imported: it costs nothing where it is not used.
+    """Return the trace headers for a call that starts now."""
+    if explicit := _context.get():
+        return explicit
+    # Looked up instead of imported, so that programs without OpenTelemetry pay nothing.
     propagate = sys.modules.get("opentelemetry.propagate")
     if propagate is None:
         return ()

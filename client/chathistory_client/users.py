@@ -1,4 +1,4 @@
-"""Users: the owners of everything else. Most of it is for service callers only."""
+"""RPCs of users. All but `get_user`, `update_user` and `export_user_data` are for services only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from chathistory_client.paging import Pager
 
 
 class Users(Connection):
-    """Creates, reads, changes, exports and erases users."""
+    """Creates, reads, updates, exports and deletes users."""
 
     async def create_user(
         self,
@@ -27,14 +27,32 @@ class Users(Connection):
         metadata: Metadata | None = None,
         timeout: float | None = None,
     ) -> User:
-        """Create a user. With an id of your own, the same call again returns the user that is there.
+        """Create a user.
 
-        >>> user = await client.create_user(external_id="crm-4711", name="Ada", metadata={"plan": "team"})
+        Retries send the same ID, so the user is created once. To repeat the call yourself, pass
+        `user_id`: the same content returns the stored user.
+
+        >>> user = await client.create_user(
+        ...     external_id="crm-4711", name="Ada", metadata={"plan": "team"}
+        ... )
         >>> user.name, user.metadata["plan"]
         ('Ada', 'team')
 
+        Args:
+            user_id: UUID of the user. Empty for a new one.
+            external_id: ID of the user in your own system. Unique when set.
+            email: E-mail address. Unique when set, compared without case.
+            name: Display name.
+            metadata: JSON object of your own, at most 16 KiB.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored user.
+
         Raises:
-            AlreadyExists: the e-mail address (EMAIL_TAKEN), external id (EXTERNAL_ID_TAKEN) or id (ID_TAKEN) is another's.
+            AlreadyExists: Another user has the e-mail address (EMAIL_TAKEN), the external ID
+                (EXTERNAL_ID_TAKEN) or the ID (ID_TAKEN).
+            PermissionDenied: The caller is a user (SERVICE_ONLY).
         """
         user = User(
             id=user_id or new_id(),
@@ -55,23 +73,49 @@ class Users(Connection):
         external_id: str | None = None,
         timeout: float | None = None,
     ) -> User:
-        """Read one user by exactly one of its keys; a user caller needs none and gets itself.
+        """Return one user by exactly one of its keys.
 
         >>> user = await client.create_user(email="grace@example.com")
         >>> (await client.get_user(email="Grace@Example.com")).id == user.id
         True
+
+        Args:
+            user_id: ID of the user.
+            email: E-mail address of the user, compared without case.
+            external_id: External ID of the user.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored user. Without a key, the user who calls.
+
+        Raises:
+            ValueError: More than one key was passed.
+            NotFound: No user has this key (USER_NOT_FOUND).
+            PermissionDenied: A user caller asked for another user (USER_MISMATCH).
         """
         keys = {"user_id": user_id, "email": email, "external_id": external_id}
-        given = {name: key for name, key in keys.items() if key is not None}
-        if len(given) > 1:
-            raise ValueError(f"give one of {', '.join(given)}")
-        request = user_pb2.GetUserRequest(**given)
+        passed = {name: key for name, key in keys.items() if key is not None}
+        if len(passed) > 1:
+            raise ValueError(f"pass only one of {', '.join(passed)}")
+        request = user_pb2.GetUserRequest(**passed)
         return (await self._call(self._stub.GetUser, request, timeout)).user
 
     def list_users(
         self, *, page_size: int = 0, page_token: str = "", timeout: float | None = None
     ) -> Pager[user_pb2.ListUsersResponse, User]:
-        """List all users in order of id."""
+        """List all users, ordered by ID.
+
+        Args:
+            page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
+            page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            timeout: Seconds for each page, including retries. None for the client's default.
+
+        Returns:
+            A pager: `async for` iterates over all items, `await` returns one page.
+
+        Raises:
+            PermissionDenied: The caller is a user (SERVICE_ONLY).
+        """
 
         async def fetch(token: str) -> user_pb2.ListUsersResponse:
             request = user_pb2.ListUsersRequest(page_size=page_size, page_token=token)
@@ -90,14 +134,33 @@ class Users(Connection):
         etag: str = "",
         timeout: float | None = None,
     ) -> User:
-        """Change the fields that are given.
+        """Update fields of a user.
+
+        Fields that are left `UNSET` keep their value; None and empty values clear a field.
 
         >>> user = await client.create_user(name="Ada")
-        >>> (await client.update_user(user_id=user.id, name="Ada Lovelace", etag=user.etag)).name
+        >>> user = await client.update_user(user_id=user.id, name="Ada Lovelace", etag=user.etag)
+        >>> user.name
         'Ada Lovelace'
 
+        Args:
+            user_id: ID of the user.
+            external_id: ID of the user in your own system. Written by services only.
+            email: E-mail address.
+            name: Display name.
+            metadata: JSON object of your own; replaces the stored one.
+            etag: If set, the update succeeds only while this is the etag of the stored user.
+            timeout: Seconds for the call, including retries. None for the client's default.
+
+        Returns:
+            The stored user after the update.
+
         Raises:
-            Conflict: `etag` is given and is not that of the stored user (ETAG_MISMATCH).
+            ValueError: No field was passed.
+            Conflict: `etag` is not that of the stored user (ETAG_MISMATCH).
+            AlreadyExists: Another user has the e-mail address (EMAIL_TAKEN) or the external ID
+                (EXTERNAL_ID_TAKEN).
+            NotFound: No user has this ID (USER_NOT_FOUND).
         """
         user = User(id=user_id, etag=etag)
         mask = set_fields(user, external_id=external_id, email=email, name=name, metadata=metadata)
@@ -107,12 +170,24 @@ class Users(Connection):
     async def delete_user(
         self, *, user_id: str, allow_missing: bool = False, timeout: float | None = None
     ) -> user_pb2.DeleteUserResponse:
-        """Erase a user everywhere, and say how much went.
+        """Delete a user permanently, with all sessions, messages and documents.
 
         >>> user = await client.create_user()
         >>> _ = await client.create_session(user_id=user.id)
         >>> (await client.delete_user(user_id=user.id)).session_count
         1
+
+        Args:
+            user_id: ID of the user.
+            allow_missing: True to succeed when the user does not exist.
+            timeout: Seconds for the call, including retries. None for 60 s.
+
+        Returns:
+            The numbers of deleted resources.
+
+        Raises:
+            NotFound: No user has this ID (USER_NOT_FOUND).
+            PermissionDenied: The caller is a user (SERVICE_ONLY).
         """
         request = user_pb2.DeleteUserRequest(user_id=user_id, allow_missing=allow_missing)
         return await self._call(self._stub.DeleteUser, request, timeout, DELETE_TIMEOUT_S)
@@ -120,14 +195,24 @@ class Users(Connection):
     async def export_user_data(
         self, *, user_id: str = "", timeout: float = EXPORT_TIMEOUT_S
     ) -> AsyncGenerator[export_pb2.ExportUserDataResponse]:
-        """Read everything of one user, item by item: the user, each session with its messages, each document with its chunks.
+        """Stream all data of one user.
+
+        The user is first. Each session is followed by its messages, then each document by its
+        chunks. The export is complete only if the iteration ends without an error.
 
         >>> _ = await client.append_messages(user_id=user_id, messages=[message("user", "Hi")])
         >>> [item.WhichOneof("item") async for item in client.export_user_data(user_id=user_id)]
         ['user', 'session', 'message']
+
+        Args:
+            user_id: ID of the user. Services must set it; user callers may leave it empty.
+            timeout: Seconds for the whole export.
+
+        Raises:
+            NotFound: No user has this ID, or it was deleted during the export (USER_NOT_FOUND).
         """
         request = export_pb2.ExportUserDataRequest(user_id=user_id)
-        token = await self._get_token(self._timeout)
+        token = await self._get_token(self._timeout_s)
         async with aclosing(
             self._stream(lambda stub: stub.ExportUserData, request, token, timeout)
         ) as items:

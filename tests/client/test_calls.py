@@ -34,7 +34,7 @@ from chathistory_client import (
     new_id,
     trace_context,
 )
-from chathistory_client.connection import MAX_STREAMS_PER_CHANNEL
+from chathistory_client.channels import MAX_STREAMS_PER_CHANNEL
 from chathistory_client.errors import from_rpc_error
 from service.errors import Unavailable as ServiceUnavailable
 from service.server import Server
@@ -223,7 +223,7 @@ async def test_an_update_changes_what_is_given_and_can_clear(
     )
 
     assert (changed.title, changed.summary, len(changed.metadata.fields)) == ("", "S", 0)
-    with pytest.raises(ValueError, match="nothing to change: give at least one of title"):
+    with pytest.raises(ValueError, match="no field to update: pass at least one of title"):
         await client.update_session(user_id=owner, session_id=session.id)
 
 
@@ -350,7 +350,7 @@ async def test_a_cancelled_call_is_cancelled(client: ChatHistoryClient, owner: s
 
 
 def test_get_user_takes_one_key_only() -> None:
-    with pytest.raises(ValueError, match="give one of user_id, email"):
+    with pytest.raises(ValueError, match="pass only one of user_id, email"):
         asyncio.run(ChatHistoryClient().get_user(user_id="a", email="b"))
 
 
