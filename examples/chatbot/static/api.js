@@ -14,13 +14,20 @@ async function call(path, options = {}) {
   return reply.status === 204 ? null : reply.json();
 }
 
-const json = (method, body) => ({ method, headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
-const query = (values) => new URLSearchParams(Object.entries(values).filter(([, value]) => value)).toString();
+const json = (method, body) => ({
+  method,
+  headers: { "content-type": "application/json" },
+  body: JSON.stringify(body),
+});
+const query = (values) =>
+  new URLSearchParams(Object.entries(values).filter(([, value]) => value)).toString();
 
 export const sessions = (page_token = "") => call(`/api/sessions?${query({ page_token })}`);
 export const session = (uuid) => call(`/api/sessions/${uuid}`);
 export const messages = (uuid, page_token = "") =>
-  call(`/api/sessions/${uuid}/messages?${query({ page_token, newest_first: "true", page_size: 50 })}`);
+  call(
+    `/api/sessions/${uuid}/messages?${query({ page_token, newest_first: "true", page_size: 50 })}`,
+  );
 export const rename = (uuid, title) => call(`/api/sessions/${uuid}`, json("PATCH", { title }));
 export const erase = (uuid) => call(`/api/sessions/${uuid}`, { method: "DELETE" });
 export const search = (q, signal) => call(`/api/search?${query({ q })}`, { signal });

@@ -11,7 +11,15 @@ const WHILE_AWAY = 3000; // Milliseconds between two looks at a database that do
 
 const NARROW = matchMedia("(max-width: 760px)");
 
-const state = { session: null, sessions: null, unread: false, more: "", answering: null, away: false, loading: 0 };
+const state = {
+  session: null,
+  sessions: null,
+  unread: false,
+  more: "",
+  answering: null,
+  away: false,
+  loading: 0,
+};
 
 // --- where we are -----------------------------------------------------------------------------------------------------------
 
@@ -161,7 +169,13 @@ async function listen({ text, message_id, asked, answer }) {
         answer.element.remove();
         ask(text, message_id); // The same id: what was stored is not stored again.
       };
-      answer.end({ failed: error instanceof api.Failed ? `No answer: ${error.message}.` : "The connection broke off.", again });
+      answer.end({
+        failed:
+          error instanceof api.Failed
+            ? `No answer: ${error.message}.`
+            : "The connection broke off.",
+        again,
+      });
       check();
     }
   } finally {
@@ -185,7 +199,9 @@ function busy(now) {
   $("talk").setAttribute("aria-busy", String(now));
   $("send").setAttribute("aria-label", now ? "Stop the answer" : "Send");
   $("send").classList.toggle("stop", now);
-  $("send").querySelector("use").setAttribute("href", now ? "#i-stop" : "#i-send");
+  $("send")
+    .querySelector("use")
+    .setAttribute("href", now ? "#i-stop" : "#i-send");
 }
 
 function failed(text, again) {
@@ -212,15 +228,21 @@ async function loadList(page_token = "") {
 function drawList() {
   if ($("find-text").value.trim()) return; // What was found stands there.
   const more = state.more && (() => loadList(state.more));
-  if (state.sessions) list(sessionList(state.sessions, here() ?? state.session?.session_uuid, more));
-  else if (state.unread) list([element("p", { className: "empty" }, "Your conversations cannot be read now.")]);
+  if (state.sessions)
+    list(sessionList(state.sessions, here() ?? state.session?.session_uuid, more));
+  else if (state.unread)
+    list([element("p", { className: "empty" }, "Your conversations cannot be read now.")]);
 }
 
 // Whoever stands in the list with the keyboard stays where they are.
 function list(nodes) {
-  const focused = $("list").contains(document.activeElement) && document.activeElement.getAttribute("href");
+  const focused =
+    $("list").contains(document.activeElement) && document.activeElement.getAttribute("href");
   $("list").replaceChildren(...nodes);
-  if (focused) $("list").querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+  if (focused)
+    $("list")
+      .querySelector(`a[href="${CSS.escape(focused)}"]`)
+      ?.focus({ preventScroll: true });
 }
 
 let searching, typing;
@@ -256,7 +278,11 @@ NARROW.onchange = () => drawer(false);
 
 async function check() {
   const found = await api.health();
-  const words = { serving: "Conversations are saved", not_serving: "The database is away", unreachable: "The history service is away" };
+  const words = {
+    serving: "Conversations are saved",
+    not_serving: "The database is away",
+    unreachable: "The history service is away",
+  };
   seen(found.status === "ok", words[found.database] ?? "The history is away");
 }
 
@@ -269,7 +295,8 @@ function seen(saved, words = saved ? "Conversations are saved" : "The history is
   $("state").classList.toggle("well", saved);
   if ($("state-text").textContent !== words) $("state-text").textContent = words;
   $("notice").hidden = saved;
-  if (!saved && !$("notice").textContent) $("notice").textContent = "History is not being saved at the moment. You can go on asking.";
+  if (!saved && !$("notice").textContent)
+    $("notice").textContent = "History is not being saved at the moment. You can go on asking.";
   if (saved) $("notice").textContent = "";
   else looking = setTimeout(() => (document.hidden ? seen(false, words) : check()), WHILE_AWAY);
   if (back) loadList();
@@ -356,11 +383,15 @@ $("close-side").onclick = () => drawer(false);
 $("veil").onclick = () => drawer(false);
 $("theme").onclick = () => {
   const root = document.documentElement;
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const dark = root.dataset.theme
+    ? root.dataset.theme === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
   root.dataset.theme = dark ? "light" : "dark";
   try {
     localStorage.setItem("theme", root.dataset.theme);
-  } catch { /* It holds until the page is left. */ }
+  } catch {
+    /* It holds until the page is left. */
+  }
 };
 addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {

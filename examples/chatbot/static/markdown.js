@@ -20,7 +20,8 @@ export function icon(name) {
   return svg;
 }
 
-const INLINE = /(`+)(.+?)\1|\*\*(.+?)\*\*|\*(?!\s)(.+?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)|\[(\d{1,2})\]/s;
+const INLINE =
+  /(`+)(.+?)\1|\*\*(.+?)\*\*|\*(?!\s)(.+?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)|\[(\d{1,2})\]/s;
 
 // `cite(number)` makes what stands for [1]; null leaves it as it is.
 function inline(text, cite) {
@@ -33,7 +34,8 @@ function inline(text, cite) {
     if (code !== undefined) nodes.push(element("code", {}, code));
     else if (strong !== undefined) nodes.push(element("strong", {}, ...inline(strong, cite)));
     else if (emphasis !== undefined) nodes.push(element("em", {}, ...inline(emphasis, cite)));
-    else if (link !== undefined) nodes.push(element("a", { href: link, rel: "noreferrer", target: "_blank" }, label));
+    else if (link !== undefined)
+      nodes.push(element("a", { href: link, rel: "noreferrer", target: "_blank" }, label));
     else nodes.push(cite(Number(number)) ?? whole);
     text = text.slice(found.index + whole.length);
   }
@@ -70,8 +72,22 @@ export function render(text, cite = () => null) {
     } else if (QUOTE.test(line)) {
       const quoted = take((next) => QUOTE.test(next)).map((next) => next.replace(QUOTE, ""));
       blocks.push(element("blockquote", {}, ...render(quoted.join("\n"), cite)));
-    } else if (ITEM.test(line)) blocks.push(list(take((next) => next.trim() && (ITEM.test(next) || /^\s{2,}/.test(next))), cite));
-    else blocks.push(paragraph(take((next) => next.trim() && ![FENCE, HEAD, QUOTE, ITEM].some((other) => other.test(next))), cite));
+    } else if (ITEM.test(line))
+      blocks.push(
+        list(
+          take((next) => next.trim() && (ITEM.test(next) || /^\s{2,}/.test(next))),
+          cite,
+        ),
+      );
+    else
+      blocks.push(
+        paragraph(
+          take(
+            (next) => next.trim() && ![FENCE, HEAD, QUOTE, ITEM].some((other) => other.test(next)),
+          ),
+          cite,
+        ),
+      );
   }
   return blocks;
 }
@@ -88,7 +104,11 @@ function list(lines, cite) {
     else items[items.length - 1] += `\n${line.trim()}`;
   }
   const number = ITEM.exec(lines[0])[1];
-  const made = element(number ? "ol" : "ul", {}, ...items.map((item) => element("li", {}, ...inline(item, cite))));
+  const made = element(
+    number ? "ol" : "ul",
+    {},
+    ...items.map((item) => element("li", {}, ...inline(item, cite))),
+  );
   if (number) made.start = Number(number);
   return made;
 }

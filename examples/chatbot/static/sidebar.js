@@ -21,15 +21,22 @@ export function when(text) {
 }
 
 export function sessionList(sessions, current, more) {
-  if (!sessions.length) return [element("p", { className: "empty" }, "Your conversations will be here.")];
+  if (!sessions.length)
+    return [element("p", { className: "empty" }, "Your conversations will be here.")];
   const groups = new Map();
   for (const session of sessions) {
     const name = age(new Date(session.updated_at));
     if (!groups.has(name)) groups.set(name, []);
     groups.get(name).push(entry(session, current));
   }
-  const nodes = [...groups].flatMap(([name, entries]) => [element("h2", {}, name), element("ul", {}, ...entries)]);
-  if (more) nodes.push(element("button", { type: "button", className: "more", onclick: more }, "Show more"));
+  const nodes = [...groups].flatMap(([name, entries]) => [
+    element("h2", {}, name),
+    element("ul", {}, ...entries),
+  ]);
+  if (more)
+    nodes.push(
+      element("button", { type: "button", className: "more", onclick: more }, "Show more"),
+    );
   return nodes;
 }
 
@@ -66,12 +73,16 @@ export function hitList(hits) {
 // The service escapes snippets; this reads them back without trusting that it did.
 function marked(snippet) {
   const parts = snippet.split(/<mark>(.*?)<\/mark>/s).map(plain);
-  if (parts.length > 1 && parts[0].length > LEAD) parts[0] = `…${parts[0].slice(-LEAD).replace(/^\S*\s+/, "")}`;
+  if (parts.length > 1 && parts[0].length > LEAD)
+    parts[0] = `…${parts[0].slice(-LEAD).replace(/^\S*\s+/, "")}`;
   return parts.map((text, index) => (index % 2 ? element("mark", {}, text) : text));
 }
 
 function plain(text) {
   return text
-    .replace(/&(lt|gt|quot|#39|#x27|amp);/g, (_, name) => ({ lt: "<", gt: ">", quot: '"', amp: "&" })[name] ?? "'")
+    .replace(
+      /&(lt|gt|quot|#39|#x27|amp);/g,
+      (_, name) => ({ lt: "<", gt: ">", quot: '"', amp: "&" })[name] ?? "'",
+    )
     .replace(/\*\*|`|^(?:>|#+) /gm, "");
 }

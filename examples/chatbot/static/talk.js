@@ -10,13 +10,19 @@ const SUGGESTIONS = [
 ];
 
 export function greeting(pick) {
-  const ideas = SUGGESTIONS.map((text) => element("button", { type: "button", className: "idea", onclick: () => pick(text) }, text));
+  const ideas = SUGGESTIONS.map((text) =>
+    element("button", { type: "button", className: "idea", onclick: () => pick(text) }, text),
+  );
   return element(
     "div",
     { className: "greeting" },
     element("div", { className: "greeting-mark" }, icon("mark")),
     element("h2", {}, "What would you like to know?"),
-    element("p", {}, "Answers come from the documents, with their sources. Everything said here is kept, and found again."),
+    element(
+      "p",
+      {},
+      "Answers come from the documents, with their sources. Everything said here is kept, and found again.",
+    ),
     element("div", { className: "ideas" }, ...ideas),
   );
 }
@@ -84,10 +90,17 @@ export class Answer {
     this.draw();
     this.foot.replaceChildren();
     if (this.sources.length) this.foot.append(this.sourceList());
-    if (stopped) this.foot.append(element("p", { className: "remark" }, "This answer was stopped before its end."));
+    if (stopped)
+      this.foot.append(
+        element("p", { className: "remark" }, "This answer was stopped before its end."),
+      );
     if (failed) this.foot.append(element("p", { className: "remark warn" }, failed));
-    if (again) this.foot.append(element("button", { type: "button", className: "idea", onclick: again }, "Try again"));
-    if (!saved && !failed) this.foot.append(element("p", { className: "remark warn" }, "Not saved"));
+    if (again)
+      this.foot.append(
+        element("button", { type: "button", className: "idea", onclick: again }, "Try again"),
+      );
+    if (!saved && !failed)
+      this.foot.append(element("p", { className: "remark warn" }, "Not saved"));
   }
 
   draw() {
@@ -103,7 +116,17 @@ export class Answer {
       details.open = true;
       details.querySelector("summary").focus();
     };
-    return element("button", { type: "button", className: "cite", onclick: open, title: source.title, "aria-label": `Source ${number}: ${source.title}` }, String(number));
+    return element(
+      "button",
+      {
+        type: "button",
+        className: "cite",
+        onclick: open,
+        title: source.title,
+        "aria-label": `Source ${number}: ${source.title}`,
+      },
+      String(number),
+    );
   }
 
   sourceList() {
@@ -116,11 +139,18 @@ export class Answer {
           {},
           element("span", { className: "number" }, String(index + 1)),
           element("span", { className: "source-title" }, source.title),
-          source.uri ? element("span", { className: "source-uri" }, source.uri.replace(/^[a-z]+:\/*/i, "")) : "",
+          source.uri
+            ? element("span", { className: "source-uri" }, source.uri.replace(/^[a-z]+:\/*/i, ""))
+            : "",
         ),
         element("div", { className: "passage" }, ...render(source.text)),
       ),
     );
-    return element("section", { className: "sources", "aria-label": "Sources" }, element("h3", {}, "Sources"), ...items);
+    return element(
+      "section",
+      { className: "sources", "aria-label": "Sources" },
+      element("h3", {}, "Sources"),
+      ...items,
+    );
   }
 }

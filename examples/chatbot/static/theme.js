@@ -2,4 +2,6 @@
 try {
   const chosen = localStorage.getItem("theme");
   if (chosen) document.documentElement.dataset.theme = chosen;
-} catch { /* Storage is switched off: the system's theme it is. */ }
+} catch {
+  /* Storage is switched off: the system's theme it is. */
+}
