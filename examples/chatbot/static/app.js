@@ -1,318 +1,352 @@
-// The page: what it shows, and what happens when something is done.
+// The page: its state, what it shows, and its event handlers.
 
 import * as api from "./api.js";
-import { element } from "./markdown.js";
+import { Answer, greeting, notFound, question } from "./conversation.js";
+import { element, emptyNotice } from "./dom.js";
 import { hitList, sessionList } from "./sidebar.js";
-import { Answer, greeting, lost, question } from "./talk.js";
 
-const $ = (id) => document.getElementById(id);
-const NEW = "New conversation";
-const WHILE_AWAY = 3000; // Milliseconds between two looks at a database that does not answer; a healthy one is left in peace.
-
+const NEW_TITLE = "New conversation";
+// Interval of health checks during an outage. There are none while history is available.
+const OUTAGE_CHECK_MS = 3000;
+const SEARCH_DELAY_MS = 200;
+const HEALTH_TEXTS = {
+  serving: "Conversations are saved",
+  not_serving: "The database is unavailable",
+  unreachable: "The history service is unavailable",
+};
 const NARROW = matchMedia("(max-width: 760px)");
 
+const $ = (id) => document.getElementById(id);
+
 const state = {
-  session: null,
-  sessions: null,
-  unread: false,
-  more: "",
-  answering: null,
-  away: false,
-  loading: 0,
+  session: null, // The conversation that is shown; null for a new one.
+  sessions: null, // The list of conversations, as far as it is loaded.
+  sessionsFailed: false,
+  nextPageToken: "",
+  answering: null, // AbortController of the answer that is streaming.
+  isUnsaved: false,
+  navigation: 0, // Counts navigations, to ignore replies of an earlier one.
 };
 
-// --- where we are -----------------------------------------------------------------------------------------------------------
+// --- Navigation ---------------------------------------------------------------------------------
 
-function show(title) {
+function showTitle(title) {
   $("title").textContent = title;
   document.title = `${title} · Chatbot`;
-  $("head-tools").hidden = !state.session;
+  $("header-buttons").hidden = !state.session;
 }
 
-function here() {
+function uuidFromPath() {
   return /^\/s\/([0-9a-f-]{36})$/i.exec(location.pathname)?.[1] ?? null;
 }
 
-function go(path) {
+function navigate(path) {
   if (path !== location.pathname + location.hash) history.pushState(null, "", path);
-  return open();
+  return openFromPath();
 }
 
-async function open() {
-  leave();
-  const uuid = here();
-  const turn = ++state.loading;
-  drawer(false);
+async function openFromPath() {
+  abortAnswer();
+  toggleSidebar(false);
+  state.navigation++;
   state.session = null;
-  show(NEW);
-  drawList();
-  $("talk").replaceChildren();
-  if (!uuid) {
-    $("talk").append(greeting(fill));
+  showTitle(NEW_TITLE);
+  drawSessions();
+  $("messages").replaceChildren();
+  const uuid = uuidFromPath();
+  if (uuid) await openConversation(uuid);
+  else {
+    $("messages").append(greeting(submit));
     $("question").focus({ preventScroll: true });
-    return;
-  }
-  $("talk").setAttribute("aria-live", "off"); // What is loaded is read by whoever wants to, not announced.
-  try {
-    const [session, page] = await Promise.all([api.session(uuid), api.messages(uuid)]);
-    if (turn !== state.loading) return;
-    state.session = session;
-    show(session.title);
-    drawList();
-    $("talk").append(...earlier(page.next_page_token), ...page.messages.reverse().map(drawn));
-    land();
-    seen(true);
-  } catch (error) {
-    if (turn !== state.loading) return;
-    if (error.status === 404 || error.status === 422) $("talk").append(lost());
-    else failed("The conversation cannot be read now.", open);
-  } finally {
-    $("talk").setAttribute("aria-live", "polite");
   }
 }
 
-// What is answered elsewhere is broken off; the backend keeps what there is of it.
-function leave() {
+async function openConversation(uuid) {
+  const { navigation } = state;
+  // Screen readers announce new messages, not the ones that are loaded.
+  $("messages").setAttribute("aria-live", "off");
+  try {
+    const [session, page] = await Promise.all([api.getSession(uuid), api.listMessages(uuid)]);
+    if (navigation !== state.navigation) return;
+    state.session = session;
+    showTitle(session.title);
+    drawSessions();
+    $("messages").append(...pageElements(page));
+    scrollToTarget();
+    showSaveStatus(true);
+  } catch (error) {
+    if (navigation !== state.navigation) return;
+    if (error.status === 404 || error.status === 422) $("messages").append(notFound());
+    else showError("The conversation cannot be loaded at the moment.", openFromPath);
+  } finally {
+    $("messages").setAttribute("aria-live", "polite");
+  }
+}
+
+// The backend stores the text so far.
+function abortAnswer() {
   if (!state.answering) return;
   state.answering.abort();
   state.answering = null;
-  busy(false);
+  setBusy(false);
 }
 
-function drawn(message) {
-  const made = message.role === "user" ? question(message.content) : Answer.of(message).element;
-  made.id = message.id;
-  return made;
+function pageElements(page) {
+  return [...earlierButton(page.next_page_token), ...page.messages.reverse().map(messageElement)];
 }
 
-function earlier(token) {
-  if (!token) return [];
-  const button = element("button", { type: "button", className: "more" }, "Show earlier messages");
+function messageElement(message) {
+  const node =
+    message.role === "user" ? question(message.content) : Answer.fromMessage(message).element;
+  node.id = message.id;
+  return node;
+}
+
+function earlierButton(pageToken) {
+  if (!pageToken) return [];
+  const properties = { type: "button", className: "load-more" };
+  const button = element("button", properties, "Show earlier messages");
   button.onclick = async () => {
-    const page = await api.messages(state.session.session_uuid, token);
+    const page = await api.listMessages(state.session.session_uuid, pageToken);
     const height = $("scroll").scrollHeight;
-    button.replaceWith(...earlier(page.next_page_token), ...page.messages.reverse().map(drawn));
+    button.replaceWith(...pageElements(page));
     $("scroll").scrollTop += $("scroll").scrollHeight - height;
   };
   return [button];
 }
 
-function land() {
+function scrollToTarget() {
   const target = location.hash && document.getElementById(location.hash.slice(1));
   if (!target) {
-    bottom();
+    scrollToBottom();
     return;
   }
   target.scrollIntoView({ block: "center" });
-  target.classList.add("found");
-  target.addEventListener("animationend", () => target.classList.remove("found"), { once: true });
+  target.classList.add("highlighted");
+  const removeHighlight = () => target.classList.remove("highlighted");
+  target.addEventListener("animationend", removeHighlight, { once: true });
 }
 
-function bottom() {
+function scrollToBottom() {
   $("scroll").scrollTop = $("scroll").scrollHeight;
 }
 
-function atBottom() {
+function isAtBottom() {
   const box = $("scroll");
   return box.scrollHeight - box.scrollTop - box.clientHeight < 80;
 }
 
-// --- asking -----------------------------------------------------------------------------------------------------------------
+// --- Asking -------------------------------------------------------------------------------------
 
-function fill(text) {
+function submit(text) {
   $("question").value = text;
-  $("ask").requestSubmit();
+  $("composer").requestSubmit();
 }
 
-async function ask(text, message_id = api.newId()) {
-  $("talk").querySelector(".greeting")?.remove();
-  const asked = question(text);
+async function ask(text, messageId = api.newId()) {
+  $("messages").querySelector(".greeting")?.remove();
+  const questionElement = question(text);
   const answer = new Answer();
-  $("talk").append(asked, answer.element);
-  await listen({ text, message_id, asked, answer });
+  $("messages").append(questionElement, answer.element);
+  const retry = () => {
+    questionElement.remove();
+    answer.element.remove();
+    ask(text, messageId); // With the same id, nothing is stored twice.
+  };
+  await receiveAnswer(text, messageId, answer, retry);
 }
 
-async function listen({ text, message_id, asked, answer }) {
-  const body = { message: text, message_id, session_uuid: state.session?.session_uuid ?? null };
-  const stop = new AbortController();
-  state.answering = stop;
-  busy(true);
+async function receiveAnswer(text, messageId, answer, retry) {
+  const { navigation } = state;
+  const controller = new AbortController();
+  state.answering = controller;
+  setBusy(true);
   answer.begin([]);
-  bottom();
-  const place = state.loading;
-  const on = {
-    begin: (data) => {
-      answer.begin(data.sources);
-      began(data);
-    },
-    delta: (data) => {
-      const follow = atBottom();
-      answer.add(data.text);
-      if (follow) requestAnimationFrame(bottom);
-    },
-    done: (data) => {
-      answer.text = data.answer;
-      answer.end(data);
-      if (data.session_uuid) began(data);
-      seen(data.saved);
-    },
-  };
-  let ended = false;
+  scrollToBottom();
   try {
-    await api.ask(body, { ...on, done: (data) => ((ended = true), on.done(data)) }, stop.signal);
-    if (!ended) throw new TypeError("the answer broke off");
+    await streamInto(answer, text, messageId, controller.signal);
   } catch (error) {
-    if (stop.signal.aborted) answer.end({ stopped: true, saved: true });
+    if (controller.signal.aborted) answer.end({ stopped: true, saved: true });
     else {
-      const again = () => {
-        asked.remove();
-        answer.element.remove();
-        ask(text, message_id); // The same id: what was stored is not stored again.
-      };
-      answer.end({
-        failed:
-          error instanceof api.Failed
-            ? `No answer: ${error.message}.`
-            : "The connection broke off.",
-        again,
-      });
-      check();
+      const isRefused = error instanceof api.ApiError;
+      const message = isRefused ? `No answer: ${error.message}.` : "The connection was lost.";
+      answer.end({ error: message, retry });
+      checkHealth();
     }
   } finally {
-    if (place === state.loading) {
+    if (navigation === state.navigation) {
       state.answering = null;
-      busy(false);
-      bottom();
+      setBusy(false);
+      scrollToBottom();
     }
-    loadList();
+    loadSessions();
   }
 }
 
-function began({ session_uuid, title }) {
-  if (!session_uuid || state.session || here()) return;
-  state.session = { session_uuid, title: title ?? NEW };
-  history.replaceState(null, "", `/s/${session_uuid}`);
-  show(state.session.title);
+async function streamInto(answer, text, messageId, signal) {
+  const session_uuid = state.session?.session_uuid ?? null;
+  let isDone = false;
+  const handlers = {
+    begin: (data) => {
+      answer.begin(data.sources);
+      adoptSession(data);
+    },
+    delta: (data) => {
+      const follow = isAtBottom();
+      answer.add(data.text);
+      if (follow) requestAnimationFrame(scrollToBottom);
+    },
+    done: (data) => {
+      isDone = true;
+      answer.text = data.answer;
+      answer.end(data);
+      adoptSession(data);
+      showSaveStatus(data.saved);
+    },
+  };
+  await api.streamAnswer({ message: text, message_id: messageId, session_uuid }, handlers, signal);
+  if (!isDone) throw new TypeError("the stream ended before the answer was complete");
 }
 
-function busy(now) {
-  $("talk").setAttribute("aria-busy", String(now));
-  $("send").setAttribute("aria-label", now ? "Stop the answer" : "Send");
-  $("send").classList.toggle("stop", now);
+// Makes a conversation that the answer has started the current one.
+function adoptSession({ session_uuid, title }) {
+  if (!session_uuid || state.session || uuidFromPath()) return;
+  state.session = { session_uuid, title: title ?? NEW_TITLE };
+  history.replaceState(null, "", `/s/${session_uuid}`);
+  showTitle(state.session.title);
+}
+
+function setBusy(isBusy) {
+  $("messages").setAttribute("aria-busy", String(isBusy));
+  $("send").setAttribute("aria-label", isBusy ? "Stop the answer" : "Send");
+  $("send").classList.toggle("stop", isBusy);
   $("send")
     .querySelector("use")
-    .setAttribute("href", now ? "#i-stop" : "#i-send");
+    .setAttribute("href", isBusy ? "#i-stop" : "#i-send");
 }
 
-function failed(text, again) {
+function showError(error, retry) {
   const answer = new Answer();
-  answer.end({ failed: text, again: () => (answer.element.remove(), again()) });
-  $("talk").append(answer.element);
-  check();
+  const removeAndRetry = () => {
+    answer.element.remove();
+    retry();
+  };
+  answer.end({ error, retry: removeAndRetry });
+  $("messages").append(answer.element);
+  checkHealth();
 }
 
-// --- the list of conversations ----------------------------------------------------------------------------------------------
+// --- The list of conversations ------------------------------------------------------------------
 
-async function loadList(page_token = "") {
+async function loadSessions(pageToken = "") {
   try {
-    const page = await api.sessions(page_token);
-    state.sessions = page_token ? [...state.sessions, ...page.sessions] : page.sessions;
-    state.more = page.next_page_token;
+    const page = await api.listSessions(pageToken);
+    state.sessions = pageToken ? [...state.sessions, ...page.sessions] : page.sessions;
+    state.nextPageToken = page.next_page_token;
   } catch {
-    state.unread = true;
-    check();
+    state.sessionsFailed = true;
+    checkHealth();
   }
-  drawList();
+  drawSessions();
 }
 
-function drawList() {
-  if ($("find-text").value.trim()) return; // What was found stands there.
-  const more = state.more && (() => loadList(state.more));
-  if (state.sessions)
-    list(sessionList(state.sessions, here() ?? state.session?.session_uuid, more));
-  else if (state.unread)
-    list([element("p", { className: "empty" }, "Your conversations cannot be read now.")]);
+function drawSessions() {
+  if ($("search-text").value.trim()) return; // Search results are shown instead.
+  const currentUuid = uuidFromPath() ?? state.session?.session_uuid;
+  const loadMore = state.nextPageToken && (() => loadSessions(state.nextPageToken));
+  if (state.sessions) replaceList(sessionList(state.sessions, currentUuid, loadMore));
+  else if (state.sessionsFailed) {
+    replaceList([emptyNotice("Your conversations cannot be loaded at the moment.")]);
+  }
 }
 
-// Whoever stands in the list with the keyboard stays where they are.
-function list(nodes) {
-  const focused =
-    $("list").contains(document.activeElement) && document.activeElement.getAttribute("href");
-  $("list").replaceChildren(...nodes);
-  if (focused)
-    $("list")
-      .querySelector(`a[href="${CSS.escape(focused)}"]`)
-      ?.focus({ preventScroll: true });
+// Keeps the keyboard focus on the same entry.
+function replaceList(nodes) {
+  const list = $("session-list");
+  const { activeElement } = document;
+  const focusedPath = list.contains(activeElement) && activeElement.getAttribute("href");
+  list.replaceChildren(...nodes);
+  if (focusedPath) {
+    list.querySelector(`a[href="${CSS.escape(focusedPath)}"]`)?.focus({ preventScroll: true });
+  }
 }
 
-let searching, typing;
-async function find() {
-  clearTimeout(typing);
-  searching?.abort();
-  const text = $("find-text").value.trim();
+let searchTimer;
+let searchController;
+async function search() {
+  clearTimeout(searchTimer);
+  searchController?.abort();
+  const text = $("search-text").value.trim();
   if (!text) {
-    drawList();
+    drawSessions();
     return;
   }
-  searching = new AbortController();
+  searchController = new AbortController();
   try {
-    const { hits } = await api.search(text, searching.signal);
-    list(hitList(hits));
+    const { hits } = await api.searchMessages(text, searchController.signal);
+    replaceList(hitList(hits));
   } catch (error) {
     if (error.name === "AbortError") return;
-    list([element("p", { className: "empty" }, "Search does not answer now.")]);
+    replaceList([emptyNotice("Search is unavailable at the moment.")]);
   }
 }
 
-function drawer(open) {
-  const within = $("side").contains(document.activeElement);
-  $("app").classList.toggle("side-open", open);
-  $("open-side").setAttribute("aria-expanded", String(open));
-  $("main").inert = open; // The keyboard stays in the list while it covers the conversation.
-  if (open) $("close-side").focus();
-  else if (within && NARROW.matches) $("open-side").focus();
+function toggleSidebar(isOpen) {
+  const hasFocus = $("sidebar").contains(document.activeElement);
+  $("app").classList.toggle("sidebar-open", isOpen);
+  $("open-sidebar").setAttribute("aria-expanded", String(isOpen));
+  $("main").inert = isOpen; // The sidebar covers the conversation: keep the focus in it.
+  if (isOpen) $("close-sidebar").focus();
+  else if (hasFocus && NARROW.matches) $("open-sidebar").focus();
 }
-NARROW.onchange = () => drawer(false);
+NARROW.onchange = () => toggleSidebar(false);
 
-// --- is it being kept? ------------------------------------------------------------------------------------------------------
+// --- Whether history is saved -------------------------------------------------------------------
 
-async function check() {
-  const found = await api.health();
-  const words = {
-    serving: "Conversations are saved",
-    not_serving: "The database is away",
-    unreachable: "The history service is away",
-  };
-  seen(found.status === "ok", words[found.database] ?? "The history is away");
+async function checkHealth() {
+  const { status, database } = await api.getHealth();
+  showSaveStatus(status === "ok", HEALTH_TEXTS[database]);
 }
 
-let looking;
-function seen(saved, words = saved ? "Conversations are saved" : "The history is away") {
-  clearTimeout(looking);
-  const back = saved && state.away;
-  state.away = !saved;
-  $("state").classList.toggle("away", !saved);
-  $("state").classList.toggle("well", saved);
-  if ($("state-text").textContent !== words) $("state-text").textContent = words;
-  $("notice").hidden = saved;
-  if (!saved && !$("notice").textContent)
-    $("notice").textContent = "History is not being saved at the moment. You can go on asking.";
-  if (saved) $("notice").textContent = "";
-  else looking = setTimeout(() => (document.hidden ? seen(false, words) : check()), WHILE_AWAY);
-  if (back) loadList();
+let healthTimer;
+function showSaveStatus(isSaved, text) {
+  clearTimeout(healthTimer);
+  const isRecovered = isSaved && state.isUnsaved;
+  state.isUnsaved = !isSaved;
+  $("save-status").classList.toggle("unavailable", !isSaved);
+  $("save-status").classList.toggle("ok", isSaved);
+  setText(
+    $("save-status-text"),
+    text ?? (isSaved ? HEALTH_TEXTS.serving : "History is unavailable"),
+  );
+  const notice = "History is not being saved at the moment. You can keep asking.";
+  $("notice").hidden = isSaved;
+  setText($("notice"), isSaved ? "" : notice);
+  if (!isSaved) healthTimer = setTimeout(recheckHealth, OUTAGE_CHECK_MS, text);
+  if (isRecovered) loadSessions();
 }
 
-// --- what is done -----------------------------------------------------------------------------------------------------------
+function recheckHealth(text) {
+  if (document.hidden) showSaveStatus(false, text);
+  else checkHealth();
+}
+
+// Screen readers announce every assignment, so an unchanged text is left alone.
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+// --- Events -------------------------------------------------------------------------------------
 
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[href^='/']");
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
   event.preventDefault();
-  go(link.getAttribute("href"));
+  navigate(link.getAttribute("href"));
 });
-addEventListener("popstate", open);
+addEventListener("popstate", openFromPath);
 
-$("ask").onsubmit = (event) => {
+$("composer").onsubmit = (event) => {
   event.preventDefault();
   if (state.answering) {
     state.answering.abort();
@@ -321,91 +355,95 @@ $("ask").onsubmit = (event) => {
   const text = $("question").value.trim();
   if (!text) return;
   $("question").value = "";
-  grow();
+  fitQuestion();
   ask(text);
 };
 $("question").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  if (!state.answering) $("ask").requestSubmit();
+  if (!state.answering) $("composer").requestSubmit();
 };
-function grow() {
+function fitQuestion() {
   $("question").rows = Math.min(8, Math.max(1, $("question").value.split("\n").length));
 }
-$("question").oninput = grow;
+$("question").oninput = fitQuestion;
 
-$("find-text").oninput = () => {
-  clearTimeout(typing);
-  typing = setTimeout(find, 200);
+$("search-text").oninput = () => {
+  clearTimeout(searchTimer);
+  searchTimer = setTimeout(search, SEARCH_DELAY_MS);
 };
-$("find").onsubmit = (event) => {
+$("search").onsubmit = (event) => {
   event.preventDefault();
-  find();
+  search();
 };
 
 $("rename").onclick = () => {
   $("rename-text").value = state.session.title;
-  $("rename-box").returnValue = "";
-  $("rename-box").showModal();
+  $("rename-dialog").returnValue = "";
+  $("rename-dialog").showModal();
   $("rename-text").select();
 };
-$("rename-cancel").onclick = () => $("rename-box").close(); // Not a submit button: Enter means Save.
-$("rename-box").onclose = async () => {
+// Not a submit button, so that Enter means Save.
+$("rename-cancel").onclick = () => $("rename-dialog").close();
+$("rename-dialog").onclose = async () => {
   const title = $("rename-text").value.trim();
-  if ($("rename-box").returnValue !== "yes" || !title) return;
+  if ($("rename-dialog").returnValue !== "yes" || !title) return;
   try {
-    state.session = await api.rename(state.session.session_uuid, title);
-    show(state.session.title);
-    loadList();
+    state.session = await api.renameSession(state.session.session_uuid, title);
+    showTitle(state.session.title);
+    loadSessions();
   } catch {
-    check();
-  }
-};
-$("delete").onclick = () => {
-  $("delete-title").textContent = state.session.title;
-  $("delete-box").returnValue = "";
-  $("delete-box").showModal();
-};
-$("delete-box").onclose = async () => {
-  if ($("delete-box").returnValue !== "yes") return;
-  try {
-    await api.erase(state.session.session_uuid);
-    go("/");
-    loadList();
-  } catch {
-    check();
+    checkHealth();
   }
 };
 
-$("state").onclick = check;
-$("open-side").onclick = () => drawer(true);
-$("close-side").onclick = () => drawer(false);
-$("veil").onclick = () => drawer(false);
+$("delete").onclick = () => {
+  $("delete-title").textContent = state.session.title;
+  $("delete-dialog").returnValue = "";
+  $("delete-dialog").showModal();
+};
+$("delete-dialog").onclose = async () => {
+  if ($("delete-dialog").returnValue !== "yes") return;
+  try {
+    await api.deleteSession(state.session.session_uuid);
+    navigate("/");
+    loadSessions();
+  } catch {
+    checkHealth();
+  }
+};
+
+$("save-status").onclick = checkHealth;
+$("open-sidebar").onclick = () => toggleSidebar(true);
+$("close-sidebar").onclick = () => toggleSidebar(false);
+$("backdrop").onclick = () => toggleSidebar(false);
 $("theme").onclick = () => {
   const root = document.documentElement;
-  const dark = root.dataset.theme
-    ? root.dataset.theme === "dark"
-    : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = dark ? "light" : "dark";
+  const current = root.dataset.theme ?? systemTheme();
+  root.dataset.theme = current === "dark" ? "light" : "dark";
   try {
     localStorage.setItem("theme", root.dataset.theme);
   } catch {
-    /* It holds until the page is left. */
+    // Storage is disabled: the theme applies until the page is closed.
   }
 };
+function systemTheme() {
+  return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+}
+
 addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
     event.preventDefault();
-    if (NARROW.matches) drawer(true);
-    $("find-text").focus();
+    if (NARROW.matches) toggleSidebar(true);
+    $("search-text").focus();
   } else if (event.key === "Escape") {
-    if ($("find-text").value && document.activeElement === $("find-text")) {
-      $("find-text").value = "";
-      find();
-    } else drawer(false);
+    if ($("search-text").value && document.activeElement === $("search-text")) {
+      $("search-text").value = "";
+      search();
+    } else toggleSidebar(false);
   }
 });
 
-open();
-loadList();
-check();
+openFromPath();
+loadSessions();
+checkHealth();

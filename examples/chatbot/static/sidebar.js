@@ -1,88 +1,87 @@
-// The list of conversations, and what a search finds in them.
+// The list of conversations and the results of a search.
 
-import { element } from "./markdown.js";
+import { element, emptyNotice } from "./dom.js";
 
-const DAY = 24 * 3600 * 1000;
-const LEAD = 28; // Characters before what was found, so that it can be seen in two short lines.
+const DAY_MS = 24 * 3600 * 1000;
+// Characters before the first match, so that the match is visible in two short lines.
+const MAX_LEAD_CHARS = 28;
+const ENTITIES = { lt: "<", gt: ">", quot: '"', amp: "&" };
 
-function age(date) {
-  const today = new Date().setHours(0, 0, 0, 0);
-  if (date >= today) return "Today";
-  if (date >= today - DAY) return "Yesterday";
-  if (date >= today - 7 * DAY) return "This week";
-  return "Earlier";
-}
-
-export function when(text) {
-  const date = new Date(text);
-  return date >= new Date().setHours(0, 0, 0, 0)
-    ? date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })
-    : date.toLocaleDateString([], { month: "short", day: "numeric" });
-}
-
-export function sessionList(sessions, current, more) {
-  if (!sessions.length)
-    return [element("p", { className: "empty" }, "Your conversations will be here.")];
+export function sessionList(sessions, currentUuid, loadMore) {
+  if (!sessions.length) return [emptyNotice("Your conversations will appear here.")];
   const groups = new Map();
   for (const session of sessions) {
-    const name = age(new Date(session.updated_at));
+    const name = ageGroup(new Date(session.updated_at));
     if (!groups.has(name)) groups.set(name, []);
-    groups.get(name).push(entry(session, current));
+    groups.get(name).push(sessionEntry(session, currentUuid));
   }
   const nodes = [...groups].flatMap(([name, entries]) => [
     element("h2", {}, name),
     element("ul", {}, ...entries),
   ]);
-  if (more)
-    nodes.push(
-      element("button", { type: "button", className: "more", onclick: more }, "Show more"),
-    );
+  if (loadMore) {
+    const properties = { type: "button", className: "load-more", onclick: loadMore };
+    nodes.push(element("button", properties, "Show more"));
+  }
   return nodes;
 }
 
-function entry(session, current) {
+function ageGroup(date) {
+  const today = new Date().setHours(0, 0, 0, 0);
+  if (date >= today) return "Today";
+  if (date >= today - DAY_MS) return "Yesterday";
+  if (date >= today - 7 * DAY_MS) return "This week";
+  return "Earlier";
+}
+
+function sessionEntry(session, currentUuid) {
   const link = element(
     "a",
     { href: `/s/${session.session_uuid}`, className: "entry", title: session.title },
     element("span", { className: "entry-title" }, session.title),
-    element("time", { dateTime: session.updated_at }, when(session.updated_at)),
+    time(session.updated_at),
   );
-  if (session.session_uuid === current) link.setAttribute("aria-current", "page");
+  if (session.session_uuid === currentUuid) link.setAttribute("aria-current", "page");
   return element("li", {}, link);
 }
 
 export function hitList(hits) {
-  if (!hits.length) return [element("p", { className: "empty" }, "Nothing was found.")];
-  const entries = hits.map((hit) =>
-    element(
-      "li",
-      {},
-      element(
-        "a",
-        { href: `/s/${hit.session_uuid}#${hit.message_id}`, className: "entry hit" },
-        element("span", { className: "entry-title" }, hit.session_title),
-        element("time", { dateTime: hit.created_at }, when(hit.created_at)),
-        element("span", { className: "snippet" }, ...marked(hit.snippet)),
-      ),
-    ),
-  );
-  const words = hits.length === 1 ? "1 message" : `${hits.length} messages`;
-  return [element("h2", { role: "status" }, words), element("ul", {}, ...entries)];
+  if (!hits.length) return [emptyNotice("No messages match.")];
+  const count = hits.length === 1 ? "1 message" : `${hits.length} messages`;
+  return [element("h2", { role: "status" }, count), element("ul", {}, ...hits.map(hitEntry))];
 }
 
-// The service escapes snippets; this reads them back without trusting that it did.
-function marked(snippet) {
-  const parts = snippet.split(/<mark>(.*?)<\/mark>/s).map(plain);
-  if (parts.length > 1 && parts[0].length > LEAD)
-    parts[0] = `…${parts[0].slice(-LEAD).replace(/^\S*\s+/, "")}`;
+function hitEntry(hit) {
+  const link = element(
+    "a",
+    { href: `/s/${hit.session_uuid}#${hit.message_id}`, className: "entry hit" },
+    element("span", { className: "entry-title" }, hit.session_title),
+    time(hit.created_at),
+    element("span", { className: "snippet" }, ...highlighted(hit.snippet)),
+  );
+  return element("li", {}, link);
+}
+
+function time(timestamp) {
+  const date = new Date(timestamp);
+  const text =
+    date >= new Date().setHours(0, 0, 0, 0)
+      ? date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })
+      : date.toLocaleDateString([], { month: "short", day: "numeric" });
+  return element("time", { dateTime: timestamp }, text);
+}
+
+// The service escapes snippets. They become text nodes here, so the page does not depend on that.
+function highlighted(snippet) {
+  const parts = snippet.split(/<mark>(.*?)<\/mark>/s).map(plainText);
+  if (parts.length > 1 && parts[0].length > MAX_LEAD_CHARS) {
+    parts[0] = `…${parts[0].slice(-MAX_LEAD_CHARS).replace(/^\S*\s+/, "")}`;
+  }
   return parts.map((text, index) => (index % 2 ? element("mark", {}, text) : text));
 }
 
-function plain(text) {
-  return text
-    .replace(
-      /&(lt|gt|quot|#39|#x27|amp);/g,
-      (_, name) => ({ lt: "<", gt: ">", quot: '"', amp: "&" })[name] ?? "'",
-    )
+function plainText(html) {
+  return html
+    .replace(/&(lt|gt|quot|#39|#x27|amp);/g, (_, name) => ENTITIES[name] ?? "'")
     .replace(/\*\*|`|^(?:>|#+) /gm, "");
 }

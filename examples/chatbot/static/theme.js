@@ -1,7 +1,7 @@
-// Before anything is drawn: the theme that was chosen here before.
+// Applies the stored theme. The page loads this before its styles are drawn, to avoid a flash.
 try {
-  const chosen = localStorage.getItem("theme");
-  if (chosen) document.documentElement.dataset.theme = chosen;
+  const theme = localStorage.getItem("theme");
+  if (theme) document.documentElement.dataset.theme = theme;
 } catch {
-  /* Storage is switched off: the system's theme it is. */
+  // Storage is disabled: the system's theme applies.
 }
