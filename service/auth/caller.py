@@ -224,7 +224,12 @@ def by_external_id(database: Database) -> Callable[[str, float], Awaitable[str |
         if "\0" in external_id:
             return None
         try:
-            return (await database.read(users.get_by, deadline, external_id=external_id)).id
+            user = await database.read(
+                lambda connection: users.get_by(connection, external_id=external_id),
+                owner_id=f"external:{external_id}",
+                deadline=deadline,
+            )
+            return user.id
         except NotFound:
             return None
 

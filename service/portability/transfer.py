@@ -185,16 +185,28 @@ class _Importer:
         match line:
             case jsonl.UserLine():
                 self.counts.users += 1
-                await database.write(importing.import_user, _deadline(), line.values)
+                await database.write(
+                    lambda connection: importing.import_user(connection, line.values),
+                    owner_id=line.values["id"],
+                    deadline=_deadline(),
+                )
             case jsonl.SessionLine():
                 self.counts.sessions += 1
                 self._session = line
-                await database.write(importing.import_session, _deadline(), line.values)
+                await database.write(
+                    lambda connection: importing.import_session(connection, line.values),
+                    owner_id=line.values["user_id"],
+                    deadline=_deadline(),
+                )
             case jsonl.DocumentLine():
                 self.counts.documents += 1
                 self._document = line
                 row = await database.write(
-                    documents.create, _deadline(), line.values, (), search_enabled=self._search
+                    lambda connection: documents.create(
+                        connection, line.values, (), search_enabled=self._search
+                    ),
+                    owner_id=line.values["user_id"],
+                    deadline=_deadline(),
                 )
                 # The same content may be there under another id.
                 self._skips_chunks = row.id != line.values["id"]
@@ -207,23 +219,29 @@ class _Importer:
         if messages and self._session is not None:
             values = self._session.values
             self.counts.written += await self._database.write(
-                importing.import_messages,
-                _deadline(),
-                values["user_id"],
-                values["id"],
-                messages,
-                search_enabled=self._search,
+                lambda connection: importing.import_messages(
+                    connection,
+                    values["user_id"],
+                    values["id"],
+                    messages,
+                    search_enabled=self._search,
+                ),
+                owner_id=values["user_id"],
+                deadline=_deadline(),
             )
         if chunks and self._document is not None and not self._skips_chunks:
             values = self._document.values
             await self._database.write(
-                documents.append_chunks,
-                _deadline(),
-                [values["user_id"]],
-                values["id"],
-                chunks[0].place,
-                [each.chunk for each in chunks],
-                search_enabled=self._search,
+                lambda connection: documents.append_chunks(
+                    connection,
+                    [values["user_id"]],
+                    values["id"],
+                    chunks[0].place,
+                    [each.chunk for each in chunks],
+                    search_enabled=self._search,
+                ),
+                owner_id=values["user_id"],
+                deadline=_deadline(),
             )
 
     async def end(self) -> None:
@@ -234,12 +252,15 @@ class _Importer:
             last_seq = max(session.last_seq, last.seq if last else 0)
             updated_us = session.updated_us or (last.created_us if last else None)
             await self._database.write(
-                importing.finish_session,
-                _deadline(),
-                session.values["user_id"],
-                session.values["id"],
-                last_seq,
-                updated_us,
+                lambda connection: importing.finish_session(
+                    connection,
+                    session.values["user_id"],
+                    session.values["id"],
+                    last_seq,
+                    updated_us,
+                ),
+                owner_id=session.values["user_id"],
+                deadline=_deadline(),
             )
         self._session = self._last = self._document = None
 

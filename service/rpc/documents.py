@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import uuid_utils
 from chathistory.v1 import document_pb2
@@ -14,13 +14,15 @@ from service.rpc import field_masks, paging
 from service.rpc.pipeline import Call
 from service.rpc.sessions import same
 from service.store import documents
-from service.store.db.database import Database
+from service.store.db.database import Database, Work
 from service.store.documents import ChunkRow, DocumentCursor
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
 
 if TYPE_CHECKING:
     from service.search.service import Search
+
+T = TypeVar("T")
 
 MAX_CHUNKS_BYTES = 1024 * 1024
 """All chunks of one request, serialized."""
@@ -55,7 +57,11 @@ class Documents:
         values = convert.document_values(sent, request.chunks, document_id) | {"user_id": user_id}
         chunks = self._chunks(request.chunks)
         row = await self._write(
-            documents.create, call, values, chunks, search_enabled=self.search is not None
+            lambda connection: documents.create(
+                connection, values, chunks, search_enabled=self.search is not None
+            ),
+            user_id,
+            call,
         )
         return document_pb2.CreateDocumentResponse(document=convert.document(row))
 
@@ -67,13 +73,16 @@ class Documents:
         chunks = self._chunks(request.chunks)
         owner_ids = await self._writers(request.user_id, document_id, call)
         row = await self._write(
-            documents.append_chunks,
+            lambda connection: documents.append_chunks(
+                connection,
+                owner_ids,
+                document_id,
+                request.first_index,
+                chunks,
+                search_enabled=self.search is not None,
+            ),
+            owner_ids[0],
             call,
-            owner_ids,
-            document_id,
-            request.first_index,
-            chunks,
-            search_enabled=self.search is not None,
         )
         return document_pb2.AppendDocumentChunksResponse(document=convert.document(row))
 
@@ -83,7 +92,9 @@ class Documents:
         """Read one document."""
         owner_ids = owners(request.user_id, call)
         row = await self.database.read(
-            documents.get, call.deadline, owner_ids, request.document_id.lower()
+            lambda connection: documents.get(connection, owner_ids, request.document_id.lower()),
+            owner_id=owner_ids[0],
+            deadline=call.deadline,
         )
         return document_pb2.GetDocumentResponse(document=convert.document(row))
 
@@ -92,6 +103,7 @@ class Documents:
     ) -> document_pb2.ListDocumentsResponse:
         """List the documents that a caller finds, newest first."""
         owner_ids = owners(request.user_id, call)
+        owner_id = owner_ids[0]
         filters = {
             name: value
             for name in ("status", "source_uri", "mime_type")
@@ -105,7 +117,11 @@ class Documents:
             owner_ids = tuple(owner for owner in owner_ids if (owner == SYSTEM_USER_ID) == shared)
         rows = (
             await self.database.read(
-                documents.list_page, call.deadline, owner_ids, filters, after, size + 1
+                lambda connection: documents.list_page(
+                    connection, owner_ids, filters, after, size + 1
+                ),
+                owner_id=owner_id,
+                deadline=call.deadline,
             )
             if owner_ids
             else []
@@ -133,7 +149,11 @@ class Documents:
         )
         owner_ids = await self._writers(request.user_id, document_id, call)
         row = await self.database.write(
-            documents.update, call.deadline, owner_ids, document_id, values, sent.etag
+            lambda connection: documents.update(
+                connection, owner_ids, document_id, values, sent.etag
+            ),
+            owner_id=owner_ids[0],
+            deadline=call.deadline,
         )
         return document_pb2.UpdateDocumentResponse(document=convert.document(row))
 
@@ -148,10 +168,16 @@ class Documents:
             more = True
             while more:
                 _, more = await self.database.write(
-                    documents.delete_slice, call.deadline, user_id, document_id
+                    lambda connection: documents.delete_slice(connection, user_id, document_id),
+                    owner_id=user_id,
+                    deadline=call.deadline,
                 )
             gone = await self._write(
-                documents.delete, call, user_id, document_id, search_enabled=self.search is not None
+                lambda connection: documents.delete(
+                    connection, user_id, document_id, search_enabled=self.search is not None
+                ),
+                user_id,
+                call,
             )
         except NotFound:
             if not request.allow_missing:
@@ -169,7 +195,11 @@ class Documents:
         size = paging.page_size(request.page_size)
         first = int(paging.place(request.page_token, *bound) or 0)
         rows, more = await self.database.read(
-            documents.list_chunks, call.deadline, owner_ids, document_id, first, size
+            lambda connection: documents.list_chunks(
+                connection, owner_ids, document_id, first, size
+            ),
+            owner_id=owner_ids[0],
+            deadline=call.deadline,
         )
 
         def token(row: ChunkRow) -> str:
@@ -203,16 +233,19 @@ class Documents:
             NotFound: there is no such document that the caller could read.
             PermissionDenied: it is shared, and the caller is a user (SERVICE_ONLY).
         """
+        owner_ids = owners(user_id, call)
         row = await self.database.read(
-            documents.get, call.deadline, owners(user_id, call), document_id
+            lambda connection: documents.get(connection, owner_ids, document_id),
+            owner_id=owner_ids[0],
+            deadline=call.deadline,
         )
         if row.user_id == SYSTEM_USER_ID:
             call.caller.require_service()
         return (row.user_id,)
 
-    async def _write(self, work: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
-        """Run a transaction that owes the index something, and have that seen to."""
-        result = await self.database.write(work, call.deadline, *args, **kwargs)
+    async def _write(self, work: Work[T], owner_id: str, call: Call) -> T:
+        """Run a transaction that enqueues an index change, then wake the indexer."""
+        result = await self.database.write(work, owner_id=owner_id, deadline=call.deadline)
         if self.search is not None:
             self.search.wake()
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 
 from chathistory.v1 import export_pb2
 
@@ -11,7 +11,8 @@ from service.rpc import convert, convert_documents
 from service.rpc.pipeline import Call
 from service.store import export, users
 from service.store.db.database import Database
-from service.store.rows import DocumentRow, SessionRow
+from service.store.export import ChunkWithVector
+from service.store.rows import DocumentRow, MessageRow, SessionRow
 
 PAGE = 100
 CHUNKS = 10
@@ -46,23 +47,50 @@ async def items(database: Database, user_id: str, timeout: float) -> AsyncGenera
     def deadline() -> float:
         return loop.time() + timeout
 
-    yield Item(user=convert.user(await database.read(users.get, deadline(), user_id)))
+    yield Item(
+        user=convert.user(
+            await database.read(
+                lambda connection: users.get(connection, user_id),
+                owner_id=user_id,
+                deadline=deadline(),
+            )
+        )
+    )
+
+    def sessions_after(last: str | None) -> Awaitable[list[SessionRow]]:
+        return database.read(
+            lambda connection: export.list_sessions(connection, user_id, last, PAGE),
+            owner_id=user_id,
+            deadline=deadline(),
+        )
+
+    def documents_after(last: str | None) -> Awaitable[list[DocumentRow]]:
+        return database.read(
+            lambda connection: export.list_documents(connection, user_id, last, PAGE),
+            owner_id=user_id,
+            deadline=deadline(),
+        )
+
     last: str | None = None
-    while page := await database.read(export.list_sessions, deadline(), user_id, last, PAGE):
+    while page := await sessions_after(last):
         for session in page:
             yield Item(session=convert.session(session))
             async for item in _messages(database, session, timeout):
                 yield item
         last = page[-1].id
     last = None
-    while found := await database.read(export.list_documents, deadline(), user_id, last, PAGE):
+    while found := await documents_after(last):
         for document in found:
             yield Item(document=convert_documents.document(document))
             async for item in _chunks(database, document, timeout):
                 yield item
         last = found[-1].id
     # An export that ends well is whole: it must not look so when the user was erased under it.
-    await database.read(users.get, deadline(), user_id)
+    await database.read(
+        lambda connection: users.get(connection, user_id),
+        owner_id=user_id,
+        deadline=deadline(),
+    )
 
 
 async def _chunks(
@@ -70,10 +98,18 @@ async def _chunks(
 ) -> AsyncGenerator[Item]:
     """Read the chunks that a document had when it was read."""
     loop = asyncio.get_running_loop()
+
+    def chunks_from(first: int) -> Awaitable[list[ChunkWithVector]]:
+        return database.read(
+            lambda connection: export.list_chunks(
+                connection, document.user_id, document.id, first, CHUNKS
+            ),
+            owner_id=document.user_id,
+            deadline=loop.time() + timeout,
+        )
+
     first = 0
-    while page := await database.read(
-        export.list_chunks, loop.time() + timeout, document.user_id, document.id, first, CHUNKS
-    ):
+    while page := await chunks_from(first):
         for row in page:
             if row.chunk_index >= document.chunk_count:
                 return
@@ -91,10 +127,18 @@ async def _messages(
 ) -> AsyncGenerator[Item]:
     """Read the messages that a session had when it was read."""
     loop = asyncio.get_running_loop()
+
+    def messages_after(seq: int) -> Awaitable[list[MessageRow]]:
+        return database.read(
+            lambda connection: export.list_messages(
+                connection, session.user_id, session.id, seq, PAGE
+            ),
+            owner_id=session.user_id,
+            deadline=loop.time() + timeout,
+        )
+
     seq = 0
-    while page := await database.read(
-        export.list_messages, loop.time() + timeout, session.user_id, session.id, seq, PAGE
-    ):
+    while page := await messages_after(seq):
         for row in page:
             if row.seq > session.last_seq:
                 return

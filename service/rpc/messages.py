@@ -82,7 +82,11 @@ class Messages:
         """Read one message."""
         user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
         row = await self.database.read(
-            messages.get, call.deadline, user_id, session_id, request.message_id.lower()
+            lambda connection: messages.get(
+                connection, user_id, session_id, request.message_id.lower()
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         return message_pb2.GetMessageResponse(message=convert.message(row, session_id))
 
@@ -133,15 +137,18 @@ class Messages:
             sent, field_masks.paths(request.update_mask, sent, _WRITABLE)
         )
         row = await self.database.write(
-            messages.update,
-            call.deadline,
-            user_id,
-            session_id,
-            sent.id.lower(),
-            values,
-            sent.etag,
-            convert.message_size,
-            search_enabled=self._indexed(),
+            lambda connection: messages.update(
+                connection,
+                user_id,
+                session_id,
+                sent.id.lower(),
+                values,
+                sent.etag,
+                convert.message_size,
+                search_enabled=self._indexed(),
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         self._wake()
         return message_pb2.UpdateMessageResponse(message=convert.message(row, session_id))
@@ -154,12 +161,11 @@ class Messages:
         message_id = request.message_id.lower()
         try:
             gone = await self.database.write(
-                messages.delete,
-                call.deadline,
-                user_id,
-                session_id,
-                message_id,
-                search_enabled=self._indexed(),
+                lambda connection: messages.delete(
+                    connection, user_id, session_id, message_id, search_enabled=self._indexed()
+                ),
+                owner_id=user_id,
+                deadline=call.deadline,
             )
             self._wake()
         except NotFound:
@@ -191,7 +197,11 @@ class Messages:
     ) -> AsyncGenerator[message_pb2.WatchMessagesResponse]:
         """Send a session's messages after a seq, then each new one: no gap, no duplicate, in order."""
         user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
-        session = await self.database.read(sessions.get, call.deadline, user_id, session_id)
+        session = await self.database.read(
+            lambda connection: sessions.get(connection, user_id, session_id),
+            owner_id=user_id,
+            deadline=call.deadline,
+        )
         loop = asyncio.get_running_loop()
         seq = request.after_seq
         with Watcher(self.watchers, (user_id, session_id), session.created_us, seq) as watcher:

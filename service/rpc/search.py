@@ -56,7 +56,11 @@ class Searches:
             for each in found
         }
         rows = (
-            await self.database.read(documents.find_chunks, call.deadline, who, list(near))
+            await self.database.read(
+                lambda connection: documents.find_chunks(connection, who, list(near)),
+                owner_id=who[0],
+                deadline=call.deadline,
+            )
             if near
             else {}
         )

@@ -47,7 +47,11 @@ class Sessions:
         same("session.user_id", request.session.user_id, user_id)
         session_id = request.session.id.lower() or str(uuid_utils.uuid7())
         values = convert.session_values(request.session, session_id) | {"user_id": user_id}
-        row = await self.database.write(sessions.create, call.deadline, values)
+        row = await self.database.write(
+            lambda connection: sessions.create(connection, values),
+            owner_id=user_id,
+            deadline=call.deadline,
+        )
         return session_pb2.CreateSessionResponse(session=convert.session(row))
 
     async def GetSession(
@@ -56,7 +60,9 @@ class Sessions:
         """Read one session."""
         user_id = call.caller.owner(request.user_id)
         row = await self.database.read(
-            sessions.get, call.deadline, user_id, request.session_id.lower()
+            lambda connection: sessions.get(connection, user_id, request.session_id.lower()),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         return session_pb2.GetSessionResponse(session=convert.session(row))
 
@@ -70,7 +76,9 @@ class Sessions:
         after = _position(paging.place(request.page_token, *bound))
         state = SessionState(request.state) if request.state else None
         rows = await self.database.read(
-            sessions.list_page, call.deadline, user_id, state, after, size + 1
+            lambda connection: sessions.list_page(connection, user_id, state, after, size + 1),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
 
         def token(row: SessionRow) -> str:
@@ -92,7 +100,11 @@ class Sessions:
             request.session, field_masks.paths(request.update_mask, request.session, _WRITABLE)
         )
         row = await self.database.write(
-            sessions.update, call.deadline, user_id, session_id, values, request.session.etag
+            lambda connection: sessions.update(
+                connection, user_id, session_id, values, request.session.etag
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         return session_pb2.UpdateSessionResponse(session=convert.session(row))
 
@@ -105,14 +117,16 @@ class Sessions:
         more = True
         while more:
             _, more = await self.database.write(
-                sessions.delete_slice, call.deadline, user_id, session_id
+                lambda connection: sessions.delete_slice(connection, user_id, session_id),
+                owner_id=user_id,
+                deadline=call.deadline,
             )
         gone = await self.database.write(
-            sessions.delete,
-            call.deadline,
-            user_id,
-            session_id,
-            search_enabled=self.search is not None,
+            lambda connection: sessions.delete(
+                connection, user_id, session_id, search_enabled=self.search is not None
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         if not gone and not request.allow_missing:
             raise NotFound.session(session_id)
@@ -130,14 +144,17 @@ class Sessions:
         new_id = request.new_session_id.lower() or str(uuid_utils.uuid7())
         fingerprint = convert.fork_fingerprint(source_id, request.through_seq)
         row = await self.database.write(
-            sessions.fork,
-            call.deadline,
-            user_id,
-            source_id,
-            request.through_seq,
-            new_id,
-            fingerprint,
-            search_enabled=self.search is not None and self.search.messages,
+            lambda connection: sessions.fork(
+                connection,
+                user_id,
+                source_id,
+                request.through_seq,
+                new_id,
+                fingerprint,
+                search_enabled=self.search is not None and self.search.messages,
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         if self.search is not None:
             self.search.wake()

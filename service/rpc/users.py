@@ -11,7 +11,7 @@ from service.errors import InvalidArgument, NotFound, PermissionDenied
 from service.rpc import convert, field_masks, paging
 from service.rpc.pipeline import Call
 from service.store import documents, sessions, users
-from service.store.db.database import Database
+from service.store.db.database import NO_OWNER, Database
 from service.store.tables import SYSTEM_USER_ID
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ class Users:
         if user_id == SYSTEM_USER_ID:
             raise InvalidArgument.field("user.id", "is the system's own")
         values = convert.user_values(request.user, user_id)
-        row = await self.database.write(users.create, call.deadline, values)
+        row = await self.database.write(
+            lambda connection: users.create(connection, values),
+            owner_id=user_id,
+            deadline=call.deadline,
+        )
         return user_pb2.CreateUserResponse(user=convert.user(row))
 
     async def GetUser(
@@ -45,11 +49,18 @@ class Users:
         key = request.WhichOneof("key")
         caller = call.caller
         if key in (None, "user_id") or not getattr(request, key):
+            user_id = caller.owner(request.user_id if key == "user_id" else "")
             row = await self.database.read(
-                users.get, call.deadline, caller.owner(request.user_id if key == "user_id" else "")
+                lambda connection: users.get(connection, user_id),
+                owner_id=user_id,
+                deadline=call.deadline,
             )
-        elif caller.user_id is not None:
-            row = await self.database.read(users.get, call.deadline, caller.user_id)
+        elif (own_id := caller.user_id) is not None:
+            row = await self.database.read(
+                lambda connection: users.get(connection, own_id),
+                owner_id=own_id,
+                deadline=call.deadline,
+            )
             own = (
                 (row.email or "").lower() == request.email.lower()
                 if key == "email"
@@ -59,7 +70,9 @@ class Users:
                 raise PermissionDenied("not yours", reason="USER_MISMATCH")
         else:
             row = await self.database.read(
-                users.get_by, call.deadline, **{key: getattr(request, key)}
+                lambda connection: users.get_by(connection, **{key: getattr(request, key)}),
+                owner_id=NO_OWNER,
+                deadline=call.deadline,
             )
         return user_pb2.GetUserResponse(user=convert.user(row))
 
@@ -70,7 +83,11 @@ class Users:
         call.caller.require_service()
         size = paging.page_size(request.page_size)
         after = paging.place(request.page_token, "ListUsers")
-        rows = await self.database.read(users.list_page, call.deadline, after, size + 1)
+        rows = await self.database.read(
+            lambda connection: users.list_page(connection, after, size + 1),
+            owner_id=NO_OWNER,
+            deadline=call.deadline,
+        )
         page, token = paging.cut(
             rows[:size],
             convert.user,
@@ -92,7 +109,9 @@ class Users:
             call.caller.require_service()
         values = convert.user_changes(request.user, paths)
         row = await self.database.write(
-            users.update, call.deadline, user_id, values, request.user.etag
+            lambda connection: users.update(connection, user_id, values, request.user.etag),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         return user_pb2.UpdateUserResponse(user=convert.user(row))
 
@@ -105,14 +124,26 @@ class Users:
         messages = chunks = 0
         more = True
         while more:
-            erased, more = await self.database.write(sessions.delete_slice, call.deadline, user_id)
+            erased, more = await self.database.write(
+                lambda connection: sessions.delete_slice(connection, user_id),
+                owner_id=user_id,
+                deadline=call.deadline,
+            )
             messages += erased
         more = True
         while more:
-            erased, more = await self.database.write(documents.delete_slice, call.deadline, user_id)
+            erased, more = await self.database.write(
+                lambda connection: documents.delete_slice(connection, user_id),
+                owner_id=user_id,
+                deadline=call.deadline,
+            )
             chunks += erased
         gone = await self.database.write(
-            users.delete, call.deadline, user_id, search_enabled=self.search is not None
+            lambda connection: users.delete(
+                connection, user_id, search_enabled=self.search is not None
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
         if gone is None:
             if not request.allow_missing:

@@ -110,7 +110,11 @@ async def list_page(
     if (
         not records
     ):  # Messages cannot be without their session, so only an empty page asks whether there is one.
-        await reads.database.read(sessions.get, deadline, user_id, session_id)
+        await reads.database.read(
+            lambda connection: sessions.get(connection, user_id, session_id),
+            owner_id=user_id,
+            deadline=deadline,
+        )
     return _cut(records, limit)
 
 
@@ -139,7 +143,11 @@ async def list_since(
         limit=limit + 1,
     )
     if not records:
-        session = await reads.database.read(sessions.get, deadline, user_id, session_id)
+        session = await reads.database.read(
+            lambda connection: sessions.get(connection, user_id, session_id),
+            owner_id=user_id,
+            deadline=deadline,
+        )
         if session.created_us != session_created_us:
             raise NotFound.session(session_id)
     return _cut(records, limit)

@@ -425,7 +425,9 @@ async def test_a_session_half_erased_in_slices_still_counts_right_and_can_be_era
     session_id = await chat.start(texts(10))
     deadline = asyncio.get_running_loop().time() + 10
     erased, more = await server.database.write(
-        sessions.delete_slice, deadline, chat.user_id, session_id
+        lambda connection: sessions.delete_slice(connection, chat.user_id, session_id),
+        owner_id=chat.user_id,
+        deadline=deadline,
     )
     assert (erased, more) == (4, True)
     assert (

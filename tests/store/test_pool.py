@@ -24,7 +24,7 @@ def soon(seconds: float = 20.0) -> float:
     return asyncio.get_running_loop().time() + seconds
 
 
-async def backend(connection: AsyncConnection, _owner: str) -> int:
+async def backend(connection: AsyncConnection) -> int:
     return int(await connection.scalar(text("SELECT pg_backend_pid()")) or 0)
 
 
@@ -33,12 +33,15 @@ async def backends(database: Database, count: int) -> list[int]:
     turn = asyncio.Semaphore(0)
     held: list[int] = []
 
-    async def hold(connection: AsyncConnection, owner: str) -> int:
-        held.append(await backend(connection, owner))
+    async def hold(connection: AsyncConnection) -> int:
+        held.append(await backend(connection))
         await turn.acquire()
         return held[-1]
 
-    tasks = [asyncio.create_task(database.read(hold, soon(), OWNER)) for _ in range(count)]
+    tasks = [
+        asyncio.create_task(database.read(hold, owner_id=OWNER, deadline=soon()))
+        for _ in range(count)
+    ]
     async with asyncio.timeout(20):
         while len(held) < count:
             await asyncio.sleep(0.01)
@@ -71,16 +74,18 @@ async def test_the_last_used_connection_is_used_first_and_the_others_age(databas
     database = Database(parse(database_url))
     held = await backends(database, 4)
     assert len(set(held)) == 4
-    assert [await database.read(backend, soon(), OWNER) for _ in range(6)] == [held[-1]] * 6
+    assert [await database.read(backend, owner_id=OWNER, deadline=soon()) for _ in range(6)] == [
+        held[-1]
+    ] * 6
     await database.close()
 
 
 async def test_an_old_connection_is_replaced(database_url: str) -> None:
     database = Database(parse(database_url), recycle=3)
-    first = await database.read(backend, soon(), OWNER)
-    assert await database.read(backend, soon(), OWNER) == first
+    first = await database.read(backend, owner_id=OWNER, deadline=soon())
+    assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     await asyncio.sleep(3.2)
-    assert await database.read(backend, soon(), OWNER) != first
+    assert await database.read(backend, owner_id=OWNER, deadline=soon()) != first
     await database.close()
 
 
@@ -88,14 +93,14 @@ async def test_only_what_has_idled_long_is_tried_before_use(
     database_url: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = Database(parse(database_url))
-    first = await database.read(backend, soon(), OWNER)
+    first = await database.read(backend, owner_id=OWNER, deadline=soon())
     sent = Sent(cluster, database_url)
-    assert await database.read(backend, soon(), OWNER) == first
+    assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     assert [each.sql for each in sent.so_far()] == ["SELECT pg_backend_pid()"]
     monkeypatch.setattr(module, "PING_AFTER_IDLE", 0.0)
     await asyncio.sleep(0.05)
     sent = Sent(cluster, database_url)
-    assert await database.read(backend, soon(), OWNER) == first
+    assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     *ping, last = [each.sql for each in sent.so_far()]
     assert ping, "it was tried"
     assert last == "SELECT pg_backend_pid()"
@@ -113,7 +118,7 @@ async def test_connecting_takes_no_longer_than_it_may(
             database = Database(parse(address), connect_timeout=connect_timeout)
             async with asyncio.timeout(20):
                 with pytest.raises(Unavailable):
-                    await database.read(backend, soon(60), OWNER)
+                    await database.read(backend, owner_id=OWNER, deadline=soon(60))
             await database.close()
 
 
@@ -124,13 +129,13 @@ async def test_hot_statements_have_connections_of_their_own_whatever_else_is_hel
     database = Database(parse(database_url))
     turn = asyncio.Event()
 
-    async def hold(connection: AsyncConnection, owner: str) -> int:
-        found = await backend(connection, owner)
+    async def hold(connection: AsyncConnection) -> int:
+        found = await backend(connection)
         await turn.wait()
         return found
 
     held = [
-        asyncio.create_task(kind(hold, soon(60), f"{n % 5}"))
+        asyncio.create_task(kind(hold, owner_id=f"{n % 5}", deadline=soon(60)))
         for n in range(50)
         for kind in (database.read, database.write)
     ]

@@ -244,17 +244,27 @@ class World:
                     return await self._append(store, session, operation, deadline)
                 case EraseSession():
                     return "erased", await database.write(
-                        sessions.delete, deadline, self.user_id, session_id
+                        lambda connection: sessions.delete(connection, self.user_id, session_id),
+                        owner_id=self.user_id,
+                        deadline=deadline,
                     )
                 case EraseMessage(name):
                     message_id = self.message_id(session, name)
                     gone = await database.write(
-                        messages.delete, deadline, self.user_id, session_id, message_id
+                        lambda connection: messages.delete(
+                            connection, self.user_id, session_id, message_id
+                        ),
+                        owner_id=self.user_id,
+                        deadline=deadline,
                     )
                     return "erased", gone
                 case SetState(state):
                     await database.write(
-                        sessions.update, deadline, self.user_id, session_id, {"state": state}, ""
+                        lambda connection: sessions.update(
+                            connection, self.user_id, session_id, {"state": state}, ""
+                        ),
+                        owner_id=self.user_id,
+                        deadline=deadline,
                     )
                     return ("state",)
         except ServiceError as error:

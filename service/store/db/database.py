@@ -15,7 +15,7 @@ import random
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy import NullPool, event
@@ -39,8 +39,13 @@ from service.store.db.hot_pool import (
 )
 from service.store.schema.version import SchemaVersion, schema_version
 
-P = ParamSpec("P")
 T = TypeVar("T")
+
+Work = Callable[[AsyncConnection], Awaitable[T]]
+"""Statements to run on one connection; may be called once per attempt."""
+
+NO_OWNER = "no owner"
+"""Owner id for work that concerns no single user, such as listing users: it waits in a queue of its own."""
 
 PING_AFTER_IDLE = 30.0
 """Seconds after which an idle connection is tried before use."""
@@ -179,33 +184,37 @@ class Database:
 
     async def read(
         self,
-        work: Callable[Concatenate[AsyncConnection, P], Awaitable[T]],
+        work: Work[T],
+        *,
+        owner_id: str,
         deadline: float,
-        *args: P.args,
-        **kwargs: P.kwargs,
     ) -> T:
         """Run statements that change nothing.
+
+        Args:
+            work: May run several times, each time on a connection of its own.
+            owner_id: The user in whose turn it waits for a connection: the caller's id, or NO_OWNER.
+            deadline: A time of the running loop's clock, in seconds.
 
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
         """
-        owner_id = _owner(args)
 
         async def once(give_up: float) -> T:
             async with (
                 self._permits.one(owner_id, self._patience(give_up)),
                 self._reader.connect() as connection,
             ):
-                return await work(connection, *args, **kwargs)
+                return await work(connection)
 
         return await self._attempts(once, deadline)
 
     async def write(
         self,
-        work: Callable[Concatenate[AsyncConnection, P], Awaitable[T]],
+        work: Work[T],
+        *,
+        owner_id: str,
         deadline: float,
-        *args: P.args,
-        **kwargs: P.kwargs,
     ) -> T:
         """Run a transaction and commit it; a caller that is cancelled meanwhile does not stop it.
 
@@ -218,7 +227,6 @@ class Database:
             ServiceError: what `work` raises.
         """
         unknown = False
-        owner_id = _owner(args)
 
         async def once(give_up: float) -> T:
             nonlocal unknown
@@ -229,7 +237,7 @@ class Database:
                 self.engine.connect() as connection,
             ):
                 try:
-                    result = await work(connection, *args, **kwargs)
+                    result = await work(connection)
                 except ServiceError as error:
                     if not unknown:
                         raise
@@ -367,14 +375,6 @@ class Database:
     async def _close(self) -> None:
         await self.driver.close()
         await self.engine.dispose()
-
-
-def _owner(args: tuple[Any, ...]) -> str:
-    """Return whose things some work is about: its first argument is the owner, or a new row's values with it."""
-    first = args[0] if args else ""
-    if isinstance(first, dict):
-        first = first.get("user_id", "")
-    return str(first)
 
 
 def _ping_after_idle(engine: AsyncEngine) -> None:
