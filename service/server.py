@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -28,14 +27,12 @@ from service.rpc.audit import Audited
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline, Streams
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
+from service.search.disabled import AnySearch, SearchDisabled
 from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.watch import WatchHub
 from service.telemetry import Metrics
-
-if TYPE_CHECKING:
-    from service.search.service import Search
 
 LINGER = 0.5
 """Seconds for which a server that is in use still refuses new calls, and the last answers are carried away, before it hangs up."""
@@ -103,15 +100,14 @@ class Server:
         self.database.on_suspected_outage = self.readiness.request_probe
         self.search = search = self._make_search()
         self.health = Health(
-            self.database, self.readiness, (lambda: search.healthy) if search is not None else None
+            self.database, self.readiness, (lambda: search.healthy) if search.is_enabled else None
         )
-        search_enabled = self.search is not None and self.search.messages
         self.appender = Appender(
-            self.database, settings.append_lanes, search_enabled=search_enabled
+            self.database, settings.append_lanes, search_enabled=search.indexes_messages
         )
         self.watchers = WatchHub(self.database)
         self.appender.on_appended = (
-            self._appended if search_enabled else self.watchers.session_changed
+            self._appended if search.indexes_messages else self.watchers.session_changed
         )
         self.calls = Admission(settings.max_in_flight)
         self.streams = Streams(settings.max_watches, max(1, settings.max_calls_per_connection // 2))
@@ -129,7 +125,11 @@ class Server:
         settings = self.settings
         observe = self.metrics.observe if self.metrics else None
         servicer = ChatHistoryServicer(
-            self.database, self.appender, self.watchers, settings.call_timeout, self.search
+            self.database,
+            self.appender,
+            self.watchers,
+            self.search,
+            call_timeout=settings.call_timeout,
         )
         audited = Audited(servicer, identified=self.authenticate is not trust)
         pipeline = Pipeline(
@@ -140,7 +140,6 @@ class Server:
             observe,
             audited.authorise,
         )
-        search = self.search
         options = [*_OPTIONS, ("grpc.max_concurrent_streams", settings.max_calls_per_connection)]
         server = aio.server(options=options)
         handlers = grpc.method_handlers_generic_handler(
@@ -167,8 +166,7 @@ class Server:
         gc.collect()
         gc.freeze()
         self.readiness.request_probe()
-        if search is not None:
-            search.start()
+        self.search.start()
 
     async def stop(self) -> None:
         """Turn NOT_SERVING, finish what is under way within the grace, and close; no acknowledged write is lost.
@@ -191,18 +189,17 @@ class Server:
         steps = [
             _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
             self.appender.drain(LAST_WRITES),
+            _at_most(LAST_INDEXING, "search", self.search.stop()),
         ]
-        if self.search is not None:
-            steps.append(_at_most(LAST_INDEXING, "search", self.search.stop()))
         await asyncio.gather(*steps)
         await self.database.close(LAST_WRITES)
         if self.metrics:
             self.metrics.close()
         gc.unfreeze()
 
-    def _make_search(self) -> Search | None:
+    def _make_search(self) -> AnySearch:
         if self.settings.search == "off":
-            return None
+            return SearchDisabled()
         needed = {
             "wordllama": self.settings.embeddings_url is None,
             "qdrant_client": True,
@@ -228,8 +225,7 @@ class Server:
 
     def _appended(self, user_id: str, session_id: str) -> None:
         self.watchers.session_changed(user_id, session_id)
-        if self.search is not None:
-            self.search.wake()
+        self.search.wake()
 
     async def _drain_calls(self, give_up: float) -> None:
         """Let calls under way end, and their answers arrive, while those that come are told to go elsewhere."""
@@ -282,23 +278,23 @@ class Server:
                 ),
                 "chat_history_search_ready": (
                     "Whether the search index answers.",
-                    lambda: self.search is not None and self.search.healthy,
+                    lambda: self.search.healthy,
                 ),
                 "chat_history_search_waiting": (
                     "Documents and sessions that wait to be indexed, when last looked.",
-                    lambda: self.search.figures.waiting if self.search else 0,
+                    lambda: self.search.figures.waiting,
                 ),
                 "chat_history_search_failed": (
                     "Documents and sessions that were given up, when last looked.",
-                    lambda: self.search.figures.failed if self.search else 0,
+                    lambda: self.search.figures.failed,
                 ),
                 "chat_history_search_lag_seconds": (
                     "Age of the oldest change that was not indexed, when last looked.",
-                    lambda: self.search.figures.lag if self.search else 0,
+                    lambda: self.search.figures.lag,
                 ),
                 "chat_history_search_points": (
                     "Points written to the search index since the start.",
-                    lambda: self.search.figures.indexed if self.search else 0,
+                    lambda: self.search.figures.indexed,
                 ),
                 "chat_history_ready": (
                     "Whether the service is ready.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import uuid_utils
 from chathistory.v1 import document_pb2
@@ -11,16 +11,13 @@ from chathistory.v1 import document_pb2
 from service.errors import InvalidArgument, NotFound
 from service.rpc import convert_documents as convert
 from service.rpc import field_masks, paging
+from service.rpc.handler import Handler, require_same_id
 from service.rpc.pipeline import Call
-from service.rpc.sessions import same
 from service.store import documents
-from service.store.db.database import Database, Work
+from service.store.db.database import Work
 from service.store.documents import ChunkRow, DocumentCursor
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
-
-if TYPE_CHECKING:
-    from service.search.service import Search
 
 T = TypeVar("T")
 
@@ -36,11 +33,8 @@ def owners(user_id: str, call: Call) -> tuple[str, ...]:
     return call.caller.owner(user_id), SYSTEM_USER_ID
 
 
-class Documents:
+class Documents(Handler):
     """Creates, reads, changes and erases documents."""
-
-    database: Database
-    search: Search | None
 
     async def CreateDocument(
         self, request: document_pb2.CreateDocumentRequest, call: Call
@@ -52,13 +46,13 @@ class Documents:
             user_id = SYSTEM_USER_ID
         else:
             user_id = call.caller.owner(request.user_id)
-        same("document.user_id", sent.user_id, user_id)
+        require_same_id("document.user_id", sent.user_id, user_id)
         document_id = sent.id.lower() or str(uuid_utils.uuid7())
         values = convert.document_values(sent, request.chunks, document_id) | {"user_id": user_id}
         chunks = self._chunks(request.chunks)
         row = await self._write(
             lambda connection: documents.create(
-                connection, values, chunks, search_enabled=self.search is not None
+                connection, values, chunks, search_enabled=self.search.is_enabled
             ),
             user_id,
             call,
@@ -79,7 +73,7 @@ class Documents:
                 document_id,
                 request.first_index,
                 chunks,
-                search_enabled=self.search is not None,
+                search_enabled=self.search.is_enabled,
             ),
             owner_ids[0],
             call,
@@ -174,7 +168,7 @@ class Documents:
                 )
             gone = await self._write(
                 lambda connection: documents.delete(
-                    connection, user_id, document_id, search_enabled=self.search is not None
+                    connection, user_id, document_id, search_enabled=self.search.is_enabled
                 ),
                 user_id,
                 call,
@@ -218,7 +212,7 @@ class Documents:
             raise InvalidArgument.field(
                 "chunks", f"must be at most {MAX_CHUNKS_BYTES} bytes together"
             )
-        dimensions = self.search.dimensions if self.search is not None else None
+        dimensions = self.search.dimensions
         for n, chunk in enumerate(sent):
             if chunk.vector and dimensions not in (None, len(chunk.vector)):
                 raise InvalidArgument.field(
@@ -246,8 +240,7 @@ class Documents:
     async def _write(self, work: Work[T], owner_id: str, call: Call) -> T:
         """Run a transaction that enqueues an index change, then wake the indexer."""
         result = await self.database.write(work, owner_id=owner_id, deadline=call.deadline)
-        if self.search is not None:
-            self.search.wake()
+        self.search.wake()
         return result
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from chathistory.v1 import export_pb2
 
 from service.rpc import convert, convert_documents
+from service.rpc.handler import Handler
 from service.rpc.pipeline import Call
 from service.store import export, users
 from service.store.db.database import Database
@@ -21,11 +22,8 @@ CHUNKS = 10
 Item = export_pb2.ExportUserDataResponse
 
 
-class Exports:
+class Exports(Handler):
     """Hands a user's data out."""
-
-    database: Database
-    call_timeout: float
 
     async def ExportUserData(
         self, request: export_pb2.ExportUserDataRequest, call: Call

@@ -5,24 +5,17 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING
 
 import uuid_utils
 from chathistory.v1 import message_pb2, session_pb2
 
 from service.errors import FieldViolation, InvalidArgument, NotFound, Unauthenticated
 from service.rpc import convert, field_masks, paging
+from service.rpc.handler import Handler, require_same_id
 from service.rpc.pipeline import Call, draining
-from service.rpc.sessions import same
 from service.store import context, messages, sessions
-from service.store.append.appender import Appender
 from service.store.append.request import Append, NewMessage, NewSession
-from service.store.db.database import Database
-from service.store.db.read_batching import ReadBatcher
-from service.store.watch import Watcher, WatchHub
-
-if TYPE_CHECKING:
-    from service.search.service import Search
+from service.store.watch import Watcher
 
 DEFAULT_MAX_MESSAGES = 50
 WATCH_PAGE = 100
@@ -30,15 +23,8 @@ WATCH_PAGE = 100
 _WRITABLE = ("content", "parts", "metadata", "token_count", "feedback")
 
 
-class Messages:
+class Messages(Handler):
     """Appends, reads, changes, erases and follows messages."""
-
-    database: Database
-    reads: ReadBatcher
-    appender: Appender
-    watchers: WatchHub
-    call_timeout: float
-    search: Search | None
 
     async def AppendMessages(
         self, request: message_pb2.AppendMessagesRequest, call: Call
@@ -123,7 +109,7 @@ class Messages:
         user_id = call.caller.owner(request.user_id)
         sent = request.message
         session_id = (request.session_id or sent.session_id).lower()
-        same("message.session_id", sent.session_id, session_id)
+        require_same_id("message.session_id", sent.session_id, session_id)
         missing = [
             name
             for name, value in (("session_id", session_id), ("message.id", sent.id))
@@ -145,12 +131,12 @@ class Messages:
                 values,
                 sent.etag,
                 convert.message_size,
-                search_enabled=self._indexed(),
+                search_enabled=self.search.indexes_messages,
             ),
             owner_id=user_id,
             deadline=call.deadline,
         )
-        self._wake()
+        self.search.wake()
         return message_pb2.UpdateMessageResponse(message=convert.message(row, session_id))
 
     async def DeleteMessage(
@@ -162,12 +148,16 @@ class Messages:
         try:
             gone = await self.database.write(
                 lambda connection: messages.delete(
-                    connection, user_id, session_id, message_id, search_enabled=self._indexed()
+                    connection,
+                    user_id,
+                    session_id,
+                    message_id,
+                    search_enabled=self.search.indexes_messages,
                 ),
                 owner_id=user_id,
                 deadline=call.deadline,
             )
-            self._wake()
+            self.search.wake()
         except NotFound:
             if not request.allow_missing:
                 raise
@@ -226,13 +216,6 @@ class Messages:
                 if not more:
                     await watcher.wait(left)
 
-    def _indexed(self) -> bool:
-        return self.search is not None and self.search.messages
-
-    def _wake(self) -> None:
-        if self.search is not None:
-            self.search.wake()
-
     def _time_left(self, watcher: Watcher, call: Call) -> float | None:
         """Return for how many seconds the session may be followed on; None for ever.
 
@@ -264,7 +247,7 @@ def _new_messages(request: message_pb2.AppendMessagesRequest) -> list[NewMessage
     for n, sent in enumerate(request.messages):
         field = f"messages[{n}]"
         if sent.session_id:
-            same(f"{field}.session_id", sent.session_id, session_id)
+            require_same_id(f"{field}.session_id", sent.session_id, session_id)
         # Made here when the client gave none: the server's own retries need one too.
         message_id = sent.id.lower() or str(uuid_utils.uuid7())
         if message_id in ids:
@@ -289,8 +272,8 @@ def _new_session(
         InvalidArgument: it contradicts the request, or breaks a rule that the protos cannot say.
     """
     sent = request.session
-    same("session.user_id", sent.user_id, user_id)
-    same("session.id", sent.id, session_id)
+    require_same_id("session.user_id", sent.user_id, user_id)
+    require_same_id("session.id", sent.id, session_id)
     if sent.state == session_pb2.SESSION_STATE_ARCHIVED:
         raise InvalidArgument.field("session.state", "an archived session takes no messages")
     values = convert.session_values(sent, session_id)

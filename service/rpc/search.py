@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import html
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING
 
 from chathistory.v1 import document_pb2, message_pb2, search_pb2
 
 from service.errors import FailedPrecondition, InvalidArgument
 from service.rpc import convert, convert_documents
 from service.rpc.documents import owners
+from service.rpc.handler import Handler
 from service.rpc.pipeline import Call
 from service.store import documents, fulltext
-from service.store.db.database import Database
-
-if TYPE_CHECKING:
-    from service.search.service import Search
 
 DEFAULT_LIMIT = 10
 SPARE = 10
@@ -32,11 +28,8 @@ MAX_REPLY_BYTES = 3 * 1024 * 1024
 Key = tuple[str, str]
 
 
-class Searches:
+class Searches(Handler):
     """Searches documents and messages."""
-
-    database: Database
-    search: Search | None
 
     async def SearchDocuments(
         self, request: document_pb2.SearchDocumentsRequest, call: Call
@@ -45,12 +38,11 @@ class Searches:
         who = owners(request.user_id, call)
         if bool(request.query.strip()) == bool(request.vector):
             raise InvalidArgument.field("query", "either this or vector is required")
-        search = self._on()
         limit = request.limit or DEFAULT_LIMIT
         query = convert_documents.packed(request.vector) if request.vector else request.query
         ids = [document_id.lower() for document_id in request.document_ids]
         wide = limit + SPARE if request.vector else max(COMPARED, limit + SPARE)
-        found = await search.chunks(who, query, ids, wide, call.deadline)
+        found = await self.search.search_chunks(who, query, ids, wide, call.deadline)
         near = {
             (each.point.user_id, each.point.entity_id, int(each.point.item)): each.score
             for each in found
@@ -67,7 +59,7 @@ class Searches:
         scores = {key: score for key, score in near.items() if key in rows}
         if scores and not request.vector:
             texts = [(rows[key][0].title, rows[key][1]) for key in scores]
-            nearness = await search.nearness(request.query, texts, call.deadline)
+            nearness = await self.search.nearness(request.query, texts, call.deadline)
             if nearness is not None:
                 scores = dict(sorted(zip(scores, nearness, strict=True), key=lambda item: -item[1]))
         reply = document_pb2.SearchDocumentsResponse()
@@ -122,7 +114,7 @@ class Searches:
     ) -> AsyncGenerator[search_pb2.RebuildSearchIndexResponse]:
         """Build the index anew, and tell how far it is."""
         call.caller.require_service()
-        async for progress in self._on().rebuild():
+        async for progress in self.search.rebuild():
             yield search_pb2.RebuildSearchIndexResponse(
                 total_count=progress.total,
                 done_count=progress.done,
@@ -130,20 +122,13 @@ class Searches:
                 collection=progress.collection or "",
             )
 
-    def _on(self) -> Search:
-        if self.search is None:
-            raise FailedPrecondition(
-                "search is switched off (CHAT_HISTORY_SEARCH)", reason="SEARCH_DISABLED"
-            )
-        return self.search
-
     def _mode(self, asked: message_pb2.SearchMode.ValueType) -> message_pb2.SearchMode.ValueType:
         """Return how messages are searched.
 
         Raises:
             FailedPrecondition: by meaning, and messages are not indexed (SEARCH_DISABLED).
         """
-        search_enabled = self.search is not None and self.search.messages
+        search_enabled = self.search.indexes_messages
         if not asked:
             return (
                 message_pb2.SEARCH_MODE_HYBRID
@@ -168,7 +153,7 @@ class Searches:
     async def _by_meaning(
         self, user_id: str, query: str, session_id: str, limit: int, call: Call
     ) -> dict[Key, float]:
-        found = await self._on().said(user_id, query, session_id, limit, call.deadline)
+        found = await self.search.search_messages(user_id, query, session_id, limit, call.deadline)
         return {(each.point.entity_id, each.point.item): each.score for each in found}
 
 

@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import uuid_utils
 from chathistory.v1 import session_pb2
 
 from service.errors import InvalidArgument, NotFound
 from service.rpc import convert, field_masks, paging
+from service.rpc.handler import Handler, require_same_id
 from service.rpc.pipeline import Call
 from service.store import sessions
-from service.store.db.database import Database
 from service.store.rows import SessionRow
 from service.store.tables import SessionState
-from service.store.watch import WatchHub
-
-if TYPE_CHECKING:
-    from service.search.service import Search
 
 _WRITABLE = ("title", "summary", "summarized_through_seq", "metadata", "state")
 
 
-def same(field: str, inside: str, outside: str) -> None:
-    """Check that an id inside a resource is empty or the request's.
-
-    Raises:
-        InvalidArgument: it is another one.
-    """
-    if inside and inside.lower() != outside:
-        raise InvalidArgument.field(field, "is not the request's")
-
-
-class Sessions:
+class Sessions(Handler):
     """Creates, reads, changes, forks and erases sessions."""
-
-    database: Database
-    watchers: WatchHub
-    search: Search | None
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, call: Call
     ) -> session_pb2.CreateSessionResponse:
         """Create an empty session; a retry with the same id and content returns it."""
         user_id = call.caller.owner(request.user_id)
-        same("session.user_id", request.session.user_id, user_id)
+        require_same_id("session.user_id", request.session.user_id, user_id)
         session_id = request.session.id.lower() or str(uuid_utils.uuid7())
         values = convert.session_values(request.session, session_id) | {"user_id": user_id}
         row = await self.database.write(
@@ -92,7 +72,7 @@ class Sessions:
     ) -> session_pb2.UpdateSessionResponse:
         """Change fields of a session."""
         user_id = call.caller.owner(request.user_id)
-        same("session.user_id", request.session.user_id, user_id)
+        require_same_id("session.user_id", request.session.user_id, user_id)
         session_id = request.session.id.lower()
         if not session_id:
             raise InvalidArgument.field("session.id", "is required")
@@ -123,7 +103,7 @@ class Sessions:
             )
         gone = await self.database.write(
             lambda connection: sessions.delete(
-                connection, user_id, session_id, search_enabled=self.search is not None
+                connection, user_id, session_id, search_enabled=self.search.is_enabled
             ),
             owner_id=user_id,
             deadline=call.deadline,
@@ -131,8 +111,7 @@ class Sessions:
         if not gone and not request.allow_missing:
             raise NotFound.session(session_id)
         self.watchers.session_deleted(user_id, session_id)
-        if self.search is not None:
-            self.search.wake()
+        self.search.wake()
         return session_pb2.DeleteSessionResponse()
 
     async def ForkSession(
@@ -151,13 +130,12 @@ class Sessions:
                 request.through_seq,
                 new_id,
                 fingerprint,
-                search_enabled=self.search is not None and self.search.messages,
+                search_enabled=self.search.indexes_messages,
             ),
             owner_id=user_id,
             deadline=call.deadline,
         )
-        if self.search is not None:
-            self.search.wake()
+        self.search.wake()
         return session_pb2.ForkSessionResponse(session=convert.session(row))
 
 

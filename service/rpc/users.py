@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import uuid_utils
 from chathistory.v1 import user_pb2
 
 from service.errors import InvalidArgument, NotFound, PermissionDenied
 from service.rpc import convert, field_masks, paging
+from service.rpc.handler import Handler
 from service.rpc.pipeline import Call
 from service.store import documents, sessions, users
-from service.store.db.database import NO_OWNER, Database
+from service.store.db.database import NO_OWNER
 from service.store.tables import SYSTEM_USER_ID
-
-if TYPE_CHECKING:
-    from service.search.service import Search
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
 
 
-class Users:
+class Users(Handler):
     """Creates, reads, changes and erases users."""
-
-    database: Database
-    search: Search | None
 
     async def CreateUser(
         self, request: user_pb2.CreateUserRequest, call: Call
@@ -140,7 +133,7 @@ class Users:
             chunks += erased
         gone = await self.database.write(
             lambda connection: users.delete(
-                connection, user_id, search_enabled=self.search is not None
+                connection, user_id, search_enabled=self.search.is_enabled
             ),
             owner_id=user_id,
             deadline=call.deadline,
@@ -151,8 +144,8 @@ class Users:
             return user_pb2.DeleteUserResponse()
         messages, chunks = messages + gone.messages, chunks + gone.chunks
         vectors = 0
-        if self.search is not None:
-            vectors = chunks + (messages if self.search.messages else 0)
+        if self.search.is_enabled:
+            vectors = chunks + (messages if self.search.indexes_messages else 0)
             self.search.wake()
         return user_pb2.DeleteUserResponse(
             session_count=gone.sessions,

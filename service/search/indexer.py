@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.search.embeddings import Embeddings
-from service.search.types import Changes, Index, Kind, Point, Refused, SearchBusy, SearchDown, Wipe
+from service.search.types import (
+    Changes,
+    Figures,
+    Index,
+    Kind,
+    Point,
+    Refused,
+    SearchBusy,
+    SearchDown,
+    Wipe,
+)
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox import index_source
 from service.store.outbox.index_source import Item, Range
@@ -52,23 +62,6 @@ BACKLOG_AGE = 2.0
 _KIND = {OutboxKind.DOCUMENT: Kind.CHUNK, OutboxKind.SESSION: Kind.MESSAGE}
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class Figures:
-    """What an operator sees."""
-
-    waiting: int = 0
-    failed: int = 0
-    indexed: int = 0
-    """Points written since the start."""
-    oldest: float | None = None
-    """When the oldest change came that is not indexed, on the monotonic clock."""
-
-    @property
-    def lag(self) -> float:
-        """Seconds since then; it goes on growing while the index does not answer."""
-        return 0.0 if self.oldest is None else max(0.0, time.monotonic() - self.oldest)
 
 
 @dataclass(slots=True)

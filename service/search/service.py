@@ -14,9 +14,10 @@ import structlog
 from service.config import Settings
 from service.errors import InvalidArgument, Unavailable
 from service.search.embeddings import Embeddings, OfflineEmbeddings, RemoteEmbeddings
-from service.search.indexer import Figures, Indexer
+from service.search.indexer import Indexer
 from service.search.rebuild import Rebuild
 from service.search.types import (
+    Figures,
     Found,
     Index,
     Kind,
@@ -45,13 +46,15 @@ _log = structlog.get_logger(__name__)
 class Search:
     """Search of one server process."""
 
+    is_enabled = True
+
     def __init__(
         self, settings: Settings, database: Database, wait_ready: Callable[[], Awaitable[None]]
     ) -> None:
         self._settings = settings
         self._database = database
         self._wait_ready = wait_ready
-        self.messages = settings.index_messages
+        self.indexes_messages = settings.index_messages
         """Whether messages are indexed, beside documents."""
         self.healthy = False
         """Whether the index answers, by the latest evidence."""
@@ -134,7 +137,7 @@ class Search:
                 self._embeddings,
                 self._alias,
                 dimensions=self.dimensions or 0,
-                messages=self.messages,
+                messages=self.indexes_messages,
                 on_down=self._mark_down,
             )
             await Outbox(self._database).retry_failed()
@@ -231,7 +234,7 @@ class Search:
             self._database,
             self._index,
             self._alias,
-            messages=self.messages,
+            messages=self.indexes_messages,
             wake=self._wake_or_start,
         )
         attempt = 0
@@ -279,7 +282,7 @@ class Search:
 
     # -- questions -----------------------------------------------------------------------------------------------------
 
-    async def chunks(
+    async def search_chunks(
         self,
         owners: Sequence[str],
         query: str | bytes,
@@ -301,20 +304,20 @@ class Search:
         """Return how near each text, given after its document's title, is to a query; None: as near as its vector is.
 
         Raises:
-            As `chunks`.
+            As `search_chunks`.
         """
         if self._embeddings is None:
             raise self._unavailable()
         async with self._answering(deadline):
             return await self._embeddings.nearness(query, texts)
 
-    async def said(
+    async def search_messages(
         self, user_id: str, query: str, session_id: str, limit: int, deadline: float
     ) -> list[Found]:
         """Find the messages nearest to a query.
 
         Raises:
-            As `chunks`.
+            As `search_chunks`.
         """
         sessions = [session_id] if session_id else []
         return await self._find(query, Question(Kind.MESSAGE, [user_id], sessions, limit), deadline)

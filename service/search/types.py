@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
@@ -116,6 +118,23 @@ class Index(Protocol):
 
     async def close(self) -> None:
         """Let go of everything."""
+
+
+@dataclass(slots=True)
+class Figures:
+    """What an operator sees."""
+
+    waiting: int = 0
+    failed: int = 0
+    indexed: int = 0
+    """Points written since the start."""
+    oldest: float | None = None
+    """When the oldest change came that is not indexed, on the monotonic clock."""
+
+    @property
+    def lag(self) -> float:
+        """Seconds since then; it goes on growing while the index does not answer."""
+        return 0.0 if self.oldest is None else max(0.0, time.monotonic() - self.oldest)
 
 
 def alias_of(prefix: str, model: str, dimensions: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from chathistory.v1 import document_pb2, message_pb2
 
+from service.search.service import Search
 from service.server import Server
 from tests.support.chat import Chat
 
@@ -133,7 +134,7 @@ async def searchable(server: Server) -> None:
     """Wait until search answers."""
 
     async def healthy() -> bool:
-        return server.search is not None and server.search.healthy
+        return server.search.healthy
 
     await comes_true(healthy, "search is ready")
 
@@ -142,7 +143,7 @@ async def built(server: Server) -> None:
     """Wait until no index is being built: the first one is, also when search answers already."""
 
     async def done() -> bool:
-        assert server.search is not None
+        assert isinstance(server.search, Search)
         return server.search._rebuild is None or server.search._rebuild.done()
 
     await comes_true(done, "the index is built")
@@ -150,7 +151,7 @@ async def built(server: Server) -> None:
 
 async def settled(server: Server) -> None:
     """Wait until the index owes nothing that can be done."""
-    assert server.search is not None
+    assert isinstance(server.search, Search)
     outbox = server.search._indexer._outbox if server.search._indexer else None
     assert outbox is not None
 

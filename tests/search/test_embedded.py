@@ -17,6 +17,7 @@ from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
 from service.search.embeddings import packed
 from service.search.qdrant import QdrantIndex
+from service.search.service import Search
 from service.search.types import Changes, Kind, Point, Wipe
 from service.search.worker import qdrant_local
 from service.server import Server
@@ -108,7 +109,7 @@ async def test_nobody_finds_what_is_anothers(
     theirs = await others.create(["Nothing about money."], id=mine.id)
     await others.chat.append(session, "nothing of interest", create_if_missing=True)
     await settled(server)
-    assert server.search is not None
+    assert isinstance(server.search, Search)
     assert server.search._embeddings is not None
     from service.search.qdrant import floats  # noqa: PLC0415
 
@@ -198,7 +199,7 @@ async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(
 async def test_a_child_that_dies_is_started_again(server: Server, library: Library) -> None:
     await library.create(["The bridge is closed on Sundays."])
     await settled(server)
-    assert server.search is not None
+    assert isinstance(server.search, Search)
     assert server.search._child is not None
     pid = server.search._child.pid
     assert pid is not None
@@ -319,10 +320,10 @@ async def test_an_index_that_another_process_has_open_is_left_alone(
     await library.create(["The bakery opens at five."])
     await settled(server)
     async with serving(database_url, search="on", data_dir=tmp_path) as second:
-        assert second.search is not None
+        assert isinstance(second.search, Search)
 
         async def told() -> bool:
-            assert second.search is not None
+            assert isinstance(second.search, Search)
             return "another process" in second.search.problem
 
         await comes_true(told, "it says why")
@@ -393,7 +394,7 @@ async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Libra
     )
     for n in range(10):
         await library.create([f"{text} {n} {m}" for m in range(100)])
-    assert server.search is not None
+    assert isinstance(server.search, Search)
     start, figures = server.search.figures.indexed, server.search.figures
     busy = await p99(1.0)
     worst = 0.0

@@ -15,6 +15,7 @@ from grpc import StatusCode
 from service.search import indexer
 from service.search.embeddings import RemoteEmbeddings
 from service.search.qdrant import floats
+from service.search.service import Search
 from service.search.types import Refused, SearchDown, WrongIndex
 from tests.search.library import INDEXED, SEMANTIC, Library, comes_true, searchable, settled
 from tests.support.chat import Chat
@@ -121,7 +122,7 @@ async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: 
         hit = (await library.search("other text"))[0]
         assert (hit.document.id, hit.chunk_index) == (made.id, 1)
         assert hit.score == pytest.approx(1.0), "its vectors decide, and nothing else"
-        assert server.search is not None
+        assert isinstance(server.search, Search)
         assert server.search._alias == "chathistory_tiny-model-v1_4"
         endpoint.status = 503
         late = await library.create(["late text"])
@@ -175,7 +176,7 @@ async def test_one_text_that_is_refused_holds_no_other_up(
             "after",
         }
         search = server.search
-        assert search is not None
+        assert isinstance(search, Search)
         assert search.healthy
 
         async def told() -> bool:
@@ -219,7 +220,7 @@ async def test_an_endpoint_that_takes_no_more_now_is_not_down(
         failed = await failure(library.search("anything"))
         assert (failed.code, failed.reason) == (StatusCode.UNAVAILABLE, "SEARCH_UNAVAILABLE")
         await asyncio.sleep(2.0)
-        assert server.search is not None
+        assert isinstance(server.search, Search)
         assert server.search.healthy
         assert 2 <= len(endpoint.seen) - asked <= 6, "asked again, and more and more seldom"
         assert server.search.figures.lag > 1.0

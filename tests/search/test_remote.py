@@ -20,6 +20,7 @@ from qdrant_client import models
 from service import doctor
 from service.search import indexer, rebuild
 from service.search.qdrant import floats
+from service.search.service import Search
 from service.search.types import Kind, Point
 from service.server import Server
 from tests.search.library import (
@@ -67,7 +68,7 @@ async def expected(url: str, server: Server) -> dict[str, bytes]:
     )
     rows = [(Point(r[0], Kind.CHUNK, r[1], r[2]), r[3], r[4]) for r in chunks]
     rows += [(Point(r[0], Kind.MESSAGE, r[1], r[2]), r[3], None) for r in messages]
-    assert server.search is not None
+    assert isinstance(server.search, Search)
     assert server.search._embeddings is not None
     made: dict[str, bytes] = {}
     for point, text, vector in rows:
@@ -175,7 +176,7 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
         await library.delete(doomed.id)
         late = await library.create(["Written during the outage: the cellar is flooded."])
         assert (await library.get(late.id)).status != INDEXED
-        assert server.search is not None
+        assert isinstance(server.search, Search)
         before = server.search.figures.lag
         assert before > 0
         await comes_true(lambda: _lags(server, before + 0.2), "the lag grows")
@@ -188,12 +189,12 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
 
 
 async def _lags(server: Server, seconds: float) -> bool:
-    assert server.search is not None
+    assert isinstance(server.search, Search)
     return server.search.figures.lag > seconds
 
 
 async def _no_lag(server: Server) -> bool:
-    assert server.search is not None
+    assert isinstance(server.search, Search)
     return (server.search.figures.lag, server.search.figures.waiting) == (0.0, 0)
 
 
@@ -339,12 +340,12 @@ async def test_two_replicas_share_the_work(
         await asyncio.gather(*made)
         await index_equals_postgres(database_url, one, qdrant)
         await settled(two)
-        assert one.search is not None
-        assert two.search is not None
+        assert isinstance(one.search, Search)
+        assert isinstance(two.search, Search)
         count = 80
 
         def done() -> list[int]:
-            return [server.search.figures.indexed for server in (one, two) if server.search]
+            return [server.search.figures.indexed for server in (one, two)]
 
         while not all(
             done()
@@ -471,7 +472,7 @@ async def _live(  # noqa: C901, PLR0912 - a table of steps
                 documents, sessions = [], []
             case "crash":
                 # Killed in mid-air: nothing is finished, given back or closed in order.
-                assert server.search is not None
+                assert isinstance(server.search, Search)
                 if server.search._indexer is not None:
                     server.search._indexer._give_back = _nothing  # type: ignore[method-assign, assignment]
                 return True
@@ -480,7 +481,7 @@ async def _live(  # noqa: C901, PLR0912 - a table of steps
             case "back":
                 await qdrant.stop()
                 await qdrant.start()
-            case "rebuild" if server.search and server.search.healthy:
+            case "rebuild" if server.search.healthy:
                 with_errors = asyncio.create_task(rebuilt(library))
                 await asyncio.wait([with_errors], timeout=0.2)
                 with_errors.cancel()

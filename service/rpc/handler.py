@@ -1,0 +1,49 @@
+"""`Handler`, the base of the classes that implement the RPCs."""
+
+from __future__ import annotations
+
+from service.errors import InvalidArgument
+from service.search.disabled import AnySearch
+from service.store.append.appender import Appender
+from service.store.db.database import Database
+from service.store.db.read_batching import ReadBatcher
+from service.store.watch import WatchHub
+
+
+class Handler:
+    """The parts of the server that RPCs use."""
+
+    def __init__(
+        self,
+        database: Database,
+        appender: Appender,
+        watchers: WatchHub,
+        search: AnySearch,
+        *,
+        call_timeout: float,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            database: Runs the reads and the writes.
+            appender: Writes the appended messages.
+            watchers: The open WatchMessages streams.
+            search: The search index, or its replacement when search is disabled.
+            call_timeout: Seconds for one read of a stream, which has no deadline of its own.
+        """
+        self.database = database
+        self.reads = ReadBatcher(database)
+        self.appender = appender
+        self.watchers = watchers
+        self.search = search
+        self.call_timeout = call_timeout
+
+
+def require_same_id(field: str, inner_id: str, request_id: str) -> None:
+    """Check that the id inside a resource is empty or the request's.
+
+    Raises:
+        InvalidArgument: it is another id; names `field`.
+    """
+    if inner_id and inner_id.lower() != request_id:
+        raise InvalidArgument.field(field, "must be empty or equal to the request's")
