@@ -58,7 +58,7 @@ test-faults: install ## run the long tests: faults, outages, the browser, all RP
 
 .PHONY: bench
 bench: install ## measure the service and its baselines; QUICK=1: two minutes, docs/ unchanged
-	@benchmarks/needs.sh
+	@benchmarks/install_build_tools.sh
 	@$(BIN)/python -m benchmarks all $(if $(QUICK),--quick)
 
 .PHONY: fuzz

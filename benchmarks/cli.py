@@ -14,11 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import machine, overload, report, work
-from benchmarks.compare import Result, Subject, compare
-from benchmarks.driver import BenchError, Load
-from benchmarks.scenarios import FULL, QUICK, SCENARIOS, SESSIONS, Bench, Variant, enough, with_jwt
-from benchmarks.stack import WORK, Stack
+from benchmarks import machine, overload, report, workload
+from benchmarks.comparison import Comparison, Subject, compare
+from benchmarks.environment import WORK_DIR, Environment
+from benchmarks.load_generator import BenchError, Load
+from benchmarks.scenarios import (
+    FULL,
+    QUICK,
+    SCENARIOS,
+    SESSIONS,
+    Bench,
+    Variant,
+    body_count,
+    with_jwt,
+)
 from service.embedded.data_dir import EmbeddedError
 
 _BUSY = 15.0
@@ -47,11 +56,11 @@ def main() -> None:
     app(prog_name="python -m benchmarks")
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
+def _run(workload: Coroutine[Any, Any, None]) -> None:
     """Run to the end, or until Ctrl-C or SIGTERM: what was started is ended in any case."""
 
     async def stoppable() -> None:
-        task = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(workload)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         await task
@@ -90,24 +99,28 @@ async def _all(names: list[str], *, quick: bool, partial: bool) -> None:
             f"[yellow]Other processes use {busy:.0f}% of this machine: the figures will be rough.[/]"
         )
     found: dict[str, Any] = {}
-    async with Stack() as stack:
-        about = await machine.describe(stack, busy)
+    async with Environment() as environment:
+        about = await machine.describe(environment, busy)
         with _progress() as progress:
             overall = progress.add_task("all", total=len(names))
             for name in names:
-                ticker = _Bar(progress, name)
-                found[name] = await SCENARIOS[name](Bench(stack, QUICK if quick else FULL, ticker))
+                progress_bar = _ProgressBar(progress, name)
+                found[name] = await SCENARIOS[name](
+                    Bench(environment, QUICK if quick else FULL, progress_bar)
+                )
                 progress.advance(overall)
     results = {"made": about, "plan": (QUICK if quick else FULL).__dict__, **found}
     for table in report.tables(results):
         console.print(table.rich())
-    folder = WORK / ("quick" if quick else "partial") if quick or partial else report.COMMITTED
+    folder = (
+        WORK_DIR / ("quick" if quick else "partial") if quick or partial else report.COMMITTED_DIR
+    )
     written = report.write(results, folder)
     for path in written:
         console.print(f"written: {path}", highlight=False)
 
 
-class _Bar:
+class _ProgressBar:
     """A scenario's line of the progress display."""
 
     def __init__(self, progress: Progress, name: str) -> None:
@@ -208,9 +221,11 @@ def overload_() -> None:
 
 
 async def _overload() -> None:
-    async with Stack() as stack:
+    async with Environment() as environment:
         with _progress() as progress:
-            phases = await overload.overload(Bench(stack, FULL, _Bar(progress, "overload")))
+            phases = await overload.overload(
+                Bench(environment, FULL, _ProgressBar(progress, "overload"))
+            )
     found = overload.table(phases)
     console.print(found.rich())
     console.print(found.markdown(), markup=False, highlight=False)
@@ -226,26 +241,26 @@ async def _append(
     variant: Variant,
     hold: bool,
 ) -> None:
-    async with Stack() as stack:
-        bench = Bench(stack, FULL, _Nobody())
-        keys = await bench.seeded("append", sessions)
-        bodies = work.append_bodies(keys, enough(load, messages), messages)
+    async with Environment() as environment:
+        bench = Bench(environment, FULL, _NoProgress())
+        keys = await bench.new_sessions_in("append", sessions)
+        bodies = workload.append_bodies(keys, body_count(load, messages), messages)
         other, database = ("direct", "append") if direct else ("echo", None)
         async with (
-            stack.service("append", **variant.settings) as service,
-            stack.beside(other, database) as beside,
+            environment.service("append", **variant.settings) as service,
+            environment.reference_server(other, database) as beside,
         ):
             subjects = [
                 Subject("service", service, "AppendMessages", bodies, headers=variant.headers),
                 Subject(other, beside, "AppendMessages", bodies, cycle=not direct),
             ]
-            result = await _measure(stack, subjects, load, rounds)
+            result = await _measure(environment, subjects, load, rounds)
             if messages > 1:
                 console.print(
                     f"messages/s: {result.medians('service').calls_per_second * messages:.0f}"
                 )
             await _hold(hold=hold)
-        rows = await bench.checked_rows(
+        rows = await bench.check_rows(
             "append", result.answered("service", *([other] * direct)) * messages
         )
         hot = rows["hot_updates"] / max(rows["session_updates"], 1)
@@ -255,18 +270,22 @@ async def _append(
 
 
 async def _read(path: str, load: Load, rounds: int, *, variant: Variant, hold: bool) -> None:
-    async with Stack() as stack:
-        keys = await Bench(stack, FULL, _Nobody()).seeded("read", messages=work.SESSION_MESSAGES)
-        bodies = work.context_bodies(keys) if path == "GetContext" else work.list_bodies(keys)
+    async with Environment() as environment:
+        keys = await Bench(environment, FULL, _NoProgress()).new_sessions_in(
+            "read", messages=workload.SESSION_MESSAGES
+        )
+        bodies = (
+            workload.context_bodies(keys) if path == "GetContext" else workload.list_bodies(keys)
+        )
         async with (
-            stack.service("read", **variant.settings) as service,
-            stack.beside("echo") as echo,
+            environment.service("read", **variant.settings) as service,
+            environment.reference_server("echo") as echo,
         ):
             subjects = [
                 Subject(server.name, server, path, bodies, cycle=True, headers=variant.headers)
                 for server in (service, echo)
             ]
-            await _measure(stack, subjects, load, rounds)
+            await _measure(environment, subjects, load, rounds)
             await _hold(hold=hold)
 
 
@@ -274,7 +293,7 @@ def _variant(*, jwt: bool) -> Variant:
     return with_jwt() if jwt else Variant({})
 
 
-class _Nobody:
+class _NoProgress:
     """Is told how far it is, and does not mind."""
 
     def expect(self, steps: int) -> None:
@@ -284,7 +303,9 @@ class _Nobody:
         pass
 
 
-async def _measure(stack: Stack, subjects: list[Subject], load: Load, rounds: int) -> Result:
+async def _measure(
+    environment: Environment, subjects: list[Subject], load: Load, rounds: int
+) -> Comparison:
     for subject in subjects:
         console.print(
             f"{subject.name}: process {subject.server.pid} at {subject.server.address}",
@@ -292,12 +313,12 @@ async def _measure(stack: Stack, subjects: list[Subject], load: Load, rounds: in
         )
     with _progress() as progress:
         task = progress.add_task(subjects[0].path, total=rounds * len(subjects))
-        result = await compare(stack, subjects, load, rounds, lambda: progress.advance(task))
+        result = await compare(environment, subjects, load, rounds, lambda: progress.advance(task))
     _show(subjects, load, result)
     return result
 
 
-def _show(subjects: list[Subject], load: Load, result: Result) -> None:
+def _show(subjects: list[Subject], load: Load, result: Comparison) -> None:
     first, second = (subject.name for subject in subjects)
     ours, theirs, ratios = (
         result.medians(first),
@@ -314,7 +335,7 @@ def _show(subjects: list[Subject], load: Load, result: Result) -> None:
         ("p99_us", "p99 µs"),
         ("cpu_us_per_call", "server CPU µs a call"),
         ("postgres_us_per_call", "PostgreSQL CPU µs a call"),
-        ("driver_us_per_call", "driver CPU µs a call"),
+        ("load_generator_us_per_call", "driver CPU µs a call"),
         ("bytes_per_reply", "bytes a reply"),
     ):
         ratio = f"{ratios[what]:.2f}" if what in ratios else ""

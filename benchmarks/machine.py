@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.stack import ROOT, Stack
+from benchmarks.environment import ROOT, Environment
 
 _PACKAGES = (
     "grpcio",
@@ -32,7 +32,7 @@ def busy_percent() -> float:
     return psutil.cpu_percent(interval=1.0)
 
 
-async def describe(stack: Stack, busy: float) -> dict[str, Any]:
+async def describe(environment: Environment, busy: float) -> dict[str, Any]:
     """Describe the machine and what is measured."""
     return {
         "at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -42,7 +42,7 @@ async def describe(stack: Stack, busy: float) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "postgresql": re.sub(r" .*", "", stack.postgres_version),
+        "postgresql": re.sub(r" .*", "", environment.postgres_version),
         "packages": {name: version(name) for name in _PACKAGES},
         "busy_before_percent": round(busy),
     }

@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
-from benchmarks import work
-from benchmarks.driver import Answer, Load, drive
+from benchmarks import workload
+from benchmarks.environment import Server
+from benchmarks.load_generator import Load, LoadResult, generate_load
 from benchmarks.report import Table
 from benchmarks.scenarios import Bench
-from benchmarks.stack import Server
 from service.config import Settings
 from service.rpc.health import SERVICE
 
@@ -36,7 +36,7 @@ class Phase:
     """What was found under one load."""
 
     name: str
-    answer: Answer
+    answer: LoadResult
     health: list[float]
     """Seconds that each question to health took, sorted."""
 
@@ -49,10 +49,10 @@ class Phase:
 async def overload(bench: Bench) -> list[Phase]:
     """Load the service with what it can carry, with four times that in three ways, and again with little."""
     limit = Settings.model_fields["max_in_flight"].default
-    sessions = work.new_sessions(800, per_user=1)
-    await bench.stack.new_database("overload")
-    async with bench.stack.connect("overload") as connection:
-        await work.seed(connection, sessions)
+    sessions = workload.new_sessions(800, per_user=1)
+    await bench.environment.new_database("overload")
+    async with bench.environment.connect("overload") as connection:
+        await workload.seed(connection, sessions)
     few = Load(64, bench.plan.seconds, bench.plan.warmup)
     full = replace(few, in_flight=limit // 4, connections=CONNECTIONS)
     many = replace(
@@ -64,20 +64,24 @@ async def overload(bench: Bench) -> list[Phase]:
         refusable=True,
     )
     phases: list[Phase] = []
-    async with bench.stack.service("overload") as service:
+    async with bench.environment.service("overload") as service:
 
         async def phase(name: str, load: Load) -> Phase:
-            bench.ticker.expect(1)
+            bench.progress.expect(1)
             count = (
                 int(max(_BODIES_PER_SECOND, 1.1 * load.rate) * (load.seconds + load.warmup))
                 + load.in_flight
             )
-            bodies = work.append_bodies(sessions, count)(bench.stack.folder)
-            async with _probed(service) as health:
-                answer = await drive(
-                    bench.stack.driver, service.address, f"/{SERVICE}/AppendMessages", bodies, load
+            bodies = workload.append_bodies(sessions, count)(bench.environment.folder)
+            async with _probe_health(service) as health:
+                answer = await generate_load(
+                    bench.environment.load_generator,
+                    service.address,
+                    f"/{SERVICE}/AppendMessages",
+                    bodies,
+                    load,
                 )
-            bench.ticker.advance()
+            bench.progress.advance()
             phases.append(Phase(name, answer, sorted(health)))
             return phases[-1]
 
@@ -97,12 +101,12 @@ async def overload(bench: Bench) -> list[Phase]:
         )
         await phase("64 callers, at once after that", few)
     acknowledged = sum(each.answer.statuses["0"] for each in phases)
-    await bench.checked_rows("overload", acknowledged)
+    await bench.check_rows("overload", acknowledged)
     return phases
 
 
 @asynccontextmanager
-async def _probed(service: Server) -> AsyncIterator[list[float]]:
+async def _probe_health(service: Server) -> AsyncIterator[list[float]]:
     """Ask a service's health again and again during a block; give how many seconds each question took."""
     took: list[float] = []
 
@@ -154,7 +158,7 @@ def table(phases: list[Phase]) -> Table:
     return Table("Overload: AppendMessages, one message a call", columns, rows)
 
 
-def _by_grpc(answer: Answer) -> str:
+def _by_grpc(answer: LoadResult) -> str:
     """Return the share of refusals that gRPC itself has made, as CANCELLED."""
     own, ours = answer.statuses.get("1", 0), answer.statuses.get("8", 0)
     return f"{own / (own + ours):.0%}" if own + ours else ""

@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from benchmarks import plots
-from benchmarks.driver import BenchError
-from benchmarks.stack import ROOT
+from benchmarks.environment import ROOT
+from benchmarks.load_generator import BenchError
 
-COMMITTED = ROOT / "docs" / "bench"
+COMMITTED_DIR = ROOT / "docs" / "bench"
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 _BEGIN, _END = "<!-- bench:begin, written by `make bench` -->", "<!-- bench:end -->"
 
@@ -78,7 +78,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     data.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     written = [data, *plots.draw(results, folder)]
     text = markdown(results)
-    if folder == COMMITTED:
+    if folder == COMMITTED_DIR:
         PAGE.write_text(_between_markers(PAGE.read_text(), text))
         return [*written, PAGE]
     tables_file = folder / "tables.md"
@@ -96,10 +96,12 @@ def _between_markers(page: str, text: str) -> str:
 
 def markdown(results: Results) -> str:
     """Return what was measured with, and all tables."""
-    return "\n\n".join([_made_with(results), *(table.markdown() for table in tables(results))])
+    return "\n\n".join(
+        [_environment_line(results), *(table.markdown() for table in tables(results))]
+    )
 
 
-def _made_with(results: Results) -> str:
+def _environment_line(results: Results) -> str:
     made, plan = results["made"], results["plan"]
     packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
     return (
@@ -118,13 +120,13 @@ def tables(results: Results) -> list[Table]:
     return made
 
 
-_BESIDE = (
+_ECHO_COLUMNS = (
     "in flight", "calls/s", "echo's", "share", "p50 ms", "echo's", "p99 ms", "echo's", "CPU µs", "echo's", "ratio", "PostgreSQL µs",
 )  # fmt: skip
 _CPU_NOTE = "CPU: processor time of the serving process, and of all of PostgreSQL's, a call."
 
 
-def _beside_echo(run: dict[str, Any]) -> list[str]:
+def _compared_with_echo(run: dict[str, Any]) -> list[str]:
     ours, echo, ratios = run["medians"]["service"], run["medians"]["echo"], run["ratios"]["echo"]
     return [
         str(run["in_flight"]),
@@ -146,8 +148,8 @@ def _append(found: dict[str, Any]) -> list[Table]:
     made = [
         Table(
             "AppendMessages, one message of 300 bytes a call",
-            _BESIDE,
-            [_beside_echo(run) for run in found["runs"]],
+            _ECHO_COLUMNS,
+            [_compared_with_echo(run) for run in found["runs"]],
             f"{_CPU_NOTE} {_rows_note(found['rows'])}",
             "shares",
         )
@@ -206,8 +208,8 @@ def _reads(found: dict[str, Any]) -> list[Table]:
     return [
         Table(
             f"{method} of 20 messages of 250 bytes",
-            _BESIDE,
-            [_beside_echo(run) for run in found[method]["runs"]],
+            _ECHO_COLUMNS,
+            [_compared_with_echo(run) for run in found[method]["runs"]],
             plot="latency" if method == "ListMessages" else "",
         )
         for method in ("GetContext", "ListMessages")
@@ -400,7 +402,7 @@ def _search(found: dict[str, Any]) -> list[Table]:
             _bold(ratios["calls_per_second"]) if name == "indexed" else "",
             *(_number(medians[name][f"{process}_us_per_call"]) for process in ("cpu", "postgres")),
             _number(child),
-            _number(medians[name]["driver_us_per_call"]),
+            _number(medians[name]["load_generator_us_per_call"]),
         ]
         for name, label, child in (
             ("indexed", "messages indexed", appends["child_us_per_append"]),

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import jwt
 from chathistory.v1 import message_pb2
 
-from benchmarks import layers, work
-from benchmarks.compare import Result, Subject, compare
-from benchmarks.driver import BenchError, Load
-from benchmarks.search import search
-from benchmarks.stack import Server, Stack
-from benchmarks.work import Session
+from benchmarks import pipeline_costs, workload
+from benchmarks.comparison import Comparison, Subject, compare
+from benchmarks.environment import Environment, Server
+from benchmarks.load_generator import BenchError, Load
+from benchmarks.search_scenario import search
+from benchmarks.workload import Session
 from service.auth.bearer import SERVICE_SCOPE
 from tests.support import pgbouncer
 from tests.support.pgbouncer import PgBouncer
@@ -56,7 +56,7 @@ QUICK = Plan(
 )  # fmt: skip
 
 
-class Ticker(Protocol):
+class ProgressListener(Protocol):
     """Who is told how far it is."""
 
     def expect(self, steps: int) -> None:
@@ -69,47 +69,49 @@ class Ticker(Protocol):
 class Bench:
     """A plan on a stack."""
 
-    def __init__(self, stack: Stack, plan: Plan, ticker: Ticker) -> None:
-        self.stack = stack
+    def __init__(self, environment: Environment, plan: Plan, progress: ProgressListener) -> None:
+        self.environment = environment
         self.plan = plan
-        self.ticker = ticker
+        self.progress = progress
 
-    async def compare(self, subjects: Sequence[Subject], load: Load) -> Result:
+    async def compare(self, subjects: Sequence[Subject], load: Load) -> Comparison:
         """Compare as the plan says."""
         rounds = self.plan.rounds
-        self.ticker.expect(rounds * len(subjects))
-        return await compare(self.stack, subjects, load, rounds, self.ticker.advance)
+        self.progress.expect(rounds * len(subjects))
+        return await compare(self.environment, subjects, load, rounds, self.progress.advance)
 
-    def writing(self, in_flight: int) -> Load:
+    def write_load(self, in_flight: int) -> Load:
         """Return the load of a scenario that writes."""
         return Load(in_flight, self.plan.seconds, self.plan.warmup)
 
-    def reading(self, in_flight: int) -> Load:
+    def read_load(self, in_flight: int) -> Load:
         """Return the load of a scenario that reads."""
         return Load(in_flight, self.plan.read_seconds, self.plan.warmup)
 
-    def appends(self, sessions: Sequence[Session], load: Load, messages: int = 1) -> work.Bodies:
+    def append_bodies(
+        self, sessions: Sequence[Session], load: Load, messages: int = 1
+    ) -> workload.Bodies:
         """Return bodies enough for one load."""
-        return work.append_bodies(sessions, enough(load, messages), messages)
+        return workload.append_bodies(sessions, body_count(load, messages), messages)
 
-    async def seeded(
+    async def new_sessions_in(
         self, database: str, sessions: int = SESSIONS, messages: int = 0
     ) -> list[Session]:
         """Make a database with sessions in it."""
-        await self.stack.new_database(database)
-        keys = work.new_sessions(sessions)
-        async with self.stack.connect(database) as connection:
-            await work.seed(connection, keys, messages)
+        await self.environment.new_database(database)
+        keys = workload.new_sessions(sessions)
+        async with self.environment.connect(database) as connection:
+            await workload.seed(connection, keys, messages)
         return keys
 
-    async def checked_rows(self, database: str, acknowledged: int) -> dict[str, Any]:
+    async def check_rows(self, database: str, acknowledged: int) -> dict[str, Any]:
         """Compare what is stored with what was acknowledged.
 
         Raises:
             BenchError: a message is missing, or there is one too many.
         """
-        async with self.stack.connect(database) as connection:
-            stored, whole = await work.count_rows(connection)
+        async with self.environment.connect(database) as connection:
+            stored, whole = await workload.count_rows(connection)
             [(updated, hot)] = await connection.fetch(
                 "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'chat_sessions'"
             )
@@ -125,23 +127,23 @@ class Bench:
         }
 
 
-def enough(load: Load, messages: int = 1) -> int:
+def body_count(load: Load, messages: int = 1) -> int:
     """Return how many bodies are more than a server can take in during a load."""
     return int(_CALLS_PER_SECOND / messages**0.4 * (load.seconds + load.warmup)) + load.in_flight
 
 
 async def append(bench: Bench) -> dict[str, Any]:
     """Append one message a call; alone also beside the same statement by asyncpg directly."""
-    keys = await bench.seeded("append")
-    found: list[Result] = []
+    keys = await bench.new_sessions_in("append")
+    found: list[Comparison] = []
     async with (
-        bench.stack.service("append") as service,
-        bench.stack.beside("echo") as echo,
-        bench.stack.beside("direct", "append") as direct,
+        bench.environment.service("append") as service,
+        bench.environment.reference_server("echo") as echo,
+        bench.environment.reference_server("direct", "append") as direct,
     ):
         for in_flight in bench.plan.in_flight:
-            load = bench.writing(in_flight)
-            bodies = bench.appends(keys, load)
+            load = bench.write_load(in_flight)
+            bodies = bench.append_bodies(keys, load)
             subjects = [
                 Subject("service", service, "AppendMessages", bodies),
                 Subject("echo", echo, "AppendMessages", bodies, cycle=True),
@@ -155,16 +157,19 @@ async def append(bench: Bench) -> dict[str, Any]:
     )
     return {
         "runs": [result.as_dict() for result in found],
-        "rows": await bench.checked_rows("append", acknowledged),
+        "rows": await bench.check_rows("append", acknowledged),
     }
 
 
 async def append_many(bench: Bench) -> dict[str, Any]:
     """Append many messages a call."""
-    keys = await bench.seeded("append_many")
-    load = bench.writing(TYPICAL)
-    async with bench.stack.service("append_many") as service, bench.stack.beside("echo") as echo:
-        bodies = bench.appends(keys, load, BATCH)
+    keys = await bench.new_sessions_in("append_many")
+    load = bench.write_load(TYPICAL)
+    async with (
+        bench.environment.service("append_many") as service,
+        bench.environment.reference_server("echo") as echo,
+    ):
+        bodies = bench.append_bodies(keys, load, BATCH)
         subjects = [
             Subject("service", service, "AppendMessages", bodies),
             Subject("echo", echo, "AppendMessages", bodies, cycle=True),
@@ -174,31 +179,34 @@ async def append_many(bench: Bench) -> dict[str, Any]:
         "runs": [result.as_dict()],
         "messages_per_call": BATCH,
         "messages_per_second": round(result.medians("service").calls_per_second * BATCH),
-        "rows": await bench.checked_rows("append_many", result.answered("service") * BATCH),
+        "rows": await bench.check_rows("append_many", result.answered("service") * BATCH),
     }
 
 
 async def reads(bench: Bench) -> dict[str, Any]:
     """Read 20 messages: what goes into a prompt, and a page."""
-    keys = await bench.seeded("reads", messages=work.SESSION_MESSAGES)
+    keys = await bench.new_sessions_in("reads", messages=workload.SESSION_MESSAGES)
     found: dict[str, list[dict[str, Any]]] = {"GetContext": [], "ListMessages": []}
-    async with bench.stack.service("reads") as service, bench.stack.beside("echo") as echo:
+    async with (
+        bench.environment.service("reads") as service,
+        bench.environment.reference_server("echo") as echo,
+    ):
         for method, bodies in (
-            ("GetContext", work.context_bodies(keys)),
-            ("ListMessages", work.list_bodies(keys)),
+            ("GetContext", workload.context_bodies(keys)),
+            ("ListMessages", workload.list_bodies(keys)),
         ):
             for in_flight in bench.plan.in_flight:
                 subjects = [
                     Subject(server.name, server, method, bodies, cycle=True)
                     for server in (service, echo)
                 ]
-                result = await bench.compare(subjects, bench.reading(in_flight))
+                result = await bench.compare(subjects, bench.read_load(in_flight))
                 _check_same_replies(result)
                 found[method].append(result.as_dict())
     return {method: {"runs": runs} for method, runs in found.items()}
 
 
-def _check_same_replies(result: Result) -> None:
+def _check_same_replies(result: Comparison) -> None:
     sizes = [result.medians(name).bytes_per_reply for name in result.rounds]
     if max(sizes) > 1.05 * min(sizes):
         raise BenchError(
@@ -208,18 +216,20 @@ def _check_same_replies(result: Result) -> None:
 
 async def contention(bench: Bench) -> dict[str, Any]:
     """Write to one session from many callers, beside as many who write to sessions of their own."""
-    keys = await bench.seeded("contention", SESSIONS + 1)
-    load = bench.writing(TYPICAL)
-    async with bench.stack.service("contention") as service:
+    keys = await bench.new_sessions_in("contention", SESSIONS + 1)
+    load = bench.write_load(TYPICAL)
+    async with bench.environment.service("contention") as service:
         subjects = [
-            Subject("one session", service, "AppendMessages", bench.appends(keys[:1], load)),
-            Subject("many sessions", service, "AppendMessages", bench.appends(keys[1:], load)),
+            Subject("one session", service, "AppendMessages", bench.append_bodies(keys[:1], load)),
+            Subject(
+                "many sessions", service, "AppendMessages", bench.append_bodies(keys[1:], load)
+            ),
         ]
         result = await bench.compare(subjects, load)
     acknowledged = result.answered("one session", "many sessions")
     return {
         "runs": [result.as_dict()],
-        "rows": await bench.checked_rows("contention", acknowledged),
+        "rows": await bench.check_rows("contention", acknowledged),
     }
 
 
@@ -227,16 +237,18 @@ async def pooler(bench: Bench) -> dict[str, Any]:
     """Append through PgBouncer in transaction mode, beside the direct way, where statements are prepared and kept."""
     if pgbouncer.program() is None:
         return {"skipped": "pgbouncer is not installed (apt-get install pgbouncer)"}
-    keys = await bench.seeded("pooler")
-    found: list[Result] = []
-    with PgBouncer(bench.stack.database_url("postgres")) as bouncer:
+    keys = await bench.new_sessions_in("pooler")
+    found: list[Comparison] = []
+    with PgBouncer(bench.environment.database_url("postgres")) as bouncer:
         async with (
-            bench.stack.service("pooler", "pooled", DATABASE_URL=bouncer.url("pooler")) as pooled,
-            bench.stack.service("pooler", "direct") as direct,
+            bench.environment.service(
+                "pooler", "pooled", DATABASE_URL=bouncer.url("pooler")
+            ) as pooled,
+            bench.environment.service("pooler", "direct") as direct,
         ):
             for in_flight in (1, TYPICAL):
-                load = bench.writing(in_flight)
-                bodies = bench.appends(keys, load)
+                load = bench.write_load(in_flight)
+                bodies = bench.append_bodies(keys, load)
                 subjects = [
                     Subject(server.name, server, "AppendMessages", bodies)
                     for server in (pooled, direct)
@@ -245,7 +257,7 @@ async def pooler(bench: Bench) -> dict[str, Any]:
     acknowledged = sum(result.answered("pooled", "direct") for result in found)
     return {
         "runs": [result.as_dict() for result in found],
-        "rows": await bench.checked_rows("pooler", acknowledged),
+        "rows": await bench.check_rows("pooler", acknowledged),
     }
 
 
@@ -256,15 +268,15 @@ async def growth(bench: Bench) -> dict[str, Any]:
         services: dict[str, Server] = {}
         for stored in bench.plan.stored:
             name = str(stored)
-            keys[name] = await bench.seeded(
-                name, stored // work.SESSION_MESSAGES, work.SESSION_MESSAGES
+            keys[name] = await bench.new_sessions_in(
+                name, stored // workload.SESSION_MESSAGES, workload.SESSION_MESSAGES
             )
             services[name] = await running.enter_async_context(
-                bench.stack.service(name, f"service-{name}")
+                bench.environment.service(name, f"service-{name}")
             )
 
         async def measured(
-            method: str, bodies: Callable[[str], work.Bodies], load: Load
+            method: str, bodies: Callable[[str], workload.Bodies], load: Load
         ) -> dict[str, Any]:
             subjects = [
                 Subject(
@@ -274,54 +286,56 @@ async def growth(bench: Bench) -> dict[str, Any]:
             ]
             return (await bench.compare(subjects, load)).as_dict()
 
-        reading, writing = bench.reading(1), bench.writing(1)
+        reading, writing = bench.read_load(1), bench.write_load(1)
         return {
             "stored": list(bench.plan.stored),
             "GetContext": await measured(
-                "GetContext", lambda name: work.context_bodies(keys[name]), reading
+                "GetContext", lambda name: workload.context_bodies(keys[name]), reading
             ),
             "ListMessages": await measured(
-                "ListMessages", lambda name: work.list_bodies(keys[name]), reading
+                "ListMessages", lambda name: workload.list_bodies(keys[name]), reading
             ),
             "AppendMessages": await measured(
-                "AppendMessages", lambda name: bench.appends(keys[name], writing), writing
+                "AppendMessages", lambda name: bench.append_bodies(keys[name], writing), writing
             ),
         }
 
 
 async def long_session(bench: Bench) -> dict[str, Any]:
     """Read one very long session page by page, and pages at its start, middle and end; watch the service's memory."""
-    sessions = await bench.seeded("long", messages=work.SESSION_MESSAGES)
-    [long] = work.new_sessions(1)
-    async with bench.stack.connect("long") as connection:
-        await work.seed(connection, [long], bench.plan.long_session)
-    async with bench.stack.service("long") as service:
+    sessions = await bench.new_sessions_in("long", messages=workload.SESSION_MESSAGES)
+    [long] = workload.new_sessions(1)
+    async with bench.environment.connect("long") as connection:
+        await workload.seed(connection, [long], bench.plan.long_session)
+    async with bench.environment.service("long") as service:
         await asyncio.sleep(2)
         memory: dict[str, Any] = {"idle": service.rss, "load": []}
         load = Load(TYPICAL, bench.plan.memory_seconds / 4, 0.0)
-        async with _watched(service) as peak:
+        async with _peak_memory(service) as peak:
             for subject in [
-                Subject("service", service, "AppendMessages", bench.appends(sessions, load)),
+                Subject("service", service, "AppendMessages", bench.append_bodies(sessions, load)),
                 Subject(
-                    "service", service, "GetContext", work.context_bodies(sessions), cycle=True
+                    "service", service, "GetContext", workload.context_bodies(sessions), cycle=True
                 ),
             ] * 2:
-                bench.ticker.expect(1)
-                await compare(bench.stack, [subject], load, 1, bench.ticker.advance)
+                bench.progress.expect(1)
+                await compare(bench.environment, [subject], load, 1, bench.progress.advance)
                 memory["load"].append(service.rss)
         memory["load_peak"] = peak()
-        async with _watched(service) as peak:
+        async with _peak_memory(service) as peak:
             tokens = await _page_through(bench, service, long)
         memory["paging_peak"] = peak()
         memory["pages"] = len(tokens)
         places = {"start": tokens[0], "middle": tokens[len(tokens) // 2], "end": tokens[-1]}
         subjects = [
-            Subject(place, service, "ListMessages", work.list_bodies([long], token), cycle=True)
+            Subject(place, service, "ListMessages", workload.list_bodies([long], token), cycle=True)
             for place, token in reversed(places.items())
         ]
-        pages = await bench.compare(subjects, bench.reading(1))
-        context = Subject("context", service, "GetContext", work.context_bodies([long]), cycle=True)
-        at_end = await bench.compare([context], bench.reading(1))
+        pages = await bench.compare(subjects, bench.read_load(1))
+        context = Subject(
+            "context", service, "GetContext", workload.context_bodies([long]), cycle=True
+        )
+        at_end = await bench.compare([context], bench.read_load(1))
     return {
         "messages": bench.plan.long_session,
         "pages": pages.as_dict(),
@@ -331,7 +345,7 @@ async def long_session(bench: Bench) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _watched(server: Server) -> AsyncIterator[Callable[[], int]]:
+async def _peak_memory(server: Server) -> AsyncIterator[Callable[[], int]]:
     """Watch a server's memory during a block, and say afterwards the most that it was."""
     most = server.rss
 
@@ -351,7 +365,7 @@ async def _watched(server: Server) -> AsyncIterator[Callable[[], int]]:
 async def _page_through(bench: Bench, service: Server, session: Session) -> list[str]:
     """Read a session whole as a client does; return the token of every page, the first one's being empty."""
     page_size = 1000
-    bench.ticker.expect(bench.plan.long_session // page_size)
+    bench.progress.expect(bench.plan.long_session // page_size)
     tokens = [""]
     read = 0
     async with service.stub() as stub:
@@ -369,7 +383,7 @@ async def _page_through(bench: Bench, service: Server, session: Session) -> list
                 read += 1
                 if message.seq != read:
                     raise BenchError(f"message {read} of the long session came as {message.seq}")
-            bench.ticker.advance()
+            bench.progress.advance()
             if not reply.next_page_token:
                 break
             tokens.append(reply.next_page_token)
@@ -380,41 +394,48 @@ async def _page_through(bench: Bench, service: Server, session: Session) -> list
 
 async def baseline(bench: Bench) -> dict[str, Any]:
     """Measure what one would write without the service."""
-    keys = await bench.seeded("baseline", messages=work.SESSION_MESSAGES)
-    writing, reading = bench.writing(TYPICAL), bench.reading(TYPICAL)
+    keys = await bench.new_sessions_in("baseline", messages=workload.SESSION_MESSAGES)
+    writing, reading = bench.write_load(TYPICAL), bench.read_load(TYPICAL)
     async with (
-        bench.stack.service("baseline") as service,
-        bench.stack.beside("baseline", "baseline") as plain,
+        bench.environment.service("baseline") as service,
+        bench.environment.reference_server("baseline", "baseline") as plain,
     ):
         listed = await bench.compare(
             [
-                Subject("service", service, "ListMessages", work.list_bodies(keys), cycle=True),
-                Subject("baseline", plain, "", work.http_list_bodies(keys), cycle=True, http1=True),
+                Subject("service", service, "ListMessages", workload.list_bodies(keys), cycle=True),
+                Subject(
+                    "baseline", plain, "", workload.http_list_bodies(keys), cycle=True, http1=True
+                ),
             ],
             reading,
         )
-        count = enough(writing)
+        count = body_count(writing)
         appended = await bench.compare(
             [
-                Subject("service", service, "AppendMessages", work.append_bodies(keys, count)),
-                Subject("baseline", plain, "", work.http_append_bodies(keys, count), http1=True),
+                Subject("service", service, "AppendMessages", workload.append_bodies(keys, count)),
+                Subject(
+                    "baseline", plain, "", workload.http_append_bodies(keys, count), http1=True
+                ),
             ],
             writing,
         )
-    acknowledged = appended.answered("service", "baseline") + SESSIONS * work.SESSION_MESSAGES
+    acknowledged = appended.answered("service", "baseline") + SESSIONS * workload.SESSION_MESSAGES
     return {
         "ListMessages": listed.as_dict(),
         "AppendMessages": appended.as_dict(),
-        "rows": await bench.checked_rows("baseline", acknowledged),
+        "rows": await bench.check_rows("baseline", acknowledged),
     }
 
 
 async def pipeline(bench: Bench) -> dict[str, Any]:
     """Measure what every call passes: each layer in this process, and all of it around the echo."""
-    costs = await layers.measure()
-    load = bench.writing(TYPICAL)
-    bodies = work.append_bodies(work.new_sessions(SESSIONS), enough(load))
-    async with bench.stack.beside("behind") as behind, bench.stack.beside("echo") as echo:
+    costs = await pipeline_costs.measure()
+    load = bench.write_load(TYPICAL)
+    bodies = workload.append_bodies(workload.new_sessions(SESSIONS), body_count(load))
+    async with (
+        bench.environment.reference_server("behind") as behind,
+        bench.environment.reference_server("echo") as echo,
+    ):
         subjects = [
             Subject(server.name, server, "AppendMessages", bodies, cycle=True)
             for server in (behind, echo)
@@ -455,22 +476,22 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
 
 async def variants(bench: Bench) -> dict[str, Any]:
     """Measure the service configured otherwise, beside itself as in the other scenarios."""
-    keys = await bench.seeded("variants", messages=work.SESSION_MESSAGES)
-    writing, reading = bench.writing(TYPICAL), bench.reading(TYPICAL)
-    count = enough(writing)
+    keys = await bench.new_sessions_in("variants", messages=workload.SESSION_MESSAGES)
+    writing, reading = bench.write_load(TYPICAL), bench.read_load(TYPICAL)
+    count = body_count(writing)
     found: dict[str, Any] = {}
-    acknowledged = SESSIONS * work.SESSION_MESSAGES
+    acknowledged = SESSIONS * workload.SESSION_MESSAGES
     for number, (name, make) in enumerate(VARIANTS.items()):
         variant = make()
         async with (
-            bench.stack.service("variants") as plain,
-            bench.stack.service("variants", f"variant-{number}", **variant.settings) as other,
+            bench.environment.service("variants") as plain,
+            bench.environment.service("variants", f"variant-{number}", **variant.settings) as other,
         ):
             found[name] = {}
             for method, bodies, load in (
-                ("GetContext", work.context_bodies(keys), reading),
-                ("ListMessages", work.list_bodies(keys), reading),
-                ("AppendMessages", work.append_bodies(keys, count), writing),
+                ("GetContext", workload.context_bodies(keys), reading),
+                ("ListMessages", workload.list_bodies(keys), reading),
+                ("AppendMessages", workload.append_bodies(keys, count), writing),
             ):
                 cycle = method != "AppendMessages"
                 subjects = [
@@ -480,7 +501,7 @@ async def variants(bench: Bench) -> dict[str, Any]:
                 result = await bench.compare(subjects, load)
                 found[name][method] = result.as_dict()
                 acknowledged += 0 if cycle else result.answered("variant", "service")
-    return {"variants": found, "rows": await bench.checked_rows("variants", acknowledged)}
+    return {"variants": found, "rows": await bench.check_rows("variants", acknowledged)}
 
 
 SCENARIOS: dict[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {

@@ -18,8 +18,8 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
-from benchmarks.servers.serving import announce, database_url, run
-from benchmarks.work import estimated_tokens, reply_size
+from benchmarks.servers.lifecycle import announce_address, database_url, run
+from benchmarks.workload import estimated_tokens, reply_size
 from service.store import tables
 from service.store.db import dsn
 
@@ -70,7 +70,7 @@ class MessageOut(BaseModel):
     updated_at: datetime
 
 
-class Appended(BaseModel):
+class AppendResult(BaseModel):
     """Where a message stands."""
 
     id: UUID
@@ -87,7 +87,9 @@ Database = Annotated[AsyncSession, Depends(_database)]
 
 
 @app.post("/users/{user_id}/sessions/{session_id}/messages")
-async def append(user_id: UUID, session_id: UUID, sent: MessageIn, database: Database) -> Appended:
+async def append(
+    user_id: UUID, session_id: UUID, sent: MessageIn, database: Database
+) -> AppendResult:
     """Append a message."""
     key = {"user_id": str(user_id), "id": str(session_id)}
     chat: Any = await database.get(ChatSession, key, with_for_update=True)
@@ -112,7 +114,7 @@ async def append(user_id: UUID, session_id: UUID, sent: MessageIn, database: Dat
     )
     database.add(message)
     await database.commit()
-    return Appended(id=message.id, seq=message.seq, created_at=message.created_at)
+    return AppendResult(id=message.id, seq=message.seq, created_at=message.created_at)
 
 
 @app.get("/users/{user_id}/sessions/{session_id}/messages")
@@ -137,7 +139,7 @@ async def _main() -> None:
     )
     server = uvicorn.Server(config)
     # It listens already: who connects before the server takes over waits a moment.
-    announce(f"127.0.0.1:{listening.getsockname()[1]}")
+    announce_address(f"127.0.0.1:{listening.getsockname()[1]}")
     await server.serve(sockets=[listening])
     await _engine.dispose()
 

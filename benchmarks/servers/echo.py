@@ -10,8 +10,8 @@ from typing import Any
 
 from chathistory.v1 import chat_history_service_pb2_grpc, message_pb2, session_pb2
 
-from benchmarks.servers.serving import run, serve
-from benchmarks.work import READ_CONTENT, READ_MESSAGES, SESSION_MESSAGES, estimated_tokens
+from benchmarks.servers.lifecycle import run, serve
+from benchmarks.workload import READ_CONTENT, READ_MESSAGES, SESSION_MESSAGES, estimated_tokens
 
 # A page as a store would hand it out.
 _ROWS = [

@@ -409,7 +409,7 @@ async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Libra
         f"GetContext p99: quiet {quiet * 1e3:.1f} ms, indexing {busy * 1e3:.1f} ms; health {worst * 1e3:.1f} ms"
     )
     assert figures.indexed >= start
-    # A page that is embedded or indexed in the loop takes it 0.3 s. What callers see is the benchmark's (benchmarks/search.py).
+    # A page that is embedded or indexed in the loop takes it 0.3 s. What callers see is the benchmark's (benchmarks/search_scenario.py).
     assert worst < 0.1
     assert busy < max(10 * quiet, 0.1)
     assert packed([1.0]) == b"\x00\x00\x80?"

@@ -12,8 +12,8 @@ import grpc
 from chathistory.v1 import message_pb2
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from benchmarks import work
-from benchmarks.servers.behind import pipeline
+from benchmarks import workload
+from benchmarks.servers.pipeline_echo import pipeline
 from service.auth.caller import Caller
 from service.rpc.pipeline import Pipeline
 from service.rpc.servicer import DESCRIPTOR
@@ -103,7 +103,7 @@ def _variants() -> dict[str, Call]:
 
 async def measure() -> dict[str, float]:
     """Return the CPU microseconds that a call spends in the whole pipeline and in each layer."""
-    sent = work.append_request()
+    sent = workload.append_request()
     context = _Context()
     variants = _variants()
     took: dict[str, list[float]] = {name: [] for name in variants}

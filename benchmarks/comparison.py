@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.driver import BenchError, Load, drive
-from benchmarks.stack import Server, Stack
-from benchmarks.work import Bodies
+from benchmarks.environment import Environment, Server
+from benchmarks.load_generator import BenchError, Load, generate_load
+from benchmarks.workload import Bodies
 
 SERVICE = "/chathistory.v1.ChatHistoryService/"
 
@@ -43,7 +43,7 @@ class Figures:
     cpu_us_per_call: float
     """Of the server's process."""
     postgres_us_per_call: float
-    driver_us_per_call: float
+    load_generator_us_per_call: float
     bytes_per_reply: float
     answered: float
     """Calls answered, those outside the window included."""
@@ -53,7 +53,7 @@ NAMES = tuple(Figures.__dataclass_fields__)
 
 
 @dataclass
-class Result:
+class Comparison:
     """What a comparison came to: rounds by subject."""
 
     load: Load
@@ -100,7 +100,9 @@ def _rounded(figures: dict[str, float], digits: int = 1) -> dict[str, float]:
     return {name: round(value, digits) for name, value in figures.items() if name != "answered"}
 
 
-async def once(stack: Stack, subject: Subject, load: Load, folder: Path) -> Figures:
+async def measure_once(
+    environment: Environment, subject: Subject, load: Load, folder: Path
+) -> Figures:
     """Load one subject once.
 
     Raises:
@@ -111,11 +113,13 @@ async def once(stack: Stack, subject: Subject, load: Load, folder: Path) -> Figu
     load = replace(
         load, http1=subject.http1, cycle=subject.cycle, headers=subject.headers, pid=server.pid
     )
-    before = stack.postgres_seconds()
+    before = environment.postgres_seconds()
     try:
-        answer = await drive(stack.driver, server.address, SERVICE + subject.path, bodies, load)
+        answer = await generate_load(
+            environment.load_generator, server.address, SERVICE + subject.path, bodies, load
+        )
     except BenchError as error:
-        raise BenchError(f"{subject.name}: {error}\n{stack.log(server.name)}") from None
+        raise BenchError(f"{subject.name}: {error}\n{environment.log(server.name)}") from None
     finally:
         bodies.unlink(missing_ok=True)
     if not answer.replies:
@@ -127,24 +131,30 @@ async def once(stack: Stack, subject: Subject, load: Load, folder: Path) -> Figu
         p90_us=answer.p90,
         p99_us=answer.p99,
         cpu_us_per_call=answer.cpu[0] / answer.replies * 1e6,
-        postgres_us_per_call=(stack.postgres_seconds() - before) / answered * 1e6,
-        driver_us_per_call=answer.driver_cpu / answer.replies * 1e6,
+        postgres_us_per_call=(environment.postgres_seconds() - before) / answered * 1e6,
+        load_generator_us_per_call=answer.load_generator_cpu_s / answer.replies * 1e6,
         bytes_per_reply=answer.bytes / answer.replies,
         answered=answered,
     )
 
 
 async def compare(
-    stack: Stack, subjects: Sequence[Subject], load: Load, rounds: int, on_step: Callable[[], None]
-) -> Result:
+    environment: Environment,
+    subjects: Sequence[Subject],
+    load: Load,
+    rounds: int,
+    on_step: Callable[[], None],
+) -> Comparison:
     """Load the subjects in turn, so many rounds.
 
     Raises:
         BenchError: a call failed.
     """
-    result = Result(load, {subject.name: [] for subject in subjects})
+    result = Comparison(load, {subject.name: [] for subject in subjects})
     for _ in range(rounds):
         for subject in subjects:
-            result.rounds[subject.name].append(await once(stack, subject, load, stack.folder))
+            result.rounds[subject.name].append(
+                await measure_once(environment, subject, load, environment.folder)
+            )
             on_step()
     return result

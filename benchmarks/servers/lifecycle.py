@@ -13,13 +13,13 @@ from chathistory.v1 import chat_history_service_pb2_grpc
 from grpc import aio
 
 
-def announce(address: str) -> None:
+def announce_address(address: str) -> None:
     """Tell the process that waits for it where this one listens."""
     sys.stdout.write(f"{address}\n")
     sys.stdout.flush()
 
 
-async def until_told() -> None:
+async def wait_for_stop_signal() -> None:
     """Wait for SIGTERM or SIGINT."""
     told = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -33,8 +33,8 @@ async def serve(servicer: chat_history_service_pb2_grpc.ChatHistoryServiceServic
     chat_history_service_pb2_grpc.add_ChatHistoryServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    announce(f"127.0.0.1:{port}")
-    await until_told()
+    announce_address(f"127.0.0.1:{port}")
+    await wait_for_stop_signal()
     await server.stop(1)
 
 

@@ -21,10 +21,10 @@ import psutil
 from chathistory.v1 import document_pb2, user_pb2
 from grpc_health.v1 import health_pb2
 
-from benchmarks import work
-from benchmarks.compare import Figures, Result, Subject, once
-from benchmarks.driver import Load
-from benchmarks.stack import ROOT, Server, Stack
+from benchmarks import workload
+from benchmarks.comparison import Comparison, Figures, Subject, measure_once
+from benchmarks.environment import ROOT, Environment, Server
+from benchmarks.load_generator import Load
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,44 +58,48 @@ async def search(bench: Bench) -> dict[str, Any]:
         "appends": await _appends(bench),
         "documents": await _documents(bench),
         "recall": {
-            "short": await _recall(bench.stack, TEXTS),
-            "long": await _recall(bench.stack, TEXTS / "long"),
+            "short": await _recall(bench.environment, TEXTS),
+            "long": await _recall(bench.environment, TEXTS / "long"),
         },
     }
 
 
 async def _appends(bench: Bench) -> dict[str, Any]:
     """Append with message indexing on and off, in turn; the outbox is empty before each."""
-    stack, plan = bench.stack, bench.plan
-    load = bench.writing(_IN_FLIGHT)
-    bench.ticker.expect(2 * plan.rounds)
-    keys = {name: await bench.seeded(f"search-{name}", _SESSIONS) for name in ("indexed", "plain")}
-    result = Result(load, {name: [] for name in keys})
+    environment, plan = bench.environment, bench.plan
+    load = bench.write_load(_IN_FLIGHT)
+    bench.progress.expect(2 * plan.rounds)
+    keys = {
+        name: await bench.new_sessions_in(f"search-{name}", _SESSIONS)
+        for name in ("indexed", "plain")
+    }
+    result = Comparison(load, {name: [] for name in keys})
     child_us: list[float] = []
     shares: list[float] = []
     drained: list[float] = []
     async with (
-        stack.service("search-indexed", "indexed", **ON) as indexed,
-        stack.service("search-plain", "plain") as plain,
+        environment.service("search-indexed", "indexed", **ON) as indexed,
+        environment.service("search-plain", "plain") as plain,
     ):
         await _search_ready(indexed)
         subjects = [
-            Subject(name, server, "AppendMessages", bench.appends(keys[name], load))
+            Subject(name, server, "AppendMessages", bench.append_bodies(keys[name], load))
             for name, server in (("indexed", indexed), ("plain", plain))
         ]
         for _ in range(plan.rounds):
             for subject in subjects:
                 before = _child_seconds(subject.server)
-                figures = await once(stack, subject, load, stack.folder)
+                figures = await measure_once(environment, subject, load, environment.folder)
                 result.rounds[subject.name].append(figures)
                 if subject.name == "indexed":
                     child_us.append((_child_seconds(indexed) - before) / figures.answered * 1e6)
                     shares.append(
-                        1 - await _owed_messages(stack, "search-indexed") / figures.answered
+                        1
+                        - await _pending_messages(environment, "search-indexed") / figures.answered
                     )
-                    drained.append(await _drained(stack, "search-indexed"))
-                bench.ticker.advance()
-    rows = await bench.checked_rows("search-indexed", result.answered("indexed"))
+                    drained.append(await _wait_until_indexed(environment, "search-indexed"))
+                bench.progress.advance()
+    rows = await bench.check_rows("search-indexed", result.answered("indexed"))
     return {
         "run": result.as_dict(),
         "rows": rows,
@@ -113,41 +117,45 @@ def _child_seconds(server: Server) -> float:
 
 async def _documents(bench: Bench) -> dict[str, Any]:
     """Index documents, read contexts meanwhile, and search."""
-    stack, plan = bench.stack, bench.plan
-    keys = await bench.seeded("search-documents", 50, work.SESSION_MESSAGES)
+    environment, plan = bench.environment, bench.plan
+    keys = await bench.new_sessions_in("search-documents", 50, workload.SESSION_MESSAGES)
     quiet: list[Figures] = []
     busy: list[Figures] = []
     health: list[float] = []
     sizes = plan.chunks
     p50_ms: dict[str, float] = {}
-    bench.ticker.expect(plan.rounds + len(sizes))
+    bench.progress.expect(plan.rounds + len(sizes))
     async with (
-        stack.service("search-documents", "documents", **ON) as server,
+        environment.service("search-documents", "documents", **ON) as server,
         server.stub() as stub,
     ):
         await _search_ready(server)
-        await _drained(stack, "search-documents")
+        await _wait_until_indexed(environment, "search-documents")
         users = [await _user(stub) for _ in range(plan.rounds + 1)]
-        contexts = Subject("documents", server, "GetContext", work.context_bodies(keys), cycle=True)
+        contexts = Subject(
+            "documents", server, "GetContext", workload.context_bodies(keys), cycle=True
+        )
         load = Load(_READERS, plan.read_seconds, 0.0)
         for user_id in users[1:]:
-            quiet.append(await once(stack, contexts, load, stack.folder))
-            reading = asyncio.create_task(once(stack, contexts, load, stack.folder))
+            quiet.append(await measure_once(environment, contexts, load, environment.folder))
+            reading = asyncio.create_task(
+                measure_once(environment, contexts, load, environment.folder)
+            )
             asked = asyncio.create_task(_health(server, reading))
             await _create(stub, user_id, 0, 1_000)
             busy.append(await reading)
             health.append(await asked)
-            await _drained(stack, "search-documents")
-            bench.ticker.advance()
+            await _wait_until_indexed(environment, "search-documents")
+            bench.progress.advance()
         stored, documents, seconds = 0, 0, 0.0
         for size in sizes:
             started = time.perf_counter()
             documents += await _create(stub, users[0], stored, size)
-            await _drained(stack, "search-documents")
+            await _wait_until_indexed(environment, "search-documents")
             seconds += time.perf_counter() - started
             stored = size
             p50_ms[str(size)] = round(await _search(stub, users[0], plan.searches), 1)
-            bench.ticker.advance()
+            bench.progress.advance()
         memory = {
             "server": server.rss,
             "child": sum(c.memory_info().rss for c in psutil.Process(server.pid).children()),
@@ -170,17 +178,17 @@ async def _documents(bench: Bench) -> dict[str, Any]:
     }
 
 
-async def _recall(stack: Stack, folder: Path) -> dict[str, float]:
+async def _recall(environment: Environment, folder: Path) -> dict[str, float]:
     """Ask the labelled questions of a folder: how often the right section is first, or among the first five."""
     database = f"search-recall-{folder.name}"
-    await stack.new_database(database)
+    await environment.new_database(database)
     questions, texts = _labelled(folder)
-    async with stack.service(database, database, **ON) as server, server.stub() as stub:
+    async with environment.service(database, database, **ON) as server, server.stub() as stub:
         await _search_ready(server)
         user_id = await _user(stub)
         for name, sections in texts.items():
             await stub.CreateDocument(_request(user_id, sections, name))
-        await _drained(stack, database)
+        await _wait_until_indexed(environment, database)
         places: list[int] = []
         for each in questions:
             request = document_pb2.SearchDocumentsRequest(
@@ -279,15 +287,15 @@ async def _health(server: Server, until: asyncio.Task[Any]) -> float:
     return worst
 
 
-async def _owed_messages(stack: Stack, database: str) -> int:
-    async with stack.connect(database) as connection:
+async def _pending_messages(environment: Environment, database: str) -> int:
+    async with environment.connect(database) as connection:
         return int(await connection.fetchval(_ENQUEUE))
 
 
-async def _drained(stack: Stack, database: str) -> float:
+async def _wait_until_indexed(environment: Environment, database: str) -> float:
     """Wait until the index owes nothing; return the seconds that it took."""
     started = time.perf_counter()
-    async with asyncio.timeout(_DRAIN_SECONDS), stack.connect(database) as connection:
+    async with asyncio.timeout(_DRAIN_SECONDS), environment.connect(database) as connection:
         while await connection.fetchval("SELECT count(*) FROM search_outbox"):  # noqa: ASYNC110 - another process's
             await asyncio.sleep(0.05)
     return time.perf_counter() - started

@@ -578,7 +578,7 @@ int main(int count, char **arguments) {
 
   qsort(latencies, replies_in_window, sizeof *latencies, by_value);
   printf("{\"refused\": %llu, ", (unsigned long long)refused_in_window);
-  printf("\"replies\": %llu, \"seconds\": %.6f, \"bytes\": %llu, \"sent\": %llu, \"driver_cpu\": %.4f", (unsigned long long)replies_in_window,
+  printf("\"replies\": %llu, \"seconds\": %.6f, \"bytes\": %llu, \"sent\": %llu, \"load_generator_cpu_s\": %.4f", (unsigned long long)replies_in_window,
          (double)(closed - opened) / 1e9, (unsigned long long)bytes_in_window, (unsigned long long)sent_total, own);
   printf(", \"p50\": %u, \"p90\": %u, \"p99\": %u, \"max\": %u, \"cpu\": [", quantile(0.5), quantile(0.9), quantile(0.99), quantile(1));
   for (int n = 0; n < pid_count; n++) printf("%s%.4f", n ? ", " : "", pid_seconds[n]);

@@ -21,13 +21,13 @@ import psutil
 from chathistory.v1 import chat_history_service_pb2_grpc
 from grpc_health.v1 import health_pb2
 
-from benchmarks.driver import BenchError, compiled
+from benchmarks.load_generator import BenchError, compile_load_generator
 from service.embedded.postgres import EmbeddedPostgres
 from service.store.db import dsn
 from service.store.schema import migrations
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / ".bench"
+WORK_DIR = ROOT / ".bench"
 """Where the driver, the databases and the logs are, beside the sources: the same disk as the embedded default's."""
 START_TIMEOUT = 30.0
 
@@ -54,17 +54,17 @@ class Server:
             yield chat_history_service_pb2_grpc.ChatHistoryServiceStub(channel)
 
 
-class Stack:
+class Environment:
     """PostgreSQL in a fresh folder, and what is started on it; all of it ends with the block."""
 
     def __init__(self) -> None:
         self._exit = AsyncExitStack()
-        self.folder = WORK
-        self.driver = WORK
+        self.folder = WORK_DIR
+        self.load_generator = WORK_DIR
 
     async def __aenter__(self) -> Self:
-        self.driver = await asyncio.to_thread(compiled, WORK)
-        self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK))
+        self.load_generator = await asyncio.to_thread(compile_load_generator, WORK_DIR)
+        self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK_DIR))
         self._exit.callback(shutil.rmtree, self.folder, ignore_errors=True)
         try:
             self._postgres = EmbeddedPostgres(self.folder / "data", "nothing: a benchmark")
@@ -141,7 +141,9 @@ class Stack:
             yield server
 
     @asynccontextmanager
-    async def beside(self, module: str, database: str | None = None) -> AsyncIterator[Server]:
+    async def reference_server(
+        self, module: str, database: str | None = None
+    ) -> AsyncIterator[Server]:
         """Run one of `benchmarks.servers`."""
         environment = {} if database is None else {"DATABASE_URL": self.database_url(database)}
         async with self._run(module, f"benchmarks.servers.{module}", **environment) as process:

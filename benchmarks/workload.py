@@ -23,7 +23,7 @@ APPEND_CONTENT = _PROSE[:300].ljust(300, ".")
 READ_CONTENT = _PROSE[:250]
 READ_MESSAGES = 20
 SESSION_MESSAGES = 100
-_PLACE = "00000000-0000-4000-8000-000000000000"
+_ID_PLACEHOLDER = "00000000-0000-4000-8000-000000000000"
 
 
 def estimated_tokens(content: str) -> int:
@@ -144,7 +144,7 @@ def append_bodies(sessions: Sequence[Session], count: int, messages: int = 1) ->
                 session_id=session.id,
                 messages=[
                     message_pb2.Message(
-                        id=_PLACE, role=message_pb2.ROLE_USER, content=APPEND_CONTENT
+                        id=_ID_PLACEHOLDER, role=message_pb2.ROLE_USER, content=APPEND_CONTENT
                     )
                     for _ in range(messages)
                 ],
@@ -156,7 +156,7 @@ def append_bodies(sessions: Sequence[Session], count: int, messages: int = 1) ->
 
 def _with_new_ids(name: str, count: int, bodies: Sequence[bytes]) -> Bodies:
     """Write bodies in turn, with a new id wherever the place for one is: the generated code would take longer than the calls."""
-    pieces = [body.split(_PLACE.encode()) for body in bodies]
+    pieces = [body.split(_ID_PLACEHOLDER.encode()) for body in bodies]
 
     def filled(around: list[bytes]) -> bytes:
         made = [around[0]]
@@ -208,7 +208,7 @@ def list_bodies(sessions: Sequence[Session], page_token: str = "") -> Bodies:
 
 def http_append_bodies(sessions: Sequence[Session], count: int) -> Bodies:
     """Append as the baseline takes it: in turn, every message with an id of its own."""
-    body = json.dumps({"id": _PLACE, "role": 1, "content": APPEND_CONTENT})
+    body = json.dumps({"id": _ID_PLACEHOLDER, "role": 1, "content": APPEND_CONTENT})
     return _with_new_ids(
         "http-append", count, [_http("POST", _messages_path(session), body) for session in sessions]
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("driver.c")
+SOURCE = Path(__file__).with_name("load_generator.c")
 _REFUSED = {"8", "1"}
 """RESOURCE_EXHAUSTED, and CANCELLED: how gRPC itself ends calls when too many wait to be taken up."""
 _COMPILE = ("-O2", "-Wall", "-Wextra", "-Werror")
@@ -23,7 +23,7 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
+class LoadResult:
     """What the driver found."""
 
     refused: int
@@ -33,7 +33,7 @@ class Answer:
     seconds: float
     bytes: int
     sent: int
-    driver_cpu: float
+    load_generator_cpu_s: float
     p50: int
     p90: int
     p99: int
@@ -64,14 +64,14 @@ class Load:
     """The process whose processor time is read."""
 
 
-def compiled(folder: Path) -> Path:
+def compile_load_generator(folder: Path) -> Path:
     """Compile the driver, unless that is done.
 
     Raises:
         BenchError: there is no compiler or no libnghttp2.
     """
     source = SOURCE.read_bytes()
-    program = folder / f"driver-{hashlib.blake2b(source, digest_size=6).hexdigest()}"
+    program = folder / f"load_generator-{hashlib.blake2b(source, digest_size=6).hexdigest()}"
     if program.exists():
         return program
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
@@ -80,7 +80,7 @@ def compiled(folder: Path) -> Path:
             "the load generator needs a C compiler: apt-get install gcc libc6-dev libnghttp2-dev"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("driver-*"):
+    for earlier in folder.glob("load_generator-*"):
         earlier.unlink()
     unfinished = program.with_suffix(".new")
     command = [compiler, *_COMPILE, "-o", str(unfinished), str(SOURCE), "-lnghttp2"]
@@ -93,7 +93,9 @@ def compiled(folder: Path) -> Path:
     return program
 
 
-async def drive(program: Path, address: str, path: str, bodies: Path, load: Load) -> Answer:
+async def generate_load(
+    program: Path, address: str, path: str, bodies: Path, load: Load
+) -> LoadResult:
     """Load a server.
 
     Raises:
@@ -136,7 +138,7 @@ async def drive(program: Path, address: str, path: str, bodies: Path, load: Load
         raise BenchError(
             errors.decode(errors="replace").strip() or f"the driver ended with {process.returncode}"
         )
-    answer = Answer(**json.loads(output))
+    answer = LoadResult(**json.loads(output))
     good = {"200" if load.http1 else "0"}
     if set(answer.statuses) - (_REFUSED if load.refusable else set()) != good:
         raise BenchError(

@@ -8,7 +8,7 @@ import grpc
 from grpc import aio
 
 from benchmarks.servers.echo import Echo
-from benchmarks.servers.serving import announce, run, until_told
+from benchmarks.servers.lifecycle import announce_address, run, wait_for_stop_signal
 from service.auth.caller import trust
 from service.rpc.health import SERVICE
 from service.rpc.pipeline import Admission, Pipeline, Streams
@@ -33,8 +33,8 @@ async def _serve() -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    announce(f"127.0.0.1:{port}")
-    await until_told()
+    announce_address(f"127.0.0.1:{port}")
+    await wait_for_stop_signal()
     await server.stop(1)
 
 
