@@ -23,9 +23,10 @@ from service.auth.caller import trust
 from service.auth.tls import Certificates
 from service.config import BadConfiguration, Settings, split_address
 from service.rpc import connections
+from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import Audited
 from service.rpc.health import SERVICE, Health, Readiness
-from service.rpc.pipeline import MAX_REQUEST_BYTES, Admission, Pipeline, Streams
+from service.rpc.pipeline import MAX_REQUEST_BYTES, Pipeline
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 from service.search.disabled import AnySearch, SearchDisabled
 from service.store.append.appender import Appender
@@ -110,7 +111,9 @@ class Server:
             self._appended if search.indexes_messages else self.watchers.session_changed
         )
         self.calls = Admission(settings.max_in_flight)
-        self.streams = Streams(settings.max_watches, max(1, settings.max_calls_per_connection // 2))
+        self.streams = StreamAdmission(
+            settings.max_watches, max(1, settings.max_calls_per_connection // 2)
+        )
         self.metrics = self._start_metrics()
         self.address = settings.listen
         """Where it listens, with the port that it took."""
@@ -176,7 +179,7 @@ class Server:
         loop = asyncio.get_running_loop()
         self.readiness.drain()
         await asyncio.sleep(self.settings.shutdown_delay)
-        self.calls.draining = self.streams.draining = True
+        self.calls.is_draining = self.streams.is_draining = True
         # An open stream would eat the whole grace.
         self.watchers.close()
         give_up = loop.time() + self.settings.shutdown_grace
@@ -230,7 +233,7 @@ class Server:
     async def _drain_calls(self, give_up: float) -> None:
         """Let calls under way end, and their answers arrive, while those that come are told to go elsewhere."""
         loop = asyncio.get_running_loop()
-        quiet = time.monotonic() - self.calls.last_left > IN_USE
+        quiet = time.monotonic() - self.calls.last_finished_at > IN_USE
         if quiet and not self.calls.in_flight and not self.streams.in_flight:
             return
         while self._at_work() and loop.time() < give_up:  # noqa: ASYNC110 - once, at the end: no call pays for an event

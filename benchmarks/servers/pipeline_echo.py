@@ -10,8 +10,9 @@ from grpc import aio
 from benchmarks.servers.echo import Echo
 from benchmarks.servers.lifecycle import announce_address, run, wait_for_stop_signal
 from service.auth.caller import trust
+from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.health import SERVICE
-from service.rpc.pipeline import Admission, Pipeline, Streams
+from service.rpc.pipeline import Pipeline
 from service.rpc.servicer import DESCRIPTOR
 
 
@@ -20,7 +21,7 @@ def pipeline(**parts: Any) -> Pipeline:
     made: dict[str, Any] = {
         "authenticate": trust,
         "calls": Admission(1024),
-        "streams": Streams(1024, 128),
+        "streams": StreamAdmission(1024, 128),
         "call_timeout": 30.0,
     }
     return Pipeline(**(made | parts))

@@ -6,13 +6,10 @@ It is composed once per method when the server is built, not as interceptors: ea
 from __future__ import annotations
 
 import asyncio
-import math
-import random
 import time
 import uuid
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, NoReturn
@@ -28,6 +25,7 @@ from grpc import aio
 from service import errors
 from service.auth.caller import Authenticate, Caller, authorise
 from service.rpc import status
+from service.rpc.admission import Admission, StreamAdmission
 from service.store.db.db_errors import to_service_error
 from service.telemetry import Observer
 
@@ -38,11 +36,6 @@ Context = aio.ServicerContext[Any, Any]
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Of a request, unpacked; beyond it REQUEST_TOO_LARGE."""
 
-REFUSALS = 200
-"""Refusals a second beyond which those who are refused are told to wait longer."""
-MIN_PAUSE, MAX_PAUSE = 0.25, 8.0
-"""Seconds that they are told to wait, half as much more or less."""
-
 
 @dataclass(slots=True)
 class Call:
@@ -51,114 +44,6 @@ class Call:
     caller: Caller
     deadline: float
     """When the answer is due, on the running loop's clock."""
-
-
-class Admission:
-    """How much work is let in at once, whose. Health checks do not pass here, so they answer also under overload.
-
-    One user alone may fill the limit. A quarter more is there for those who have little under way then, so that nobody who floods keeps
-    others out; the fuller that is, the less somebody may have to be let in.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.most = limit + max(1, limit // 4)
-        self.in_flight = 0
-        self.last_left = -math.inf
-        """When a call ended last, on the monotonic clock."""
-        self.draining = False
-        self._counts: dict[str, int] = {}
-        self._refusals = _Refusals()
-
-    def enter(self, owner_id: str) -> None:
-        """Let a user's call in; `leave` must follow.
-
-        Raises:
-            Unavailable: the server is going away (DRAINING).
-            Overloaded: too many calls are under way.
-        """
-        if self.draining:
-            raise draining()
-        count = self._counts.get(owner_id, 0)
-        if self.in_flight >= self.limit and count >= self.most - self.in_flight:
-            raise errors.Overloaded(
-                "too many calls are under way; try again", retry_after=self._refusals.pause()
-            )
-        self._counts[owner_id] = count + 1
-        self.in_flight += 1
-
-    def leave(self, owner_id: str) -> None:
-        """Note that a user's call has ended."""
-        self.in_flight -= 1
-        self.last_left = time.monotonic()
-        count = self._counts[owner_id]
-        if count > 1:
-            self._counts[owner_id] = count - 1
-        else:
-            del self._counts[owner_id]
-
-
-class Streams(Admission):
-    """The same for streams, which last. On one connection they may not take the place of all other calls, which would wait without a word."""
-
-    def __init__(self, limit: int, per_connection: int) -> None:
-        super().__init__(limit)
-        self._per_connection = per_connection
-        self._connections: Counter[str] = Counter()
-
-    @contextmanager
-    def entered(self, owner_id: str, peer: str) -> Generator[None]:
-        """Let a user's stream in for a block; `peer` is gRPC's name of the connection.
-
-        Raises:
-            Unavailable, Overloaded: as `enter`.
-            Overloaded: too many streams are open on this connection.
-        """
-        # All connections over a Unix socket have one name.
-        connection = "" if peer.startswith("unix:") else peer
-        if connection and self._connections[connection] >= self._per_connection:
-            raise errors.Overloaded(
-                f"{self._per_connection} streams are open on this connection; open another one",
-                retry_after=MAX_PAUSE,
-            )
-        self.enter(owner_id)
-        self._connections[connection] += 1
-        try:
-            yield
-        finally:
-            self.leave(owner_id)
-            self._connections[connection] -= 1
-            if not self._connections[connection]:
-                del self._connections[connection]
-
-
-class _Refusals:
-    """When those who are refused should come again: the more of them there are, the later, as each costs nearly what a call does."""
-
-    def __init__(self) -> None:
-        self._pause = MIN_PAUSE
-        self._second = 0.0
-        self._count = 0
-
-    def pause(self) -> float:
-        """Count a refusal and return for how many seconds to wait; never the same, so that they do not come together again."""
-        now = time.monotonic()
-        past = now - self._second
-        if past >= 1:
-            if self._count > REFUSALS and past < MAX_PAUSE:
-                self._pause = min(self._pause * 2, MAX_PAUSE)
-            elif self._count < REFUSALS / 2 or past >= MAX_PAUSE:
-                self._pause = max(self._pause / 2, MIN_PAUSE)
-            self._second, self._count = now, 0
-        self._count += 1
-        return self._pause * random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, keeps no secret
-
-
-def draining() -> errors.Unavailable:
-    """Make the error that sends a caller to another replica."""
-    return errors.Unavailable(
-        "this server is shutting down; try again", reason="DRAINING", retry_after=0.1
-    )
 
 
 class _Unread(Enum):
@@ -175,7 +60,7 @@ class Pipeline:
         self,
         authenticate: Authenticate,
         calls: Admission,
-        streams: Streams,
+        streams: StreamAdmission,
         call_timeout: float,
         observe: Observer | None = None,
         authorise: Callable[[str, Caller, Any], None] = authorise,
@@ -263,7 +148,7 @@ class Pipeline:
             try:
                 caller = await self._authenticate(context)
                 owner_id = _owner_id(caller, request)
-                with self._streams.entered(owner_id, context.peer()):
+                with self._streams.admitted(owner_id, context.peer()):
                     self._check(name, request, caller)
                     deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
                     async with aclosing(method(request, Call(caller, deadline))) as replies:

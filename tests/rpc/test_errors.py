@@ -222,7 +222,7 @@ async def test_a_server_that_goes_away_sends_its_callers_elsewhere(
     session_id = await chat.start()
     watch = chat.watch(session_id)
     await watch.read()
-    server.calls.draining = True
+    server.calls.is_draining = True
     server.watchers.close()
     for call in (chat.get_session(session_id), chat.append(session_id, "x"), watch.read()):
         found = await fails(call, "DRAINING")

@@ -174,7 +174,7 @@ async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(
                 while server.calls.in_flight < len(under_way):
                     await asyncio.sleep(0.01)
                 stopping = asyncio.create_task(server.stop())
-                while not server.calls.draining:
+                while not server.calls.is_draining:
                     await asyncio.sleep(0.01)
                 with pytest.raises(aio.AioRpcError) as refused:
                     await chat.get_session(session.id)
@@ -200,7 +200,7 @@ async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         stopping = asyncio.create_task(server.stop())
-        while not server.calls.draining:
+        while not server.calls.is_draining:
             await asyncio.sleep(0)
         assert not server.calls.in_flight
         with pytest.raises(aio.AioRpcError) as refused:

@@ -75,7 +75,7 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
         )
     finally:
         # Nobody calls any more, and hundreds of tests need not wait for those who do.
-        server.calls.last_left = -math.inf
+        server.calls.last_finished_at = -math.inf
         await server.stop()
     in_use = server.database.engine.pool.checkedout()  # type: ignore[attr-defined]
     assert in_use == 0, "connections were not given back to the pool"

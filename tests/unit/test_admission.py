@@ -1,4 +1,4 @@
-"""Who is let in when all is full, and when those who are not should come again."""
+"""Admission under load: which calls are admitted, and how long rejected callers back off."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import Overloaded, Unavailable
-from service.rpc import pipeline
-from service.rpc.pipeline import Admission
+from service.rpc import admission as admission_module
+from service.rpc.admission import Admission, RejectionBackoff
 
 
 def enters(admission: Admission, owner_id: str) -> bool:
@@ -28,7 +28,7 @@ def test_one_user_may_fill_the_limit_and_no_more() -> None:
     assert sum(enters(admission, "flood") for _ in range(1000)) == 100
 
 
-def test_who_comes_after_a_flood_is_let_in() -> None:
+def test_other_users_are_admitted_after_one_user_filled_the_limit() -> None:
     admission = Admission(100)
     while enters(admission, "flood"):
         pass
@@ -37,12 +37,12 @@ def test_who_comes_after_a_flood_is_let_in() -> None:
     assert not enters(admission, "flood")
 
 
-def test_many_users_at_once_are_bounded_too() -> None:
+def test_many_users_with_one_call_each_are_bounded_by_the_hard_limit() -> None:
     admission = Admission(100)
     assert sum(enters(admission, f"{n}") for n in range(1000)) == 125
 
 
-def test_what_has_left_makes_room() -> None:
+def test_a_finished_call_makes_room_for_another() -> None:
     admission = Admission(2)
     assert enters(admission, "a")
     assert enters(admission, "a")
@@ -54,9 +54,9 @@ def test_what_has_left_makes_room() -> None:
     assert (admission.in_flight, admission._counts) == (0, {})
 
 
-def test_nobody_is_let_in_where_all_is_going_away() -> None:
+def test_no_call_is_admitted_while_draining() -> None:
     admission = Admission(2)
-    admission.draining = True
+    admission.is_draining = True
     with pytest.raises(Unavailable):
         admission.enter("a")
 
@@ -64,44 +64,42 @@ def test_nobody_is_let_in_where_all_is_going_away() -> None:
 @given(
     st.integers(1, 20), st.lists(st.tuples(st.booleans(), st.sampled_from("abcdef")), max_size=200)
 )
-def test_the_counts_are_right_whatever_comes_and_goes(
+def test_counts_match_the_calls_in_flight_after_any_sequence(
     limit: int, steps: list[tuple[bool, str]]
 ) -> None:
     admission = Admission(limit)
-    inside: Counter[str] = Counter()
-    for comes, owner_id in steps:
-        if comes:
-            alone = not inside or set(inside) == {owner_id}
-            let_in = enters(admission, owner_id)
-            if alone:
-                assert let_in == (inside[owner_id] < limit)
-            inside[owner_id] += let_in
-        elif inside[owner_id]:
+    in_flight: Counter[str] = Counter()
+    for is_entering, owner_id in steps:
+        if is_entering:
+            is_alone = not in_flight or set(in_flight) == {owner_id}
+            is_admitted = enters(admission, owner_id)
+            if is_alone:
+                assert is_admitted == (in_flight[owner_id] < limit)
+            in_flight[owner_id] += is_admitted
+        elif in_flight[owner_id]:
             admission.leave(owner_id)
-            inside[owner_id] -= 1
-        inside += Counter()
-        assert admission.in_flight == inside.total() <= admission.most
-        assert admission._counts == inside
+            in_flight[owner_id] -= 1
+        in_flight += Counter()
+        assert admission.in_flight == in_flight.total() <= admission.hard_limit
+        assert admission._counts == in_flight
 
 
-def test_the_more_are_refused_the_later_they_are_to_come_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_backoff_grows_with_the_rate_of_rejections(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    refusals = pipeline._Refusals()
+    backoff = RejectionBackoff()
+    shortest, longest = admission_module.MIN_RETRY_AFTER_S, admission_module.MAX_RETRY_AFTER_S
+    frequent = 20 * admission_module.FREQUENT_REJECTIONS_PER_S
 
-    def second(count: int) -> float:
-        """Refuse so many within a second and return the longest pause that was told."""
+    def reject(count: int) -> float:
+        """Reject `count` calls within the next second; return the longest delay."""
         nonlocal now
         now += 1
-        return max(refusals.pause() for _ in range(count))
+        return max(backoff.next_delay() for _ in range(count))
 
-    first = second(1)
-    assert 0 < first < 2 * pipeline.MIN_PAUSE
-    many = [second(20 * pipeline.REFUSALS) for _ in range(20)]
-    assert many[-1] > pipeline.MAX_PAUSE
-    assert max(many) <= 1.5 * pipeline.MAX_PAUSE
-    few = [second(1) for _ in range(20)]
-    assert few[-1] < 2 * pipeline.MIN_PAUSE
-    assert len({refusals.pause() for _ in range(100)}) > 50, "they do not come together again"
+    assert 0 < reject(1) < 2 * shortest
+    delays = [reject(frequent) for _ in range(20)]
+    assert delays[-1] > longest
+    assert max(delays) <= 1.5 * longest
+    assert [reject(1) for _ in range(20)][-1] < 2 * shortest
+    assert len({backoff.next_delay() for _ in range(100)}) > 50, "jitter spreads the retries"

@@ -1,0 +1,137 @@
+"""Admission control: bounds the calls and streams in flight, and rejects the others fast."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from service import errors
+
+FREQUENT_REJECTIONS_PER_S = 200
+"""Above this rate of rejections, rejected callers are asked to back off longer."""
+MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 0.25, 8.0
+"""Bounds of the back-off before jitter of plus or minus a half."""
+
+
+class Admission:
+    """Bounds the calls in flight, fairly between users.
+
+    One user alone may fill the limit. A quarter more is reserved for users with few calls in
+    flight, so that a burst of one user does not keep the others out. The fuller that reserve is,
+    the fewer calls in flight a user may have to be admitted.
+
+    Health checks do not pass through admission, so they are answered under overload too.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.hard_limit = limit + max(1, limit // 4)
+        self.in_flight = 0
+        self.last_finished_at = -math.inf
+        """When a call last ended, on the monotonic clock."""
+        self.is_draining = False
+        self._counts: dict[str, int] = {}
+        self._backoff = RejectionBackoff()
+
+    def enter(self, owner_id: str) -> None:
+        """Admit a user's call; `leave` must follow.
+
+        Raises:
+            Unavailable: the server is shutting down (DRAINING).
+            Overloaded: too many calls are in flight.
+        """
+        if self.is_draining:
+            raise draining()
+        count = self._counts.get(owner_id, 0)
+        if self.in_flight >= self.limit and count >= self.hard_limit - self.in_flight:
+            raise errors.Overloaded(
+                "too many calls are in flight on this server; retry after the given delay",
+                retry_after=self._backoff.next_delay(),
+            )
+        self._counts[owner_id] = count + 1
+        self.in_flight += 1
+
+    def leave(self, owner_id: str) -> None:
+        """Record that an admitted call of a user has ended."""
+        self.in_flight -= 1
+        self.last_finished_at = time.monotonic()
+        count = self._counts[owner_id]
+        if count > 1:
+            self._counts[owner_id] = count - 1
+        else:
+            del self._counts[owner_id]
+
+
+class StreamAdmission(Admission):
+    """Admission for long-lived streams, which are also capped for each connection.
+
+    Without that cap, streams could use up the connection's concurrent HTTP/2 streams, and unary
+    calls on it would wait without an error.
+    """
+
+    def __init__(self, limit: int, per_connection: int) -> None:
+        super().__init__(limit)
+        self._per_connection = per_connection
+        self._connections: Counter[str] = Counter()
+
+    @contextmanager
+    def admitted(self, owner_id: str, peer: str) -> Generator[None]:
+        """Admit a user's stream for a block; `peer` is gRPC's name of the connection.
+
+        Raises:
+            Unavailable, Overloaded: as `enter`.
+            Overloaded: too many streams are open on this connection.
+        """
+        # All connections over a Unix socket have the same name.
+        connection = "" if peer.startswith("unix:") else peer
+        if connection and self._connections[connection] >= self._per_connection:
+            raise errors.Overloaded(
+                f"this connection has {self._per_connection} open streams, which is its limit; "
+                "open another connection",
+                retry_after=MAX_RETRY_AFTER_S,
+            )
+        self.enter(owner_id)
+        self._connections[connection] += 1
+        try:
+            yield
+        finally:
+            self.leave(owner_id)
+            self._connections[connection] -= 1
+            if not self._connections[connection]:
+                del self._connections[connection]
+
+
+class RejectionBackoff:
+    """Chooses the back-off of rejected callers.
+
+    A rejection costs nearly as much as a call, so the delay doubles while rejections are frequent.
+    """
+
+    def __init__(self) -> None:
+        self._delay_s = MIN_RETRY_AFTER_S
+        self._second_started_at = 0.0
+        self._count = 0
+
+    def next_delay(self) -> float:
+        """Count a rejection; return the delay in seconds, with jitter to spread the retries."""
+        now = time.monotonic()
+        elapsed_s = now - self._second_started_at
+        if elapsed_s >= 1:
+            if self._count > FREQUENT_REJECTIONS_PER_S and elapsed_s < MAX_RETRY_AFTER_S:
+                self._delay_s = min(self._delay_s * 2, MAX_RETRY_AFTER_S)
+            elif self._count < FREQUENT_REJECTIONS_PER_S / 2 or elapsed_s >= MAX_RETRY_AFTER_S:
+                self._delay_s = max(self._delay_s / 2, MIN_RETRY_AFTER_S)
+            self._second_started_at, self._count = now, 0
+        self._count += 1
+        return self._delay_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret depends on it
+
+
+def draining() -> errors.Unavailable:
+    """Return the error that makes a client retry, on another replica if there is one."""
+    return errors.Unavailable(
+        "this server is shutting down; retry", reason="DRAINING", retry_after=0.1
+    )
