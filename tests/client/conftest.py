@@ -1,4 +1,4 @@
-"""A client of the server under test."""
+"""Fixtures: a client of the server under test, and a user."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.support.clients import client_of
 
 @pytest.fixture
 async def client(server: Server) -> AsyncGenerator[ChatHistoryClient]:
-    """Give a client of the server; every caller is a service."""
+    """A client of the server. Every caller is a service."""
     async with client_of(server.address) as opened:
         yield opened
 
 
 @pytest.fixture
 async def owner(client: ChatHistoryClient) -> str:
-    """Give the id of a fresh user."""
-    return (await client.create_user(name="somebody")).id
+    """The ID of a new user."""
+    return (await client.create_user(name="Ada")).id

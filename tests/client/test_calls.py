@@ -1,4 +1,4 @@
-"""Calls, their errors, lists, ids and health, against a real server."""
+"""Calls, errors, lists, IDs, health and tracing, against a real server."""
 
 from __future__ import annotations
 
@@ -43,18 +43,20 @@ from tests.support.ports import NOBODY
 from tests.support.servers import serving
 
 
-async def test_field_violations_name_the_fields(client: ChatHistoryClient, owner: str) -> None:
+async def test_rejected_field_is_named_in_violations(client: ChatHistoryClient, owner: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         await client.append_messages(user_id=owner, messages=[message("user", "a\0b")])
 
     assert caught.value.reason == "FIELD_VIOLATION"
-    assert [found.field for found in caught.value.violations] == ["messages[0].content"]
+    assert [violation.field for violation in caught.value.violations] == ["messages[0].content"]
     assert isinstance(caught.value.violations[0], FieldViolation)
     assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
     assert "FIELD_VIOLATION" in str(caught.value)
 
 
-async def test_not_found_carries_the_id(client: ChatHistoryClient, owner: str) -> None:
+async def test_get_missing_session_raises_not_found_with_its_id(
+    client: ChatHistoryClient, owner: str
+) -> None:
     missing = new_id()
     with pytest.raises(NotFound) as caught:
         await client.get_session(user_id=owner, session_id=missing)
@@ -65,23 +67,27 @@ async def test_not_found_carries_the_id(client: ChatHistoryClient, owner: str) -
     )
 
 
-async def test_conflicts_are_told_apart(client: ChatHistoryClient, owner: str) -> None:
+async def test_conflicting_writes_raise_distinct_errors_and_reasons(
+    client: ChatHistoryClient, owner: str
+) -> None:
     reply = await client.append_messages(
         user_id=owner, messages=[message("user", "1"), message("user", "2")]
     )
-    place: dict[str, Any] = {"user_id": owner, "session_id": reply.session_id}
+    session: dict[str, Any] = {"user_id": owner, "session_id": reply.session_id}
 
     with pytest.raises(Conflict) as moved:
-        await client.append_messages(**place, messages=[message("user", "3")], expected_last_seq=1)
+        await client.append_messages(
+            **session, messages=[message("user", "3")], expected_last_seq=1
+        )
     with pytest.raises(AlreadyExists) as reused:
         await client.append_messages(
-            **place, messages=[message("user", "another", id=reply.messages[0].id)]
+            **session, messages=[message("user", "another", id=reply.messages[0].id)]
         )
     with pytest.raises(Conflict) as stale:
-        await client.update_session(**place, title="x", etag="stale")
-    await client.update_session(**place, state=SessionState.SESSION_STATE_ARCHIVED)
+        await client.update_session(**session, title="x", etag="stale")
+    await client.update_session(**session, state=SessionState.SESSION_STATE_ARCHIVED)
     with pytest.raises(FailedPrecondition) as archived:
-        await client.append_messages(**place, messages=[message("user", "4")])
+        await client.append_messages(**session, messages=[message("user", "4")])
 
     assert (moved.value.reason, moved.value.metadata["last_seq"]) == ("LAST_SEQ_MISMATCH", "2")
     assert reused.value.reason == "MESSAGE_ID_REUSED"
@@ -89,10 +95,10 @@ async def test_conflicts_are_told_apart(client: ChatHistoryClient, owner: str) -
     assert archived.value.reason == "SESSION_ARCHIVED"
 
 
-async def test_overload_says_when_to_come_back_and_is_not_tried_again(
+async def test_overloaded_call_raises_with_retry_after_and_is_not_retried(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries = counted(server, monkeypatch)
+    attempts = count_attempts(server, monkeypatch)
     for name in ("limit", "most"):
         monkeypatch.setattr(server.calls, name, 0)
     with pytest.raises(Overloaded) as caught:
@@ -100,16 +106,16 @@ async def test_overload_says_when_to_come_back_and_is_not_tried_again(
 
     assert caught.value.retry_after is not None
     assert caught.value.retry_after > 0
-    assert len(tries) == 1
+    assert len(attempts) == 1
 
 
-async def test_unavailable_is_tried_five_times(
+async def test_unavailable_call_is_attempted_five_times(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries: list[None] = []
+    attempts: list[None] = []
 
     def refuse(*_: object) -> None:
-        tries.append(None)
+        attempts.append(None)
         raise ServiceUnavailable("try again", reason="DATABASE_UNAVAILABLE", retry_after=0.1)
 
     monkeypatch.setattr(server.calls, "enter", refuse)
@@ -117,19 +123,19 @@ async def test_unavailable_is_tried_five_times(
         await client.get_user(user_id=owner)
 
     assert (caught.value.reason, caught.value.retry_after) == ("DATABASE_UNAVAILABLE", 0.1)
-    assert len(tries) == 5
+    assert len(attempts) == 5
 
 
-async def test_a_replica_that_shuts_down_is_asked_until_there_is_another(
+async def test_call_to_draining_replica_is_repeated_until_it_is_accepted_or_times_out(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries = counted(server, monkeypatch)
+    attempts = count_attempts(server, monkeypatch)
     monkeypatch.setattr(server.calls, "draining", True)
-    asking = asyncio.create_task(client.get_user(user_id=owner))
-    while len(tries) <= 10:  # More than gRPC makes for one call.
+    pending = asyncio.create_task(client.get_user(user_id=owner))
+    while len(attempts) <= 10:  # More attempts than gRPC makes for one call.
         await asyncio.sleep(0.01)
     monkeypatch.setattr(server.calls, "draining", False)
-    assert (await asking).id == owner
+    assert (await pending).id == owner
 
     monkeypatch.setattr(server.calls, "draining", True)
     with pytest.raises(Unavailable) as caught:
@@ -137,8 +143,8 @@ async def test_a_replica_that_shuts_down_is_asked_until_there_is_another(
     assert (caught.value.reason, caught.value.retry_after) == ("DRAINING", 0.1)
 
 
-async def test_what_reaches_a_server_as_it_closes_is_sent_again() -> None:
-    """gRPC itself cancels it, without a reason."""
+async def test_call_cancelled_by_a_closing_server_is_repeated() -> None:
+    """A closing gRPC server cancels such calls itself, without a reason."""
     calls = 0
 
     async def answer(_request: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
@@ -148,12 +154,12 @@ async def test_what_reaches_a_server_as_it_closes_is_sent_again() -> None:
             await context.abort(grpc.StatusCode.CANCELLED)
         return b""
 
-    async with answering(answer) as address, client_of(address) as client:
+    async with serving_get_user(answer) as address, client_of(address) as client:
         await client.get_user(user_id=new_id())
     assert calls == 3
 
 
-async def test_a_retry_that_gets_through_is_not_noticed(
+async def test_append_accepted_on_retry_is_not_reported_as_replayed(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server.calls, "draining", True)
@@ -161,26 +167,26 @@ async def test_a_retry_that_gets_through_is_not_noticed(
 
     reply = await client.append_messages(user_id=owner, messages=[message("user", "hello")])
 
-    assert [each.replayed for each in reply.messages] == [False]
+    assert [entry.replayed for entry in reply.messages] == [False]
 
 
-def counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Count the calls that reach the server's door."""
-    tries: list[None] = []
+def count_attempts(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Record one entry for each call that reaches the server's admission."""
+    attempts: list[None] = []
     enter = server.calls.enter
 
     def count(owner_id: str) -> None:
-        tries.append(None)
+        attempts.append(None)
         enter(owner_id)
 
     monkeypatch.setattr(server.calls, "enter", count)
-    return tries
+    return attempts
 
 
-async def test_ids_are_made_for_what_has_none_and_the_callers_messages_stay_as_they_are(
+async def test_append_without_ids_creates_them_and_leaves_the_passed_messages_unchanged(
     client: ChatHistoryClient, owner: str
 ) -> None:
-    bare = Message(role=Role.ROLE_USER, content="no id")
+    bare = Message(role=Role.ROLE_USER, content="no ID")
     first = await client.append_messages(user_id=owner, messages=[bare])
     again = await client.append_messages(
         user_id=owner, session_id=first.session_id, messages=[bare]
@@ -191,13 +197,13 @@ async def test_ids_are_made_for_what_has_none_and_the_callers_messages_stay_as_t
     assert uuid.UUID(first.messages[0].id).version == 7
 
 
-async def test_ids_sort_by_time_and_never_repeat() -> None:
-    made = [new_id() for _ in range(10_000)]
-    assert len(set(made)) == len(made)
-    assert [each[:8] for each in made] == sorted(each[:8] for each in made)
+async def test_new_ids_are_unique_and_sort_by_time() -> None:
+    ids = [new_id() for _ in range(10_000)]
+    assert len(set(ids)) == len(ids)
+    assert [id_[:8] for id_ in ids] == sorted(id_[:8] for id_ in ids)
 
 
-async def test_creating_again_with_the_same_id_is_safe(
+async def test_create_repeated_with_the_same_id_returns_the_stored_resource(
     client: ChatHistoryClient, owner: str
 ) -> None:
     session_id, user_id = new_id(), new_id()
@@ -214,7 +220,7 @@ async def test_creating_again_with_the_same_id_is_safe(
     assert users[0] == users[1]
 
 
-async def test_an_update_changes_what_is_given_and_can_clear(
+async def test_update_changes_only_the_passed_fields_and_clears_empty_ones(
     client: ChatHistoryClient, owner: str
 ) -> None:
     session = await client.create_session(user_id=owner, title="T", summary="S", metadata={"a": 1})
@@ -227,25 +233,27 @@ async def test_an_update_changes_what_is_given_and_can_clear(
         await client.update_session(user_id=owner, session_id=session.id)
 
 
-async def test_parts_and_metadata_travel(client: ChatHistoryClient, owner: str) -> None:
-    said = message(
+async def test_parts_and_metadata_are_stored_and_can_be_cleared(
+    client: ChatHistoryClient, owner: str
+) -> None:
+    sent = message(
         "user",
         "hi",
         parts=[Part(text="hi")],
         metadata={"n": {"l": [1, "two", None, True]}},
         token_count=3,
     )
-    reply = await client.append_messages(user_id=owner, messages=[said])
-    place: dict[str, Any] = {
+    reply = await client.append_messages(user_id=owner, messages=[sent])
+    ids: dict[str, Any] = {
         "user_id": owner,
         "session_id": reply.session_id,
-        "message_id": said.id,
+        "message_id": sent.id,
     }
 
-    stored = await client.get_message(**place)
-    assert (stored.parts, stored.metadata, stored.token_count) == (said.parts, said.metadata, 3)
+    stored = await client.get_message(**ids)
+    assert (stored.parts, stored.metadata, stored.token_count) == (sent.parts, sent.metadata, 3)
 
-    changed = await client.update_message(**place, parts=[], token_count=None)
+    changed = await client.update_message(**ids, parts=[], token_count=None)
     assert (len(changed.parts), changed.HasField("token_count"), changed.content) == (
         0,
         False,
@@ -253,24 +261,28 @@ async def test_parts_and_metadata_travel(client: ChatHistoryClient, owner: str) 
     )
 
 
-async def test_pages_and_items(client: ChatHistoryClient, owner: str) -> None:
+async def test_list_returns_all_items_by_iteration_and_one_page_by_await(
+    client: ChatHistoryClient, owner: str
+) -> None:
     reply = await client.append_messages(
         user_id=owner, messages=[message("user", str(n)) for n in range(7)]
     )
-    listed = client.list_messages(user_id=owner, session_id=reply.session_id, page_size=3)
-    newest = client.list_messages(
+    oldest_first = client.list_messages(user_id=owner, session_id=reply.session_id, page_size=3)
+    newest_first = client.list_messages(
         user_id=owner,
         session_id=reply.session_id,
         page_size=3,
         order=MessageOrder.MESSAGE_ORDER_DESC,
     )
 
-    assert [each.seq async for each in listed] == [1, 2, 3, 4, 5, 6, 7]
-    assert [len(page.messages) async for page in listed.pages()] == [3, 3, 1]
-    assert [each.seq for each in (await newest).messages] == [7, 6, 5]
+    assert [item.seq async for item in oldest_first] == [1, 2, 3, 4, 5, 6, 7]
+    assert [len(page.messages) async for page in oldest_first.pages()] == [3, 3, 1]
+    assert [item.seq for item in (await newest_first).messages] == [7, 6, 5]
 
 
-async def test_forks_and_erases(client: ChatHistoryClient, owner: str) -> None:
+async def test_fork_survives_the_deletion_of_its_source(
+    client: ChatHistoryClient, owner: str
+) -> None:
     reply = await client.append_messages(
         user_id=owner,
         messages=[message("user", "q"), message("assistant", "a")],
@@ -281,28 +293,30 @@ async def test_forks_and_erases(client: ChatHistoryClient, owner: str) -> None:
     await client.delete_session(user_id=owner, session_id=reply.session_id)
 
     assert (fork.title, fork.last_seq) == ("T", 1)
-    assert [each async for each in client.list_messages(user_id=owner, session_id=fork.id)] == []
+    assert [item async for item in client.list_messages(user_id=owner, session_id=fork.id)] == []
     with pytest.raises(NotFound):
         await client.delete_session(user_id=owner, session_id=reply.session_id)
     await client.delete_session(user_id=owner, session_id=reply.session_id, allow_missing=True)
 
 
-async def test_health(client: ChatHistoryClient) -> None:
+async def test_health_of_a_ready_server_is_serving_by_name(client: ChatHistoryClient) -> None:
     await client.wait_until_ready(timeout=30)
     assert await client.check_health("database") is HealthStatus.SERVING
     assert await client.check_health("liveness") is HealthStatus.SERVING
     assert await client.check_health("no such name") is HealthStatus.UNKNOWN
 
 
-async def test_health_of_nothing_is_unreachable_at_once() -> None:
-    async with client_of(NOBODY) as nobody:
+async def test_health_without_a_server_is_unreachable_before_its_timeout() -> None:
+    async with client_of(NOBODY) as client:
         async with asyncio.timeout(15):
-            assert await nobody.check_health("database", timeout=30) is HealthStatus.UNREACHABLE
+            assert await client.check_health("database", timeout=30) is HealthStatus.UNREACHABLE
         with pytest.raises(Unavailable, match=r"not ready after 0\.2 s"):
-            await nobody.wait_until_ready(timeout=0.2)
+            await client.wait_until_ready(timeout=0.2)
 
 
-async def test_more_streams_than_a_connection_takes_get_another(database_url: str) -> None:
+async def test_streams_beyond_the_limit_of_a_channel_open_another_channel(
+    database_url: str,
+) -> None:
     count = MAX_STREAMS_PER_CHANNEL + 20
     async with (
         serving(database_url, max_calls_per_connection=2 * MAX_STREAMS_PER_CHANNEL) as server,
@@ -311,22 +325,22 @@ async def test_more_streams_than_a_connection_takes_get_another(database_url: st
     ):
         owner = (await client.create_user()).id
         session = await client.create_session(user_id=owner)
-        names: dict[str, Any] = {"user_id": owner, "session_id": session.id}
-        opened = [client.watch_messages(**names) for _ in range(count)]
-        for each in opened:
-            stack.push_async_callback(each.aclose)
-        following = [asyncio.create_task(anext(each)) for each in opened]
+        ids: dict[str, Any] = {"user_id": owner, "session_id": session.id}
+        streams = [client.watch_messages(**ids) for _ in range(count)]
+        for stream in streams:
+            stack.push_async_callback(stream.aclose)
+        first_items = [asyncio.create_task(anext(stream)) for stream in streams]
         async with asyncio.timeout(30):
             while server.streams.in_flight < count:
                 await asyncio.sleep(0.01)
-            reply = await client.append_messages(messages=[message("user", "Hello, all")], **names)
-            assert [each.id for each in await asyncio.gather(*following)] == [
+            reply = await client.append_messages(messages=[message("user", "Hello, all")], **ids)
+            assert [item.id for item in await asyncio.gather(*first_items)] == [
                 reply.messages[0].id
             ] * count
         assert server.streams.in_flight == count
 
 
-async def test_a_closed_client_says_so(server: Server) -> None:
+async def test_calls_of_a_closed_client_report_that_it_is_closed(server: Server) -> None:
     async with client_of(server.address) as client:
         owner = (await client.create_user()).id
         session = await client.create_session(user_id=owner)
@@ -341,33 +355,33 @@ async def test_a_closed_client_says_so(server: Server) -> None:
         await client.get_user(user_id=owner)
 
 
-async def test_a_cancelled_call_is_cancelled(client: ChatHistoryClient, owner: str) -> None:
-    calling = asyncio.create_task(client.get_user(user_id=owner))
+async def test_cancelled_task_raises_cancelled_error(client: ChatHistoryClient, owner: str) -> None:
+    pending = asyncio.create_task(client.get_user(user_id=owner))
     await asyncio.sleep(0)
-    calling.cancel()
+    pending.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await calling
+        await pending
 
 
-def test_get_user_takes_one_key_only() -> None:
+def test_get_user_with_two_keys_raises_value_error() -> None:
     with pytest.raises(ValueError, match="pass only one of user_id, email"):
         asyncio.run(ChatHistoryClient().get_user(user_id="a", email="b"))
 
 
-def test_errors_without_details_keep_their_code() -> None:
-    spoilt = aio.Metadata(("grpc-status-details-bin", b"\xff\xff"))
-    for code, kind in (
+def test_error_with_corrupt_details_keeps_its_code_and_message() -> None:
+    corrupt = aio.Metadata(("grpc-status-details-bin", b"\xff\xff"))
+    for code, error_class in (
         (grpc.StatusCode.UNAVAILABLE, Unavailable),
         (grpc.StatusCode.UNKNOWN, ChatHistoryError),
     ):
-        error = from_rpc_error(aio.AioRpcError(code, aio.Metadata(), spoilt, "words", None))
-        assert type(error) is kind
-        assert (error.reason, error.message, error.code) == ("", "words", code)
+        error = from_rpc_error(aio.AioRpcError(code, aio.Metadata(), corrupt, "text", None))
+        assert type(error) is error_class
+        assert (error.reason, error.message, error.code) == ("", "text", code)
 
 
 @asynccontextmanager
-async def answering(answer: Callable[..., Awaitable[bytes]]) -> AsyncGenerator[str]:
-    """Serve GetUser by a function, and give the address."""
+async def serving_get_user(answer: Callable[..., Awaitable[bytes]]) -> AsyncGenerator[str]:
+    """Serve GetUser with a function, and yield the address."""
     methods = {"GetUser": grpc.unary_unary_rpc_method_handler(answer)}
     server = aio.server(
         handlers=[
@@ -381,48 +395,50 @@ async def answering(answer: Callable[..., Awaitable[bytes]]) -> AsyncGenerator[s
 
 
 @pytest.fixture
-async def mirror() -> AsyncGenerator[tuple[str, list[dict[str, Any]]]]:
-    """Give a server that answers every call with nothing and remembers its metadata."""
+async def metadata_recorder() -> AsyncGenerator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a server with empty responses, and the metadata that it received."""
     seen: list[dict[str, Any]] = []
 
     async def answer(_request: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
-        seen.append({key: value for key, value in context.invocation_metadata() or ()})  # noqa: C416 - pairs, whatever the types say
+        seen.append({key: value for key, value in context.invocation_metadata() or ()})  # noqa: C416
         return b""
 
-    async with answering(answer) as address:
+    async with serving_get_user(answer) as address:
         yield address, seen
 
 
-PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-async def test_the_trace_context_is_passed_on(mirror: tuple[str, list[dict[str, Any]]]) -> None:
-    address, seen = mirror
+async def test_trace_context_is_sent_inside_the_block_only(
+    metadata_recorder: tuple[str, list[dict[str, Any]]],
+) -> None:
+    address, seen = metadata_recorder
     async with client_of(address) as client:
-        with trace_context(PARENT, "vendor=1"):
+        with trace_context(TRACEPARENT, "vendor=1"):
             await client.get_user(user_id="u")
         with trace_context("not a trace", "vendor=1"):
             await client.get_user(user_id="u")
         await client.get_user(user_id="u")
 
-    assert [(each.get("traceparent"), each.get("tracestate")) for each in seen] == [
-        (PARENT, "vendor=1"),
+    assert [(metadata.get("traceparent"), metadata.get("tracestate")) for metadata in seen] == [
+        (TRACEPARENT, "vendor=1"),
         (None, None),
         (None, None),
     ]
 
 
-async def test_opentelemetrys_context_is_passed_on_where_it_is_in_use(
-    mirror: tuple[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+async def test_opentelemetry_context_is_sent_when_the_program_uses_it(
+    metadata_recorder: tuple[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Propagate:
         @staticmethod
         def inject(carrier: dict[str, str]) -> None:
-            carrier["traceparent"] = PARENT
+            carrier["traceparent"] = TRACEPARENT
 
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.propagate", Propagate)
-    address, seen = mirror
+    address, seen = metadata_recorder
     async with client_of(address) as client:
         await client.get_user(user_id="u")
 
-    assert seen[0]["traceparent"] == PARENT
+    assert seen[0]["traceparent"] == TRACEPARENT

@@ -1,4 +1,4 @@
-"""Every example in the client's docstrings does what it says."""
+"""The examples in the client's docstrings produce the documented output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CHECKER = doctest.OutputChecker()
 
 
 def _documented() -> Iterator[tuple[str, str]]:
-    """Yield every docstring of the client that has examples, with the name of what it stands at."""
+    """Yield every docstring of the client with the name of its module, class or function."""
     names = [
         module.name
         for module in pkgutil.iter_modules(chathistory_client.__path__, "chathistory_client.")
@@ -33,8 +33,12 @@ def _documented() -> Iterator[tuple[str, str]]:
     for name in ["chathistory_client", *names]:
         module = importlib.import_module(name)
         yield name, module.__doc__ or ""
-        own = [(k, v) for k, v in vars(module).items() if getattr(v, "__module__", "") == name]
-        for key, value in own:
+        members = [
+            (key, value)
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", "") == name
+        ]
+        for key, value in members:
             yield f"{name}.{key}", inspect.getdoc(value) or ""
             if inspect.isclass(value):
                 for method, function in vars(value).items():
@@ -46,8 +50,8 @@ EXAMPLES = {name: text for name, text in _documented() if ">>>" in text}
 
 
 async def _run(source: str, namespace: dict[str, Any]) -> str:
-    """Run one example, which may await, as the interactive interpreter would, and return what it prints."""
-    printed = io.StringIO()  # And not standard output, where the server of the test writes its log.
+    """Run one example, which may use `await`, as the REPL would, and return its output."""
+    printed = io.StringIO()  # Standard output also holds the log of the server under test.
 
     def show(value: object) -> None:
         if value is not None:
@@ -66,7 +70,9 @@ async def _run(source: str, namespace: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-async def test_example(name: str, client: ChatHistoryClient, owner: str, server: Server) -> None:
+async def test_example_prints_the_documented_output(
+    name: str, client: ChatHistoryClient, owner: str, server: Server
+) -> None:
     namespace: dict[str, Any] = {
         key: getattr(chathistory_client, key) for key in chathistory_client.__all__
     }
@@ -74,9 +80,9 @@ async def test_example(name: str, client: ChatHistoryClient, owner: str, server:
     for example in _PARSER.get_examples(EXAMPLES[name]):
         printed = await _run(example.source, namespace)
         assert _CHECKER.check_output(example.want, printed, 0), (
-            f"{example.source}wants {example.want!r}, got {printed!r}"
+            f"{example.source}: expected {example.want!r}, got {printed!r}"
         )
 
 
-def test_what_matters_has_examples() -> None:
+def test_examples_are_found() -> None:
     assert len(EXAMPLES) >= 15

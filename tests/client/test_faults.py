@@ -1,4 +1,4 @@
-"""Retries, deadlines and resumption, with a proxy between the client and a real server that cuts, delays and black-holes."""
+"""Retries, deadlines and resumption, through a proxy that cuts, delays and black-holes."""
 
 from __future__ import annotations
 
@@ -14,113 +14,116 @@ from tests.conftest import StartProcess
 from tests.support.clients import client_of
 from tests.support.proxy import Proxy, Way
 
-pytestmark = pytest.mark.faults  # Takes long.
+pytestmark = pytest.mark.faults
 
-PATIENCE = 30.0
-"""Seconds to wait for what must come."""
+TIMEOUT_S = 30.0
 
 
 @pytest.fixture
 async def proxy(server: Server) -> AsyncGenerator[Proxy]:
-    """Give a proxy before the server."""
+    """A proxy in front of the server."""
     async with Proxy(server.address) as started:
         yield started
 
 
 @pytest.fixture
-async def through(proxy: Proxy) -> AsyncGenerator[ChatHistoryClient]:
-    """Give a client whose connection passes through the proxy."""
+async def proxied(proxy: Proxy) -> AsyncGenerator[ChatHistoryClient]:
+    """A client whose connections pass through the proxy."""
     async with client_of(proxy.address) as opened:
         yield opened
 
 
 @pytest.mark.parametrize("size", [10, 240_000], ids=["small", "large"])
-async def test_a_reply_that_is_lost_is_asked_for_again_and_nothing_is_stored_twice(
-    client: ChatHistoryClient, through: ChatHistoryClient, proxy: Proxy, owner: str, size: int
+async def test_append_with_a_lost_reply_is_retried_and_stored_once(
+    client: ChatHistoryClient, proxied: ChatHistoryClient, proxy: Proxy, owner: str, size: int
 ) -> None:
-    session = await through.create_session(user_id=owner)
-    said = [message("user", str(n) * size) for n in range(4)]
+    session = await proxied.create_session(user_id=owner)
+    messages = [message("user", str(n) * size) for n in range(4)]
     proxy.hold(Way.DOWN)
     appending = asyncio.create_task(
-        through.append_messages(user_id=owner, session_id=session.id, messages=said)
+        proxied.append_messages(user_id=owner, session_id=session.id, messages=messages)
     )
-    await stored(client, owner, session.id, 4)
+    await wait_for_stored(client, owner, session.id, 4)
     proxy.cut()
     proxy.let_pass()
 
     reply = await appending
 
-    assert [(each.id, each.seq, each.replayed) for each in reply.messages] == [
-        (each.id, n, True) for n, each in enumerate(said, 1)
+    assert [(entry.id, entry.seq, entry.replayed) for entry in reply.messages] == [
+        (sent.id, seq, True) for seq, sent in enumerate(messages, 1)
     ]
-    await stored(client, owner, session.id, 4)
+    await wait_for_stored(client, owner, session.id, 4)
 
 
-async def test_a_session_that_is_started_by_a_lost_call_is_started_once(
-    client: ChatHistoryClient, through: ChatHistoryClient, proxy: Proxy, owner: str
+async def test_append_that_creates_a_session_with_a_lost_reply_creates_it_once(
+    client: ChatHistoryClient, proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
-    await through.get_user(user_id=owner)
+    await proxied.get_user(user_id=owner)
     proxy.hold(Way.DOWN)
     appending = asyncio.create_task(
-        through.append_messages(user_id=owner, messages=[message("user", "hello")])
+        proxied.append_messages(user_id=owner, messages=[message("user", "hello")])
     )
-    async with asyncio.timeout(PATIENCE):
-        while not [each async for each in client.list_sessions(user_id=owner)]:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not [item async for item in client.list_sessions(user_id=owner)]:
             await asyncio.sleep(0.02)
     proxy.cut()
     proxy.let_pass()
 
     reply = await appending
 
-    assert [each.id async for each in client.list_sessions(user_id=owner)] == [reply.session_id]
+    assert [item.id async for item in client.list_sessions(user_id=owner)] == [reply.session_id]
 
 
-async def test_creating_with_ids_of_the_clients_own_survives_a_lost_reply(
-    client: ChatHistoryClient, through: ChatHistoryClient, proxy: Proxy, owner: str
+async def test_create_session_with_a_lost_reply_creates_it_once(
+    client: ChatHistoryClient, proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
-    await through.get_user(user_id=owner)
+    await proxied.get_user(user_id=owner)
     proxy.hold(Way.DOWN)
-    creating = asyncio.create_task(through.create_session(user_id=owner, title="once"))
-    async with asyncio.timeout(PATIENCE):
-        while not [each async for each in client.list_sessions(user_id=owner)]:
+    creating = asyncio.create_task(proxied.create_session(user_id=owner, title="once"))
+    async with asyncio.timeout(TIMEOUT_S):
+        while not [item async for item in client.list_sessions(user_id=owner)]:
             await asyncio.sleep(0.02)
     proxy.cut()
     proxy.let_pass()
 
     session = await creating
 
-    assert [each.id async for each in client.list_sessions(user_id=owner)] == [session.id]
+    assert [item.id async for item in client.list_sessions(user_id=owner)] == [session.id]
 
 
-async def test_a_black_hole_ends_at_the_deadline(
-    through: ChatHistoryClient, proxy: Proxy, owner: str
+async def test_black_holed_call_raises_deadline_exceeded_on_time(
+    proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
-    await through.get_user(user_id=owner)
+    await proxied.get_user(user_id=owner)
     proxy.hold()
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded) as caught:
-        await through.get_user(user_id=owner, timeout=0.5)
+        await proxied.get_user(user_id=owner, timeout=0.5)
 
     assert 0.4 < time.monotonic() - started < 8
     assert caught.value.reason == ""
     proxy.let_pass()
-    assert (await through.get_user(user_id=owner)).id == owner
+    assert (await proxied.get_user(user_id=owner)).id == owner
 
 
-async def test_a_slow_way_is_no_error(through: ChatHistoryClient, proxy: Proxy, owner: str) -> None:
+async def test_call_over_a_slow_connection_succeeds(
+    proxied: ChatHistoryClient, proxy: Proxy, owner: str
+) -> None:
     proxy.delay = 0.2
-    assert (await through.get_user(user_id=owner)).id == owner
+    assert (await proxied.get_user(user_id=owner)).id == owner
 
 
-async def test_the_client_waits_for_a_server_that_is_away(
-    through: ChatHistoryClient, proxy: Proxy, owner: str
+async def test_call_waits_until_the_server_accepts_connections(
+    proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
     proxy.refuse()
     asyncio.get_running_loop().call_later(1.0, proxy.accept)
-    assert (await through.get_user(user_id=owner)).id == owner
+    assert (await proxied.get_user(user_id=owner)).id == owner
 
 
-async def test_the_client_fails_at_once_where_that_is_wanted(proxy: Proxy, owner: str) -> None:
+async def test_call_without_wait_for_ready_fails_before_its_deadline(
+    proxy: Proxy, owner: str
+) -> None:
     proxy.refuse()
     async with client_of(proxy.address, wait_for_ready=False) as client:
         started = time.monotonic()
@@ -129,29 +132,29 @@ async def test_the_client_fails_at_once_where_that_is_wanted(proxy: Proxy, owner
         assert time.monotonic() - started < 8
 
 
-async def test_a_watch_goes_on_after_every_break(
-    client: ChatHistoryClient, through: ChatHistoryClient, proxy: Proxy, owner: str
+async def test_watch_resumes_after_each_lost_connection(
+    client: ChatHistoryClient, proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
     session = await client.create_session(user_id=owner)
     seen: list[int] = []
 
-    watching = asyncio.create_task(watch(through, owner, session.id, seen))
-    for breaking in range(4):
+    watching = asyncio.create_task(watch(proxied, owner, session.id, seen))
+    for cut_count in range(4):
         await client.append_messages(
             user_id=owner,
             session_id=session.id,
             messages=[message("user", str(n)) for n in range(3)],
         )
-        await reaches(seen, 3 * (breaking + 1))
+        await wait_for_seen(seen, 3 * (cut_count + 1))
         proxy.cut()
     proxy.refuse()
     await client.append_messages(
-        user_id=owner, session_id=session.id, messages=[message("user", "meanwhile")]
+        user_id=owner, session_id=session.id, messages=[message("user", "while refused")]
     )
     await asyncio.sleep(0.3)
     assert not watching.done()
     proxy.accept()
-    await reaches(seen, 13)
+    await wait_for_seen(seen, 13)
 
     assert seen == list(range(1, 14))
     await client.delete_session(user_id=owner, session_id=session.id)
@@ -159,28 +162,28 @@ async def test_a_watch_goes_on_after_every_break(
         await watching
 
 
-async def test_a_watch_in_a_black_hole_notices_by_keepalive(
+async def test_watch_in_a_black_hole_resumes_by_keepalive(
     client: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
     session = await client.create_session(user_id=owner)
-    quick: list[tuple[str, int | str]] = [
+    keepalive: list[tuple[str, int | str]] = [
         ("grpc.keepalive_time_ms", 1000),
         ("grpc.http2.ping_timeout_ms", 500),
     ]
     seen: list[int] = []
-    async with client_of(proxy.address, options=quick) as watcher:
+    async with client_of(proxy.address, options=keepalive) as watcher:
         watching = asyncio.create_task(watch(watcher, owner, session.id, seen))
         await client.append_messages(
             user_id=owner, session_id=session.id, messages=[message("user", "1")]
         )
-        await reaches(seen, 1)
-        # From now on nothing passes on the old connection, for good; a new one is fine.
-        dead = set(proxy.links)
-        proxy.tap = lambda link, _way, _piece: link not in dead
+        await wait_for_seen(seen, 1)
+        # The connections that exist now are black-holed for good. New ones work.
+        black_holed = set(proxy.links)
+        proxy.tap = lambda link, _way, _piece: link not in black_holed
         await client.append_messages(
             user_id=owner, session_id=session.id, messages=[message("user", "2")]
         )
-        await reaches(seen, 2)
+        await wait_for_seen(seen, 2)
         watching.cancel()
         await asyncio.wait([watching])
     proxy.cut()
@@ -188,7 +191,9 @@ async def test_a_watch_in_a_black_hole_notices_by_keepalive(
     assert seen == [1, 2]
 
 
-async def test_a_watch_survives_restarts_of_the_server(start_process: StartProcess) -> None:
+async def test_watch_resumes_after_a_crash_and_after_a_drain_of_the_server(
+    start_process: StartProcess,
+) -> None:
     first = await start_process()
     async with Proxy(first.address) as proxy, client_of(proxy.address) as client:
         owner = (await client.create_user()).id
@@ -207,66 +212,69 @@ async def test_a_watch_survives_restarts_of_the_server(start_process: StartProce
         second = await start_process()
         proxy.upstream = second.address
         await append(3)
-        await reaches(seen, 6)
-        await second.stop()  # In good order: DRAINING.
+        await wait_for_seen(seen, 6)
+        await second.stop()  # An orderly stop: the stream ends with DRAINING.
         proxy.upstream = (await start_process()).address
         await append(3)
-        await reaches(seen, 9)
+        await wait_for_seen(seen, 9)
         watching.cancel()
         await asyncio.wait([watching])
 
     assert seen == list(range(1, 10))
 
 
-async def test_replicas_behind_one_name_share_the_calls_and_one_may_go(
+async def test_replicas_of_one_target_share_calls_and_calls_survive_the_loss_of_one(
     start_process: StartProcess,
 ) -> None:
-    one, two = await start_process(), await start_process()
+    replicas = [await start_process() for _ in range(2)]
     async with (
-        Proxy(one.address) as first,
-        Proxy(two.address) as second,
-        # What DNS gives as the addresses of one name.
+        Proxy(replicas[0].address) as first,
+        Proxy(replicas[1].address) as second,
+        # Equivalent to a DNS name with two addresses.
         client_of(f"ipv4:{first.address},{second.address}") as client,
     ):
         owner = (await client.create_user()).id
 
-        def passed() -> list[int]:
+        def transferred() -> list[int]:
+            """Return the bytes that passed each proxy."""
             return [
-                sum(sum(link.passed.values()) for link in each.links) for each in (first, second)
+                sum(sum(link.passed.values()) for link in proxy.links) for proxy in (first, second)
             ]
 
-        # One connection may stand before the other; from then on they take turns.
-        async with asyncio.timeout(PATIENCE):
-            while min(passed()) < 1000:
+        # One connection may be ready before the other. Round robin needs both.
+        async with asyncio.timeout(TIMEOUT_S):
+            while min(transferred()) < 1000:
                 await client.get_user(user_id=owner)
-        before = passed()
+        before = transferred()
         for _ in range(20):
             await client.get_user(user_id=owner)
-        shares = [now - then for now, then in zip(passed(), before, strict=True)]
+        shares = [now - then for now, then in zip(transferred(), before, strict=True)]
         assert min(shares) > 0.3 * max(shares)
-        await one.kill()
+        await replicas[0].kill()
         first.refuse()
         for _ in range(20):
             await client.get_user(user_id=owner, timeout=10)
 
 
 async def watch(client: ChatHistoryClient, owner: str, session_id: str, seen: list[int]) -> None:
-    """Follow a session and note what comes."""
-    async for each in client.watch_messages(user_id=owner, session_id=session_id):
-        seen.append(each.seq)  # noqa: PERF401 - others read it meanwhile
+    """Watch a session and record the `seq` of each message."""
+    async for item in client.watch_messages(user_id=owner, session_id=session_id):
+        seen.append(item.seq)  # noqa: PERF401 - the test reads it concurrently
 
 
-async def stored(client: ChatHistoryClient, owner: str, session_id: str, count: int) -> None:
-    """Wait until a session has so many messages."""
-    async with asyncio.timeout(PATIENCE):
+async def wait_for_stored(
+    client: ChatHistoryClient, owner: str, session_id: str, count: int
+) -> None:
+    """Wait until the session has `count` messages."""
+    async with asyncio.timeout(TIMEOUT_S):
         while (
             await client.get_session(user_id=owner, session_id=session_id)
         ).message_count != count:
             await asyncio.sleep(0.02)
 
 
-async def reaches(seen: list[int], count: int, seconds: float = PATIENCE) -> None:
-    """Wait until so many have been seen."""
-    async with asyncio.timeout(seconds):
+async def wait_for_seen(seen: list[int], count: int) -> None:
+    """Wait until `count` messages were received."""
+    async with asyncio.timeout(TIMEOUT_S):
         while len(seen) < count:
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""docs/how-to/fastapi.md, followed word for word: what it says to write is put together, run and used."""
+"""The code of docs/how-to/fastapi.md, assembled in its order, works as a backend."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ OTHERS = "00000000-0000-4000-8000-000000000009"
 
 
 def blocks(heading: str) -> list[str]:
-    """Return the code of a section, without what stands there as the code of before."""
+    """Return the code blocks of a section, except those introduced with "Before:"."""
     [section] = re.findall(rf"^## {heading}.*?(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     return [
         code
-        for said, code in re.findall(
+        for text, code in re.findall(
             r"(.*?)^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL
         )
-        if "Before:" not in said
+        if "Before:" not in text
     ]
 
 
 class ChatIn(BaseModel):
-    """What the backend's developer has already; with the field that the page says to add."""
+    """The backend's existing model, with the field that the page adds."""
 
     message: str
     session_id: UUID | None = None
@@ -54,40 +54,52 @@ class ChatOut(BaseModel):
 
 
 async def llm(conversation: list[dict[str, str]]) -> str:
-    return f"You have said {sum(each['role'] == 'user' for each in conversation)} things."
+    return f"You have said {sum(item['role'] == 'user' for item in conversation)} things."
 
 
-async def somebody(request: Request) -> Any:
+async def current_user(request: Request) -> Any:
     return SimpleNamespace(id=request.headers["x-user"])
 
 
-def developers_own() -> dict[str, Any]:
-    """Return the names that an existing backend has: its framework's, its models', its language model."""
+def backend_names() -> dict[str, Any]:
+    """Return the names that an existing backend defines: framework, models and language model."""
     return {
-        "Annotated": Annotated, "AsyncIterator": AsyncIterator, "ChatIn": ChatIn, "ChatOut": ChatOut, "Depends": Depends,
-        "FastAPI": FastAPI, "HTTPException": HTTPException, "JSONResponse": JSONResponse, "MyUser": SimpleNamespace,
-        "Request": Request, "User": Annotated[Any, Depends(somebody)], "asynccontextmanager": asynccontextmanager,
-        "llm": llm, "os": os,
-    }  # fmt: skip
+        "Annotated": Annotated,
+        "AsyncIterator": AsyncIterator,
+        "ChatIn": ChatIn,
+        "ChatOut": ChatOut,
+        "Depends": Depends,
+        "FastAPI": FastAPI,
+        "HTTPException": HTTPException,
+        "JSONResponse": JSONResponse,
+        "MyUser": SimpleNamespace,
+        "Request": Request,
+        "User": Annotated[Any, Depends(current_user)],
+        "asynccontextmanager": asynccontextmanager,
+        "llm": llm,
+        "os": os,
+    }
 
 
-async def written(namespace: dict[str, Any], *headings: str) -> None:
-    """Run the code of sections, in their order."""
+async def run_sections(namespace: dict[str, Any], *headings: str) -> None:
+    """Run the code of the sections, in the given order."""
     for heading in headings:
         for code in blocks(heading):
             compiled = compile(
                 code, f"fastapi.md, {heading}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
             )
-            done = eval(compiled, namespace)
-            if inspect.iscoroutine(done):
-                await done
+            result = eval(compiled, namespace)
+            if inspect.iscoroutine(result):
+                await result
 
 
-async def test_a_backend_as_the_page_says(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_backend_built_from_the_page_works(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HISTORY", server.address)
     monkeypatch.setenv("GRPC_ENABLE_HTTP_PROXY", "0")
-    namespace = developers_own()
-    await written(namespace, "3", "4", "5", "7")
+    namespace = backend_names()
+    await run_sections(namespace, "3", "4", "5", "7")
     async with (
         client_of(server.address) as client,
         serving_http(namespace["app"]) as address,
@@ -96,40 +108,43 @@ async def test_a_backend_as_the_page_says(server: Server, monkeypatch: pytest.Mo
         me = await namespace["history_user"](client, SimpleNamespace(id=7, name="Ada"))
         assert me == await namespace["history_user"](client, SimpleNamespace(id=7, name="Ada"))
         browser.headers["x-user"] = me
-        first = await browser.ask("Hello", message_id=(again := str(uuid4())))
-        assert first == await browser.ask("Hello", message_id=again)
+        first = await browser.ask("Hello", message_id=(message_id := str(uuid4())))
+        assert first == await browser.ask("Hello", message_id=message_id)
         second = await browser.ask("And?", session_id=first["session_id"])
         assert second == {"answer": "You have said 2 things.", "session_id": first["session_id"]}
         page = await client.list_messages(user_id=me, session_id=first["session_id"])
-        assert [each.seq for each in page.messages] == [1, 2, 3, 4]
+        assert [item.seq for item in page.messages] == [1, 2, 3, 4]
         foreign = await browser.post("/chat", json={"message": "?", "session_id": OTHERS})
         assert (foreign.status_code, foreign.json()["reason"]) == (404, "SESSION_NOT_FOUND")
         assert (await browser.get("/db-health")).json() == {"database": "serving"}
 
 
-async def test_old_conversations_come_along_as_the_page_says(client: ChatHistoryClient) -> None:
+async def test_import_of_old_conversations_can_be_repeated(client: ChatHistoryClient) -> None:
     now = datetime.now(UTC)
     user, session = (
         SimpleNamespace(id=uuid4(), login="ada"),
-        SimpleNamespace(id=uuid4(), title="Of old"),
+        SimpleNamespace(id=uuid4(), title="Old"),
     )
     rows = [
         SimpleNamespace(id=uuid4(), role="user", content=f"{n}", created_at=now) for n in range(250)
     ]
 
-    async def one(thing: Any) -> AsyncIterator[Any]:
-        yield thing
+    async def single(item: Any) -> AsyncIterator[Any]:
+        yield item
 
-    namespace = developers_own() | {
-        "history": client, "old_users": lambda: one(user), "old_sessions": lambda _: one(session), "old_messages": lambda _: rows,
-    }  # fmt: skip
+    namespace = backend_names() | {
+        "history": client,
+        "old_users": lambda: single(user),
+        "old_sessions": lambda _: single(session),
+        "old_messages": lambda _: rows,
+    }
     for _ in range(2):  # "It can be broken off and run again."
-        await written(namespace, "8")
-        found = [
-            each
-            async for each in client.list_messages(user_id=str(user.id), session_id=str(session.id))
+        await run_sections(namespace, "8")
+        stored = [
+            item
+            async for item in client.list_messages(user_id=str(user.id), session_id=str(session.id))
         ]
-        assert [each.content for each in found] == [row.content for row in rows]
+        assert [item.content for item in stored] == [row.content for row in rows]
     assert (
         await client.get_session(user_id=str(user.id), session_id=str(session.id))
-    ).title == "Of old"
+    ).title == "Old"

@@ -1,4 +1,4 @@
-"""The client is a distribution of its own: it installs alone, brings nothing of the server, and works."""
+"""The client's wheel installs without the server's dependencies, and works."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from service.server import Server
 from tests.support.commands import run
 
 ROOT = Path(__file__).resolve().parents[2]
-# What grpcio itself asks for comes along.
+# typing-extensions is a dependency of grpcio.
 ALLOWED = {
-    "chathistory-client", "chathistory-stubs", "googleapis-common-protos", "grpcio", "protobuf", "typing-extensions",
-}  # fmt: skip
-USE = """
+    "chathistory-client",
+    "chathistory-stubs",
+    "googleapis-common-protos",
+    "grpcio",
+    "protobuf",
+    "typing-extensions",
+}
+PROGRAM = """
 import asyncio, sys
 from chathistory_client import ChatHistoryClient, message
 
@@ -26,7 +31,7 @@ async def main():
         user = await client.create_user(name="Ada")
         reply = await client.append_messages(user_id=user.id, messages=[message("user", "Hello!")])
         page = await client.list_messages(user_id=user.id, session_id=reply.session_id)
-        print([each.content for each in page.messages])
+        print([item.content for item in page.messages])
 
 asyncio.run(main())
 """
@@ -34,7 +39,9 @@ asyncio.run(main())
 
 @pytest.mark.network
 @pytest.mark.timeout(600)
-async def test_the_client_installs_alone_and_works(server: Server, tmp_path: Path) -> None:
+async def test_client_wheel_installs_with_its_own_dependencies_only_and_works(
+    server: Server, tmp_path: Path
+) -> None:
     def install() -> Path:
         for project in ("generated", "client"):
             run(
@@ -74,7 +81,7 @@ async def test_the_client_installs_alone_and_works(server: Server, tmp_path: Pat
             *wheels,
             cwd=tmp_path,
         )
-        listed = json.loads(
+        packages = json.loads(
             run(
                 uv,
                 "pip",
@@ -87,11 +94,11 @@ async def test_the_client_installs_alone_and_works(server: Server, tmp_path: Pat
                 cwd=tmp_path,
             )
         )
-        assert {each["name"] for each in listed} <= ALLOWED
+        assert {package["name"] for package in packages} <= ALLOWED
         return python
 
     python = await asyncio.to_thread(install)
-    said = await asyncio.to_thread(
-        run, python, "-W", "error", "-c", USE, server.address, cwd=tmp_path
+    output = await asyncio.to_thread(
+        run, python, "-W", "error", "-c", PROGRAM, server.address, cwd=tmp_path
     )
-    assert said.strip() == "['Hello!']"
+    assert output.strip() == "['Hello!']"

@@ -1,4 +1,4 @@
-"""Replicas are replaced one after the other under load, as a deployment does it: whoever uses the client library notices nothing."""
+"""A rolling restart under load causes no error for users of the client library."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.support.servers import ServerProcess
 USERS = 12
 
 
-async def replaced(process: ServerProcess, start_process: StartProcess) -> ServerProcess:
-    """End a replica as a deployment does, and start the next one in its place."""
+async def replace(process: ServerProcess, start_process: StartProcess) -> ServerProcess:
+    """Stop a replica as a deployment does, and start its successor at the same address."""
     process.send(signal.SIGTERM)
-    # Well within the grace, though streams are open.
+    # Within the grace period of 60 s, although streams are open.
     assert await process.wait(30) == 0
     log = await asyncio.to_thread(process.log.read_text)
     assert "Traceback" not in log
@@ -32,7 +32,7 @@ async def replaced(process: ServerProcess, start_process: StartProcess) -> Serve
 @pytest.mark.faults
 @pytest.mark.case(n=17)
 @pytest.mark.timeout(240)
-async def test_a_rolling_restart_shows_users_no_error(
+async def test_rolling_restart_under_load_causes_no_client_error(
     start_process: StartProcess, database_url: str
 ) -> None:
     replicas = [await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60") for _ in range(2)]
@@ -41,7 +41,7 @@ async def test_a_rolling_restart_shows_users_no_error(
         for _ in range(2):
             for number, replica in enumerate(replicas):
                 await asyncio.sleep(1)
-                replicas[number] = await replaced(replica, start_process)
+                replicas[number] = await replace(replica, start_process)
         await asyncio.sleep(1)
     for record in records:
         assert judge(record, await history(database_url, record.user_id, record.session_id)) == []

@@ -1,4 +1,4 @@
-"""Tokens and TLS, against a server that wants them."""
+"""Tokens and TLS, against a server that requires them."""
 
 from __future__ import annotations
 
@@ -27,25 +27,28 @@ from tests.support.ports import NOBODY
 from tests.support.servers import serving
 
 JWT: dict[str, Any] = {
-    "auth": "jwt", "jwt_key": issuer.SECRET, "jwt_issuer": issuer.ISSUER, "jwt_audience": issuer.AUDIENCE,
-}  # fmt: skip
+    "auth": "jwt",
+    "jwt_key": issuer.SECRET,
+    "jwt_issuer": issuer.ISSUER,
+    "jwt_audience": issuer.AUDIENCE,
+}
 
 
-class Source:
-    """Gives these tokens, one after the other, and the last one for ever."""
+class TokenSequence:
+    """A token source that returns the tokens in turn, then the last one again."""
 
     def __init__(self, *tokens: str) -> None:
         self._tokens = list(tokens)
-        self.asked = 0
+        self.call_count = 0
 
     async def __call__(self) -> str:
-        self.asked += 1
+        self.call_count += 1
         await asyncio.sleep(0.01)
         return self._tokens.pop(0) if len(self._tokens) > 1 else self._tokens[0]
 
 
-async def test_a_refused_token_is_renewed_once_and_the_call_goes_through(database_url: str) -> None:
-    source = Source("spoilt", issuer.service_token())
+async def test_rejected_token_is_refreshed_once_and_the_calls_succeed(database_url: str) -> None:
+    source = TokenSequence("invalid", issuer.service_token())
     async with (
         serving(database_url, **JWT) as server,
         client_of(server.address, token=source) as client,
@@ -53,11 +56,13 @@ async def test_a_refused_token_is_renewed_once_and_the_call_goes_through(databas
         users = await asyncio.gather(*(client.create_user() for _ in range(5)))
 
     assert len({user.id for user in users}) == 5
-    assert source.asked == 2
+    assert source.call_count == 2
 
 
-async def test_a_token_that_stays_bad_fails_after_one_renewal(database_url: str) -> None:
-    source = Source("bad", "worse", "worst")
+async def test_call_fails_after_one_refresh_if_the_new_token_is_rejected_too(
+    database_url: str,
+) -> None:
+    source = TokenSequence("bad", "worse", "worst")
     async with (
         serving(database_url, **JWT) as server,
         client_of(server.address, token=source) as client,
@@ -70,10 +75,10 @@ async def test_a_token_that_stays_bad_fails_after_one_renewal(database_url: str)
         assert await client.check_health() is HealthStatus.SERVING
 
     assert caught.value.reason == "TOKEN_INVALID"
-    assert source.asked == 2
+    assert source.call_count == 2
 
 
-async def test_a_watch_goes_on_when_its_token_ends(
+async def test_watch_resumes_with_a_new_token_when_its_token_expires(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.auth.bearer.LEEWAY", 0)
@@ -83,30 +88,32 @@ async def test_a_watch_goes_on_when_its_token_ends(
         client_of(server.address, token=issuer.service_token()) as backend,
     ):
         user = await backend.create_user()
-        started = await backend.append_messages(user_id=user.id, messages=[message("user", "1")])
-        # A token that cannot be looked into, so that only the service's refusal tells that it has ended.
-        source = Source(issuer.token(user.id, exp=int(time.time()) + 2), issuer.token(user.id))
+        reply = await backend.append_messages(user_id=user.id, messages=[message("user", "1")])
+        # The client cannot read the expiry, so it learns about it from the rejection only.
+        source = TokenSequence(
+            issuer.token(user.id, exp=int(time.time()) + 2), issuer.token(user.id)
+        )
         monkeypatch.setattr("chathistory_client.tokens._expiry", lambda _token: float("inf"))
 
         async def watch(client: ChatHistoryClient) -> None:
-            async for each in client.watch_messages(session_id=started.session_id):
-                seen.append(each.seq)
-                if each.seq == 2:
+            async for item in client.watch_messages(session_id=reply.session_id):
+                seen.append(item.seq)
+                if item.seq == 2:
                     break
 
         async with client_of(server.address, token=source) as client, asyncio.timeout(20):
             watching = asyncio.create_task(watch(client))
-            while source.asked < 2:
+            while source.call_count < 2:
                 await asyncio.sleep(0.05)
             await client.append_messages(
-                session_id=started.session_id, messages=[message("user", "2")]
+                session_id=reply.session_id, messages=[message("user", "2")]
             )
             await watching
 
     assert seen == [1, 2]
 
 
-async def test_tokens_that_never_come_do_not_outlast_the_deadline() -> None:
+async def test_token_source_that_never_returns_raises_deadline_exceeded() -> None:
     async def never() -> str:
         await asyncio.sleep(3600)
         raise AssertionError("unreachable")
@@ -118,14 +125,14 @@ async def test_tokens_that_never_come_do_not_outlast_the_deadline() -> None:
         assert time.monotonic() - started < 8
 
 
-async def test_a_jwt_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_jwt_is_refreshed_before_it_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     def jwt(exp: float) -> str:
         body = base64.urlsafe_b64encode(json.dumps({"exp": exp}).encode()).decode().rstrip("=")
         return f"e30.{body}.sig"
 
     now = 1_000_000.0
     monkeypatch.setattr(time, "time", lambda: now)
-    source = Source(jwt(now + 300), jwt(now + 600))
+    source = TokenSequence(jwt(now + 300), jwt(now + 600))
     tokens = TokenCache(source)
 
     first = await tokens.get()
@@ -133,27 +140,31 @@ async def test_a_jwt_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) 
     assert await tokens.get() == first
     now += 2
     assert await tokens.get() != first
-    assert source.asked == 2
+    assert source.call_count == 2
 
 
 @pytest.mark.parametrize("target", ["history.example:50051", "dns:///10.0.0.7:50051"])
-def test_a_token_is_not_sent_in_plaintext_to_another_machine(target: str) -> None:
+def test_token_for_another_machine_without_tls_raises_value_error(target: str) -> None:
     with pytest.raises(ValueError, match="plaintext"):
         client_of(target, token="secret")
     client_of(target, token="secret", tls=True)
     client_of(target, token="secret", allow_insecure_token=True)
 
 
-async def test_tls_and_mutual_tls(database_url: str, tmp_path: Path) -> None:
+async def test_mutual_tls_accepts_known_certificates_and_rejects_others(
+    database_url: str, tmp_path: Path
+) -> None:
     authority = certificates.Authority()
     files = certificates.write(tmp_path, authority.issue(), authority.pem)
-    mine = authority.issue("backend")
+    client_certificate = authority.issue("backend")
     async with serving(database_url, **files) as server:
         mutual = Tls(
-            root_certificates=authority.pem, private_key=mine.key, certificate_chain=mine.cert
+            root_certificates=authority.pem,
+            private_key=client_certificate.key,
+            certificate_chain=client_certificate.cert,
         )
         async with client_of(server.address, tls=mutual) as client:
             assert (await client.create_user(name="Ada")).name == "Ada"
-        stranger = Tls(root_certificates=certificates.Authority().pem)
-        async with client_of(server.address, tls=stranger, wait_for_ready=False) as client:
+        untrusting = Tls(root_certificates=certificates.Authority().pem)
+        async with client_of(server.address, tls=untrusting, wait_for_ready=False) as client:
             assert await client.check_health() is HealthStatus.UNREACHABLE

@@ -1,9 +1,11 @@
-// A client in Node: creates a user and a session, appends, sends the append again, follows, lists, and meets an error.
+// A client in Node: creates a user and a session, appends, repeats the append, watches, lists, and
+// reads an error.
 //
 //   node client.mjs ADDRESS DESCRIPTORS
 //
-// DESCRIPTORS is generated/chathistory.binpb: the whole API in one file. (protos/ alone does not do for proto-loader, since
-// buf/validate/validate.proto exists only as a descriptor.) Prints what it got as JSON.
+// DESCRIPTORS is generated/chathistory.binpb, the whole API in one file. proto-loader cannot load
+// protos/ itself, because buf/validate/validate.proto exists only as a descriptor. Prints the
+// results as JSON.
 
 import { randomUUID } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -14,31 +16,37 @@ import { loadFileDescriptorSetFromBuffer } from "@grpc/proto-loader";
 
 const [address, descriptors] = process.argv.slice(2);
 const api = grpc.loadPackageDefinition(
-  loadFileDescriptorSetFromBuffer(readFileSync(descriptors), { longs: Number, enums: String, defaults: true, oneofs: true }),
+  loadFileDescriptorSetFromBuffer(readFileSync(descriptors), {
+    longs: Number,
+    enums: String,
+    defaults: true,
+    oneofs: true,
+  }),
 );
 const { ChatHistoryService } = api.chathistory.v1;
 const client = new ChatHistoryService(address, grpc.credentials.createInsecure());
 
-/** Call a method that has one answer. */
+/** Make a unary call. */
 const call = (name, request) => promisify(client[name].bind(client))(request);
 
-/** Read so many messages of a stream, then leave it. */
-async function follow(request, count) {
+/** Read `count` messages of a stream, then cancel it. */
+async function watch(request, count) {
   const stream = client.watchMessages(request);
-  const got = [];
+  const received = [];
   try {
     for await (const { message } of stream) {
-      got.push(message);
-      if (got.length === count) break;
+      received.push(message);
+      if (received.length === count) break;
     }
   } catch (error) {
     if (error.code !== grpc.status.CANCELLED) throw error;
   }
   stream.cancel();
-  return got;
+  return received;
 }
 
-// protobufjs takes names from descriptors as they are, and makes no maps: the fields of a Struct are a list of keys and values.
+// protobufjs keeps the field names of descriptors and supports no maps, so the fields of a Struct
+// are a list of keys and values.
 const metadata = { fields: [{ key: "lang", value: { string_value: "js" } }] };
 const { user } = await call("createUser", { user: { name: "Node", metadata } });
 const user_id = user.id;
@@ -58,15 +66,17 @@ const append = {
   ],
 };
 const appended = await call("appendMessages", append);
-const again = await call("appendMessages", append);
-const followed = await follow({ user_id, session_id, after_seq: 0 }, 2);
+const repeated = await call("appendMessages", append);
+const watched = await watch({ user_id, session_id, after_seq: 0 }, 2);
 const { messages } = await call("listMessages", { user_id, session_id });
 const context = await call("getContext", { user_id, session_id });
-let refused;
+let failure;
 try {
   await call("getSession", { user_id, session_id: randomUUID() });
 } catch (error) {
-  refused = { code: error.code, details: error.details, status: error.metadata.get("grpc-status-details-bin").length };
+  const status = error.metadata.get("grpc-status-details-bin").length;
+  failure = { code: error.code, details: error.details, status };
 }
 client.close();
-console.log(JSON.stringify({ user, session, appended, again, followed, messages, context, refused }));
+const results = { user, session, appended, repeated, watched, messages, context, error: failure };
+console.log(JSON.stringify(results));
