@@ -38,7 +38,7 @@ class _DocumentScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Documen
     """
 
 class DocumentScope(_DocumentScope, metaclass=_DocumentScopeEnumTypeWrapper):
-    """Who can read and search a document."""
+    """Visibility of a document: its readers, and the users whose searches find it."""
 
 DOCUMENT_SCOPE_UNSPECIFIED: DocumentScope.ValueType  # 0
 """Not specified. Means PRIVATE when a document is created, and any scope in ListDocuments."""
@@ -108,7 +108,7 @@ class Document(_message.Message):
     be empty, and must otherwise be the owner.
     """
     scope: Global___DocumentScope.ValueType
-    """Who can read and search the document. Defaults to PRIVATE, and cannot be updated."""
+    """Visibility of the document. Defaults to PRIVATE, and cannot be updated."""
     title: _builtins.str
     """Display title, at most 512 characters."""
     source_uri: _builtins.str
