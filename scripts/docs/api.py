@@ -6,6 +6,7 @@ the generation, so that no limit is left out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,11 @@ def _escape(comment: str) -> str:
     parts = comment.split("`")
     parts[::2] = [part.replace("<", "&lt;").replace(">", "&gt;") for part in parts[::2]]
     return "`".join(parts)
+
+
+def _summary(comment: str) -> str:
+    """Return the first sentence of a comment."""
+    return re.split(r"(?<=[.])\s", comment.strip(), maxsplit=1)[0]
 
 
 def _paragraphs(comment: str) -> str:
@@ -187,7 +193,7 @@ class Page:
 
     def _overview(self) -> str:
         rows = [
-            (f"[`{method.name}`](#{method.name.lower()})", self._method_comment(index))
+            (f"[`{method.name}`](#{method.name.lower()})", _summary(self._method_comment(index)))
             for index, method in enumerate(self._service.method)
         ]
         return "\n## Overview\n\n" + table(("RPC", "Purpose"), rows)
