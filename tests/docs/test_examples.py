@@ -1,0 +1,121 @@
+"""Every fenced example of the documentation does what its page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs import configurations
+from tests.docs.fences import Fence, fences_of
+from tests.docs.scenario import Scenario
+from tests.support.cluster import Cluster
+from tests.support.servers import ROOT
+from tests.support.tools import require
+
+PAGES = sorted(
+    {
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/*/README.md"),
+        *(
+            ROOT / name
+            for name in (
+                "README.md",
+                "CONTRIBUTING.md",
+                "SECURITY.md",
+                "client/README.md",
+                "generated/README.md",
+            )
+            if (ROOT / name).exists()
+        ),
+    }
+)
+
+_INSTALL = "tests/docs/test_install.py::test_the_documented_commands_install_and_serve"
+_TARGETS = "tests/docs/test_examples.py::test_the_targets_of_make_that_pages_name_exist"
+NOT_RUN: dict[tuple[str, str], str] = {
+    ("README.md", "make test"): _TARGETS,
+    ("README.md", "pip install 'chathistory-service[auth,embedded,search]'"): _INSTALL,
+    ("README.md", "pip wheel --no-deps --wheel-dir wheels . ./client ./generated"): _INSTALL,
+}
+"""Examples that cannot run as part of their page, by page and first line, and the covering tests."""
+
+# Being rewritten.
+_PENDING = {
+    "docs/explanation/performance.md",
+    "docs/explanation/stability.md",
+    "docs/how-to/fastapi.md",
+    "docs/how-to/identity.md",
+    "docs/how-to/import-export.md",
+    "docs/how-to/migrations.md",
+    "docs/how-to/neon.md",
+    "docs/how-to/search.md",
+    "examples/chatbot/README.md",
+}
+FENCES = [
+    fence
+    for page in PAGES
+    if page.relative_to(ROOT).as_posix() not in _PENDING
+    for fence in fences_of(page, ROOT)
+]
+_NODE = ("js", "javascript", "ts", "typescript")
+
+
+def _scenarios() -> list[object]:
+    """Return a parameter for each page with examples, and for each of its tabs."""
+    parameters: list[object] = []
+    for page in dict.fromkeys(fence.page for fence in FENCES):
+        fences = [fence for fence in FENCES if fence.page == page and fence.key not in NOT_RUN]
+        titles = list(dict.fromkeys(fence.tab for fence in fences if fence.tab)) or [""]
+        for title in titles:
+            own = [fence for fence in fences if fence.tab in ("", title)]
+            if own:
+                marks = [pytest.mark.faults] if any("slow" in f.directives for f in own) else []
+                if any(fence.language in _NODE for fence in own):
+                    marks.append(pytest.mark.network)
+                name = f"{page}[{title}]" if title else page
+                parameters.append(pytest.param(own, id=name, marks=marks))
+    return parameters
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fences", _scenarios())
+async def test_examples_do_what_the_page_says(
+    fences: list[Fence], folder: Path, cluster: Cluster
+) -> None:
+    if any(fence.language in _NODE for fence in fences):
+        require("node")
+        require("npm")
+    async with Scenario(fences, folder, cluster) as scenario:
+        await scenario.follow()
+
+
+def test_every_example_is_run_or_names_the_test_that_covers_it() -> None:
+    run = {fence.location for values in _scenarios() for fence in values.values[0]}  # type: ignore[attr-defined]
+    left = [
+        fence.location for fence in FENCES if fence.location not in run and fence.key not in NOT_RUN
+    ]
+    assert not left
+
+
+def test_every_exception_is_of_an_existing_example_and_test() -> None:
+    keys = {fence.key for fence in FENCES}
+    assert [key for key in NOT_RUN if key not in keys] == []
+    for covering in NOT_RUN.values():
+        file, _, function = covering.partition("::")
+        assert re.search(rf"def {function}\b", (ROOT / file).read_text()), covering
+
+
+def test_the_targets_of_make_that_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    command = r"(?:^|`)(?:[A-Z_]+=\S+ )*make ([a-z-]+)\b"
+    named = {
+        target for page in PAGES for target in re.findall(command, page.read_text(), re.MULTILINE)
+    }
+    assert named - targets == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_settings_that_a_page_names_exist(page: Path) -> None:
+    assert configurations.unknown_settings(page.read_text()) == set()
