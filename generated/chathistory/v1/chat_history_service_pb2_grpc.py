@@ -56,12 +56,22 @@ class ChatHistoryServiceStub(object):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
-    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
-    lists its own reasons. In addition, any RPC may fail with:
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. Their codes are:
+
+    - NOT_FOUND: every reason that ends in `_NOT_FOUND`.
+    - ALREADY_EXISTS: `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`, `ID_TAKEN`, `MESSAGE_ID_REUSED`.
+    - ABORTED: `ETAG_MISMATCH`, `LAST_SEQ_MISMATCH`.
+    - FAILED_PRECONDITION: `SESSION_ARCHIVED`, `SEARCH_DISABLED`.
+    - PERMISSION_DENIED: `SERVICE_ONLY`.
+    - INVALID_ARGUMENT: `BAD_PAGE_TOKEN`.
+    - UNAVAILABLE: `SEARCH_UNAVAILABLE`.
+
+    In addition, any RPC may fail with:
 
     - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
-    `user_id` empty.
+    `user_id` empty or named the nil UUID where an owner is required.
     - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
     cannot store a value.
     - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
@@ -263,12 +273,22 @@ class ChatHistoryServiceServicer(object):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
-    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
-    lists its own reasons. In addition, any RPC may fail with:
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. Their codes are:
+
+    - NOT_FOUND: every reason that ends in `_NOT_FOUND`.
+    - ALREADY_EXISTS: `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`, `ID_TAKEN`, `MESSAGE_ID_REUSED`.
+    - ABORTED: `ETAG_MISMATCH`, `LAST_SEQ_MISMATCH`.
+    - FAILED_PRECONDITION: `SESSION_ARCHIVED`, `SEARCH_DISABLED`.
+    - PERMISSION_DENIED: `SERVICE_ONLY`.
+    - INVALID_ARGUMENT: `BAD_PAGE_TOKEN`.
+    - UNAVAILABLE: `SEARCH_UNAVAILABLE`.
+
+    In addition, any RPC may fail with:
 
     - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
-    `user_id` empty.
+    `user_id` empty or named the nil UUID where an owner is required.
     - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
     cannot store a value.
     - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
@@ -301,7 +321,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `EMAIL_TAKEN`: another user has this e-mail address, compared without case.
+        - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
         - `EXTERNAL_ID_TAKEN`: another user has this external ID.
         - `ID_TAKEN`: a user with this ID was created with other content.
         - `SERVICE_ONLY`: the caller is a user.
@@ -388,8 +408,8 @@ class ChatHistoryServiceServicer(object):
         Callers: services and users. A user caller exports itself only.
 
         Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
-        one snapshot: a session has the messages, and a document the chunks, that it had when the
-        stream reached it. An export that ends with OK is complete.
+        one snapshot: sessions and documents are exported as they are when the stream reaches them. An
+        export that ends with OK is complete.
 
         Errors:
 
@@ -458,8 +478,7 @@ class ChatHistoryServiceServicer(object):
 
         - `SESSION_NOT_FOUND`: the user has no session with this ID.
         - `ETAG_MISMATCH`: the session was updated since `etag` was read.
-        - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, besides the rules of the
-        fields.
+        - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -486,7 +505,7 @@ class ChatHistoryServiceServicer(object):
 
     def ForkSession(self, request, context):
         """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-        answer, edit a question or branch. The copies keep their IDs, `seq` and times; deleted messages
+        answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
         stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
         only. The new session is ACTIVE. The source session is not changed.
 
@@ -595,8 +614,8 @@ class ChatHistoryServiceServicer(object):
     def DeleteMessage(self, request, context):
         """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
         the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
-        message again. Reads skip tombstones. No `seq` changes; the session's `message_count`
-        decreases, its `last_seq` does not.
+        message again. Reads skip tombstones. Other messages keep their `seq`. The session's
+        `message_count` decreases, its `last_seq` does not.
 
         Callers: services and users.
 
@@ -664,7 +683,7 @@ class ChatHistoryServiceServicer(object):
     def SearchMessages(self, request, context):
         """Searches the messages of one user by words, by meaning, or by both. Only `content` is searched.
 
-        LEXICAL compares words without regard to case and without stemming. It ranks the newest 2,000
+        LEXICAL compares words case-insensitively and without stemming. It ranks the newest 2,000
         messages that contain the words, by their first 32,768 characters. SEMANTIC compares
         embeddings; a new message is found after it was indexed asynchronously. HYBRID merges both
         rankings by reciprocal rank fusion.
@@ -676,8 +695,8 @@ class ChatHistoryServiceServicer(object):
         Errors:
 
         - `SEARCH_DISABLED`: SEMANTIC or HYBRID was requested, and messages are not indexed.
-        - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer. LEXICAL does not
-        depend on them.
+        - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+        LEXICAL does not depend on them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -700,8 +719,8 @@ class ChatHistoryServiceServicer(object):
         - `USER_NOT_FOUND`: the owner does not exist.
         - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
         - `SERVICE_ONLY`: a user caller creates a shared document.
-        - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector has not the dimension of the
-        search index.
+        - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
+        of the search index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -723,7 +742,7 @@ class ChatHistoryServiceServicer(object):
         holds.
         - `SERVICE_ONLY`: the document is shared, and the caller is a user.
         - `FIELD_VIOLATION`: `first_index` exceeds `chunk_count`, the chunks exceed 1 MiB together, or
-        a vector has not the dimension of the search index.
+        a vector does not have the dimension of the search index.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -825,9 +844,9 @@ class ChatHistoryServiceServicer(object):
         Errors:
 
         - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-        - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer.
-        - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` has not the
-        dimension of the search index, or `query` cannot be embedded.
+        - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+        - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` does not have
+        the dimension of the search index, or `query` cannot be embedded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -847,7 +866,7 @@ class ChatHistoryServiceServicer(object):
         Errors:
 
         - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-        - `SEARCH_UNAVAILABLE`: the search index does not answer.
+        - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index does not answer.
         - `SERVICE_ONLY`: the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -1036,12 +1055,22 @@ class ChatHistoryService(object):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
-    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
-    lists its own reasons. In addition, any RPC may fail with:
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. Their codes are:
+
+    - NOT_FOUND: every reason that ends in `_NOT_FOUND`.
+    - ALREADY_EXISTS: `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`, `ID_TAKEN`, `MESSAGE_ID_REUSED`.
+    - ABORTED: `ETAG_MISMATCH`, `LAST_SEQ_MISMATCH`.
+    - FAILED_PRECONDITION: `SESSION_ARCHIVED`, `SEARCH_DISABLED`.
+    - PERMISSION_DENIED: `SERVICE_ONLY`.
+    - INVALID_ARGUMENT: `BAD_PAGE_TOKEN`.
+    - UNAVAILABLE: `SEARCH_UNAVAILABLE`.
+
+    In addition, any RPC may fail with:
 
     - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
-    `user_id` empty.
+    `user_id` empty or named the nil UUID where an owner is required.
     - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
     cannot store a value.
     - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.

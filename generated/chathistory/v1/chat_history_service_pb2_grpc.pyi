@@ -57,12 +57,22 @@ class ChatHistoryServiceStub:
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
-    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
-    lists its own reasons. In addition, any RPC may fail with:
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. Their codes are:
+
+    - NOT_FOUND: every reason that ends in `_NOT_FOUND`.
+    - ALREADY_EXISTS: `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`, `ID_TAKEN`, `MESSAGE_ID_REUSED`.
+    - ABORTED: `ETAG_MISMATCH`, `LAST_SEQ_MISMATCH`.
+    - FAILED_PRECONDITION: `SESSION_ARCHIVED`, `SEARCH_DISABLED`.
+    - PERMISSION_DENIED: `SERVICE_ONLY`.
+    - INVALID_ARGUMENT: `BAD_PAGE_TOKEN`.
+    - UNAVAILABLE: `SEARCH_UNAVAILABLE`.
+
+    In addition, any RPC may fail with:
 
     - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
-      `user_id` empty.
+      `user_id` empty or named the nil UUID where an owner is required.
     - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
       cannot store a value.
     - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
@@ -99,7 +109,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `EMAIL_TAKEN`: another user has this e-mail address, compared without case.
+    - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
     - `EXTERNAL_ID_TAKEN`: another user has this external ID.
     - `ID_TAKEN`: a user with this ID was created with other content.
     - `SERVICE_ONLY`: the caller is a user.
@@ -166,8 +176,8 @@ class ChatHistoryServiceStub:
     Callers: services and users. A user caller exports itself only.
 
     Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
-    one snapshot: a session has the messages, and a document the chunks, that it had when the
-    stream reached it. An export that ends with OK is complete.
+    one snapshot: sessions and documents are exported as they are when the stream reaches them. An
+    export that ends with OK is complete.
 
     Errors:
 
@@ -220,8 +230,7 @@ class ChatHistoryServiceStub:
 
     - `SESSION_NOT_FOUND`: the user has no session with this ID.
     - `ETAG_MISMATCH`: the session was updated since `etag` was read.
-    - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, besides the rules of the
-      fields.
+    - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
     """
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _session_pb2.DeleteSessionResponse]
     """Deletes a session permanently, with its messages. Their vectors are removed from the search
@@ -240,7 +249,7 @@ class ChatHistoryServiceStub:
     """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]
     """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-    answer, edit a question or branch. The copies keep their IDs, `seq` and times; deleted messages
+    answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
     stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
     only. The new session is ACTIVE. The source session is not changed.
 
@@ -329,8 +338,8 @@ class ChatHistoryServiceStub:
     DeleteMessage: _grpc.UnaryUnaryMultiCallable[_message_pb2.DeleteMessageRequest, _message_pb2.DeleteMessageResponse]
     """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
     the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
-    message again. Reads skip tombstones. No `seq` changes; the session's `message_count`
-    decreases, its `last_seq` does not.
+    message again. Reads skip tombstones. Other messages keep their `seq`. The session's
+    `message_count` decreases, its `last_seq` does not.
 
     Callers: services and users.
 
@@ -386,7 +395,7 @@ class ChatHistoryServiceStub:
     SearchMessages: _grpc.UnaryUnaryMultiCallable[_message_pb2.SearchMessagesRequest, _message_pb2.SearchMessagesResponse]
     """Searches the messages of one user by words, by meaning, or by both. Only `content` is searched.
 
-    LEXICAL compares words without regard to case and without stemming. It ranks the newest 2,000
+    LEXICAL compares words case-insensitively and without stemming. It ranks the newest 2,000
     messages that contain the words, by their first 32,768 characters. SEMANTIC compares
     embeddings; a new message is found after it was indexed asynchronously. HYBRID merges both
     rankings by reciprocal rank fusion.
@@ -398,8 +407,8 @@ class ChatHistoryServiceStub:
     Errors:
 
     - `SEARCH_DISABLED`: SEMANTIC or HYBRID was requested, and messages are not indexed.
-    - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer. LEXICAL does not
-      depend on them.
+    - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+      LEXICAL does not depend on them.
     """
     CreateDocument: _grpc.UnaryUnaryMultiCallable[_document_pb2.CreateDocumentRequest, _document_pb2.CreateDocumentResponse]
     """Creates a document with its first chunks. Larger documents continue with AppendDocumentChunks.
@@ -418,8 +427,8 @@ class ChatHistoryServiceStub:
     - `USER_NOT_FOUND`: the owner does not exist.
     - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
     - `SERVICE_ONLY`: a user caller creates a shared document.
-    - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector has not the dimension of the
-      search index.
+    - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
+      of the search index.
     """
     AppendDocumentChunks: _grpc.UnaryUnaryMultiCallable[_document_pb2.AppendDocumentChunksRequest, _document_pb2.AppendDocumentChunksResponse]
     """Stores further chunks of a document. The document becomes PENDING until the new chunks are
@@ -437,7 +446,7 @@ class ChatHistoryServiceStub:
       holds.
     - `SERVICE_ONLY`: the document is shared, and the caller is a user.
     - `FIELD_VIOLATION`: `first_index` exceeds `chunk_count`, the chunks exceed 1 MiB together, or
-      a vector has not the dimension of the search index.
+      a vector does not have the dimension of the search index.
     """
     GetDocument: _grpc.UnaryUnaryMultiCallable[_document_pb2.GetDocumentRequest, _document_pb2.GetDocumentResponse]
     """Returns one document, without its chunks.
@@ -515,9 +524,9 @@ class ChatHistoryServiceStub:
     Errors:
 
     - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-    - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer.
-    - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` has not the
-      dimension of the search index, or `query` cannot be embedded.
+    - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+    - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` does not have
+      the dimension of the search index, or `query` cannot be embedded.
     """
     RebuildSearchIndex: _grpc.UnaryStreamMultiCallable[_search_pb2.RebuildSearchIndexRequest, _search_pb2.RebuildSearchIndexResponse]
     """Rebuilds the search index from PostgreSQL and streams the progress. The new index is built next
@@ -533,7 +542,7 @@ class ChatHistoryServiceStub:
     Errors:
 
     - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-    - `SEARCH_UNAVAILABLE`: the search index does not answer.
+    - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index does not answer.
     - `SERVICE_ONLY`: the caller is a user.
     """
 
@@ -564,12 +573,22 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
-    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
-    lists its own reasons. In addition, any RPC may fail with:
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. Their codes are:
+
+    - NOT_FOUND: every reason that ends in `_NOT_FOUND`.
+    - ALREADY_EXISTS: `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`, `ID_TAKEN`, `MESSAGE_ID_REUSED`.
+    - ABORTED: `ETAG_MISMATCH`, `LAST_SEQ_MISMATCH`.
+    - FAILED_PRECONDITION: `SESSION_ARCHIVED`, `SEARCH_DISABLED`.
+    - PERMISSION_DENIED: `SERVICE_ONLY`.
+    - INVALID_ARGUMENT: `BAD_PAGE_TOKEN`.
+    - UNAVAILABLE: `SEARCH_UNAVAILABLE`.
+
+    In addition, any RPC may fail with:
 
     - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
-      `user_id` empty.
+      `user_id` empty or named the nil UUID where an owner is required.
     - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
       cannot store a value.
     - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
@@ -603,7 +622,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `EMAIL_TAKEN`: another user has this e-mail address, compared without case.
+    - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
     - `EXTERNAL_ID_TAKEN`: another user has this external ID.
     - `ID_TAKEN`: a user with this ID was created with other content.
     - `SERVICE_ONLY`: the caller is a user.
@@ -670,8 +689,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Callers: services and users. A user caller exports itself only.
 
     Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
-    one snapshot: a session has the messages, and a document the chunks, that it had when the
-    stream reached it. An export that ends with OK is complete.
+    one snapshot: sessions and documents are exported as they are when the stream reaches them. An
+    export that ends with OK is complete.
 
     Errors:
 
@@ -724,8 +743,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     - `SESSION_NOT_FOUND`: the user has no session with this ID.
     - `ETAG_MISMATCH`: the session was updated since `etag` was read.
-    - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, besides the rules of the
-      fields.
+    - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
     """
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _session_pb2.DeleteSessionResponse]  # type: ignore[assignment]
     """Deletes a session permanently, with its messages. Their vectors are removed from the search
@@ -744,7 +762,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]  # type: ignore[assignment]
     """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-    answer, edit a question or branch. The copies keep their IDs, `seq` and times; deleted messages
+    answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
     stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
     only. The new session is ACTIVE. The source session is not changed.
 
@@ -833,8 +851,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     DeleteMessage: _aio.UnaryUnaryMultiCallable[_message_pb2.DeleteMessageRequest, _message_pb2.DeleteMessageResponse]  # type: ignore[assignment]
     """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
     the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
-    message again. Reads skip tombstones. No `seq` changes; the session's `message_count`
-    decreases, its `last_seq` does not.
+    message again. Reads skip tombstones. Other messages keep their `seq`. The session's
+    `message_count` decreases, its `last_seq` does not.
 
     Callers: services and users.
 
@@ -890,7 +908,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     SearchMessages: _aio.UnaryUnaryMultiCallable[_message_pb2.SearchMessagesRequest, _message_pb2.SearchMessagesResponse]  # type: ignore[assignment]
     """Searches the messages of one user by words, by meaning, or by both. Only `content` is searched.
 
-    LEXICAL compares words without regard to case and without stemming. It ranks the newest 2,000
+    LEXICAL compares words case-insensitively and without stemming. It ranks the newest 2,000
     messages that contain the words, by their first 32,768 characters. SEMANTIC compares
     embeddings; a new message is found after it was indexed asynchronously. HYBRID merges both
     rankings by reciprocal rank fusion.
@@ -902,8 +920,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Errors:
 
     - `SEARCH_DISABLED`: SEMANTIC or HYBRID was requested, and messages are not indexed.
-    - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer. LEXICAL does not
-      depend on them.
+    - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+      LEXICAL does not depend on them.
     """
     CreateDocument: _aio.UnaryUnaryMultiCallable[_document_pb2.CreateDocumentRequest, _document_pb2.CreateDocumentResponse]  # type: ignore[assignment]
     """Creates a document with its first chunks. Larger documents continue with AppendDocumentChunks.
@@ -922,8 +940,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     - `USER_NOT_FOUND`: the owner does not exist.
     - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
     - `SERVICE_ONLY`: a user caller creates a shared document.
-    - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector has not the dimension of the
-      search index.
+    - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
+      of the search index.
     """
     AppendDocumentChunks: _aio.UnaryUnaryMultiCallable[_document_pb2.AppendDocumentChunksRequest, _document_pb2.AppendDocumentChunksResponse]  # type: ignore[assignment]
     """Stores further chunks of a document. The document becomes PENDING until the new chunks are
@@ -941,7 +959,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
       holds.
     - `SERVICE_ONLY`: the document is shared, and the caller is a user.
     - `FIELD_VIOLATION`: `first_index` exceeds `chunk_count`, the chunks exceed 1 MiB together, or
-      a vector has not the dimension of the search index.
+      a vector does not have the dimension of the search index.
     """
     GetDocument: _aio.UnaryUnaryMultiCallable[_document_pb2.GetDocumentRequest, _document_pb2.GetDocumentResponse]  # type: ignore[assignment]
     """Returns one document, without its chunks.
@@ -1019,9 +1037,9 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Errors:
 
     - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-    - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer.
-    - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` has not the
-      dimension of the search index, or `query` cannot be embedded.
+    - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+    - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` does not have
+      the dimension of the search index, or `query` cannot be embedded.
     """
     RebuildSearchIndex: _aio.UnaryStreamMultiCallable[_search_pb2.RebuildSearchIndexRequest, _search_pb2.RebuildSearchIndexResponse]  # type: ignore[assignment]
     """Rebuilds the search index from PostgreSQL and streams the progress. The new index is built next
@@ -1037,7 +1055,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Errors:
 
     - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-    - `SEARCH_UNAVAILABLE`: the search index does not answer.
+    - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index does not answer.
     - `SERVICE_ONLY`: the caller is a user.
     """
 
@@ -1067,12 +1085,22 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry a
-    field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
-    lists its own reasons. In addition, any RPC may fail with:
+    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
+    lists its own reasons. Their codes are:
+
+    - NOT_FOUND: every reason that ends in `_NOT_FOUND`.
+    - ALREADY_EXISTS: `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`, `ID_TAKEN`, `MESSAGE_ID_REUSED`.
+    - ABORTED: `ETAG_MISMATCH`, `LAST_SEQ_MISMATCH`.
+    - FAILED_PRECONDITION: `SESSION_ARCHIVED`, `SEARCH_DISABLED`.
+    - PERMISSION_DENIED: `SERVICE_ONLY`.
+    - INVALID_ARGUMENT: `BAD_PAGE_TOKEN`.
+    - UNAVAILABLE: `SEARCH_UNAVAILABLE`.
+
+    In addition, any RPC may fail with:
 
     - `FIELD_VIOLATION` (INVALID_ARGUMENT): a field breaks a rule of these files, or a service left
-      `user_id` empty.
+      `user_id` empty or named the nil UUID where an owner is required.
     - `MALFORMED_REQUEST` (INVALID_ARGUMENT): the bytes are not the expected message, or the database
       cannot store a value.
     - `REQUEST_TOO_LARGE` (RESOURCE_EXHAUSTED): the request exceeds 4 MiB.
@@ -1110,7 +1138,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `EMAIL_TAKEN`: another user has this e-mail address, compared without case.
+        - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
         - `EXTERNAL_ID_TAKEN`: another user has this external ID.
         - `ID_TAKEN`: a user with this ID was created with other content.
         - `SERVICE_ONLY`: the caller is a user.
@@ -1207,8 +1235,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Callers: services and users. A user caller exports itself only.
 
         Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
-        one snapshot: a session has the messages, and a document the chunks, that it had when the
-        stream reached it. An export that ends with OK is complete.
+        one snapshot: sessions and documents are exported as they are when the stream reaches them. An
+        export that ends with OK is complete.
 
         Errors:
 
@@ -1285,8 +1313,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - `SESSION_NOT_FOUND`: the user has no session with this ID.
         - `ETAG_MISMATCH`: the session was updated since `etag` was read.
-        - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, besides the rules of the
-          fields.
+        - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
         """
 
     @_abc_1.abstractmethod
@@ -1317,7 +1344,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.ForkSessionResponse, _abc.Awaitable[_session_pb2.ForkSessionResponse]]:
         """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-        answer, edit a question or branch. The copies keep their IDs, `seq` and times; deleted messages
+        answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
         stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
         only. The new session is ACTIVE. The source session is not changed.
 
@@ -1436,8 +1463,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_message_pb2.DeleteMessageResponse, _abc.Awaitable[_message_pb2.DeleteMessageResponse]]:
         """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
         the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
-        message again. Reads skip tombstones. No `seq` changes; the session's `message_count`
-        decreases, its `last_seq` does not.
+        message again. Reads skip tombstones. Other messages keep their `seq`. The session's
+        `message_count` decreases, its `last_seq` does not.
 
         Callers: services and users.
 
@@ -1511,7 +1538,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_message_pb2.SearchMessagesResponse, _abc.Awaitable[_message_pb2.SearchMessagesResponse]]:
         """Searches the messages of one user by words, by meaning, or by both. Only `content` is searched.
 
-        LEXICAL compares words without regard to case and without stemming. It ranks the newest 2,000
+        LEXICAL compares words case-insensitively and without stemming. It ranks the newest 2,000
         messages that contain the words, by their first 32,768 characters. SEMANTIC compares
         embeddings; a new message is found after it was indexed asynchronously. HYBRID merges both
         rankings by reciprocal rank fusion.
@@ -1523,8 +1550,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         - `SEARCH_DISABLED`: SEMANTIC or HYBRID was requested, and messages are not indexed.
-        - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer. LEXICAL does not
-          depend on them.
+        - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+          LEXICAL does not depend on them.
         """
 
     @_abc_1.abstractmethod
@@ -1549,8 +1576,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         - `USER_NOT_FOUND`: the owner does not exist.
         - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
         - `SERVICE_ONLY`: a user caller creates a shared document.
-        - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector has not the dimension of the
-          search index.
+        - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
+          of the search index.
         """
 
     @_abc_1.abstractmethod
@@ -1574,7 +1601,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
           holds.
         - `SERVICE_ONLY`: the document is shared, and the caller is a user.
         - `FIELD_VIOLATION`: `first_index` exceeds `chunk_count`, the chunks exceed 1 MiB together, or
-          a vector has not the dimension of the search index.
+          a vector does not have the dimension of the search index.
         """
 
     @_abc_1.abstractmethod
@@ -1688,9 +1715,9 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-        - `SEARCH_UNAVAILABLE`: the search index or the embeddings did not answer.
-        - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` has not the
-          dimension of the search index, or `query` cannot be embedded.
+        - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index or the embeddings did not answer.
+        - `FIELD_VIOLATION`: both or neither of `query` and `vector` are set, `vector` does not have
+          the dimension of the search index, or `query` cannot be embedded.
         """
 
     @_abc_1.abstractmethod
@@ -1712,7 +1739,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         - `SEARCH_DISABLED`: search is off (`CHAT_HISTORY_SEARCH`).
-        - `SEARCH_UNAVAILABLE`: the search index does not answer.
+        - `SEARCH_UNAVAILABLE` (with `RetryInfo`): the search index does not answer.
         - `SERVICE_ONLY`: the caller is a user.
         """
 

@@ -101,7 +101,7 @@ class Document(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID of the document, unique per owner. In CreateDocument, set it to make the call safe to
-    repeat, or leave it empty for a UUID of version 7.
+    repeat, or leave it empty for a version 7 UUID.
     """
     user_id: _builtins.str
     """ID of the user that owns the document; the nil UUID for a shared document. In a request it may

@@ -41,7 +41,7 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """Results of tools."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
-    """Author kind of a message."""
+    """Role of the author of a message."""
 
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 """Not specified. Rejected in AppendMessages."""
@@ -132,7 +132,7 @@ class Message(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID of the message, unique per session. In AppendMessages, set it to make the call safe to
-    repeat, or leave it empty for a UUID of version 7.
+    repeat, or leave it empty for a version 7 UUID.
     """
     session_id: _builtins.str
     """ID of the session. In a request it may be empty, and must otherwise equal the request's
@@ -141,7 +141,7 @@ class Message(_message.Message):
     seq: _builtins.int
     """Position in the session: 1, 2, 3… without gaps or ties. Never changes. Output only."""
     role: Global___Role.ValueType
-    """Author kind. Required in AppendMessages, and cannot be updated."""
+    """Role of the author. Required in AppendMessages, and cannot be updated."""
     content: _builtins.str
     """Text for people, at most 256 KiB. The only field that SearchMessages searches."""
     token_count: _builtins.int
@@ -436,9 +436,9 @@ class AppendMessagesRequest(_message.Message):
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session. Empty creates a session. Its ID is then the UUID of version 5 of the first
+    """ID of the session. Empty creates a session. Its ID is then the version 5 UUID of the first
     message's ID in the namespace `user_id`, so that a repeated call finds the session; without a
-    message ID it is a UUID of version 7.
+    message ID it is a version 7 UUID.
     """
     expected_last_seq: _builtins.int
     """If set, the session's `last_seq` must equal this value, or nothing is written and the call

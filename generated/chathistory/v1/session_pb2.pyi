@@ -71,7 +71,7 @@ class Session(_message.Message):
     FORKED_FROM_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID of the session, unique per user. In CreateSession, set it to make the call safe to repeat,
-    or leave it empty for a UUID of version 7.
+    or leave it empty for a version 7 UUID.
     """
     user_id: _builtins.str
     """ID of the user that owns the session. In a request it may be empty, and must otherwise equal
@@ -480,8 +480,8 @@ class ForkSessionRequest(_message.Message):
     through_seq: _builtins.int
     """Last `seq` to copy, at most the session's `last_seq`. 0 copies no message."""
     new_session_id: _builtins.str
-    """UUID of the new session. Set it to make the call safe to repeat, or leave it empty for a UUID
-    of version 7.
+    """UUID of the new session. Set it to make the call safe to repeat, or leave it empty for a
+    version 7 UUID.
     """
     def __init__(
         self,

@@ -37,14 +37,14 @@ class User(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID of the user. In CreateUser, set it to make the call safe to repeat, or leave it empty for
-    a UUID of version 7.
+    a version 7 UUID.
     """
     external_id: _builtins.str
     """ID of the user in the caller's own system, at most 256 characters. Unique when set. Written by
     services only. With `CHAT_HISTORY_JWT_SUBJECT=external_id`, the subject of a token is this ID.
     """
     email: _builtins.str
-    """E-mail address, at most 320 characters. Unique when set, compared without case."""
+    """E-mail address, at most 320 characters. Unique when set, compared case-insensitively."""
     name: _builtins.str
     """Display name, at most 256 characters."""
     etag: _builtins.str
@@ -147,7 +147,7 @@ class GetUserRequest(_message.Message):
     user_id: _builtins.str
     """ID of the user."""
     email: _builtins.str
-    """E-mail address of the user, compared without case."""
+    """E-mail address of the user, compared case-insensitively."""
     external_id: _builtins.str
     """External ID of the user, compared exactly."""
     def __init__(
