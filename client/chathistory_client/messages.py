@@ -52,7 +52,7 @@ def message(
     (True, 'Hello!', 36)
 
     Args:
-        role: Author kind.
+        role: Role of the author.
         content: Text for people, at most 256 KiB.
         id: UUID of the message. Empty for a new one.
         parts: Structured content, such as tool calls, at most 64 parts.

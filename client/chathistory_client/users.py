@@ -41,7 +41,7 @@ class Users(Connection):
         Args:
             user_id: UUID of the user. Empty for a new one.
             external_id: ID of the user in your own system. Unique when set.
-            email: E-mail address. Unique when set, compared without case.
+            email: E-mail address. Unique when set, compared case-insensitively.
             name: Display name.
             metadata: JSON object of your own, at most 16 KiB.
             timeout: Seconds for the call, including retries. None for the client's default.
@@ -81,7 +81,7 @@ class Users(Connection):
 
         Args:
             user_id: ID of the user.
-            email: E-mail address of the user, compared without case.
+            email: E-mail address of the user, compared case-insensitively.
             external_id: External ID of the user.
             timeout: Seconds for the call, including retries. None for the client's default.
 
