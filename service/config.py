@@ -1,4 +1,7 @@
-"""The configuration: read once from the environment and a `.env` file, checked whole, frozen. A leaf: imports nothing of ours."""
+"""The configuration, read once from the environment and a `.env` file, validated and frozen.
+
+A leaf: this module imports no other module of the service.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ MAX_PORT = 65535
 
 
 class Settings(BaseSettings):
-    """Every setting of the service; names and defaults are in docs/reference/configuration.md.
+    """Every setting of the service. The docstrings become docs/reference/configuration.md.
 
     Raises:
-        pydantic.ValidationError: when a value is malformed, or two of them contradict each other.
+        pydantic.ValidationError: A value is malformed, or two settings contradict each other.
     """
 
     model_config = SettingsConfigDict(
@@ -44,112 +47,123 @@ class Settings(BaseSettings):
     )
 
     listen: str = "127.0.0.1:50051"
-    """Address to serve on, `host:port`; port 0 takes a free one."""
+    """Address to serve on, `host:port`. Port 0 selects a free port."""
     health_listen: str | None = None
-    """A plaintext address for the health service alone."""
+    """Plaintext address that serves `grpc.health.v1` only, for probes when `listen` uses TLS."""
     metrics_listen: str | None = None
-    """Address of the Prometheus endpoint; off unless set."""
+    """Address of the Prometheus endpoint. Unset: no endpoint, and no cost."""
     data_dir: Path = Path(".data")
-    """Folder of the embedded PostgreSQL."""
+    """Folder of the embedded PostgreSQL and the embedded Qdrant."""
 
     database_url: SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("DATABASE_URL", "NEON_DATABASE_URL")
     )
-    """PostgreSQL, as libpq or Neon's console writes it. Unset: an embedded PostgreSQL under `data_dir`."""
+    """Connection string of PostgreSQL, in libpq's form or as Neon's console shows it. Unset: an
+    embedded PostgreSQL under `data_dir`."""
     db_pool_size: PositiveInt = 8
-    """Connections kept."""
+    """Connections that the pool keeps open."""
     db_max_overflow: NonNegativeInt = 4
-    """Connections beyond those, while there is need."""
+    """Connections that the pool may open beyond its size under load."""
     db_pool_timeout: PositiveFloat = 5.0
-    """Seconds to wait for a connection."""
+    """Seconds that a call waits for a connection of the pool."""
     db_pool_recycle: PositiveInt = 240
-    """Seconds after which a connection is replaced: below the five minutes after which Neon suspends."""
+    """Age in seconds at which a connection is replaced. The default is below the five idle minutes
+    after which Neon suspends a database."""
     db_connect_timeout: PositiveFloat = 12.0
-    """Seconds for one connection attempt: a suspended Neon database needs a moment to wake."""
+    """Seconds for one connection attempt. A suspended Neon database takes up to a few seconds to
+    wake."""
     db_prepared_statements: Literal["auto", "on", "off"] = "auto"
-    """Whether statements are prepared; `auto` does not on a pooler's host."""
+    """Whether statements are prepared. `auto`: yes, except on a pooler's host."""
     append_lanes: Annotated[int, Field(ge=1, le=16)] = 2
-    """Append statements under way at once."""
+    """Append statements in flight at the same time."""
     read_connections: Annotated[int, Field(ge=1, le=64)] = 4
-    """Connections kept for the hot reads while traffic flows."""
+    """Connections reserved for the hot reads while there is traffic."""
 
     search: Literal["on", "off"] = "on"
-    """Search by meaning. `off` imports none of it; search by words works all the same."""
+    """Semantic search. `off` imports none of its packages; lexical search keeps working."""
     index_messages: bool = True
-    """Whether messages are indexed, beside documents."""
+    """Whether messages are indexed for semantic search, in addition to documents."""
     search_timeout: PositiveFloat = 5.0
-    """Seconds that Qdrant, or the embeddings, have for an answer."""
+    """Seconds that one request to Qdrant or to the embeddings may take."""
     qdrant_url: str | None = Field(default=None, validation_alias=AliasChoices("QDRANT_URL"))
-    """Qdrant, such as `http://localhost:6333`. Unset: the embedded one under `data_dir`, for one process."""
+    """URL of Qdrant, such as `http://localhost:6333`. Unset: an embedded Qdrant under `data_dir`,
+    which serves one process only."""
     qdrant_api_key: SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("QDRANT_API_KEY")
     )
-    """Key of that Qdrant."""
+    """API key of Qdrant."""
     qdrant_transport: Literal["grpc", "rest"] = "grpc"
-    """How Qdrant is spoken to."""
+    """Protocol used with Qdrant."""
     qdrant_grpc_port: Annotated[int, Field(ge=1, le=MAX_PORT)] = 6334
-    """Qdrant's gRPC port."""
+    """gRPC port of Qdrant."""
     qdrant_collection: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "chathistory"
-    """What the names of our collections begin with: each deployment in one Qdrant needs its own."""
+    """Prefix of the collection names. Deployments that share a Qdrant need different prefixes."""
     embeddings_url: str | None = Field(
         default=None, validation_alias=AliasChoices("EMBEDDINGS_URL")
     )
-    """An OpenAI-compatible endpoint, such as `https://api.openai.com/v1`. Unset: offline embeddings."""
+    """URL of an OpenAI-compatible embeddings endpoint, such as `https://api.openai.com/v1`. Unset:
+    offline embeddings."""
     embeddings_model: str | None = Field(
         default=None, validation_alias=AliasChoices("EMBEDDINGS_MODEL")
     )
-    """Its model."""
+    """Model that the endpoint uses. Required with `EMBEDDINGS_URL`."""
     embeddings_api_key: SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("EMBEDDINGS_API_KEY")
     )
-    """Its key."""
+    """API key of the endpoint."""
     embeddings_dimensions: PositiveInt | None = Field(
         default=None, validation_alias=AliasChoices("EMBEDDINGS_DIMENSIONS")
     )
-    """How long its vectors must be. Unset: as long as they are."""
+    """Vector length to request from the endpoint. Unset: the model's own length."""
 
     auth: Literal["none", "jwt"] = "none"
-    """How callers prove who they are. With `none` every caller is a service."""
+    """How callers are identified. `none`: every caller is a service. `jwt`: by bearer token."""
     jwt_key: SecretStr | None = None
-    """Key that verifies tokens: a shared secret, a public key (PEM), or the name of a file that holds either."""
+    """Key that verifies tokens: a shared secret, a public key (PEM), or the path of a file that
+    holds either."""
     jwks_url: str | None = None
-    """Where the issuer publishes its keys, instead of `jwt_key`."""
+    """URL at which the issuer publishes its keys. An alternative to `jwt_key`."""
     jwks_ca: Path | None = None
-    """Authorities that the certificate of `jwks_url` may come from; unset: the system's."""
+    """Certificate authorities (PEM) trusted for `jwks_url`. Unset: the system's."""
     jwks_token_file: Path | None = None
-    """A bearer token to show to `jwks_url`, read anew each time."""
+    """File with a bearer token to send to `jwks_url`. Read again for every request."""
     jwt_issuer: str | None = None
-    """Who must have issued a token (`iss`)."""
+    """Required value of a token's `iss` claim."""
     jwt_audience: str | None = None
-    """Whom a token must be meant for (`aud`)."""
+    """Required value of a token's `aud` claim."""
     jwt_subject: Literal["user_id", "external_id"] = "user_id"
-    """What a token's `sub` is."""
+    """Meaning of a token's `sub` claim."""
     jwt_service_subjects: str = ""
-    """Subjects that are services without the scope `chathistory.service`, with commas between them."""
+    """Comma-separated subjects that are services without the scope `chathistory.service`."""
     tls_cert: Path | None = None
-    """The server's certificate chain (PEM); read again when it changes, as are the next two."""
+    """Certificate chain of the server (PEM). This file and the next two are read again when they
+    change."""
     tls_key: Path | None = None
-    """The key of `tls_cert`."""
+    """Private key of `tls_cert` (PEM)."""
     tls_client_ca: Path | None = None
-    """Authorities that every client's certificate must come from (mutual TLS)."""
+    """Certificate authorities (PEM) that must have issued every client's certificate (mutual
+    TLS)."""
     call_timeout: PositiveFloat = 30.0
-    """Seconds a call may take whose client set no deadline."""
+    """Deadline in seconds for calls whose client sets none."""
     max_in_flight: PositiveInt = 1024
-    """Calls under way at once, all of them one user's if nobody else calls. A quarter more is kept for users who have few under way;
-    further ones are refused with RESOURCE_EXHAUSTED, and told when to come again."""
+    """Maximum concurrent calls. One user may use all of them while no other user calls. A quarter
+    more is reserved for users with few calls in flight. Further calls are rejected with
+    RESOURCE_EXHAUSTED and a retry delay."""
     max_watches: PositiveInt = 1000
-    """Open streams (WatchMessages, ExportUserData) at once, shared out as calls are."""
+    """Maximum concurrent streams (WatchMessages, ExportUserData), shared between users like
+    calls."""
     max_calls_per_connection: PositiveInt = 512
-    """Calls at once on one connection, streams among them, which may be half of it; further calls wait at the client (HTTP/2's
-    SETTINGS_MAX_CONCURRENT_STREAMS)."""
+    """Maximum concurrent calls on one connection. Streams may use half of them. Further calls wait
+    at the client (HTTP/2's SETTINGS_MAX_CONCURRENT_STREAMS)."""
     shutdown_grace: PositiveFloat = 20.0
-    """Seconds that calls under way get at shutdown."""
+    """Seconds that calls in flight may take to finish at shutdown."""
     shutdown_delay: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds between turning NOT_SERVING and refusing calls, for load balancers to notice."""
+    """Seconds between reporting NOT_SERVING and rejecting calls, so that load balancers can
+    react."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe log lines written."""
+    """Lowest severity that is logged."""
     log_format: Literal["auto", "console", "json"] = "auto"
-    """`auto`: console on a terminal, else JSON lines."""
+    """Format of log lines. `auto`: console on a terminal, JSON lines elsewhere."""
 
     @field_validator("listen", "health_listen", "metrics_listen")
     @classmethod
@@ -168,44 +182,56 @@ class Settings(BaseSettings):
             parts.scheme == "http" and is_loopback(parts.hostname or "")
         ):
             raise ValueError(
-                "must be an https:// URL: whoever can change the keys on their way can be anybody"
+                "must be an https:// URL: an attacker who can alter the keys in transit can "
+                "impersonate every caller"
             )
         if not parts.hostname or parts.username is not None:
-            raise ValueError("must be a URL with a host and without a user")
+            raise ValueError("must be a URL with a host and without credentials")
         return url
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
         if (self.embeddings_url is None) != (self.embeddings_model is None):
-            raise ValueError("EMBEDDINGS_URL and EMBEDDINGS_MODEL go together: set both or none")
+            raise ValueError("EMBEDDINGS_URL and EMBEDDINGS_MODEL go together: set both or neither")
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError(f"{PREFIX}TLS_CERT and {PREFIX}TLS_KEY go together")
+            raise ValueError(
+                f"{PREFIX}TLS_CERT and {PREFIX}TLS_KEY go together: set both or neither"
+            )
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError(f"{PREFIX}TLS_CLIENT_CA needs {PREFIX}TLS_CERT and {PREFIX}TLS_KEY")
         if self.auth == "jwt":
             self._check_jwt()
         elif self.jwt_key is not None or self.jwks_url is not None:
             raise ValueError(
-                f"a key for tokens is set, and {PREFIX}AUTH=none would ignore them: set {PREFIX}AUTH=jwt"
+                f"a key for tokens is set, but {PREFIX}AUTH=none ignores tokens: "
+                f"set {PREFIX}AUTH=jwt"
             )
         elif self.tls_client_ca is None and not is_loopback(split_address(self.listen)[0]):
             raise ValueError(
-                f"{PREFIX}LISTEN={self.listen} is not a loopback address, and {PREFIX}AUTH=none lets every caller act for "
-                f"every user: listen on 127.0.0.1, set {PREFIX}AUTH=jwt, or turn mutual TLS on ({PREFIX}TLS_CLIENT_CA)"
+                f"{PREFIX}LISTEN={self.listen} is not a loopback address, and {PREFIX}AUTH=none "
+                f"lets every caller act for every user: listen on 127.0.0.1, set {PREFIX}AUTH=jwt, "
+                f"or require mutual TLS ({PREFIX}TLS_CLIENT_CA)"
             )
         return self
 
     def _check_jwt(self) -> None:
         if (self.jwt_key is None) == (self.jwks_url is None):
-            raise ValueError(f"{PREFIX}AUTH=jwt needs one of {PREFIX}JWT_KEY and {PREFIX}JWKS_URL")
+            raise ValueError(
+                f"{PREFIX}AUTH=jwt needs exactly one of {PREFIX}JWT_KEY and {PREFIX}JWKS_URL"
+            )
         if self.jwks_url is not None and not (self.jwt_issuer and self.jwt_audience):
             raise ValueError(
-                f"{PREFIX}JWKS_URL needs {PREFIX}JWT_ISSUER and {PREFIX}JWT_AUDIENCE: the same keys sign tokens for others"
+                f"{PREFIX}JWKS_URL needs {PREFIX}JWT_ISSUER and {PREFIX}JWT_AUDIENCE: the same "
+                "keys also sign tokens for other applications"
             )
 
 
 class BadConfiguration(Exception):
-    """The configuration is malformed: one line a problem, each with the name of its setting and without its value if that is secret."""
+    """The configuration is invalid.
+
+    `problems` has one line for each problem. A line names its setting and never contains a
+    secret's value.
+    """
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -216,16 +242,16 @@ def load() -> Settings:
     """Read the configuration.
 
     Raises:
-        BadConfiguration: as its name says.
+        BadConfiguration: A setting is malformed, or `.env` cannot be read.
     """
     try:
         return Settings()
     except ValidationError as error:
         problems = [
-            f"{_variable(str(each['loc'][0]))}: {_lower_first(each['msg'])}"
-            if each["loc"]
-            else each["msg"].removeprefix("Value error, ")
-            for each in error.errors()
+            f"{_variable(str(problem['loc'][0]))}: {_lower_first(problem['msg'])}"
+            if problem["loc"]
+            else problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
         ]
     except (OSError, UnicodeDecodeError) as error:
         problems = [f"{ENV_FILE} cannot be read: {error}"]
@@ -238,7 +264,7 @@ def _lower_first(message: str) -> str:
 
 
 def _variable(field: str) -> str:
-    """Return the environment variable of a field; an alias is one already."""
+    """Return the environment variable of a field. Pydantic reports an alias as it is."""
     return PREFIX + field.upper() if field in Settings.model_fields else field
 
 
@@ -254,9 +280,9 @@ def _variables() -> list[str]:
     return names
 
 
-def _given() -> dict[str, str]:
-    """Return every variable that is set, by name, and where: in the environment, or in the `.env` file."""
-    from dotenv import dotenv_values  # noqa: PLC0415 - to explain the configuration, not to read it
+def _variables_set() -> dict[str, str]:
+    """Return every variable that is set, with its source: the environment or the `.env` file."""
+    from dotenv import dotenv_values  # noqa: PLC0415 - only `check` needs the sources
 
     in_file = {name.upper(): ENV_FILE for name, value in dotenv_values(ENV_FILE).items() if value}
     return in_file | {
@@ -265,34 +291,31 @@ def _given() -> dict[str, str]:
 
 
 def sources() -> dict[str, str]:
-    """Return the settings that are not left at their defaults, and where each is set."""
-    given = _given()
-    return {name: given[name] for name in _variables() if name in given}
+    """Return the settings that are set, each with its source."""
+    variables_set = _variables_set()
+    return {name: variables_set[name] for name in _variables() if name in variables_set}
 
 
 def unknown() -> list[str]:
-    """Return a line on each variable that looks like a setting and is none: a typing error would go unnoticed otherwise."""
-    known = _variables()
+    """Return one line for each variable with the prefix that is not a setting.
+
+    Such a variable is probably misspelled, and is ignored silently otherwise.
+    """
+    known = {name.removeprefix(PREFIX): name for name in _variables()}
     lines = []
-    for name, source in _given().items():
-        if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(
-                name.removeprefix(PREFIX), [each.removeprefix(PREFIX) for each in known], 1
-            )
-            meant = next(
-                (each for each in known if near and each.removeprefix(PREFIX) == near[0]), None
-            )
-            lines.append(
-                f"{name} in {source} is no setting" + (f"; did you mean {meant}?" if meant else "")
-            )
+    for name, source in _variables_set().items():
+        if name.startswith(PREFIX) and name not in known.values():
+            similar = difflib.get_close_matches(name.removeprefix(PREFIX), known, 1)
+            hint = f"; did you mean {known[similar[0]]}?" if similar else ""
+            lines.append(f"{name} in {source} is not a setting{hint}")
     return sorted(lines)
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Split `host:port` (an IPv6 host in brackets).
+    """Split `host:port`, with an IPv6 host in brackets.
 
     Raises:
-        ValueError: when it is not of that form.
+        ValueError: The address does not have this form.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > MAX_PORT:
@@ -301,7 +324,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a host."""
+    """Return whether the host is reachable from this machine only."""
     if host == "localhost":
         return True
     try:

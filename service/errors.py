@@ -1,7 +1,8 @@
-"""What can go wrong, in the words of the contract; knows nothing of gRPC.
+"""The errors that clients receive, independent of gRPC.
 
-Each error carries the stable `reason` of the contract's table and the ids it is about. `rpc/status.py` holds the one
-table that maps a class to a status code. No error's text may hold message text, a connection string or a driver's words.
+Each error carries a stable `reason` and the ids it concerns. `rpc/status.py` maps each class to a
+status code. The reasons are documented in docs/reference/errors.md. No error message may contain
+message text, a connection string or the text of a driver's error.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from typing import ClassVar, NamedTuple
 
 
 class FieldViolation(NamedTuple):
-    """One refused field: its path in the request, such as `messages[0].content`, and what is wrong with it."""
+    """A rejected field: its path in the request, such as `messages[0].content`, and the problem."""
 
     field: str
     description: str
 
 
 class ServiceError(Exception):
-    """Base of every error that a client is told about.
+    """Base of every error that is returned to a client.
 
-    `reason` is stable and in UPPER_SNAKE, `metadata` holds ids and numbers for the client's program, `retry_after` is
-    in seconds and set where waiting helps.
+    Attributes:
+        message: For developers; may change between releases.
+        reason: Stable identifier in UPPER_SNAKE.
+        retry_after: Seconds to wait before a retry; None when waiting does not help.
+        metadata: Ids and numbers for the client's program.
     """
 
     default_reason: ClassVar[str] = "INTERNAL"
@@ -41,7 +45,7 @@ class ServiceError(Exception):
 
 
 class InvalidArgument(ServiceError):
-    """The request itself is wrong, whatever is stored."""
+    """The request is invalid, independent of what is stored."""
 
     default_reason = "FIELD_VIOLATION"
 
@@ -57,38 +61,39 @@ class InvalidArgument(ServiceError):
 
     @classmethod
     def field(cls, field: str, description: str) -> InvalidArgument:
-        """Make the error for one refused field."""
+        """Create the error for one rejected field."""
         return cls.fields((FieldViolation(field, description),))
 
     @classmethod
     def fields(cls, violations: tuple[FieldViolation, ...]) -> InvalidArgument:
-        """Make the error for several refused fields; what is wrong with one field is said in one entry."""
-        words: dict[str, list[str]] = {}
+        """Create the error for several rejected fields, with one entry for each field."""
+        descriptions: dict[str, list[str]] = {}
         for field, description in violations:
-            words.setdefault(field, []).append(description)
+            descriptions.setdefault(field, []).append(description)
         entries = tuple(
-            FieldViolation(field, "; ".join(dict.fromkeys(each))) for field, each in words.items()
+            FieldViolation(field, "; ".join(dict.fromkeys(problems)))
+            for field, problems in descriptions.items()
         )
         more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
         return cls(f"{entries[0].field}: {entries[0].description}{more}", violations=entries)
 
 
 class NotFound(ServiceError):
-    """The thing is missing, or belongs to somebody else: nobody can tell which."""
+    """The resource does not exist, or belongs to another user. Both look the same to the caller."""
 
     @classmethod
     def user(cls, user_id: str) -> NotFound:
-        """Make the error for a missing user."""
+        """Create the error for a missing user."""
         return cls("user not found", reason="USER_NOT_FOUND", user_id=user_id)
 
     @classmethod
     def session(cls, session_id: str) -> NotFound:
-        """Make the error for a missing session."""
+        """Create the error for a missing session."""
         return cls("session not found", reason="SESSION_NOT_FOUND", session_id=session_id)
 
     @classmethod
     def message_in(cls, session_id: str, message_id: str) -> NotFound:
-        """Make the error for a missing message."""
+        """Create the error for a missing message."""
         return cls(
             "message not found",
             reason="MESSAGE_NOT_FOUND",
@@ -98,54 +103,54 @@ class NotFound(ServiceError):
 
     @classmethod
     def document(cls, document_id: str) -> NotFound:
-        """Make the error for a missing document."""
+        """Create the error for a missing document."""
         return cls("document not found", reason="DOCUMENT_NOT_FOUND", document_id=document_id)
 
 
 class AlreadyExists(ServiceError):
-    """The id or another unique value is taken by something else."""
+    """Another resource has the same id, or the same value of a unique field."""
 
     default_reason = "ID_TAKEN"
 
 
 class Conflict(ServiceError):
-    """Somebody else has changed the thing meanwhile; read it again and decide."""
+    """A concurrent writer changed the resource. The caller should read it again and decide."""
 
     default_reason = "CONTENTION"
 
 
 class FailedPrecondition(ServiceError):
-    """The thing is not in a state that allows this."""
+    """The state of the resource does not allow the operation."""
 
     default_reason = "SESSION_ARCHIVED"
 
 
 class Unauthenticated(ServiceError):
-    """The caller has not shown who it is."""
+    """The caller's identity is missing or invalid."""
 
     default_reason = "TOKEN_INVALID"
 
 
 class PermissionDenied(ServiceError):
-    """The caller may not do this."""
+    """The caller is not allowed to do this."""
 
     default_reason = "USER_MISMATCH"
 
 
 class Overloaded(ServiceError):
-    """More work is waiting than can be carried; try again after a pause."""
+    """A limit on concurrent work is reached. A retry after a pause may succeed."""
 
     default_reason = "OVERLOADED"
 
 
 class TooLarge(ServiceError):
-    """The request is larger than the service takes."""
+    """The request exceeds the size limit."""
 
     default_reason = "REQUEST_TOO_LARGE"
 
 
 class Unavailable(ServiceError):
-    """Something that the call needs does not answer now; a retry may succeed."""
+    """A dependency of the call does not respond. A retry may succeed."""
 
     default_reason = "DATABASE_UNAVAILABLE"
 
