@@ -148,9 +148,9 @@ async def test_check_tells_all_when_all_is_well(start: Start, database_url: str)
     code, said = await checked(start, database_url)
     assert code == 0, said
     for words in (
-        "DATABASE_URL", "from the environment", "PostgreSQL", "direct", "none needed on this machine", "prepared",
-        "round trip", "all is indexed", f"revision {tables.BUILD:04d}", "up to 12 connections a process",
-        "8 kept, the last used first; tried before use after 30 s idle, replaced after 240 s; 12 s to connect", "All is well.",
+        "DATABASE_URL", "from the environment", "PostgreSQL", "direct", "not needed on this machine", "prepared",
+        "round trip", "the index is up to date", f"revision {tables.BUILD:04d}", "up to 12 connections for each process",
+        "8 kept open, most recently used first; checked before use after 30 s idle, replaced after 240 s; connect timeout 12 s", "All is well.",
     ):  # fmt: skip
         assert words in said
     assert "todo" not in said
@@ -170,7 +170,9 @@ async def test_check_tells_what_the_search_index_owes(start: Start, database_url
     assert re.search(
         r"note search 1 documents and sessions wait to be indexed, the oldest for 30\d s", flat
     ), said
-    assert "1 given up, such as 0192f3a4-0000-7000-8000-000000000000 (refused)" in flat
+    assert (
+        "1 could not be indexed, for example 0192f3a4-0000-7000-8000-000000000000 (refused)" in flat
+    )
 
 
 async def test_check_says_what_to_do(start: Start, empty_database_url: str) -> None:
@@ -206,9 +208,12 @@ async def test_check_sees_a_pooler_and_what_durability_lacks(
     [
         ((r"/test_\d+\?", "/nowhere?"), 'database "nowhere" does not exist'),
         ((r"postgres@", f"nobody:{SECRET}@"), 'role "nobody" does not exist'),
-        ((r"host=.*", "host=/nowhere"), "nothing listens at the socket in /nowhere"),
-        ((r"@/(.*)\?.*", r"@127.0.0.1:1/\1"), "nothing listens at 127.0.0.1:1/"),
-        ((r"@/(.*)\?.*", r"@no-such-host.invalid/\1"), "no host has the name no-such-host.invalid"),
+        ((r"host=.*", "host=/nowhere"), "connection refused at the socket in /nowhere"),
+        ((r"@/(.*)\?.*", r"@127.0.0.1:1/\1"), "connection refused at 127.0.0.1:1/"),
+        (
+            (r"@/(.*)\?.*", r"@no-such-host.invalid/\1"),
+            "the host name no-such-host.invalid does not resolve",
+        ),
     ],
 )
 async def test_check_says_why_it_cannot_connect(
@@ -381,5 +386,5 @@ def test_serve_says_why_it_cannot_migrate(start: Start) -> None:
     )
     assert command.wait() == 1
     assert command.said == (
-        "chat-history: no host has the name no-such-host.invalid: check DATABASE_URL, and the name service of this machine\n"
+        "chat-history: the host name no-such-host.invalid does not resolve: check DATABASE_URL and this machine's DNS\n"
     )

@@ -176,9 +176,9 @@ POOL = Pool(8, 4, 240, 12)
 @pytest.mark.parametrize(
     ("query", "tls", "verdict", "words"),
     [
-        ("sslmode=require", "TLSv1.3", Verdict.NOTE, "nobody looks at the certificate"),
+        ("sslmode=require", "TLSv1.3", Verdict.NOTE, "the certificate is not verified"),
         ("sslmode=verify-full", "TLSv1.3", Verdict.OK, "certificate verified"),
-        ("sslmode=disable", None, Verdict.NOTE, "whoever is on the way can read along"),
+        ("sslmode=disable", None, Verdict.NOTE, "traffic can be read in transit"),
     ],
 )
 def test_far_away_the_certificate_matters(
@@ -211,27 +211,27 @@ def test_what_does_not_fit_is_said_with_what_to_do() -> None:
     )
     lines = {line.about: line for line in findings(newer, parse(url), POOL)}
     assert {line.verdict for line in lines.values()} <= {Verdict.OK, Verdict.NOTE}
-    assert "migrations go to ep-a.eu.aws.neon.tech/d" in lines["connection"].words
+    assert "migrations connect to ep-a.eu.aws.neon.tech/d" in lines["connection"].words
 
 
 @pytest.mark.parametrize("host", ["ep-a.eu.aws.neon.tech", "ep-a-pooler.eu.aws.neon.tech"])
 @pytest.mark.parametrize(
     ("query", "pool", "verdict", "words"),
     [
-        ("", POOL, Verdict.OK, "12 s to connect: fits Neon's suspending and waking"),
+        ("", POOL, Verdict.OK, "connect timeout 12 s: suitable for Neon's suspend and wake times"),
         (
             "",
-            POOL._replace(recycle=300),
+            POOL._replace(recycle_s=300),
             Verdict.NOTE,
             "set CHAT_HISTORY_DB_POOL_RECYCLE below that",
         ),
-        ("", POOL._replace(connect_timeout=3), Verdict.NOTE, "may take longer to wake"),
-        ("?connect_timeout=3", POOL, Verdict.NOTE, "3 s to connect: a suspended"),
+        ("", POOL._replace(connect_timeout_s=3), Verdict.NOTE, "may take longer to wake"),
+        ("?connect_timeout=3", POOL, Verdict.NOTE, "connect timeout 3 s: a suspended"),
         (
             "?connect_timeout=15",
-            POOL._replace(connect_timeout=3),
+            POOL._replace(connect_timeout_s=3),
             Verdict.OK,
-            "15 s to connect: fits",
+            "connect timeout 15 s: suitable",
         ),
     ],
 )

@@ -127,9 +127,9 @@ def test_a_typing_error_is_noticed(empty_folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CHAT_HISTORY_DATABASE_URL", "postgresql://u@h/d")
     monkeypatch.setenv("CHAT_HISTORY_ZZZ", "1")
     assert config.unknown() == [
-        "CHAT_HISTORY_DATABASE_URL in the environment is no setting; did you mean DATABASE_URL?",
-        "CHAT_HISTORY_LISTN in .env is no setting; did you mean CHAT_HISTORY_LISTEN?",
-        "CHAT_HISTORY_ZZZ in the environment is no setting",
+        "CHAT_HISTORY_DATABASE_URL in the environment is not a setting; did you mean DATABASE_URL?",
+        "CHAT_HISTORY_LISTN in .env is not a setting; did you mean CHAT_HISTORY_LISTEN?",
+        "CHAT_HISTORY_ZZZ in the environment is not a setting",
     ]
 
 
