@@ -112,7 +112,7 @@ docs: $(DOCS_STAMP) ## build the documentation site into site/; a broken link or
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
 
 .PHONY: docs-serve
-docs-serve: $(DOCS_STAMP) ## serve the documentation on 127.0.0.1:8001, rebuilt on changes; Ctrl-C stops
+docs-serve: $(DOCS_STAMP) ## serve the documentation, reloaded on change, on 127.0.0.1:8001
 	@NO_MKDOCS_2_WARNING=1 exec $(DOCS_VENV)/bin/mkdocs serve --strict --dev-addr 127.0.0.1:8001
 
 .PHONY: lock

@@ -6,7 +6,8 @@ Without a path it checks the whole repository. Markdown counts without its code;
 comments, docstrings, string literals and the names it defines (under tests/, string literals are
 test data and do not count); proto, C, JavaScript and TypeScript with their comments, and the latter
 two with their strings and declared names; HTML and SVG with their texts. Other known files count
-as a whole. Text between backticks is code and does not count.
+as a whole. Text between backticks is code and does not count. In files that neither ruff nor
+mdformat checks, it also reports lines over 100 columns.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = Path(__file__).with_name("prose-words.txt")
+MAX_COLUMNS = 100
 
 # Other projects' text, generated files, test data, and the tests of this checker.
 _EXCLUDED = re.compile(
@@ -32,6 +34,8 @@ _EXCLUDED = re.compile(
     r"|^(?:generated/(?:chathistory|buf)|protos/buf|docs/bench|tests/search/texts)/"
     r"|^tests/unit/test_prose\.py$"
 )
+# ruff and mdformat check the length of these lines, and pictures are not read as text.
+_FORMATTED = (".py", ".md", ".svg")
 _IDENTIFIER_PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SPOKEN_ATTRIBUTES = {"alt", "aria-label", "content", "placeholder", "title"}
 
@@ -61,7 +65,7 @@ class Passage(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A rejected word: where it is, and what to write instead."""
+    """A rejected word or a long line: where it is, and what to write instead."""
 
     path: str
     line: int
@@ -94,7 +98,11 @@ def read_rules(text: str) -> Rules:
 
 
 def check(path: str, source: str, rules: Rules) -> Iterator[Finding]:
-    """Yield the rejected words of one file; `path` is relative to the repository, with slashes."""
+    """Yield the findings in one file; `path` is relative to the repository, with slashes."""
+    if not path.endswith(_FORMATTED):
+        for number, content in enumerate(source.splitlines(), 1):
+            if len(content) > MAX_COLUMNS:
+                yield Finding(path, number, f"{content[:20]}…", f"wrap at {MAX_COLUMNS} columns")
     for passage in [Passage(1, path), *_passages(path, source)]:
         text = passage.text
         if passage.is_name:
@@ -319,7 +327,7 @@ _READERS: dict[str, Callable[[str], Iterable[Passage]]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Print the rejected words, and return the exit status: 1 if there are any."""
+    """Print the findings, and return the exit status: 1 if there are any."""
     rules = read_rules(WORDS.read_text())
     count = 0
     for path in files([Path(argument) for argument in arguments] or [ROOT]):
@@ -327,7 +335,7 @@ def main(arguments: list[str]) -> int:
             print(f"{finding.path}:{finding.line}: {finding.word!r}: {finding.suggestion}")
             count += 1
     if count:
-        print(f"{count} rejected words; the list is scripts/prose-words.txt", file=sys.stderr)
+        print(f"{count} findings; the word list is scripts/prose-words.txt", file=sys.stderr)
     return 1 if count else 0
 
 

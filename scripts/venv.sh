@@ -8,7 +8,8 @@
 set -eu
 
 # An active environment or a user's settings must not redirect the installation.
-unset PYTHONHOME PYTHONPATH VIRTUAL_ENV PIP_REQUIRE_VIRTUALENV PIP_USER PIP_TARGET PIP_PREFIX 2>/dev/null || true
+unset PYTHONHOME PYTHONPATH VIRTUAL_ENV 2>/dev/null || true
+unset PIP_REQUIRE_VIRTUALENV PIP_USER PIP_TARGET PIP_PREFIX 2>/dev/null || true
 
 is_supported() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null
@@ -45,14 +46,16 @@ case $1 in
     ;;
 *)
     dir=$1 lock=$2 requested=$3
-    # Without a stamp for this folder the environment may be incomplete or moved. pip can repair only
-    # the former, so it is created again.
-    if [ "$(sed -n 1p "$dir/.installed" 2>/dev/null)" != "$PWD" ] || ! is_supported "$dir/bin/python" ||
+    # Without a stamp for this folder the environment may be incomplete or moved. pip can repair
+    # only the former, so it is created again.
+    if [ "$(sed -n 1p "$dir/.installed" 2>/dev/null)" != "$PWD" ] ||
+        ! is_supported "$dir/bin/python" ||
         { [ -n "$requested" ] && [ "$(sed -n 2p "$dir/.installed")" != "$requested" ]; }; then
         python=$(find_python "$requested")
         echo "creating $dir with $("$python" -V)"
         if ! "$python" -m venv --clear "$dir" >/dev/null; then
-            echo "$python cannot create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+            echo "$python cannot create a virtual environment;" \
+                "on Debian and Ubuntu: apt-get install python3-venv" >&2
             exit 1
         fi
     fi

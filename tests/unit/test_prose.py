@@ -24,6 +24,7 @@ def rejected(path: str, source: str) -> list[tuple[int, str]]:
         ("so many at a time", "so many"),
         ("It restarts by itself.", "by itself"),
         ("pip install 'chat-history[search]'", "chat-history["),
+        ("It waits. What comes later joins the next batch.", "What"),
     ],
 )
 def test_dialect_in_markdown_is_rejected(text: str, word: str) -> None:
@@ -37,6 +38,7 @@ def test_dialect_in_markdown_is_rejected(text: str, word: str) -> None:
         "Write `anew` and ``lies``\nas code.",
         "so `anew` many",
         "```sh\necho anew\n```\n\n~~~~\n```\nanew\n~~~~",
+        "# What it is\n\nWhat is it? See: what a batch holds.",
         "The command is chat-history, the distribution chathistory-service[search].",
     ],
 )
@@ -135,6 +137,8 @@ def test_text_that_begins_with_a_headless_clause_is_rejected(source: str) -> Non
         ),
         ("Makefile", "run: ## run anew", [(1, "anew")]),
         ("service/store/permits.py", "", [(1, "store/permits")]),
+        ("Makefile", f"# short\n# {'long ' * 20}", [(2, "# long long long lon…")]),
+        ("docs/page.md", "long " * 21, []),
     ],
 )
 def test_other_files_are_read_by_their_kind(
