@@ -19,10 +19,9 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
+    CompoundSelect,
     Select,
-    bindparam,
     case,
     cast,
     func,
@@ -33,8 +32,8 @@ from sqlalchemy import (
 )
 
 from service.errors import NotFound
-from service.store.db.read_batching import BatchedRead, ReadBatcher, Rows
-from service.store.messages import MAX_PAGE_BYTES, MAX_SEQ, bounded
+from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows
+from service.store.messages import MAX_PAGE_BYTES, MAX_SEQ, PAGE_PARAMETERS, bounded
 from service.store.rows import MESSAGE_COLUMNS, SESSION_COLUMNS, MessageRow, SessionRow
 from service.store.tables import Role, chat_messages, chat_sessions
 
@@ -313,36 +312,44 @@ def _tools(row: MessageRow) -> tuple[set[str], set[str]]:
 
 
 _s, _m = chat_sessions.c, chat_messages.c
-_user_id = bindparam("user_id", type_=_s.user_id.type)
-_session_id = bindparam("session_id", type_=_s.id.type)
-_seq = bindparam("seq", type_=BigInteger)
-_its_session = (_s.user_id == _user_id, _s.id == _session_id)
-# What a summary covers need not be sent.
-_start = (
-    select(
-        case(
-            (_s.summary != literal_column("''"), _s.summarized_through_seq),
-            else_=literal_column("0"),
-        )
+
+
+def _session_of(parameters: Parameters) -> tuple[ColumnElement[bool], ...]:
+    return _s.user_id == parameters["user_id"], _s.id == parameters["session_id"]
+
+
+def _newest(parameters: Parameters) -> Select[Any]:
+    """Select the messages before `seq`, newest first, but for those that a summary covers."""
+    summarized_through = case(
+        (_s.summary != literal_column("''"), _s.summarized_through_seq),
+        else_=literal_column("0"),
     )
-    .where(*_its_session)
-    .scalar_subquery()
-)
-_newest = bounded((_m.seq > _start) & (_m.seq < _seq), _m.seq.desc())
+    start = (
+        select(summarized_through)
+        .where(*_session_of(parameters))
+        .correlate(*parameters.tables)
+        .scalar_subquery()
+    )
+    return bounded(parameters, (_m.seq > start) & (_m.seq < parameters["seq"]), _m.seq.desc())
 
 
-def _leading_system() -> Select[Any]:
+def _leading_system(parameters: Parameters) -> Select[Any]:
     """Select the SYSTEM messages before the first other one."""
-    others = (
-        _m.user_id == _user_id,
-        _m.session_id == _session_id,
-        _m.deleted_at.is_(None),
-        _m.role != literal_column(f"{Role.SYSTEM:d}"),
-    )
     first_other = (
-        select(_m.seq).where(*others).order_by(_m.seq).limit(literal_column("1")).scalar_subquery()
+        select(_m.seq)
+        .where(
+            _m.user_id == parameters["user_id"],
+            _m.session_id == parameters["session_id"],
+            _m.deleted_at.is_(None),
+            _m.role != literal_column(f"{Role.SYSTEM:d}"),
+        )
+        .order_by(_m.seq)
+        .limit(literal_column("1"))
+        .correlate(*parameters.tables)
+        .scalar_subquery()
     )
     return bounded(
+        parameters,
         _m.seq < func.coalesce(first_other, literal_column(str(MAX_SEQ))),
         _m.seq.asc(),
         literal_column(str(LEADING)),
@@ -361,14 +368,18 @@ def _leg(
     return select(literal_column(str(kind)), *left, *right)
 
 
-_OPENING = BatchedRead(
-    union_all(
-        _leg(0, SESSION_COLUMNS, None).where(*_its_session),
-        _leg(1, None, _leading_system()),
-        _leg(2, None, _newest),
+def _opening(parameters: Parameters) -> CompoundSelect[Any]:
+    """Select the session, its leading SYSTEM messages and its newest messages in one round trip."""
+    session = _leg(0, SESSION_COLUMNS, None).where(*_session_of(parameters))
+    return union_all(
+        session.correlate(*parameters.tables),
+        _leg(1, None, _leading_system(parameters)),
+        _leg(2, None, _newest(parameters)),
     )
-)
-_OLDER = BatchedRead(_newest)
+
+
+_OPENING = BatchedRead(_opening, PAGE_PARAMETERS)
+_OLDER = BatchedRead(_newest, PAGE_PARAMETERS)
 _MESSAGE_AT = 1 + len(SESSION_COLUMNS)
 _seq_of = attrgetter("seq")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import BigInteger, bindparam, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store.messages import bounded
+from service.store import messages
+from service.store.db.read_batching import Parameters
 from service.store.rows import (
     DOCUMENT_COLUMNS,
     SESSION_COLUMNS,
@@ -17,15 +18,12 @@ from service.store.rows import (
 )
 from service.store.tables import (
     SYSTEM_USER_ID,
-    chat_messages,
     chat_sessions,
     document_chunks,
     documents,
 )
 
-_MESSAGES_AFTER = bounded(
-    chat_messages.c.seq > bindparam("seq", type_=BigInteger), chat_messages.c.seq.asc()
-)
+_MESSAGES_AFTER = messages.after(Parameters.bound(messages.PAGE_PARAMETERS))
 
 
 class ChunkWithVector(NamedTuple):

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
 from service.store import sessions
-from service.store.db.read_batching import BatchedRead, ReadBatcher, Rows
+from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows
 from service.store.outbox import outbox
 from service.store.rows import (
     MESSAGE_COLUMNS,
@@ -36,13 +36,19 @@ def estimate_tokens(content: str, parts: str | None) -> int:
     return -(-(len(content.encode()) + len(parts or "")) // _BYTES_PER_TOKEN)
 
 
-_limit = sa.bindparam("limit", type_=sa.Integer)
+PAGE_PARAMETERS = {
+    "user_id": _own.user_id.type,
+    "session_id": _own.session_id.type,
+    "seq": sa.BigInteger(),
+    "limit": sa.Integer(),
+}
 
 
 def bounded(
+    parameters: Parameters,
     match: sa.ColumnElement[bool],
     order: sa.ColumnElement[Any],
-    limit: sa.ColumnElement[int] = _limit,
+    limit: sa.ColumnElement[int] | None = None,
 ) -> sa.Select[Any]:
     """Select readable messages of one session up to `limit` rows or MAX_PAGE_BYTES, whichever comes first, at least one.
 
@@ -53,13 +59,14 @@ def bounded(
     rows = (
         sa.select(chat_messages, running.label("running"))
         .where(
-            _own.user_id == sa.bindparam("user_id", type_=_own.user_id.type),
-            _own.session_id == sa.bindparam("session_id", type_=_own.session_id.type),
+            _own.user_id == parameters["user_id"],
+            _own.session_id == parameters["session_id"],
             match,
             _own.deleted_at.is_(None),
         )
         .order_by(order)
-        .limit(limit)
+        .limit(parameters["limit"] if limit is None else limit)
+        .correlate(*parameters.tables)
         .subquery("m")
     )
     return sa.select(*message_columns(rows)).where(
@@ -67,20 +74,37 @@ def bounded(
     )
 
 
-_seq = sa.bindparam("seq", type_=sa.BigInteger)
-_AFTER = BatchedRead(bounded(_own.seq > _seq, _own.seq.asc()))
-_BEFORE = BatchedRead(bounded(_own.seq < _seq, _own.seq.desc()))
-_same_session = (
-    sa.select(chat_sessions.c.id)
-    .where(
-        chat_sessions.c.user_id == sa.bindparam("user_id", type_=_own.user_id.type),
-        chat_sessions.c.id == sa.bindparam("session_id", type_=_own.session_id.type),
-        epoch_us(chat_sessions.c.created_at)
-        == sa.bindparam("session_created_us", type_=sa.BigInteger),
+def after(parameters: Parameters) -> sa.Select[Any]:
+    """Select the messages after `seq`, oldest first."""
+    return bounded(parameters, _own.seq > parameters["seq"], _own.seq.asc())
+
+
+def _before(parameters: Parameters) -> sa.Select[Any]:
+    """Select the messages before `seq`, newest first."""
+    return bounded(parameters, _own.seq < parameters["seq"], _own.seq.desc())
+
+
+def _after_in_same_session(parameters: Parameters) -> sa.Select[Any]:
+    """Select as `after` does, but nothing once the session was deleted and created again with its id."""
+    same_session = (
+        sa.select(chat_sessions.c.id)
+        .where(
+            chat_sessions.c.user_id == parameters["user_id"],
+            chat_sessions.c.id == parameters["session_id"],
+            epoch_us(chat_sessions.c.created_at) == parameters["session_created_us"],
+        )
+        .correlate(*parameters.tables)
+        .exists()
     )
-    .exists()
+    match = sa.and_(_own.seq > parameters["seq"], same_session)
+    return bounded(parameters, match, _own.seq.asc())
+
+
+_AFTER = BatchedRead(after, PAGE_PARAMETERS)
+_BEFORE = BatchedRead(_before, PAGE_PARAMETERS)
+_FOLLOWING = BatchedRead(
+    _after_in_same_session, PAGE_PARAMETERS | {"session_created_us": sa.BigInteger()}
 )
-_FOLLOWING = BatchedRead(bounded(sa.and_(_own.seq > _seq, _same_session), _own.seq.asc()))
 MAX_SEQ = 2**63 - 1
 """Beyond every `seq`."""
 

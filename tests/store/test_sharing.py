@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
-from sqlalchemy import Integer, bindparam, literal_column, select
+from sqlalchemy import Integer, Select, literal_column, select
 
+from service.server import Server
+from service.store import context, messages
 from service.store.db import read_batching
 from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.db.hot_pool import Record, Statement
-from service.store.db.read_batching import BatchedRead, ReadBatcher
+from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher
+from tests.support.chat import SYSTEM, Chat, text, texts
 
-_read = select((bindparam("n", type_=Integer) * literal_column("2")).label("twice"))
+N = {"n": Integer()}
+
+
+def twice(parameters: Parameters) -> Select[Any]:
+    query = select((parameters["n"] * literal_column("2")).label("twice"))
+    return query.correlate(*parameters.tables)
+
+
+def tenth(parameters: Parameters) -> Select[Any]:
+    query = select((literal_column("10") / parameters["n"]).label("tenth"))
+    return query.correlate(*parameters.tables)
 
 
 class Counting(Database):
@@ -44,36 +58,34 @@ async def ask(reads: ReadBatcher, read: BatchedRead, numbers: range) -> list[int
 async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
     database: Counting,
 ) -> None:
-    read = BatchedRead(_read)
+    read = BatchedRead(twice, N)
     reads = ReadBatcher(database)
     assert await ask(reads, read, range(200)) == [2 * n for n in range(200)]
     assert len(database.texts) < 200 / read_batching.WIDTH + 10
     database.texts.clear()
     for n in range(5):
         assert await ask(reads, read, range(n, n + 1)) == [2 * n]
-    assert database.texts[-1] == read.alone.text, "one that comes alone leaves alone"
+    assert database.texts[-1] == read.single.text, "one that comes alone leaves alone"
 
 
 async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(
     database: Counting,
 ) -> None:
-    read = BatchedRead(_read)
+    read = BatchedRead(twice, N)
     # PostgreSQL's own "feature not supported", which is what Citus answers to the shared statement.
-    read.together = Statement.from_text("SELECT 1 UNION SELECT 2 FOR UPDATE")
+    read.batched = Statement.from_text("SELECT 1 UNION SELECT 2 FOR UPDATE")
     reads = ReadBatcher(database)
     assert await ask(reads, read, range(40)) == [2 * n for n in range(40)]
-    assert read.together.text in database.texts
+    assert read.batched.text in database.texts
     database.texts.clear()
     assert await ask(reads, read, range(40)) == [2 * n for n in range(40)]
-    assert set(database.texts) == {read.alone.text}
+    assert set(database.texts) == {read.single.text}
 
 
 async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(
     database: Counting,
 ) -> None:
-    read = BatchedRead(
-        select((literal_column("10") / bindparam("n", type_=Integer)).label("tenth"))
-    )
+    read = BatchedRead(tenth, N)
     reads = ReadBatcher(database)
     deadline = asyncio.get_running_loop().time() + 30
     answers = await asyncio.gather(
@@ -83,3 +95,45 @@ async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(
     assert [
         row[0] for answer in answers if not isinstance(answer, BaseException) for row in answer
     ] == [10, 5, 2, 1]
+
+
+READS = {
+    "the opening of a context": context._OPENING,
+    "older messages of a context": context._OLDER,
+    "a page forwards": messages._AFTER,
+    "a page backwards": messages._BEFORE,
+    "a page of a watch": messages._FOLLOWING,
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
+async def test_single_and_batched_form_return_the_same_rows(
+    server: Server, chat: Chat, other: Chat, read: BatchedRead
+) -> None:
+    requests = []
+    for user in (chat, other):
+        for count, limit in ((0, 5), (3, 2), (12, 50)):
+            session = await user.create_session(title=f"{count} messages")
+            if count:
+                await user.append(session.id, [text("rules", SYSTEM), *texts(count)])
+            requests += [
+                {
+                    "user_id": user.user_id,
+                    "session_id": session.id,
+                    "session_created_us": session.create_time.ToMicroseconds(),
+                    "seq": seq,
+                    "limit": limit,
+                }
+                for seq in (0, 7, messages.MAX_SEQ)
+            ]
+    arguments = [
+        read.single.bind(**{name: request[name] for name in read.single.names})
+        for request in requests
+    ]
+    single = [await server.database.fetch_once(read.single, *values) for values in arguments]
+    batched = await server.database.fetch_once(
+        read.batched, list(range(len(arguments))), *map(list, zip(*arguments, strict=True))
+    )
+    rows = [[tuple(row)[1:] for row in batched if row[0] == n] for n in range(len(arguments))]
+    assert any(rows)
+    assert rows == [[tuple(row) for row in result] for result in single]

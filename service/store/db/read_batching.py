@@ -2,18 +2,32 @@
 
 A round trip costs the driver and the event loop more than the rows do: sixteen pages in one statement take a third of the CPU time of
 sixteen statements. Nothing waits when idle: the first read leaves at once, by itself, and those that come meanwhile leave together.
-A shared statement joins the reads' arguments (`unnest`) with what each of them reads (LATERAL), each under its own user's id.
+A batched statement joins the requests' arguments (`unnest`) with the rows that each of them reads (LATERAL), each under its own
+user's id. The query of a read is written once, as a function of its parameters, next to the code that uses it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ClauseElement
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    CompoundSelect,
+    FromClause,
+    Integer,
+    Select,
+    bindparam,
+    column,
+    func,
+    literal_column,
+    select,
+    true,
+)
+from sqlalchemy.types import TypeEngine
 
 from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database
@@ -31,19 +45,61 @@ Rows = Sequence[Any]
 """Each a sequence of columns."""
 
 
-class BatchedRead:
-    """One kind of read: its statement alone, and the same for many at once."""
+Types = Mapping[str, TypeEngine[Any]]
+"""The names and types of a read's parameters."""
 
-    def __init__(self, read: ClauseElement) -> None:
-        self.alone = Statement(read)
-        # The same text, its parameters ($1::UUID, …) become columns of the arguments' table.
-        types = dict(re.findall(r"\$(\d+)::(\w+)", self.alone.text))
-        arrays = ", ".join(f"${n + 1}::{types[str(n)]}[]" for n in range(1, len(types) + 1))
-        columns = ", ".join(f"a{n}" for n in range(1, len(types) + 1))
-        inner = re.sub(r"\$(\d+)::\w+", r"asked.a\1", self.alone.text)
-        self.together = Statement.from_text(
-            "SELECT asked.place, found.* "  # noqa: S608 - made of our own text
-            f"FROM unnest($1::INTEGER[], {arrays}) AS asked (place, {columns}) CROSS JOIN LATERAL ({inner}) AS found"
+
+class Parameters:
+    """The parameters of a query: bind parameters of a single read, or columns of the table of batched requests."""
+
+    def __init__(
+        self, columns: Mapping[str, ColumnElement[Any]], tables: tuple[FromClause, ...] = ()
+    ) -> None:
+        self._columns = columns
+        self.tables = tables
+        """For `Select.correlate`: every SELECT that uses a parameter must name them."""
+
+    def __getitem__(self, name: str) -> ColumnElement[Any]:
+        return self._columns[name]
+
+    @classmethod
+    def bound(cls, types: Types) -> Parameters:
+        """Make bind parameters."""
+        return cls({name: bindparam(name, type_=type_) for name, type_ in types.items()})
+
+
+Query = Callable[[Parameters], Select[Any] | CompoundSelect[Any]]
+
+
+class BatchedRead:
+    """One kind of read, as a statement for a single request and as one for a batch of them.
+
+    Args:
+        query: Builds the SELECT from its parameters.
+        types: The parameters; the batched statement takes an array of each.
+    """
+
+    def __init__(self, query: Query, types: Types) -> None:
+        self.single = Statement(query(Parameters.bound(types)))
+        # In the order of the single statement's arguments, so that a batch is a transposition of them.
+        columns: Types = {"request_index": Integer()} | {
+            name: types[name] for name in self.single.names
+        }
+        requests = (
+            func.unnest(
+                *(bindparam(name, type_=ARRAY(type_)) for name, type_ in columns.items()),
+            )
+            .table_valued(*(column(name, type_) for name, type_ in columns.items()))
+            .render_derived("requests")
+        )
+        rows = query(Parameters({name: requests.c[name] for name in types}, (requests,))).lateral(
+            "results"
+        )
+        # `results.*`, since two columns of a result may have one name.
+        self.batched = Statement(
+            select(requests.c.request_index, literal_column("results.*")).select_from(
+                requests.join(rows, true())
+            )
         )
 
 
@@ -68,7 +124,7 @@ class ReadBatcher:
         line = self._lines.get(read)
         if line is None:
             line = self._lines[read] = _ReadQueue(self.database, read)
-        return await line.fetch(read.alone.bind(**values), deadline)
+        return await line.fetch(read.single.bind(**values), deadline)
 
 
 class _ReadQueue:
@@ -90,7 +146,7 @@ class _ReadQueue:
         if not self._shares or (not self._under_way and self._gather.last <= 1):
             self._under_way += 1
             try:
-                return await self._database.fetch(self._read.alone, *arguments, deadline=deadline)
+                return await self._database.fetch(self._read.single, *arguments, deadline=deadline)
             finally:
                 self._under_way -= 1
                 self._go_on()
@@ -100,7 +156,7 @@ class _ReadQueue:
         try:
             return await asked.answer
         except _RunAlone:
-            return await self._database.fetch(self._read.alone, *arguments, deadline=deadline)
+            return await self._database.fetch(self._read.single, *arguments, deadline=deadline)
 
     def _go_on(self, *, slow: bool = False) -> None:
         full = len(self._queue) >= WIDTH
@@ -140,7 +196,7 @@ class _ReadQueue:
         ]
         try:
             rows = await self._database.fetch_once(
-                self._read.together, list(range(len(batch))), *arguments
+                self._read.batched, list(range(len(batch))), *arguments
             )
         except Exception as error:  # noqa: BLE001 - a defect must fail those who wait, not hang them
             known = isinstance(error, DATABASE_ERRORS)
