@@ -95,6 +95,8 @@ _MAKE = """\
 set -euo pipefail
 /usr/bin/env -i PATH=/usr/bin:/bin make -C {root} --no-print-directory --dry-run \\
     --old-file=.venv/.installed --old-file=install "$@" | sed 's|\\.venv/bin/||g; s|^@||' > .recipe
+mkdir -p .venv
+ln -sfn {programs} .venv/bin
 exec bash -euo pipefail .recipe
 """
 
@@ -358,9 +360,10 @@ class Scenario:
         programs.mkdir()
         python = shlex.quote(sys.executable)
         scripts = {
+            "activate": "",
             "python": f'#!/bin/sh\nexec {python} "$@"\n',
             "chat-history": f'#!/bin/sh\nexec {python} -m service "$@"\n',
-            "make": _MAKE.format(root=shlex.quote(str(ROOT))),
+            "make": _MAKE.format(root=shlex.quote(str(ROOT)), programs=shlex.quote(str(programs))),
         }
         for name, script in scripts.items():
             (programs / name).write_text(script)
