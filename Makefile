@@ -109,7 +109,7 @@ proto-release: $(PROTO_STAMP) ## record the protos as a release that later chang
 
 .PHONY: docs
 docs: $(DOCS_STAMP) ## build the documentation site into site/; a broken link or anchor fails
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 .PHONY: docs-serve
 docs-serve: $(DOCS_STAMP) ## serve the documentation, reloaded on change, on 127.0.0.1:8001
