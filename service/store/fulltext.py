@@ -1,4 +1,4 @@
-"""Search of messages by words: a scan of the user's own messages, which costs the append path nothing (docs/how-to/search.md has figures).
+"""Search of messages by words: a scan of the user's own messages, which costs the append path nothing (docs/explanation/search-quality.md has figures).
 
 Words are compared as they are written, in any case and in any language (PostgreSQL's `simple` configuration): users write several
 languages, often in one session, and a stemmer of the wrong one finds less than none. Search by meaning finds other forms.
