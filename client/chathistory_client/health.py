@@ -39,10 +39,12 @@ class Health(Connection):
     async def check_health(
         self, name: str = "", *, timeout: float = HEALTH_TIMEOUT_S
     ) -> HealthStatus:
-        """Return the health of the service or of one component. Never raises.
+        """Return the health of the service or of one component.
 
-        `"database"` causes a round trip to PostgreSQL. Do not probe it periodically, because that
-        keeps a database awake that would suspend itself when idle.
+        An unreachable service is a status, not an error.
+
+        A check of `"database"` causes a round trip to PostgreSQL. Do not probe it periodically,
+        because that keeps a database awake that would suspend itself when idle.
 
         >>> await client.check_health("database")
         <HealthStatus.SERVING: 'serving'>

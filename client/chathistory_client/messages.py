@@ -418,7 +418,7 @@ class Messages(Connection):
                     self._stream(lambda stub: stub.WatchMessages, request, token)
                 ) as responses:
                     async for response in responses:
-                        backoff.progress()
+                        backoff.reset()
                         if response.message.seq > request.after_seq:
                             request.after_seq = response.message.seq
                             yield response.message

@@ -32,16 +32,16 @@ class ResumeBackoff:
     """Exponential back-off with jitter, which progress resets."""
 
     def __init__(self) -> None:
-        self._failures = 0
+        self._failure_count = 0
 
     @property
     def is_reset(self) -> bool:
         """Whether nothing failed since the last progress."""
-        return self._failures == 0
+        return self._failure_count == 0
 
-    def progress(self) -> None:
+    def reset(self) -> None:
         """Reset the back-off, because the stream delivered a message."""
-        self._failures = 0
+        self._failure_count = 0
 
     async def pause(self, retry_after: float | None = None) -> None:
         """Wait before the next attempt.
@@ -49,7 +49,7 @@ class ResumeBackoff:
         Args:
             retry_after: Minimum wait in seconds, as requested by the service.
         """
-        ceiling_s = min(MAX_PAUSE_S, INITIAL_PAUSE_S * 2**self._failures)
-        self._failures = min(self._failures + 1, 10)
+        ceiling_s = min(MAX_PAUSE_S, INITIAL_PAUSE_S * 2**self._failure_count)
+        self._failure_count = min(self._failure_count + 1, 10)
         jitter_s = random.uniform(ceiling_s / 2, ceiling_s)  # noqa: S311 - no secret
         await asyncio.sleep((retry_after or 0.0) + jitter_s)

@@ -14,7 +14,7 @@ TokenSource = str | Callable[[], str | Awaitable[str]]
 """A token, or a function, async or not, that returns a current one."""
 
 REFRESH_MARGIN_S = 30.0
-"""Time before its expiry at which a JWT is replaced. Short-lived ones are replaced at 80%."""
+"""Time before its expiry at which a JWT is replaced, or 80% of its lifetime if that is later."""
 
 
 class TokenCache:

@@ -99,7 +99,7 @@ async def test_overloaded_call_raises_with_retry_after_and_is_not_retried(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts = count_attempts(server, monkeypatch)
-    for name in ("limit", "most"):
+    for name in ("limit", "hard_limit"):
         monkeypatch.setattr(server.calls, name, 0)
     with pytest.raises(Overloaded) as caught:
         await client.get_user(user_id=owner)
@@ -130,14 +130,14 @@ async def test_call_to_draining_replica_is_repeated_until_it_is_accepted_or_time
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempts = count_attempts(server, monkeypatch)
-    monkeypatch.setattr(server.calls, "draining", True)
+    monkeypatch.setattr(server.calls, "is_draining", True)
     pending = asyncio.create_task(client.get_user(user_id=owner))
     while len(attempts) <= 10:  # More attempts than gRPC makes for one call.
         await asyncio.sleep(0.01)
-    monkeypatch.setattr(server.calls, "draining", False)
+    monkeypatch.setattr(server.calls, "is_draining", False)
     assert (await pending).id == owner
 
-    monkeypatch.setattr(server.calls, "draining", True)
+    monkeypatch.setattr(server.calls, "is_draining", True)
     with pytest.raises(Unavailable) as caught:
         await client.get_user(user_id=owner, timeout=3.0)
     assert (caught.value.reason, caught.value.retry_after) == ("DRAINING", 0.1)
@@ -162,8 +162,8 @@ async def test_call_cancelled_by_a_closing_server_is_repeated() -> None:
 async def test_append_accepted_on_retry_is_not_reported_as_replayed(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.calls, "draining", True)
-    asyncio.get_running_loop().call_later(0.15, setattr, server.calls, "draining", False)
+    monkeypatch.setattr(server.calls, "is_draining", True)
+    asyncio.get_running_loop().call_later(0.15, setattr, server.calls, "is_draining", False)
 
     reply = await client.append_messages(user_id=owner, messages=[message("user", "hello")])
 
