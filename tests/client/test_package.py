@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from service.server import Server
 from tests.support.commands import run
+from tests.support.wheels import PROJECTS, build, create_environment, install, installed
 
-ROOT = Path(__file__).resolve().parents[2]
 # typing-extensions is a dependency of grpcio.
 ALLOWED = {
     "chathistory-client",
@@ -42,62 +40,17 @@ asyncio.run(main())
 async def test_client_wheel_installs_with_its_own_dependencies_only_and_works(
     server: Server, tmp_path: Path
 ) -> None:
-    def install() -> Path:
-        for project in ("generated", "client"):
-            run(
-                sys.executable,
-                "-m",
-                "hatchling",
-                "build",
-                "-t",
-                "wheel",
-                "-d",
-                tmp_path,
-                cwd=ROOT / project,
-            )
-        python = tmp_path / "venv" / "bin" / "python"
-        uv = Path(sys.executable).parent / "uv"
-        run(
-            uv,
-            "venv",
-            "--quiet",
-            "--no-config",
-            "--python",
-            sys.executable,
-            tmp_path / "venv",
-            cwd=tmp_path,
-        )
-        wheels = sorted(tmp_path.glob("*.whl"))
-        run(
-            uv,
-            "pip",
-            "install",
-            "-q",
-            "--no-config",
-            "--only-binary",
-            ":all:",
-            "--python",
-            python,
-            *wheels,
-            cwd=tmp_path,
-        )
-        packages = json.loads(
-            run(
-                uv,
-                "pip",
-                "list",
-                "--no-config",
-                "--format",
-                "json",
-                "--python",
-                python,
-                cwd=tmp_path,
-            )
-        )
-        assert {package["name"] for package in packages} <= ALLOWED
+    def install_client() -> Path:
+        wheels = [
+            build(PROJECTS[name], "wheel", tmp_path)
+            for name in ("chathistory-stubs", "chathistory-client")
+        ]
+        python = create_environment(tmp_path / "environment")
+        install(python, *wheels)
+        assert {package["name"] for package in installed(python)} <= ALLOWED
         return python
 
-    python = await asyncio.to_thread(install)
+    python = await asyncio.to_thread(install_client)
     output = await asyncio.to_thread(
         run, python, "-W", "error", "-c", PROGRAM, server.address, cwd=tmp_path
     )
