@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from service.errors import Conflict, DeadlineExceeded, NotFound, Unavailable
-from service.store.append import sql
+from service.errors import Conflict, DeadlineExceeded, Unavailable
+from service.store.append import recovery, sql
+from service.store.append.recovery import LOCK_NOT_AVAILABLE, Action, final_error
 from service.store.append.request import Append, Appended, Entry, Key, note_replays, refusal_of
 from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
@@ -42,8 +43,6 @@ LOCK_TIMEOUT = "75ms"
 """How long a statement waits for a locked session before that session is run apart from its neighbours."""
 APART_STATEMENTS = 4
 """Statements of sessions run apart that are under way at once."""
-SHARED_TRIES = 3
-"""Tries of a statement that meets contention, before its sessions run apart: one of them may meet it every time."""
 MAX_LOST_RACES = 8
 """Tries of an item in which others came first, before the caller is told."""
 
@@ -78,12 +77,12 @@ class Appender:
         lane.put(item)
         return await item.future
 
-    def run_apart(self, key: Key, items: list[Append]) -> None:
-        """Give one session a lane of its own until it has caught up."""
-        lane = self._apart.get(key)
-        if lane is None:
-            lane = self._apart[key] = _Lane(self, key)
+    def run_apart(self, items: Iterable[Append]) -> None:
+        """Give the sessions of these items a lane each until those have caught up."""
         for item in items:
+            lane = self._apart.get(item.key)
+            if lane is None:
+                lane = self._apart[item.key] = _Lane(self, item.key)
             lane.put(item)
 
     def rejoin(self, key: Key) -> None:
@@ -188,7 +187,7 @@ class _Lane:
                 item.fail(DeadlineExceeded("the deadline passed before the append could be tried"))
                 continue
             if self._key is None and self._appender.is_apart(item.key):
-                self._appender.run_apart(item.key, [item])
+                self._appender.run_apart([item])
                 continue
             group = groups.setdefault(item.key, [])
             if (group and _collides(group, item)) or (item.run_alone and batch):
@@ -278,46 +277,44 @@ class _Lane:
                 again.append(item)
         self._again(again)
 
-    async def _recover(self, batch: list[Append], error: BaseException) -> None:  # noqa: C901 - a table of cases
-        """Put the items of a failed statement, which stored nothing unless nobody knows, where they can succeed."""
+    async def _recover(self, batch: list[Append], error: BaseException) -> None:
+        """Put the items of a failed statement where they can succeed, or answer them with the error."""
         batch = [item for item in batch if not item.future.done()]
-        failure = classify(error)
-        state = sqlstate(error)
-        contended = (
-            state == "23502" and constraint(error) == "seq"
-        ) or failure is Failure.CONTENTION
-        alone = len({item.key for item in batch}) == 1
-        if not batch:
-            await asyncio.sleep(0)
-        elif failure in (Failure.LOST, Failure.REFUSED):
-            await self._wait_for_database(batch, error)
-        elif state == "23505" and all(item.tries <= 1 for item in batch):
-            for item in batch:
-                item.check = True
-            self._again(batch)
-        elif contended and (alone or max(item.tries for item in batch) <= SHARED_TRIES):
-            await self._try_again(batch, error)
-        elif not alone or (state == "55P03" and self._key is None):
-            # Who waits for a lock waits in a lane of its own: here it would hold up all who come after it.
-            for key in dict.fromkeys(item.key for item in batch):
-                self._appender.run_apart(key, [item for item in batch if item.key == key])
-        elif len(batch) > 1:
-            for item in batch:
-                item.run_alone = True
-            self._again(batch)
-        elif state in ("23505", "55P03"):
-            batch[0].check = state == "23505"
-            await self._try_again(batch, error)
-        else:
-            for item in batch:
-                item.fail(_final(item, error))
+        failed = recovery.FailedBatch(
+            classify(error),
+            sqlstate(error),
+            constraint(error),
+            item_count=len(batch),
+            session_count=len({item.key for item in batch}),
+            attempts=max((item.tries for item in batch), default=0),
+            is_apart=self._key is not None,
+        )
+        await self._execute(recovery.decide(failed), batch, error)
+
+    async def _execute(self, action: Action, batch: list[Append], error: BaseException) -> None:
+        match action:
+            case Action.NOTHING:
+                await asyncio.sleep(0)
+            case Action.WAIT_FOR_DATABASE:
+                await self._wait_for_database(batch, error)
+            case Action.LOOK_UP:
+                self._again(batch, check=True)
+            case Action.RETRY:
+                await self._retry(batch, error)
+            case Action.LOOK_UP_AND_RETRY:
+                await self._retry(batch, error, check=True)
+            case Action.RUN_SESSIONS_APART:
+                self._appender.run_apart(batch)
+            case Action.RUN_ITEMS_ALONE:
+                self._again(batch, run_alone=True)
+            case Action.FAIL:
+                for item in batch:
+                    item.fail(final_error(item.key[0], error))
 
     async def _wait_for_database(self, batch: list[Append], error: BaseException) -> None:
         """Keep a batch until the database is back; the message ids tell then whether it was stored before it went."""
         self._database.on_suspected_outage()
-        for item in batch:
-            item.check = True
-        self._again(batch)
+        self._again(batch, check=True)
         ask_at = self._loop.time() + backoff(self._outages)
         self._outages += 1
         while True:
@@ -332,17 +329,23 @@ class _Lane:
                 return
             await asyncio.sleep(min(ask_at, *waiting) - now)
 
-    async def _try_again(self, batch: list[Append], error: BaseException) -> None:
+    async def _retry(
+        self, batch: list[Append], error: BaseException, *, check: bool = False
+    ) -> None:
         now = self._loop.time()
         for item in batch:
-            item.lost_races += sqlstate(error) != "55P03"
+            item.lost_races += sqlstate(error) != LOCK_NOT_AVAILABLE
             if item.lost_races >= MAX_LOST_RACES or now >= item.give_up:
-                item.fail(_final(item, error))
-        self._again([item for item in batch if not item.future.done()])
-        await asyncio.sleep(backoff(batch[0].tries, base=0.002, cap=0.05) if batch else 0)
+                item.fail(final_error(item.key[0], error))
+        self._again([item for item in batch if not item.future.done()], check=check)
+        await asyncio.sleep(backoff(batch[0].tries, base=0.002, cap=0.05))
 
-    def _again(self, batch: list[Append]) -> None:
-        """Put items back at the head of the queue, in order."""
+    def _again(self, batch: list[Append], *, check: bool = False, run_alone: bool = False) -> None:
+        """Put items back at the head of the queue, in order, marked to be looked up first or to run alone."""
+        if check or run_alone:
+            for item in batch:
+                item.check |= check
+                item.run_alone |= run_alone
         self.queue.extendleft(reversed(batch))
 
 
@@ -355,24 +358,3 @@ def _collides(group: list[Append], item: Append) -> bool:
         item.check = True
         return True
     return False
-
-
-def _final(item: Append, error: BaseException) -> BaseException:
-    """Return what the caller of an item that ran alone is told."""
-    if sqlstate(error) == "23503" and constraint(error) == "chat_sessions_user_id_fkey":
-        return NotFound.user(item.key[0])
-    if sqlstate(error) == "23505":
-        return Conflict(
-            "the same message is being stored elsewhere; try again",
-            reason="CONTENTION",
-            retry_after=0.1,
-        )
-    if sqlstate(error) == "23502" and constraint(error) == "seq":
-        # The session went between snapshot and lock. The next try would see that it is gone, or there anew: the item's time was up
-        # before, or somebody has erased and made it again as often as it tried.
-        return Conflict(
-            "the session is being erased or made anew; try again",
-            reason="CONTENTION",
-            retry_after=0.1,
-        )
-    return to_service_error(error) or error

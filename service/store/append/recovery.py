@@ -1,0 +1,108 @@
+"""Decides what happens to the items of an append statement that failed.
+
+`decide` is a pure function: the appender describes the failed batch, and executes the action. Its table
+is tested row by row in tests/unit/test_append_recovery.py.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import NamedTuple
+
+from service.errors import Conflict, NotFound
+from service.store.db.db_errors import Failure, constraint, sqlstate, to_service_error
+
+MAX_SHARED_ATTEMPTS = 3
+"""Contended attempts of a batch before its sessions run apart: one of them may conflict each time."""
+
+NOT_NULL_VIOLATION = "23502"
+FOREIGN_KEY_VIOLATION = "23503"
+UNIQUE_VIOLATION = "23505"
+LOCK_NOT_AVAILABLE = "55P03"
+
+
+class Action(Enum):
+    """What the appender does with the items of a failed statement."""
+
+    NOTHING = auto()
+    """No caller waits for any of the items."""
+    WAIT_FOR_DATABASE = auto()
+    """Keep the items until the database answers, then look up which of them are stored."""
+    LOOK_UP = auto()
+    """Look up which messages are stored, then run the batch again without them."""
+    RETRY = auto()
+    """Run the same items again after a short pause, on a fresh snapshot."""
+    LOOK_UP_AND_RETRY = auto()
+    """As LOOK_UP, after a short pause: another writer is storing the same message."""
+    RUN_SESSIONS_APART = auto()
+    """Give each session a lane of its own, so that it neither fails nor delays the others."""
+    RUN_ITEMS_ALONE = auto()
+    """Run each item of the one session in a statement of its own, so that only the faulty one fails."""
+    FAIL = auto()
+    """Answer the callers with the error."""
+
+
+class FailedBatch(NamedTuple):
+    """A statement that failed; it stored nothing, unless the connection was lost."""
+
+    failure: Failure
+    sqlstate: str | None
+    constraint: str | None
+    """The violated constraint, or the column of a NOT NULL violation."""
+    item_count: int
+    """Items whose callers still wait."""
+    session_count: int
+    attempts: int
+    """Attempts of the item that has had the most, this one included."""
+    is_apart: bool
+    """Whether its lane serves one session only."""
+
+
+def decide(batch: FailedBatch) -> Action:
+    """Return what to do with the items of a failed statement."""
+    is_single_session = batch.session_count == 1
+    if batch.item_count == 0:
+        return Action.NOTHING
+    if batch.failure in (Failure.LOST, Failure.REFUSED):
+        return Action.WAIT_FOR_DATABASE
+    if batch.sqlstate == UNIQUE_VIOLATION and batch.attempts <= 1:
+        return Action.LOOK_UP
+    if _is_contention(batch) and (is_single_session or batch.attempts <= MAX_SHARED_ATTEMPTS):
+        return Action.RETRY
+    # A session that waits for a lock does so in a lane of its own: here it would delay all that follow.
+    if not is_single_session or (batch.sqlstate == LOCK_NOT_AVAILABLE and not batch.is_apart):
+        return Action.RUN_SESSIONS_APART
+    if batch.item_count > 1:
+        return Action.RUN_ITEMS_ALONE
+    if batch.sqlstate == UNIQUE_VIOLATION:
+        return Action.LOOK_UP_AND_RETRY
+    return Action.RETRY if batch.sqlstate == LOCK_NOT_AVAILABLE else Action.FAIL
+
+
+def _is_contention(batch: FailedBatch) -> bool:
+    """Whether the batch lost to a concurrent writer: also to one that deleted a session."""
+    deleted_meanwhile = batch.sqlstate == NOT_NULL_VIOLATION and batch.constraint == "seq"
+    return deleted_meanwhile or batch.failure is Failure.CONTENTION
+
+
+def final_error(user_id: str, error: BaseException) -> BaseException:
+    """Return the error that the caller of an item receives when no attempt is left.
+
+    Args:
+        user_id: The owner of the item's session.
+        error: The database error of its last attempt.
+    """
+    state, violated = sqlstate(error), constraint(error)
+    if state == FOREIGN_KEY_VIOLATION and violated == "chat_sessions_user_id_fkey":
+        return NotFound.user(user_id)
+    if state == UNIQUE_VIOLATION:
+        return _contention("the same message is being stored by another request; retry")
+    if state == NOT_NULL_VIOLATION and violated == "seq":
+        # The session was deleted between snapshot and lock. Another attempt would see that, or the
+        # session created again; but the time was up, or it was deleted in every attempt.
+        return _contention("the session is being deleted or created again; retry")
+    return to_service_error(error) or error
+
+
+def _contention(message: str) -> Conflict:
+    return Conflict(message, reason="CONTENTION", retry_after=0.1)

@@ -1,0 +1,119 @@
+"""The table of append recovery: which action follows which failure of a statement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import asyncpg
+import pytest
+
+from service.errors import Conflict, NotFound, Unavailable
+from service.store.append.recovery import (
+    MAX_SHARED_ATTEMPTS,
+    Action,
+    FailedBatch,
+    decide,
+    final_error,
+)
+from service.store.db.db_errors import Failure
+
+ONE_ITEM = FailedBatch(
+    Failure.FATAL, None, None, item_count=1, session_count=1, attempts=1, is_apart=False
+)
+ONE_SESSION = ONE_ITEM._replace(item_count=3)
+TWO_SESSIONS = ONE_ITEM._replace(item_count=3, session_count=2)
+
+LOST = {"failure": Failure.LOST, "sqlstate": "57P01"}
+REFUSED = {"failure": Failure.REFUSED}
+DUPLICATE = {"sqlstate": "23505"}
+DEADLOCK = {"failure": Failure.CONTENTION, "sqlstate": "40P01"}
+SESSION_DELETED = {"sqlstate": "23502", "constraint": "seq"}
+NO_CONTENT = {"sqlstate": "23502", "constraint": "content"}
+LOCKED = {"failure": Failure.LOCKED, "sqlstate": "55P03"}
+NO_USER = {"sqlstate": "23503"}
+SECOND = {"attempts": 2}
+LAST_SHARED = {"attempts": MAX_SHARED_ATTEMPTS}
+BEYOND_SHARED = {"attempts": MAX_SHARED_ATTEMPTS + 1}
+APART = {"is_apart": True}
+
+TABLE = {
+    "no caller waits": (TWO_SESSIONS, LOST | {"item_count": 0, "session_count": 0}, Action.NOTHING),
+    "connection lost": (TWO_SESSIONS, LOST, Action.WAIT_FOR_DATABASE),
+    "connection refused": (TWO_SESSIONS, REFUSED, Action.WAIT_FOR_DATABASE),
+    "connection lost, one item, late": (ONE_ITEM, LOST | BEYOND_SHARED, Action.WAIT_FOR_DATABASE),
+    "duplicate id, first attempt": (TWO_SESSIONS, DUPLICATE, Action.LOOK_UP),
+    "duplicate id, one item, first attempt": (ONE_ITEM, DUPLICATE, Action.LOOK_UP),
+    "duplicate id, second attempt": (TWO_SESSIONS, DUPLICATE | SECOND, Action.RUN_SESSIONS_APART),
+    "duplicate id, one session": (ONE_SESSION, DUPLICATE | SECOND, Action.RUN_ITEMS_ALONE),
+    "duplicate id, one item": (ONE_ITEM, DUPLICATE | SECOND, Action.LOOK_UP_AND_RETRY),
+    "deadlock": (TWO_SESSIONS, DEADLOCK, Action.RETRY),
+    "deadlock, last shared attempt": (TWO_SESSIONS, DEADLOCK | LAST_SHARED, Action.RETRY),
+    "deadlock, beyond": (TWO_SESSIONS, DEADLOCK | BEYOND_SHARED, Action.RUN_SESSIONS_APART),
+    "deadlock, one session, beyond": (ONE_SESSION, DEADLOCK | BEYOND_SHARED, Action.RETRY),
+    "session deleted": (TWO_SESSIONS, SESSION_DELETED, Action.RETRY),
+    "session deleted, beyond": (
+        TWO_SESSIONS,
+        SESSION_DELETED | BEYOND_SHARED,
+        Action.RUN_SESSIONS_APART,
+    ),
+    "session deleted, one item, beyond": (ONE_ITEM, SESSION_DELETED | BEYOND_SHARED, Action.RETRY),
+    "another NOT NULL column": (ONE_ITEM, NO_CONTENT, Action.FAIL),
+    "locked": (TWO_SESSIONS, LOCKED, Action.RUN_SESSIONS_APART),
+    "locked, one session": (ONE_SESSION, LOCKED, Action.RUN_SESSIONS_APART),
+    "locked, one item": (ONE_ITEM, LOCKED, Action.RUN_SESSIONS_APART),
+    "locked, apart": (ONE_SESSION, LOCKED | APART, Action.RUN_ITEMS_ALONE),
+    "locked, apart, one item": (ONE_ITEM, LOCKED | APART, Action.RETRY),
+    "no such user": (TWO_SESSIONS, NO_USER, Action.RUN_SESSIONS_APART),
+    "no such user, one session": (ONE_SESSION, NO_USER, Action.RUN_ITEMS_ALONE),
+    "no such user, one item": (ONE_ITEM, NO_USER, Action.FAIL),
+    "no such user, one item, apart": (ONE_ITEM, NO_USER | APART, Action.FAIL),
+    "defect": (ONE_ITEM, {}, Action.FAIL),
+    "statement cancelled": (ONE_ITEM, {"failure": Failure.CANCELLED}, Action.FAIL),
+    "bad data": (TWO_SESSIONS, {"failure": Failure.BAD_DATA}, Action.RUN_SESSIONS_APART),
+}
+
+
+@pytest.mark.parametrize(("batch", "changes", "action"), TABLE.values(), ids=TABLE.keys())
+def test_failed_statement_leads_to_its_action(
+    batch: FailedBatch, changes: dict[str, Any], action: Action
+) -> None:
+    assert decide(batch._replace(**changes)) is action
+
+
+def error_of(kind: type[asyncpg.PostgresError], **fields: str) -> asyncpg.PostgresError:
+    error = kind("")
+    for name, value in fields.items():
+        setattr(error, name, value)
+    return error
+
+
+def test_missing_user_is_reported_as_not_found() -> None:
+    error = error_of(asyncpg.ForeignKeyViolationError, constraint_name="chat_sessions_user_id_fkey")
+    answer = final_error("alice", error)
+    assert isinstance(answer, NotFound)
+    assert answer.reason == "USER_NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        error_of(asyncpg.UniqueViolationError),
+        error_of(asyncpg.NotNullViolationError, column_name="seq"),
+        error_of(asyncpg.DeadlockDetectedError),
+        error_of(asyncpg.LockNotAvailableError),
+    ],
+    ids=["duplicate id", "session deleted", "deadlock", "locked"],
+)
+def test_lost_race_is_reported_as_contention(error: asyncpg.PostgresError) -> None:
+    answer = final_error("alice", error)
+    assert isinstance(answer, Conflict)
+    assert answer.reason == "CONTENTION"
+
+
+def test_unavailable_database_is_reported_as_unavailable() -> None:
+    assert isinstance(final_error("alice", ConnectionRefusedError()), Unavailable)
+
+
+def test_defect_is_passed_on() -> None:
+    error = error_of(asyncpg.UndefinedTableError)
+    assert final_error("alice", error) is error
