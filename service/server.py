@@ -24,7 +24,7 @@ from service.auth.tls import Certificates
 from service.config import BadConfiguration, Settings, split_address
 from service.rpc import connections
 from service.rpc.admission import Admission, StreamAdmission
-from service.rpc.audit import Audited
+from service.rpc.audit import AuditTrail
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import MAX_REQUEST_BYTES, Pipeline
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
@@ -134,19 +134,18 @@ class Server:
             self.search,
             call_timeout=settings.call_timeout,
         )
-        audited = Audited(servicer, identified=self.authenticate is not trust)
         pipeline = Pipeline(
             self.authenticate,
             self.calls,
             self.streams,
             settings.call_timeout,
             observe,
-            audited.authorise,
+            AuditTrail(callers_are_identified=self.authenticate is not trust),
         )
         options = [*_OPTIONS, ("grpc.max_concurrent_streams", settings.max_calls_per_connection)]
         server = aio.server(options=options)
         handlers = grpc.method_handlers_generic_handler(
-            SERVICE, pipeline.handlers(DESCRIPTOR, audited)
+            SERVICE, pipeline.handlers(DESCRIPTOR, servicer)
         )
         server.add_generic_rpc_handlers((handlers,))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)

@@ -80,22 +80,6 @@ def is_uuid(text: str) -> bool:
     return _UUID.fullmatch(text) is not None
 
 
-SERVICE_ONLY = frozenset({"CreateUser", "ListUsers", "DeleteUser", "RebuildSearchIndex"})
-"""RPCs that no user may call, whatever is in the request."""
-
-
-def authorise(rpc: str, caller: Caller, request: Any) -> None:
-    """Refuse what a user may not ask for, before anything else of the request is looked at.
-
-    Raises:
-        PermissionDenied: only services may call this (SERVICE_ONLY), or it is about another user (USER_MISMATCH).
-    """
-    if rpc in SERVICE_ONLY:
-        caller.require_service()
-    if caller.user_id is not None:
-        caller.owner(getattr(request, "user_id", ""))
-
-
 Authenticate = Callable[["aio.ServicerContext[Any, Any]"], Awaitable[Caller]]
 """Turns a call's metadata into its Caller, or raises Unauthenticated."""
 

@@ -1,147 +1,133 @@
-"""The audit trail: a line for each erasure, each export, each act of a service for a user, and each refused reach for another's things.
+"""The audit trail: erasures, exports, acts of a service for a user, and denied calls.
 
-It tells ids and outcomes, never content. An erasure and an export are always told. An act for a user is told once an hour for each
-service, user and method, and only where callers have names (by token or certificate): a line for every append would cost more than
-the append's share of the database, and one an hour answers who worked with whose data when.
+Lines carry ids and outcomes, never content. Every erasure and every export is recorded. An act for
+a user is recorded once an hour for each service, user and RPC, and only where callers are
+identified by a token or a certificate. A line for every append would cost more than the append's
+share of the database, and one line an hour answers who worked with whose data when.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from inspect import isasyncgenfunction
 from typing import Any
 
-from service.auth.caller import Caller, authorise, is_uuid
+from service.auth.caller import Caller, is_uuid
 from service.errors import PermissionDenied, ServiceError
-from service.rpc.pipeline import Call
+from service.rpc.call import Call, StreamMethod, UnaryMethod
+from service.rpc.policies import AuditRule
 from service.telemetry import audit
 
-AGAIN_SECONDS = 3600.0
-"""How long the same act is not told again."""
-MAX_REMEMBERED = 100_000
-"""Acts remembered; beyond that the oldest may be told again."""
+REPEAT_AFTER_S = 3600.0
+"""The same act is recorded again only after this time."""
+MAX_REMEMBERED_ACTS = 100_000
+"""Beyond this number the oldest acts are forgotten, and may be recorded again earlier."""
 
-_IDS = ("user_id", "session_id", "message_id", "document_id")
-_MAX_TEXT = 256
-
-Unary = Callable[[Any, Call], Awaitable[Any]]
-Stream = Callable[[Any, Call], AsyncGenerator[Any]]
+_ID_FIELDS = ("user_id", "session_id", "message_id", "document_id")
+_MAX_SUBJECT_CHARS = 256
 
 
-class Audited:
-    """A servicer's methods, audited."""
+class AuditTrail:
+    """Wraps RPCs so that their calls are recorded as their `AuditRule` says."""
 
-    def __init__(self, servicer: object, *, identified: bool) -> None:
-        """Wrap a servicer.
+    def __init__(self, *, callers_are_identified: bool) -> None:
+        """Start an empty trail.
 
         Args:
-            servicer: Whose methods.
-            identified: Whether callers have shown who they are; without that, who acts for whom cannot be told.
+            callers_are_identified: Whether callers present a token or a certificate. Without one,
+                acts for a user are not recorded, since nothing says which service acted.
         """
-        self._servicer = servicer
-        self._identified = identified
-        self._told: dict[tuple[str, str, str], float] = {}
+        self._callers_are_identified = callers_are_identified
+        self._recorded_at: dict[tuple[str, str, str], float] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._servicer, name)
-        if name.startswith("Delete"):
-            return self._always("erase", name, method)
-        if name.startswith("Export"):
-            return self._always_stream("export", name, method)
-        if not self._identified:
-            return method
-        return (
-            self._at_times_stream(name, method)
-            if isasyncgenfunction(method)
-            else self._at_times(name, method)
-        )
+    def wrap_unary(self, name: str, rule: AuditRule, method: UnaryMethod) -> UnaryMethod:
+        """Return the method with its recording; the method itself if nothing is recorded."""
+        if rule is not AuditRule.ACT:
+            return self._every_unary(name, rule, method)
+        return self._sampled_unary(name, method) if self._callers_are_identified else method
 
-    def authorise(self, name: str, caller: Caller, request: Any) -> None:
-        """Refuse what a user may not ask for, and tell of it.
+    def wrap_stream(self, name: str, rule: AuditRule, method: StreamMethod) -> StreamMethod:
+        """Return the method with its recording; the method itself if nothing is recorded."""
+        if rule is not AuditRule.ACT:
+            return self._every_stream(name, rule, method)
+        return self._sampled_stream(name, method) if self._callers_are_identified else method
 
-        Raises:
-            PermissionDenied: as `auth.authorise`.
-        """
-        try:
-            authorise(name, caller, request)
-        except PermissionDenied as error:
-            self._denied(name, request, caller, error)
-            raise
-
-    def _always(self, act: str, name: str, method: Unary) -> Unary:
-        async def audited(request: Any, call: Call) -> Any:
-            with _told(act, name, request, call):
-                return await method(request, call)
-
-        return audited
-
-    def _always_stream(self, act: str, name: str, method: Stream) -> Stream:
-        async def audited(request: Any, call: Call) -> AsyncGenerator[Any]:
-            with _told(act, name, request, call):
-                async with aclosing(method(request, call)) as replies:
-                    async for reply in replies:
-                        yield reply
-
-        return audited
-
-    def _at_times(self, name: str, method: Unary) -> Unary:
-        async def audited(request: Any, call: Call) -> Any:
-            if call.caller.user_id is None:
-                self._act(name, request, call.caller)
-            try:
-                return await method(request, call)
-            except PermissionDenied as error:
-                self._denied(name, request, call.caller, error)
-                raise
-
-        return audited
-
-    def _at_times_stream(self, name: str, method: Stream) -> Stream:
-        async def audited(request: Any, call: Call) -> AsyncGenerator[Any]:
-            if call.caller.user_id is None:
-                self._act(name, request, call.caller)
-            try:
-                async with aclosing(method(request, call)) as replies:
-                    async for reply in replies:
-                        yield reply
-            except PermissionDenied as error:
-                self._denied(name, request, call.caller, error)
-                raise
-
-        return audited
-
-    def _act(self, name: str, request: Any, caller: Caller) -> None:
-        if self._is_new(caller.subject, name, getattr(request, "user_id", "")):
-            _tell("act", name, request, caller, "allowed")
-
-    def _denied(self, name: str, request: Any, caller: Caller, error: PermissionDenied) -> None:
+    def record_denial(
+        self, name: str, request: Any, caller: Caller, error: PermissionDenied
+    ) -> None:
+        """Record that a caller was denied an RPC, once an hour for each caller and RPC."""
         if self._is_new(caller.subject, name, "denied"):
-            _tell("denied", name, request, caller, error.reason)
+            _record("denied", name, request, caller, error.reason)
+
+    def _every_unary(self, name: str, rule: AuditRule, method: UnaryMethod) -> UnaryMethod:
+        async def audited(request: Any, call: Call) -> Any:
+            with _outcome_recorded(rule, name, request, call):
+                return await method(request, call)
+
+        return audited
+
+    def _every_stream(self, name: str, rule: AuditRule, method: StreamMethod) -> StreamMethod:
+        async def audited(request: Any, call: Call) -> AsyncGenerator[Any]:
+            with _outcome_recorded(rule, name, request, call):
+                async with aclosing(method(request, call)) as replies:
+                    async for reply in replies:
+                        yield reply
+
+        return audited
+
+    def _sampled_unary(self, name: str, method: UnaryMethod) -> UnaryMethod:
+        async def audited(request: Any, call: Call) -> Any:
+            if call.caller.user_id is None:
+                self._record_act(name, request, call.caller)
+            try:
+                return await method(request, call)
+            except PermissionDenied as error:
+                self.record_denial(name, request, call.caller, error)
+                raise
+
+        return audited
+
+    def _sampled_stream(self, name: str, method: StreamMethod) -> StreamMethod:
+        async def audited(request: Any, call: Call) -> AsyncGenerator[Any]:
+            if call.caller.user_id is None:
+                self._record_act(name, request, call.caller)
+            try:
+                async with aclosing(method(request, call)) as replies:
+                    async for reply in replies:
+                        yield reply
+            except PermissionDenied as error:
+                self.record_denial(name, request, call.caller, error)
+                raise
+
+        return audited
+
+    def _record_act(self, name: str, request: Any, caller: Caller) -> None:
+        if self._is_new(caller.subject, name, getattr(request, "user_id", "")):
+            _record(AuditRule.ACT.value, name, request, caller, "allowed")
 
     def _is_new(self, subject: str, name: str, user_id: str) -> bool:
         now = time.monotonic()
-        key = (subject[:_MAX_TEXT], name, user_id)
-        told_at = self._told.get(key)
-        if told_at is not None and now - told_at < AGAIN_SECONDS:
+        key = (subject[:_MAX_SUBJECT_CHARS], name, user_id)
+        recorded_at = self._recorded_at.get(key)
+        if recorded_at is not None and now - recorded_at < REPEAT_AFTER_S:
             return False
-        self._told.pop(key, None)
-        self._told[key] = now
-        if len(self._told) > MAX_REMEMBERED:
-            del self._told[next(iter(self._told))]
+        # Inserted again, so that the oldest is first.
+        self._recorded_at.pop(key, None)
+        self._recorded_at[key] = now
+        if len(self._recorded_at) > MAX_REMEMBERED_ACTS:
+            del self._recorded_at[next(iter(self._recorded_at))]
         return True
 
 
 @contextmanager
-def _told(act: str, name: str, request: Any, call: Call) -> Iterator[None]:
-    """Tell how an act has ended."""
+def _outcome_recorded(rule: AuditRule, name: str, request: Any, call: Call) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _tell(act, name, request, call.caller, _outcome(error))
+        _record(rule.value, name, request, call.caller, _outcome(error))
         raise
-    _tell(act, name, request, call.caller, "OK")
+    _record(rule.value, name, request, call.caller, "OK")
 
 
 def _outcome(error: BaseException) -> str:
@@ -150,13 +136,17 @@ def _outcome(error: BaseException) -> str:
     return "INTERNAL" if isinstance(error, Exception) else "CANCELLED"
 
 
-def _tell(act: str, name: str, request: Any, caller: Caller, outcome: str) -> None:
-    ids = {each: value for each in _IDS if is_uuid(value := getattr(request, each, "").lower())}
-    who = (
+def _record(act: str, name: str, request: Any, caller: Caller, outcome: str) -> None:
+    ids = {
+        field: value
+        for field in _ID_FIELDS
+        if is_uuid(value := getattr(request, field, "").lower())
+    }
+    fields = (
         {"caller": "service"}
         if caller.user_id is None
         else {"caller": "user", "caller_user_id": caller.user_id}
     )
     if caller.subject:
-        who["subject"] = caller.subject[:_MAX_TEXT]
-    audit(act=act, method=name, outcome=outcome, **who, **ids)
+        fields["subject"] = caller.subject[:_MAX_SUBJECT_CHARS]
+    audit(act=act, method=name, outcome=outcome, **fields, **ids)

@@ -11,8 +11,8 @@ from chathistory.v1 import document_pb2
 from service.errors import InvalidArgument, NotFound
 from service.rpc import convert_documents as convert
 from service.rpc import field_masks, paging
+from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
-from service.rpc.pipeline import Call
 from service.store import documents
 from service.store.db.database import Work
 from service.store.documents import ChunkRow, DocumentCursor

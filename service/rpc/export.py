@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Awaitable
 from chathistory.v1 import export_pb2
 
 from service.rpc import convert, convert_documents
+from service.rpc.call import Call
 from service.rpc.handler import Handler
-from service.rpc.pipeline import Call
 from service.store import export, users
 from service.store.db.database import Database
 from service.store.export import ChunkWithVector

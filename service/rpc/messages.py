@@ -12,8 +12,8 @@ from chathistory.v1 import message_pb2, session_pb2
 from service.errors import FieldViolation, InvalidArgument, NotFound, Unauthenticated
 from service.rpc import convert, field_masks, paging
 from service.rpc.admission import draining
+from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
-from service.rpc.pipeline import Call
 from service.store import context, messages, sessions
 from service.store.append.request import Append, NewMessage, NewSession
 from service.store.watch import Watcher

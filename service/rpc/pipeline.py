@@ -1,6 +1,8 @@
-"""What every call passes, in this order: telemetry, errors, caller, admission, validation (after the caller's rights); then its method.
+"""The steps around every RPC.
 
-It is composed once per method when the server is built, not as interceptors: each of those costs every call an await and a context.
+In this order: metrics, error mapping, authentication, admission, authorisation, validation, audit.
+They are composed once for each method, when the server is built. They are not interceptors,
+since each interceptor costs every call an await and a context.
 """
 
 from __future__ import annotations
@@ -8,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, NoReturn
 
@@ -23,9 +24,12 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from service import errors
-from service.auth.caller import Authenticate, Caller, authorise
+from service.auth.caller import Authenticate, Caller
 from service.rpc import status
 from service.rpc.admission import Admission, StreamAdmission
+from service.rpc.audit import AuditTrail
+from service.rpc.call import Call, StreamMethod, UnaryMethod
+from service.rpc.policies import POLICIES, Access
 from service.store.db.db_errors import to_service_error
 from service.telemetry import Observer
 
@@ -34,27 +38,18 @@ _log = structlog.get_logger(__name__)
 Context = aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
-"""Of a request, unpacked; beyond it REQUEST_TOO_LARGE."""
+"""Limit of a request after decompression; larger ones are rejected with REQUEST_TOO_LARGE."""
 
 
-@dataclass(slots=True)
-class Call:
-    """What a method knows of its call, beside the request."""
-
-    caller: Caller
-    deadline: float
-    """When the answer is due, on the running loop's clock."""
-
-
-class _Unread(Enum):
-    """Stands for a request whose bytes were not read, until it is known who sends it."""
+class _Unparsed(Enum):
+    """Replaces a request that was not parsed, until its caller is authenticated."""
 
     MALFORMED = auto()
     TOO_LARGE = auto()
 
 
 class Pipeline:
-    """Wraps the methods of a service."""
+    """Wraps the methods of a servicer."""
 
     def __init__(
         self,
@@ -63,14 +58,24 @@ class Pipeline:
         streams: StreamAdmission,
         call_timeout: float,
         observe: Observer | None = None,
-        authorise: Callable[[str, Caller, Any], None] = authorise,
+        audit: AuditTrail | None = None,
     ) -> None:
+        """Take the steps.
+
+        Args:
+            authenticate: Returns the caller of a call.
+            calls: Admits unary calls.
+            streams: Admits streams.
+            call_timeout: Seconds for a call whose client set no deadline.
+            observe: Records each finished call in the metrics.
+            audit: Records calls in the audit trail.
+        """
         self._authenticate = authenticate
-        self._authorise = authorise
         self._calls = calls
         self._streams = streams
         self._call_timeout = call_timeout
         self._observe = observe
+        self._audit = audit
         self._validate = protovalidate.Validator().validate
         self._loop = asyncio.get_running_loop()
 
@@ -81,25 +86,27 @@ class Pipeline:
 
         Raises:
             AttributeError: the servicer lacks a method of the service.
+            KeyError: a method has no entry in `policies.POLICIES`.
         """
-        made: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in service.methods:
-            wrap, handler = (
+            wrap, make_handler = (
                 (self._stream, grpc.unary_stream_rpc_method_handler)
                 if method.server_streaming
                 else (self._unary, grpc.unary_unary_rpc_method_handler)
             )
-            made[method.name] = handler(
+            handlers[method.name] = make_handler(
                 wrap(method.name, getattr(servicer, method.name)),
-                request_deserializer=_parser(GetMessageClass(method.input_type)),
+                request_deserializer=_deserializer(GetMessageClass(method.input_type)),
                 response_serializer=GetMessageClass(method.output_type).SerializeToString,
             )
-        return made
+        return handlers
 
-    def _unary(
-        self, name: str, method: Callable[[Any, Call], Awaitable[Any]]
-    ) -> Callable[[Any, Context], Awaitable[Any]]:
+    def _unary(self, name: str, method: UnaryMethod) -> Callable[[Any, Context], Awaitable[Any]]:
         loop = self._loop
+        check = self._check(name)
+        if self._audit is not None:
+            method = self._audit.wrap_unary(name, POLICIES[name].audit, method)
 
         async def serve(request: Any, context: Context) -> Any:
             started = time.perf_counter() if self._observe else 0.0
@@ -108,26 +115,24 @@ class Pipeline:
                 owner_id = _owner_id(caller, request)
                 self._calls.enter(owner_id)
                 try:
-                    self._check(name, request, caller)
-                    left: float | None = context.time_remaining()
-                    if left is not None:  # gRPC itself ends the call then.
-                        reply = await method(request, Call(caller, loop.time() + left))
+                    check(request, caller)
+                    remaining_s: float | None = context.time_remaining()
+                    if remaining_s is not None:  # gRPC itself enforces the client's deadline.
+                        reply = await method(request, Call(caller, loop.time() + remaining_s))
                     else:
-                        reply = await self._timed(method, request, caller)
+                        reply = await self._with_timeout(method, request, caller)
                 finally:
                     self._calls.leave(owner_id)
-            except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
-                await self._fail(name, context, error, started)
+            except BaseException as error:  # noqa: BLE001 - `_abort` always raises
+                await self._abort(name, context, error, started)
             if self._observe:
                 self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
             return reply
 
         return serve
 
-    async def _timed(
-        self, method: Callable[[Any, Call], Awaitable[Any]], request: Any, caller: Caller
-    ) -> Any:
-        """Serve a call whose client set no deadline."""
+    async def _with_timeout(self, method: UnaryMethod, request: Any, caller: Caller) -> Any:
+        """Run a call whose client set no deadline."""
         deadline = self._loop.time() + self._call_timeout
         scope = asyncio.timeout_at(deadline)
         try:
@@ -136,49 +141,75 @@ class Pipeline:
         except TimeoutError:
             if scope.expired():
                 raise errors.DeadlineExceeded(
-                    f"the call took more than {self._call_timeout:g} s"
+                    f"the call took longer than {self._call_timeout:g} s, the server's limit for "
+                    "calls without a deadline"
                 ) from None
             raise
 
-    def _stream(
-        self, name: str, method: Callable[[Any, Call], AsyncGenerator[Any]]
-    ) -> Callable[[Any, Context], Awaitable[None]]:
+    def _stream(self, name: str, method: StreamMethod) -> Callable[[Any, Context], Awaitable[None]]:
+        check = self._check(name)
+        if self._audit is not None:
+            method = self._audit.wrap_stream(name, POLICIES[name].audit, method)
+
         async def serve(request: Any, context: Context) -> None:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
                 owner_id = _owner_id(caller, request)
                 with self._streams.admitted(owner_id, context.peer()):
-                    self._check(name, request, caller)
+                    check(request, caller)
                     deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
                     async with aclosing(method(request, Call(caller, deadline))) as replies:
                         async for reply in replies:
                             await context.write(reply)
-            except BaseException as error:  # noqa: BLE001 - told apart there, and always raised again
-                await self._fail(name, context, error, started)
+            except BaseException as error:  # noqa: BLE001 - `_abort` always raises
+                await self._abort(name, context, error, started)
             if self._observe:
                 self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
 
         return serve
 
-    def _check(self, name: str, request: Any, caller: Caller) -> None:
-        if request is _Unread.MALFORMED:
-            raise errors.InvalidArgument(
-                "the request's bytes are no valid message", reason="MALFORMED_REQUEST"
-            )
-        if request is _Unread.TOO_LARGE:
-            raise errors.TooLarge(f"a request must be at most {MAX_REQUEST_BYTES} bytes")
-        if caller.user_id is not None:  # A service may do everything.
-            self._authorise(name, caller, request)
-        try:
-            self._validate(request)
-        except protovalidate.ValidationError as error:
-            raise errors.InvalidArgument.fields(tuple(map(_violation, error.violations))) from None
+    def _check(self, name: str) -> Callable[[Any, Caller], None]:
+        """Return the check of an RPC's requests: parsed, authorised, valid, in this order."""
+        validate = self._validate
+        authorise = self._authorise(name)
 
-    async def _fail(
+        def check(request: Any, caller: Caller) -> None:
+            if isinstance(request, _Unparsed):
+                raise _unparsed_error(request)
+            if caller.user_id is not None:  # A service may act for every user.
+                authorise(request, caller)
+            try:
+                validate(request)
+            except protovalidate.ValidationError as error:
+                violations = tuple(map(_field_violation, error.violations))
+                raise errors.InvalidArgument.fields(violations) from None
+
+        return check
+
+    def _authorise(self, name: str) -> Callable[[Any, Caller], None]:
+        """Return the check that a user may send a request: before anything else of it is read."""
+        is_service_only = POLICIES[name].access is Access.SERVICE_ONLY
+
+        def authorise(request: Any, caller: Caller) -> None:
+            try:
+                if is_service_only:
+                    caller.require_service()
+                caller.owner(getattr(request, "user_id", ""))
+            except errors.PermissionDenied as error:
+                if self._audit is not None:
+                    self._audit.record_denial(name, request, caller, error)
+                raise
+
+        return authorise
+
+    async def _abort(
         self, name: str, context: Context, error: BaseException, started: float
     ) -> NoReturn:
-        """Answer with an error's status; nothing of an exception's own words goes out."""
+        """End a call with an error's status.
+
+        The text of an unexpected exception is never sent, since it may hold content or secrets.
+        """
         if isinstance(error, aio.AbortError):
             raise error
         if not isinstance(error, Exception | asyncio.CancelledError):
@@ -186,69 +217,88 @@ class Pipeline:
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()
             if task is None or task.cancelling() or context.cancelled():
-                self._tell(name, grpc.StatusCode.CANCELLED, started)
+                self._record_end(name, grpc.StatusCode.CANCELLED, started)
                 raise error
-            # Cancelled from within: gRPC would send no status at all, and the client would wait for its deadline (grpc #29248).
+            # The RPC's own code was cancelled, not the call. If this were raised, gRPC would send
+            # no status at all, and the client would wait until its deadline (grpc #29248).
         known = error if isinstance(error, errors.ServiceError) else to_service_error(error)
         if known is None:
-            request_id = str(uuid.uuid4())
-            _log.error(
-                "internal error",
-                method=name,
-                request_id=request_id,
-                error=type(error).__name__,
-                where=_where(error),
-            )
-            known = errors.ServiceError("internal error", request_id=request_id)
+            known = _internal_error(name, error)
         code, details = status.of(known)
-        self._tell(name, code, started)
+        self._record_end(name, code, started)
         await context.abort(
             code, known.message, (("grpc-status-details-bin", details.SerializeToString()),)
         )
 
-    def _tell(self, name: str, code: grpc.StatusCode, started: float) -> None:
+    def _record_end(self, name: str, code: grpc.StatusCode, started: float) -> None:
         if self._observe:
             self._observe(name, code, time.perf_counter() - started)
 
 
 def _owner_id(caller: Caller, request: Any) -> str:
-    """Return the user on whose account a call counts: the caller, or the one for whom a service calls."""
+    """Return the user to whose share a call counts: the caller, or the user a service acts for."""
     return caller.user_id or getattr(request, "user_id", "") or ""
 
 
-def _parser(kind: type[Message]) -> Callable[[bytes], Any]:
-    """Wrap a deserializer: what it raises would reach the client as UNKNOWN, before any of our code runs."""
-    parse = kind.FromString
+def _deserializer(message_class: type[Message]) -> Callable[[bytes], Any]:
+    """Return a deserializer that does not raise.
+
+    gRPC answers an exception of a deserializer with UNKNOWN, before any of our code runs.
+    """
+    parse = message_class.FromString
 
     def deserialize(data: bytes) -> Any:
         if len(data) > MAX_REQUEST_BYTES:
-            return _Unread.TOO_LARGE
+            return _Unparsed.TOO_LARGE
         try:
             return parse(data)
         except (DecodeError, ValueError, RecursionError):
-            return _Unread.MALFORMED
+            return _Unparsed.MALFORMED
 
     return deserialize
 
 
-def _violation(violation: protovalidate.Violation) -> errors.FieldViolation:
-    found = violation.proto
+def _unparsed_error(request: _Unparsed) -> errors.ServiceError:
+    if request is _Unparsed.TOO_LARGE:
+        return errors.TooLarge(f"the request is larger than {MAX_REQUEST_BYTES} bytes; split it")
+    return errors.InvalidArgument(
+        "the request cannot be parsed: it is not a valid protobuf message of this method's type",
+        reason="MALFORMED_REQUEST",
+    )
+
+
+def _field_violation(violation: protovalidate.Violation) -> errors.FieldViolation:
+    proto = violation.proto
     path = ""
-    for element in found.field.elements if found.field else ():
+    for element in proto.field.elements if proto.field else ():
         path += f".{element.field_name}" if path else element.field_name
         if element.subscript is not None:
             path += f"[{element.subscript.value}]"
-    if found.rule_id == "string.not_contains":
+    if proto.rule_id == "string.not_contains":
         return errors.FieldViolation(path, "must not contain NUL")
-    return errors.FieldViolation(path, found.message or found.rule_id)
+    return errors.FieldViolation(path, proto.message or proto.rule_id)
 
 
-def _where(error: BaseException) -> list[str]:
-    """Return the places that an exception came through, without its words: they may hold what nobody should read."""
-    places: list[str] = []
+def _internal_error(name: str, error: BaseException) -> errors.ServiceError:
+    """Log an unexpected exception and return the error for the client; a request id links them."""
+    request_id = str(uuid.uuid4())
+    _log.error(
+        "internal error",
+        method=name,
+        request_id=request_id,
+        error=type(error).__name__,
+        where=_traceback(error),
+    )
+    return errors.ServiceError("internal error", request_id=request_id)
+
+
+def _traceback(error: BaseException) -> list[str]:
+    """Return an exception's frames without its text, which may hold content or secrets."""
+    frames: list[str] = []
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        places.append(f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} {code.co_name}")
+        file_name = code.co_filename.rsplit("/", 1)[-1]
+        frames.append(f"{file_name}:{trace.tb_lineno} {code.co_name}")
         trace = trace.tb_next
-    return places
+    return frames

@@ -7,8 +7,8 @@ from chathistory.v1 import session_pb2
 
 from service.errors import InvalidArgument, NotFound
 from service.rpc import convert, field_masks, paging
+from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
-from service.rpc.pipeline import Call
 from service.store import sessions
 from service.store.rows import SessionRow
 from service.store.tables import SessionState

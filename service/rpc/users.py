@@ -7,8 +7,8 @@ from chathistory.v1 import user_pb2
 
 from service.errors import InvalidArgument, NotFound, PermissionDenied
 from service.rpc import convert, field_masks, paging
+from service.rpc.call import Call
 from service.rpc.handler import Handler
-from service.rpc.pipeline import Call
 from service.store import documents, sessions, users
 from service.store.db.database import NO_OWNER
 from service.store.tables import SYSTEM_USER_ID
@@ -23,7 +23,6 @@ class Users(Handler):
         self, request: user_pb2.CreateUserRequest, call: Call
     ) -> user_pb2.CreateUserResponse:
         """Create a user; a retry with the same id and content returns it."""
-        call.caller.require_service()
         user_id = request.user.id.lower() or str(uuid_utils.uuid7())
         if user_id == SYSTEM_USER_ID:
             raise InvalidArgument.field("user.id", "is the system's own")
@@ -73,7 +72,6 @@ class Users(Handler):
         self, request: user_pb2.ListUsersRequest, call: Call
     ) -> user_pb2.ListUsersResponse:
         """List all users in order of id."""
-        call.caller.require_service()
         size = paging.page_size(request.page_size)
         after = paging.place(request.page_token, "ListUsers")
         rows = await self.database.read(
@@ -112,7 +110,6 @@ class Users(Handler):
         self, request: user_pb2.DeleteUserRequest, call: Call
     ) -> user_pb2.DeleteUserResponse:
         """Erase a user everywhere; what is large goes in slices, the user itself last."""
-        call.caller.require_service()
         user_id = call.caller.owner(request.user_id)
         messages = chunks = 0
         more = True
