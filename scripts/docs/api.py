@@ -23,7 +23,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 from google.protobuf.descriptor_pool import DescriptorPool
 
-from scripts.docs.page import ROOT, formatted, table
+from scripts.docs.page import REFERENCE, ROOT, formatted, table
 
 NAME = "api.md"
 DESCRIPTORS = ROOT / "generated" / "chathistory.binpb"
@@ -64,6 +64,11 @@ FILES = {
 """Sections of the page, in order, by the proto file that defines the messages."""
 
 
+_REASONS = frozenset(
+    re.findall(r"^### ([A-Z_]+)$", (REFERENCE / "errors.md").read_text("utf-8"), re.MULTILINE)
+)
+
+
 class Section(NamedTuple):
     """One proto file and the comments in it, by path."""
 
@@ -81,10 +86,17 @@ def comments_of(file: FileDescriptorProto) -> dict[tuple[int, ...], str]:
 
 
 def _escape(comment: str) -> str:
-    """Return a comment as Markdown: `<` and `>` outside of code are text, not HTML."""
+    """Return a comment as Markdown, with links to the error reasons that it names.
+
+    `<` and `>` outside of code are text, not HTML.
+    """
     parts = comment.split("`")
     parts[::2] = [part.replace("<", "&lt;").replace(">", "&gt;") for part in parts[::2]]
-    return "`".join(parts)
+    parts[1::2] = [
+        f"[`{part}`](errors.md#{part.lower()})" if part in _REASONS else f"`{part}`"
+        for part in parts[1::2]
+    ]
+    return "".join(parts)
 
 
 def _summary(comment: str) -> str:
