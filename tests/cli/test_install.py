@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -16,30 +15,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import service
 from tests.support.commands import run
 from tests.support.ports import free_port
-from tests.support.wheels import PROJECTS, ROOT, build, create_environment, install
+from tests.support.wheels import PROJECTS, ROOT, UV, build, create_environment
 
 PAGES = (ROOT / "README.md", ROOT / "client/README.md", *(ROOT / "docs").rglob("*.md"))
-COMMAND = re.compile(r"pip install (?P<requirements>[^\n`#]*chathistory-[^\n`#]*)")
+COMMAND = re.compile(r"pip install [^\n`#]*\bchathistory-[^\n`#]*")
 START_TIMEOUT_S = 60
 
 
-def documented_requirements() -> Iterator[str]:
-    """Yield the requirements of every documented `pip install` of one of our distributions."""
-    for page in PAGES:
-        for match in COMMAND.finditer(page.read_text()):
-            yield from re.findall(r"chathistory-[\w\[\],-]+", match["requirements"])
+def documented_commands() -> list[str]:
+    """Return every documented `pip install` of a distribution of this repository."""
+    return sorted({command for page in PAGES for command in COMMAND.findall(page.read_text())})
 
 
-def constraints(folder: Path) -> Path:
-    """Write constraints: our distributions from wheels of this tree, all others as in the lock."""
+def write_constraints(path: Path, wheels: Path) -> None:
+    """Constrain our distributions to wheels of this tree, and all others to the lock's versions."""
+    wheels.mkdir()
     lines = [
-        f"{name} @ {build(project, 'wheel', folder).as_uri()}" for name, project in PROJECTS.items()
+        f"{name} @ {build(project, 'wheel', wheels).as_uri()}" for name, project in PROJECTS.items()
     ]
     lock = (ROOT / "requirements/dev.lock").read_text()
     lines += re.findall(r"^([a-z0-9][^\\\n]*==[^\\\n]*?) \\$", lock, re.MULTILINE)
-    path = folder / "constraints.txt"
     path.write_text("\n".join(lines))
-    return path
 
 
 def is_serving(address: str) -> bool:
@@ -58,15 +54,23 @@ def is_serving(address: str) -> bool:
 def test_documented_commands_install_a_service_that_serves(
     empty_database_url: str, tmp_path: Path
 ) -> None:
+    constraints = tmp_path / "constraints.txt"
+    # A documented command may read the wheels from a folder of this name.
+    write_constraints(constraints, tmp_path / "wheels")
     python = create_environment(tmp_path / "environment")
     command = python.parent / "chat-history"
-    constrained = ("--constraints", constraints(tmp_path))
 
-    install(python, *constrained, "chathistory-service")
+    def pip_install(arguments: str) -> None:
+        # uv instead of pip, which cannot combine extras with a constraint to a file.
+        options = f"--no-config --quiet --only-binary :all: --python {python}"
+        program = f"{UV} pip install {options} --constraint {constraints} {arguments}"
+        run("sh", "-c", program, cwd=tmp_path)
+
+    pip_install("chathistory-service")
     assert run(command, "--version", cwd=tmp_path) == f"chat-history {service.__version__}\n"
 
     address = f"127.0.0.1:{free_port()}"
-    environment = {
+    variables = {
         "PATH": os.environ["PATH"],
         "DATABASE_URL": empty_database_url,
         "CHAT_HISTORY_LISTEN": address,
@@ -76,7 +80,7 @@ def test_documented_commands_install_a_service_that_serves(
         server = subprocess.Popen(
             [command, "serve", "--migrate"],
             cwd=tmp_path,
-            env=environment,
+            env=variables,
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -89,9 +93,10 @@ def test_documented_commands_install_a_service_that_serves(
         server.kill()
         server.wait()
 
-    requirements = sorted(set(documented_requirements()))
-    assert requirements, "no page says how to install the service"
-    install(python, *constrained, *requirements)
-    for name in {requirement.partition("[")[0] for requirement in requirements}:
+    commands = documented_commands()
+    assert commands, "no page says how to install the service"
+    for documented in commands:
+        pip_install(documented.removeprefix("pip install "))
+    for name in PROJECTS:
         program = f"import importlib.metadata as m; print(m.version({name!r}))"
         assert run(python, "-c", program, cwd=tmp_path).strip() == service.__version__
