@@ -28,7 +28,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from service import server as server_module
-from service.embedded.data_dir import Postmaster, end_server
+from service.embedded.data_dir import Postmaster, stop_server
 from service.server import Server
 from tests.support import sentinel as checks
 from tests.support.chat import Chat
@@ -217,5 +217,5 @@ def folder() -> Generator[Path]:
         server = Postmaster.read(file.parent)
         if server is not None and server.is_alive():
             with suppress(ProcessLookupError):
-                end_server(server.pid)
+                stop_server(server.pid)
     shutil.rmtree(made)

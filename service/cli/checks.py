@@ -83,12 +83,12 @@ def _check(settings: Settings, target: Target) -> list[Finding]:
 
 def _check_embedded(settings: Settings) -> list[Finding]:
     from service.doctor import Finding, Verdict
-    from service.embedded import data_dir, postgres
+    from service.embedded import data_dir, programs
 
     place = f"embedded PostgreSQL in {settings.data_dir.resolve()}, as no DATABASE_URL is set"
     url = data_dir.running_url(settings.data_dir)
     if url is None:
-        postgres.find_programs()
+        programs.find_programs()
         return [
             Finding(
                 "database",

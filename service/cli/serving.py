@@ -97,7 +97,7 @@ def _serve_embedded(settings: Settings, told_to_stop: Callable[[], bool]) -> Non
             say(note)
         target = parse(postgres.url)
         _migrate(target, quiet=True)
-        postgres.keep_up(tell)
+        postgres.supervise(tell)
         try:
             _serve(
                 settings,

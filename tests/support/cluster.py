@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import asyncpg
 import psutil
 
-from service.embedded.data_dir import Postmaster, end_server, owner
+from service.embedded.data_dir import Postmaster, owner, stop_server
 from service.embedded.postgres import EmbeddedPostgres
 from service.store.db.dsn import parse
 from service.store.schema import migrations
@@ -191,7 +191,7 @@ def sweep() -> None:
         server = Postmaster.read(folder / "postgres")
         if server is not None and server.is_alive():
             with suppress(ProcessLookupError):
-                end_server(server.pid)
+                stop_server(server.pid)
         shutil.rmtree(folder, ignore_errors=True)
 
 

