@@ -69,7 +69,7 @@ TIMEOUT_S = 180.0
 READY_TIMEOUT_S = 60.0
 OLD_TABLES = Path(__file__).with_name("old_tables.sql")
 
-_ADDRESS = re.compile(r"\b(127\.0\.0\.1|0\.0\.0\.0|localhost):(\d{4,5})\b")
+_ADDRESS = re.compile(r"\b(127\.0\.0\.1:|0\.0\.0\.0:|localhost:|(?<=--)port )(\d{4,5})\b")
 # A connection string in an example: with a host of Neon's, or in capitals.
 _DATABASE_URL = re.compile(r"postgresql://[^\s'\"]*(?:neon\.tech|HOST)[^\s'\"]*")
 _STARTS_SERVICE = re.compile(r"\bmake (run|demo)\b|\bchat-history serve\b")
@@ -348,9 +348,9 @@ class Scenario:
         """Put in what this run has: free ports, and a database."""
 
         def address(match: re.Match[str]) -> str:
-            port = self._ports.setdefault(match[2], 0) or free_port()
+            port = self._ports.get(match[2]) or free_port()
             self._ports[match[2]] = port
-            return f"{match[1].replace('0.0.0.0', '127.0.0.1')}:{port}"
+            return f"{match[1].replace('0.0.0.0', '127.0.0.1')}{port}"
 
         return _ADDRESS.sub(address, _DATABASE_URL.sub(self._database_url, code))
 
