@@ -11,7 +11,7 @@ from typing import Any
 from chathistory.v1 import document_pb2
 
 from service.rpc.convert import canonical, loaded, struct, struct_json, time
-from service.store.documents import Chunk, ChunkRow
+from service.store.chunks import Chunk, ChunkRow
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
 

@@ -14,8 +14,9 @@ from service.rpc import field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
 from service.store import documents
+from service.store.chunks import Chunk, ChunkRow
 from service.store.db.database import Work
-from service.store.documents import ChunkRow, DocumentCursor
+from service.store.documents import DocumentCursor
 from service.store.rows import DocumentRow
 from service.store.tables import SYSTEM_USER_ID
 
@@ -202,7 +203,7 @@ class Documents(Handler):
         page, next_token = paging.cut(rows, convert.chunk, token, more=more)
         return document_pb2.ListDocumentChunksResponse(chunks=page, next_page_token=next_token)
 
-    def _chunks(self, sent: Sequence[document_pb2.DocumentChunk]) -> list[documents.Chunk]:
+    def _chunks(self, sent: Sequence[document_pb2.DocumentChunk]) -> list[Chunk]:
         """Read chunks to store.
 
         Raises:

@@ -12,7 +12,7 @@ from service.rpc import convert, convert_documents
 from service.rpc.call import Call
 from service.rpc.documents import owners
 from service.rpc.handler import Handler
-from service.store import documents, fulltext
+from service.store import chunks, fulltext
 
 DEFAULT_LIMIT = 10
 SPARE = 10
@@ -49,7 +49,7 @@ class Searches(Handler):
         }
         rows = (
             await self.database.read(
-                lambda connection: documents.find_chunks(connection, who, list(near)),
+                lambda connection: chunks.find_chunks(connection, who, list(near)),
                 owner_id=who[0],
                 deadline=call.deadline,
             )
@@ -168,4 +168,4 @@ def reciprocal_rank_fusion(orders: Sequence[dict[Key, float]]) -> dict[Key, floa
 def marked(snippet: str) -> str:
     """Put the marks of a match into a page's language, and nothing else of it."""
     escaped = html.escape(snippet, quote=False)
-    return escaped.replace(fulltext.START, "<mark>").replace(fulltext.END, "</mark>")
+    return escaped.replace(fulltext.MATCH_START, "<mark>").replace(fulltext.MATCH_END, "</mark>")

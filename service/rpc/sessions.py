@@ -139,8 +139,8 @@ class Sessions(Handler):
         return session_pb2.ForkSessionResponse(session=convert.session(row))
 
 
-def _position(place: str | None) -> tuple[int, str] | None:
+def _position(place: str | None) -> sessions.SessionCursor | None:
     if place is None:
         return None
     updated_us, _, session_id = place.partition(" ")
-    return int(updated_us), session_id
+    return sessions.SessionCursor(int(updated_us), session_id)

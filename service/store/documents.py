@@ -1,4 +1,8 @@
-"""Documents and their chunks. A shared document belongs to the system's own user; who may read it is said by `owners`."""
+"""Documents and their chunks.
+
+Shared documents belong to the system's own user. Functions with a parameter `owner_ids` consider
+only the documents of these users.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
+from service.store.chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.db.db_errors import sqlstate
 from service.store.outbox import outbox
 from service.store.rows import (
     DOCUMENT_COLUMNS,
+    MAX_PAGE_BYTES,
     DocumentRow,
     check_etag,
     datetime_from_us,
@@ -23,33 +29,13 @@ from service.store.rows import (
 from service.store.tables import DocumentStatus, OutboxKind, document_chunks, documents
 
 CHUNKS_PER_DELETE = 5_000
-"""Chunks erased in one transaction."""
-MAX_PAGE_BYTES = 3 * 1024 * 1024
-"""Where a page of chunks stops."""
+"""Chunks deleted in one transaction."""
 
-_own, _chunk = documents.c, document_chunks.c
-
-
-def _array(column: sa.Column[Any]) -> sa.ARRAY[Any]:
-    return sa.ARRAY(column.type)
-
-
-class Chunk(NamedTuple):
-    """A chunk to store; `vector` is what the client gave: 32-bit floats, little-endian."""
-
-    text: str
-    vector: bytes | None
-
-
-class ChunkRow(NamedTuple):
-    """A stored chunk."""
-
-    chunk_index: int
-    text: str
+_document, _chunk = documents.c, document_chunks.c
 
 
 class DocumentCursor(NamedTuple):
-    """Where a page of documents begins."""
+    """Position in a list of documents: the last one of the page before."""
 
     created_us: int
     id: str
@@ -63,57 +49,66 @@ async def create(
     *,
     search_enabled: bool,
 ) -> DocumentRow:
-    """Insert a document with its first chunks, or return the one that is there: by a retry, or with the same content.
+    """Insert a document with its first chunks.
+
+    Returns:
+        The new document. If an earlier attempt of the same request created it, or if the owner has
+        a document with the same content and source, that document.
 
     Raises:
-        NotFound: the user is not there.
-        AlreadyExists: the id is another document's of this owner (ID_TAKEN).
+        NotFound: no user has the id `values["user_id"]`.
+        AlreadyExists: another document of this owner has the id (ID_TAKEN).
     """
     user_id, document_id = values["user_id"], values["id"]
-    made = (
-        pg_insert(documents).values(values | {"chunk_count": len(chunks)}).on_conflict_do_nothing()
+    insertion = (
+        pg_insert(documents)
+        .values(values | {"chunk_count": len(chunks)})
+        .on_conflict_do_nothing()
+        .returning(*DOCUMENT_COLUMNS)
     )
     try:
-        row = row_or_none(
-            DocumentRow, (await connection.execute(made.returning(*DOCUMENT_COLUMNS))).one_or_none()
-        )
+        row = row_or_none(DocumentRow, (await connection.execute(insertion)).one_or_none())
     except IntegrityError as error:
         if sqlstate(error) == "23503":
             raise NotFound.user(user_id) from None
         raise
     if row is None:
-        return await _find_existing(connection, values)
-    await _store(connection, user_id, document_id, 0, chunks)
-    last = max(0, len(chunks) - 1)
+        return await _get_existing(connection, values)
+    await insert_chunks(connection, user_id, document_id, 0, chunks)
     await outbox.enqueue(
         connection,
         OutboxKind.DOCUMENT,
         user_id,
         document_id,
-        through=last,
+        through=max(0, len(chunks) - 1),
         search_enabled=search_enabled,
     )
     return row
 
 
-async def _find_existing(connection: AsyncConnection, values: dict[str, Any]) -> DocumentRow:
+async def _get_existing(connection: AsyncConnection, values: dict[str, Any]) -> DocumentRow:
+    """Return the document with which an insert of these values conflicted, if it may stand for it.
+
+    Raises:
+        AlreadyExists: another document of this owner has the id (ID_TAKEN).
+    """
     user_id = values["user_id"]
-    row = await _one(connection, _own.user_id == user_id, _own.id == values["id"])
+    row = await _find(connection, _document.user_id == user_id, _document.id == values["id"])
     if row is not None and row.fingerprint == values["fingerprint"]:
         return row
     if values["content_sha256"] is not None:
-        same = await _one(
+        duplicate = await _find(
             connection,
-            _own.user_id == user_id,
-            _own.content_sha256 == values["content_sha256"],
-            _own.source_uri == values["source_uri"],
+            _document.user_id == user_id,
+            _document.content_sha256 == values["content_sha256"],
+            _document.source_uri == values["source_uri"],
         )
-        if same is not None:
-            return same
+        if duplicate is not None:
+            return duplicate
     raise AlreadyExists("another document has this id", reason="ID_TAKEN", document_id=values["id"])
 
 
-async def _one(
+async def _find(
     connection: AsyncConnection, *match: sa.ColumnElement[bool], lock: bool = False
 ) -> DocumentRow | None:
     query = sa.select(*DOCUMENT_COLUMNS).where(*match)
@@ -123,96 +118,72 @@ async def _one(
     )
 
 
-async def _store(
-    connection: AsyncConnection, user_id: str, document_id: str, first: int, chunks: Sequence[Chunk]
-) -> None:
-    if chunks:
-        rows: list[dict[str, Any]] = [
-            {
-                "user_id": user_id,
-                "document_id": document_id,
-                "chunk_index": n,
-                "text": chunk.text,
-                "vector": chunk.vector,
-            }
-            for n, chunk in enumerate(chunks, first)
-        ]
-        await connection.execute(sa.insert(document_chunks), rows)
-
-
 async def append_chunks(
     connection: AsyncConnection,
-    owners: Sequence[str],
+    owner_ids: Sequence[str],
     document_id: str,
-    first: int,
+    first_index: int,
     chunks: Sequence[Chunk],
     *,
     search_enabled: bool,
 ) -> DocumentRow:
-    """Store chunks from a place on; those that are there already must be the same.
+    """Store chunks from `first_index` on; those that are stored already must be the same.
 
     Raises:
-        NotFound: there is no such document.
-        InvalidArgument: they would leave a gap.
-        AlreadyExists: another chunk is stored at such a place (ID_TAKEN).
+        NotFound: none of these owners has such a document.
+        InvalidArgument: `first_index` is beyond the document's `chunk_count`.
+        AlreadyExists: another chunk is stored at one of these indexes (ID_TAKEN).
     """
-    row = await get(connection, owners, document_id, lock=True)
-    there = row.chunk_count - first
-    if there < 0:
+    row = await get(connection, owner_ids, document_id, lock=True)
+    stored_count = row.chunk_count - first_index
+    if stored_count < 0:
         raise InvalidArgument.field(
             "first_index", f"is beyond the document's chunk_count, {row.chunk_count}"
         )
-    match = (_chunk.user_id == row.user_id, _chunk.document_id == document_id)
-    if there > 0:
-        stored = sa.select(_chunk.chunk_index, _chunk.text, _chunk.vector).where(
-            *match, _chunk.chunk_index.between(first, first + len(chunks) - 1)
-        )
-        for index, text, vector in await connection.execute(stored):
-            if chunks[index - first] != (text, vector):
-                raise AlreadyExists(
-                    "another chunk is stored at this place",
-                    reason="ID_TAKEN",
-                    document_id=document_id,
-                    chunk_index=index,
-                )
-    new = chunks[there:]
-    if not new:
+    if stored_count > 0:
+        await check_stored_chunks(connection, row, first_index, chunks)
+    new_chunks = chunks[stored_count:]
+    if not new_chunks:
         return row
-    await _store(connection, row.user_id, document_id, row.chunk_count, new)
-    grown = (
+    await insert_chunks(connection, row.user_id, document_id, row.chunk_count, new_chunks)
+    statement = (
         sa.update(documents)
-        .where(_own.user_id == row.user_id, _own.id == document_id)
+        .where(_document.user_id == row.user_id, _document.id == document_id)
         .values(
-            chunk_count=row.chunk_count + len(new),
+            chunk_count=row.chunk_count + len(new_chunks),
             status=DocumentStatus.PENDING,
             status_detail="",
-            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
+            updated_at=sa.func.greatest(_document.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*DOCUMENT_COLUMNS)
     )
-    result = DocumentRow._make((await connection.execute(grown)).one())
+    updated = DocumentRow._make((await connection.execute(statement)).one())
     await outbox.enqueue(
         connection,
         OutboxKind.DOCUMENT,
         row.user_id,
         document_id,
         since=row.chunk_count,
-        through=result.chunk_count - 1,
+        through=updated.chunk_count - 1,
         search_enabled=search_enabled,
     )
-    return result
+    return updated
 
 
 async def get(
-    connection: AsyncConnection, owners: Sequence[str], document_id: str, *, lock: bool = False
+    connection: AsyncConnection, owner_ids: Sequence[str], document_id: str, *, lock: bool = False
 ) -> DocumentRow:
-    """Read a document of the first of these owners who has it.
+    """Read the document of the first of these owners that has one with this id.
+
+    With `lock` its row stays locked until the end of the transaction.
 
     Raises:
-        NotFound: none of them has.
+        NotFound: none of these owners has such a document.
     """
-    for owner in owners:
-        row = await _one(connection, _own.user_id == owner, _own.id == document_id, lock=lock)
+    for owner_id in owner_ids:
+        row = await _find(
+            connection, _document.user_id == owner_id, _document.id == document_id, lock=lock
+        )
         if row is not None:
             return row
     raise NotFound.document(document_id)
@@ -220,29 +191,42 @@ async def get(
 
 async def list_page(
     connection: AsyncConnection,
-    owners: Sequence[str],
+    owner_ids: Sequence[str],
     filters: dict[str, Any],
-    after: DocumentCursor | None,
+    cursor: DocumentCursor | None,
     limit: int,
 ) -> list[DocumentRow]:
-    """Read `limit` documents of these owners, newest first, after a place."""
+    """Read up to `limit` documents of these owners after `cursor`, newest first.
+
+    Args:
+        connection: The connection, in a transaction.
+        owner_ids: The owners.
+        filters: The values that columns must have, by name of the column.
+        cursor: The last document of the page before; None for the first page.
+        limit: Maximum number of documents.
+    """
     query = sa.select(*DOCUMENT_COLUMNS).where(
-        _own.user_id.in_(owners), *(_own[name] == is_ for name, is_ in filters.items())
+        _document.user_id.in_(owner_ids),
+        *(_document[name] == value for name, value in filters.items()),
     )
-    if after is not None:
-        place = (
-            sa.literal(datetime_from_us(after.created_us)),
-            sa.literal(after.id, _own.id.type),
-            sa.literal(after.user_id, _own.user_id.type),
+    if cursor is not None:
+        position = sa.tuple_(
+            sa.literal(datetime_from_us(cursor.created_us)),
+            sa.literal(cursor.id, _document.id.type),
+            sa.literal(cursor.user_id, _document.user_id.type),
         )
-        query = query.where(sa.tuple_(_own.created_at, _own.id, _own.user_id) < sa.tuple_(*place))
-    query = query.order_by(_own.created_at.desc(), _own.id.desc(), _own.user_id.desc()).limit(limit)
+        query = query.where(
+            sa.tuple_(_document.created_at, _document.id, _document.user_id) < position
+        )
+    query = query.order_by(
+        _document.created_at.desc(), _document.id.desc(), _document.user_id.desc()
+    ).limit(limit)
     return [DocumentRow._make(row) for row in await connection.execute(query)]
 
 
 async def update(
     connection: AsyncConnection,
-    owners: Sequence[str],
+    owner_ids: Sequence[str],
     document_id: str,
     values: dict[str, Any],
     etag: str,
@@ -250,26 +234,26 @@ async def update(
     """Write some columns of a document.
 
     Raises:
-        NotFound: there is no such document.
-        Conflict: the etag is an older one's.
+        NotFound: none of these owners has such a document.
+        Conflict: the document was updated since `etag` was read.
         AlreadyExists: another document has this content and source (ID_TAKEN).
     """
-    row = await get(connection, owners, document_id, lock=True)
+    row = await get(connection, owner_ids, document_id, lock=True)
     check_etag(row, etag)
     if not values:
         return row
-    changed = (
+    statement = (
         sa.update(documents)
-        .where(_own.user_id == row.user_id, _own.id == document_id)
+        .where(_document.user_id == row.user_id, _document.id == document_id)
         .values(
             **values,
-            revision=_own.revision + 1,
-            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
+            revision=_document.revision + 1,
+            updated_at=sa.func.greatest(_document.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*DOCUMENT_COLUMNS)
     )
     try:
-        return DocumentRow._make((await connection.execute(changed)).one())
+        return DocumentRow._make((await connection.execute(statement)).one())
     except IntegrityError as error:
         if sqlstate(error) == "23505":
             raise AlreadyExists(
@@ -283,35 +267,40 @@ async def update(
 async def delete_slice(
     connection: AsyncConnection, user_id: str, document_id: str | None = None
 ) -> tuple[int, bool]:
-    """Erase a slice of what is large, of one document or of all the user's; return how many chunks, and whether to go on."""
-    match = [_chunk.user_id == user_id] + (
-        [_chunk.document_id == document_id] if document_id else []
-    )
-    large = await connection.scalar(
+    """Delete `CHUNKS_PER_DELETE` chunks of a user, or of one document, if there are more.
+
+    Returns:
+        The number of deleted chunks, and whether to call again. False means that the remaining
+        chunks fit one transaction; they are not deleted.
+    """
+    match = [_chunk.user_id == user_id]
+    if document_id is not None:
+        match.append(_chunk.document_id == document_id)
+    exceeds_slice = await connection.scalar(
         sa.select(sa.literal(1))
         .select_from(document_chunks)
         .where(*match)
         .offset(CHUNKS_PER_DELETE)
         .limit(1)
     )
-    if not large:
+    if not exceeds_slice:
         return 0, False
     key = (_chunk.document_id, _chunk.chunk_index)
     slice_ = sa.select(*key).where(*match).order_by(*key).limit(CHUNKS_PER_DELETE)
-    gone = await connection.execute(
+    deleted = await connection.execute(
         sa.delete(document_chunks).where(_chunk.user_id == user_id, sa.tuple_(*key).in_(slice_))
     )
-    return gone.rowcount, True
+    return deleted.rowcount, True
 
 
 async def delete(
     connection: AsyncConnection, user_id: str, document_id: str, *, search_enabled: bool
 ) -> bool:
-    """Erase a document with its chunks; False when there is none."""
-    gone = await connection.execute(
-        sa.delete(documents).where(_own.user_id == user_id, _own.id == document_id)
+    """Delete a document with its chunks; return False if this user has no such document."""
+    deleted = await connection.execute(
+        sa.delete(documents).where(_document.user_id == user_id, _document.id == document_id)
     )
-    if gone.rowcount:
+    if deleted.rowcount:
         await outbox.enqueue(
             connection,
             OutboxKind.DOCUMENT,
@@ -320,40 +309,54 @@ async def delete(
             wipe=True,
             search_enabled=search_enabled,
         )
-    return gone.rowcount == 1
+    return deleted.rowcount == 1
 
 
 async def delete_all(connection: AsyncConnection, user_id: str) -> tuple[int, int]:
-    """Erase all documents of a user; return how many documents and chunks went."""
-    chunks = await connection.execute(sa.delete(document_chunks).where(_chunk.user_id == user_id))
-    gone = await connection.execute(sa.delete(documents).where(_own.user_id == user_id))
-    return gone.rowcount, chunks.rowcount
+    """Delete all documents of a user; return the numbers of deleted documents and chunks.
+
+    It enqueues nothing: the caller enqueues the user.
+    """
+    deleted_chunks = await connection.execute(
+        sa.delete(document_chunks).where(_chunk.user_id == user_id)
+    )
+    deleted_documents = await connection.execute(
+        sa.delete(documents).where(_document.user_id == user_id)
+    )
+    return deleted_documents.rowcount, deleted_chunks.rowcount
 
 
 async def list_chunks(
-    connection: AsyncConnection, owners: Sequence[str], document_id: str, first: int, limit: int
+    connection: AsyncConnection,
+    owner_ids: Sequence[str],
+    document_id: str,
+    first_index: int,
+    limit: int,
 ) -> tuple[list[ChunkRow], bool]:
-    """Read up to `limit` chunks from a place on, fewer when they are large; and whether there may be more.
+    """Read up to `limit` chunks from `first_index` on.
+
+    Returns:
+        The chunks, fewer than `limit` when they are large, and whether there may be more.
 
     Raises:
-        NotFound: there is no such document.
+        NotFound: none of these owners has such a document.
     """
-    row = await get(connection, owners, document_id)
-    # The sizes are summed before the texts are read.
-    size = sa.func.octet_length(_chunk.text)
-    running = sa.func.sum(size).over(order_by=_chunk.chunk_index, rows=(None, 0))
+    document = await get(connection, owner_ids, document_id)
+    # The sizes are summed before any text is read, so that a large page is never loaded whole.
+    size_bytes = sa.func.octet_length(_chunk.text)
+    running_bytes = sa.func.sum(size_bytes).over(order_by=_chunk.chunk_index, rows=(None, 0))
     rows = (
         sa.select(
             _chunk.user_id,
             _chunk.document_id,
             _chunk.chunk_index,
             _chunk.text,
-            (running - size).label("before"),
+            (running_bytes - size_bytes).label("bytes_before"),
         )
         .where(
-            _chunk.user_id == row.user_id,
+            _chunk.user_id == document.user_id,
             _chunk.document_id == document_id,
-            _chunk.chunk_index >= first,
+            _chunk.chunk_index >= first_index,
         )
         .order_by(_chunk.chunk_index)
         .limit(limit)
@@ -361,40 +364,8 @@ async def list_chunks(
     )
     query = (
         sa.select(rows.c.chunk_index, rows.c.text)
-        .where(rows.c.before < MAX_PAGE_BYTES)
+        .where(rows.c.bytes_before < MAX_PAGE_BYTES)
         .order_by(rows.c.chunk_index)
     )
-    page = [ChunkRow._make(found) for found in await connection.execute(query)]
-    return page, bool(page) and page[-1].chunk_index + 1 < row.chunk_count
-
-
-async def find_chunks(
-    connection: AsyncConnection, owners: Sequence[str], keys: Sequence[tuple[str, str, int]]
-) -> dict[tuple[str, str, int], tuple[DocumentRow, str]]:
-    """Read chunks by (owner, document id, index) with their documents; those that are gone, or not these owners', are left out."""
-    wanted = (
-        sa.func.unnest(
-            sa.literal([key[0] for key in keys], _array(_own.user_id)),
-            sa.literal([key[1] for key in keys], _array(_own.id)),
-            sa.literal([key[2] for key in keys], _array(_chunk.chunk_index)),
-        )
-        .table_valued("user_id", "id", "chunk_index")
-        .render_derived("w")
-    )
-    w = wanted.c
-    query = (
-        sa.select(*DOCUMENT_COLUMNS, _chunk.chunk_index, _chunk.text)
-        .select_from(wanted)
-        .join(documents, (_own.user_id == w.user_id) & (_own.id == w.id))
-        .join(
-            document_chunks,
-            (_chunk.user_id == w.user_id)
-            & (_chunk.document_id == w.id)
-            & (_chunk.chunk_index == w.chunk_index),
-        )
-        .where(_own.user_id.in_(owners), _chunk.user_id.in_(owners))
-    )
-    rows = [
-        (DocumentRow._make(row[:-2]), row[-2], row[-1]) for row in await connection.execute(query)
-    ]
-    return {(row.user_id, row.id, index): (row, text) for row, index, text in rows}
+    chunks = [ChunkRow._make(row) for row in await connection.execute(query)]
+    return chunks, bool(chunks) and chunks[-1].chunk_index + 1 < document.chunk_count

@@ -1,7 +1,11 @@
-"""Search of messages by words: a scan of the user's own messages, which costs the append path nothing (docs/explanation/search-quality.md has figures).
+"""Lexical search of messages: a scan of the user's own messages.
 
-Words are compared as they are written, in any case and in any language (PostgreSQL's `simple` configuration): users write several
-languages, often in one session, and a stemmer of the wrong one finds less than none. Search by meaning finds other forms.
+It needs no index, and so costs the append path nothing; docs/explanation/search-quality.md has
+measurements.
+
+Words are compared as written, ignoring case, in any language (PostgreSQL's `simple` configuration).
+Users write several languages, often in one session, and a stemmer for the wrong language finds less
+than none. Semantic search finds other forms of a word.
 """
 
 from __future__ import annotations
@@ -10,30 +14,31 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import select
+import sqlalchemy as sa
 
 from service.store.db.database import Database
 from service.store.db.hot_pool import Record, Statement
-from service.store.rows import MessageRow, message_columns
+from service.store.rows import MAX_PAGE_BYTES, MessageRow, message_columns
 from service.store.tables import chat_messages
 
-START, END = "\ue000", "\ue001"
-"""What marks a match in a snippet: characters of the private use area, which text does not hold."""
+MATCH_START, MATCH_END = "\ue000", "\ue001"
+"""Marks of a match in a snippet: private use characters, which text does not contain."""
 
 MAX_CANDIDATES = 2000
-"""Messages, the newest first, that are ranked of those that hold the words."""
+"""Number of messages with the words that are ranked, newest first."""
 MAX_TEXT_CHARS = 32_768
-"""Characters of a message that are ranked, and of which a snippet is made."""
-MAX_REPLY_BYTES = 3 * 1024 * 1024
-"""Where a reply stops."""
-_SNIPPET = f'MaxFragments=2, MaxWords=30, MinWords=12, FragmentDelimiter=" … ", StartSel={START}, StopSel={END}'
-_NOT = re.compile(r"(?<!\S)-(\"[^\"]*\"?|\S+)")
-_QUOTED = re.compile(r'"[^"]*"?')
+"""Characters of a message, from its beginning, that are ranked and that snippets are taken from."""
+_SNIPPET_OPTIONS = (
+    'MaxFragments=2, MaxWords=30, MinWords=12, FragmentDelimiter=" … ", '
+    f"StartSel={MATCH_START}, StopSel={MATCH_END}"
+)
+_EXCLUDED_TERM = re.compile(r"(?<!\S)-(\"[^\"]*\"?|\S+)")
+_PHRASE = re.compile(r'"[^"]*"?')
 _OR = re.compile(r"(?<!\S)or(?!\S)", re.IGNORECASE)
 
 
 class Match(NamedTuple):
-    """A message that was found by words."""
+    """A message that matches a query."""
 
     session_id: str
     message_id: str
@@ -41,16 +46,16 @@ class Match(NamedTuple):
 
 
 class MatchedMessage(NamedTuple):
-    """A message that was found, with the part that fits."""
+    """A message with the part of it that matches, in which matches are marked."""
 
     session_id: str
     message: MessageRow
     snippet: str
 
 
-def _search(*, one_session: bool) -> Statement:
-    # What holds the words as they are, anywhere, is found by comparing text alone; the few that do are taken apart.
-    match = "AND m.session_id = $6" if one_session else ""
+def _search_statement(*, in_session: bool) -> Statement:
+    # Comparing text is cheap and finds all messages with the words; only those are then parsed.
+    match = "AND m.session_id = $6" if in_session else ""
     return Statement.from_text(f"""
 WITH wanted AS (
     SELECT websearch_to_tsquery('simple', $2) AS query,
@@ -69,41 +74,47 @@ SELECT c.session_id::text, m.id::text, ts_rank_cd(v.lexemes, w.query)::float8 AS
 FROM candidates AS c
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = c.session_id AND m.seq = c.seq
 CROSS JOIN wanted AS w
-CROSS JOIN LATERAL (SELECT to_tsvector('simple', left(m.content, {MAX_TEXT_CHARS})) AS lexemes OFFSET 0) AS v
+CROSS JOIN LATERAL (
+    SELECT to_tsvector('simple', left(m.content, {MAX_TEXT_CHARS})) AS lexemes OFFSET 0
+) AS v
 WHERE v.lexemes @@ w.query
 ORDER BY rank DESC, m.created_at DESC, m.session_id, m.seq DESC
 LIMIT $5
-""")  # noqa: S608 - nothing but text of ours goes in
+""")  # noqa: S608 - only constants of this module are inserted
 
 
-_EVERYWHERE, _IN_SESSION = _search(one_session=False), _search(one_session=True)
+_SEARCH_USER = _search_statement(in_session=False)
+_SEARCH_SESSION = _search_statement(in_session=True)
 
-_columns = (
-    Statement(select(*message_columns(chat_messages.alias("m"))))
+_message_columns = (
+    Statement(sa.select(*message_columns(chat_messages.alias("m"))))
     .text.partition("FROM")[0]
     .removeprefix("SELECT ")
 )
-_READ = Statement.from_text(f"""
-WITH found AS (
-    SELECT w.n, m.session_id, m.seq, m.size, sum(m.size) OVER (ORDER BY w.n) AS running
+_READ_MATCHES = Statement.from_text(f"""
+WITH matches AS (
+    SELECT w.n, m.session_id, m.seq, m.size, sum(m.size) OVER (ORDER BY w.n) AS running_bytes
     FROM unnest($2::uuid[], $3::uuid[]) WITH ORDINALITY AS w (session_id, id, n)
     JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = w.session_id AND m.id = w.id
     WHERE m.deleted_at IS NULL
 )
-SELECT f.session_id::text, ts_headline(
-           'simple', left(m.content, {MAX_TEXT_CHARS}), replace(plainto_tsquery('simple', $4)::text, '&', '|')::tsquery, '{_SNIPPET}'),
-       {_columns}
-FROM found AS f
+SELECT f.session_id::text,
+       ts_headline(
+           'simple', left(m.content, {MAX_TEXT_CHARS}),
+           replace(plainto_tsquery('simple', $4)::text, '&', '|')::tsquery, '{_SNIPPET_OPTIONS}'
+       ),
+       {_message_columns}
+FROM matches AS f
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = f.session_id AND m.seq = f.seq
-WHERE f.running - f.size < {MAX_REPLY_BYTES}
+WHERE f.running_bytes - f.size < {MAX_PAGE_BYTES}
 ORDER BY f.n
-""")  # noqa: S608
+""")  # noqa: S608 - only constants of this module are inserted
 
 
-def wanted(query: str) -> tuple[str, bool]:
-    """Return what a query asks for, without what it excludes, and whether any of it is enough (`or`)."""
-    positive = _NOT.sub(" ", query)
-    if "or" not in _QUOTED.sub(" ", positive).lower().split():
+def wanted_words(query: str) -> tuple[str, bool]:
+    """Return a query without its excluded terms, and whether one of the others is enough (`or`)."""
+    positive = _EXCLUDED_TERM.sub(" ", query)
+    if "or" not in _PHRASE.sub(" ", positive).lower().split():
         return positive, False
     return _OR.sub(" ", positive), True
 
@@ -116,21 +127,29 @@ async def search(
     limit: int,
     deadline: float,
 ) -> list[Match]:
-    """Find a user's messages by words, best first; of equal ones the newest first."""
-    positive, any_ = wanted(query)
-    statement, more = (_IN_SESSION, (session_id,)) if session_id else (_EVERYWHERE, ())
-    rows = await database.fetch(
-        statement, user_id, query, positive, any_, limit, *more, deadline=deadline
-    )
-    return [Match(*row) for row in rows]
+    """Find up to `limit` of a user's messages by words, best first, newer first at equal rank."""
+    words, is_any_enough = wanted_words(query)
+    arguments = (user_id, query, words, is_any_enough, limit)
+    if session_id is None:
+        records = await database.fetch(_SEARCH_USER, *arguments, deadline=deadline)
+    else:
+        records = await database.fetch(_SEARCH_SESSION, *arguments, session_id, deadline=deadline)
+    return [Match(*record) for record in records]
 
 
 async def read_matches(
     database: Database, user_id: str, keys: Sequence[tuple[str, str]], query: str, deadline: float
 ) -> list[MatchedMessage]:
-    """Read messages by (session id, id) in this order, each with the part that fits; those that are gone are left out."""
-    sessions, ids = [session for session, _ in keys], [id_ for _, id_ in keys]
-    rows: list[Record] = await database.fetch(
-        _READ, user_id, sessions, ids, wanted(query)[0], deadline=deadline
+    """Read messages by (session id, message id), in this order, up to MAX_PAGE_BYTES.
+
+    Messages that were deleted are left out.
+    """
+    session_ids = [session_id for session_id, _ in keys]
+    message_ids = [message_id for _, message_id in keys]
+    words, _ = wanted_words(query)
+    records: list[Record] = await database.fetch(
+        _READ_MATCHES, user_id, session_ids, message_ids, words, deadline=deadline
     )
-    return [MatchedMessage(row[0], MessageRow._make(row[2:]), row[1]) for row in rows]
+    return [
+        MatchedMessage(record[0], MessageRow._make(record[2:]), record[1]) for record in records
+    ]

@@ -1,6 +1,6 @@
-"""Writes what was exported, as it was: with its times and its places. An operator's way in, which no call of the API leads to.
+"""Writes exported data unchanged, with its `seq` numbers and times. Only operators can do this.
 
-Every step finds what an earlier run has left, so that an import that broke off is simply run again.
+Every step accepts what an earlier run has written, so that an interrupted import can be repeated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import delete, func, insert, literal, select, update
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -19,16 +19,19 @@ from service.store import sessions, users
 from service.store.append.request import NewMessage
 from service.store.outbox import outbox
 from service.store.rows import datetime_from_us
-from service.store.tables import OutboxKind, chat_messages, chat_sessions
+from service.store.tables import OutboxKind, Role, chat_messages, chat_sessions
 
 GAP_FINGERPRINT = b""
-"""Fingerprint of a tombstone that stands where a file has no message; no message of a client has it."""
+"""Fingerprint of the tombstone at a seq for which the file has no message.
 
-_own, _message = chat_sessions.c, chat_messages.c
+No message of a client has this fingerprint.
+"""
+
+_session, _message = chat_sessions.c, chat_messages.c
 
 
 class ImportedMessage(NamedTuple):
-    """A message with its place and times, in microseconds since 1970."""
+    """A message with its seq and its times in microseconds since 1970."""
 
     seq: int
     created_us: int
@@ -37,7 +40,7 @@ class ImportedMessage(NamedTuple):
 
 
 async def import_user(connection: AsyncConnection, values: dict[str, Any]) -> bool:
-    """Insert a user, unless there is one with this id; return whether it was inserted.
+    """Insert a user unless one with this id exists; return whether it was inserted.
 
     Raises:
         AlreadyExists: another user has the e-mail address or external id.
@@ -51,10 +54,10 @@ async def import_user(connection: AsyncConnection, values: dict[str, Any]) -> bo
 
 
 async def import_session(connection: AsyncConnection, values: dict[str, Any]) -> None:
-    """Insert a session, unless there is one with this id.
+    """Insert a session unless the user has one with this id.
 
     Raises:
-        NotFound: the user is not there.
+        NotFound: no user has the id `values["user_id"]`.
     """
     await users.get(connection, values["user_id"])
     await connection.execute(pg_insert(chat_sessions).values(values).on_conflict_do_nothing())
@@ -68,45 +71,34 @@ async def import_messages(
     *,
     search_enabled: bool,
 ) -> int:
-    """Insert messages at their places, those that are there already left out; return how many were inserted.
+    """Insert messages, in the order of seq, except those stored already; return how many.
 
     Raises:
-        AlreadyExists: another message has such a place or id: somebody has written to the session.
+        AlreadyExists: another message has one of the seqs or ids, because the session was also
+            written to by other means.
     """
     await sessions.get(connection, user_id, session_id, lock=True)
-    first, last = messages[0].seq, messages[-1].seq
-    place = (
-        _message.user_id == user_id,
-        _message.session_id == session_id,
-        _message.seq.between(first, last),
-    )
-    rows = (
-        await connection.execute(
-            select(_message.seq, _message.id, _message.fingerprint).where(*place)
-        )
-    ).all()
-    if any(row.fingerprint == GAP_FINGERPRINT for row in rows):
-        # An earlier run had a file that ended here, and took what it lacked for deleted.
-        filled = delete(chat_messages).where(*place, _message.fingerprint == GAP_FINGERPRINT)
-        await connection.execute(filled.where(_message.seq.in_([old.seq for old in messages])))
-    there = {row.seq: row.id for row in rows if row.fingerprint != GAP_FINGERPRINT}
-    for old in messages:
-        if there.get(old.seq, old.message.id) != old.message.id:
-            raise _taken(session_id, old.seq)
-    new = [old for old in messages if old.seq not in there]
+    first_seq, last_seq = messages[0].seq, messages[-1].seq
+    stored_ids = await _free_gaps(connection, user_id, session_id, messages)
+    for imported in messages:
+        if stored_ids.get(imported.seq, imported.message.id) != imported.message.id:
+            raise _seq_taken(session_id, imported.seq)
+    new = [imported for imported in messages if imported.seq not in stored_ids]
     if not new:
         return 0
     try:
         await connection.execute(
-            insert(chat_messages), [_values(user_id, session_id, old) for old in new]
+            sa.insert(chat_messages),
+            [_message_values(user_id, session_id, imported) for imported in new],
         )
     except IntegrityError:
-        raise _taken(session_id, first) from None
+        raise _seq_taken(session_id, first_seq) from None
     await connection.execute(
-        update(chat_sessions)
-        .where(_own.user_id == user_id, _own.id == session_id)
+        sa.update(chat_sessions)
+        .where(_session.user_id == user_id, _session.id == session_id)
         .values(
-            last_seq=func.greatest(_own.last_seq, last), message_count=_own.message_count + len(new)
+            last_seq=sa.func.greatest(_session.last_seq, last_seq),
+            message_count=_session.message_count + len(new),
         )
     )
     await outbox.enqueue(
@@ -114,31 +106,57 @@ async def import_messages(
         OutboxKind.SESSION,
         user_id,
         session_id,
-        since=first,
-        through=last,
+        since=first_seq,
+        through=last_seq,
         search_enabled=search_enabled,
     )
     return len(new)
 
 
-def _taken(session_id: str, seq: int) -> AlreadyExists:
+async def _free_gaps(
+    connection: AsyncConnection,
+    user_id: str,
+    session_id: str,
+    messages: Sequence[ImportedMessage],
+) -> dict[int, str]:
+    """Return the ids of the messages stored in the range of seqs, by seq.
+
+    An earlier run with a shorter file has taken the messages that it lacked for deleted ones. Its
+    tombstones at the seqs of these messages are removed.
+    """
+    in_range = (
+        _message.user_id == user_id,
+        _message.session_id == session_id,
+        _message.seq.between(messages[0].seq, messages[-1].seq),
+    )
+    query = sa.select(_message.seq, _message.id, _message.fingerprint).where(*in_range)
+    rows = (await connection.execute(query)).all()
+    if any(row.fingerprint == GAP_FINGERPRINT for row in rows):
+        seqs = [imported.seq for imported in messages]
+        gaps = sa.delete(chat_messages).where(*in_range, _message.fingerprint == GAP_FINGERPRINT)
+        await connection.execute(gaps.where(_message.seq.in_(seqs)))
+    return {row.seq: row.id for row in rows if row.fingerprint != GAP_FINGERPRINT}
+
+
+def _seq_taken(session_id: str, seq: int) -> AlreadyExists:
     return AlreadyExists(
-        f"session {session_id} holds another message at or after seq {seq}: it was not made by this import",
+        f"session {session_id} holds another message at or after seq {seq}, which was not written"
+        " by this import: import into another user, or delete the session first",
         session_id=session_id,
         seq=seq,
     )
 
 
-def _values(user_id: str, session_id: str, old: ImportedMessage) -> dict[str, Any]:
-    values = old.message._asdict()
+def _message_values(user_id: str, session_id: str, imported: ImportedMessage) -> dict[str, Any]:
+    values = imported.message._asdict()
     for name in ("parts", "metadata"):
         values[name] = json.loads(values[name] or "null")
     return values | {
         "user_id": user_id,
         "session_id": session_id,
-        "seq": old.seq,
-        "created_at": datetime_from_us(old.created_us),
-        "updated_at": datetime_from_us(old.updated_us),
+        "seq": imported.seq,
+        "created_at": datetime_from_us(imported.created_us),
+        "updated_at": datetime_from_us(imported.updated_us),
     }
 
 
@@ -149,52 +167,76 @@ async def finish_session(
     last_seq: int,
     updated_us: int | None,
 ) -> None:
-    """Give a session its last seq and time, and a tombstone to each place where a deleted message was."""
-    row = await sessions.get(connection, user_id, session_id, lock=True)
-    if row.last_seq > last_seq:
-        return  # Somebody goes on writing to it: an earlier run has ended it.
-    places = select(func.generate_series(1, last_seq).label("seq")).subquery()
-    there = select(literal(1)).where(
-        _message.user_id == user_id, _message.session_id == session_id, _message.seq == places.c.seq
+    """Set the `last_seq` and time of a session, and add a tombstone for each seq without a message.
+
+    Args:
+        connection: The connection, in a transaction.
+        user_id: Owner of the session.
+        session_id: The session.
+        last_seq: The last seq.
+        updated_us: Time of the last activity in microseconds since 1970; None leaves it.
+    """
+    session = await sessions.get(connection, user_id, session_id, lock=True)
+    if session.last_seq > last_seq:
+        return  # An earlier run has finished it, and it was written to since.
+    await _fill_gaps(connection, user_id, session_id, last_seq, session.created_us)
+    newest_at = (
+        sa.select(sa.func.max(_message.created_at))
+        .where(_message.user_id == user_id, _message.session_id == session_id)
+        .scalar_subquery()
     )
-    # Times follow seq, also of what is gone.
-    before = (
-        select(_message.created_at)
+    updated_at = _session.updated_at if updated_us is None else datetime_from_us(updated_us)
+    await connection.execute(
+        sa.update(chat_sessions)
+        .where(_session.user_id == user_id, _session.id == session_id)
+        .values(
+            last_seq=last_seq,
+            # The time of the next append must not be before that of the last message, even if the
+            # file has an earlier time.
+            updated_at=sa.func.greatest(_session.created_at, updated_at, newest_at),
+        )
+    )
+
+
+async def _fill_gaps(
+    connection: AsyncConnection, user_id: str, session_id: str, last_seq: int, created_us: int
+) -> None:
+    """Insert a tombstone for each seq up to `last_seq` that has no message.
+
+    A tombstone gets the time of the message before it, because times must follow seqs, or the time
+    of the session's creation.
+    """
+    seqs = sa.select(sa.func.generate_series(1, last_seq).label("seq")).subquery()
+    stored = sa.select(sa.literal(1)).where(
+        _message.user_id == user_id,
+        _message.session_id == session_id,
+        _message.seq == seqs.c.seq,
+    )
+    time_before = (
+        sa.select(_message.created_at)
         .where(
             _message.user_id == user_id,
             _message.session_id == session_id,
-            _message.seq < places.c.seq,
+            _message.seq < seqs.c.seq,
         )
         .order_by(_message.seq.desc())
         .limit(1)
         .scalar_subquery()
     )
-    at = func.coalesce(before, datetime_from_us(row.created_us))
+    time = sa.func.coalesce(time_before, datetime_from_us(created_us))
     columns = {
-        "created_at": at,
-        "updated_at": at,
-        "user_id": literal(user_id, _message.user_id.type),
-        "session_id": literal(session_id, _message.session_id.type),
-        "seq": places.c.seq,
-        "id": func.gen_random_uuid(),
-        "role": literal(1),
-        "content": literal(""),
-        "token_estimate": literal(0),
-        "size": literal(0),
-        "fingerprint": literal(GAP_FINGERPRINT),
-        "deleted_at": func.clock_timestamp(),
+        "created_at": time,
+        "updated_at": time,
+        "user_id": sa.literal(user_id, _message.user_id.type),
+        "session_id": sa.literal(session_id, _message.session_id.type),
+        "seq": seqs.c.seq,
+        "id": sa.func.gen_random_uuid(),
+        "role": sa.literal(int(Role.USER)),
+        "content": sa.literal(""),
+        "token_estimate": sa.literal(0),
+        "size": sa.literal(0),
+        "fingerprint": sa.literal(GAP_FINGERPRINT),
+        "deleted_at": sa.func.clock_timestamp(),
     }
-    missing = select(*columns.values()).where(~there.exists())
-    await connection.execute(insert(chat_messages).from_select(list(columns), missing))
-    newest = (
-        select(func.max(_message.created_at))
-        .where(_message.user_id == user_id, _message.session_id == session_id)
-        .scalar_subquery()
-    )
-    updated_at = _own.updated_at if updated_us is None else datetime_from_us(updated_us)
-    await connection.execute(
-        update(chat_sessions)
-        .where(_own.user_id == user_id, _own.id == session_id)
-        # Whatever the file says: the next append's time must not lie before the last message's.
-        .values(last_seq=last_seq, updated_at=func.greatest(_own.created_at, updated_at, newest))
-    )
+    missing = sa.select(*columns.values()).where(~stored.exists())
+    await connection.execute(sa.insert(chat_messages).from_select(list(columns), missing))

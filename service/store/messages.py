@@ -1,4 +1,4 @@
-"""Messages: everything but appending them."""
+"""Messages: all operations except the append, which is in `store/append/`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from service.store import sessions
 from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows
 from service.store.outbox import outbox
 from service.store.rows import (
+    MAX_PAGE_BYTES,
     MESSAGE_COLUMNS,
     MessageRow,
     check_etag,
@@ -23,46 +24,56 @@ from service.store.rows import (
 )
 from service.store.tables import OutboxKind, chat_messages, chat_sessions
 
-MAX_PAGE_BYTES = 3 * 1024 * 1024
-"""Where a page stops, so that a reply stays below the 4 MiB that clients take by default."""
+MAX_SEQ = 2**63 - 1
+"""Greater than the `seq` of any message."""
 _BYTES_PER_TOKEN = 4
-"""What common tokenizers make of English prose, on average."""
+"""Average of common tokenizers on English prose."""
 
-_own = chat_messages.c
+_session, _message = chat_sessions.c, chat_messages.c
 
 
 def estimate_tokens(content: str, parts: str | None) -> int:
-    """Guess how many tokens a message takes in a prompt, for clients that do not count."""
+    """Estimate how many tokens a message takes in a prompt, for clients that do not count them.
+
+    One token per 4 bytes of the content in UTF-8 and per 4 characters of the parts in JSON, rounded
+    up.
+    """
     return -(-(len(content.encode()) + len(parts or "")) // _BYTES_PER_TOKEN)
 
 
 PAGE_PARAMETERS = {
-    "user_id": _own.user_id.type,
-    "session_id": _own.session_id.type,
+    "user_id": _message.user_id.type,
+    "session_id": _message.session_id.type,
     "seq": sa.BigInteger(),
     "limit": sa.Integer(),
 }
 
 
-def bounded(
+def select_bounded(
     parameters: Parameters,
     match: sa.ColumnElement[bool],
     order: sa.ColumnElement[Any],
     limit: sa.ColumnElement[int] | None = None,
 ) -> sa.Select[Any]:
-    """Select readable messages of one session up to `limit` rows or MAX_PAGE_BYTES, whichever comes first, at least one.
+    """Select messages of one session up to a number of rows or MAX_PAGE_BYTES, but at least one.
 
-    The sizes are summed before the texts are read, so that a page never holds much more than it can send. Parameters: `user_id`,
-    `session_id`, and `limit` unless given.
+    The sizes are summed before any text is read, so that a page never loads much more than it can
+    send. Tombstones are skipped.
+
+    Args:
+        parameters: Has `user_id`, `session_id` and, without `limit`, the number of rows as `limit`.
+        match: Condition on the messages.
+        order: Order of the rows.
+        limit: Number of rows.
     """
-    running = sa.func.sum(_own.size).over(order_by=order, rows=(None, 0))
+    running_bytes = sa.func.sum(_message.size).over(order_by=order, rows=(None, 0))
     rows = (
-        sa.select(chat_messages, running.label("running"))
+        sa.select(chat_messages, running_bytes.label("running_bytes"))
         .where(
-            _own.user_id == parameters["user_id"],
-            _own.session_id == parameters["session_id"],
+            _message.user_id == parameters["user_id"],
+            _message.session_id == parameters["session_id"],
             match,
-            _own.deleted_at.is_(None),
+            _message.deleted_at.is_(None),
         )
         .order_by(order)
         .limit(parameters["limit"] if limit is None else limit)
@@ -70,76 +81,73 @@ def bounded(
         .subquery("m")
     )
     return sa.select(*message_columns(rows)).where(
-        rows.c.running - rows.c.size < sa.literal_column(str(MAX_PAGE_BYTES))
+        rows.c.running_bytes - rows.c.size < sa.literal_column(str(MAX_PAGE_BYTES))
     )
 
 
-def after(parameters: Parameters) -> sa.Select[Any]:
+def select_after_seq(parameters: Parameters) -> sa.Select[Any]:
     """Select the messages after `seq`, oldest first."""
-    return bounded(parameters, _own.seq > parameters["seq"], _own.seq.asc())
+    return select_bounded(parameters, _message.seq > parameters["seq"], _message.seq.asc())
 
 
-def _before(parameters: Parameters) -> sa.Select[Any]:
+def _select_before_seq(parameters: Parameters) -> sa.Select[Any]:
     """Select the messages before `seq`, newest first."""
-    return bounded(parameters, _own.seq < parameters["seq"], _own.seq.desc())
+    return select_bounded(parameters, _message.seq < parameters["seq"], _message.seq.desc())
 
 
-def _after_in_same_session(parameters: Parameters) -> sa.Select[Any]:
-    """Select as `after` does, but nothing once the session was deleted and created again with its id."""
-    same_session = (
-        sa.select(chat_sessions.c.id)
+def _select_after_seq_in_same_session(parameters: Parameters) -> sa.Select[Any]:
+    """Select as `select_after_seq`, but only from the session created at `session_created_us`."""
+    is_same_session = (
+        sa.select(_session.id)
         .where(
-            chat_sessions.c.user_id == parameters["user_id"],
-            chat_sessions.c.id == parameters["session_id"],
-            epoch_us(chat_sessions.c.created_at) == parameters["session_created_us"],
+            _session.user_id == parameters["user_id"],
+            _session.id == parameters["session_id"],
+            epoch_us(_session.created_at) == parameters["session_created_us"],
         )
         .correlate(*parameters.tables)
         .exists()
     )
-    match = sa.and_(_own.seq > parameters["seq"], same_session)
-    return bounded(parameters, match, _own.seq.asc())
+    match = sa.and_(_message.seq > parameters["seq"], is_same_session)
+    return select_bounded(parameters, match, _message.seq.asc())
 
 
-_AFTER = BatchedRead(after, PAGE_PARAMETERS)
-_BEFORE = BatchedRead(_before, PAGE_PARAMETERS)
-_FOLLOWING = BatchedRead(
-    _after_in_same_session, PAGE_PARAMETERS | {"session_created_us": sa.BigInteger()}
+_AFTER_SEQ = BatchedRead(select_after_seq, PAGE_PARAMETERS)
+_BEFORE_SEQ = BatchedRead(_select_before_seq, PAGE_PARAMETERS)
+_AFTER_SEQ_IN_SAME_SESSION = BatchedRead(
+    _select_after_seq_in_same_session, PAGE_PARAMETERS | {"session_created_us": sa.BigInteger()}
 )
-MAX_SEQ = 2**63 - 1
-"""Beyond every `seq`."""
 
 
 async def list_page(
     reads: ReadBatcher,
     user_id: str,
     session_id: str,
-    start: int,
+    cursor: int,
     limit: int,
     *,
     descending: bool = False,
     deadline: float,
 ) -> tuple[list[MessageRow], bool]:
-    """Read up to `limit` messages after `start` (or before it, descending), fewer when they are large.
+    """Read up to `limit` messages after the seq `cursor` (before it if descending).
 
     Returns:
-        The messages, and whether there may be more.
+        The messages, fewer than `limit` when they are large, and whether there may be more.
 
     Raises:
         NotFound: this user has no such session.
     """
-    read = _BEFORE if descending else _AFTER
+    read = _BEFORE_SEQ if descending else _AFTER_SEQ
     records = await reads.fetch(
-        read, deadline, user_id=user_id, session_id=session_id, seq=start, limit=limit + 1
+        read, deadline, user_id=user_id, session_id=session_id, seq=cursor, limit=limit + 1
     )
-    if (
-        not records
-    ):  # Messages cannot be without their session, so only an empty page asks whether there is one.
+    if not records:
+        # Messages cannot exist without their session, so only an empty page needs this check.
         await reads.database.read(
             lambda connection: sessions.get(connection, user_id, session_id),
             owner_id=user_id,
             deadline=deadline,
         )
-    return _cut(records, limit)
+    return _split_page(records, limit)
 
 
 async def list_since(
@@ -147,23 +155,25 @@ async def list_since(
     user_id: str,
     session_id: str,
     session_created_us: int,
-    start: int,
+    after_seq: int,
     limit: int,
     *,
     deadline: float,
 ) -> tuple[list[MessageRow], bool]:
-    """Read as `page` does, from the session that was created at `session_created_us` and from no other that has come by its id since.
+    """Read as `list_page` does, but only from the session created at `session_created_us`.
+
+    A session that was created later with the same id is another session.
 
     Raises:
-        NotFound: that session is gone.
+        NotFound: that session was deleted.
     """
     records = await reads.fetch(
-        _FOLLOWING,
+        _AFTER_SEQ_IN_SAME_SESSION,
         deadline,
         user_id=user_id,
         session_id=session_id,
         session_created_us=session_created_us,
-        seq=start,
+        seq=after_seq,
         limit=limit + 1,
     )
     if not records:
@@ -174,13 +184,14 @@ async def list_since(
         )
         if session.created_us != session_created_us:
             raise NotFound.session(session_id)
-    return _cut(records, limit)
+    return _split_page(records, limit)
 
 
-def _cut(records: Rows, limit: int) -> tuple[list[MessageRow], bool]:
+def _split_page(records: Rows, limit: int) -> tuple[list[MessageRow], bool]:
+    """Return the rows of a page and whether there may be more, of a read with `limit + 1`."""
     rows = [MessageRow._make(record) for record in records]
-    more = len(rows) > limit or sum(row.size for row in rows) >= MAX_PAGE_BYTES
-    return rows[:limit], more
+    has_more = len(rows) > limit or sum(row.size for row in rows) >= MAX_PAGE_BYTES
+    return rows[:limit], has_more
 
 
 async def get(
@@ -191,13 +202,14 @@ async def get(
     *,
     lock: bool = False,
 ) -> MessageRow:
-    """Read a message.
+    """Read a message; with `lock` its row stays locked until the end of the transaction.
 
     Raises:
-        NotFound: there is no such session of this user (SESSION_NOT_FOUND), or no such message in it (MESSAGE_NOT_FOUND).
+        NotFound: this user has no such session (SESSION_NOT_FOUND), or the session has no such
+            message (MESSAGE_NOT_FOUND).
     """
     query = sa.select(*MESSAGE_COLUMNS).where(
-        *_is(user_id, session_id, message_id), _own.deleted_at.is_(None)
+        *_has_id(user_id, session_id, message_id), _message.deleted_at.is_(None)
     )
     row = row_or_none(
         MessageRow,
@@ -209,8 +221,8 @@ async def get(
     return row
 
 
-def _is(user_id: str, session_id: str, message_id: str) -> tuple[sa.ColumnElement[bool], ...]:
-    return _own.user_id == user_id, _own.session_id == session_id, _own.id == message_id
+def _has_id(user_id: str, session_id: str, message_id: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return _message.user_id == user_id, _message.session_id == session_id, _message.id == message_id
 
 
 async def update(
@@ -220,44 +232,52 @@ async def update(
     message_id: str,
     values: dict[str, Any],
     etag: str,
-    measure: Callable[[MessageRow], int],
+    measure_bytes: Callable[[MessageRow], int],
     *,
     search_enabled: bool = False,
 ) -> MessageRow:
-    """Write some columns of a message, `parts` and `metadata` given as JSON; its estimated tokens and (by `measure`) size follow.
+    """Write some columns of a message, and recompute its estimated tokens and its size.
+
+    Args:
+        connection: The connection, in a transaction.
+        user_id: Owner of the session.
+        session_id: Session of the message.
+        message_id: The message.
+        values: The columns to write; `parts` and `metadata` as JSON text.
+        etag: The etag that the caller has read; empty for no check.
+        measure_bytes: Returns the size of a message in a reply.
+        search_enabled: Whether to enqueue changed content for the search index.
 
     Raises:
         NotFound: as `get`.
-        Conflict: the etag is an older one's.
+        Conflict: the message was updated since `etag` was read.
     """
     row = await get(connection, user_id, session_id, message_id, lock=True)
     check_etag(row, etag)
     if not values:
         return row
-    new = row._replace(**values)
-    changed = (
+    updated = row._replace(**values)
+    as_json = {
+        name: json.loads(values[name] or "null") for name in ("parts", "metadata") if name in values
+    }
+    statement = (
         sa.update(chat_messages)
-        .where(*_is(user_id, session_id, message_id))
+        .where(*_has_id(user_id, session_id, message_id))
         .values(
-            **values
-            | {
-                name: json.loads(values[name] or "null")
-                for name in ("parts", "metadata")
-                if name in values
-            },
-            token_estimate=estimate_tokens(new.content, new.parts),
-            size=measure(new),
-            revision=_own.revision + 1,
-            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
+            **values | as_json,
+            token_estimate=estimate_tokens(updated.content, updated.parts),
+            size=measure_bytes(updated),
+            revision=_message.revision + 1,
+            updated_at=sa.func.greatest(_message.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*MESSAGE_COLUMNS)
     )
-    result = MessageRow._make((await connection.execute(changed)).one())
-    if search_enabled and result.content != row.content:
+    stored = MessageRow._make((await connection.execute(statement)).one())
+    if search_enabled and stored.content != row.content:
         await outbox.enqueue(
             connection, OutboxKind.SESSION, user_id, session_id, since=row.seq, through=row.seq
         )
-    return result
+    return stored
 
 
 async def delete(
@@ -268,28 +288,37 @@ async def delete(
     *,
     search_enabled: bool = False,
 ) -> bool:
-    """Erase what a message says and leave its tombstone; False when there is nothing to erase.
+    """Replace a message by a tombstone; return False if there is no such message.
 
     Raises:
-        NotFound: there is no such session of this user.
+        NotFound: this user has no such session.
     """
-    # The session first, as every other writer takes it: whoever took the message first could meet an erasure of the session.
+    # Lock the session first, as every other writer does. A delete of the whole session locks in
+    # that order too, and would deadlock with a writer that locks the message first.
     await sessions.get(connection, user_id, session_id, lock=True)
-    emptied = (
+    statement = (
         sa.update(chat_messages)
-        .where(*_is(user_id, session_id, message_id), _own.deleted_at.is_(None))
+        .where(*_has_id(user_id, session_id, message_id), _message.deleted_at.is_(None))
         .values(
-            content="", author="", parts=None, metadata=None, feedback_score=None, feedback_comment=None,
-            token_count=None, token_estimate=0, size=0, deleted_at=sa.func.clock_timestamp(),
+            content="",
+            author="",
+            parts=None,
+            metadata=None,
+            feedback_score=None,
+            feedback_comment=None,
+            token_count=None,
+            token_estimate=0,
+            size=0,
+            deleted_at=sa.func.clock_timestamp(),
         )
-    )  # fmt: skip
-    seq = await connection.scalar(emptied.returning(_own.seq))
+    )
+    seq = await connection.scalar(statement.returning(_message.seq))
     if seq is None:
         return False
     await connection.execute(
         sa.update(chat_sessions)
-        .where(chat_sessions.c.user_id == user_id, chat_sessions.c.id == session_id)
-        .values(message_count=chat_sessions.c.message_count - 1)
+        .where(_session.user_id == user_id, _session.id == session_id)
+        .values(message_count=_session.message_count - 1)
     )
     if search_enabled:
         await outbox.enqueue(

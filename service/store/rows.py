@@ -1,7 +1,7 @@
-"""What the store hands out: rows as plain tuples, with the columns that make them.
+"""Row types of the store: plain tuples, with the columns that produce them.
 
-Ids are canonical UUID text, times are microseconds since 1970 in UTC, JSON is text: nothing is made on the way from the driver that
-the wire does not need.
+Ids are UUIDs in canonical text form, times are microseconds since 1970 in UTC, and JSON is text.
+The database does these conversions, so that no object is created that the reply does not need.
 """
 
 from __future__ import annotations
@@ -14,28 +14,34 @@ from sqlalchemy import BigInteger, ColumnElement, FromClause, Row, Text, cast, f
 from service.errors import Conflict
 from service.store.tables import chat_messages, chat_sessions, documents, users
 
+MAX_PAGE_BYTES = 3 * 1024 * 1024
+"""Maximum bytes of a page, so that a reply stays below the 4 MiB that clients accept by default."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def epoch_us(column: ColumnElement[Any]) -> ColumnElement[int]:
-    """Return a time as microseconds since 1970: exact, since a double holds 2^53 of them (until the year 2255)."""
+    """Return the expression of a time in microseconds since 1970.
+
+    It is exact until the year 2255, because a double represents integers up to 2^53.
+    """
     return cast(
         func.date_part(literal_column("'epoch'"), column) * literal_column("1e6"), BigInteger
     )
 
 
 def datetime_from_us(us: int) -> datetime:
-    """Return the time of so many microseconds since 1970."""
+    """Return the time that is `us` microseconds after 1970-01-01 UTC."""
     return _EPOCH + timedelta(microseconds=us)
 
 
 def _etag(created_us: int, revision: int) -> str:
-    # The time of creation tells a thing from another that had the same id before.
+    # The creation time distinguishes the row from an earlier, deleted one with the same id.
     return f"{created_us}.{revision}"
 
 
 class UserRow(NamedTuple):
-    """A user, by USER_COLUMNS."""
+    """A user, as selected by USER_COLUMNS."""
 
     id: str
     external_id: str | None
@@ -49,12 +55,12 @@ class UserRow(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """Opaque version: changes at every update."""
+        """Opaque version; every update changes it."""
         return _etag(self.created_us, self.revision)
 
 
 class SessionRow(NamedTuple):
-    """A session, by SESSION_COLUMNS."""
+    """A session, as selected by SESSION_COLUMNS."""
 
     user_id: str
     id: str
@@ -74,12 +80,12 @@ class SessionRow(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """Opaque version: changes at every update, not by appends."""
+        """Opaque version; every update changes it, appends do not."""
         return _etag(self.created_us, self.revision)
 
 
 class MessageRow(NamedTuple):
-    """A message that can be read, by MESSAGE_COLUMNS."""
+    """A message that is no tombstone, as selected by MESSAGE_COLUMNS."""
 
     id: str
     seq: int
@@ -99,17 +105,17 @@ class MessageRow(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """Opaque version: changes at every update."""
+        """Opaque version; every update changes it."""
         return _etag(self.created_us, self.revision)
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens it takes in a prompt: counted by the client, or else estimated."""
+        """Tokens in a prompt: the client's `token_count`, or the estimate if there is none."""
         return self.token_estimate if self.token_count is None else self.token_count
 
 
 class DocumentRow(NamedTuple):
-    """A document, by DOCUMENT_COLUMNS."""
+    """A document, as selected by DOCUMENT_COLUMNS."""
 
     user_id: str
     id: str
@@ -129,62 +135,107 @@ class DocumentRow(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """Opaque version: changes at every update, not by chunks."""
+        """Opaque version; every update changes it, appended chunks do not."""
         return _etag(self.created_us, self.revision)
 
 
-_u, _d = users.c, documents.c
+_user, _document = users.c, documents.c
 
 USER_COLUMNS = (
-    cast(_u.id, Text), _u.external_id, _u.email, _u.name, cast(_u.metadata, Text), epoch_us(_u.created_at), epoch_us(_u.updated_at),
-    _u.revision, _u.fingerprint,
-)  # fmt: skip
+    cast(_user.id, Text),
+    _user.external_id,
+    _user.email,
+    _user.name,
+    cast(_user.metadata, Text),
+    epoch_us(_user.created_at),
+    epoch_us(_user.updated_at),
+    _user.revision,
+    _user.fingerprint,
+)
 
 DOCUMENT_COLUMNS = (
-    cast(_d.user_id, Text), cast(_d.id, Text), _d.title, _d.source_uri, _d.mime_type, _d.content_sha256, _d.size_bytes, _d.chunk_count,
-    _d.status, _d.status_detail, cast(_d.metadata, Text), epoch_us(_d.created_at), epoch_us(_d.updated_at), _d.revision, _d.fingerprint,
-)  # fmt: skip
+    cast(_document.user_id, Text),
+    cast(_document.id, Text),
+    _document.title,
+    _document.source_uri,
+    _document.mime_type,
+    _document.content_sha256,
+    _document.size_bytes,
+    _document.chunk_count,
+    _document.status,
+    _document.status_detail,
+    cast(_document.metadata, Text),
+    epoch_us(_document.created_at),
+    epoch_us(_document.updated_at),
+    _document.revision,
+    _document.fingerprint,
+)
 
 
 def session_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
-    """Return the columns of a SessionRow, from the table or a subquery of it."""
-    s = source.c
+    """Return the columns of a SessionRow, from `chat_sessions` or a subquery of it."""
+    session = source.c
     return (
-        cast(s.user_id, Text), cast(s.id, Text), s.title, s.summary, s.summarized_through_seq, cast(s.metadata, Text), s.state,
-        s.last_seq, s.message_count, epoch_us(s.created_at), epoch_us(s.updated_at), s.revision, cast(s.forked_from_id, Text),
-        s.forked_from_seq, s.fingerprint,
-    )  # fmt: skip
+        cast(session.user_id, Text),
+        cast(session.id, Text),
+        session.title,
+        session.summary,
+        session.summarized_through_seq,
+        cast(session.metadata, Text),
+        session.state,
+        session.last_seq,
+        session.message_count,
+        epoch_us(session.created_at),
+        epoch_us(session.updated_at),
+        session.revision,
+        cast(session.forked_from_id, Text),
+        session.forked_from_seq,
+        session.fingerprint,
+    )
 
 
 def message_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
-    """Return the columns of a MessageRow, from the table or a subquery of it."""
-    m = source.c
+    """Return the columns of a MessageRow, from `chat_messages` or a subquery of it."""
+    message = source.c
     return (
-        cast(m.id, Text), m.seq, m.role, m.content, cast(m.parts, Text), cast(m.metadata, Text), m.token_count, m.token_estimate,
-        m.size, m.author, m.feedback_score, m.feedback_comment, epoch_us(m.created_at), epoch_us(m.updated_at), m.revision,
-    )  # fmt: skip
+        cast(message.id, Text),
+        message.seq,
+        message.role,
+        message.content,
+        cast(message.parts, Text),
+        cast(message.metadata, Text),
+        message.token_count,
+        message.token_estimate,
+        message.size,
+        message.author,
+        message.feedback_score,
+        message.feedback_comment,
+        epoch_us(message.created_at),
+        epoch_us(message.updated_at),
+        message.revision,
+    )
 
 
 SESSION_COLUMNS = session_columns(chat_sessions)
 MESSAGE_COLUMNS = message_columns(chat_messages)
 
-R = TypeVar("R", UserRow, SessionRow, MessageRow, DocumentRow)
+RowT = TypeVar("RowT", UserRow, SessionRow, MessageRow, DocumentRow)
 
 
-def row_or_none(kind: type[R], row: Row[Any] | None) -> R | None:
-    """Make a typed row of a result's row."""
-    return None if row is None else kind._make(row)
+def row_or_none(row_type: type[RowT], row: Row[Any] | None) -> RowT | None:
+    """Convert a row of a result to its row type; None stays None."""
+    return None if row is None else row_type._make(row)
 
 
 def check_etag(row: UserRow | SessionRow | MessageRow | DocumentRow, etag: str) -> None:
-    """Compare an etag that a client sent back.
+    """Compare the etag that a client sent with that of the stored row; an empty one matches.
 
     Raises:
-        Conflict: when the thing has been updated since (ETAG_MISMATCH).
+        Conflict: the row was updated since the client read it (ETAG_MISMATCH).
     """
     if etag and etag != row.etag:
         raise Conflict(
-            "it has been changed meanwhile; read it again",
+            "it was updated after this etag was read: read it again",
             reason="ETAG_MISMATCH",
             id=row.id,
             etag=row.etag,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as pg_insert
@@ -24,23 +24,33 @@ from service.store.rows import (
 from service.store.tables import OutboxKind, SessionState, chat_messages, chat_sessions
 
 MESSAGES_PER_DELETE = 10_000
-"""Messages erased in one transaction. The cascade of a session of 500,000 held its lock for 0.76 s."""
+"""Messages deleted in one transaction.
 
-_own = chat_sessions.c
+The cascade of a session of 500,000 messages held its lock for 0.76 s.
+"""
+
+_session, _message = chat_sessions.c, chat_messages.c
+
+
+class SessionCursor(NamedTuple):
+    """Position in the list of a user's sessions: the last one of the page before."""
+
+    updated_us: int
+    id: str
 
 
 async def create(connection: AsyncConnection, values: dict[str, Any]) -> SessionRow:
-    """Insert a session, or return the one that an earlier try of the same request has made.
+    """Insert a session, or return the session that an earlier attempt of the request created.
 
     Raises:
-        NotFound: the user is not there.
-        AlreadyExists: the id is another session's of this user (ID_TAKEN).
+        NotFound: no user has the id `values["user_id"]`.
+        AlreadyExists: another session of this user has the id (ID_TAKEN).
     """
-    made = (
+    insertion = (
         pg_insert(chat_sessions).values(values).on_conflict_do_nothing().returning(*SESSION_COLUMNS)
     )
     try:
-        row = row_or_none(SessionRow, (await connection.execute(made)).one_or_none())
+        row = row_or_none(SessionRow, (await connection.execute(insertion)).one_or_none())
     except IntegrityError as error:
         if sqlstate(error) == "23503":
             raise NotFound.user(values["user_id"]) from None
@@ -57,8 +67,17 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
 async def find(
     connection: AsyncConnection, user_id: str, session_id: str, *, lock: bool = False
 ) -> SessionRow | None:
-    """Read a session, or None; with `lock` nobody else changes it before this transaction ends."""
-    query = sa.select(*SESSION_COLUMNS).where(_own.user_id == user_id, _own.id == session_id)
+    """Read a session, or return None if this user has no such session.
+
+    Args:
+        connection: The connection, in a transaction.
+        user_id: Owner of the session.
+        session_id: The session.
+        lock: Whether to lock the row until the end of the transaction.
+    """
+    query = sa.select(*SESSION_COLUMNS).where(
+        _session.user_id == user_id, _session.id == session_id
+    )
     return row_or_none(
         SessionRow,
         (await connection.execute(query.with_for_update() if lock else query)).one_or_none(),
@@ -68,7 +87,7 @@ async def find(
 async def get(
     connection: AsyncConnection, user_id: str, session_id: str, *, lock: bool = False
 ) -> SessionRow:
-    """Read a session.
+    """Read a session; `lock` as in `find`.
 
     Raises:
         NotFound: this user has no such session.
@@ -83,25 +102,27 @@ async def list_page(
     connection: AsyncConnection,
     user_id: str,
     state: SessionState | None,
-    after: tuple[int, str] | None,
+    cursor: SessionCursor | None,
     limit: int,
 ) -> list[SessionRow]:
-    """Read `limit` of a user's sessions, newest activity first, after a position (microseconds, id).
+    """Read up to `limit` of a user's sessions after `cursor`, newest activity first.
 
-    No index serves the order, since an append would have to maintain it: the user's own rows are sorted. Only those of the page are
-    then put into the form in which they leave, which costs more than the sort.
+    No index serves this order, because every append would have to maintain it: the statement sorts
+    all sessions of the user. Only the rows of the page are then converted to their output form,
+    which costs more per row than the sort.
     """
-    query = sa.select(chat_sessions).where(_own.user_id == user_id)
+    query = sa.select(chat_sessions).where(_session.user_id == user_id)
     if state is not None:
-        query = query.where(_own.state == state)
-    if after is not None:
-        place = sa.tuple_(
-            sa.literal(datetime_from_us(after[0])), sa.literal(after[1], _own.id.type)
+        query = query.where(_session.state == state)
+    if cursor is not None:
+        position = sa.tuple_(
+            sa.literal(datetime_from_us(cursor.updated_us)),
+            sa.literal(cursor.id, _session.id.type),
         )
-        query = query.where(sa.tuple_(_own.updated_at, _own.id) < place)
-    rows = query.order_by(_own.updated_at.desc(), _own.id.desc()).limit(limit).subquery("s")
-    ordered = sa.select(*session_columns(rows)).order_by(rows.c.updated_at.desc(), rows.c.id.desc())
-    return [SessionRow._make(row) for row in await connection.execute(ordered)]
+        query = query.where(sa.tuple_(_session.updated_at, _session.id) < position)
+    rows = query.order_by(_session.updated_at.desc(), _session.id.desc()).limit(limit).subquery("s")
+    page = sa.select(*session_columns(rows)).order_by(rows.c.updated_at.desc(), rows.c.id.desc())
+    return [SessionRow._make(row) for row in await connection.execute(page)]
 
 
 async def update(
@@ -111,8 +132,8 @@ async def update(
 
     Raises:
         NotFound: this user has no such session.
-        Conflict: the etag is an older one's.
-        InvalidArgument: `summarized_through_seq` lies beyond `last_seq`.
+        Conflict: the session was updated since `etag` was read.
+        InvalidArgument: `summarized_through_seq` is beyond `last_seq`.
     """
     row = await get(connection, user_id, session_id, lock=True)
     check_etag(row, etag)
@@ -122,27 +143,27 @@ async def update(
         )
     if not values:
         return row
-    changed = (
+    statement = (
         sa.update(chat_sessions)
-        .where(_own.user_id == user_id, _own.id == session_id)
+        .where(_session.user_id == user_id, _session.id == session_id)
         .values(
             **values,
-            revision=_own.revision + 1,
-            updated_at=sa.func.greatest(_own.updated_at, sa.func.clock_timestamp()),
+            revision=_session.revision + 1,
+            updated_at=sa.func.greatest(_session.updated_at, sa.func.clock_timestamp()),
         )
         .returning(*SESSION_COLUMNS)
     )
-    return SessionRow._make((await connection.execute(changed)).one())
+    return SessionRow._make((await connection.execute(statement)).one())
 
 
 async def delete(
     connection: AsyncConnection, user_id: str, session_id: str, *, search_enabled: bool = False
 ) -> bool:
-    """Erase a session with its messages; False when there is none."""
-    gone = await connection.execute(
-        sa.delete(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
+    """Delete a session with its messages; return False if this user has no such session."""
+    deleted = await connection.execute(
+        sa.delete(chat_sessions).where(_session.user_id == user_id, _session.id == session_id)
     )
-    if gone.rowcount:
+    if deleted.rowcount:
         await outbox.enqueue(
             connection,
             OutboxKind.SESSION,
@@ -151,7 +172,13 @@ async def delete(
             wipe=True,
             search_enabled=search_enabled,
         )
-    return gone.rowcount == 1
+    return deleted.rowcount == 1
+
+
+def _messages_of(user_id: str, session_id: str | None) -> list[sa.ColumnElement[bool]]:
+    """Return the condition for all messages of a user, or those of one session."""
+    match = [_message.user_id == user_id]
+    return match if session_id is None else [*match, _message.session_id == session_id]
 
 
 async def delete_messages(
@@ -160,55 +187,51 @@ async def delete_messages(
     session_id: str | None = None,
     limit: int | None = None,
 ) -> int:
-    """Erase messages of a user, or of one session, at most `limit` rows; return how many could still be read."""
-    ours = chat_messages.c
-    match = (
-        [ours.user_id == user_id]
-        if session_id is None
-        else [ours.user_id == user_id, ours.session_id == session_id]
-    )
-    gone = sa.delete(chat_messages).where(*match)
+    """Delete all messages of a user or of one session, or the first `limit` by session and seq.
+
+    Returns:
+        The number of deleted messages without the tombstones among them.
+    """
+    match = _messages_of(user_id, session_id)
+    statement = sa.delete(chat_messages).where(*match)
     if limit is not None:
-        key = (ours.session_id, ours.seq)
-        gone = gone.where(
-            sa.tuple_(*key).in_(sa.select(*key).where(*match).order_by(*key).limit(limit))
-        )
-    erased = gone.returning(ours.deleted_at).cte("erased")
-    return (
-        await connection.scalar(
-            sa.select(sa.func.count()).select_from(erased).where(erased.c.deleted_at.is_(None))
-        )
-        or 0
-    )
+        key = (_message.session_id, _message.seq)
+        oldest = sa.select(*key).where(*match).order_by(*key).limit(limit)
+        statement = statement.where(sa.tuple_(*key).in_(oldest))
+    deleted = statement.returning(_message.deleted_at).cte("deleted")
+    count = sa.select(sa.func.count()).select_from(deleted).where(deleted.c.deleted_at.is_(None))
+    return await connection.scalar(count) or 0
 
 
 async def delete_slice(
     connection: AsyncConnection, user_id: str, session_id: str | None = None
 ) -> tuple[int, bool]:
-    """Erase a slice of what is large; return how many messages could still be read, and whether more than a slice is left.
+    """Delete `MESSAGES_PER_DELETE` messages of a user, or of one session, if there are more.
 
-    A session that is being erased in slices loses its oldest messages first, and its counts follow.
+    Until the session itself is deleted it can be read, without its oldest messages; its
+    `message_count` is kept correct.
+
+    Returns:
+        The number of deleted messages without tombstones, and whether to call again. False means
+        that the remaining messages fit one transaction; they are not deleted.
     """
-    ours = chat_messages.c
-    match = (
-        [ours.user_id == user_id]
-        if session_id is None
-        else [ours.user_id == user_id, ours.session_id == session_id]
-    )
-    large = await connection.scalar(
+    match = _messages_of(user_id, session_id)
+    exceeds_slice = await connection.scalar(
         sa.select(sa.literal(1))
         .select_from(chat_messages)
         .where(*match)
         .offset(MESSAGES_PER_DELETE)
         .limit(1)
     )
-    if not large:
+    if not exceeds_slice:
         return 0, False
-    erased = await delete_messages(connection, user_id, session_id, MESSAGES_PER_DELETE)
+    count = await delete_messages(connection, user_id, session_id, MESSAGES_PER_DELETE)
     if session_id is not None:
-        shrunk = sa.update(chat_sessions).where(_own.user_id == user_id, _own.id == session_id)
-        await connection.execute(shrunk.values(message_count=_own.message_count - erased))
-    return erased, True
+        statement = sa.update(chat_sessions).where(
+            _session.user_id == user_id, _session.id == session_id
+        )
+        await connection.execute(statement.values(message_count=_session.message_count - count))
+    return count, True
 
 
 async def fork(
@@ -221,20 +244,23 @@ async def fork(
     *,
     search_enabled: bool = False,
 ) -> SessionRow:
-    """Copy a session's messages up to `through_seq`, tombstones too, into a new session, or return what an earlier try has made.
+    """Copy a session's messages up to `through_seq`, with tombstones, into a new session.
+
+    Returns:
+        The new session, or the one that an earlier attempt of the same request created.
 
     Raises:
-        NotFound: this user has no such session.
-        InvalidArgument: `through_seq` lies beyond `last_seq`.
-        AlreadyExists: `new_id` is another session's (ID_TAKEN).
+        NotFound: this user has no session `source_id`.
+        InvalidArgument: `through_seq` is beyond `last_seq`.
+        AlreadyExists: another session has the id `new_id` (ID_TAKEN).
     """
     earlier = await find(connection, user_id, new_id)
     if earlier is not None and earlier.fingerprint == fingerprint:
-        return earlier  # Whatever has become of the source since.
-    # KEY SHARE keeps the source from being erased meanwhile, and lets appends pass.
+        return earlier  # Even if the source was changed or deleted since.
+    # KEY SHARE prevents a concurrent delete of the source, and does not block appends.
     lock = (
-        sa.select(_own.id)
-        .where(_own.user_id == user_id, _own.id == source_id)
+        sa.select(_session.id)
+        .where(_session.user_id == user_id, _session.id == source_id)
         .with_for_update(read=True, key_share=True)
     )
     if (await connection.execute(lock)).one_or_none() is None:
@@ -244,22 +270,12 @@ async def fork(
         raise InvalidArgument.field(
             "through_seq", f"is beyond the session's last_seq, {source.last_seq}"
         )
-    summarized = source.summarized_through_seq <= through_seq
-    values = {
-        "user_id": user_id,
-        "id": new_id,
-        "title": source.title,
-        "summary": source.summary if summarized else "",
-        "summarized_through_seq": source.summarized_through_seq if summarized else 0,
-        "metadata": None if source.metadata is None else json.loads(source.metadata),
-        "forked_from_id": source_id,
-        "forked_from_seq": through_seq,
-        "fingerprint": fingerprint,
-    }
-    made = await create(connection, values)
-    if made.last_seq or not through_seq:
-        return made  # Another try of the same has copied meanwhile. Or there is nothing to copy.
-    await _copy(connection, user_id, source_id, through_seq, new_id)
+    forked = await create(
+        connection, _fork_values(source, through_seq) | {"id": new_id, "fingerprint": fingerprint}
+    )
+    if forked.last_seq or not through_seq:
+        return forked  # A concurrent attempt has copied the messages, or there are none to copy.
+    await _copy_messages(connection, user_id, source_id, through_seq, new_id)
     await outbox.enqueue(
         connection,
         OutboxKind.SESSION,
@@ -271,31 +287,45 @@ async def fork(
     return await get(connection, user_id, new_id)
 
 
-async def _copy(
+def _fork_values(source: SessionRow, through_seq: int) -> dict[str, Any]:
+    """Return the values that a fork takes over; the summary only if it covers no more than that."""
+    keeps_summary = source.summarized_through_seq <= through_seq
+    return {
+        "user_id": source.user_id,
+        "title": source.title,
+        "summary": source.summary if keeps_summary else "",
+        "summarized_through_seq": source.summarized_through_seq if keeps_summary else 0,
+        "metadata": None if source.metadata is None else json.loads(source.metadata),
+        "forked_from_id": source.id,
+        "forked_from_seq": through_seq,
+    }
+
+
+async def _copy_messages(
     connection: AsyncConnection, user_id: str, source_id: str, through_seq: int, new_id: str
 ) -> None:
-    ours = chat_messages.c
-    columns = [column for column in ours if column.name != "session_id"]
-    rows = sa.select(sa.literal(new_id, ours.session_id.type), *columns).where(
-        ours.user_id == user_id, ours.session_id == source_id, ours.seq <= through_seq
+    """Copy messages into a new session and set its `last_seq`, `message_count` and time."""
+    columns = [column for column in _message if column.name != "session_id"]
+    rows = sa.select(sa.literal(new_id, _message.session_id.type), *columns).where(
+        _message.user_id == user_id, _message.session_id == source_id, _message.seq <= through_seq
     )
     copied = (
         sa.insert(chat_messages)
         .from_select(["session_id", *(column.name for column in columns)], rows)
-        .returning(ours.deleted_at, ours.created_at)
+        .returning(_message.deleted_at, _message.created_at)
         .cte("copied")
     )
     totals = sa.select(
         sa.func.count().filter(copied.c.deleted_at.is_(None)), sa.func.max(copied.c.created_at)
     )
-    readable, newest = (await connection.execute(totals)).one()
+    message_count, newest_at = (await connection.execute(totals)).one()
     await connection.execute(
         sa.update(chat_sessions)
-        .where(_own.user_id == user_id, _own.id == new_id)
+        .where(_session.user_id == user_id, _session.id == new_id)
         .values(
             last_seq=through_seq,
-            message_count=readable,
-            # The next append's time must not lie before the last copied message's.
-            updated_at=sa.func.greatest(_own.updated_at, newest),
+            message_count=message_count,
+            # The time of the next append must not be before that of the last copied message.
+            updated_at=sa.func.greatest(_session.updated_at, newest_at),
         )
     )

@@ -16,28 +16,28 @@ from service.store.outbox import outbox
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
 from service.store.tables import SYSTEM_USER_ID, chat_sessions, users
 
-_TAKEN = {
+_REASON_BY_CONSTRAINT = {
     "users_email_key": ("EMAIL_TAKEN", "another user has this e-mail address"),
     "users_external_id_key": ("EXTERNAL_ID_TAKEN", "another user has this external id"),
 }
 
 
 async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow:
-    """Insert a user, or return the one that an earlier try of the same request has made.
+    """Insert a user, or return the user that an earlier attempt of the same request created.
 
     Raises:
-        AlreadyExists: the id, e-mail address or external id is another user's.
+        AlreadyExists: another user has the id, e-mail address or external id.
     """
-    made = (
+    insertion = (
         insert(users)
         .values(values)
         .on_conflict_do_nothing(index_elements=["id"])
         .returning(*USER_COLUMNS)
     )
     try:
-        row = row_or_none(UserRow, (await connection.execute(made)).one_or_none())
+        row = row_or_none(UserRow, (await connection.execute(insertion)).one_or_none())
     except IntegrityError as error:
-        raise _taken(error) from None
+        raise _already_exists(error) from None
     if row is None:
         row = await _find(connection, users.c.id == values["id"])
     if row is None or row.fingerprint != values["fingerprint"]:
@@ -45,16 +45,17 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
     return row
 
 
-def _taken(error: IntegrityError) -> Exception:
-    known = _TAKEN.get(constraint(error) or "")
-    return AlreadyExists(known[1], reason=known[0]) if known else error
+def _already_exists(error: IntegrityError) -> Exception:
+    """Return the error for a violated unique constraint, or `error` itself for any other one."""
+    reason = _REASON_BY_CONSTRAINT.get(constraint(error) or "")
+    return AlreadyExists(reason[1], reason=reason[0]) if reason else error
 
 
 async def get(connection: AsyncConnection, user_id: str) -> UserRow:
     """Read a user by id.
 
     Raises:
-        NotFound: there is none.
+        NotFound: no user has this id.
     """
     row = await _find(connection, users.c.id == user_id)
     if row is None:
@@ -65,10 +66,10 @@ async def get(connection: AsyncConnection, user_id: str) -> UserRow:
 async def get_by(
     connection: AsyncConnection, *, email: str | None = None, external_id: str | None = None
 ) -> UserRow:
-    """Read a user by e-mail address (in any case) or external id.
+    """Read a user by e-mail address (in any case) or by external id.
 
     Raises:
-        NotFound: there is none.
+        NotFound: no user has this e-mail address or external id.
     """
     match = (
         users.c.external_id == external_id
@@ -91,11 +92,11 @@ async def _find(
     )
 
 
-async def list_page(connection: AsyncConnection, after: str | None, limit: int) -> list[UserRow]:
-    """Read `limit` users after an id, in order of id."""
+async def list_page(connection: AsyncConnection, cursor: str | None, limit: int) -> list[UserRow]:
+    """Read up to `limit` users in the order of their ids, those after the id `cursor`."""
     query = (
         sa.select(*USER_COLUMNS)
-        .where(users.c.id > (after or SYSTEM_USER_ID))
+        .where(users.c.id > (cursor or SYSTEM_USER_ID))
         .order_by(users.c.id)
         .limit(limit)
     )
@@ -108,9 +109,9 @@ async def update(
     """Write some columns of a user.
 
     Raises:
-        NotFound: there is none.
-        Conflict: the etag is an older one's.
-        AlreadyExists: the e-mail address or external id is another user's.
+        NotFound: no user has this id.
+        Conflict: the user was updated since `etag` was read.
+        AlreadyExists: another user has the e-mail address or external id.
     """
     row = await _find(connection, users.c.id == user_id, lock=True)
     if row is None:
@@ -118,20 +119,20 @@ async def update(
     check_etag(row, etag)
     if not values:
         return row
-    changed = (
+    statement = (
         sa.update(users)
         .where(users.c.id == user_id)
         .values(**values, revision=users.c.revision + 1, updated_at=sa.func.clock_timestamp())
         .returning(*USER_COLUMNS)
     )
     try:
-        return UserRow._make((await connection.execute(changed)).one())
+        return UserRow._make((await connection.execute(statement)).one())
     except IntegrityError as error:
-        raise _taken(error) from None
+        raise _already_exists(error) from None
 
 
 class DeletedCounts(NamedTuple):
-    """How many of each kind went."""
+    """Numbers of rows that were deleted with a user; messages without tombstones."""
 
     sessions: int
     messages: int
@@ -142,14 +143,14 @@ class DeletedCounts(NamedTuple):
 async def delete(
     connection: AsyncConnection, user_id: str, *, search_enabled: bool = False
 ) -> DeletedCounts | None:
-    """Erase a user with everything that is theirs; None when there is no such user."""
+    """Delete a user with all data of that user; return None if no user has this id."""
     if await _find(connection, users.c.id == user_id, lock=True) is None:
         return None
-    messages = await sessions.delete_messages(connection, user_id)
-    erased, chunks = await documents.delete_all(connection, user_id)
-    gone = await connection.execute(
+    message_count = await sessions.delete_messages(connection, user_id)
+    document_count, chunk_count = await documents.delete_all(connection, user_id)
+    deleted_sessions = await connection.execute(
         sa.delete(chat_sessions).where(chat_sessions.c.user_id == user_id)
     )
     await connection.execute(sa.delete(users).where(users.c.id == user_id))
     await outbox.enqueue_user(connection, user_id, search_enabled=search_enabled)
-    return DeletedCounts(gone.rowcount, messages, erased, chunks)
+    return DeletedCounts(deleted_sessions.rowcount, message_count, document_count, chunk_count)

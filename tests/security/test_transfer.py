@@ -206,7 +206,7 @@ async def test_import_does_not_mix_with_other_messages(stub: AsyncStub, database
         if "session" in json.loads(line)
     )
     await other.append(session_id, "mine", create_if_missing=True)
-    with pytest.raises(TransferError, match="not made by this import"):
+    with pytest.raises(TransferError, match="not written by this import"):
         await take_in(database_url, lines, other.user_id)
     assert [message.content for message in await other.all(session_id)] == ["mine"]
 

@@ -52,7 +52,7 @@ async def test_any_session_gives_the_models_prompt(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Small reads, so that what is chosen is often found in several.
-    monkeypatch.setattr(context, "_CHUNK", 1)
+    monkeypatch.setattr(context, "MIN_OLDER_READ", 1)
     loop = asyncio.get_running_loop()
 
     def run(work: Coroutine[Any, Any, T]) -> T:
@@ -200,7 +200,7 @@ async def test_the_call_of_a_far_result_is_looked_for_within_a_bound(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long the session, only so much of it is read: beyond that a call counts as not there."""
-    monkeypatch.setattr(context, "LOOK_BACK", 20)
+    monkeypatch.setattr(context, "LOOK_BACK_MESSAGES", 20)
     session_id = await chat.start(
         [text("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}]), *texts(40)]
     )

@@ -98,11 +98,11 @@ async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(
 
 
 READS = {
-    "the opening of a context": context._OPENING,
-    "older messages of a context": context._OLDER,
-    "a page forwards": messages._AFTER,
-    "a page backwards": messages._BEFORE,
-    "a page of a watch": messages._FOLLOWING,
+    "the opening of a context": context._FIRST_READ,
+    "older messages of a context": context._OLDER_READ,
+    "a page forwards": messages._AFTER_SEQ,
+    "a page backwards": messages._BEFORE_SEQ,
+    "a page of a watch": messages._AFTER_SEQ_IN_SAME_SESSION,
 }
 
 

@@ -77,7 +77,7 @@ U, S = (USER, "", ""), (SYSTEM, "", "")
 )
 def test_the_choice_is_the_models(history: list[Said], through: int, wanted: Wanted) -> None:
     system, newest = given_to_choose(history, through)
-    chosen = select_messages(system, newest, limits(wanted), whole=True)
+    chosen = select_messages(system, newest, limits(wanted), is_complete=True)
     assert chosen is not None
     assert [each.seq for each in chosen] == expected(history, through, wanted)
 
@@ -90,7 +90,7 @@ def test_a_choice_from_the_newest_messages_alone_is_right_or_put_off(
     system, newest = given_to_choose(history, through)
     right = expected(history, through, wanted)
     for count in range(len(newest) + 1):
-        chosen = select_messages(system, newest[:count], limits(wanted), whole=False)
+        chosen = select_messages(system, newest[:count], limits(wanted), is_complete=False)
         assert chosen is None or [each.seq for each in chosen] == right, f"from the newest {count}"
 
 
@@ -102,7 +102,7 @@ def test_what_is_chosen_is_what_model_apis_take(
     """What the contract promises of every prompt, looked for in the prompt itself and not in how it was made."""
     by_seq = {each.seq: each for each in history}
     system, newest = given_to_choose(history, through)
-    chosen = select_messages(system, newest, limits(wanted), whole=True)
+    chosen = select_messages(system, newest, limits(wanted), is_complete=True)
     assert chosen is not None
     prompt = [by_seq[each.seq] for each in chosen]
     assert [each.seq for each in prompt] == sorted({each.seq for each in prompt})
@@ -135,7 +135,7 @@ def test_plain_messages_are_taken_from_the_newest_on() -> None:
     ):
         assert expected(history, 0, Wanted(count)) == seqs
         system, newest = given_to_choose(history, 0)
-        chosen = select_messages(system, newest, Limits(count), whole=True)
+        chosen = select_messages(system, newest, Limits(count), is_complete=True)
         assert chosen is not None
         assert [each.seq for each in chosen] == seqs
 
@@ -143,7 +143,7 @@ def test_plain_messages_are_taken_from_the_newest_on() -> None:
 def test_a_call_and_its_results_stay_together_even_above_the_limits() -> None:
     history = conversation(U, (ASSISTANT, "ab", ""), (TOOL, "", "b"), (TOOL, "", "a"))
     system, newest = given_to_choose(history, 0)
-    chosen = select_messages(system, newest, Limits(1, 1), whole=True)
+    chosen = select_messages(system, newest, Limits(1, 1), is_complete=True)
     assert chosen is not None
     assert [each.seq for each in chosen] == [2, 3, 4]
 
@@ -161,6 +161,6 @@ def test_many_messages_are_chosen_from_in_a_time_that_grows_with_their_number() 
         for seq, (role, _, _) in enumerate(said, 1)
     ]
     system, newest = given_to_choose(history, 0)
-    chosen = select_messages(system, newest, Limits(1000), whole=True)
+    chosen = select_messages(system, newest, Limits(1000), is_complete=True)
     assert chosen is not None
     assert [each.seq for each in chosen] == list(range(3001, 4001))
