@@ -1,6 +1,6 @@
-"""What `make bench` runs: the real server over the wire, and beside it in the same run what it is compared with."""
+"""Benchmarks (`make bench`): the service over the wire, and reference servers in the same run."""
 
 import os
 
-# The servers and PostgreSQL are started by fork, and gRPC's handlers of it can leave the child hanging before it runs anything.
+# Servers and PostgreSQL are started by fork; gRPC's fork handlers can hang the child at its start.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")

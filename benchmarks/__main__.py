@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: all of it; `python -m benchmarks append --in-flight 64` and the like: one comparison."""
+"""`python -m benchmarks all` runs all scenarios; `append`, `context` and `list` one comparison."""
 
 from benchmarks.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line of the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,40 +15,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import machine, overload, report, workload
+from benchmarks.bench import FULL, QUICK, SESSIONS, Bench, body_count
 from benchmarks.comparison import Comparison, Subject, compare
 from benchmarks.environment import WORK_DIR, Environment
 from benchmarks.load_generator import BenchError, Load
-from benchmarks.scenarios import (
-    FULL,
-    QUICK,
-    SCENARIOS,
-    SESSIONS,
-    Bench,
-    Variant,
-    body_count,
-    with_jwt,
-)
+from benchmarks.scenarios import SCENARIOS, Variant, with_jwt
 from service.embedded.data_dir import EmbeddedError
 
-_BUSY = 15.0
-"""Percent of the machine that others may use before the figures are doubted."""
+_MAX_BUSY_PERCENT = 15.0
+"""CPU usage of other processes above which the figures are rough."""
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measures the service, beside what it is compared with.",
+    help="Measure the service and the servers that it is compared with.",
 )
 console = Console()
 if not console.is_terminal:
     console.width = 140
 
-InFlight = Annotated[int, typer.Option(help="Calls under way at once.")]
-Rounds = Annotated[int, typer.Option(help="Alternations; medians are shown.")]
+InFlight = Annotated[int, typer.Option(help="Concurrent calls.")]
+Rounds = Annotated[int, typer.Option(help="Rounds; medians are shown.")]
 Seconds = Annotated[float, typer.Option(help="Seconds that each server is measured in a round.")]
 Connections = Annotated[int, typer.Option(help="Connections of the load generator.")]
-Jwt = Annotated[bool, typer.Option("--jwt", help="With JWT identity.")]
-Hold = Annotated[bool, typer.Option("--hold", help="Keep the servers until Enter is pressed.")]
+Jwt = Annotated[bool, typer.Option("--jwt", help="Use JWT identity.")]
+Hold = Annotated[
+    bool, typer.Option("--hold", help="Keep the servers running until Enter is pressed.")
+]
 
 
 def main() -> None:
@@ -56,11 +50,11 @@ def main() -> None:
     app(prog_name="python -m benchmarks")
 
 
-def _run(workload: Coroutine[Any, Any, None]) -> None:
-    """Run to the end, or until Ctrl-C or SIGTERM: what was started is ended in any case."""
+def _run(command: Coroutine[Any, Any, None]) -> None:
+    """Run until the end, Ctrl-C or SIGTERM. All started processes are stopped in each case."""
 
     async def stoppable() -> None:
-        task = asyncio.ensure_future(workload)
+        task = asyncio.ensure_future(command)
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         await task
@@ -79,49 +73,52 @@ def _run(workload: Coroutine[Any, Any, None]) -> None:
 def run_all(
     *,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two minutes; rough figures, kept apart.")
+        bool,
+        typer.Option("--quick", help="Rough figures in two minutes; written to .bench/quick/."),
     ] = False,
     only: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(SCENARIOS)}; kept apart.")
+        list[str] | None,
+        typer.Option(
+            help=f"Only this scenario; written to .bench/partial/. One of {', '.join(SCENARIOS)}."
+        ),
     ] = None,
 ) -> None:
-    """Measure everything and write tables and plots: docs/explanation/performance.md and docs/bench/."""
+    """Run all scenarios and write docs/explanation/performance.md and docs/bench/."""
     unknown = set(only or ()) - set(SCENARIOS)
     if unknown:
-        raise typer.BadParameter(f"no such scenario: {', '.join(sorted(unknown))}")
+        raise typer.BadParameter(f"unknown scenario: {', '.join(sorted(unknown))}")
     _run(_all(only or list(SCENARIOS), quick=quick, partial=bool(only)))
 
 
 async def _all(names: list[str], *, quick: bool, partial: bool) -> None:
     busy = await asyncio.to_thread(machine.busy_percent)
-    if busy > _BUSY:
+    if busy > _MAX_BUSY_PERCENT:
         console.print(
-            f"[yellow]Other processes use {busy:.0f}% of this machine: the figures will be rough.[/]"
+            f"[yellow]Other processes use {busy:.0f}% of the CPU: the figures will be rough.[/]"
         )
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     async with Environment() as environment:
-        about = await machine.describe(environment, busy)
+        description = await machine.describe(environment, busy)
         with _progress() as progress:
             overall = progress.add_task("all", total=len(names))
             for name in names:
                 progress_bar = _ProgressBar(progress, name)
-                found[name] = await SCENARIOS[name](
+                measured[name] = await SCENARIOS[name](
                     Bench(environment, QUICK if quick else FULL, progress_bar)
                 )
                 progress.advance(overall)
-    results = {"made": about, "plan": (QUICK if quick else FULL).__dict__, **found}
+    results = {"environment": description, "plan": (QUICK if quick else FULL).__dict__, **measured}
     for table in report.tables(results):
         console.print(table.rich())
     folder = (
         WORK_DIR / ("quick" if quick else "partial") if quick or partial else report.COMMITTED_DIR
     )
-    written = report.write(results, folder)
-    for path in written:
+    for path in report.write(results, folder):
         console.print(f"written: {path}", highlight=False)
 
 
 class _ProgressBar:
-    """A scenario's line of the progress display."""
+    """A scenario's line in the progress display."""
 
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress = progress
@@ -153,10 +150,10 @@ def append(
     rounds: Rounds = 5,
     seconds: Seconds = 3.0,
     connections: Connections = 8,
-    messages: Annotated[int, typer.Option(help="Messages in a call.")] = 1,
-    sessions: Annotated[int, typer.Option(help="Sessions that are written to.")] = SESSIONS,
+    messages: Annotated[int, typer.Option(help="Messages per call.")] = 1,
+    sessions: Annotated[int, typer.Option(help="Sessions to append to.")] = SESSIONS,
     direct: Annotated[
-        bool, typer.Option("--direct", help="Beside asyncpg alone instead of the echo.")
+        bool, typer.Option("--direct", help="Compare with asyncpg instead of the echo.")
     ] = False,
     jwt: Jwt = False,
     hold: Hold = False,
@@ -215,8 +212,8 @@ def list_messages(
 
 
 @app.command("overload")
-def overload_() -> None:
-    """Load the service with four times what it can carry; the table is for docs/explanation/stability.md."""
+def run_overload() -> None:
+    """Load the service with four times its peak load; for docs/explanation/stability.md."""
     _run(_overload())
 
 
@@ -226,9 +223,9 @@ async def _overload() -> None:
             phases = await overload.overload(
                 Bench(environment, FULL, _ProgressBar(progress, "overload"))
             )
-    found = overload.table(phases)
-    console.print(found.rich())
-    console.print(found.markdown(), markup=False, highlight=False)
+    table = overload.table(phases)
+    console.print(table.rich())
+    console.print(table.markdown(), markup=False, highlight=False)
 
 
 async def _append(
@@ -245,14 +242,14 @@ async def _append(
         bench = Bench(environment, FULL, _NoProgress())
         keys = await bench.new_sessions_in("append", sessions)
         bodies = workload.append_bodies(keys, body_count(load, messages), messages)
-        other, database = ("direct", "append") if direct else ("echo", None)
+        reference, database = ("direct", "append") if direct else ("echo", None)
         async with (
             environment.service("append", **variant.settings) as service,
-            environment.reference_server(other, database) as beside,
+            environment.reference_server(reference, database) as reference_server,
         ):
             subjects = [
                 Subject("service", service, "AppendMessages", bodies, headers=variant.headers),
-                Subject(other, beside, "AppendMessages", bodies, cycle=not direct),
+                Subject(reference, reference_server, "AppendMessages", bodies, cycle=not direct),
             ]
             result = await _measure(environment, subjects, load, rounds)
             if messages > 1:
@@ -261,7 +258,7 @@ async def _append(
                 )
             await _hold(hold=hold)
         rows = await bench.check_rows(
-            "append", result.answered("service", *([other] * direct)) * messages
+            "append", result.answered("service", *([reference] * direct)) * messages
         )
         hot = rows["hot_updates"] / max(rows["session_updates"], 1)
         console.print(
@@ -269,20 +266,20 @@ async def _append(
         )
 
 
-async def _read(path: str, load: Load, rounds: int, *, variant: Variant, hold: bool) -> None:
+async def _read(method: str, load: Load, rounds: int, *, variant: Variant, hold: bool) -> None:
     async with Environment() as environment:
         keys = await Bench(environment, FULL, _NoProgress()).new_sessions_in(
             "read", messages=workload.SESSION_MESSAGES
         )
         bodies = (
-            workload.context_bodies(keys) if path == "GetContext" else workload.list_bodies(keys)
+            workload.context_bodies(keys) if method == "GetContext" else workload.list_bodies(keys)
         )
         async with (
             environment.service("read", **variant.settings) as service,
             environment.reference_server("echo") as echo,
         ):
             subjects = [
-                Subject(server.name, server, path, bodies, cycle=True, headers=variant.headers)
+                Subject(server.name, server, method, bodies, cycle=True, headers=variant.headers)
                 for server in (service, echo)
             ]
             await _measure(environment, subjects, load, rounds)
@@ -294,7 +291,7 @@ def _variant(*, jwt: bool) -> Variant:
 
 
 class _NoProgress:
-    """Is told how far it is, and does not mind."""
+    """Ignores the progress."""
 
     def expect(self, steps: int) -> None:
         pass
@@ -312,7 +309,7 @@ async def _measure(
             highlight=False,
         )
     with _progress() as progress:
-        task = progress.add_task(subjects[0].path, total=rounds * len(subjects))
+        task = progress.add_task(subjects[0].method, total=rounds * len(subjects))
         result = await compare(environment, subjects, load, rounds, lambda: progress.advance(task))
     _show(subjects, load, result)
     return result
@@ -326,29 +323,29 @@ def _show(subjects: list[Subject], load: Load, result: Comparison) -> None:
         result.ratios(first, second),
     )
     title = (
-        f"{subjects[0].path}, {load.in_flight} in flight, medians of {len(result.rounds[first])}"
+        f"{subjects[0].method}, {load.in_flight} in flight, medians of {len(result.rounds[first])}"
     )
     table = Table("", first, second, "ratio", title=title, title_justify="left")
-    for what, label in (
+    for name, label in (
         ("calls_per_second", "calls/s"),
         ("p50_us", "p50 µs"),
         ("p99_us", "p99 µs"),
-        ("cpu_us_per_call", "server CPU µs a call"),
-        ("postgres_us_per_call", "PostgreSQL CPU µs a call"),
-        ("load_generator_us_per_call", "driver CPU µs a call"),
-        ("bytes_per_reply", "bytes a reply"),
+        ("cpu_us_per_call", "server CPU µs per call"),
+        ("postgres_us_per_call", "PostgreSQL CPU µs per call"),
+        ("load_generator_us_per_call", "load generator CPU µs per call"),
+        ("bytes_per_reply", "bytes per reply"),
     ):
-        ratio = f"{ratios[what]:.2f}" if what in ratios else ""
-        table.add_row(label, f"{getattr(ours, what):.0f}", f"{getattr(theirs, what):.0f}", ratio)
+        ratio = f"{ratios[name]:.2f}" if name in ratios else ""
+        table.add_row(label, f"{getattr(ours, name):.0f}", f"{getattr(theirs, name):.0f}", ratio)
     console.print(table)
     pairs = zip(result.rounds[first], result.rounds[second], strict=True)
     shares = " ".join(
-        f"{one.calls_per_second / other.calls_per_second:.2f}" for one, other in pairs
+        f"{ours.calls_per_second / theirs.calls_per_second:.2f}" for ours, theirs in pairs
     )
-    console.print(f"shares by round: {shares}", highlight=False)
+    console.print(f"ratios by round: {shares}", highlight=False)
 
 
 async def _hold(*, hold: bool) -> None:
     if hold:
         with suppress(EOFError):
-            await asyncio.to_thread(input, "the servers run until Enter is pressed ")
+            await asyncio.to_thread(input, "press Enter to stop the servers ")

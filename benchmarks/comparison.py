@@ -1,6 +1,7 @@
-"""Comparisons: subjects are loaded in turn, several times over, and the medians are what counts.
+"""Comparisons: subjects are measured in turn for several rounds, and the medians are reported.
 
-A ratio is made of two figures of the same round, which lie seconds apart: what else the machine does weighs on both.
+A ratio is the median of the rounds' ratios. The two figures of a round are measured seconds apart,
+so other work on the machine affects both.
 """
 
 from __future__ import annotations
@@ -20,33 +21,34 @@ SERVICE = "/chathistory.v1.ChatHistoryService/"
 
 @dataclass(frozen=True)
 class Subject:
-    """A server and what is asked of it."""
+    """A server and the requests that it gets."""
 
     name: str
     server: Server
-    path: str
+    method: str
+    """RPC of the service; not used with `http1`."""
     bodies: Bodies
     cycle: bool = False
-    """Whether the bodies may be sent again and again."""
+    """Send the bodies repeatedly, rather than each body once."""
     http1: bool = False
     headers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one subject came to, in one round or as the medians of all."""
+    """The figures of one subject, of one round or as medians of all rounds."""
 
     calls_per_second: float
     p50_us: float
     p90_us: float
     p99_us: float
     cpu_us_per_call: float
-    """Of the server's process."""
+    """CPU time of the server's process."""
     postgres_us_per_call: float
     load_generator_us_per_call: float
     bytes_per_reply: float
     answered: float
-    """Calls answered, those outside the window included."""
+    """Calls answered, including those outside the measuring window."""
 
 
 NAMES = tuple(Figures.__dataclass_fields__)
@@ -54,7 +56,7 @@ NAMES = tuple(Figures.__dataclass_fields__)
 
 @dataclass
 class Comparison:
-    """What a comparison came to: rounds by subject."""
+    """The figures of every round, by subject."""
 
     load: Load
     rounds: dict[str, list[Figures]] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Comparison:
         )
 
     def ratios(self, subject: str, other: str) -> dict[str, float]:
-        """Return the medians over the rounds of one subject's figures by the other's."""
+        """Return the medians over the rounds of one subject's figures divided by the other's."""
         pairs = list(zip(self.rounds[subject], self.rounds[other], strict=True))
         return {
             name: median(getattr(ours, name) / getattr(theirs, name) for ours, theirs in pairs)
@@ -76,13 +78,13 @@ class Comparison:
         }
 
     def answered(self, *subjects: str) -> int:
-        """Return how many calls were answered in all."""
+        """Return the number of calls that these subjects answered."""
         return int(
             sum(figures.answered for subject in subjects for figures in self.rounds[subject])
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it for the file of results: medians, rounds, and the first subject's ratios to each other one."""
+        """Return medians, rounds, and ratios of the first subject to the others."""
         first, *others = self.rounds
         return {
             "in_flight": self.load.in_flight,
@@ -103,7 +105,7 @@ def _rounded(figures: dict[str, float], digits: int = 1) -> dict[str, float]:
 async def measure_once(
     environment: Environment, subject: Subject, load: Load, folder: Path
 ) -> Figures:
-    """Load one subject once.
+    """Measure one subject once.
 
     Raises:
         BenchError: a call failed.
@@ -115,25 +117,25 @@ async def measure_once(
     )
     before = environment.postgres_seconds()
     try:
-        answer = await generate_load(
-            environment.load_generator, server.address, SERVICE + subject.path, bodies, load
+        result = await generate_load(
+            environment.load_generator, server.address, SERVICE + subject.method, bodies, load
         )
     except BenchError as error:
         raise BenchError(f"{subject.name}: {error}\n{environment.log(server.name)}") from None
     finally:
         bodies.unlink(missing_ok=True)
-    if not answer.replies:
+    if not result.replies:
         raise BenchError(f"{subject.name}: no reply within {load.seconds:g} s")
-    answered = sum(answer.statuses.values())
+    answered = sum(result.statuses.values())
     return Figures(
-        calls_per_second=answer.replies / answer.seconds,
-        p50_us=answer.p50,
-        p90_us=answer.p90,
-        p99_us=answer.p99,
-        cpu_us_per_call=answer.cpu[0] / answer.replies * 1e6,
+        calls_per_second=result.replies / result.seconds,
+        p50_us=result.p50,
+        p90_us=result.p90,
+        p99_us=result.p99,
+        cpu_us_per_call=result.cpu[0] / result.replies * 1e6,
         postgres_us_per_call=(environment.postgres_seconds() - before) / answered * 1e6,
-        load_generator_us_per_call=answer.load_generator_cpu_s / answer.replies * 1e6,
-        bytes_per_reply=answer.bytes / answer.replies,
+        load_generator_us_per_call=result.load_generator_cpu_s / result.replies * 1e6,
+        bytes_per_reply=result.bytes / result.replies,
         answered=answered,
     )
 
@@ -145,16 +147,16 @@ async def compare(
     rounds: int,
     on_step: Callable[[], None],
 ) -> Comparison:
-    """Load the subjects in turn, so many rounds.
+    """Measure the subjects in turn, for a number of rounds.
 
     Raises:
         BenchError: a call failed.
     """
-    result = Comparison(load, {subject.name: [] for subject in subjects})
+    comparison = Comparison(load, {subject.name: [] for subject in subjects})
     for _ in range(rounds):
         for subject in subjects:
-            result.rounds[subject.name].append(
+            comparison.rounds[subject.name].append(
                 await measure_once(environment, subject, load, environment.folder)
             )
             on_step()
-    return result
+    return comparison

@@ -1,4 +1,4 @@
-"""What runs while it is measured: PostgreSQL with durable settings, and servers as processes of their own."""
+"""The environment of a run: a durable PostgreSQL, and servers in their own processes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from service.store.schema import migrations
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK_DIR = ROOT / ".bench"
-"""Where the driver, the databases and the logs are, beside the sources: the same disk as the embedded default's."""
-START_TIMEOUT = 30.0
+"""Folder of the load generator, databases and logs, on the disk of the embedded default."""
+START_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs."""
+    """A running server."""
 
     name: str
     address: str
@@ -42,48 +42,50 @@ class Server:
 
     @property
     def rss(self) -> int:
-        """Its resident memory in bytes."""
+        """Resident memory in bytes."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
     @asynccontextmanager
     async def stub(
         self,
     ) -> AsyncIterator[chat_history_service_pb2_grpc.ChatHistoryServiceAsyncStub]:
-        """Connect a client, for what need not be fast."""
+        """Yield a client for calls that are not measured."""
         async with grpc.aio.insecure_channel(self.address) as channel:
             yield chat_history_service_pb2_grpc.ChatHistoryServiceStub(channel)
 
 
 class Environment:
-    """PostgreSQL in a fresh folder, and what is started on it; all of it ends with the block."""
+    """PostgreSQL in a new folder, and the servers that use it; all of them stop with the block."""
 
     def __init__(self) -> None:
-        self._exit = AsyncExitStack()
+        self._exit_stack = AsyncExitStack()
         self.folder = WORK_DIR
         self.load_generator = WORK_DIR
 
     async def __aenter__(self) -> Self:
         self.load_generator = await asyncio.to_thread(compile_load_generator, WORK_DIR)
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK_DIR))
-        self._exit.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self._exit_stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         try:
             self._postgres = EmbeddedPostgres(self.folder / "data", "nothing: a benchmark")
             await asyncio.to_thread(self._postgres.start)
-            self._exit.callback(self._postgres.stop)
+            self._exit_stack.callback(self._postgres.stop)
             await self._check_durable()
         except BaseException:
-            await self._exit.aclose()
+            await self._exit_stack.aclose()
             raise
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        await self._exit.aclose()
+        await self._exit_stack.aclose()
 
     async def _check_durable(self) -> None:
         connection = await asyncpg.connect(self.database_url("postgres"))
         for setting in ("fsync", "synchronous_commit", "full_page_writes"):
             if await connection.fetchval(f"SHOW {setting}") != "on":
-                raise BenchError(f"{setting} is off: what is measured would not be durable")
+                raise BenchError(
+                    f"PostgreSQL's {setting} is off: the measured writes would not be durable"
+                )
         self.postgres_version: str = await connection.fetchval("SHOW server_version")
         await connection.close()
 
@@ -92,17 +94,17 @@ class Environment:
         return re.sub(r"/postgres\?", f"/{name}?", self._postgres.url)
 
     async def new_database(self, name: str) -> str:
-        """Make a database with the service's schema and return its connection string."""
+        """Create a database with the service's schema and return its connection string."""
         connection = await asyncpg.connect(self.database_url("postgres"))
         await connection.execute(f'CREATE DATABASE "{name}"')
         await connection.close()
-        address = self.database_url(name)
-        await migrations.upgrade(dsn.parse(address))
-        return address
+        url = self.database_url(name)
+        await migrations.upgrade(dsn.parse(url))
+        return url
 
     @asynccontextmanager
     async def connect(self, name: str) -> AsyncIterator[asyncpg.Connection]:
-        """Connect to a database, not by way of any server."""
+        """Connect to a database directly."""
         connection = await asyncpg.connect(self.database_url(name))
         try:
             yield connection
@@ -110,7 +112,7 @@ class Environment:
             await connection.close()
 
     def postgres_seconds(self) -> float:
-        """Processor time of PostgreSQL and all its processes so far, ended ones included."""
+        """Return the CPU time of all processes of PostgreSQL so far, including ended ones."""
         main = psutil.Process(self._postgres.pid)
         times = main.cpu_times()
         total = times.user + times.system + times.children_user + times.children_system
@@ -124,9 +126,12 @@ class Environment:
     async def service(
         self, database: str, name: str = "service", **settings: str
     ) -> AsyncIterator[Server]:
-        """Run the service as an operator does: `python -m service serve`; search by meaning is off unless the settings say otherwise."""
+        """Run the service as an operator does, with `python -m service serve`.
+
+        Search is off, unless `settings` turn it on.
+        """
         address = _free_address()
-        environment = {
+        variables = {
             "DATABASE_URL": self.database_url(database),
             "CHAT_HISTORY_LISTEN": address,
             "CHAT_HISTORY_LOG_FORMAT": "json",
@@ -135,29 +140,29 @@ class Environment:
             "CHAT_HISTORY_SEARCH": "off",
             **settings,
         }
-        async with self._run(name, "service", "serve", **environment) as process:
+        async with self._run(name, "service", "serve", **variables) as process:
             server = Server(name, address, process.pid)
-            await self._ready(server, process)
+            await self._wait_until_ready(server, process)
             yield server
 
     @asynccontextmanager
     async def reference_server(
         self, module: str, database: str | None = None
     ) -> AsyncIterator[Server]:
-        """Run one of `benchmarks.servers`."""
-        environment = {} if database is None else {"DATABASE_URL": self.database_url(database)}
-        async with self._run(module, f"benchmarks.servers.{module}", **environment) as process:
+        """Run a module of `benchmarks.servers`."""
+        variables = {} if database is None else {"DATABASE_URL": self.database_url(database)}
+        async with self._run(module, f"benchmarks.servers.{module}", **variables) as process:
             assert process.stdout is not None  # noqa: S101 - a pipe
-            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT)
+            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
             if not line:
-                raise BenchError(f"{module} does not start:\n{self.log(module)}")
+                raise BenchError(f"{module} did not start:\n{self.log(module)}")
             yield Server(module, line.decode().strip(), process.pid)
 
     @asynccontextmanager
     async def _run(
-        self, name: str, module: str, *arguments: str, **environment: str
+        self, name: str, module: str, *arguments: str, **variables: str
     ) -> AsyncIterator[asyncio.subprocess.Process]:
-        kept = {
+        inherited = {
             key: value
             for key, value in os.environ.items()
             if not key.startswith(("CHAT_HISTORY_", "PG", "NEON_", "QDRANT_"))
@@ -165,33 +170,33 @@ class Environment:
         with (self.folder / f"{name}.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", module, *arguments),
-                # A folder without a .env file.
-                cwd=self.folder, env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+                # This folder has no .env file.
+                cwd=self.folder, env=inherited | {"PYTHONPATH": str(ROOT)} | variables,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         try:
             yield process
         finally:
-            await _end(process)
+            await _stop(process)
 
-    async def _ready(self, server: Server, process: asyncio.subprocess.Process) -> None:
-        give_up = asyncio.get_running_loop().time() + START_TIMEOUT
+    async def _wait_until_ready(self, server: Server, process: asyncio.subprocess.Process) -> None:
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
         async with grpc.aio.insecure_channel(server.address) as channel:
             check: Any = channel.unary_unary(
                 "/grpc.health.v1.Health/Check",
                 request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
                 response_deserializer=health_pb2.HealthCheckResponse.FromString,
             )
-            while process.returncode is None and asyncio.get_running_loop().time() < give_up:
+            while process.returncode is None and asyncio.get_running_loop().time() < deadline:
                 with suppress(grpc.aio.AioRpcError):
-                    state = await check(
+                    reply = await check(
                         health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=1
                     )
-                    if state.status == health_pb2.HealthCheckResponse.SERVING:
+                    if reply.status == health_pb2.HealthCheckResponse.SERVING:
                         return
                 await asyncio.sleep(0.05)
-        raise BenchError(f"{server.name} does not get ready:\n{self.log(server.name)}")
+        raise BenchError(f"{server.name} did not become ready:\n{self.log(server.name)}")
 
     def log(self, name: str) -> str:
         """Return the end of a server's log."""
@@ -199,12 +204,12 @@ class Environment:
 
 
 def _free_address() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{taken.getsockname()[1]}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _stop(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.terminate()
         try:

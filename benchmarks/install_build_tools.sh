@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sees that the load generator can be compiled; as root on Debian and its like, installs what is missing.
+# Ensures that the load generator can be compiled. Installs missing packages on Debian if run as root.
 set -euo pipefail
 
 compiles() {

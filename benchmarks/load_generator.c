@@ -1,20 +1,27 @@
-/* Load: keeps so many requests in flight (callers, each of which asks again when it is answered), or with --rate sends so many a second
- * whatever is answered (then --in-flight is the most that may be open). Each has a body of its own; every reply's status is looked at.
- * What the server does not let onto a connection yet (SETTINGS_MAX_CONCURRENT_STREAMS) waits here.
- * With --patient a caller that is refused with a RetryInfo waits for as long as that says.
+/* A load generator for unary gRPC methods and for HTTP/1.1.
  *
- *   driver --address 127.0.0.1:50051 --path /chathistory.v1.ChatHistoryService/AppendMessages --bodies FILE --in-flight 64
- *          [--connections 8] [--warmup 0.5] [--seconds 3] [--cycle] [--header name:value]... [--pid PID]... [--http1]
- *          [--patient] [--rate 1000]
+ * By default it runs a closed loop: --in-flight callers, each of which sends its next request when
+ * it has the reply. With --rate it runs an open loop: it sends that many requests per second,
+ * whatever the server answers, and --in-flight is the maximum of unanswered requests. The status of
+ * every reply is checked. Requests beyond the server's SETTINGS_MAX_CONCURRENT_STREAMS wait in this
+ * process. With --honor-retry-info a refused caller waits for the time in the reply's RetryInfo.
  *
- * FILE holds records of a 32-bit little-endian length and so many bytes. With gRPC a record is one request message; with --http1 it is
- * one whole HTTP/1.1 request, and every connection carries one request at a time. A record is sent once, unless --cycle.
+ *   load_generator --address 127.0.0.1:50051 --bodies FILE --in-flight 64
+ *                  --path /chathistory.v1.ChatHistoryService/AppendMessages
+ *                  [--connections 8] [--warmup 0.5] [--seconds 3] [--cycle]
+ *                  [--header name:value]... [--pid PID]... [--http1]
+ *                  [--honor-retry-info] [--rate 1000]
  *
- * Prints one JSON object: the good replies in the window that follows the warm-up and how long they took, how many others there were in
- * it, the statuses of all replies (also of those outside the window), the processor time of this process and of each --pid during the
- * window.
+ * FILE contains records: a 32-bit little-endian length, then that many bytes. With gRPC a record is
+ * one request message. With --http1 it is one whole HTTP/1.1 request, and every connection carries
+ * one request at a time. Each record is sent once, unless --cycle is given.
  *
- * HTTP/2 is libnghttp2's work. One thread, one epoll loop.
+ * Prints one JSON object. The window is the time between the warm-up and the end. The object
+ * contains, for the window: the OK replies, their latencies and size, the number of other replies,
+ * the length of the window, and the CPU time of this process and of each --pid. It also contains the
+ * statuses of all replies, inside and outside the window.
+ *
+ * libnghttp2 implements HTTP/2. There is one thread with one epoll loop.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -36,7 +43,16 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { STATUSES = 600, NO_STATUS = STATUSES - 1, MAX_PIDS = 8, MAX_HEADERS = 16, WINDOW = 1 << 24, PREFIX = 5, BUFFER = 1 << 18, SHOWN = 3 };
+enum {
+  STATUSES = 600,
+  NO_STATUS = STATUSES - 1,
+  MAX_PIDS = 8,
+  MAX_HEADERS = 16,
+  WINDOW = 1 << 24,
+  PREFIX = 5,
+  BUFFER = 1 << 18,
+  MAX_SHOWN = 3
+};
 enum { DRAIN_SECONDS = 30 };
 
 typedef struct connection connection;
@@ -51,23 +67,23 @@ typedef struct stream {
   struct stream *next;
 } stream;
 
-/* A caller that waits before it asks again. */
-typedef struct rest {
+/* A refused caller that waits before its next request. */
+typedef struct backoff {
   uint64_t until;
   connection *of;
-} rest;
+} backoff;
 
 struct connection {
   int fd;
   nghttp2_session *session;
-  bool wants_out;
-  uint8_t *out; /* What the socket did not take yet. */
-  size_t out_length, out_at, out_room;
-  int in_flight, resting;
-  stream *done; /* Streams that have ended and are free. */
-  /* HTTP/1.1: the reply that is being read. */
+  bool waits_for_output;
+  uint8_t *out; /* Bytes that the socket has not accepted yet. */
+  size_t out_length, out_offset, out_capacity;
+  int in_flight, backing_off;
+  stream *done; /* Free list of ended streams. */
+  /* HTTP/1.1: the current reply. */
   uint8_t *in;
-  size_t in_length, in_room;
+  size_t in_length, in_capacity;
   stream *current;
 };
 
@@ -75,19 +91,20 @@ static const char *path, *authority;
 static nghttp2_nv headers[MAX_HEADERS];
 static size_t header_count;
 static uint8_t *bodies;
-static size_t bodies_length, body_at;
-static bool cycle, http1, stopping, patient;
-static rest *resting; /* A heap, the first to end on top. */
-static size_t resting_count, resting_room;
-static uint64_t due, window_start, window_end, replies_in_window, refused_in_window, bytes_in_window, sent_total, statuses[STATUSES];
+static size_t bodies_length, body_offset;
+static bool cycle, http1, stopping, honor_retry_info;
+static backoff *backoffs; /* A heap with the earliest end on top. */
+static size_t backoff_count, backoff_capacity;
+static uint64_t due, window_start, window_end, replies_in_window, refused_in_window,
+    bytes_in_window, sent_total, statuses[STATUSES];
 static uint32_t *latencies;
-static size_t latency_room, outstanding;
-static int epoll_fd, shown;
+static size_t latency_capacity, outstanding;
+static int epoll_fd, shown_count;
 
 static void die(const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  fprintf(stderr, "driver: ");
+  fprintf(stderr, "load generator: ");
   vfprintf(stderr, format, arguments);
   fprintf(stderr, "\n");
   va_end(arguments);
@@ -95,9 +112,9 @@ static void die(const char *format, ...) {
 }
 
 static void *grow(void *memory, size_t bytes) {
-  void *grown = realloc(memory, bytes);
-  if (grown == NULL) die("out of memory");
-  return grown;
+  void *resized = realloc(memory, bytes);
+  if (resized == NULL) die("out of memory");
+  return resized;
 }
 
 static uint64_t now_ns(void) {
@@ -110,13 +127,14 @@ static double process_seconds(int pid) {
   char name[64], text[1024];
   snprintf(name, sizeof name, "/proc/%d/stat", pid);
   int fd = open(name, O_RDONLY);
-  if (fd < 0) die("process %d is gone", pid);
+  if (fd < 0) die("process %d does not exist", pid);
   ssize_t length = read(fd, text, sizeof text - 1);
   close(fd);
   text[length > 0 ? length : 0] = 0;
-  const char *rest = strrchr(text, ')'); /* The name may hold anything. */
+  const char *rest = strrchr(text, ')'); /* The name may contain any character. */
   unsigned long user, system;
-  if (rest == NULL || sscanf(rest + 2, "%*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
+  if (rest == NULL ||
+      sscanf(rest + 2, "%*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
     die("cannot read %s", name);
   return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
 }
@@ -124,19 +142,22 @@ static double process_seconds(int pid) {
 static double own_seconds(void) {
   struct rusage usage;
   getrusage(RUSAGE_SELF, &usage);
-  return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) + (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
+  return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+         (double)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
 }
 
 static void take_body(stream *request) {
-  if (body_at >= bodies_length) {
-    if (!cycle) die("out of bodies: all %llu have been sent", (unsigned long long)sent_total);
-    body_at = 0;
+  if (body_offset >= bodies_length) {
+    if (!cycle)
+      die("all %llu request bodies have been sent; provide more or use --cycle",
+          (unsigned long long)sent_total);
+    body_offset = 0;
   }
   uint32_t length;
-  memcpy(&length, bodies + body_at, 4);
-  request->body = bodies + body_at + 4;
+  memcpy(&length, bodies + body_offset, 4);
+  request->body = bodies + body_offset + 4;
   request->length = length;
-  body_at += 4 + (size_t)length;
+  body_offset += 4 + (size_t)length;
 }
 
 static stream *new_stream(connection *owner) {
@@ -156,46 +177,49 @@ static stream *new_stream(connection *owner) {
   return request;
 }
 
-static void begin_rest(connection *of, uint64_t until) {
-  if (resting_count == resting_room) {
-    resting_room = resting_room ? resting_room * 2 : 1 << 12;
-    resting = grow(resting, resting_room * sizeof *resting);
+static void begin_backoff(connection *of, uint64_t until) {
+  if (backoff_count == backoff_capacity) {
+    backoff_capacity = backoff_capacity ? backoff_capacity * 2 : 1 << 12;
+    backoffs = grow(backoffs, backoff_capacity * sizeof *backoffs);
   }
-  size_t at = resting_count++;
-  for (size_t parent; at > 0 && resting[parent = (at - 1) / 2].until > until; at = parent) resting[at] = resting[parent];
-  resting[at] = (rest){until, of};
-  of->resting++;
+  size_t at = backoff_count++;
+  for (size_t parent; at > 0 && backoffs[parent = (at - 1) / 2].until > until; at = parent)
+    backoffs[at] = backoffs[parent];
+  backoffs[at] = (backoff){until, of};
+  of->backing_off++;
 }
 
-static connection *end_rest(void) {
-  connection *of = resting[0].of;
-  rest last = resting[--resting_count];
+static connection *end_backoff(void) {
+  connection *of = backoffs[0].of;
+  backoff last = backoffs[--backoff_count];
   size_t at = 0;
-  for (size_t child; (child = 2 * at + 1) < resting_count; at = child) {
-    if (child + 1 < resting_count && resting[child + 1].until < resting[child].until) child++;
-    if (resting[child].until >= last.until) break;
-    resting[at] = resting[child];
+  for (size_t child; (child = 2 * at + 1) < backoff_count; at = child) {
+    if (child + 1 < backoff_count && backoffs[child + 1].until < backoffs[child].until) child++;
+    if (backoffs[child].until >= last.until) break;
+    backoffs[at] = backoffs[child];
   }
-  resting[at] = last;
-  of->resting--;
+  backoffs[at] = last;
+  of->backing_off--;
   return of;
 }
 
-static bool is_good(const stream *reply) { return reply->status == (http1 ? 200 : 0); }
+static bool is_ok(const stream *reply) { return reply->status == (http1 ? 200 : 0); }
 
 static void end_stream(stream *reply) {
   connection *owner = reply->owner;
   uint64_t now = now_ns();
   statuses[reply->status]++;
-  if (patient && reply->retry_after && !stopping) begin_rest(owner, now + reply->retry_after);
-  if (now >= window_start && now < window_end && !is_good(reply)) refused_in_window++;
-  if (now >= window_start && now < window_end && is_good(reply)) {
-    if (replies_in_window == latency_room) {
-      latency_room = latency_room ? latency_room * 2 : 1 << 16;
-      latencies = grow(latencies, latency_room * sizeof *latencies);
+  if (honor_retry_info && reply->retry_after && !stopping)
+    begin_backoff(owner, now + reply->retry_after);
+  if (now >= window_start && now < window_end && !is_ok(reply)) refused_in_window++;
+  if (now >= window_start && now < window_end && is_ok(reply)) {
+    if (replies_in_window == latency_capacity) {
+      latency_capacity = latency_capacity ? latency_capacity * 2 : 1 << 16;
+      latencies = grow(latencies, latency_capacity * sizeof *latencies);
     }
     uint64_t microseconds = (now - reply->started) / 1000;
-    latencies[replies_in_window++] = microseconds > UINT32_MAX ? UINT32_MAX : (uint32_t)microseconds;
+    latencies[replies_in_window++] =
+        microseconds > UINT32_MAX ? UINT32_MAX : (uint32_t)microseconds;
     bytes_in_window += reply->reply_bytes;
   }
   owner->in_flight--;
@@ -204,30 +228,30 @@ static void end_stream(stream *reply) {
   owner->done = reply;
 }
 
-/* -- sending what is queued, for both protocols -- */
+/* -- Output queue of both protocols -- */
 
 static void queue(connection *to, const uint8_t *data, size_t length) {
-  if (to->out_length + length > to->out_room) {
-    to->out_room = (to->out_length + length) * 2;
-    to->out = grow(to->out, to->out_room);
+  if (to->out_length + length > to->out_capacity) {
+    to->out_capacity = (to->out_length + length) * 2;
+    to->out = grow(to->out, to->out_capacity);
   }
   memcpy(to->out + to->out_length, data, length);
   to->out_length += length;
 }
 
 static void flush(connection *to) {
-  while (to->out_at < to->out_length) {
-    ssize_t written = write(to->fd, to->out + to->out_at, to->out_length - to->out_at);
+  while (to->out_offset < to->out_length) {
+    ssize_t written = write(to->fd, to->out + to->out_offset, to->out_length - to->out_offset);
     if (written < 0) {
       if (errno == EAGAIN) break;
       die("the server closed a connection: %s", strerror(errno));
     }
-    to->out_at += (size_t)written;
+    to->out_offset += (size_t)written;
   }
-  bool more = to->out_at < to->out_length;
-  if (!more) to->out_at = to->out_length = 0;
-  if (more != to->wants_out) {
-    to->wants_out = more;
+  bool more = to->out_offset < to->out_length;
+  if (!more) to->out_offset = to->out_length = 0;
+  if (more != to->waits_for_output) {
+    to->waits_for_output = more;
     struct epoll_event event = {.events = EPOLLIN | (more ? EPOLLOUT : 0), .data.ptr = to};
     epoll_ctl(epoll_fd, EPOLL_CTL_MOD, to->fd, &event);
   }
@@ -235,13 +259,14 @@ static void flush(connection *to) {
 
 /* -- gRPC -- */
 
-static ssize_t read_body(nghttp2_session *session, int32_t id, uint8_t *to, size_t room, uint32_t *flags, nghttp2_data_source *source,
-                         void *user) {
+static ssize_t read_body(nghttp2_session *session, int32_t id, uint8_t *to, size_t room,
+                         uint32_t *flags, nghttp2_data_source *source, void *user) {
   (void)session, (void)id, (void)user;
   stream *request = source->ptr;
   const uint32_t whole = request->length + PREFIX;
-  const uint8_t prefix[PREFIX] = {0, (uint8_t)(request->length >> 24), (uint8_t)(request->length >> 16),
-                                  (uint8_t)(request->length >> 8), (uint8_t)request->length};
+  const uint8_t prefix[PREFIX] = {0, (uint8_t)(request->length >> 24),
+                                  (uint8_t)(request->length >> 16), (uint8_t)(request->length >> 8),
+                                  (uint8_t)request->length};
   size_t copied = 0;
   while (copied < room && request->sent < whole) {
     if (request->sent < PREFIX) {
@@ -258,12 +283,13 @@ static ssize_t read_body(nghttp2_session *session, int32_t id, uint8_t *to, size
 }
 
 static void add_header(const char *name, const char *value) {
-  if (header_count == MAX_HEADERS) die("too many --header");
-  headers[header_count++] = (nghttp2_nv){(uint8_t *)name, (uint8_t *)value, strlen(name), strlen(value),
-                                         NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE};
+  if (header_count == MAX_HEADERS) die("too many --header options");
+  headers[header_count++] =
+      (nghttp2_nv){(uint8_t *)name, (uint8_t *)value, strlen(name), strlen(value),
+                   NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE};
 }
 
-/* What every call carries; a deadline among it, as a client should set one. */
+/* Headers of every call. A deadline is one of them, as clients should set one. */
 static void add_common_headers(void) {
   add_header(":method", "POST");
   add_header(":scheme", "http");
@@ -296,7 +322,7 @@ static uint64_t read_varint(const uint8_t **at, const uint8_t *end) {
   return value;
 }
 
-/* Returns the nanoseconds that the RetryInfo of a google.rpc.Status says, given in base64; 0 without one. */
+/* Returns the delay in nanoseconds of the RetryInfo in a base64-encoded google.rpc.Status, or 0. */
 static uint64_t read_retry_after(const uint8_t *text, size_t length) {
   uint8_t data[2048];
   size_t count = 0;
@@ -311,7 +337,7 @@ static uint64_t read_retry_after(const uint8_t *text, size_t length) {
   const uint8_t *end = data + count, *at = find(data, count, "google.rpc.RetryInfo");
   if (at == NULL) return 0;
   at += strlen("google.rpc.RetryInfo");
-  /* The Any's value, in it the delay, in it seconds and nanoseconds. */
+  /* The value of the Any contains the delay, which contains seconds and nanoseconds. */
   if (end - at < 4 || at[0] != 0x12 || at[2] != 0x0a) return 0;
   at += 4;
   uint64_t delay = 0;
@@ -323,8 +349,9 @@ static uint64_t read_retry_after(const uint8_t *text, size_t length) {
   return delay;
 }
 
-static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_length, const uint8_t *value,
-                     size_t length, uint8_t flags, void *user) {
+static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name,
+                     size_t name_length, const uint8_t *value, size_t length, uint8_t flags,
+                     void *user) {
   (void)flags, (void)user;
   stream *reply = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
   if (reply == NULL) return 0;
@@ -333,16 +360,19 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
     reply->status = status >= 0 && status < NO_STATUS ? status : NO_STATUS;
   } else if (name_length == 7 && memcmp(name, ":status", 7) == 0) {
     reply->http_status = atoi((const char *)value);
-  } else if (patient && name_length == 23 && memcmp(name, "grpc-status-details-bin", 23) == 0) {
+  } else if (honor_retry_info && name_length == 23 &&
+             memcmp(name, "grpc-status-details-bin", 23) == 0) {
     reply->retry_after = read_retry_after(value, length);
-  } else if (name_length == 12 && memcmp(name, "grpc-message", 12) == 0 && length && shown < SHOWN) {
-    shown++;
-    fprintf(stderr, "driver: a reply says: %.*s\n", (int)length, (const char *)value);
+  } else if (name_length == 12 && memcmp(name, "grpc-message", 12) == 0 && length &&
+             shown_count < MAX_SHOWN) {
+    shown_count++;
+    fprintf(stderr, "load generator: reply: %.*s\n", (int)length, (const char *)value);
   }
   return 0;
 }
 
-static int on_data(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t length, void *user) {
+static int on_data(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data,
+                   size_t length, void *user) {
   (void)flags, (void)data, (void)user;
   stream *reply = nghttp2_session_get_stream_user_data(session, id);
   if (reply != NULL) reply->reply_bytes += length;
@@ -353,39 +383,45 @@ static int on_close(nghttp2_session *session, int32_t id, uint32_t error, void *
   (void)user;
   stream *reply = nghttp2_session_get_stream_user_data(session, id);
   if (reply == NULL) return 0;
-  /* OK without a message is no reply of a unary call. */
-  if (error != NGHTTP2_NO_ERROR || reply->http_status != 200 || (reply->status == 0 && reply->reply_bytes < PREFIX))
+  /* A unary call that ends with OK has a message. */
+  if (error != NGHTTP2_NO_ERROR || reply->http_status != 200 ||
+      (reply->status == 0 && reply->reply_bytes < PREFIX))
     reply->status = NO_STATUS;
   end_stream(reply);
   return 0;
 }
 
-/* A call counts from when it leaves: one that the server's limit of calls on a connection holds back waits here, as in any client. */
+/* Latency counts from the moment a request is sent. A request that the server's limit of streams
+ * per connection delays waits in this process, as in any client. */
 static int on_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user) {
   (void)user;
-  stream *request = frame->hd.type == NGHTTP2_HEADERS ? nghttp2_session_get_stream_user_data(session, frame->hd.stream_id) : NULL;
+  stream *request = frame->hd.type == NGHTTP2_HEADERS
+                        ? nghttp2_session_get_stream_user_data(session, frame->hd.stream_id)
+                        : NULL;
   if (request != NULL) request->started = now_ns();
   return 0;
 }
 
-static void open_session(connection *made) {
+static void open_session(connection *target) {
   nghttp2_session_callbacks *callbacks;
   nghttp2_session_callbacks_new(&callbacks);
   nghttp2_session_callbacks_set_on_frame_send_callback(callbacks, on_sent);
   nghttp2_session_callbacks_set_on_header_callback(callbacks, on_header);
   nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, on_data);
   nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, on_close);
-  if (nghttp2_session_client_new(&made->session, callbacks, made) != 0) die("out of memory");
+  if (nghttp2_session_client_new(&target->session, callbacks, target) != 0) die("out of memory");
   nghttp2_session_callbacks_del(callbacks);
-  const nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_ENABLE_PUSH, 0}, {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, WINDOW}};
-  nghttp2_submit_settings(made->session, NGHTTP2_FLAG_NONE, settings, 2);
-  nghttp2_session_set_local_window_size(made->session, NGHTTP2_FLAG_NONE, 0, WINDOW);
+  const nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
+                                             {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, WINDOW}};
+  nghttp2_submit_settings(target->session, NGHTTP2_FLAG_NONE, settings, 2);
+  nghttp2_session_set_local_window_size(target->session, NGHTTP2_FLAG_NONE, 0, WINDOW);
 }
 
 static void send_frames(connection *to) {
   const uint8_t *data;
   ssize_t length;
-  while ((length = nghttp2_session_mem_send(to->session, &data)) > 0) queue(to, data, (size_t)length);
+  while ((length = nghttp2_session_mem_send(to->session, &data)) > 0)
+    queue(to, data, (size_t)length);
   if (length < 0) die("HTTP/2: %s", nghttp2_strerror((int)length));
 }
 
@@ -397,32 +433,35 @@ static void request(connection *to) {
 }
 
 static void read_reply(connection *from, const uint8_t *data, size_t length) {
-  if (from->in_length + length + 1 > from->in_room) {
-    from->in_room = (from->in_length + length + 1) * 2;
-    from->in = grow(from->in, from->in_room);
+  if (from->in_length + length + 1 > from->in_capacity) {
+    from->in_capacity = (from->in_length + length + 1) * 2;
+    from->in = grow(from->in, from->in_capacity);
   }
   memcpy(from->in + from->in_length, data, length);
   from->in_length += length;
   from->in[from->in_length] = 0;
-  const char *text = (const char *)from->in, *end = strstr(text, "\r\n\r\n"), *size = strcasestr(text, "\r\ncontent-length:");
+  const char *text = (const char *)from->in, *end = strstr(text, "\r\n\r\n"),
+             *size = strcasestr(text, "\r\ncontent-length:");
   if (end == NULL) return;
-  if (size == NULL || size > end) die("a reply has no content-length");
+  if (size == NULL || size > end) die("a reply has no content-length header");
   size_t head = (size_t)(end + 4 - text), whole = head + (size_t)atol(size + 17);
   if (from->in_length < whole) return;
-  if (from->in_length > whole || from->current == NULL) die("a reply is longer than it says");
+  if (from->in_length > whole || from->current == NULL)
+    die("a reply is longer than its content-length");
   int status = atoi(text + 9);
   from->current->status = status > 0 && status < NO_STATUS ? status : NO_STATUS;
   from->current->reply_bytes = whole - head;
-  if (status >= 400 && shown++ < SHOWN) fprintf(stderr, "driver: a reply says: %s\n", end + 4);
+  if (status >= 400 && shown_count++ < MAX_SHOWN)
+    fprintf(stderr, "load generator: reply: %s\n", end + 4);
   from->in_length = 0;
   end_stream(from->current);
   from->current = NULL;
 }
 
-/* -- the loop -- */
+/* -- The event loop -- */
 
 static void fill(connection *to, int wanted) {
-  while (!stopping && to->in_flight + to->resting < wanted) {
+  while (!stopping && to->in_flight + to->backing_off < wanted) {
     if (http1)
       request(to);
     else
@@ -446,15 +485,16 @@ static void receive(connection *from) {
   if (!nghttp2_session_want_read(from->session)) die("the server ended a connection");
 }
 
-static void connect_to(connection *made, const struct sockaddr_in *address) {
-  made->fd = socket(AF_INET, SOCK_STREAM, 0);
-  if (made->fd < 0 || connect(made->fd, (const struct sockaddr *)address, sizeof *address) != 0) die("cannot connect: %s", strerror(errno));
+static void connect_to(connection *target, const struct sockaddr_in *address) {
+  target->fd = socket(AF_INET, SOCK_STREAM, 0);
+  if (target->fd < 0 || connect(target->fd, (const struct sockaddr *)address, sizeof *address) != 0)
+    die("cannot connect: %s", strerror(errno));
   int on = 1;
-  setsockopt(made->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  fcntl(made->fd, F_SETFL, O_NONBLOCK);
-  if (!http1) open_session(made);
-  struct epoll_event event = {.events = EPOLLIN, .data.ptr = made};
-  epoll_ctl(epoll_fd, EPOLL_CTL_ADD, made->fd, &event);
+  setsockopt(target->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  fcntl(target->fd, F_SETFL, O_NONBLOCK);
+  if (!http1) open_session(target);
+  struct epoll_event event = {.events = EPOLLIN, .data.ptr = target};
+  epoll_ctl(epoll_fd, EPOLL_CTL_ADD, target->fd, &event);
 }
 
 static void load_bodies(const char *name) {
@@ -477,111 +517,164 @@ static uint32_t quantile(double share) {
   return latencies[(size_t)(share * (double)(replies_in_window - 1) + 0.5)];
 }
 
-static int share(int index, int in_flight, int connections) { return in_flight / connections + (index < in_flight % connections); }
+static struct {
+  const char *bodies;
+  int in_flight, connections;
+  double warmup, seconds, rate;
+  const char *headers[MAX_HEADERS / 2][2];
+  int header_count;
+  int pids[MAX_PIDS], pid_count;
+} options = {.in_flight = 1, .connections = 1, .warmup = 0.5, .seconds = 3};
 
-int main(int count, char **arguments) {
-  int in_flight = 1, connections = 1, pids[MAX_PIDS], pid_count = 0, extra_count = 0, option;
-  double warmup = 0.5, seconds = 3, rate = 0, pid_seconds[MAX_PIDS] = {0}, own = 0;
-  const char *file = NULL, *extra[MAX_HEADERS / 2][2];
-  static const struct option options[] = {
-      {"address", 1, 0, 'a'}, {"path", 1, 0, 'p'},    {"bodies", 1, 0, 'b'}, {"in-flight", 1, 0, 'n'}, {"connections", 1, 0, 'c'},
-      {"warmup", 1, 0, 'w'},  {"seconds", 1, 0, 's'}, {"cycle", 0, 0, 'y'},  {"pid", 1, 0, 'i'},       {"http1", 0, 0, '1'},
-      {"header", 1, 0, 'h'},  {"patient", 0, 0, 't'}, {"rate", 1, 0, 'r'},   {0, 0, 0, 0},
+static void add_header_option(char *option) {
+  char *value = strchr(option, ':');
+  if (value == NULL) die("--header takes name:value");
+  *value++ = 0;
+  if (options.header_count == MAX_HEADERS / 2) die("too many --header options");
+  options.headers[options.header_count][0] = option;
+  options.headers[options.header_count++][1] = value;
+}
+
+static void parse_options(int count, char **arguments) {
+  static const struct option names[] = {
+      {"address", 1, 0, 'a'},     {"path", 1, 0, 'p'},
+      {"bodies", 1, 0, 'b'},      {"in-flight", 1, 0, 'n'},
+      {"connections", 1, 0, 'c'}, {"warmup", 1, 0, 'w'},
+      {"seconds", 1, 0, 's'},     {"cycle", 0, 0, 'y'},
+      {"pid", 1, 0, 'i'},         {"http1", 0, 0, '1'},
+      {"header", 1, 0, 'h'},      {"honor-retry-info", 0, 0, 't'},
+      {"rate", 1, 0, 'r'},        {0, 0, 0, 0},
   };
-  while ((option = getopt_long(count, arguments, "", options, NULL)) != -1) switch (option) {
+  int option;
+  while ((option = getopt_long(count, arguments, "", names, NULL)) != -1) switch (option) {
       case 'a': authority = optarg; break;
       case 'p': path = optarg; break;
-      case 'b': file = optarg; break;
-      case 'n': in_flight = atoi(optarg); break;
-      case 'c': connections = atoi(optarg); break;
-      case 'w': warmup = atof(optarg); break;
-      case 's': seconds = atof(optarg); break;
+      case 'b': options.bodies = optarg; break;
+      case 'n': options.in_flight = atoi(optarg); break;
+      case 'c': options.connections = atoi(optarg); break;
+      case 'w': options.warmup = atof(optarg); break;
+      case 's': options.seconds = atof(optarg); break;
       case 'y': cycle = true; break;
       case 'i':
-        if (pid_count == MAX_PIDS) die("too many --pid");
-        pids[pid_count++] = atoi(optarg);
+        if (options.pid_count == MAX_PIDS) die("too many --pid options");
+        options.pids[options.pid_count++] = atoi(optarg);
         break;
       case '1': http1 = true; break;
-      case 't': patient = true; break;
-      case 'r': rate = atof(optarg); break;
-      case 'h': {
-        char *value = strchr(optarg, ':');
-        if (value == NULL) die("--header takes name:value");
-        *value++ = 0;
-        if (extra_count == MAX_HEADERS / 2) die("too many --header");
-        extra[extra_count][0] = optarg;
-        extra[extra_count++][1] = value;
-        break;
-      }
-      default: return 2;
+      case 't': honor_retry_info = true; break;
+      case 'r': options.rate = atof(optarg); break;
+      case 'h': add_header_option(optarg); break;
+      default: exit(2);
     }
-  if (authority == NULL || file == NULL || (path == NULL && !http1) || in_flight < 1 || connections < 1) die("an option is missing");
-  if (http1 || connections > in_flight) connections = in_flight;
-  if (!http1) add_common_headers();
-  for (int n = 0; n < extra_count; n++) add_header(extra[n][0], extra[n][1]);
-  load_bodies(file);
+  if (authority == NULL || options.bodies == NULL || (path == NULL && !http1))
+    die("--address, --bodies and --path (or --http1) are required");
+  if (options.in_flight < 1 || options.connections < 1)
+    die("--in-flight and --connections start at 1");
+  if (http1 || options.connections > options.in_flight) options.connections = options.in_flight;
+}
 
+static struct sockaddr_in parse_address(void) {
   char host[64];
   const char *colon = strrchr(authority, ':');
   struct sockaddr_in address = {.sin_family = AF_INET};
-  if (colon == NULL || (size_t)(colon - authority) >= sizeof host) die("%s is not host:port", authority);
+  if (colon == NULL || (size_t)(colon - authority) >= sizeof host)
+    die("--address: %s is not host:port", authority);
   snprintf(host, sizeof host, "%.*s", (int)(colon - authority), authority);
   address.sin_port = htons((uint16_t)atoi(colon + 1));
-  if (inet_pton(AF_INET, host, &address.sin_addr) != 1) die("%s is no IPv4 address", host);
+  if (inet_pton(AF_INET, host, &address.sin_addr) != 1) die("%s is not an IPv4 address", host);
+  return address;
+}
 
+static connection *open_connections(void) {
+  const struct sockaddr_in address = parse_address();
   epoll_fd = epoll_create1(0);
-  connection *all = calloc((size_t)connections, sizeof *all);
-  if (all == NULL) die("out of memory");
-  for (int n = 0; n < connections; n++) connect_to(&all[n], &address);
+  connection *connections = calloc((size_t)options.connections, sizeof *connections);
+  if (connections == NULL) die("out of memory");
+  for (int n = 0; n < options.connections; n++) connect_to(&connections[n], &address);
+  return connections;
+}
 
+/* The number of callers of a connection in a closed loop. */
+static int callers(int index) {
+  return options.in_flight / options.connections +
+         (index < options.in_flight % options.connections);
+}
+
+static void handle_events(connection *connections, bool closed_loop) {
+  struct epoll_event events[64];
+  int ready = epoll_wait(epoll_fd, events, 64, closed_loop ? 2 : 1);
+  for (int n = 0; n < ready; n++) {
+    connection *target = events[n].data.ptr;
+    if (events[n].events & (EPOLLIN | EPOLLERR | EPOLLHUP)) receive(target);
+    fill(target, closed_loop ? callers((int)(target - connections)) : 0);
+  }
+}
+
+static void end_due_backoffs(connection *connections, uint64_t now) {
+  while (backoff_count && backoffs[0].until <= now) {
+    connection *target = end_backoff();
+    fill(target, callers((int)(target - connections)));
+  }
+}
+
+/* Open loop: sends the requests that are due, on all connections in turn. Those beyond the maximum
+ * of unanswered requests are dropped. */
+static void send_due_requests(connection *connections, double elapsed_s) {
+  for (; !stopping && due < (uint64_t)(elapsed_s * options.rate); due++) {
+    connection *target = &connections[due % (uint64_t)options.connections];
+    if (outstanding < (size_t)options.in_flight) fill(target, target->in_flight + 1);
+  }
+}
+
+/* CPU seconds of this process and of each --pid between the two calls of measure_cpu. */
+static double own_cpu_s, cpu_s[MAX_PIDS];
+
+static void measure_cpu(void) {
+  own_cpu_s = own_seconds() - own_cpu_s;
+  for (int n = 0; n < options.pid_count; n++)
+    cpu_s[n] = process_seconds(options.pids[n]) - cpu_s[n];
+}
+
+/* Returns the length of the window in seconds. */
+static double run(connection *connections) {
   enum { WARMING, MEASURING, DRAINING } phase = WARMING;
-  uint64_t started = now_ns();
-  window_start = started + (uint64_t)(warmup * 1e9);
+  const bool closed_loop = options.rate <= 0;
+  const uint64_t started = now_ns();
+  window_start = started + (uint64_t)(options.warmup * 1e9);
   window_end = UINT64_MAX;
-  const bool closed_loop = rate <= 0;
-  for (int n = 0; n < connections; n++) fill(&all[n], closed_loop ? share(n, in_flight, connections) : 0);
-  uint64_t opened = 0, closed = 0;
+  uint64_t opened = 0;
+  for (int n = 0; n < options.connections; n++) fill(&connections[n], closed_loop ? callers(n) : 0);
   while (phase != DRAINING || outstanding > 0) {
-    struct epoll_event events[64];
-    int ready = epoll_wait(epoll_fd, events, 64, closed_loop ? 2 : 1);
-    for (int n = 0; n < ready; n++) {
-      connection *which = events[n].data.ptr;
-      if (events[n].events & (EPOLLIN | EPOLLERR | EPOLLHUP)) receive(which);
-      fill(which, closed_loop ? share((int)(which - all), in_flight, connections) : 0);
-    }
+    handle_events(connections, closed_loop);
     uint64_t now = now_ns();
-    while (resting_count && resting[0].until <= now) {
-      connection *which = end_rest();
-      fill(which, share((int)(which - all), in_flight, connections));
-    }
-    /* What is due by now, in turn on all connections; beyond the most that may be open it is not sent at all. */
-    for (; !closed_loop && !stopping && due < (uint64_t)((double)(now - started) / 1e9 * rate); due++) {
-      connection *which = &all[due % (uint64_t)connections];
-      if (outstanding < (size_t)in_flight) fill(which, which->in_flight + 1);
-    }
+    end_due_backoffs(connections, now);
+    if (!closed_loop) send_due_requests(connections, (double)(now - started) / 1e9);
     if (phase == WARMING && now >= window_start) {
       phase = MEASURING;
       opened = now;
-      window_end = now + (uint64_t)(seconds * 1e9);
-      own = own_seconds();
-      for (int n = 0; n < pid_count; n++) pid_seconds[n] = process_seconds(pids[n]);
+      window_end = now + (uint64_t)(options.seconds * 1e9);
+      measure_cpu();
     } else if (phase == MEASURING && now >= window_end) {
       phase = DRAINING;
       stopping = true;
-      closed = window_end;
-      own = own_seconds() - own;
-      for (int n = 0; n < pid_count; n++) pid_seconds[n] = process_seconds(pids[n]) - pid_seconds[n];
-    } else if (phase == DRAINING && now > closed + DRAIN_SECONDS * 1000000000ull) {
-      die("%zu calls were never answered", outstanding);
+      measure_cpu();
+    } else if (phase == DRAINING && now > window_end + DRAIN_SECONDS * 1000000000ull) {
+      die("%zu calls were not answered within %d seconds after the end", outstanding,
+          DRAIN_SECONDS);
     }
   }
+  return (double)(window_end - opened) / 1e9;
+}
 
+static void print_results(double seconds) {
   qsort(latencies, replies_in_window, sizeof *latencies, by_value);
   printf("{\"refused\": %llu, ", (unsigned long long)refused_in_window);
-  printf("\"replies\": %llu, \"seconds\": %.6f, \"bytes\": %llu, \"sent\": %llu, \"load_generator_cpu_s\": %.4f", (unsigned long long)replies_in_window,
-         (double)(closed - opened) / 1e9, (unsigned long long)bytes_in_window, (unsigned long long)sent_total, own);
-  printf(", \"p50\": %u, \"p90\": %u, \"p99\": %u, \"max\": %u, \"cpu\": [", quantile(0.5), quantile(0.9), quantile(0.99), quantile(1));
-  for (int n = 0; n < pid_count; n++) printf("%s%.4f", n ? ", " : "", pid_seconds[n]);
+  printf("\"replies\": %llu, \"seconds\": %.6f, ", (unsigned long long)replies_in_window, seconds);
+  printf("\"bytes\": %llu, ", (unsigned long long)bytes_in_window);
+  printf("\"sent\": %llu, ", (unsigned long long)sent_total);
+  printf("\"load_generator_cpu_s\": %.4f, ", own_cpu_s);
+  printf("\"p50\": %u, \"p90\": %u, ", quantile(0.5), quantile(0.9));
+  printf("\"p99\": %u, \"max\": %u, \"cpu\": [", quantile(0.99), quantile(1));
+  for (int n = 0; n < options.pid_count; n++) printf("%s%.4f", n ? ", " : "", cpu_s[n]);
   printf("], \"statuses\": {");
   const char *comma = "";
   for (int n = 0; n < STATUSES; n++)
@@ -590,5 +683,14 @@ int main(int count, char **arguments) {
       comma = ", ";
     }
   printf("}}\n");
+}
+
+int main(int count, char **arguments) {
+  parse_options(count, arguments);
+  if (!http1) add_common_headers();
+  for (int n = 0; n < options.header_count; n++)
+    add_header(options.headers[n][0], options.headers[n][1]);
+  load_bodies(options.bodies);
+  print_results(run(open_connections()));
   return 0;
 }

@@ -1,4 +1,4 @@
-"""The load generator: driver.c, compiled when first needed, run as a process of its own."""
+"""Runs the load generator, load_generator.c, which is compiled at its first use."""
 
 from __future__ import annotations
 
@@ -13,38 +13,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("load_generator.c")
-_REFUSED = {"8", "1"}
-"""RESOURCE_EXHAUSTED, and CANCELLED: how gRPC itself ends calls when too many wait to be taken up."""
+_REFUSAL_STATUSES = {"8", "1"}
+"""RESOURCE_EXHAUSTED, and CANCELLED, with which gRPC itself rejects calls beyond its queue."""
 _COMPILE = ("-O2", "-Wall", "-Wextra", "-Werror")
 
 
 class BenchError(Exception):
-    """The benchmark cannot go on; the text says why."""
+    """The benchmark cannot continue, for the reason in the message."""
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What the driver found."""
+    """Measurements of the load generator. The window is the time after the warm-up."""
 
     refused: int
-    """Replies in the window that were not good."""
+    """Replies in the window with another status than OK."""
     replies: int
-    """Good ones."""
+    """Replies in the window with status OK."""
     seconds: float
+    """Length of the window."""
     bytes: int
+    """Size of the replies in the window."""
     sent: int
     load_generator_cpu_s: float
     p50: int
+    """Quantiles of the latency, in microseconds."""
     p90: int
     p99: int
     max: int
     cpu: list[float]
+    """CPU seconds of each watched process, in the window."""
     statuses: dict[str, int]
+    """Replies by gRPC status, including those outside the window."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """How a server is loaded."""
+    """The load on a server."""
 
     in_flight: int = 1
     seconds: float = 3.0
@@ -53,22 +58,22 @@ class Load:
     http1: bool = False
     cycle: bool = False
     headers: Sequence[str] = ()
-    """What calls carry beside the usual, each as `name:value`."""
-    patient: bool = False
-    """Whether a caller that is refused waits for as long as it is told."""
+    """Additional metadata of the calls, each as `name:value`."""
+    honors_retry_info: bool = False
+    """Whether a refused caller waits for the time in the reply's RetryInfo."""
     rate: float = 0.0
-    """Calls a second, whatever is answered; 0: as many as `in_flight` callers ask one after the other."""
-    refusable: bool = False
-    """Whether calls may be refused for their number."""
+    """Calls per second of an open loop; 0 for a closed loop of `in_flight` callers."""
+    allows_refusals: bool = False
+    """Whether refused calls are expected. Otherwise they fail the run."""
     pid: int = 0
-    """The process whose processor time is read."""
+    """The process whose CPU time is measured."""
 
 
 def compile_load_generator(folder: Path) -> Path:
-    """Compile the driver, unless that is done.
+    """Compile the load generator, unless this version is compiled already, and return its path.
 
     Raises:
-        BenchError: there is no compiler or no libnghttp2.
+        BenchError: the compiler or libnghttp2 is missing.
     """
     source = SOURCE.read_bytes()
     program = folder / f"load_generator-{hashlib.blake2b(source, digest_size=6).hexdigest()}"
@@ -80,26 +85,26 @@ def compile_load_generator(folder: Path) -> Path:
             "the load generator needs a C compiler: apt-get install gcc libc6-dev libnghttp2-dev"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("load_generator-*"):
-        earlier.unlink()
-    unfinished = program.with_suffix(".new")
-    command = [compiler, *_COMPILE, "-o", str(unfinished), str(SOURCE), "-lnghttp2"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
-    if done.returncode:
+    for old_program in folder.glob("load_generator-*"):
+        old_program.unlink()
+    temporary = program.with_suffix(".new")
+    command = [compiler, *_COMPILE, "-o", str(temporary), str(SOURCE), "-lnghttp2"]
+    process = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    if process.returncode:
         raise BenchError(
-            f"the load generator does not compile (apt-get install libnghttp2-dev):\n{done.stderr}"
+            f"cannot compile the load generator (apt-get install libnghttp2-dev):\n{process.stderr}"
         )
-    unfinished.rename(program)
+    temporary.rename(program)
     return program
 
 
 async def generate_load(
     program: Path, address: str, path: str, bodies: Path, load: Load
 ) -> LoadResult:
-    """Load a server.
+    """Load a server and return the measurements.
 
     Raises:
-        BenchError: a call failed, or the server did.
+        BenchError: a call or the server failed.
     """
     command = [
         *(
@@ -121,7 +126,7 @@ async def generate_load(
         ),
         *(["--http1"] if load.http1 else ["--path", path]),
         *(["--cycle"] if load.cycle else []),
-        *(["--patient"] if load.patient else []),
+        *(["--honor-retry-info"] if load.honors_retry_info else []),
         *(["--rate", str(load.rate)] if load.rate else []),
         *(word for header in load.headers for word in ("--header", header)),
         *("--pid", str(load.pid or os.getpid())),
@@ -136,12 +141,12 @@ async def generate_load(
         raise
     if process.returncode:
         raise BenchError(
-            errors.decode(errors="replace").strip() or f"the driver ended with {process.returncode}"
+            errors.decode(errors="replace").strip()
+            or f"the load generator exited with {process.returncode}"
         )
-    answer = LoadResult(**json.loads(output))
-    good = {"200" if load.http1 else "0"}
-    if set(answer.statuses) - (_REFUSED if load.refusable else set()) != good:
-        raise BenchError(
-            f"calls of {path} failed, by status: {answer.statuses}\n{errors.decode(errors='replace')}"
-        )
-    return answer
+    result = LoadResult(**json.loads(output))
+    ok_status = {"200" if load.http1 else "0"}
+    if set(result.statuses) - (_REFUSAL_STATUSES if load.allows_refusals else set()) != ok_status:
+        details = errors.decode(errors="replace")
+        raise BenchError(f"calls of {path} failed, by status: {result.statuses}\n{details}")
+    return result

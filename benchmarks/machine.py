@@ -1,4 +1,4 @@
-"""What the figures were made with: the machine, the versions, the commit."""
+"""Describes the machine, the versions and the commit of a run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _PACKAGES = (
 
 
 def busy_percent() -> float:
-    """Return how much of the machine others use, before anything is started."""
+    """Return the CPU usage of other processes, before the benchmark starts any."""
     return psutil.cpu_percent(interval=1.0)
 
 
 async def describe(environment: Environment, busy: float) -> dict[str, Any]:
-    """Describe the machine and what is measured."""
+    """Return the description of the machine and the measured software."""
     return {
         "at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -60,14 +60,14 @@ def _processor() -> str:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        done = subprocess.run(  # noqa: S603 - fixed arguments
+        process = subprocess.run(  # noqa: S603 - fixed arguments
             ["git", *arguments],  # noqa: S607
             cwd=ROOT,
             check=False,
             capture_output=True,
             text=True,
         )
-        return done.stdout.strip()
+        return process.stdout.strip()
 
     changed = git(
         "status", "--porcelain", "--", "service", "generated", "benchmarks", "requirements"

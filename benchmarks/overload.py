@@ -1,4 +1,4 @@
-"""More load than the service can carry: what it still answers, how it refuses the rest, and whether health answers meanwhile."""
+"""The overload benchmark: goodput, refusals and health checks at four times the peak load."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from benchmarks import workload
+from benchmarks.bench import Bench
 from benchmarks.environment import Server
 from benchmarks.load_generator import Load, LoadResult, generate_load
 from benchmarks.report import Table
-from benchmarks.scenarios import Bench
 from service.config import Settings
 from service.rpc.health import SERVICE
 
 CONNECTIONS = 16
-PROBE_SECONDS = 0.05
-"""Between two questions to health."""
-TIMES = 4
-"""How many times the load that it can carry."""
-_MOST_OPEN = 30_000
-"""Calls that an open loop leaves unanswered at the most."""
+PROBE_INTERVAL_S = 0.05
+"""Seconds between health checks."""
+OVERLOAD_FACTOR = 4
+"""The overload as a multiple of the service's limit of calls, or of its peak rate."""
+_MAX_OPEN_CALLS = 30_000
+"""Maximum unanswered calls of an open loop."""
 _BODIES_PER_SECOND = 14_000
-"""More than are answered or refused."""
+"""More than the service answers or refuses."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What was found under one load."""
+    """The measurements under one load."""
 
     name: str
-    answer: LoadResult
-    health: list[float]
-    """Seconds that each question to health took, sorted."""
+    result: LoadResult
+    health_s: list[float]
+    """Durations of the health checks, sorted."""
 
     @property
     def goodput(self) -> float:
-        """Calls answered well in a second."""
-        return self.answer.replies / self.answer.seconds
+        """Calls per second that were answered with OK."""
+        return self.result.replies / self.result.seconds
 
 
 async def overload(bench: Bench) -> list[Phase]:
-    """Load the service with what it can carry, with four times that in three ways, and again with little."""
+    """Load the service up to its limit, then with four times as much in three ways.
+
+    A small load is measured before, and again after each overload.
+    """
     limit = Settings.model_fields["max_in_flight"].default
     sessions = workload.new_sessions(800, per_user=1)
     await bench.environment.new_database("overload")
@@ -57,24 +60,24 @@ async def overload(bench: Bench) -> list[Phase]:
     full = replace(few, in_flight=limit // 4, connections=CONNECTIONS)
     many = replace(
         full,
-        in_flight=TIMES * limit,
+        in_flight=OVERLOAD_FACTOR * limit,
         seconds=2 * few.seconds,
         warmup=3 * few.warmup,
-        patient=True,
-        refusable=True,
+        honors_retry_info=True,
+        allows_refusals=True,
     )
     phases: list[Phase] = []
     async with bench.environment.service("overload") as service:
 
-        async def phase(name: str, load: Load) -> Phase:
+        async def run_phase(name: str, load: Load) -> Phase:
             bench.progress.expect(1)
             count = (
                 int(max(_BODIES_PER_SECOND, 1.1 * load.rate) * (load.seconds + load.warmup))
                 + load.in_flight
             )
             bodies = workload.append_bodies(sessions, count)(bench.environment.folder)
-            async with _probe_health(service) as health:
-                answer = await generate_load(
+            async with _probe_health(service) as health_s:
+                result = await generate_load(
                     bench.environment.load_generator,
                     service.address,
                     f"/{SERVICE}/AppendMessages",
@@ -82,33 +85,36 @@ async def overload(bench: Bench) -> list[Phase]:
                     load,
                 )
             bench.progress.advance()
-            phases.append(Phase(name, answer, sorted(health)))
+            phases.append(Phase(name, result, sorted(health_s)))
             return phases[-1]
 
-        await phase("64 callers, before", few)
+        await run_phase("64 callers, before", few)
         peaks = [
-            await phase(f"{count:,} callers", replace(full, in_flight=count))
+            await run_phase(f"{count:,} callers", replace(full, in_flight=count))
             for count in (limit // 4, limit // 2)
         ]
-        await phase(f"{TIMES * limit:,} callers who wait as they are told", many)
-        await phase("64 callers, at once after that", few)
-        await phase(f"{TIMES * limit:,} callers who do not wait", replace(many, patient=False))
-        await phase("64 callers, at once after that", few)
-        rate = TIMES * max(each.goodput for each in peaks)
-        await phase(
-            f"{rate:,.0f} calls a second, whatever is answered",
-            replace(many, rate=rate, in_flight=_MOST_OPEN),
+        await run_phase(f"{OVERLOAD_FACTOR * limit:,} callers that honor RetryInfo", many)
+        await run_phase("64 callers, immediately afterwards", few)
+        await run_phase(
+            f"{OVERLOAD_FACTOR * limit:,} callers that retry immediately",
+            replace(many, honors_retry_info=False),
         )
-        await phase("64 callers, at once after that", few)
-    acknowledged = sum(each.answer.statuses["0"] for each in phases)
+        await run_phase("64 callers, immediately afterwards", few)
+        rate = OVERLOAD_FACTOR * max(phase.goodput for phase in peaks)
+        await run_phase(
+            f"{rate:,.0f} calls/s in an open loop",
+            replace(many, rate=rate, in_flight=_MAX_OPEN_CALLS),
+        )
+        await run_phase("64 callers, immediately afterwards", few)
+    acknowledged = sum(phase.result.statuses["0"] for phase in phases)
     await bench.check_rows("overload", acknowledged)
     return phases
 
 
 @asynccontextmanager
 async def _probe_health(service: Server) -> AsyncIterator[list[float]]:
-    """Ask a service's health again and again during a block; give how many seconds each question took."""
-    took: list[float] = []
+    """Check the service's health during the block and yield the list of durations in seconds."""
+    durations_s: list[float] = []
 
     async def probe() -> None:
         async with grpc.aio.insecure_channel(service.address) as channel:
@@ -120,45 +126,55 @@ async def _probe_health(service: Server) -> AsyncIterator[list[float]]:
             while True:
                 started = time.perf_counter()
                 reply = await check(health_pb2.HealthCheckRequest(), timeout=10)
-                took.append(time.perf_counter() - started)
-                assert reply.status == health_pb2.HealthCheckResponse.SERVING  # noqa: S101 - it is ready all the time
-                await asyncio.sleep(PROBE_SECONDS)
+                durations_s.append(time.perf_counter() - started)
+                assert reply.status == health_pb2.HealthCheckResponse.SERVING  # noqa: S101 - ready under any load
+                await asyncio.sleep(PROBE_INTERVAL_S)
 
-    probing = asyncio.create_task(probe())
+    task = asyncio.create_task(probe())
     try:
-        yield took
-        if probing.done():
-            await probing  # It has failed.
+        yield durations_s
+        if task.done():
+            await task  # Raises: a probe ends only by failing.
     finally:
-        probing.cancel()
-        await asyncio.wait([probing])
+        task.cancel()
+        await asyncio.wait([task])
 
 
 def table(phases: list[Phase]) -> Table:
-    """Show what was found."""
-    peak = max(each.goodput for each in phases if each.answer.refused == 0)
+    """Return the table of the phases."""
+    peak = max(phase.goodput for phase in phases if phase.result.refused == 0)
     rows = [
         [
-            each.name,
-            f"{each.goodput:,.0f}",
-            f"{each.goodput / peak:.2f}",
-            f"{each.answer.refused / each.answer.seconds:,.0f}",
-            _by_grpc(each.answer),
-            f"{each.answer.p50 / 1000:,.0f}",
-            f"{each.answer.p99 / 1000:,.0f}",
-            f"{each.health[len(each.health) // 2] * 1000:.0f}",
-            f"{each.health[int(len(each.health) * 0.99)] * 1000:.0f}",
-            f"{each.health[-1] * 1000:.0f}",
+            phase.name,
+            f"{phase.goodput:,.0f}",
+            f"{phase.goodput / peak:.2f}",
+            f"{phase.result.refused / phase.result.seconds:,.0f}",
+            _grpc_share(phase.result),
+            f"{phase.result.p50 / 1000:,.0f}",
+            f"{phase.result.p99 / 1000:,.0f}",
+            f"{phase.health_s[len(phase.health_s) // 2] * 1000:.0f}",
+            f"{phase.health_s[int(len(phase.health_s) * 0.99)] * 1000:.0f}",
+            f"{phase.health_s[-1] * 1000:.0f}",
         ]
-        for each in phases
+        for phase in phases
     ]
     columns = (
-        "load", "answered/s", "of the peak", "refused/s", "by gRPC", "p50 ms", "p99 ms", "health p50 ms", "p99 ms", "most ms",
-    )  # fmt: skip
+        "load",
+        "answered/s",
+        "of the peak",
+        "refused/s",
+        "by gRPC",
+        "p50 ms",
+        "p99 ms",
+        "health p50 ms",
+        "p99 ms",
+        "max ms",
+    )
     return Table("Overload: AppendMessages, one message a call", columns, rows)
 
 
-def _by_grpc(answer: LoadResult) -> str:
-    """Return the share of refusals that gRPC itself has made, as CANCELLED."""
-    own, ours = answer.statuses.get("1", 0), answer.statuses.get("8", 0)
-    return f"{own / (own + ours):.0%}" if own + ours else ""
+def _grpc_share(result: LoadResult) -> str:
+    """Return the share of refusals by gRPC itself, as CANCELLED."""
+    by_grpc, by_service = result.statuses.get("1", 0), result.statuses.get("8", 0)
+    refusals = by_grpc + by_service
+    return f"{by_grpc / refusals:.0%}" if refusals else ""

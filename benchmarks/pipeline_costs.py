@@ -1,4 +1,7 @@
-"""What each layer of the pipeline costs: the same calls with and without it, in this process, nothing of gRPC around them."""
+"""Measures the cost of each layer of the pipeline: the same calls with and without it.
+
+The calls run in this process, without gRPC.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ Call = Callable[[Any, Any], Awaitable[Any]]
 
 
 class _Context:
-    """What the pipeline asks of a call's context."""
+    """The part of a call's context that the pipeline uses."""
 
     @staticmethod
     def time_remaining() -> float:
@@ -34,7 +37,7 @@ class _Context:
 
 
 class _Method:
-    """Answers with nothing, so that only the pipeline is measured."""
+    """A method that returns an empty reply, so that only the pipeline is measured."""
 
     def __init__(self) -> None:
         self._reply = message_pb2.AppendMessagesResponse()
@@ -46,37 +49,37 @@ class _Method:
         return self._reply
 
 
-class _Open:
-    """An admission that looks at nothing."""
+class _NoAdmission:
+    """An admission that admits every call without a check."""
 
-    def enter(self, whose: str) -> None:
+    def enter(self, owner_id: str) -> None:
         pass
 
-    def leave(self, whose: str) -> None:
+    def leave(self, owner_id: str) -> None:
         pass
 
 
-def _unary(made: Pipeline) -> Call:
-    handler = made.handlers(DESCRIPTOR, _Method())["AppendMessages"]
-    assert handler.unary_unary is not None  # noqa: S101 - it is no stream
+def _unary(pipeline: Pipeline) -> Call:
+    handler = pipeline.handlers(DESCRIPTOR, _Method())["AppendMessages"]
+    assert handler.unary_unary is not None  # noqa: S101 - not a stream
     return handler.unary_unary
 
 
 def _observe() -> Callable[[str, grpc.StatusCode, float], None]:
-    """Return what the metrics do with a call, without a listener."""
+    """Return a callback that records a call as the metrics do."""
     registry = CollectorRegistry()
     handled = Counter("handled", "", ["grpc_method", "grpc_code"], registry=registry)
     seconds = Histogram("seconds", "", ["grpc_method"], registry=registry)
 
-    def observe(method: str, code: grpc.StatusCode, took: float) -> None:
+    def observe(method: str, code: grpc.StatusCode, duration_s: float) -> None:
         handled.labels(method, code.name).inc()
-        seconds.labels(method).observe(took)
+        seconds.labels(method).observe(duration_s)
 
     return observe
 
 
-class _Anybody:
-    """Something to await that is there at once, in place of the question who calls."""
+class _KnownCaller:
+    """An awaitable that returns a caller immediately, instead of authenticating a call."""
 
     def __init__(self) -> None:
         self._caller = Caller()
@@ -87,15 +90,16 @@ class _Anybody:
 
 
 def _variants() -> dict[str, Call]:
-    """Return the pipeline whole, without each of its layers, with metrics, and the method with nothing around it."""
-    anybody = _Anybody()
+    """Return the whole pipeline, pipelines without a layer or with metrics, and no pipeline."""
+    caller = _KnownCaller()
     unchecked = pipeline()
-    unchecked._check = lambda _: lambda *_: None  # type: ignore[method-assign, assignment]  # noqa: SLF001 - the layer to leave out
+    # Leaves the layer out: the check of every method does nothing.
+    unchecked._check = lambda _: lambda *_: None  # type: ignore[method-assign, assignment]  # noqa: SLF001
     return {
         "whole": _unary(pipeline()),
         "telemetry": _unary(pipeline(observe=_observe())),
-        "caller": _unary(pipeline(authenticate=lambda _context: anybody)),
-        "admission": _unary(pipeline(calls=_Open())),
+        "caller": _unary(pipeline(authenticate=lambda _context: caller)),
+        "admission": _unary(pipeline(calls=_NoAdmission())),
         "validation": _unary(unchecked),
         "bare": _Method()._answer,  # noqa: SLF001 - the method itself
     }
@@ -103,22 +107,24 @@ def _variants() -> dict[str, Call]:
 
 async def measure() -> dict[str, float]:
     """Return the CPU microseconds that a call spends in the whole pipeline and in each layer."""
-    sent = workload.append_request()
+    body = workload.append_request()
     context = _Context()
     variants = _variants()
-    took: dict[str, list[float]] = {name: [] for name in variants}
+    costs_us: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(ROUNDS):
         for name, call in variants.items():
-            # New ones each time: a message that has been looked at before costs less.
-            requests = [message_pb2.AppendMessagesRequest.FromString(sent) for _ in range(CALLS)]
+            # New requests for each measurement: a message that was read before costs less.
+            requests = [message_pb2.AppendMessagesRequest.FromString(body) for _ in range(CALLS)]
             started = time.process_time()
             for request in requests:
                 await call(request, context)
-            took[name].append((time.process_time() - started) / CALLS * 1e6)
+            costs_us[name].append((time.process_time() - started) / CALLS * 1e6)
             await asyncio.sleep(0)
 
-    def difference(one: str, other: str) -> float:
-        return round(median(a - b for a, b in zip(took[one], took[other], strict=True)), 2)
+    def difference(name: str, reference: str) -> float:
+        return round(
+            median(a - b for a, b in zip(costs_us[name], costs_us[reference], strict=True)), 2
+        )
 
     costs = {"telemetry": difference("telemetry", "whole")}
     costs |= {layer: difference("whole", layer) for layer in ("caller", "admission", "validation")}

@@ -1,4 +1,4 @@
-"""The plots: SVG, the same bytes for the same figures."""
+"""Draws the plots as SVG. The same results give the same bytes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _STYLE: Any = {
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw what was measured and return the files."""
+    """Draw the plots of the measured scenarios and return their paths."""
     written: list[Path] = []
     with mpl.rc_context(_STYLE):
-        for name, needs, make in (
+        for name, scenarios, draw_plot in (
             ("shares", ("append", "reads"), _shares),
             ("latency", ("append", "reads"), _latency),
             ("growth", ("growth",), _growth),
         ):
-            if all(need in results for need in needs):
+            if all(scenario in results for scenario in scenarios):
                 path = folder / f"{name}.svg"
-                figure = make(results)
+                figure = draw_plot(results)
                 figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight")
                 written.append(path)
     return written
@@ -60,14 +60,14 @@ def _shares(results: dict[str, Any]) -> Figure:
     ]
     figure = Figure(figsize=(8, 0.34 * len(rows) + 0.9))
     axes = figure.subplots()
-    places = range(len(rows), 0, -1)
+    positions = range(len(rows), 0, -1)
     shares = [run["ratios"]["echo"]["calls_per_second"] for _, run in rows]
-    axes.barh(places, shares, color=_SERVICE, height=0.7)
-    for place, share, (_, run) in zip(places, shares, rows, strict=True):
+    axes.barh(positions, shares, color=_SERVICE, height=0.7)
+    for position, share, (_, run) in zip(positions, shares, rows, strict=True):
         calls = run["medians"]["service"]["calls_per_second"]
-        axes.text(share + 0.01, place, f"{share:.2f}   {calls:,.0f}/s", va="center")
+        axes.text(share + 0.01, position, f"{share:.2f}   {calls:,.0f}/s", va="center")
     axes.axvline(1, color=_ECHO, linewidth=1.5)
-    axes.set_yticks(list(places), [label for label, _ in rows])
+    axes.set_yticks(list(positions), [label for label, _ in rows])
     axes.set_xlim(0, max(1.15, max(shares) + 0.25))
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("share of the calls/s of an echo that only builds the same reply")
@@ -81,10 +81,16 @@ def _latency(results: dict[str, Any]) -> Figure:
     for axes, (method, runs) in zip(panels, methods.items(), strict=True):
         x = [run["in_flight"] for run in runs]
         for name, color in (("service", _SERVICE), ("echo", _ECHO)):
-            for what, dashes in (("p50_us", "-"), ("p99_us", "--")):
-                y = [run["medians"][name][what] / 1000 for run in runs]
+            for quantile, dashes in (("p50_us", "-"), ("p99_us", "--")):
+                y = [run["medians"][name][quantile] / 1000 for run in runs]
                 axes.plot(
-                    x, y, dashes, color=color, marker="o", markersize=4, label=f"{name}, {what[:3]}"
+                    x,
+                    y,
+                    dashes,
+                    color=color,
+                    marker="o",
+                    markersize=4,
+                    label=f"{name}, {quantile[:3]}",
                 )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -98,7 +104,7 @@ def _latency(results: dict[str, Any]) -> Figure:
 
 
 def _growth(results: dict[str, Any]) -> Figure:
-    found = results["growth"]
+    growth = results["growth"]
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for method, color in (
@@ -106,8 +112,8 @@ def _growth(results: dict[str, Any]) -> Figure:
         ("GetContext", _OTHER),
         ("ListMessages", _ECHO),
     ):
-        y = [found[method]["medians"][str(stored)]["p50_us"] / 1000 for stored in found["stored"]]
-        axes.plot(found["stored"], y, color=color, marker="o", label=method)
+        y = [growth[method]["medians"][str(stored)]["p50_us"] / 1000 for stored in growth["stored"]]
+        axes.plot(growth["stored"], y, color=color, marker="o", label=method)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("messages stored")

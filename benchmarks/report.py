@@ -1,9 +1,10 @@
-"""Tables of the results: for the terminal, and for docs/explanation/performance.md between its markers."""
+"""Tables of the results, for the terminal and for docs/explanation/performance.md."""
 
 from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,47 +21,52 @@ PAGE = ROOT / "docs" / "explanation" / "performance.md"
 _BEGIN, _END = "<!-- bench:begin, written by `make bench` -->", "<!-- bench:end -->"
 
 Results = dict[str, Any]
-"""What the file of results holds."""
+"""The contents of results.json: the environment, the plan, and the scenarios by name."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table, its first column being what the rows are about."""
+    """A table, whose first column labels the rows."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
     plot: str = ""
-    """Name of the plot that shows it."""
+    """Name of the plot of its figures."""
 
     def rich(self) -> RichTable:
-        """Return it for the terminal."""
-        made = RichTable(
+        """Return the table for the terminal."""
+        table = RichTable(
             title=self.title,
             title_justify="left",
             caption=self.note or None,
             caption_justify="left",
         )
         for n, column in enumerate(self.columns):
-            made.add_column(column, justify="right" if n else "left")
+            table.add_column(column, justify="right" if n else "left")
         for row in self.rows:
-            made.add_row(*(re.sub(r"\*\*(.*)\*\*", r"[bold]\1[/]", cell) for cell in row))
-        return made
+            table.add_row(*(re.sub(r"\*\*(.*)\*\*", r"[bold]\1[/]", cell) for cell in row))
+        return table
 
     def markdown(self) -> str:
-        """Return it for a page."""
+        """Return the table as Markdown."""
         lines = [
             _line(self.columns),
-            _line(["---", *["---:"] * (len(self.columns) - 1)]),
+            _line(["--", *["-:"] * (len(self.columns) - 1)]),
             *map(_line, self.rows),
         ]
         parts = [f"### {self.title}", "\n".join(lines)]
         if self.note:
-            parts.append(self.note)
+            parts.append(_wrap(self.note))
         if self.plot:
             parts.append(f"![{self.title}](../bench/{self.plot}.svg)")
         return "\n\n".join(parts)
+
+
+def _wrap(text: str) -> str:
+    """Wrap a paragraph as the repository's Markdown formatter does."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -68,10 +74,12 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write results.json, tables.md and the plots into a folder; the committed ones also into the page.
+    """Write results.json, the plots and the tables into a folder.
+
+    The tables of the committed folder go into the documentation page, others into tables.md.
 
     Raises:
-        BenchError: the page has lost its markers.
+        BenchError: the page does not have the markers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "results.json"
@@ -90,40 +98,55 @@ def _between_markers(page: str, text: str) -> str:
     before, begin, rest = page.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
-        raise BenchError(f"{PAGE} must hold the lines {_BEGIN} and {_END}")
+        raise BenchError(f"{PAGE} must contain the lines {_BEGIN} and {_END}")
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def markdown(results: Results) -> str:
-    """Return what was measured with, and all tables."""
+    """Return a description of the environment, and all tables."""
     return "\n\n".join(
         [_environment_line(results), *(table.markdown() for table in tables(results))]
     )
 
 
 def _environment_line(results: Results) -> str:
-    made, plan = results["made"], results["plan"]
-    packages = ", ".join(f"{name} {number}" for name, number in made["packages"].items())
-    return (
-        f"Made {made['at']} at commit {made['commit']}: {made['processor']}, {made['cores']} cores, {made['memory_gib']} GiB, "
-        f"{made['system']}; Python {made['python']}, PostgreSQL {made['postgresql']}, {packages}. Other processes used "
-        f"{made['busy_before_percent']}% of the machine at the start. Medians of {plan['rounds']} alternations."
+    environment, plan = results["environment"], results["plan"]
+    packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items())
+    return _wrap(
+        f"Measured {environment['at']} at commit {environment['commit']}. "
+        f"Machine: {environment['processor']}, {environment['cores']} cores, "
+        f"{environment['memory_gib']} GiB, {environment['system']}. "
+        f"Versions: Python {environment['python']}, PostgreSQL {environment['postgresql']}, "
+        f"{packages}. Other processes used {environment['busy_before_percent']}% of the CPU at the "
+        f"start. The figures are medians of {plan['rounds']} rounds."
     )
 
 
 def tables(results: Results) -> list[Table]:
-    """Make the tables of what was measured."""
-    made: list[Table] = []
-    for name, make in _TABLES.items():
-        if name in results:
-            made += make(results[name])
-    return made
+    """Return the tables of the measured scenarios."""
+    return [
+        table
+        for name, scenario_tables in _TABLES.items()
+        if name in results
+        for table in scenario_tables(results[name])
+    ]
 
 
 _ECHO_COLUMNS = (
-    "in flight", "calls/s", "echo's", "share", "p50 ms", "echo's", "p99 ms", "echo's", "CPU µs", "echo's", "ratio", "PostgreSQL µs",
-)  # fmt: skip
-_CPU_NOTE = "CPU: processor time of the serving process, and of all of PostgreSQL's, a call."
+    "in flight",
+    "calls/s",
+    "echo",
+    "share",
+    "p50 ms",
+    "echo",
+    "p99 ms",
+    "echo",
+    "CPU µs",
+    "echo",
+    "ratio",
+    "PostgreSQL µs",
+)
+_CPU_NOTE = "CPU µs: CPU time per call, of the serving process and of all PostgreSQL processes."
 
 
 def _compared_with_echo(run: dict[str, Any]) -> list[str]:
@@ -144,17 +167,17 @@ def _compared_with_echo(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _append(found: dict[str, Any]) -> list[Table]:
-    made = [
+def _append(measured: dict[str, Any]) -> list[Table]:
+    tables = [
         Table(
-            "AppendMessages, one message of 300 bytes a call",
+            "AppendMessages, one message of 300 bytes per call",
             _ECHO_COLUMNS,
-            [_compared_with_echo(run) for run in found["runs"]],
-            f"{_CPU_NOTE} {_rows_note(found['rows'])}",
+            [_compared_with_echo(run) for run in measured["runs"]],
+            f"{_CPU_NOTE} {_rows_note(measured['rows'])}",
             "shares",
         )
     ]
-    for run in found["runs"]:
+    for run in measured["runs"]:
         if "direct" not in run["ratios"]:
             continue
         ours, direct, ratios = (
@@ -167,26 +190,26 @@ def _append(found: dict[str, Any]) -> list[Table]:
             ["p99 ms", _ms(ours["p99_us"]), _ms(direct["p99_us"]), f"{ratios['p99_us']:.2f}"],
             [
                 "CPU µs",
-                *(_number(of["cpu_us_per_call"]) for of in (ours, direct)),
+                *(_number(figures["cpu_us_per_call"]) for figures in (ours, direct)),
                 f"{ratios['cpu_us_per_call']:.2f}",
             ],
         ]
         columns = ("", "service", "asyncpg", "ratio")
-        made.append(
+        tables.append(
             Table(
-                "One append at a time, beside the same statement by asyncpg directly", columns, rows
+                "One append at a time, compared with the same statement by asyncpg", columns, rows
             )
         )
-    return made
+    return tables
 
 
-def _append_many(found: dict[str, Any]) -> list[Table]:
-    [run] = found["runs"]
+def _append_many(measured: dict[str, Any]) -> list[Table]:
+    [run] = measured["runs"]
     ours = run["medians"]["service"]
-    messages = found["messages_per_call"]
+    messages = measured["messages_per_call"]
     row = [
         str(run["in_flight"]),
-        f"**{_number(found['messages_per_second'])}**",
+        f"**{_number(measured['messages_per_second'])}**",
         _number(ours["calls_per_second"]),
         f"{run['ratios']['echo']['calls_per_second']:.2f}",
         _ms(ours["p50_us"]),
@@ -195,97 +218,108 @@ def _append_many(found: dict[str, Any]) -> list[Table]:
         _number(ours["postgres_us_per_call"] / messages),
     ]
     columns = (
-        "in flight", "messages/s", "calls/s", "share of the echo", "p50 ms", "p99 ms", "CPU µs a message", "PostgreSQL µs a message",
-    )  # fmt: skip
+        "in flight",
+        "messages/s",
+        "calls/s",
+        "share of the echo",
+        "p50 ms",
+        "p99 ms",
+        "CPU µs per message",
+        "PostgreSQL µs per message",
+    )
     return [
         Table(
-            f"AppendMessages, {messages} messages a call", columns, [row], _rows_note(found["rows"])
+            f"AppendMessages, {messages} messages per call",
+            columns,
+            [row],
+            _rows_note(measured["rows"]),
         )
     ]
 
 
-def _reads(found: dict[str, Any]) -> list[Table]:
+def _reads(measured: dict[str, Any]) -> list[Table]:
     return [
         Table(
             f"{method} of 20 messages of 250 bytes",
             _ECHO_COLUMNS,
-            [_compared_with_echo(run) for run in found[method]["runs"]],
+            [_compared_with_echo(run) for run in measured[method]["runs"]],
             plot="latency" if method == "ListMessages" else "",
         )
         for method in ("GetContext", "ListMessages")
     ]
 
 
-def _contention(found: dict[str, Any]) -> list[Table]:
-    [run] = found["runs"]
+def _contention(measured: dict[str, Any]) -> list[Table]:
+    [run] = measured["runs"]
     rows = [
         [name, _number(figures["calls_per_second"]), _ms(figures["p50_us"]), _ms(figures["p99_us"])]
         for name, figures in run["medians"].items()
     ]
     columns = (f"{run['in_flight']} writers on", "appends/s", "p50 ms", "p99 ms")
-    return [Table("Contention", columns, rows, _rows_note(found["rows"]))]
+    return [Table("Contention", columns, rows, _rows_note(measured["rows"]))]
 
 
-def _pooler(found: dict[str, Any]) -> list[Table]:
-    title = "AppendMessages through PgBouncer, transaction mode, beside the direct way"
-    if "skipped" in found:
-        return [Table(title, ("not measured",), [[found["skipped"]]])]
+def _pooler(measured: dict[str, Any]) -> list[Table]:
+    title = "AppendMessages through PgBouncer in transaction mode, compared with no PgBouncer"
+    if "skipped" in measured:
+        return [Table(title, ("not measured",), [[measured["skipped"]]])]
     rows = []
-    for run in found["runs"]:
-        one, other = (run["medians"][name] for name in ("pooled", "direct"))
+    for run in measured["runs"]:
+        pooled, direct = (run["medians"][name] for name in ("pooled", "direct"))
         row = [str(run["in_flight"])]
-        row += [_number(each["calls_per_second"]) for each in (one, other)]
+        row += [_number(figures["calls_per_second"]) for figures in (pooled, direct)]
         row.append(_bold(run["ratios"]["direct"]["calls_per_second"]))
-        row += [_ms(each[what]) for what in ("p50_us", "p99_us") for each in (one, other)]
+        row += [_ms(figures[name]) for name in ("p50_us", "p99_us") for figures in (pooled, direct)]
         rows.append(row)
     columns = ("in flight", "calls/s", "direct", "share", "p50 ms", "direct", "p99 ms", "direct")
-    return [Table(title, columns, rows, _rows_note(found["rows"]))]
+    return [Table(title, columns, rows, _rows_note(measured["rows"]))]
 
 
-def _growth(found: dict[str, Any]) -> list[Table]:
+def _growth(measured: dict[str, Any]) -> list[Table]:
     methods = ("AppendMessages", "GetContext", "ListMessages")
     rows = [
         [
             _number(stored),
-            *(_ms(found[method]["medians"][str(stored)]["p50_us"]) for method in methods),
+            *(_ms(measured[method]["medians"][str(stored)]["p50_us"]) for method in methods),
         ]
-        for stored in found["stored"]
+        for stored in measured["stored"]
     ]
-    fewest = str(found["stored"][0])
+    fewest = str(measured["stored"][0])
     rows.append(
         [
-            "most by fewest",
-            *(_bold(found[method]["ratios"][fewest]["p50_us"]) for method in methods),
+            "largest / smallest",
+            *(_bold(measured[method]["ratios"][fewest]["p50_us"]) for method in methods),
         ]
     )
     columns = ("messages stored", *(f"{method}, p50 ms" for method in methods))
-    return [Table("As the history grows: one call at a time", columns, rows, plot="growth")]
+    return [Table("Growth of the history: one call at a time", columns, rows, plot="growth")]
 
 
-def _long_session(found: dict[str, Any]) -> list[Table]:
-    pages, memory = found["pages"], found["memory"]
-    # The end is what the ratios are of.
-    to_start, to_middle = (pages["ratios"][place]["p50_us"] for place in ("start", "middle"))
+def _long_session(measured: dict[str, Any]) -> list[Table]:
+    pages, memory = measured["pages"], measured["memory"]
+    # The stored ratios are those of the end to the other positions.
+    to_start, to_middle = (pages["ratios"][position]["p50_us"] for position in ("start", "middle"))
     ratios = {"start": 1.0, "middle": to_start / to_middle, "end": to_start}
     rows = [
-        [place, _ms(pages["medians"][place]["p50_us"]), _bold(ratio)]
-        for place, ratio in ratios.items()
+        [position, _ms(pages["medians"][position]["p50_us"]), _bold(ratio)]
+        for position, ratio in ratios.items()
     ]
     steps = ("appends", "context reads", "appends again", "context reads again")
     resident = [
         ["idle", _mb(memory["idle"])],
         *([f"after {step}", _mb(after)] for step, after in zip(steps, memory["load"], strict=True)),
-        ["most under load", _mb(memory["load_peak"])],
+        ["peak under load", _mb(memory["load_peak"])],
         [
-            f"most while a client reads {_number(found['messages'])} messages by pages",
+            f"peak while a client pages through {_number(measured['messages'])} messages",
             _mb(memory["paging_peak"]),
         ],
     ]
-    context = _ms(found["context"]["medians"]["context"]["p50_us"])
+    context = _ms(measured["context"]["medians"]["context"]["p50_us"])
+    size = _number(measured["messages"])
     return [
         Table(
-            f"Pages of 20 in one session of {_number(found['messages'])} messages, one call at a time",
-            ("page at the", "p50 ms", "by the first"),
+            f"Pages of 20 messages in a session of {size}, one call at a time",
+            ("page at the", "p50 ms", "ratio to the first"),
             rows,
             f"GetContext of 20 messages of the same session: p50 {context} ms.",
         ),
@@ -293,13 +327,13 @@ def _long_session(found: dict[str, Any]) -> list[Table]:
     ]
 
 
-def _baseline(found: dict[str, Any]) -> list[Table]:
+def _baseline(measured: dict[str, Any]) -> list[Table]:
     rows = []
     for method, label in (
         ("AppendMessages", "append a message"),
         ("ListMessages", "list 20 messages"),
     ):
-        run = found[method]
+        run = measured[method]
         ours, plain, ratios = (
             run["medians"]["service"],
             run["medians"]["baseline"],
@@ -320,20 +354,29 @@ def _baseline(found: dict[str, Any]) -> list[Table]:
             ]
         )
     columns = (
-        "64 in flight", "calls/s", "FastAPI + ORM", "ratio", "p50 ms", "FastAPI's", "p99 ms", "FastAPI's", "CPU µs", "FastAPI's",
-    )  # fmt: skip
+        "64 in flight",
+        "calls/s",
+        "FastAPI + ORM",
+        "ratio",
+        "p50 ms",
+        "FastAPI + ORM",
+        "p99 ms",
+        "FastAPI + ORM",
+        "CPU µs",
+        "FastAPI + ORM",
+    )
     return [
         Table(
-            "Beside what one would write without the service: FastAPI and SQLAlchemy's ORM",
+            "Compared with a backend of FastAPI and SQLAlchemy's ORM",
             columns,
             rows,
         )
     ]
 
 
-def _variants(found: dict[str, Any]) -> list[Table]:
+def _variants(measured: dict[str, Any]) -> list[Table]:
     rows = []
-    for name, methods in found["variants"].items():
+    for name, methods in measured["variants"].items():
         for method in ("AppendMessages", "GetContext", "ListMessages"):
             run = methods[method]
             ours, plain, ratios = (
@@ -357,43 +400,52 @@ def _variants(found: dict[str, Any]) -> list[Table]:
     columns = (
         "64 in flight",
         "calls/s",
-        "without",
+        "default",
         "ratio",
         "p50 ms",
         "p99 ms",
         "CPU µs",
-        "without",
+        "default",
         "ratio",
     )
-    return [Table("Configured otherwise, beside the service as above", columns, rows)]
+    return [Table("Other configurations, compared with the service as above", columns, rows)]
 
 
-def _pipeline(found: dict[str, Any]) -> list[Table]:
-    [run] = found["runs"]
-    behind, echo = run["medians"]["behind"], run["medians"]["echo"]
+def _pipeline(measured: dict[str, Any]) -> list[Table]:
+    [run] = measured["runs"]
+    pipeline_echo, echo = run["medians"]["pipeline_echo"], run["medians"]["echo"]
     rows = [
         [name, f"{cost:.1f}", f"{cost / echo['cpu_us_per_call']:.1%}"]
-        for name, cost in found["layers"].items()
+        for name, cost in measured["layers"].items()
     ]
-    more = behind["cpu_us_per_call"] - echo["cpu_us_per_call"]
+    added_us = pipeline_echo["cpu_us_per_call"] - echo["cpu_us_per_call"]
     rows.append(
         [
-            "the echo behind all of it, over the wire",
-            f"{more:.1f}",
-            f"{more / echo['cpu_us_per_call']:.1%}",
+            "echo behind the whole pipeline, over the wire",
+            f"{added_us:.1f}",
+            f"{added_us / echo['cpu_us_per_call']:.1%}",
         ]
     )
     return [
         Table(
-            "What every call passes (telemetry is off unless asked for)",
-            ("layer", "CPU µs a call", "of the echo's"),
+            "Cost of the pipeline (telemetry is off by default)",
+            ("layer", "CPU µs per call", "share of the echo"),
             rows,
         )
     ]
 
 
-def _search(found: dict[str, Any]) -> list[Table]:
-    appends, documents, recall = found["appends"], found["documents"], found["recall"]
+def _search(measured: dict[str, Any]) -> list[Table]:
+    figures = [*_document_figures(measured["documents"]), *_recall_figures(measured["recall"])]
+    chunks = _number(measured["documents"]["other_users_chunks"])
+    note = f"The index also contains {chunks} chunks of other users."
+    return [
+        _indexed_appends(measured["appends"]),
+        Table("Search in the embedded default", ("", "figure"), figures, note),
+    ]
+
+
+def _indexed_appends(appends: dict[str, Any]) -> Table:
     medians, ratios = appends["run"]["medians"], appends["run"]["ratios"]["plain"]
     rows = [
         [
@@ -401,10 +453,10 @@ def _search(found: dict[str, Any]) -> list[Table]:
             _number(medians[name]["calls_per_second"]),
             _bold(ratios["calls_per_second"]) if name == "indexed" else "",
             *(_number(medians[name][f"{process}_us_per_call"]) for process in ("cpu", "postgres")),
-            _number(child),
+            _number(child_us),
             _number(medians[name]["load_generator_us_per_call"]),
         ]
-        for name, label, child in (
+        for name, label, child_us in (
             ("indexed", "messages indexed", appends["child_us_per_append"]),
             ("plain", "search off", 0),
         )
@@ -419,49 +471,57 @@ def _search(found: dict[str, Any]) -> list[Table]:
         "load generator µs",
     )
     note = (
-        f"{appends['indexed_meanwhile']:.0%} of the messages were indexed while they came, the rest within "
-        f"{appends['seconds_to_catch_up']:.1f} s after. µs: processor time an append, by process. {_rows_note(appends['rows'])}"
+        f"{appends['indexed_during_load']:.0%} of the messages were indexed during the load, the "
+        f"rest within {appends['seconds_to_catch_up']:.1f} s afterwards. µs: CPU time per append, "
+        f"by process. {_rows_note(appends['rows'])}"
     )
-    p99 = documents["context_p99_us"]
-    figures = [
-        ["documents of 20 chunks indexed a second", f"{documents['documents_per_second']:.0f}"],
-        ["chunks of 800 characters indexed a second", _number(documents["chunks_per_second"])],
+    title = "AppendMessages with message indexing, compared with search off"
+    return Table(title, columns, rows, note)
+
+
+def _document_figures(documents: dict[str, Any]) -> list[list[str]]:
+    p99, ratio = documents["context_p99_us"], documents["context_p99_ratio"]
+    return [
+        ["documents of 20 chunks indexed per second", f"{documents['documents_per_second']:.0f}"],
+        [
+            "chunks of 800 characters indexed per second",
+            _number(documents["chunks_per_second"]),
+        ],
         *(
             [f"SearchDocuments p50 ms, {_number(int(size))} own chunks", f"{p50:.1f}"]
             for size, p50 in documents["search_p50_ms"].items()
         ),
         [
-            "GetContext p99 ms, quiet / while 1,000 chunks are indexed",
-            f"{_ms(p99['quiet'])} / {_ms(p99['indexing'])}: **{documents['context_p99_ratio']:.2f}**",
+            "GetContext p99 ms, at rest / while 1,000 chunks are indexed (ratio)",
+            f"{_ms(p99['quiet'])} / {_ms(p99['indexing'])} (**{ratio:.2f}**)",
         ],
-        ["health ms meanwhile, the slowest", f"{documents['health_worst_ms']:.0f}"],
-        *(
-            [
-                f"right section first / among the first five: {each['questions']:.0f} questions on {each['sections']:.0f} {kind}",
-                f"{each['first']:.2f} / {each['recall_at_5']:.2f}",
-            ]
-            for kind, each in (
-                ("short sections", recall["short"]),
-                ("long ones, alike", recall["long"]),
-            )
-        ),
         [
-            "MB resident, service / search process",
+            "slowest health check while chunks are indexed, ms",
+            f"{documents['health_worst_ms']:.0f}",
+        ],
+        [
+            "resident memory in MB, service / search process",
             " / ".join(_mb(documents["memory"][name]) for name in ("server", "child")),
         ],
     ]
-    others = f"Beside the user's own chunks the index holds {_number(documents['others_chunks'])} of others."
-    return [
-        Table("AppendMessages with messages indexed, beside search off", columns, rows, note),
-        Table("Search, in the embedded default", ("", "figure"), figures, others),
-    ]
+
+
+def _recall_figures(recall: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for kind, name in (("short sections", "short"), ("long, similar sections", "long")):
+        figures = recall[name]
+        size = f"{figures['questions']:.0f} questions on {figures['sections']:.0f} {kind}"
+        label = f"right section first / among the first five, {size}"
+        rows.append([label, f"{figures['first']:.2f} / {figures['recall_at_5']:.2f}"])
+    return rows
 
 
 def _rows_note(rows: dict[str, Any]) -> str:
     hot = rows["hot_updates"] / max(rows["session_updates"], 1)
     return (
-        f"{_number(rows['acknowledged'])} messages acknowledged, {_number(rows['stored'])} rows stored, no session with a gap; "
-        f"{hot:.1%} of {_number(rows['session_updates'])} updates of `chat_sessions` heap-only."
+        f"{_number(rows['acknowledged'])} messages acknowledged, {_number(rows['stored'])} rows "
+        f"stored, no session with a gap. {hot:.1%} of {_number(rows['session_updates'])} updates "
+        "of `chat_sessions` were heap-only."
     )
 
 

@@ -1,4 +1,7 @@
-"""What is measured. Each scenario starts its servers on a database of its own and returns what goes into the file of results."""
+"""The scenarios. Search has a module of its own.
+
+Each scenario starts its servers on a database of its own and returns its part of results.json.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jwt
 from chathistory.v1 import message_pb2
 
 from benchmarks import pipeline_costs, workload
+from benchmarks.bench import SESSIONS, TYPICAL_IN_FLIGHT, Bench, body_count
 from benchmarks.comparison import Comparison, Subject, compare
-from benchmarks.environment import Environment, Server
+from benchmarks.environment import Server
 from benchmarks.load_generator import BenchError, Load
 from benchmarks.search_scenario import search
 from benchmarks.workload import Session
@@ -23,119 +27,17 @@ from service.auth.bearer import SERVICE_SCOPE
 from tests.support import pgbouncer
 from tests.support.pgbouncer import PgBouncer
 
-SESSIONS = 200
 BATCH = 50
-"""Messages in a call that carries many."""
-TYPICAL = 64
-"""Calls in flight where only one number is looked at."""
-_CALLS_PER_SECOND = 12_000
-"""More than any server answers: so many bodies are made."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how much."""
-
-    rounds: int = 5
-    seconds: float = 2.5
-    read_seconds: float = 1.5
-    warmup: float = 0.5
-    in_flight: tuple[int, ...] = (1, 16, 64, 256)
-    stored: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    long_session: int = 1_000_000
-    memory_seconds: float = 20.0
-    chunks: tuple[int, ...] = (1_000, 10_000)
-    """Of one user, when documents are searched."""
-    searches: int = 60
-
-
-FULL = Plan()
-QUICK = Plan(
-    rounds=2, seconds=0.4, read_seconds=0.3, warmup=0.1, in_flight=(1, 64), stored=(10_000, 50_000), long_session=20_000,
-    memory_seconds=1.5, chunks=(500, 1_000), searches=20,
-)  # fmt: skip
-
-
-class ProgressListener(Protocol):
-    """Who is told how far it is."""
-
-    def expect(self, steps: int) -> None:
-        """Take so many more steps into account."""
-
-    def advance(self) -> None:
-        """Note that a step is done."""
-
-
-class Bench:
-    """A plan on a stack."""
-
-    def __init__(self, environment: Environment, plan: Plan, progress: ProgressListener) -> None:
-        self.environment = environment
-        self.plan = plan
-        self.progress = progress
-
-    async def compare(self, subjects: Sequence[Subject], load: Load) -> Comparison:
-        """Compare as the plan says."""
-        rounds = self.plan.rounds
-        self.progress.expect(rounds * len(subjects))
-        return await compare(self.environment, subjects, load, rounds, self.progress.advance)
-
-    def write_load(self, in_flight: int) -> Load:
-        """Return the load of a scenario that writes."""
-        return Load(in_flight, self.plan.seconds, self.plan.warmup)
-
-    def read_load(self, in_flight: int) -> Load:
-        """Return the load of a scenario that reads."""
-        return Load(in_flight, self.plan.read_seconds, self.plan.warmup)
-
-    def append_bodies(
-        self, sessions: Sequence[Session], load: Load, messages: int = 1
-    ) -> workload.Bodies:
-        """Return bodies enough for one load."""
-        return workload.append_bodies(sessions, body_count(load, messages), messages)
-
-    async def new_sessions_in(
-        self, database: str, sessions: int = SESSIONS, messages: int = 0
-    ) -> list[Session]:
-        """Make a database with sessions in it."""
-        await self.environment.new_database(database)
-        keys = workload.new_sessions(sessions)
-        async with self.environment.connect(database) as connection:
-            await workload.seed(connection, keys, messages)
-        return keys
-
-    async def check_rows(self, database: str, acknowledged: int) -> dict[str, Any]:
-        """Compare what is stored with what was acknowledged.
-
-        Raises:
-            BenchError: a message is missing, or there is one too many.
-        """
-        async with self.environment.connect(database) as connection:
-            stored, whole = await workload.count_rows(connection)
-            [(updated, hot)] = await connection.fetch(
-                "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'chat_sessions'"
-            )
-        if stored != acknowledged or not whole:
-            raise BenchError(
-                f"{acknowledged} messages were acknowledged and {stored} are stored; without a gap: {whole}"
-            )
-        return {
-            "acknowledged": acknowledged,
-            "stored": stored,
-            "session_updates": updated,
-            "hot_updates": hot,
-        }
-
-
-def body_count(load: Load, messages: int = 1) -> int:
-    """Return how many bodies are more than a server can take in during a load."""
-    return int(_CALLS_PER_SECOND / messages**0.4 * (load.seconds + load.warmup)) + load.in_flight
+"""Messages per call in the scenario of large appends."""
 
 
 async def append(bench: Bench) -> dict[str, Any]:
-    """Append one message a call; alone also beside the same statement by asyncpg directly."""
+    """Append one message per call.
+
+    With one call in flight, the same statement run by asyncpg directly is measured as well.
+    """
     keys = await bench.new_sessions_in("append")
-    found: list[Comparison] = []
+    results: list[Comparison] = []
     async with (
         bench.environment.service("append") as service,
         bench.environment.reference_server("echo") as echo,
@@ -150,21 +52,21 @@ async def append(bench: Bench) -> dict[str, Any]:
             ]
             if in_flight == 1:
                 subjects.append(Subject("direct", direct, "AppendMessages", bodies))
-            found.append(await bench.compare(subjects, load))
+            results.append(await bench.compare(subjects, load))
     acknowledged = sum(
         result.answered(*(name for name in ("service", "direct") if name in result.rounds))
-        for result in found
+        for result in results
     )
     return {
-        "runs": [result.as_dict() for result in found],
+        "runs": [result.as_dict() for result in results],
         "rows": await bench.check_rows("append", acknowledged),
     }
 
 
 async def append_many(bench: Bench) -> dict[str, Any]:
-    """Append many messages a call."""
+    """Append many messages per call."""
     keys = await bench.new_sessions_in("append_many")
-    load = bench.write_load(TYPICAL)
+    load = bench.write_load(TYPICAL_IN_FLIGHT)
     async with (
         bench.environment.service("append_many") as service,
         bench.environment.reference_server("echo") as echo,
@@ -184,9 +86,9 @@ async def append_many(bench: Bench) -> dict[str, Any]:
 
 
 async def reads(bench: Bench) -> dict[str, Any]:
-    """Read 20 messages: what goes into a prompt, and a page."""
+    """Read 20 messages, as the context of a prompt and as a page of a list."""
     keys = await bench.new_sessions_in("reads", messages=workload.SESSION_MESSAGES)
-    found: dict[str, list[dict[str, Any]]] = {"GetContext": [], "ListMessages": []}
+    runs_by_method: dict[str, list[dict[str, Any]]] = {"GetContext": [], "ListMessages": []}
     async with (
         bench.environment.service("reads") as service,
         bench.environment.reference_server("echo") as echo,
@@ -202,22 +104,22 @@ async def reads(bench: Bench) -> dict[str, Any]:
                 ]
                 result = await bench.compare(subjects, bench.read_load(in_flight))
                 _check_same_replies(result)
-                found[method].append(result.as_dict())
-    return {method: {"runs": runs} for method, runs in found.items()}
+                runs_by_method[method].append(result.as_dict())
+    return {method: {"runs": runs} for method, runs in runs_by_method.items()}
 
 
 def _check_same_replies(result: Comparison) -> None:
     sizes = [result.medians(name).bytes_per_reply for name in result.rounds]
     if max(sizes) > 1.05 * min(sizes):
         raise BenchError(
-            f"the replies of {' and '.join(result.rounds)} are not alike: {sizes} bytes"
+            f"the replies of {' and '.join(result.rounds)} differ in size: {sizes} bytes"
         )
 
 
 async def contention(bench: Bench) -> dict[str, Any]:
-    """Write to one session from many callers, beside as many who write to sessions of their own."""
+    """Compare concurrent appends to one session with concurrent appends to many sessions."""
     keys = await bench.new_sessions_in("contention", SESSIONS + 1)
-    load = bench.write_load(TYPICAL)
+    load = bench.write_load(TYPICAL_IN_FLIGHT)
     async with bench.environment.service("contention") as service:
         subjects = [
             Subject("one session", service, "AppendMessages", bench.append_bodies(keys[:1], load)),
@@ -234,11 +136,14 @@ async def contention(bench: Bench) -> dict[str, Any]:
 
 
 async def pooler(bench: Bench) -> dict[str, Any]:
-    """Append through PgBouncer in transaction mode, beside the direct way, where statements are prepared and kept."""
+    """Compare appends through PgBouncer in transaction mode with appends without it.
+
+    Only the connections without PgBouncer keep prepared statements.
+    """
     if pgbouncer.program() is None:
         return {"skipped": "pgbouncer is not installed (apt-get install pgbouncer)"}
     keys = await bench.new_sessions_in("pooler")
-    found: list[Comparison] = []
+    results: list[Comparison] = []
     with PgBouncer(bench.environment.database_url("postgres")) as bouncer:
         async with (
             bench.environment.service(
@@ -246,24 +151,24 @@ async def pooler(bench: Bench) -> dict[str, Any]:
             ) as pooled,
             bench.environment.service("pooler", "direct") as direct,
         ):
-            for in_flight in (1, TYPICAL):
+            for in_flight in (1, TYPICAL_IN_FLIGHT):
                 load = bench.write_load(in_flight)
                 bodies = bench.append_bodies(keys, load)
                 subjects = [
                     Subject(server.name, server, "AppendMessages", bodies)
                     for server in (pooled, direct)
                 ]
-                found.append(await bench.compare(subjects, load))
-    acknowledged = sum(result.answered("pooled", "direct") for result in found)
+                results.append(await bench.compare(subjects, load))
+    acknowledged = sum(result.answered("pooled", "direct") for result in results)
     return {
-        "runs": [result.as_dict() for result in found],
+        "runs": [result.as_dict() for result in results],
         "rows": await bench.check_rows("pooler", acknowledged),
     }
 
 
 async def growth(bench: Bench) -> dict[str, Any]:
-    """Append and read, one call at a time, with ever more messages stored."""
-    async with AsyncExitStack() as running:
+    """Append and read, one call at a time, on databases of increasing size."""
+    async with AsyncExitStack() as exit_stack:
         keys: dict[str, list[Session]] = {}
         services: dict[str, Server] = {}
         for stored in bench.plan.stored:
@@ -271,11 +176,11 @@ async def growth(bench: Bench) -> dict[str, Any]:
             keys[name] = await bench.new_sessions_in(
                 name, stored // workload.SESSION_MESSAGES, workload.SESSION_MESSAGES
             )
-            services[name] = await running.enter_async_context(
+            services[name] = await exit_stack.enter_async_context(
                 bench.environment.service(name, f"service-{name}")
             )
 
-        async def measured(
+        async def measure(
             method: str, bodies: Callable[[str], workload.Bodies], load: Load
         ) -> dict[str, Any]:
             subjects = [
@@ -289,28 +194,31 @@ async def growth(bench: Bench) -> dict[str, Any]:
         reading, writing = bench.read_load(1), bench.write_load(1)
         return {
             "stored": list(bench.plan.stored),
-            "GetContext": await measured(
+            "GetContext": await measure(
                 "GetContext", lambda name: workload.context_bodies(keys[name]), reading
             ),
-            "ListMessages": await measured(
+            "ListMessages": await measure(
                 "ListMessages", lambda name: workload.list_bodies(keys[name]), reading
             ),
-            "AppendMessages": await measured(
+            "AppendMessages": await measure(
                 "AppendMessages", lambda name: bench.append_bodies(keys[name], writing), writing
             ),
         }
 
 
 async def long_session(bench: Bench) -> dict[str, Any]:
-    """Read one very long session page by page, and pages at its start, middle and end; watch the service's memory."""
+    """Page through a very long session, and measure pages at its start, middle and end.
+
+    The service's memory is sampled under load and while a client reads all pages.
+    """
     sessions = await bench.new_sessions_in("long", messages=workload.SESSION_MESSAGES)
-    [long] = workload.new_sessions(1)
+    [long_session_key] = workload.new_sessions(1)
     async with bench.environment.connect("long") as connection:
-        await workload.seed(connection, [long], bench.plan.long_session)
+        await workload.seed(connection, [long_session_key], bench.plan.long_session)
     async with bench.environment.service("long") as service:
         await asyncio.sleep(2)
         memory: dict[str, Any] = {"idle": service.rss, "load": []}
-        load = Load(TYPICAL, bench.plan.memory_seconds / 4, 0.0)
+        load = Load(TYPICAL_IN_FLIGHT, bench.plan.memory_seconds / 4, 0.0)
         async with _peak_memory(service) as peak:
             for subject in [
                 Subject("service", service, "AppendMessages", bench.append_bodies(sessions, load)),
@@ -323,51 +231,61 @@ async def long_session(bench: Bench) -> dict[str, Any]:
                 memory["load"].append(service.rss)
         memory["load_peak"] = peak()
         async with _peak_memory(service) as peak:
-            tokens = await _page_through(bench, service, long)
+            tokens = await _page_through(bench, service, long_session_key)
         memory["paging_peak"] = peak()
         memory["pages"] = len(tokens)
-        places = {"start": tokens[0], "middle": tokens[len(tokens) // 2], "end": tokens[-1]}
+        page_tokens = {"start": tokens[0], "middle": tokens[len(tokens) // 2], "end": tokens[-1]}
         subjects = [
-            Subject(place, service, "ListMessages", workload.list_bodies([long], token), cycle=True)
-            for place, token in reversed(places.items())
+            Subject(
+                position,
+                service,
+                "ListMessages",
+                workload.list_bodies([long_session_key], token),
+                cycle=True,
+            )
+            for position, token in reversed(page_tokens.items())
         ]
         pages = await bench.compare(subjects, bench.read_load(1))
         context = Subject(
-            "context", service, "GetContext", workload.context_bodies([long]), cycle=True
+            "context",
+            service,
+            "GetContext",
+            workload.context_bodies([long_session_key]),
+            cycle=True,
         )
-        at_end = await bench.compare([context], bench.read_load(1))
+        context_result = await bench.compare([context], bench.read_load(1))
     return {
         "messages": bench.plan.long_session,
         "pages": pages.as_dict(),
-        "context": at_end.as_dict(),
+        "context": context_result.as_dict(),
         "memory": memory,
     }
 
 
 @asynccontextmanager
 async def _peak_memory(server: Server) -> AsyncIterator[Callable[[], int]]:
-    """Watch a server's memory during a block, and say afterwards the most that it was."""
-    most = server.rss
+    """Sample a server's memory during the block and yield a function that returns the peak."""
+    peak_bytes = server.rss
 
     async def watch() -> None:
-        nonlocal most
+        nonlocal peak_bytes
         while True:
-            most = max(most, server.rss)
+            peak_bytes = max(peak_bytes, server.rss)
             await asyncio.sleep(0.05)
 
     task = asyncio.create_task(watch())
     try:
-        yield lambda: most
+        yield lambda: peak_bytes
     finally:
         task.cancel()
 
 
 async def _page_through(bench: Bench, service: Server, session: Session) -> list[str]:
-    """Read a session whole as a client does; return the token of every page, the first one's being empty."""
+    """Read all pages of a session as a client does and return their tokens, the first one empty."""
     page_size = 1000
     bench.progress.expect(bench.plan.long_session // page_size)
     tokens = [""]
-    read = 0
+    message_count = 0
     async with service.stub() as stub:
         while True:
             reply = await stub.ListMessages(
@@ -380,22 +298,26 @@ async def _page_through(bench: Bench, service: Server, session: Session) -> list
                 timeout=30,
             )
             for message in reply.messages:
-                read += 1
-                if message.seq != read:
-                    raise BenchError(f"message {read} of the long session came as {message.seq}")
+                message_count += 1
+                if message.seq != message_count:
+                    raise BenchError(
+                        f"long session: expected seq {message_count}, got {message.seq}"
+                    )
             bench.progress.advance()
             if not reply.next_page_token:
                 break
             tokens.append(reply.next_page_token)
-    if read != bench.plan.long_session:
-        raise BenchError(f"{read} messages of the long session were read")
+    if message_count != bench.plan.long_session:
+        raise BenchError(
+            f"long session: read {message_count} of {bench.plan.long_session} messages"
+        )
     return tokens
 
 
 async def baseline(bench: Bench) -> dict[str, Any]:
-    """Measure what one would write without the service."""
+    """Compare the service with FastAPI and SQLAlchemy's ORM on the same tables."""
     keys = await bench.new_sessions_in("baseline", messages=workload.SESSION_MESSAGES)
-    writing, reading = bench.write_load(TYPICAL), bench.read_load(TYPICAL)
+    writing, reading = bench.write_load(TYPICAL_IN_FLIGHT), bench.read_load(TYPICAL_IN_FLIGHT)
     async with (
         bench.environment.service("baseline") as service,
         bench.environment.reference_server("baseline", "baseline") as plain,
@@ -428,17 +350,20 @@ async def baseline(bench: Bench) -> dict[str, Any]:
 
 
 async def pipeline(bench: Bench) -> dict[str, Any]:
-    """Measure what every call passes: each layer in this process, and all of it around the echo."""
+    """Measure the pipeline that every call passes.
+
+    Each layer is measured in this process, and the whole pipeline around the echo over the wire.
+    """
     costs = await pipeline_costs.measure()
-    load = bench.write_load(TYPICAL)
+    load = bench.write_load(TYPICAL_IN_FLIGHT)
     bodies = workload.append_bodies(workload.new_sessions(SESSIONS), body_count(load))
     async with (
-        bench.environment.reference_server("behind") as behind,
+        bench.environment.reference_server("pipeline_echo") as pipeline_echo,
         bench.environment.reference_server("echo") as echo,
     ):
         subjects = [
             Subject(server.name, server, "AppendMessages", bodies, cycle=True)
-            for server in (behind, echo)
+            for server in (pipeline_echo, echo)
         ]
         result = await bench.compare(subjects, load)
     return {"layers": costs, "runs": [result.as_dict()]}
@@ -446,15 +371,15 @@ async def pipeline(bench: Bench) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """The service, configured otherwise."""
+    """A configuration of the service that differs from the default."""
 
     settings: dict[str, str]
     headers: Sequence[str] = ()
-    """What calls carry then."""
+    """Metadata of the calls, each as `name:value`."""
 
 
 def with_jwt() -> Variant:
-    """Return the variant whose callers prove who they are; the caller is a service, the same in every call."""
+    """Return the variant with JWT identity. Every call carries the same service token."""
     key = secrets.token_urlsafe(48)
     claims = {"sub": "bench", "scope": SERVICE_SCOPE, "exp": int(time.time()) + 24 * 3600}
     token = jwt.encode(claims, key, algorithm="HS256")
@@ -463,7 +388,7 @@ def with_jwt() -> Variant:
 
 
 def with_search_and_jwt() -> Variant:
-    """Return the variant of a service that does all it can: search by meaning too."""
+    """Return the variant with JWT identity and semantic search."""
     identity = with_jwt()
     return Variant(identity.settings | {"CHAT_HISTORY_SEARCH": "on"}, identity.headers)
 
@@ -475,19 +400,21 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
 
 
 async def variants(bench: Bench) -> dict[str, Any]:
-    """Measure the service configured otherwise, beside itself as in the other scenarios."""
+    """Compare the service in other configurations with the service as in the other scenarios."""
     keys = await bench.new_sessions_in("variants", messages=workload.SESSION_MESSAGES)
-    writing, reading = bench.write_load(TYPICAL), bench.read_load(TYPICAL)
+    writing, reading = bench.write_load(TYPICAL_IN_FLIGHT), bench.read_load(TYPICAL_IN_FLIGHT)
     count = body_count(writing)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     acknowledged = SESSIONS * workload.SESSION_MESSAGES
-    for number, (name, make) in enumerate(VARIANTS.items()):
-        variant = make()
+    for number, (name, new_variant) in enumerate(VARIANTS.items()):
+        variant = new_variant()
         async with (
-            bench.environment.service("variants") as plain,
-            bench.environment.service("variants", f"variant-{number}", **variant.settings) as other,
+            bench.environment.service("variants") as default,
+            bench.environment.service(
+                "variants", f"variant-{number}", **variant.settings
+            ) as configured,
         ):
-            found[name] = {}
+            results[name] = {}
             for method, bodies, load in (
                 ("GetContext", workload.context_bodies(keys), reading),
                 ("ListMessages", workload.list_bodies(keys), reading),
@@ -495,13 +422,15 @@ async def variants(bench: Bench) -> dict[str, Any]:
             ):
                 cycle = method != "AppendMessages"
                 subjects = [
-                    Subject("variant", other, method, bodies, cycle=cycle, headers=variant.headers),
-                    Subject("service", plain, method, bodies, cycle=cycle),
+                    Subject(
+                        "variant", configured, method, bodies, cycle=cycle, headers=variant.headers
+                    ),
+                    Subject("service", default, method, bodies, cycle=cycle),
                 ]
                 result = await bench.compare(subjects, load)
-                found[name][method] = result.as_dict()
+                results[name][method] = result.as_dict()
                 acknowledged += 0 if cycle else result.answered("variant", "service")
-    return {"variants": found, "rows": await bench.check_rows("variants", acknowledged)}
+    return {"variants": results, "rows": await bench.check_rows("variants", acknowledged)}
 
 
 SCENARIOS: dict[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {
@@ -517,3 +446,4 @@ SCENARIOS: dict[str, Callable[[Bench], Awaitable[dict[str, Any]]]] = {
     "variants": variants,
     "search": search,
 }
+"""All scenarios, in the order in which they run."""

@@ -1,4 +1,4 @@
-"""What is stored and what is sent: seeded sessions, and files of request bodies for the driver."""
+"""The workload: sessions stored before a run, and request bodies for the load generator."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import uuid_utils
 from chathistory.v1 import message_pb2
 
 _PROSE = (
-    "Could you look again at the plan for the move to the new office, and tell me which of the three dates would leave "
-    "enough time for the cabling? The lease ends in March, the installers ask for two weeks' notice, and I would rather "
-    "not pay for both places longer than needed; if none of them works, say so and propose another one. Thank you!"
+    "Could you look again at the plan for the move to the new office, and find out which of the "
+    "three dates would leave enough time for the cabling? The lease ends in March, the installers "
+    "ask for two weeks' notice, and I would rather not pay for both places longer than needed; if "
+    "none of them works, say so and propose another one. Thank you!"
 )
 APPEND_CONTENT = _PROSE[:300].ljust(300, ".")
 READ_CONTENT = _PROSE[:250]
@@ -44,11 +45,11 @@ class Session(NamedTuple):
 
 
 Bodies = Callable[[Path], Path]
-"""Writes a file of request bodies into a folder and returns it."""
+"""Writes a file of request bodies into a folder and returns its path."""
 
 
 def new_sessions(count: int, per_user: int = 4) -> list[Session]:
-    """Make up ids, as the client library makes them (version 7)."""
+    """Return keys of new sessions, with ids of version 7 as the client library generates them."""
     users = [str(uuid_utils.uuid7()) for _ in range(-(-count // per_user))]
     return [Session(users[n // per_user], str(uuid_utils.uuid7())) for n in range(count)]
 
@@ -56,13 +57,14 @@ def new_sessions(count: int, per_user: int = 4) -> list[Session]:
 async def seed(
     connection: asyncpg.Connection, sessions: Sequence[Session], messages: int = 0
 ) -> None:
-    """Store sessions with so many messages each.
+    """Store sessions with `messages` messages each.
 
-    The sessions' messages are stored in turn, as they come in life: those of one session lie on different pages.
+    The messages of different sessions are interleaved, as after real traffic, so the messages of
+    one session are on many pages of the table.
     """
     user_ids = list(dict.fromkeys(session.user_id for session in sessions))
     keys = [session.user_id for session in sessions], [session.id for session in sessions]
-    # Foreign keys are not looked up for each row: what is stored here fits.
+    # Skips the check of foreign keys for each row; the rows are consistent.
     await connection.execute("SET session_replication_role = replica")
     await connection.execute(
         "INSERT INTO users (id, fingerprint) SELECT unnest($1::uuid[]), ''", user_ids
@@ -70,18 +72,23 @@ async def seed(
     await connection.execute(
         """
         INSERT INTO chat_sessions (user_id, id, last_seq, message_count, fingerprint)
-        SELECT user_id, id, $3::bigint, $3::bigint, '' FROM unnest($1::uuid[], $2::uuid[]) AS s (user_id, id)
+        SELECT user_id, id, $3::bigint, $3::bigint, ''
+        FROM unnest($1::uuid[], $2::uuid[]) AS s (user_id, id)
         """,
         *keys,
         messages,
     )
     await connection.execute(
         """
-        INSERT INTO chat_messages (user_id, session_id, seq, id, role, content, token_estimate, size, fingerprint)
-        SELECT user_id, session_id, seq, uuidv7(), 1 + (seq + 1) % 2, $4::text, $5, $6, decode(md5(seq::text), 'hex')
+        INSERT INTO chat_messages (
+            user_id, session_id, seq, id, role, content, token_estimate, size, fingerprint
+        )
+        SELECT user_id, session_id, seq, uuidv7(), 1 + (seq + 1) % 2, $4::text, $5, $6,
+               decode(md5(seq::text), 'hex')
         FROM (
             SELECT s.user_id, s.id AS session_id, seq
-            FROM generate_series(1, $3::bigint) AS seq, unnest($1::uuid[], $2::uuid[]) AS s (user_id, id)
+            FROM generate_series(1, $3::bigint) AS seq,
+                 unnest($1::uuid[], $2::uuid[]) AS s (user_id, id)
             ORDER BY seq
         ) AS m
         """,
@@ -97,23 +104,26 @@ async def seed(
 
 
 async def count_rows(connection: asyncpg.Connection) -> tuple[int, bool]:
-    """Return how many messages are stored, and whether every session holds 1 to `last_seq` without a gap."""
+    """Return the number of stored messages, and whether every session is numbered without gaps."""
     [row] = await connection.fetch(
         """
-        SELECT coalesce(sum(n), 0)::bigint AS rows, bool_and(n = last_seq AND n = message_count AND n = newest) AS whole
+        SELECT coalesce(sum(n), 0)::bigint AS rows,
+               bool_and(n = last_seq AND n = message_count AND n = newest) AS is_gapless
         FROM (
-            SELECT s.last_seq, s.message_count, count(m.seq) AS n, coalesce(max(m.seq), 0) AS newest
-            FROM chat_sessions AS s LEFT JOIN chat_messages AS m ON m.user_id = s.user_id AND m.session_id = s.id
+            SELECT s.last_seq, s.message_count, count(m.seq) AS n,
+                   coalesce(max(m.seq), 0) AS newest
+            FROM chat_sessions AS s
+            LEFT JOIN chat_messages AS m ON m.user_id = s.user_id AND m.session_id = s.id
             GROUP BY s.user_id, s.id
         ) AS counted
         """,
         timeout=600,
     )
-    return row["rows"], row["whole"]
+    return row["rows"], row["is_gapless"]
 
 
 def write_records(path: Path, records: Iterable[bytes]) -> Path:
-    """Write what the driver reads: records, each after its length."""
+    """Write a file for the load generator: records, each after its length."""
     with path.open("wb") as file:
         file.writelines(
             part for record in records for part in (struct.pack("<I", len(record)), record)
@@ -122,7 +132,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> Path:
 
 
 def append_request() -> bytes:
-    """Return one append of one message."""
+    """Return the body of an append of one message."""
     [session] = new_sessions(1)
     message = message_pb2.Message(
         id=str(uuid_utils.uuid7()), role=message_pb2.ROLE_USER, content=APPEND_CONTENT
@@ -134,7 +144,7 @@ def append_request() -> bytes:
 
 
 def append_bodies(sessions: Sequence[Session], count: int, messages: int = 1) -> Bodies:
-    """Append in turn to the sessions, every message with an id of its own."""
+    """Return `count` appends to the sessions in turn. Every message has a new id."""
     return _with_new_ids(
         "append",
         count,
@@ -155,20 +165,24 @@ def append_bodies(sessions: Sequence[Session], count: int, messages: int = 1) ->
 
 
 def _with_new_ids(name: str, count: int, bodies: Sequence[bytes]) -> Bodies:
-    """Write bodies in turn, with a new id wherever the place for one is: the generated code would take longer than the calls."""
-    pieces = [body.split(_ID_PLACEHOLDER.encode()) for body in bodies]
+    """Write `count` of the bodies in turn, with a new id for each placeholder.
 
-    def filled(around: list[bytes]) -> bytes:
-        made = [around[0]]
-        for piece in around[1:]:
-            made += (str(uuid_utils.uuid7()).encode(), piece)
-        return b"".join(made)
+    Serializing every request with the generated code would take longer than the calls.
+    """
+    templates = [body.split(_ID_PLACEHOLDER.encode()) for body in bodies]
+
+    def fill(template: list[bytes]) -> bytes:
+        parts = [template[0]]
+        for part in template[1:]:
+            parts += (str(uuid_utils.uuid7()).encode(), part)
+        return b"".join(parts)
 
     def write(folder: Path) -> Path:
-        # Another start at every file, so that a database with many sessions is not met at the same ones again and again.
-        start = random.randrange(len(pieces))  # noqa: S311 - no secret
-        turns = islice(cycle(pieces[start:] + pieces[:start]), count)
-        return write_records(folder / name, (filled(around) for around in turns))
+        # Every file starts at another session. Otherwise short runs would only use the first
+        # sessions of a large database.
+        start = random.randrange(len(templates))  # noqa: S311 - no secret
+        turns = islice(cycle(templates[start:] + templates[:start]), count)
+        return write_records(folder / name, (fill(template) for template in turns))
 
     return write
 
@@ -182,7 +196,7 @@ def _in_turn(name: str, bodies: list[bytes]) -> Bodies:
 
 
 def context_bodies(sessions: Sequence[Session]) -> Bodies:
-    """One GetContext a session."""
+    """Return one GetContext for each session."""
     requests = (
         message_pb2.GetContextRequest(
             user_id=session.user_id, session_id=session.id, max_messages=READ_MESSAGES
@@ -193,7 +207,7 @@ def context_bodies(sessions: Sequence[Session]) -> Bodies:
 
 
 def list_bodies(sessions: Sequence[Session], page_token: str = "") -> Bodies:
-    """One ListMessages a session."""
+    """Return one ListMessages for each session."""
     requests = (
         message_pb2.ListMessagesRequest(
             user_id=session.user_id,
@@ -207,7 +221,7 @@ def list_bodies(sessions: Sequence[Session], page_token: str = "") -> Bodies:
 
 
 def http_append_bodies(sessions: Sequence[Session], count: int) -> Bodies:
-    """Append as the baseline takes it: in turn, every message with an id of its own."""
+    """Return `count` appends to the sessions in turn, as HTTP requests to the baseline."""
     body = json.dumps({"id": _ID_PLACEHOLDER, "role": 1, "content": APPEND_CONTENT})
     return _with_new_ids(
         "http-append", count, [_http("POST", _messages_path(session), body) for session in sessions]
@@ -215,7 +229,7 @@ def http_append_bodies(sessions: Sequence[Session], count: int) -> Bodies:
 
 
 def http_list_bodies(sessions: Sequence[Session]) -> Bodies:
-    """List as the baseline takes it."""
+    """Return one list request for each session, as HTTP requests to the baseline."""
     paths = (f"{_messages_path(session)}?limit={READ_MESSAGES}" for session in sessions)
     return _in_turn("http-list", [_http("GET", path) for path in paths])
 
@@ -225,8 +239,8 @@ def _messages_path(session: Session) -> str:
 
 
 def _http(method: str, path: str, body: str = "") -> bytes:
-    sent = body.encode()
+    content = body.encode()
     head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\naccept: application/json\r\n"
-    if sent:
-        head += f"content-type: application/json\r\ncontent-length: {len(sent)}\r\n"
-    return f"{head}\r\n".encode() + sent
+    if content:
+        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n"
+    return f"{head}\r\n".encode() + content

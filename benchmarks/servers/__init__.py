@@ -1,1 +1,1 @@
-"""The processes that are measured. Each prints its address on a line of its own when it serves, and ends at SIGTERM."""
+"""Reference servers. Each prints its address on a line when it serves, and stops at SIGTERM."""

@@ -1,6 +1,7 @@
-"""What one would write without the service: FastAPI, Pydantic and SQLAlchemy's ORM over asyncpg, on the same tables.
+"""The baseline: a backend with FastAPI, Pydantic and SQLAlchemy's ORM, on the same tables.
 
-Written as their documentation writes it: a session a request, the chat session's row locked for the next `seq`, one commit.
+It follows their documentation: one ORM session per request, a lock on the chat session's row for
+the next `seq`, and one commit. The driver is asyncpg.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _new_session = async_sessionmaker(_engine, expire_on_commit=False)
 
 
 class Base(DeclarativeBase):
-    """What is mapped."""
+    """Base of the mapped classes."""
 
 
 class ChatSession(Base):
@@ -44,9 +45,9 @@ class ChatSession(Base):
 class ChatMessage(Base):
     """A message's row."""
 
-    # `metadata` is taken by SQLAlchemy's own.
+    # SQLAlchemy reserves the attribute name `metadata`.
     __table__ = tables.chat_messages
-    __mapper_args__ = {"exclude_properties": ["metadata"]}  # noqa: RUF012 - as SQLAlchemy reads it
+    __mapper_args__ = {"exclude_properties": ["metadata"]}  # noqa: RUF012 - required by SQLAlchemy
 
 
 class MessageIn(BaseModel):
@@ -58,7 +59,7 @@ class MessageIn(BaseModel):
 
 
 class MessageOut(BaseModel):
-    """A message that is stored."""
+    """A stored message."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -71,7 +72,7 @@ class MessageOut(BaseModel):
 
 
 class AppendResult(BaseModel):
-    """Where a message stands."""
+    """Sequence number and time of a stored message."""
 
     id: UUID
     seq: int
@@ -88,7 +89,7 @@ Database = Annotated[AsyncSession, Depends(_database)]
 
 @app.post("/users/{user_id}/sessions/{session_id}/messages")
 async def append(
-    user_id: UUID, session_id: UUID, sent: MessageIn, database: Database
+    user_id: UUID, session_id: UUID, new: MessageIn, database: Database
 ) -> AppendResult:
     """Append a message."""
     key = {"user_id": str(user_id), "id": str(session_id)}
@@ -103,11 +104,11 @@ async def append(
         user_id=str(user_id),
         session_id=str(session_id),
         seq=chat.last_seq,
-        id=str(sent.id),
-        role=sent.role,
-        content=sent.content,
-        token_estimate=estimated_tokens(sent.content),
-        size=reply_size(sent.content),
+        id=str(new.id),
+        role=new.role,
+        content=new.content,
+        token_estimate=estimated_tokens(new.content),
+        size=reply_size(new.content),
         created_at=now,
         updated_at=now,
         fingerprint=b"0123456789abcdef",
@@ -138,7 +139,7 @@ async def _main() -> None:
         app, http="httptools", loop="uvloop", log_level="warning", access_log=False
     )
     server = uvicorn.Server(config)
-    # It listens already: who connects before the server takes over waits a moment.
+    # The socket listens already, so early connections wait until the server accepts them.
     announce_address(f"127.0.0.1:{listening.getsockname()[1]}")
     await server.serve(sockets=[listening])
     await _engine.dispose()

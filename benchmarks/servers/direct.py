@@ -1,9 +1,9 @@
-"""The least that an append can cost when it comes alone: a servicer that runs the same statement by asyncpg directly.
+"""The lower bound of an append: a servicer that runs the same statement by asyncpg, one at a time.
 
-No pipeline, no queue, no SQLAlchemy; one connection, kept open.
+It has no pipeline, no queue and no SQLAlchemy, and keeps one connection open.
 """
 
-# ruff: noqa: N802, ARG002 - as gRPC names and calls the methods of a servicer
+# ruff: noqa: N802, ARG002 - gRPC determines the names and arguments of the methods
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from service.store.append.sql import APPEND, append_arguments
 
 
 class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
-    """Appends messages; does nothing else."""
+    """Appends messages and implements nothing else."""
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
-        self._free = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def AppendMessages(
         self, request: message_pb2.AppendMessagesRequest, context: Any
@@ -33,23 +33,23 @@ class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
         """Store the messages."""
         new = [
             NewMessage(
-                id=sent.id,
-                role=sent.role,
-                content=sent.content,
+                id=message.id,
+                role=message.role,
+                content=message.content,
                 parts=None,
                 metadata=None,
                 token_count=None,
-                token_estimate=estimated_tokens(sent.content),
-                size=reply_size(sent.content),
+                token_estimate=estimated_tokens(message.content),
+                size=reply_size(message.content),
                 author="",
                 feedback_score=None,
                 feedback_comment=None,
                 fingerprint=b"0123456789abcdef",
             )
-            for sent in request.messages
+            for message in request.messages
         ]
         item = Append(request.user_id, request.session_id, new, 0.0)
-        async with self._free:
+        async with self._lock:
             [row] = await self._connection.fetch(
                 APPEND.text, *append_arguments([item], LOCK_TIMEOUT)
             )

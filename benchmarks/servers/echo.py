@@ -1,6 +1,6 @@
-"""The ceiling: a `grpc.aio` servicer that does nothing but build the same replies from memory."""
+"""The upper bound: a `grpc.aio` servicer that only builds the same replies from memory."""
 
-# ruff: noqa: N802, ARG002 - as gRPC names and calls the methods of a servicer
+# ruff: noqa: N802, ARG002 - gRPC determines the names and arguments of the methods
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from chathistory.v1 import chat_history_service_pb2_grpc, message_pb2, session_p
 from benchmarks.servers.lifecycle import run, serve
 from benchmarks.workload import READ_CONTENT, READ_MESSAGES, SESSION_MESSAGES, estimated_tokens
 
-# A page as a store would hand it out.
+# The rows of a page, as a store returns them.
 _ROWS = [
     (str(uuid.uuid4()), seq, 1 + (seq + 1) % 2, READ_CONTENT) for seq in range(1, READ_MESSAGES + 1)
 ]
-# Timestamp fields take this; of the ways to fill them it is the fastest plain one.
+# The fastest plain way to set a Timestamp field.
 _TIME: Any = {"seconds": int(time.time()), "nanos": 123_456_000}
 _ETAG = "644f5ab6a2f40.1"
 _TOKEN = "x" * 38
@@ -40,7 +40,7 @@ def _add_messages(
 
 
 class Echo(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
-    """Builds replies; keeps nothing."""
+    """Builds replies and stores nothing."""
 
     def __init__(self) -> None:
         self._seq = 0
@@ -48,7 +48,7 @@ class Echo(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
     async def AppendMessages(
         self, request: message_pb2.AppendMessagesRequest, context: Any
     ) -> message_pb2.AppendMessagesResponse:
-        """Say that the messages are stored."""
+        """Return sequence numbers as if the messages were stored."""
         reply = message_pb2.AppendMessagesResponse(session_id=request.session_id)
         for message in request.messages:
             self._seq += 1

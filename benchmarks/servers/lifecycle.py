@@ -1,4 +1,4 @@
-"""What the servers have in common: the event loop, the address, the end."""
+"""The life cycle of a reference server: run, announce the address, serve, stop at a signal."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from grpc import aio
 
 
 def announce_address(address: str) -> None:
-    """Tell the process that waits for it where this one listens."""
+    """Print the address for the process that waits for it."""
     sys.stdout.write(f"{address}\n")
     sys.stdout.flush()
 
 
 async def wait_for_stop_signal() -> None:
     """Wait for SIGTERM or SIGINT."""
-    told = asyncio.Event()
+    is_stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, told.set)
-    await told.wait()
+        asyncio.get_running_loop().add_signal_handler(number, is_stopping.set)
+    await is_stopping.wait()
 
 
 async def serve(servicer: chat_history_service_pb2_grpc.ChatHistoryServiceServicer) -> None:
-    """Serve a plain generated servicer, with nothing around it."""
+    """Serve a generated servicer, without the service's pipeline."""
     server = aio.server()
     chat_history_service_pb2_grpc.add_ChatHistoryServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -39,10 +39,10 @@ async def serve(servicer: chat_history_service_pb2_grpc.ChatHistoryServiceServic
 
 
 def run(main: Coroutine[object, object, None]) -> None:
-    """Run a server to its end."""
+    """Run a server until it stops."""
     uvloop.run(main)
 
 
 def database_url() -> str:
-    """Return the database that the server is given."""
+    """Return the connection string of the server's database."""
     return os.environ["DATABASE_URL"]

@@ -1,4 +1,4 @@
-"""The echo behind the service's own pipeline: what every call passes, and nothing else of the service."""
+"""The echo behind the service's own pipeline, without any other part of the service."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from service.rpc.servicer import DESCRIPTOR
 
 
 def pipeline(**parts: Any) -> Pipeline:
-    """Return the pipeline as the service makes it, metrics off and identity none, but for the parts given."""
-    made: dict[str, Any] = {
+    """Return the service's pipeline without metrics and identity, with the arguments in `parts`."""
+    arguments: dict[str, Any] = {
         "authenticate": trust,
         "calls": Admission(1024),
         "streams": StreamAdmission(1024, 128),
         "call_timeout": 30.0,
     }
-    return Pipeline(**(made | parts))
+    return Pipeline(**(arguments | parts))
 
 
 async def _serve() -> None:
     server = aio.server()
-    # The echo's methods take a context and make nothing of it; the pipeline hands them a Call.
+    # The echo's methods ignore their second argument, so the pipeline may pass a Call.
     handlers = pipeline().handlers(DESCRIPTOR, Echo())  # type: ignore[abstract]
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
