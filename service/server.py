@@ -33,7 +33,7 @@ from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.watch import WatchHub
-from service.telemetry import Metrics
+from service.telemetry.metrics import Metrics
 
 LINGER = 0.5
 """Seconds for which a server that is in use still refuses new calls, and the last answers are carried away, before it hangs up."""

@@ -55,7 +55,7 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
     from service.embedded.postgres import EmbeddedPostgres
     from service.portability.transfer import TransferError
     from service.store.db.database import DATABASE_ERRORS
-    from service.telemetry import configure_logging
+    from service.telemetry.logs import configure_logging
 
     def on(target: Target) -> Counts:
         try:

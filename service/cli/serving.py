@@ -119,7 +119,7 @@ def _serve(
     announce: Callable[[str], None] | None = None,
 ) -> None:
     from service import server
-    from service.telemetry import configure_logging
+    from service.telemetry.logs import configure_logging
 
     def on_ready(address: str) -> None:
         if announce is not None:

@@ -23,7 +23,7 @@ from service.store import documents, importing
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.importing import ImportedMessage
-from service.telemetry import audit
+from service.telemetry.logs import audit
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -17,7 +17,7 @@ from service.auth.caller import Caller, is_uuid
 from service.errors import PermissionDenied, ServiceError
 from service.rpc.call import Call, StreamMethod, UnaryMethod
 from service.rpc.policies import AuditRule
-from service.telemetry import audit
+from service.telemetry.logs import audit
 
 REPEAT_AFTER_S = 3600.0
 """The same act is recorded again only after this time."""

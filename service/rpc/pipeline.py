@@ -31,7 +31,7 @@ from service.rpc.audit import AuditTrail
 from service.rpc.call import Call, StreamMethod, UnaryMethod
 from service.rpc.policies import POLICIES, Access
 from service.store.db.db_errors import to_service_error
-from service.telemetry import Observer
+from service.telemetry.metrics import CallObserver
 
 _log = structlog.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class Pipeline:
         calls: Admission,
         streams: StreamAdmission,
         call_timeout: float,
-        observe: Observer | None = None,
+        observe: CallObserver | None = None,
         audit: AuditTrail | None = None,
     ) -> None:
         """Take the steps.

@@ -9,7 +9,7 @@ import uvloop
 from service import server
 from service.config import Settings
 from service.store.db.dsn import parse
-from service.telemetry import configure_logging
+from service.telemetry.logs import configure_logging
 
 
 def main() -> None:

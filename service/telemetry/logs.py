@@ -1,0 +1,48 @@
+"""Structured logs and the audit trail.
+
+Log lines carry ids, never message text and never a connection string.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+
+
+def configure_logging(level: str, style: Literal["auto", "console", "json"]) -> None:
+    """Write log lines to standard error.
+
+    Args:
+        level: Lowest severity that is written.
+        style: `console` for terminals, `json` for one JSON object a line, `auto` to choose by
+            whether standard error is a terminal.
+    """
+    console = sys.stderr.isatty() if style == "auto" else style == "console"
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if console else [structlog.processors.dict_tracebacks]),
+            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[level.upper()]
+        ),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+# The audit trail is written at every log level.
+_audit = structlog.wrap_logger(
+    None, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET)
+)
+
+
+def audit(**fields: str | int) -> None:
+    """Write one line of the audit trail: actor, action, owner and outcome. Ids only."""
+    _audit.info("audit", **fields)

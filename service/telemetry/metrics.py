@@ -1,0 +1,75 @@
+"""Prometheus metrics. They cost nothing while `CHAT_HISTORY_METRICS_LISTEN` is not set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+
+
+class CallObserver(Protocol):
+    """Callback invoked once for each finished call: its method, status and duration in seconds."""
+
+    def __call__(self, method: str, code: grpc.StatusCode, seconds: float, /) -> None:
+        """Record one finished call."""
+
+
+class Metrics:
+    """A Prometheus registry and the HTTP endpoint that serves it."""
+
+    def __init__(
+        self, host: str, port: int, gauges: dict[str, tuple[str, Callable[[], float]]]
+    ) -> None:
+        """Serve the metrics.
+
+        Args:
+            host: Address to listen on.
+            port: Port to listen on; 0 selects a free port.
+            gauges: Help text and reader of each gauge, by name.
+
+        Raises:
+            OSError: The address cannot be listened on.
+        """
+        # Imported here so that a service without metrics does not load the package.
+        from prometheus_client import (  # noqa: PLC0415
+            GC_COLLECTOR,
+            PLATFORM_COLLECTOR,
+            PROCESS_COLLECTOR,
+            CollectorRegistry,
+            Counter,
+            Gauge,
+            Histogram,
+            start_http_server,
+        )
+
+        registry = CollectorRegistry()
+        for collector in (GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR):
+            registry.register(collector)
+        self._handled = Counter(
+            "grpc_server_handled",
+            "Finished calls by status.",
+            ["grpc_method", "grpc_code"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "grpc_server_handling_seconds",
+            "Duration of calls.",
+            ["grpc_method"],
+            registry=registry,
+        )
+        for name, (meaning, read) in gauges.items():
+            Gauge(name, meaning, registry=registry).set_function(read)
+        self._server, self._thread = start_http_server(port, host, registry)
+        self.port: int = self._server.server_port
+
+    def observe(self, method: str, code: grpc.StatusCode, seconds: float) -> None:
+        """Count one finished call. Implements `CallObserver`."""
+        self._handled.labels(method, code.name).inc()
+        self._seconds.labels(method).observe(seconds)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
