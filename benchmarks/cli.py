@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import machine, overload, report, workload
+from benchmarks import machine, overload, pairs, report, workload
 from benchmarks.bench import FULL, QUICK, SESSIONS, Bench, body_count
 from benchmarks.comparison import Comparison, Subject, compare
 from benchmarks.environment import WORK_DIR, Environment
@@ -226,6 +227,36 @@ async def _overload() -> None:
     table = overload.table(phases)
     console.print(table.rich())
     console.print(table.markdown(), markup=False, highlight=False)
+
+
+@app.command("pairs")
+def compare_trees(
+    *,
+    before: Annotated[Path, typer.Option(help="Source tree of the earlier version.")],
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Some of {', '.join(pairs.KINDS)}.")
+    ] = None,
+    count: Annotated[int, typer.Option("--pairs", help="Pairs of measurements.")] = 7,
+    in_flight: InFlight = 64,
+    seconds: Seconds = 3.0,
+    connections: Connections = 8,
+) -> None:
+    """Compare this tree with an earlier one, pair by pair."""
+    unknown = set(only or ()) - set(pairs.KINDS)
+    if unknown:
+        raise typer.BadParameter(f"unknown kind of call: {', '.join(sorted(unknown))}")
+    load = Load(in_flight, seconds, connections=connections)
+    _run(_pairs(before.resolve(), only or pairs.KINDS, count, load))
+
+
+async def _pairs(before: Path, kinds: Sequence[str], count: int, load: Load) -> None:
+    async with Environment() as environment:
+        with _progress() as progress:
+            task = progress.add_task("pairs", total=2 * count * len(kinds))
+            results = await pairs.run(
+                environment, before, kinds, count, load, lambda: progress.advance(task)
+            )
+    console.print(pairs.table(results, load))
 
 
 async def _append(
