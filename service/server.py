@@ -101,7 +101,9 @@ class Server:
         self.database.on_suspected_outage = self.readiness.request_probe
         self.search = search = self._make_search()
         self.health = Health(
-            self.database, self.readiness, (lambda: search.healthy) if search.is_enabled else None
+            self.database,
+            self.readiness,
+            (lambda: search.is_healthy) if search.is_enabled else None,
         )
         self.appender = Appender(
             self.database, settings.append_lanes, search_enabled=search.indexes_messages
@@ -280,23 +282,23 @@ class Server:
                 ),
                 "chat_history_search_ready": (
                     "Whether the search index answers.",
-                    lambda: self.search.healthy,
+                    lambda: self.search.is_healthy,
                 ),
                 "chat_history_search_waiting": (
                     "Documents and sessions that wait to be indexed, when last looked.",
-                    lambda: self.search.figures.waiting,
+                    lambda: self.search.stats.pending,
                 ),
                 "chat_history_search_failed": (
                     "Documents and sessions that were given up, when last looked.",
-                    lambda: self.search.figures.failed,
+                    lambda: self.search.stats.failed,
                 ),
                 "chat_history_search_lag_seconds": (
                     "Age of the oldest change that was not indexed, when last looked.",
-                    lambda: self.search.figures.lag,
+                    lambda: self.search.stats.lag_s,
                 ),
                 "chat_history_search_points": (
                     "Points written to the search index since the start.",
-                    lambda: self.search.figures.indexed,
+                    lambda: self.search.stats.indexed,
                 ),
                 "chat_history_ready": (
                     "Whether the service is ready.",

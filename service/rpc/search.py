@@ -59,7 +59,7 @@ class Searches(Handler):
         scores = {key: score for key, score in near.items() if key in rows}
         if scores and not request.vector:
             texts = [(rows[key][0].title, rows[key][1]) for key in scores]
-            nearness = await self.search.nearness(request.query, texts, call.deadline)
+            nearness = await self.search.rerank(request.query, texts, call.deadline)
             if nearness is not None:
                 scores = dict(sorted(zip(scores, nearness, strict=True), key=lambda item: -item[1]))
         reply = document_pb2.SearchDocumentsResponse()

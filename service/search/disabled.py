@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from service.errors import FailedPrecondition
-from service.search.types import Figures, Found
+from service.search.types import IndexingStats, ScoredPoint
 from service.store.outbox.reindex_state import RebuildProgress
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ class SearchDisabled:
 
     is_enabled = False
     indexes_messages = False
-    healthy = False
+    is_healthy = False
     dimensions: int | None = None
 
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
-        self.figures = Figures()
+        self.stats = IndexingStats()
 
     def start(self) -> None:
         """Do nothing."""
@@ -41,15 +41,15 @@ class SearchDisabled:
         """Raise FailedPrecondition (SEARCH_DISABLED)."""
         self._raise_disabled()
 
-    async def search_chunks(self, *_query: object) -> list[Found]:
+    async def search_chunks(self, *_query: object) -> list[ScoredPoint]:
         """Raise FailedPrecondition (SEARCH_DISABLED)."""
         self._raise_disabled()
 
-    async def search_messages(self, *_query: object) -> list[Found]:
+    async def search_messages(self, *_query: object) -> list[ScoredPoint]:
         """Raise FailedPrecondition (SEARCH_DISABLED)."""
         self._raise_disabled()
 
-    async def nearness(self, *_query: object) -> list[float] | None:
+    async def rerank(self, *_query: object) -> list[float] | None:
         """Raise FailedPrecondition (SEARCH_DISABLED)."""
         self._raise_disabled()
 

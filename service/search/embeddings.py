@@ -7,8 +7,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from service.search.types import Refused, SearchBusy, SearchDown, WrongIndex
-from service.search.worker.parent import Child
+from service.search.types import (
+    InputRejected,
+    SearchMisconfigured,
+    SearchOverloaded,
+    SearchUnavailable,
+)
+from service.search.worker.parent import SearchProcess
 
 _TOO_MANY_REQUESTS = 429
 OFFLINE_MODEL = "wordllama-l2-supercat"
@@ -40,7 +45,7 @@ class Embeddings(Protocol):
             Refused: it does not take one of them.
         """
 
-    async def nearness(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
+    async def rerank(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
         """Return how near each text, given after its document's title, is to a question, 0 to 1; None: as near as their vectors are.
 
         Raises:
@@ -56,25 +61,25 @@ class OfflineEmbeddings:
 
     model = OFFLINE_MODEL
 
-    def __init__(self, child: Child) -> None:
-        self._child = child
+    def __init__(self, child: SearchProcess) -> None:
+        self._process = child
 
     async def dimensions(self) -> int:
         # Loads the model, too, for which no search should have to wait.
         return len(await self.embed(["how long is a vector?"])) // 4
 
     async def embed(self, texts: Sequence[str]) -> bytes:
-        return (await self._child.call("embed", texts))[1]
+        return (await self._process.call("embed", texts))[1]
 
-    async def nearness(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
+    async def rerank(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
         room = min(_MAX_TEXT, _MAX_TEXTS // len(texts)) if texts else 0
         found: list[float] | None = (
-            await self._child.call("nearness", (question, [(t, s[:room]) for t, s in texts]))
+            await self._process.call("rerank", (question, [(t, s[:room]) for t, s in texts]))
         )[0]
         return found
 
     async def close(self) -> None:
-        await self._child.close()
+        await self._process.close()
 
 
 class RemoteEmbeddings:
@@ -98,7 +103,7 @@ class RemoteEmbeddings:
         if self._known is None:
             made = len(await self.embed(["how long is a vector?"])) // 4
             if self._wanted not in (None, made):
-                raise WrongIndex(
+                raise SearchMisconfigured(
                     f"EMBEDDINGS_DIMENSIONS is {self._wanted}, and {self.model} makes vectors of {made}"
                 )
             self._known = made
@@ -110,28 +115,30 @@ class RemoteEmbeddings:
         except self._errors.APIStatusError as error:
             # A wrong key or model name is the operator's to mend, and nothing that was sent is at fault.
             if error.status_code in (400, 413, 422):
-                raise Refused(
+                raise InputRejected(
                     f"the embeddings endpoint refuses it ({error.status_code})"
                 ) from error
-            kind = SearchBusy if error.status_code == _TOO_MANY_REQUESTS else SearchDown
+            kind = (
+                SearchOverloaded if error.status_code == _TOO_MANY_REQUESTS else SearchUnavailable
+            )
             raise kind(f"the embeddings endpoint answers {error.status_code}") from error
         except self._errors.OpenAIError as error:
-            raise SearchDown(
+            raise SearchUnavailable(
                 f"the embeddings endpoint does not answer ({type(error).__name__})"
             ) from error
         vectors = [each.embedding for each in sorted(made.data, key=lambda each: each.index)]
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) > 1:
-            raise SearchDown("the embeddings endpoint has not answered every text alike")
-        return b"".join(map(packed, vectors))
+            raise SearchUnavailable("the embeddings endpoint has not answered every text alike")
+        return b"".join(map(pack_vector, vectors))
 
-    async def nearness(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:  # noqa: ARG002
+    async def rerank(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:  # noqa: ARG002
         return None
 
     async def close(self) -> None:
         await self._client.close()
 
 
-def packed(numbers: Iterable[float]) -> bytes:
+def pack_vector(numbers: Iterable[float]) -> bytes:
     """Return numbers as 32-bit floats, little-endian."""
     made = array.array("f", numbers)
     if sys.byteorder == "big":

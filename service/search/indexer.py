@@ -20,14 +20,14 @@ import structlog
 from service.search.embeddings import Embeddings
 from service.search.types import (
     Changes,
-    Figures,
-    Index,
-    Kind,
+    IndexingStats,
+    InputRejected,
     Point,
-    Refused,
-    SearchBusy,
-    SearchDown,
-    Wipe,
+    PointFilter,
+    PointKind,
+    SearchOverloaded,
+    SearchUnavailable,
+    VectorIndex,
 )
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox import index_source
@@ -59,7 +59,7 @@ PACE = 0.25
 BACKLOG_AGE = 2.0
 """Seconds that something may wait before there is no more gathering."""
 
-_KIND = {OutboxKind.DOCUMENT: Kind.CHUNK, OutboxKind.SESSION: Kind.MESSAGE}
+_KIND = {OutboxKind.DOCUMENT: PointKind.CHUNK, OutboxKind.SESSION: PointKind.MESSAGE}
 
 _log = structlog.get_logger(__name__)
 
@@ -86,7 +86,7 @@ class Indexer:
     def __init__(
         self,
         database: Database,
-        index: Index,
+        index: VectorIndex,
         embeddings: Embeddings,
         alias: str,
         *,
@@ -108,7 +108,7 @@ class Indexer:
         self._task: asyncio.Task[None] | None = None
         self._goes_on = True
         """Whether the rows that were taken last are done."""
-        self.figures = Figures()
+        self.stats = IndexingStats()
 
     def start(self) -> None:
         """Begin with what is owed, unless it is at work."""
@@ -128,9 +128,9 @@ class Indexer:
     def wake(self) -> None:
         """Look at the outbox: something was committed."""
         self._work.set()
-        if self.figures.oldest is None:
-            self.figures.oldest = time.monotonic()
-            self.figures.waiting += 1
+        if self.stats.oldest_pending_at is None:
+            self.stats.oldest_pending_at = time.monotonic()
+            self.stats.pending += 1
 
     async def _run(self) -> None:
         attempt = 0
@@ -140,10 +140,10 @@ class Indexer:
                 attempt = 0
             except asyncio.CancelledError:
                 raise
-            except SearchBusy:
+            except SearchOverloaded:
                 attempt += 1
                 wait = backoff(attempt, base=0.5, cap=30.0) + 0.5
-            except SearchDown as error:
+            except SearchUnavailable as error:
                 # The supervisor asks the index until it answers, and starts us anew.
                 self._on_down(str(error))
                 return
@@ -166,7 +166,7 @@ class Indexer:
         self._work.clear()
         looked = self._loop.time()
         while await self._step():
-            if self.figures.lag < BACKLOG_AGE:
+            if self.stats.lag_s < BACKLOG_AGE:
                 await asyncio.sleep(PACE)
             if self._loop.time() - looked > RECHECK:
                 await self._look()
@@ -183,9 +183,11 @@ class Indexer:
     async def _look(self) -> Backlog:
         """Count what is owed."""
         backlog = await self._outbox.backlog()
-        figures = self.figures
-        figures.waiting, figures.failed = backlog.pending, backlog.failed
-        figures.oldest = time.monotonic() - backlog.oldest_age_s if backlog.pending else None
+        stats = self.stats
+        stats.pending, stats.failed = backlog.pending, backlog.failed
+        stats.oldest_pending_at = (
+            time.monotonic() - backlog.oldest_age_s if backlog.pending else None
+        )
         return backlog
 
     async def _step(self) -> bool:
@@ -196,23 +198,25 @@ class Indexer:
             return False
         taken = time.monotonic() - max(row.age_s for row in batch.rows)
         # What has failed before these rows were taken still waits, and may not be among them.
-        oldest = self.figures.oldest
-        self.figures.oldest = taken if oldest is None or self._goes_on else min(oldest, taken)
+        oldest = self.stats.oldest_pending_at
+        self.stats.oldest_pending_at = (
+            taken if oldest is None or self._goes_on else min(oldest, taken)
+        )
         self._goes_on = False
         try:
             # Read after the rows were taken: whoever starts to build a collection meanwhile owes every row anew.
             batch.building = await self._rebuilding.building_collection()
             await self._do(batch)
-        except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
-            await asyncio.shield(self._give_back(batch))
+        except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
+            await asyncio.shield(self._release_batch(batch))
             raise
-        except Refused as error:
+        except InputRejected as error:
             await self._find_refused(batch, str(error))
-        await self._settle(batch)
+        await self._finish_batch(batch)
         self._goes_on = True
         return True
 
-    async def _give_back(self, batch: _Batch) -> None:
+    async def _release_batch(self, batch: _Batch) -> None:
         with suppress(*DATABASE_ERRORS):
             await self._outbox.release(batch.lease_id, batch.rows, 0.0)
 
@@ -223,17 +227,17 @@ class Indexer:
             try:
                 batch.rows = [row]
                 await self._do(batch)
-            except Refused as error:
+            except InputRejected as error:
                 batch.refused[row] = str(error) if len(rows) > 1 else words
-            except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
+            except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
                 batch.rows = rows
-                await asyncio.shield(self._give_back(batch))
+                await asyncio.shield(self._release_batch(batch))
                 raise
         batch.rows = rows
 
     async def _do(self, batch: _Batch) -> None:
         """Bring the index to what PostgreSQL says of these rows."""
-        gone = [Wipe(row.user_id) for row in batch.rows if row.kind == OutboxKind.USER]
+        gone = [PointFilter(row.user_id) for row in batch.rows if row.kind == OutboxKind.USER]
         if gone:
             await self._write(batch, Changes(wipes=gone))
         for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
@@ -246,7 +250,7 @@ class Indexer:
             self._database, kind, [(row.user_id, row.entity_id) for row in rows]
         )
         wipes = [
-            Wipe(row.user_id, _KIND[kind], row.entity_id)
+            PointFilter(row.user_id, _KIND[kind], row.entity_id)
             for row in rows
             if row.wipe or (row.user_id, row.entity_id) not in there
         ]
@@ -287,7 +291,7 @@ class Indexer:
         return min(REST * took * max(0.0, 2 * used / took - 1), LEASE - MARGIN)
 
     async def _changes(
-        self, kind: Kind, ranges: Sequence[Range], items: Sequence[Item]
+        self, kind: PointKind, ranges: Sequence[Range], items: Sequence[Item]
     ) -> tuple[Changes, dict[tuple[str, str], str]]:
         """Embed what has a text; what has none, or is refused, must not be found.
 
@@ -327,20 +331,20 @@ class Indexer:
             return []
         try:
             made = await self._embeddings.embed(texts)
-        except Refused as error:
+        except InputRejected as error:
             if len(texts) == 1:
                 return [str(error)]
             half = len(texts) // 2
             return await self._embed(texts[:half]) + await self._embed(texts[half:])
         size = self._dimensions * 4
         if len(made) != size * len(texts):
-            raise SearchDown("the embeddings have another dimension than the index")
+            raise SearchUnavailable("the embeddings have another dimension than the index")
         return [made[n : n + size] for n in range(0, len(made), size)]
 
     async def _write(self, batch: _Batch, changes: Changes) -> None:
         await self._hold(batch)
         await self._index.write(changes, batch.building)
-        self.figures.indexed += len(changes.points)
+        self.stats.indexed += len(changes.points)
 
     async def _hold(self, batch: _Batch) -> None:
         """Make sure that the lease outlives the next write.
@@ -356,7 +360,7 @@ class Indexer:
             raise LeaseLost
         batch.until = asked + LEASE
 
-    async def _settle(self, batch: _Batch) -> None:
+    async def _finish_batch(self, batch: _Batch) -> None:
         """Remove what is done, and put back what was refused."""
         left = [row for row in batch.rows if row not in batch.refused]
         for attempt in range(6):

@@ -20,14 +20,14 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 
 from service.search.types import (
     Changes,
-    Found,
+    InputRejected,
     Point,
-    Question,
-    Refused,
-    SearchBusy,
-    SearchDown,
-    Wipe,
-    WrongIndex,
+    PointFilter,
+    ScoredPoint,
+    SearchMisconfigured,
+    SearchOverloaded,
+    SearchUnavailable,
+    VectorQuery,
 )
 
 T = TypeVar("T")
@@ -56,26 +56,26 @@ class QdrantIndex:
         self._opened: set[str] = set()
 
     async def open(self) -> bool:
-        collection = await self.live()
+        collection = await self.live_collection()
         if collection is None:
             return False
         info = await self._ask(self._client.get_collection(collection))
         size = getattr(info.config.params.vectors, "size", None)
         if size != self._dimensions:
-            raise WrongIndex(
+            raise SearchMisconfigured(
                 f"the collection {collection} holds vectors of dimension {size}, and the configured model makes {self._dimensions}: "
                 "set EMBEDDINGS_DIMENSIONS to what it makes, or remove the collection, which is then built anew"
             )
         return True
 
-    async def live(self) -> str | None:
+    async def live_collection(self) -> str | None:
         aliases = await self._ask(self._client.get_aliases())
         return next(
             (each.collection_name for each in aliases.aliases if each.alias_name == self._alias),
             None,
         )
 
-    async def create(self) -> str:
+    async def create_collection(self) -> str:
         # Time first, so that of several the newest is seen at a glance.
         name = f"{self._alias}_{time.time_ns():016x}"
         vectors = models.VectorParams(size=self._dimensions, distance=models.Distance.COSINE)
@@ -84,12 +84,12 @@ class QdrantIndex:
             await self._ask(
                 self._client.create_payload_index(name, field, field_schema=schema, wait=True)
             )
-        if await self.live() is None:
+        if await self.live_collection() is None:
             await self._switch(name, replace=False)
         return name
 
     async def publish(self, collection: str) -> None:
-        live = await self.live()
+        live = await self.live_collection()
         if live != collection:
             await self._switch(collection, replace=live is not None)
         every = await self._ask(self._client.get_collections())
@@ -111,7 +111,7 @@ class QdrantIndex:
         points = self._points(changes)
         # Whenever the one that is built takes the live one's place, it has had all that the alias was given.
         if building is not None:
-            live = await self.live()
+            live = await self.live_collection()
             await self._write(building, changes, points)
             if live == building:
                 return
@@ -134,13 +134,13 @@ class QdrantIndex:
         return [
             models.PointStruct(
                 id=point.id,
-                vector=floats(changes.vectors[n * size : (n + 1) * size]),
+                vector=unpack_vector(changes.vectors[n * size : (n + 1) * size]),
                 payload=point._asdict(),
             )
             for n, point in enumerate(changes.points)
         ]
 
-    async def search(self, vector: bytes, question: Question) -> list[Found]:
+    async def search(self, vector: bytes, question: VectorQuery) -> list[ScoredPoint]:
         # The owner first: the embedded mode looks at one condition after the other.
         must: list[models.Condition] = [
             _any("user_id", question.owners),
@@ -151,16 +151,18 @@ class QdrantIndex:
         reply = await self._ask(
             self._client.query_points(
                 self._alias,
-                query=floats(vector),
+                query=unpack_vector(vector),
                 query_filter=models.Filter(must=must),
                 limit=question.limit,
                 with_payload=True,
                 timeout=max(1, round(self._timeout)),
             )
         )
-        return [Found(Point(**each.payload), each.score) for each in reply.points if each.payload]
+        return [
+            ScoredPoint(Point(**each.payload), each.score) for each in reply.points if each.payload
+        ]
 
-    async def count(self, wipe: Wipe) -> int:
+    async def count(self, wipe: PointFilter) -> int:
         return (
             await self._ask(self._client.count(self._alias, count_filter=_of(wipe), exact=True))
         ).count
@@ -171,7 +173,7 @@ class QdrantIndex:
     async def _change(self, call: Awaitable[models.UpdateResult]) -> None:
         result = await self._ask(call)
         if result.status != models.UpdateStatus.COMPLETED:
-            raise SearchDown(
+            raise SearchUnavailable(
                 f"Qdrant has taken a change and not applied it in time ({result.status.value})"
             )
 
@@ -190,29 +192,29 @@ def _told(error: Exception) -> Exception:
     if isinstance(error, UnexpectedResponse):
         status = error.status_code or _SERVER_ERROR
         if status == _TOO_MANY_REQUESTS:
-            return SearchBusy(f"Qdrant answers {status}")
+            return SearchOverloaded(f"Qdrant answers {status}")
         if status == _NOT_FOUND or status >= _SERVER_ERROR:
-            return SearchDown(f"Qdrant answers {status}")
-        return Refused(f"Qdrant refuses it ({status})")
+            return SearchUnavailable(f"Qdrant answers {status}")
+        return InputRejected(f"Qdrant refuses it ({status})")
     if isinstance(error, ResourceExhaustedResponse):
-        return SearchBusy("Qdrant takes no more now")
+        return SearchOverloaded("Qdrant takes no more now")
     if isinstance(error, ResponseHandlingException | OSError | TimeoutError):
-        return SearchDown(f"Qdrant does not answer ({name})")
+        return SearchUnavailable(f"Qdrant does not answer ({name})")
     # The embedded mode says what is not there, or does not fit, as a ValueError.
     if isinstance(error, ValueError):
         return (
-            SearchDown("the collection is gone")
+            SearchUnavailable("the collection is gone")
             if "not found" in str(error)
-            else Refused(f"Qdrant refuses it ({name})")
+            else InputRejected(f"Qdrant refuses it ({name})")
         )
     code = getattr(error, "code", None)
     if callable(code):  # gRPC, which only rpc/ and server.py import.
         status_name = code().name
         refused = status_name in ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION")
         return (
-            Refused(f"Qdrant refuses it ({status_name})")
+            InputRejected(f"Qdrant refuses it ({status_name})")
             if refused
-            else SearchDown(f"Qdrant does not answer ({status_name})")
+            else SearchUnavailable(f"Qdrant does not answer ({status_name})")
         )
     return error
 
@@ -221,13 +223,13 @@ def _any(field: str, values: Sequence[str]) -> models.FieldCondition:
     return models.FieldCondition(key=field, match=models.MatchAny(any=list(values)))
 
 
-def _of(wipe: Wipe) -> models.Filter:
+def _of(wipe: PointFilter) -> models.Filter:
     return models.Filter(
         must=[_any(field, [value]) for field, value in wipe._asdict().items() if value is not None]
     )
 
 
-def floats(vector: bytes) -> list[float]:
+def unpack_vector(vector: bytes) -> list[float]:
     """Return what 32-bit floats, little-endian, say."""
     numbers = array.array("f", vector)
     if sys.byteorder == "big":

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import structlog
 
-from service.search.types import Index, SearchDown
+from service.search.types import SearchUnavailable, VectorIndex
 from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.outbox.reindex_state import RebuildCursor, ReindexState
 from service.store.tables import SYSTEM_USER_ID, OutboxKind
@@ -33,7 +33,7 @@ class Rebuild:
     def __init__(
         self,
         database: Database,
-        index: Index,
+        index: VectorIndex,
         alias: str,
         *,
         messages: bool,
@@ -60,30 +60,30 @@ class Rebuild:
             await asyncio.sleep(LOOK * 5)
         try:
             await self._build(cursor, anew=anew)
-        except (SearchDown, asyncio.CancelledError, *DATABASE_ERRORS):
+        except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
             with suppress(*DATABASE_ERRORS):
                 await asyncio.shield(self._state.release(self._lease_id))
             raise
 
     async def _build(self, cursor: RebuildCursor, *, anew: bool) -> None:
-        live = await self._index.live()
+        live = await self._index.live_collection()
         collection = cursor.collection
         if collection is None or live is None:
             if live is not None and not anew:
                 await self._state.release(self._lease_id)
                 return
-            collection = await self._index.create()
+            collection = await self._index.create_collection()
             await self._state.begin(self._lease_id, collection, messages=self._messages)
             cursor = RebuildCursor(collection, 0, *_START, 0, 0)
             _log.info("building a search index", collection=collection)
-        await self._hand_out(cursor, collection)
+        await self._enqueue_all(cursor, collection)
         while (progress := await self._state.progress()) is not None and progress.pending:
             await self._pause(collection)
         await self._index.publish(collection)
         await self._state.end(self._lease_id)
         _log.info("the search index is built", collection=collection)
 
-    async def _hand_out(self, cursor: RebuildCursor, collection: str) -> None:
+    async def _enqueue_all(self, cursor: RebuildCursor, collection: str) -> None:
         """Owe everything there is, from a cursor on."""
         for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
             if kind < cursor.kind or (kind == OutboxKind.SESSION and not self._messages):
@@ -104,4 +104,4 @@ class Rebuild:
         await asyncio.sleep(LOOK)
         cursor = await self._state.acquire(self._lease_id, LEASE)
         if cursor is None or cursor.collection != collection:
-            raise SearchDown("another process has taken the rebuilding over")
+            raise SearchUnavailable("another process has taken the rebuilding over")

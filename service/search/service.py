@@ -17,18 +17,18 @@ from service.search.embeddings import Embeddings, OfflineEmbeddings, RemoteEmbed
 from service.search.indexer import Indexer
 from service.search.rebuild import Rebuild
 from service.search.types import (
-    Figures,
-    Found,
-    Index,
-    Kind,
-    Question,
-    Refused,
-    SearchBusy,
-    SearchDown,
-    WrongIndex,
-    alias_of,
+    IndexingStats,
+    InputRejected,
+    PointKind,
+    ScoredPoint,
+    SearchMisconfigured,
+    SearchOverloaded,
+    SearchUnavailable,
+    VectorIndex,
+    VectorQuery,
+    alias_name,
 )
-from service.search.worker.parent import Child, ChildIndex
+from service.search.worker.parent import SearchProcess, SearchProcessIndex
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox.outbox import Outbox
 from service.store.outbox.reindex_state import RebuildProgress, ReindexState
@@ -56,16 +56,16 @@ class Search:
         self._wait_ready = wait_ready
         self.indexes_messages = settings.index_messages
         """Whether messages are indexed, beside documents."""
-        self.healthy = False
+        self.is_healthy = False
         """Whether the index answers, by the latest evidence."""
         self.problem = "not asked yet"
         self.on_change: Callable[[], None] = lambda: None
         """Called when `healthy` changes."""
         self.dimensions: int | None = None
         """How long a vector is, once that is known."""
-        self._child: Child | None = None
+        self._process: SearchProcess | None = None
         self._embeddings: Embeddings | None = None
-        self._index: Index | None = None
+        self._index: VectorIndex | None = None
         self._alias = ""
         self._indexer: Indexer | None = None
         self._down = asyncio.Event()
@@ -85,7 +85,7 @@ class Search:
                     await task
         if self._indexer is not None:
             await self._indexer.stop()
-        for part in (self._index, self._embeddings, self._child):
+        for part in (self._index, self._embeddings, self._process):
             if part is not None:
                 await part.close()
 
@@ -95,9 +95,9 @@ class Search:
             self._indexer.wake()
 
     @property
-    def figures(self) -> Figures:
+    def stats(self) -> IndexingStats:
         """What is owed, and what was done."""
-        return self._indexer.figures if self._indexer is not None else Figures()
+        return self._indexer.stats if self._indexer is not None else IndexingStats()
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Search:
                 await self._down.wait()
                 if loop.time() - opened > STEADY:
                     attempt = 0
-            except (SearchDown, WrongIndex) as error:
+            except (SearchUnavailable, SearchMisconfigured) as error:
                 self._mark_down(str(error))
             except DATABASE_ERRORS as error:
                 self._mark_down(f"the database does not answer ({type(error).__name__})")
@@ -148,28 +148,28 @@ class Search:
         if there:
             self._mark_up()
 
-    async def _connect(self) -> Index:
+    async def _connect(self) -> VectorIndex:
         """Make the clients once; return the index."""
         settings = self._settings
         offline = settings.embeddings_url is None
         if self._embeddings is None:
             local = settings.qdrant_url is None
             if offline or local:
-                self._child = Child()
+                self._process = SearchProcess()
             self._embeddings = (
                 self._remote_embeddings() if not offline else OfflineEmbeddings(self._need_child())
             )
         if self._index is None:
             self.dimensions = await self._embeddings.dimensions()
-            self._alias = alias_of(
+            self._alias = alias_name(
                 settings.qdrant_collection, self._embeddings.model, self.dimensions
             )
             self._index = self._make_index(self.dimensions)
         return self._index
 
-    def _need_child(self) -> Child:
-        assert self._child is not None  # noqa: S101 - made where it is needed
-        return self._child
+    def _need_child(self) -> SearchProcess:
+        assert self._process is not None  # noqa: S101 - made where it is needed
+        return self._process
 
     def _remote_embeddings(self) -> RemoteEmbeddings:
         settings = self._settings
@@ -182,7 +182,7 @@ class Search:
             settings.search_timeout,
         )
 
-    def _make_index(self, dimensions: int) -> Index:
+    def _make_index(self, dimensions: int) -> VectorIndex:
         settings = self._settings
         if settings.qdrant_url is None:
             child = self._need_child()
@@ -191,7 +191,7 @@ class Search:
                 "alias": self._alias,
                 "dimensions": dimensions,
             }
-            return ChildIndex(child)
+            return SearchProcessIndex(child)
         # Imported here: with the embedded index only the child pays for it.
         from service.search.qdrant import QdrantIndex, remote  # noqa: PLC0415
 
@@ -208,16 +208,16 @@ class Search:
     def _mark_up(self) -> None:
         if self._indexer is not None:
             self._indexer.start()
-        if not self.healthy:
+        if not self.is_healthy:
             _log.info("search is ready", index=self._alias)
-            self.healthy, self.problem = True, ""
+            self.is_healthy, self.problem = True, ""
             self.on_change()
 
     def _mark_down(self, problem: str) -> None:
-        if self.healthy or problem != self.problem:
+        if self.is_healthy or problem != self.problem:
             _log.warning("search is not available", problem=problem)
-        changed = self.healthy
-        self.healthy, self.problem = False, problem
+        changed = self.is_healthy
+        self.is_healthy, self.problem = False, problem
         self._down.set()
         if changed:
             self.on_change()
@@ -244,7 +244,7 @@ class Search:
                 return
             except Exception as error:  # noqa: BLE001 - it must be built, whatever is in the way now
                 attempt += 1
-                known = isinstance(error, (SearchDown, *DATABASE_ERRORS))
+                known = isinstance(error, (SearchUnavailable, *DATABASE_ERRORS))
                 _log.warning(
                     "building the search index pauses",
                     problem=type(error).__name__,
@@ -254,7 +254,7 @@ class Search:
 
     def _wake_or_start(self) -> None:
         """Have the collection, which is there by now, filled."""
-        if not self.healthy and not self._down.is_set():
+        if not self.is_healthy and not self._down.is_set():
             self._mark_up()
         self.wake()
 
@@ -264,7 +264,7 @@ class Search:
         Raises:
             Unavailable: the index does not answer (SEARCH_UNAVAILABLE).
         """
-        if not self.healthy:
+        if not self.is_healthy:
             raise self._unavailable()
         state = ReindexState(self._database, self._alias)
         before = await state.progress()
@@ -289,16 +289,18 @@ class Search:
         documents: Sequence[str],
         limit: int,
         deadline: float,
-    ) -> list[Found]:
+    ) -> list[ScoredPoint]:
         """Find the chunks nearest to a query, or to a vector.
 
         Raises:
             Unavailable: the index does not answer (SEARCH_UNAVAILABLE).
             InvalidArgument: the query cannot be embedded, or the vector has another dimension.
         """
-        return await self._find(query, Question(Kind.CHUNK, owners, documents, limit), deadline)
+        return await self._find(
+            query, VectorQuery(PointKind.CHUNK, owners, documents, limit), deadline
+        )
 
-    async def nearness(
+    async def rerank(
         self, query: str, texts: Sequence[tuple[str, str]], deadline: float
     ) -> list[float] | None:
         """Return how near each text, given after its document's title, is to a query; None: as near as its vector is.
@@ -309,22 +311,26 @@ class Search:
         if self._embeddings is None:
             raise self._unavailable()
         async with self._answering(deadline):
-            return await self._embeddings.nearness(query, texts)
+            return await self._embeddings.rerank(query, texts)
 
     async def search_messages(
         self, user_id: str, query: str, session_id: str, limit: int, deadline: float
-    ) -> list[Found]:
+    ) -> list[ScoredPoint]:
         """Find the messages nearest to a query.
 
         Raises:
             As `search_chunks`.
         """
         sessions = [session_id] if session_id else []
-        return await self._find(query, Question(Kind.MESSAGE, [user_id], sessions, limit), deadline)
+        return await self._find(
+            query, VectorQuery(PointKind.MESSAGE, [user_id], sessions, limit), deadline
+        )
 
-    async def _find(self, query: str | bytes, question: Question, deadline: float) -> list[Found]:
+    async def _find(
+        self, query: str | bytes, question: VectorQuery, deadline: float
+    ) -> list[ScoredPoint]:
         index, embeddings = self._index, self._embeddings
-        if not self.healthy or index is None or embeddings is None:
+        if not self.is_healthy or index is None or embeddings is None:
             raise self._unavailable()
         if isinstance(query, bytes) and len(query) != (self.dimensions or 0) * 4:
             raise InvalidArgument.field(
@@ -344,12 +350,12 @@ class Search:
         try:
             async with asyncio.timeout_at(limit):
                 yield
-        except (SearchBusy, TimeoutError):
+        except (SearchOverloaded, TimeoutError):
             raise self._unavailable() from None
-        except SearchDown as error:
+        except SearchUnavailable as error:
             self._mark_down(str(error))
             raise self._unavailable() from None
-        except Refused:
+        except InputRejected:
             raise InvalidArgument.field("query", "cannot be embedded") from None
 
     @staticmethod

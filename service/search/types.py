@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 _NAMESPACE = uuid.UUID("5d2bd0a5-5d04-5c1e-9d4e-4f0a3a3f2b11")
 
 
-class Kind(StrEnum):
+class PointKind(StrEnum):
     """What a point stands for."""
 
     CHUNK = "chunk"
@@ -34,7 +34,7 @@ class Point(NamedTuple):
         return str(uuid.uuid5(_NAMESPACE, "/".join(self)))
 
 
-class Wipe(NamedTuple):
+class PointFilter(NamedTuple):
     """Points that must go: all of a user, or of one entity of theirs."""
 
     user_id: str
@@ -45,13 +45,13 @@ class Wipe(NamedTuple):
 class Changes(NamedTuple):
     """What to do to an index, in this order: wipe, delete, write. `vectors` are 32-bit floats, little-endian, one after the other."""
 
-    wipes: Sequence[Wipe] = ()
+    wipes: Sequence[PointFilter] = ()
     deletes: Sequence[Point] = ()
     points: Sequence[Point] = ()
     vectors: bytes = b""
 
 
-class Question(NamedTuple):
+class VectorQuery(NamedTuple):
     """What a search asks an index: the nearest points of a kind, of these owners, in these entities (empty: all)."""
 
     kind: str
@@ -60,30 +60,30 @@ class Question(NamedTuple):
     limit: int
 
 
-class Found(NamedTuple):
+class ScoredPoint(NamedTuple):
     """A point, and how near it is."""
 
     point: Point
     score: float
 
 
-class SearchDown(Exception):
+class SearchUnavailable(Exception):
     """The index or the embeddings do not answer: nothing is wrong with what they were asked, and a later try may succeed."""
 
 
-class SearchBusy(SearchDown):
+class SearchOverloaded(SearchUnavailable):
     """They answer, and take no more at this moment."""
 
 
-class Refused(Exception):
+class InputRejected(Exception):
     """What was asked is refused, and would be again: the text says why, without what was asked."""
 
 
-class WrongIndex(Exception):
+class SearchMisconfigured(Exception):
     """The index that is there does not fit the configuration; the text says what to do."""
 
 
-class Index(Protocol):
+class VectorIndex(Protocol):
     """What search needs of an index, wherever it runs.
 
     Raises:
@@ -98,10 +98,10 @@ class Index(Protocol):
             WrongIndex: what is there does not fit the dimension.
         """
 
-    async def create(self) -> str:
+    async def create_collection(self) -> str:
         """Make a collection, beside the live one or as the first, and return its name."""
 
-    async def live(self) -> str | None:
+    async def live_collection(self) -> str | None:
         """Return the collection behind the alias, if any."""
 
     async def publish(self, collection: str) -> None:
@@ -110,10 +110,10 @@ class Index(Protocol):
     async def write(self, changes: Changes, building: str | None) -> None:
         """Change the live collection, and the one that is being built."""
 
-    async def search(self, vector: bytes, question: Question) -> list[Found]:
+    async def search(self, vector: bytes, question: VectorQuery) -> list[ScoredPoint]:
         """Find the nearest points."""
 
-    async def count(self, wipe: Wipe) -> int:
+    async def count(self, wipe: PointFilter) -> int:
         """Count the points of a user, or of an entity of theirs."""
 
     async def close(self) -> None:
@@ -121,23 +121,27 @@ class Index(Protocol):
 
 
 @dataclass(slots=True)
-class Figures:
+class IndexingStats:
     """What an operator sees."""
 
-    waiting: int = 0
+    pending: int = 0
     failed: int = 0
     indexed: int = 0
     """Points written since the start."""
-    oldest: float | None = None
+    oldest_pending_at: float | None = None
     """When the oldest change came that is not indexed, on the monotonic clock."""
 
     @property
-    def lag(self) -> float:
+    def lag_s(self) -> float:
         """Seconds since then; it goes on growing while the index does not answer."""
-        return 0.0 if self.oldest is None else max(0.0, time.monotonic() - self.oldest)
+        return (
+            0.0
+            if self.oldest_pending_at is None
+            else max(0.0, time.monotonic() - self.oldest_pending_at)
+        )
 
 
-def alias_of(prefix: str, model: str, dimensions: int) -> str:
+def alias_name(prefix: str, model: str, dimensions: int) -> str:
     """Return the alias of an index: its name says what its vectors are."""
     plain = re.sub(r"[^a-z0-9.-]+", "-", model.lower()).strip("-.")
     return f"{prefix}_{plain}_{dimensions}"

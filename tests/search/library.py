@@ -134,7 +134,7 @@ async def searchable(server: Server) -> None:
     """Wait until search answers."""
 
     async def healthy() -> bool:
-        return server.search.healthy
+        return server.search.is_healthy
 
     await comes_true(healthy, "search is ready")
 

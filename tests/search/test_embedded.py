@@ -15,10 +15,10 @@ from chathistory.v1 import document_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
-from service.search.embeddings import packed
+from service.search.embeddings import pack_vector
 from service.search.qdrant import QdrantIndex
 from service.search.service import Search
-from service.search.types import Changes, Kind, Point, Wipe
+from service.search.types import Changes, Point, PointFilter, PointKind
 from service.search.worker import qdrant_local
 from service.server import Server
 from tests.search.library import (
@@ -111,9 +111,9 @@ async def test_nobody_finds_what_is_anothers(
     await settled(server)
     assert isinstance(server.search, Search)
     assert server.search._embeddings is not None
-    from service.search.qdrant import floats  # noqa: PLC0415
+    from service.search.qdrant import unpack_vector  # noqa: PLC0415
 
-    vector = floats(
+    vector = unpack_vector(
         await server.search._embeddings.embed(["The treasure is buried below the oak."])
     )
     for search in (
@@ -200,8 +200,8 @@ async def test_a_child_that_dies_is_started_again(server: Server, library: Libra
     await library.create(["The bridge is closed on Sundays."])
     await settled(server)
     assert isinstance(server.search, Search)
-    assert server.search._child is not None
-    pid = server.search._child.pid
+    assert server.search._process is not None
+    pid = server.search._process.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     made = await library.create(["The ferry runs all night."])
@@ -212,7 +212,7 @@ async def test_a_child_that_dies_is_started_again(server: Server, library: Libra
     await comes_true(indexed, "the new child goes on")
     await searchable(server)
     assert (await library.search("boat at midnight"))[0].document.id == made.id
-    assert server.search._child.pid not in (None, pid)
+    assert server.search._process.pid not in (None, pid)
 
 
 def broken(folder: Path) -> list[Path]:
@@ -224,19 +224,24 @@ def broken(folder: Path) -> list[Path]:
 async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
     client = AsyncQdrantClient(path=str(tmp_path / "qdrant"))
     index = QdrantIndex(client, "masks", 2)
-    name = await index.create()
+    name = await index.create_collection()
     collection = client._client.collections[name]  # type: ignore[attr-defined]
     slow = collection._payload_and_non_deleted_mask
     qdrant_local.fit(client)
     points = [
-        Point(f"user {n % 3}", (Kind.CHUNK, Kind.MESSAGE)[n % 2], f"entity {n % 5}", str(n // 2))
+        Point(
+            f"user {n % 3}",
+            (PointKind.CHUNK, PointKind.MESSAGE)[n % 2],
+            f"entity {n % 5}",
+            str(n // 2),
+        )
         for n in range(60)
     ]
 
     async def same() -> int:
         found = 0
         for users in (["user 0"], ["user 1", "user 2", "nobody"], ["nobody"], []):
-            for kind in Kind:
+            for kind in PointKind:
                 for entities in ([], ["entity 3"]):
                     fields: dict[str, list[str]] = {
                         "user_id": users,
@@ -261,16 +266,18 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
 
     for start in range(0, 60, 20):
         await index.write(
-            Changes((), (), points[start : start + 20], packed([1.0, float(start)]) * 20), None
+            Changes((), (), points[start : start + 20], pack_vector([1.0, float(start)]) * 20), None
         )
         assert await same()
     qdrant_local.commit(client, erased=False)
-    await index.write(Changes([Wipe("user 1")], points[:5], points[:1], packed([0.5, 1.0])), None)
+    await index.write(
+        Changes([PointFilter("user 1")], points[:5], points[:1], pack_vector([0.5, 1.0])), None
+    )
     assert await same()
-    assert await index.count(Wipe("user 1")) == 0
+    assert await index.count(PointFilter("user 1")) == 0
     # Another's filter goes the package's way.
     other = models.Filter(
-        must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=Kind.CHUNK))]
+        must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=PointKind.CHUNK))]
     )
     assert list(collection._payload_and_non_deleted_mask(other)) == list(slow(other))
     qdrant_local.commit(client, erased=True)
@@ -327,7 +334,7 @@ async def test_an_index_that_another_process_has_open_is_left_alone(
             return "another process" in second.search.problem
 
         await comes_true(told, "it says why")
-        assert not second.search.healthy
+        assert not second.search.is_healthy
     assert len(await library.search("when is there bread")) == 1
     assert not broken(tmp_path)
 
@@ -395,7 +402,7 @@ async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Libra
     for n in range(10):
         await library.create([f"{text} {n} {m}" for m in range(100)])
     assert isinstance(server.search, Search)
-    start, figures = server.search.figures.indexed, server.search.figures
+    start, stats = server.search.stats.indexed, server.search.stats
     busy = await p99(1.0)
     worst = 0.0
     async with channel(server.address) as opened:
@@ -408,8 +415,8 @@ async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Libra
     print(
         f"GetContext p99: quiet {quiet * 1e3:.1f} ms, indexing {busy * 1e3:.1f} ms; health {worst * 1e3:.1f} ms"
     )
-    assert figures.indexed >= start
+    assert stats.indexed >= start
     # A page that is embedded or indexed in the loop takes it 0.3 s. What callers see is the benchmark's (benchmarks/search_scenario.py).
     assert worst < 0.1
     assert busy < max(10 * quiet, 0.1)
-    assert packed([1.0]) == b"\x00\x00\x80?"
+    assert pack_vector([1.0]) == b"\x00\x00\x80?"

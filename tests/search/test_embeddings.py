@@ -14,9 +14,9 @@ from grpc import StatusCode
 
 from service.search import indexer
 from service.search.embeddings import RemoteEmbeddings
-from service.search.qdrant import floats
+from service.search.qdrant import unpack_vector
 from service.search.service import Search
-from service.search.types import Refused, SearchDown, WrongIndex
+from service.search.types import InputRejected, SearchMisconfigured, SearchUnavailable
 from tests.search.library import INDEXED, SEMANTIC, Library, comes_true, searchable, settled
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
@@ -85,7 +85,7 @@ async def test_vectors_come_back_in_order(endpoint: Endpoint) -> None:
     made = RemoteEmbeddings(endpoint.url, "tiny", "key-of-mine", None, 2.0)
     assert await made.dimensions() == 4
     both, one = await made.embed(["a", "b"]), await made.embed(["b"])
-    assert floats(both)[4:] == floats(one)
+    assert unpack_vector(both)[4:] == unpack_vector(one)
     head, sent = endpoint.seen[-1]
     assert "authorization: bearer key-of-mine" in head.lower()
     assert sent["model"] == "tiny"
@@ -94,15 +94,20 @@ async def test_vectors_come_back_in_order(endpoint: Endpoint) -> None:
 
 async def test_what_goes_wrong_is_told_apart(endpoint: Endpoint) -> None:
     made = RemoteEmbeddings(endpoint.url, "tiny", None, 5, 2.0)
-    with pytest.raises(WrongIndex, match="EMBEDDINGS_DIMENSIONS is 5"):
+    with pytest.raises(SearchMisconfigured, match="EMBEDDINGS_DIMENSIONS is 5"):
         await made.dimensions()
-    for status, kind in ((400, Refused), (401, SearchDown), (429, SearchDown), (500, SearchDown)):
+    for status, kind in (
+        (400, InputRejected),
+        (401, SearchUnavailable),
+        (429, SearchUnavailable),
+        (500, SearchUnavailable),
+    ):
         endpoint.status = status
         with pytest.raises(kind):
             await made.embed(["a"])
     await made.close()
     nobody = RemoteEmbeddings("http://127.0.0.1:1/v1", "tiny", None, None, 2.0)
-    with pytest.raises(SearchDown):
+    with pytest.raises(SearchUnavailable):
         await nobody.embed(["a"])
     await nobody.close()
 
@@ -177,10 +182,10 @@ async def test_one_text_that_is_refused_holds_no_other_up(
         }
         search = server.search
         assert isinstance(search, Search)
-        assert search.healthy
+        assert search.is_healthy
 
         async def told() -> bool:
-            return (search.figures.failed, search.figures.lag) == (2, 0.0)
+            return (search.stats.failed, search.stats.lag_s) == (2, 0.0)
 
         await comes_true(told, "the figures say so")
         # What comes later is indexed without asking for the rest again.
@@ -221,9 +226,9 @@ async def test_an_endpoint_that_takes_no_more_now_is_not_down(
         assert (failed.code, failed.reason) == (StatusCode.UNAVAILABLE, "SEARCH_UNAVAILABLE")
         await asyncio.sleep(2.0)
         assert isinstance(server.search, Search)
-        assert server.search.healthy
+        assert server.search.is_healthy
         assert 2 <= len(endpoint.seen) - asked <= 6, "asked again, and more and more seldom"
-        assert server.search.figures.lag > 1.0
+        assert server.search.stats.lag_s > 1.0
         endpoint.status = 200
 
         async def indexed() -> bool:

@@ -19,9 +19,9 @@ from qdrant_client import models
 
 from service import doctor
 from service.search import indexer, rebuild
-from service.search.qdrant import floats
+from service.search.qdrant import unpack_vector
 from service.search.service import Search
-from service.search.types import Kind, Point
+from service.search.types import Point, PointKind
 from service.server import Server
 from tests.search.library import (
     HYBRID,
@@ -66,8 +66,8 @@ async def expected(url: str, server: Server) -> dict[str, bytes]:
         "SELECT user_id::text, session_id::text, id::text, left(content, 8192), NULL FROM chat_messages "
         "WHERE deleted_at IS NULL AND btrim(content) <> ''",
     )
-    rows = [(Point(r[0], Kind.CHUNK, r[1], r[2]), r[3], r[4]) for r in chunks]
-    rows += [(Point(r[0], Kind.MESSAGE, r[1], r[2]), r[3], None) for r in messages]
+    rows = [(Point(r[0], PointKind.CHUNK, r[1], r[2]), r[3], r[4]) for r in chunks]
+    rows += [(Point(r[0], PointKind.MESSAGE, r[1], r[2]), r[3], None) for r in messages]
     assert isinstance(server.search, Search)
     assert server.search._embeddings is not None
     made: dict[str, bytes] = {}
@@ -85,7 +85,7 @@ async def index_equals_postgres(url: str, server: Server, qdrant: QdrantServer) 
     for id_, (payload, vector) in points.items():
         assert set(payload) == {"user_id", "kind", "entity_id", "item"}, "points carry ids only"
         assert Point(**payload).id == id_
-        assert vector == pytest.approx(floats(wanted[id_]), abs=1e-4)
+        assert vector == pytest.approx(unpack_vector(wanted[id_]), abs=1e-4)
 
 
 async def foreign(qdrant: QdrantServer) -> None:
@@ -177,7 +177,7 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
         late = await library.create(["Written during the outage: the cellar is flooded."])
         assert (await library.get(late.id)).status != INDEXED
         assert isinstance(server.search, Search)
-        before = server.search.figures.lag
+        before = server.search.stats.lag_s
         assert before > 0
         await comes_true(lambda: _lags(server, before + 0.2), "the lag grows")
         await qdrant.start()
@@ -190,12 +190,12 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
 
 async def _lags(server: Server, seconds: float) -> bool:
     assert isinstance(server.search, Search)
-    return server.search.figures.lag > seconds
+    return server.search.stats.lag_s > seconds
 
 
 async def _no_lag(server: Server) -> bool:
     assert isinstance(server.search, Search)
-    return (server.search.figures.lag, server.search.figures.waiting) == (0.0, 0)
+    return (server.search.stats.lag_s, server.search.stats.pending) == (0.0, 0)
 
 
 async def test_an_idle_index_asks_the_database_nothing(
@@ -345,7 +345,7 @@ async def test_two_replicas_share_the_work(
         count = 80
 
         def done() -> list[int]:
-            return [server.search.figures.indexed for server in (one, two)]
+            return [server.search.stats.indexed for server in (one, two)]
 
         while not all(
             done()
@@ -474,14 +474,14 @@ async def _live(  # noqa: C901, PLR0912 - a table of steps
                 # Killed in mid-air: nothing is finished, given back or closed in order.
                 assert isinstance(server.search, Search)
                 if server.search._indexer is not None:
-                    server.search._indexer._give_back = _nothing  # type: ignore[method-assign, assignment]
+                    server.search._indexer._release_batch = _nothing  # type: ignore[method-assign, assignment]
                 return True
             case "outage":
                 await qdrant.stop()
             case "back":
                 await qdrant.stop()
                 await qdrant.start()
-            case "rebuild" if server.search.healthy:
+            case "rebuild" if server.search.is_healthy:
                 with_errors = asyncio.create_task(rebuilt(library))
                 await asyncio.wait([with_errors], timeout=0.2)
                 with_errors.cancel()

@@ -26,7 +26,7 @@ def test_import_loads_no_search_library() -> None:
 
 async def test_queries_raise_search_disabled() -> None:
     search = SearchDisabled()
-    for query in (search.search_chunks, search.search_messages, search.nearness):
+    for query in (search.search_chunks, search.search_messages, search.rerank):
         with pytest.raises(FailedPrecondition) as caught:
             await query()
         assert caught.value.reason == "SEARCH_DISABLED"

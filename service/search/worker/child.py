@@ -21,7 +21,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.search.types import Changes, Point, Question, Refused, SearchDown, Wipe, WrongIndex
+from service.search.types import (
+    Changes,
+    InputRejected,
+    Point,
+    PointFilter,
+    SearchMisconfigured,
+    SearchUnavailable,
+    VectorQuery,
+)
 from service.search.worker import framing
 
 if TYPE_CHECKING:
@@ -45,7 +53,11 @@ _WARNINGS = (
 )
 """What qdrant-client says of its embedded mode to programmers; docs/how-to/search.md says it to operators."""
 
-_ERRORS = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}
+_ERRORS = {
+    "SearchUnavailable": SearchUnavailable,
+    "InputRejected": InputRejected,
+    "SearchMisconfigured": SearchMisconfigured,
+}
 
 Handler = Callable[[Any, bytes], Awaitable[tuple[Any, bytes]]]
 
@@ -68,7 +80,7 @@ class Offline:
         ]
         return None, b"".join(vectors)
 
-    async def nearness(
+    async def rerank(
         self, given: tuple[str, list[tuple[str, str]]], _blob: bytes
     ) -> tuple[Any, bytes]:
         """As `Embeddings.nearness`."""
@@ -147,22 +159,22 @@ class Local:
     def index(self) -> QdrantIndex:
         """The index that was set up."""
         if self._index is None:
-            raise SearchDown("the embedded index is not open")
+            raise SearchUnavailable("the embedded index is not open")
         return self._index
 
     async def open(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
         """As `Index.open`."""
         return await self.index.open(), b""
 
-    async def create(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
+    async def create_collection(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
         """As `Index.create`."""
-        name = await self.index.create()
+        name = await self.index.create_collection()
         self._fit()
         return name, b""
 
-    async def live(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
+    async def live_collection(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
         """As `Index.live`."""
-        return await self.index.live(), b""
+        return await self.index.live_collection(), b""
 
     async def publish(self, collection: str, _blob: bytes) -> tuple[Any, bytes]:
         """As `Index.publish`."""
@@ -172,7 +184,7 @@ class Local:
     async def write(self, given: dict[str, Any], blob: bytes) -> tuple[Any, bytes]:
         """As `Index.write`."""
         changes = Changes(
-            [Wipe(*each) for each in given["wipes"]],
+            [PointFilter(*each) for each in given["wipes"]],
             [Point(*each) for each in given["deletes"]],
             [Point(*each) for each in given["points"]],
             blob,
@@ -186,11 +198,11 @@ class Local:
 
     async def search(self, given: Sequence[Any], blob: bytes) -> tuple[Any, bytes]:
         """As `Index.search`."""
-        return await self.index.search(blob, Question(*given)), b""
+        return await self.index.search(blob, VectorQuery(*given)), b""
 
     async def count(self, given: Sequence[Any], _blob: bytes) -> tuple[Any, bytes]:
         """As `Index.count`."""
-        return await self.index.count(Wipe(*given)), b""
+        return await self.index.count(PointFilter(*given)), b""
 
 
 async def _open(kind: Any, folder: str) -> tuple[Any, str | None]:
@@ -208,7 +220,7 @@ async def _open(kind: Any, folder: str) -> tuple[Any, str | None]:
         except RuntimeError as error:
             # Another child has it: one that is just ending, or one of a server that runs.
             if time.monotonic() > give_up:
-                raise SearchDown(
+                raise SearchUnavailable(
                     f"another process has the embedded index open ({folder})"
                 ) from error
             await asyncio.sleep(0.1)
@@ -240,7 +252,7 @@ async def serve(connection: socket.socket) -> None:
     """Answer requests until the parent is gone. There is nothing to do meanwhile, so waiting may block."""
     local, offline = Local(), Offline()
     handlers: dict[str, Handler] = {
-        "embed": offline.embed, "nearness": offline.nearness, "setup": local.setup, "open": local.open, "create": local.create, "live": local.live,
+        "embed": offline.embed, "rerank": offline.rerank, "setup": local.setup, "open": local.open, "create_collection": local.create_collection, "live_collection": local.live_collection,
         "publish": local.publish, "write": local.write, "search": local.search, "count": local.count,
     }  # fmt: skip
     with suppress(EOFError, ConnectionError):
@@ -259,7 +271,7 @@ async def serve(connection: socket.socket) -> None:
                     error, (ValueError, TypeError, OverflowError)
                 ):
                     # The text's fault, which another try would not mend.
-                    error, name = Refused("the model does not take it"), "Refused"
+                    error, name = InputRejected("the model does not take it"), "InputRejected"
                 words = (
                     str(error)
                     if name in _ERRORS

@@ -13,7 +13,7 @@ _LENGTHS = struct.Struct("<II")
 HEAD_BYTES = _LENGTHS.size
 """Bytes that come first and say how long the rest is."""
 
-OF_TEXTS = ("embed", "nearness")
+OF_TEXTS = ("embed", "rerank")
 """Operations of the embeddings, which need no index."""
 
 

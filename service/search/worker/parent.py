@@ -16,13 +16,13 @@ import structlog
 
 from service.search.types import (
     Changes,
-    Found,
+    InputRejected,
     Point,
-    Question,
-    Refused,
-    SearchDown,
-    Wipe,
-    WrongIndex,
+    PointFilter,
+    ScoredPoint,
+    SearchMisconfigured,
+    SearchUnavailable,
+    VectorQuery,
 )
 from service.search.worker import framing
 
@@ -34,7 +34,11 @@ _ENDING = 3.0
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
 )
-_KNOWN = {"SearchDown": SearchDown, "Refused": Refused, "WrongIndex": WrongIndex}
+_KNOWN = {
+    "SearchUnavailable": SearchUnavailable,
+    "InputRejected": InputRejected,
+    "SearchMisconfigured": SearchMisconfigured,
+}
 
 _log = structlog.get_logger(__name__)
 
@@ -78,7 +82,7 @@ class _Run:
         """Tell those who wait that no answer will come."""
         for answer in self.waiting.values():
             if not answer.done():
-                answer.set_exception(SearchDown("the search process has died"))
+                answer.set_exception(SearchUnavailable("the search process has died"))
         self.waiting.clear()
 
     @property
@@ -100,7 +104,7 @@ class _Run:
             await asyncio.to_thread(self.process.wait)
 
 
-class Child:
+class SearchProcess:
     """Runs the child process and passes requests to it, which it works off in order."""
 
     def __init__(self) -> None:
@@ -145,14 +149,14 @@ class Child:
         except TimeoutError:
             _log.warning("the search process is stuck and is ended", operation=operation)
             run.process.kill()
-            raise SearchDown("the search process does not answer") from None
+            raise SearchUnavailable("the search process does not answer") from None
         except ConnectionError:
-            raise SearchDown("the search process has died") from None
+            raise SearchUnavailable("the search process has died") from None
         finally:
             run.waiting.pop(number, None)
         _, error, result = frame.header
         if error is not None:
-            raise _KNOWN.get(error, SearchDown)(result)
+            raise _KNOWN.get(error, SearchUnavailable)(result)
         return result, frame.blob
 
     async def _ready(self) -> _Run:
@@ -164,7 +168,7 @@ class Child:
             if run is not None and run.ready and run.alive:
                 return run
             if self._closed:
-                raise SearchDown("search is shutting down")
+                raise SearchUnavailable("search is shutting down")
             if run is not None:
                 self._run = None
                 await run.end()
@@ -200,37 +204,37 @@ class Child:
                 await run.end()
 
 
-class ChildIndex:
+class SearchProcessIndex:
     """An `Index` that runs in the child process."""
 
-    def __init__(self, child: Child) -> None:
-        self._child = child
+    def __init__(self, child: SearchProcess) -> None:
+        self._process = child
 
     async def open(self) -> bool:
-        return bool((await self._child.call("open"))[0])
+        return bool((await self._process.call("open"))[0])
 
-    async def create(self) -> str:
-        return str((await self._child.call("create"))[0])
+    async def create_collection(self) -> str:
+        return str((await self._process.call("create_collection"))[0])
 
-    async def live(self) -> str | None:
-        name: str | None = (await self._child.call("live"))[0]
+    async def live_collection(self) -> str | None:
+        name: str | None = (await self._process.call("live_collection"))[0]
         return name
 
     async def publish(self, collection: str) -> None:
-        await self._child.call("publish", collection)
+        await self._process.call("publish", collection)
 
     async def write(self, changes: Changes, building: str | None) -> None:
         given: dict[str, Sequence[Any] | str | None] = {
             "wipes": changes.wipes, "deletes": changes.deletes, "points": changes.points, "building": building,
         }  # fmt: skip
-        await self._child.call("write", given, changes.vectors)
+        await self._process.call("write", given, changes.vectors)
 
-    async def search(self, vector: bytes, question: Question) -> list[Found]:
-        answer, _ = await self._child.call("search", question, vector)
-        return [Found(Point(*point), score) for point, score in answer]
+    async def search(self, vector: bytes, question: VectorQuery) -> list[ScoredPoint]:
+        answer, _ = await self._process.call("search", question, vector)
+        return [ScoredPoint(Point(*point), score) for point, score in answer]
 
-    async def count(self, wipe: Wipe) -> int:
-        return int((await self._child.call("count", wipe))[0])
+    async def count(self, wipe: PointFilter) -> int:
+        return int((await self._process.call("count", wipe))[0])
 
     async def close(self) -> None:
-        await self._child.close()
+        await self._process.close()
