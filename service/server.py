@@ -18,8 +18,8 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from service.auth import setup
-from service.auth.caller import trust
+from service.auth import credentials
+from service.auth.authenticators import trust_all
 from service.auth.tls import Certificates
 from service.config import BadConfiguration, Settings, split_address
 from service.rpc import connections
@@ -28,6 +28,7 @@ from service.rpc.audit import AuditTrail
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import MAX_REQUEST_BYTES, Pipeline
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
+from service.rpc.users import external_id_lookup
 from service.search.disabled import AnySearch, SearchDisabled
 from service.store.append.appender import Appender
 from service.store.db.database import Database
@@ -86,7 +87,7 @@ class Server:
             BadConfiguration: a key or a certificate cannot be used.
         """
         self.settings = settings
-        self.certificates = setup.certificates(settings)
+        self.certificates = credentials.load_certificates(settings)
         self.database = Database(
             target,
             pool_size=settings.db_pool_size,
@@ -96,7 +97,9 @@ class Server:
             connect_timeout=settings.db_connect_timeout,
             driver_connections=settings.append_lanes + settings.read_connections,
         )
-        self.authenticate = setup.authenticator(settings, self.database)
+        self.authenticate = credentials.make_authenticator(
+            settings, external_id_lookup(self.database)
+        )
         self.readiness = Readiness(self.database)
         self.database.on_suspected_outage = self.readiness.request_probe
         self.search = search = self._make_search()
@@ -142,7 +145,7 @@ class Server:
             self.streams,
             settings.call_timeout,
             observe,
-            AuditTrail(callers_are_identified=self.authenticate is not trust),
+            AuditTrail(callers_are_identified=self.authenticate is not trust_all),
         )
         options = [*_OPTIONS, ("grpc.max_concurrent_streams", settings.max_calls_per_connection)]
         server = aio.server(options=options)
@@ -189,7 +192,7 @@ class Server:
         await asyncio.gather(
             *(self._close_connections(server, port) for server, port in self._servers)
         )
-        setup.close(self.authenticate)
+        credentials.close_authenticator(self.authenticate)
         steps = [
             _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
             self.appender.drain(LAST_WRITES),

@@ -9,7 +9,7 @@ from grpc import aio
 
 from benchmarks.servers.echo import Echo
 from benchmarks.servers.lifecycle import announce_address, run, wait_for_stop_signal
-from service.auth.caller import trust
+from service.auth.authenticators import trust_all
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.health import SERVICE
 from service.rpc.pipeline import Pipeline
@@ -19,7 +19,7 @@ from service.rpc.servicer import DESCRIPTOR
 def pipeline(**parts: Any) -> Pipeline:
     """Return the service's pipeline without metrics and identity, with the arguments in `parts`."""
     arguments: dict[str, Any] = {
-        "authenticate": trust,
+        "authenticate": trust_all,
         "calls": Admission(1024),
         "streams": StreamAdmission(1024, 128),
         "call_timeout": 30.0,

@@ -1,1 +1,1 @@
-"""Caller identity: tokens, published keys, certificates, and which user a caller may act for."""
+"""Caller identity: authenticators, tokens, published keys, and TLS certificates."""

@@ -1,4 +1,4 @@
-"""The keys that an issuer publishes at a URL (JWKS), fetched off the event loop; the last good ones are kept."""
+"""`Jwks`: the key set that an issuer publishes at a URL (JWKS), fetched off the event loop."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from service.auth.bearer import Key, public_key
+from service.auth.bearer import VerificationKey, public_key
 from service.errors import Unavailable
 
-COOL_DOWN = 30.0
-"""Seconds between two fetches that unknown key ids cause: a flood of them must not become a flood of fetches."""
-REFRESH = 300.0
-"""Age, in seconds, at which keys in use are fetched again, so that a withdrawn one goes."""
-FIRST_COOL_DOWN = 2.0
-"""The same while there is no key at all: nobody can be served, and the issuer may only be starting."""
-FETCH_TIMEOUT = 5.0
-"""Seconds that the issuer may let a fetch wait for its next bytes."""
-FETCH_SECONDS = 10.0
-"""For all of them."""
+COOL_DOWN_S = 30.0
+"""Pause between fetches for unknown key ids: a flood of such ids must not cause as many fetches."""
+FIRST_COOL_DOWN_S = 2.0
+"""The same until the first key: no token can be verified yet, and the issuer may be starting."""
+REFRESH_AFTER_S = 300.0
+"""Age at which keys in use are fetched again, so that a withdrawn key is dropped."""
+READ_TIMEOUT_S = 5.0
+"""How long a fetch waits for the issuer's next bytes."""
+FETCH_TIMEOUT_S = 10.0
+"""Limit of a whole fetch."""
 MAX_BYTES = 1024 * 1024
 
 Fetch = Callable[[], bytes]
@@ -36,68 +36,72 @@ _log = structlog.get_logger(__name__)
 
 
 class Jwks:
-    """Keys by their ids; asks the URL again for an id that it does not know, and in the background now and then while in use."""
+    """The published keys by id.
+
+    They are fetched again for an unknown id, and in the background while they are in use. If a
+    fetch fails, the last good keys stay.
+    """
 
     def __init__(self, fetch: Fetch) -> None:
         self.generation = 0
         self._fetch = fetch
-        self._keys: dict[str | None, Key] = {}
+        self._keys: dict[str | None, VerificationKey] = {}
         self._published = b""
-        self._asked_at = self._fetched_at = float("-inf")
+        self._attempted_at = self._fetched_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
-    async def find(self, kid: object) -> Key | None:
-        """Return the key with an id; without one, the only key there is.
+    async def find(self, kid: object) -> VerificationKey | None:
+        """Return the key with an id; without an id, the key of a set that has only one.
 
         Raises:
-            Unavailable: no key could be fetched so far.
+            Unavailable: no key has been fetched yet.
         """
-        key = self._known(kid)
+        key = self._known_key(kid)
         if key is None:
-            self._renew()
+            self._start_fetch()
             if (task := self._task) is not None:
-                # All who wait share the one fetch, and none of them can end it.
+                # All callers share one fetch, and none of them can cancel it.
                 await asyncio.wait((task,))
-            key = self._known(kid)
+            key = self._known_key(kid)
         if key is None and not self._keys:
             raise Unavailable(
-                "the keys of the token issuer cannot be fetched; try again",
+                "the token issuer's keys cannot be fetched; retry",
                 reason="KEYS_UNAVAILABLE",
-                retry_after=FIRST_COOL_DOWN,
+                retry_after=FIRST_COOL_DOWN_S,
             )
         return key
 
-    def _known(self, kid: object) -> Key | None:
+    def _known_key(self, kid: object) -> VerificationKey | None:
         if kid is None:
             return next(iter(self._keys.values())) if len(self._keys) == 1 else None
         return self._keys.get(kid) if isinstance(kid, str) else None
 
-    def touch(self) -> None:
-        """Fetch in the background when the keys have become old."""
-        if asyncio.get_running_loop().time() - self._fetched_at >= REFRESH:
-            self._renew()
+    def refresh_if_old(self) -> None:
+        """Fetch in the background if the keys are old."""
+        if asyncio.get_running_loop().time() - self._fetched_at >= REFRESH_AFTER_S:
+            self._start_fetch()
 
     def close(self) -> None:
-        """End a fetch that is under way."""
+        """Cancel a fetch in progress."""
         if self._task is not None:
             self._task.cancel()
 
-    def _renew(self) -> None:
-        """Start a fetch, unless one is under way or was a short while ago."""
+    def _start_fetch(self) -> None:
+        """Start a fetch, unless one is in progress or the last one was too recent."""
         loop = asyncio.get_running_loop()
-        pause = COOL_DOWN if self._keys else FIRST_COOL_DOWN
-        if self._task is None and loop.time() - self._asked_at >= pause:
-            self._asked_at = loop.time()
-            self._task = loop.create_task(self._fetched())
+        cool_down_s = COOL_DOWN_S if self._keys else FIRST_COOL_DOWN_S
+        if self._task is None and loop.time() - self._attempted_at >= cool_down_s:
+            self._attempted_at = loop.time()
+            self._task = loop.create_task(self._refresh())
 
-    async def _fetched(self) -> None:
+    async def _refresh(self) -> None:
         try:
-            async with asyncio.timeout(FETCH_SECONDS + FETCH_TIMEOUT):
+            async with asyncio.timeout(FETCH_TIMEOUT_S + READ_TIMEOUT_S):
                 published = await asyncio.to_thread(self._fetch)
             if published != self._published:
-                self._take(published)
+                self._replace_keys(published)
             self._fetched_at = asyncio.get_running_loop().time()
-        except Exception as error:  # noqa: BLE001 - the last good keys stay, whatever is wrong with the new ones
+        except Exception as error:  # noqa: BLE001 - the last good keys stay, whatever the failure
             _log.warning(
                 "token keys could not be fetched",
                 error=type(error).__name__,
@@ -106,12 +110,14 @@ class Jwks:
         finally:
             self._task = None
 
-    def _take(self, published: bytes) -> None:
-        keys = read(published)
+    def _replace_keys(self, published: bytes) -> None:
+        keys = parse_key_set(published)
         if not keys:
-            raise ValueError("no usable key")
+            raise ValueError("the key set has no usable key")
         withdrawn = [
-            kid for kid, key in self._keys.items() if kid not in keys or not _same(keys[kid], key)
+            kid
+            for kid, key in self._keys.items()
+            if kid not in keys or not _are_equal(keys[kid], key)
         ]
         self._keys, self._published = keys, published
         if withdrawn:
@@ -119,67 +125,67 @@ class Jwks:
         _log.info("token keys fetched", keys=len(keys), withdrawn=len(withdrawn))
 
 
-def _same(one: Key, other: Key) -> bool:
-    return one.algorithms == other.algorithms and bool(one.key == other.key)
+def _are_equal(key: VerificationKey, other: VerificationKey) -> bool:
+    return key.algorithms == other.algorithms and bool(key.key == other.key)
 
 
-def read(published: bytes) -> dict[str | None, Key]:
-    """Read a key set; what is no key for verifying tokens, or too weak, is left out.
+def parse_key_set(published: bytes) -> dict[str | None, VerificationKey]:
+    """Parse a key set; keys that do not verify tokens, or are too weak, are skipped.
 
     Raises:
-        ValueError, LookupError, TypeError: it is no key set.
+        ValueError, LookupError, TypeError: it is not a key set.
     """
     document = json.loads(published)
-    keys: dict[str | None, Key] = {}
+    keys: dict[str | None, VerificationKey] = {}
     for entry in document["keys"]:
         if not isinstance(entry, dict) or entry.get("use", "sig") != "sig":
             continue
         try:
-            keys[entry.get("kid")] = _key(entry)
+            keys[entry.get("kid")] = _parse_key(entry)
         except Exception as error:  # noqa: BLE001 - a key of another kind must not hide the others
-            _log.debug("token key left out", kid=entry.get("kid"), error=type(error).__name__)
+            _log.debug("token key skipped", kid=entry.get("kid"), error=type(error).__name__)
     return keys
 
 
-def _key(entry: dict[str, Any]) -> Key:
+def _parse_key(entry: dict[str, Any]) -> VerificationKey:
     from jwt import PyJWK  # noqa: PLC0415 - an extra
 
-    # A shared secret has no place in what everybody can read; `public_key` refuses it.
+    # `public_key` rejects shared secrets, which must not be in a published document.
     return public_key(PyJWK(entry).key, entry.get("alg"))
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Whoever can redirect could lead to keys of their own."""
+    """Follows no redirect: it could lead to an attacker's keys."""
 
     def redirect_request(self, *_: object) -> None:
         return None
 
 
-def _body(reply: HTTPResponse) -> bytes:
-    """Read a reply, of which each piece may come in time and all of them never end.
+def _read_body(response: HTTPResponse) -> bytes:
+    """Read a response, with a limit for the whole: each piece may arrive in time without an end.
 
     Raises:
         ValueError: it is too large.
         TimeoutError: it takes too long.
     """
-    give_up = time.monotonic() + FETCH_SECONDS
+    deadline = time.monotonic() + FETCH_TIMEOUT_S
     body = b""
-    while piece := reply.read1(MAX_BYTES + 1 - len(body)):
+    while piece := response.read1(MAX_BYTES + 1 - len(body)):
         body += piece
         if len(body) > MAX_BYTES:
-            raise ValueError("the key set is too large")
-        if time.monotonic() > give_up:
+            raise ValueError(f"the key set is too large: more than {MAX_BYTES} bytes")
+        if time.monotonic() > deadline:
             raise TimeoutError
     return body
 
 
 def over_http(url: str, ca: Path | None = None, token_file: Path | None = None) -> Fetch:
-    """Return how to fetch a URL, to be called in a thread.
+    """Return a function that fetches a URL; it blocks, so it must be called in a thread.
 
     Args:
-        url: HTTPS; plain HTTP only on this machine, which the configuration sees to.
-        ca: The authorities that the server's certificate may come from; None for the system's.
-        token_file: A bearer token to show, read anew each time: Kubernetes rotates it.
+        url: HTTPS; plain HTTP only on this machine, which the settings enforce.
+        ca: Authorities that may sign the issuer's certificate; None for the system's.
+        token_file: A bearer token to send. It is read for each fetch, since Kubernetes rotates it.
 
     Raises:
         ValueError: `ca` cannot be used.
@@ -197,8 +203,8 @@ def over_http(url: str, ca: Path | None = None, token_file: Path | None = None) 
         headers = {"Accept": "application/jwk-set+json, application/json, */*;q=0.1"}
         if token_file is not None:
             headers["Authorization"] = f"Bearer {token_file.read_text().strip()}"
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the configuration has checked it
-        with opener.open(request, timeout=FETCH_TIMEOUT) as reply:
-            return _body(reply)
+        request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the settings check it
+        with opener.open(request, timeout=READ_TIMEOUT_S) as response:
+            return _read_body(response)
 
     return fetch

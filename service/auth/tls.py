@@ -1,4 +1,4 @@
-"""Certificates of the server: read from files, checked, and read again when the files change, without a restart."""
+"""`Certificates`: the server's TLS files, loaded again when they change, without a restart."""
 
 from __future__ import annotations
 
@@ -12,96 +12,100 @@ import structlog
 _log = structlog.get_logger(__name__)
 
 
-class Files(NamedTuple):
-    """Where the certificates are, in PEM form."""
+class CertificateFiles(NamedTuple):
+    """The TLS files, in PEM form."""
 
     cert: Path
-    """The server's certificate, with those between it and its authority."""
+    """The server's certificate, followed by the intermediate ones."""
     key: Path
     client_ca: Path | None = None
-    """The authorities that every client's certificate must come from; None asks clients for none."""
+    """The authorities that sign the clients' certificates; None for clients without any."""
 
 
 class Certificates:
-    """What the server shows and whom it trusts, as the files have it now; a pair that does not fit keeps the last good one."""
+    """The certificates as the files currently have them.
 
-    def __init__(self, files: Files) -> None:
-        """Read the files.
+    If new files do not fit together, the last good certificates stay in use.
+    """
+
+    def __init__(self, files: CertificateFiles) -> None:
+        """Load the files.
 
         Raises:
             ValueError: they cannot be used; the text names the file.
         """
         self._files = files
-        self._seen = self._look()
-        self._configuration = self._read()
+        self._loaded_state = self._file_state()
+        self._configuration = self._load()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return credentials that ask for the files' state at every new connection."""
-        # None, which gRPC documents for "as before", is missing in its types.
+        """Return credentials that look for changed files at every new connection."""
+        # gRPC documents None as "unchanged"; its types lack it.
         return grpc.dynamic_ssl_server_credentials(
             self._configuration,
-            self._latest,  # type: ignore[arg-type]
+            self._changed_configuration,  # type: ignore[arg-type]
             require_client_authentication=self._files.client_ca is not None,
         )
 
-    def _latest(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return what has changed since the last connection, None when nothing has; called by a thread of gRPC."""
-        seen = self._look()
-        if seen == self._seen:
+    def _changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
+        """Return the files' new content, None if unchanged; gRPC calls it in a thread of its own."""
+        state = self._file_state()
+        if state == self._loaded_state:
             return None
         try:
-            configuration = self._read()
+            configuration = self._load()
         except ValueError as error:
-            if seen is not None:
+            if state is not None:
                 _log.warning(
                     "new certificates cannot be used; the last good ones stay", problem=str(error)
                 )
-            self._seen = seen
+            self._loaded_state = state
             return None
-        if self._look() != seen:
-            return None  # Being written just now: the next connection reads them whole.
-        self._seen, self._configuration = seen, configuration
-        _log.info("certificates read anew")
+        if self._file_state() != state:
+            return None  # Being written now: the next connection loads them.
+        self._loaded_state, self._configuration = state, configuration
+        _log.info("certificates reloaded")
         return configuration
 
-    def _look(self) -> tuple[tuple[int, int, int], ...] | None:
-        """Return what tells the files' states apart, without reading them."""
+    def _file_state(self) -> tuple[tuple[int, int, int], ...] | None:
+        """Return a value that changes when a file changes, without reading the files."""
         try:
             states = [path.stat() for path in self._files if path is not None]
         except OSError:
             return None
         return tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
 
-    def _read(self) -> grpc.ServerCertificateConfiguration:
+    def _load(self) -> grpc.ServerCertificateConfiguration:
         cert, key, client_ca = self._files
-        authorities = None if client_ca is None else _bytes("CLIENT_CA", client_ca)
-        pair = _bytes("KEY", key), _bytes("CERT", cert)
+        authorities = None if client_ca is None else _read("CLIENT_CA", client_ca)
+        pair = _read("KEY", key), _read("CERT", cert)
         _check(self._files)
         return grpc.ssl_server_certificate_configuration([pair], authorities)
 
 
-def _bytes(name: str, path: Path) -> bytes:
+def _read(setting: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"CHAT_HISTORY_TLS_{name}={path} cannot be read: {error.strerror}"
+            f"CHAT_HISTORY_TLS_{setting}={path} cannot be read: {error.strerror}"
         ) from None
 
 
-def _check(files: Files) -> None:
-    """Load the files as any TLS server would: gRPC itself says nothing of what is wrong with them.
+def _check(files: CertificateFiles) -> None:
+    """Load the files as Python's TLS server would, since gRPC does not report what is wrong.
 
     Raises:
-        ValueError: they do not fit together, or are none.
+        ValueError: they are not certificates, or do not fit together.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(files.cert, files.key, password=_no_passphrase)
+        context.load_cert_chain(files.cert, files.key, password=_reject_passphrase)
     except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, ssl.SSLError) else str(error)
         raise ValueError(
-            f"CHAT_HISTORY_TLS_CERT={files.cert} and CHAT_HISTORY_TLS_KEY={files.key} are no pair of PEM files: {reason}"
+            f"CHAT_HISTORY_TLS_CERT={files.cert} and CHAT_HISTORY_TLS_KEY={files.key} are not a pair "
+            f"of PEM files: {reason}"
         ) from None
     if files.client_ca is None:
         return
@@ -109,9 +113,9 @@ def _check(files: Files) -> None:
         context.load_verify_locations(files.client_ca)
     except (OSError, ValueError):
         raise ValueError(
-            f"CHAT_HISTORY_TLS_CLIENT_CA={files.client_ca} holds no certificate in PEM form"
+            f"CHAT_HISTORY_TLS_CLIENT_CA={files.client_ca} has no certificate in PEM form"
         ) from None
 
 
-def _no_passphrase() -> NoReturn:
-    raise ValueError("the key has a passphrase")
+def _reject_passphrase() -> NoReturn:
+    raise ValueError("the key has a passphrase; store it without one")

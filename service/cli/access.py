@@ -38,7 +38,7 @@ def token(
         )
     about = {"issuer": settings.jwt_issuer, "audience": settings.jwt_audience, "kid": kid}
     try:
-        print(bearer.make(signing, subject, lifetime=lifetime, service=as_service, **about))
+        print(bearer.make_token(signing, subject, lifetime=lifetime, service=as_service, **about))
     except ValueError as error:
         fail(str(error), 2)
 
@@ -60,14 +60,14 @@ def reindex(
     """Have the running server build its search index anew; search goes on meanwhile."""
     from rich.progress import Progress
 
-    from service.auth.bearer import make
+    from service.auth.bearer import make_token
     from service.errors import ServiceError
     from service.rpc.reindex_client import Tls, rebuild
 
     settings, _ = configuration()
     if token is None and settings.auth == "jwt" and settings.jwt_key is not None:
         with suppress(ValueError):  # A public key signs nothing.
-            token = make(
+            token = make_token(
                 settings.jwt_key.get_secret_value(),
                 "reindex",
                 lifetime=3600,

@@ -51,11 +51,11 @@ def _on_configuration() -> Finding:
 
 
 def _check_identity(settings: Settings) -> list[Finding]:
-    from service.auth import setup
+    from service.auth import credentials
     from service.doctor import Finding, Verdict
 
     try:
-        return [Finding("identity", note, Verdict.NOTE) for note in setup.check(settings)]
+        return [Finding("identity", note, Verdict.NOTE) for note in credentials.check(settings)]
     except config.BadConfiguration as error:
         return [Finding("identity", problem, Verdict.TODO) for problem in error.problems]
 

@@ -13,8 +13,9 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-from service.auth.caller import Caller, is_uuid
+from service.auth.caller import Caller
 from service.errors import PermissionDenied, ServiceError
+from service.ids import is_uuid
 from service.rpc.call import Call, StreamMethod, UnaryMethod
 from service.rpc.policies import AuditRule
 from service.telemetry.logs import audit

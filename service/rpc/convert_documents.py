@@ -10,10 +10,10 @@ from typing import Any
 
 from chathistory.v1 import document_pb2
 
+from service.ids import SYSTEM_USER_ID
 from service.rpc.convert import canonical, loaded, struct, struct_json, time
 from service.store.chunks import Chunk, ChunkRow
 from service.store.rows import DocumentRow
-from service.store.tables import SYSTEM_USER_ID
 
 _OUTPUT_ONLY = (
     "user_id",

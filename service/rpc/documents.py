@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-import uuid_utils
 from chathistory.v1 import document_pb2
 
 from service.errors import InvalidArgument, NotFound
+from service.ids import SYSTEM_USER_ID, new_id
 from service.rpc import convert_documents as convert
 from service.rpc import field_masks, paging
 from service.rpc.call import Call
@@ -18,20 +18,12 @@ from service.store.chunks import Chunk, ChunkRow
 from service.store.db.database import Work
 from service.store.documents import DocumentCursor
 from service.store.rows import DocumentRow
-from service.store.tables import SYSTEM_USER_ID
 
 T = TypeVar("T")
 
 MAX_CHUNKS_BYTES = 1024 * 1024
 """All chunks of one request, serialized."""
 _WRITABLE = ("title", "source_uri", "mime_type", "metadata")
-
-
-def owners(user_id: str, call: Call) -> tuple[str, ...]:
-    """Return whose documents a request is about, in the order in which an id is looked for; a service may mean shared ones alone."""
-    if call.caller.is_service and user_id.lower() in ("", SYSTEM_USER_ID):
-        return (SYSTEM_USER_ID,)
-    return call.caller.owner(user_id), SYSTEM_USER_ID
 
 
 class Documents(Handler):
@@ -46,9 +38,9 @@ class Documents(Handler):
             call.caller.require_service()
             user_id = SYSTEM_USER_ID
         else:
-            user_id = call.caller.owner(request.user_id)
+            user_id = call.caller.resolve_user_id(request.user_id)
         require_same_id("document.user_id", sent.user_id, user_id)
-        document_id = sent.id.lower() or str(uuid_utils.uuid7())
+        document_id = sent.id.lower() or new_id()
         values = convert.document_values(sent, request.chunks, document_id) | {"user_id": user_id}
         chunks = self._chunks(request.chunks)
         row = await self._write(
@@ -85,7 +77,7 @@ class Documents(Handler):
         self, request: document_pb2.GetDocumentRequest, call: Call
     ) -> document_pb2.GetDocumentResponse:
         """Read one document."""
-        owner_ids = owners(request.user_id, call)
+        owner_ids = call.caller.document_owner_ids(request.user_id)
         row = await self.database.read(
             lambda connection: documents.get(connection, owner_ids, request.document_id.lower()),
             owner_id=owner_ids[0],
@@ -97,7 +89,7 @@ class Documents(Handler):
         self, request: document_pb2.ListDocumentsRequest, call: Call
     ) -> document_pb2.ListDocumentsResponse:
         """List the documents that a caller finds, newest first."""
-        owner_ids = owners(request.user_id, call)
+        owner_ids = call.caller.document_owner_ids(request.user_id)
         owner_id = owner_ids[0]
         filters = {
             name: value
@@ -136,7 +128,7 @@ class Documents(Handler):
         document_id = sent.id.lower()
         if not document_id:
             raise InvalidArgument.field("document.id", "is required")
-        owner_ids = owners(request.user_id, call)
+        owner_ids = call.caller.document_owner_ids(request.user_id)
         if sent.user_id.lower() not in ("", *owner_ids):
             raise InvalidArgument.field("document.user_id", "is not the request's")
         values = convert.document_changes(
@@ -185,7 +177,10 @@ class Documents(Handler):
         self, request: document_pb2.ListDocumentChunksRequest, call: Call
     ) -> document_pb2.ListDocumentChunksResponse:
         """List a document's chunks in order."""
-        owner_ids, document_id = owners(request.user_id, call), request.document_id.lower()
+        owner_ids, document_id = (
+            call.caller.document_owner_ids(request.user_id),
+            request.document_id.lower(),
+        )
         bound = ("ListDocumentChunks", *owner_ids, document_id)
         size = paging.page_size(request.page_size)
         first = int(paging.place(request.page_token, *bound) or 0)
@@ -228,7 +223,7 @@ class Documents(Handler):
             NotFound: there is no such document that the caller could read.
             PermissionDenied: it is shared, and the caller is a user (SERVICE_ONLY).
         """
-        owner_ids = owners(user_id, call)
+        owner_ids = call.caller.document_owner_ids(user_id)
         row = await self.database.read(
             lambda connection: documents.get(connection, owner_ids, document_id),
             owner_id=owner_ids[0],

@@ -29,7 +29,7 @@ class Exports(Handler):
         self, request: export_pb2.ExportUserDataRequest, call: Call
     ) -> AsyncGenerator[Item]:
         """Send everything of one user, in order."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         async for item in items(self.database, user_id, self.call_timeout):
             yield item
 

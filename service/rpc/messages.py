@@ -6,10 +6,10 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator
 
-import uuid_utils
 from chathistory.v1 import message_pb2, session_pb2
 
 from service.errors import FieldViolation, InvalidArgument, NotFound, Unauthenticated
+from service.ids import new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.admission import draining
 from service.rpc.call import Call
@@ -31,7 +31,7 @@ class Messages(Handler):
         self, request: message_pb2.AppendMessagesRequest, call: Call
     ) -> message_pb2.AppendMessagesResponse:
         """Append messages: all of them, next to each other, or none; those that are stored already keep their places."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         new = _new_messages(request)
         opens = not session_id
@@ -67,7 +67,10 @@ class Messages(Handler):
         self, request: message_pb2.GetMessageRequest, call: Call
     ) -> message_pb2.GetMessageResponse:
         """Read one message."""
-        user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
+        user_id, session_id = (
+            call.caller.resolve_user_id(request.user_id),
+            request.session_id.lower(),
+        )
         row = await self.database.read(
             lambda connection: messages.get(
                 connection, user_id, session_id, request.message_id.lower()
@@ -81,7 +84,10 @@ class Messages(Handler):
         self, request: message_pb2.ListMessagesRequest, call: Call
     ) -> message_pb2.ListMessagesResponse:
         """List a session's messages by seq."""
-        user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
+        user_id, session_id = (
+            call.caller.resolve_user_id(request.user_id),
+            request.session_id.lower(),
+        )
         descending = request.order == message_pb2.MESSAGE_ORDER_DESC
         bound = ("ListMessages", user_id, session_id, descending)
         size = paging.page_size(request.page_size)
@@ -107,7 +113,7 @@ class Messages(Handler):
         self, request: message_pb2.UpdateMessageRequest, call: Call
     ) -> message_pb2.UpdateMessageResponse:
         """Change fields of a message."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         sent = request.message
         session_id = (request.session_id or sent.session_id).lower()
         require_same_id("message.session_id", sent.session_id, session_id)
@@ -144,7 +150,10 @@ class Messages(Handler):
         self, request: message_pb2.DeleteMessageRequest, call: Call
     ) -> message_pb2.DeleteMessageResponse:
         """Erase what a message says; its id and seq stay taken."""
-        user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
+        user_id, session_id = (
+            call.caller.resolve_user_id(request.user_id),
+            request.session_id.lower(),
+        )
         message_id = request.message_id.lower()
         try:
             gone = await self.database.write(
@@ -171,7 +180,10 @@ class Messages(Handler):
         self, request: message_pb2.GetContextRequest, call: Call
     ) -> message_pb2.GetContextResponse:
         """Read what goes into the next prompt."""
-        user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
+        user_id, session_id = (
+            call.caller.resolve_user_id(request.user_id),
+            request.session_id.lower(),
+        )
         limits = context.Limits(request.max_messages or DEFAULT_MAX_MESSAGES, request.max_tokens)
         chosen = await context.get(self.reads, user_id, session_id, limits, call.deadline)
         reply = message_pb2.GetContextResponse(
@@ -187,7 +199,10 @@ class Messages(Handler):
         self, request: message_pb2.WatchMessagesRequest, call: Call
     ) -> AsyncGenerator[message_pb2.WatchMessagesResponse]:
         """Send a session's messages after a seq, then each new one: no gap, no duplicate, in order."""
-        user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
+        user_id, session_id = (
+            call.caller.resolve_user_id(request.user_id),
+            request.session_id.lower(),
+        )
         session = await self.database.read(
             lambda connection: sessions.get(connection, user_id, session_id),
             owner_id=user_id,
@@ -250,7 +265,7 @@ def _new_messages(request: message_pb2.AppendMessagesRequest) -> list[NewMessage
         if sent.session_id:
             require_same_id(f"{field}.session_id", sent.session_id, session_id)
         # Made here when the client gave none: the server's own retries need one too.
-        message_id = sent.id.lower() or str(uuid_utils.uuid7())
+        message_id = sent.id.lower() or new_id()
         if message_id in ids:
             raise InvalidArgument.field(f"{field}.id", "comes twice in this request")
         ids.add(message_id)
@@ -261,7 +276,7 @@ def _new_messages(request: message_pb2.AppendMessagesRequest) -> list[NewMessage
 def _derived_id(user_id: str, request: message_pb2.AppendMessagesRequest) -> str:
     """Return the id of a session that an append starts: made from its first message's id, so that a retry finds it."""
     first = request.messages[0].id
-    return str(uuid.uuid5(uuid.UUID(user_id), first)) if first else str(uuid_utils.uuid7())
+    return str(uuid.uuid5(uuid.UUID(user_id), first)) if first else new_id()
 
 
 def _new_session(

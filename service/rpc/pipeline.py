@@ -24,7 +24,8 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 
 from service import errors
-from service.auth.caller import Authenticate, Caller
+from service.auth.authenticators import Authenticate
+from service.auth.caller import Caller
 from service.rpc import status
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
@@ -195,7 +196,7 @@ class Pipeline:
             try:
                 if is_service_only:
                     caller.require_service()
-                caller.owner(getattr(request, "user_id", ""))
+                caller.resolve_user_id(getattr(request, "user_id", ""))
             except errors.PermissionDenied as error:
                 if self._audit is not None:
                     self._audit.record_denial(name, request, caller, error)

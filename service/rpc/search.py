@@ -10,7 +10,6 @@ from chathistory.v1 import document_pb2, message_pb2, search_pb2
 from service.errors import FailedPrecondition, InvalidArgument
 from service.rpc import convert, convert_documents
 from service.rpc.call import Call
-from service.rpc.documents import owners
 from service.rpc.handler import Handler
 from service.store import chunks, fulltext
 
@@ -35,22 +34,22 @@ class Searches(Handler):
         self, request: document_pb2.SearchDocumentsRequest, call: Call
     ) -> document_pb2.SearchDocumentsResponse:
         """Find the chunks that come nearest in meaning, of the caller's own documents and the shared ones."""
-        who = owners(request.user_id, call)
+        owner_ids = call.caller.document_owner_ids(request.user_id)
         if bool(request.query.strip()) == bool(request.vector):
             raise InvalidArgument.field("query", "either this or vector is required")
         limit = request.limit or DEFAULT_LIMIT
         query = convert_documents.packed(request.vector) if request.vector else request.query
         ids = [document_id.lower() for document_id in request.document_ids]
         wide = limit + SPARE if request.vector else max(COMPARED, limit + SPARE)
-        found = await self.search.search_chunks(who, query, ids, wide, call.deadline)
+        found = await self.search.search_chunks(owner_ids, query, ids, wide, call.deadline)
         near = {
             (each.point.user_id, each.point.entity_id, int(each.point.item)): each.score
             for each in found
         }
         rows = (
             await self.database.read(
-                lambda connection: chunks.find_chunks(connection, who, list(near)),
-                owner_id=who[0],
+                lambda connection: chunks.find_chunks(connection, owner_ids, list(near)),
+                owner_id=owner_ids[0],
                 deadline=call.deadline,
             )
             if near
@@ -79,7 +78,10 @@ class Searches(Handler):
         self, request: message_pb2.SearchMessagesRequest, call: Call
     ) -> message_pb2.SearchMessagesResponse:
         """Find a user's messages by words, by meaning, or by both."""
-        user_id, session_id = call.caller.owner(request.user_id), request.session_id.lower()
+        user_id, session_id = (
+            call.caller.resolve_user_id(request.user_id),
+            request.session_id.lower(),
+        )
         if not request.query.strip():
             raise InvalidArgument.field("query", "is required")
         limit = request.limit or DEFAULT_LIMIT

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import uuid_utils
 from chathistory.v1 import session_pb2
 
 from service.errors import InvalidArgument, NotFound
+from service.ids import new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
@@ -23,9 +23,9 @@ class Sessions(Handler):
         self, request: session_pb2.CreateSessionRequest, call: Call
     ) -> session_pb2.CreateSessionResponse:
         """Create an empty session; a retry with the same id and content returns it."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         require_same_id("session.user_id", request.session.user_id, user_id)
-        session_id = request.session.id.lower() or str(uuid_utils.uuid7())
+        session_id = request.session.id.lower() or new_id()
         values = convert.session_values(request.session, session_id) | {"user_id": user_id}
         row = await self.database.write(
             lambda connection: sessions.create(connection, values),
@@ -38,7 +38,7 @@ class Sessions(Handler):
         self, request: session_pb2.GetSessionRequest, call: Call
     ) -> session_pb2.GetSessionResponse:
         """Read one session."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         row = await self.database.read(
             lambda connection: sessions.get(connection, user_id, request.session_id.lower()),
             owner_id=user_id,
@@ -50,7 +50,7 @@ class Sessions(Handler):
         self, request: session_pb2.ListSessionsRequest, call: Call
     ) -> session_pb2.ListSessionsResponse:
         """List a user's sessions, newest activity first."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         bound = ("ListSessions", user_id, request.state)
         size = paging.page_size(request.page_size)
         after = _position(paging.place(request.page_token, *bound))
@@ -71,7 +71,7 @@ class Sessions(Handler):
         self, request: session_pb2.UpdateSessionRequest, call: Call
     ) -> session_pb2.UpdateSessionResponse:
         """Change fields of a session."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         require_same_id("session.user_id", request.session.user_id, user_id)
         session_id = request.session.id.lower()
         if not session_id:
@@ -92,7 +92,7 @@ class Sessions(Handler):
         self, request: session_pb2.DeleteSessionRequest, call: Call
     ) -> session_pb2.DeleteSessionResponse:
         """Erase a session with its messages; a large one in slices, so that no lock is held for long."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         more = True
         while more:
@@ -118,9 +118,9 @@ class Sessions(Handler):
         self, request: session_pb2.ForkSessionRequest, call: Call
     ) -> session_pb2.ForkSessionResponse:
         """Copy the beginning of a session into a new one; a retry with the same new id returns it."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         source_id = request.session_id.lower()
-        new_id = request.new_session_id.lower() or str(uuid_utils.uuid7())
+        fork_id = request.new_session_id.lower() or new_id()
         fingerprint = convert.fork_fingerprint(source_id, request.through_seq)
         row = await self.database.write(
             lambda connection: sessions.fork(
@@ -128,7 +128,7 @@ class Sessions(Handler):
                 user_id,
                 source_id,
                 request.through_seq,
-                new_id,
+                fork_id,
                 fingerprint,
                 search_enabled=self.search.indexes_messages,
             ),

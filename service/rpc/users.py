@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import uuid_utils
 from chathistory.v1 import user_pb2
 
+from service.auth.authenticators import FindUserId
 from service.errors import InvalidArgument, NotFound, PermissionDenied
+from service.ids import SYSTEM_USER_ID, new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler
 from service.store import documents, sessions, users
-from service.store.db.database import NO_OWNER
-from service.store.tables import SYSTEM_USER_ID
+from service.store.db.database import NO_OWNER, Database
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
 
@@ -23,7 +23,7 @@ class Users(Handler):
         self, request: user_pb2.CreateUserRequest, call: Call
     ) -> user_pb2.CreateUserResponse:
         """Create a user; a retry with the same id and content returns it."""
-        user_id = request.user.id.lower() or str(uuid_utils.uuid7())
+        user_id = request.user.id.lower() or new_id()
         if user_id == SYSTEM_USER_ID:
             raise InvalidArgument.field("user.id", "is the system's own")
         values = convert.user_values(request.user, user_id)
@@ -41,7 +41,7 @@ class Users(Handler):
         key = request.WhichOneof("key")
         caller = call.caller
         if key in (None, "user_id") or not getattr(request, key):
-            user_id = caller.owner(request.user_id if key == "user_id" else "")
+            user_id = caller.resolve_user_id(request.user_id if key == "user_id" else "")
             row = await self.database.read(
                 lambda connection: users.get(connection, user_id),
                 owner_id=user_id,
@@ -92,7 +92,7 @@ class Users(Handler):
     ) -> user_pb2.UpdateUserResponse:
         """Change fields of a user."""
         inside = request.user.id.lower()
-        user_id = call.caller.owner(request.user_id or inside)
+        user_id = call.caller.resolve_user_id(request.user_id or inside)
         if inside not in ("", user_id):
             raise InvalidArgument.field("user.id", "is not the request's user_id")
         paths = field_masks.paths(request.update_mask, request.user, _WRITABLE)
@@ -110,7 +110,7 @@ class Users(Handler):
         self, request: user_pb2.DeleteUserRequest, call: Call
     ) -> user_pb2.DeleteUserResponse:
         """Erase a user everywhere; what is large goes in slices, the user itself last."""
-        user_id = call.caller.owner(request.user_id)
+        user_id = call.caller.resolve_user_id(request.user_id)
         messages = chunks = 0
         more = True
         while more:
@@ -151,3 +151,22 @@ class Users(Handler):
             chunk_count=chunks,
             vector_count=vectors,
         )
+
+
+def external_id_lookup(database: Database) -> FindUserId:
+    """Return a function that finds the user with an external id, for the authenticator."""
+
+    async def find_user_id(external_id: str, deadline: float) -> str | None:
+        if "\0" in external_id:  # PostgreSQL's text cannot contain it.
+            return None
+        try:
+            user = await database.read(
+                lambda connection: users.get_by(connection, external_id=external_id),
+                owner_id=f"external:{external_id}",
+                deadline=deadline,
+            )
+        except NotFound:
+            return None
+        return user.id
+
+    return find_user_id

@@ -9,10 +9,11 @@ from contextlib import suppress
 
 import structlog
 
+from service.ids import SYSTEM_USER_ID
 from service.search.types import SearchUnavailable, VectorIndex
 from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.outbox.reindex_state import RebuildCursor, ReindexState
-from service.store.tables import SYSTEM_USER_ID, OutboxKind
+from service.store.tables import OutboxKind
 
 SLICE = 256
 """Entities owed at a time."""

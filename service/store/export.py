@@ -7,6 +7,7 @@ from typing import NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.ids import SYSTEM_USER_ID
 from service.store.db.read_batching import Parameters
 from service.store.messages import PAGE_PARAMETERS, select_after_seq
 from service.store.rows import (
@@ -17,7 +18,6 @@ from service.store.rows import (
     SessionRow,
 )
 from service.store.tables import (
-    SYSTEM_USER_ID,
     chat_sessions,
     document_chunks,
     documents,

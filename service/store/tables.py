@@ -28,13 +28,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from service.ids import SYSTEM_USER_ID
+
 BUILD = 2
 """This build's number: the revision of the newest migration it knows."""
 REQUIRED_REVISION = 2
 """The oldest schema revision that this build works with."""
-
-SYSTEM_USER_ID = "00000000-0000-0000-0000-000000000000"
-"""Owner of what belongs to nobody in particular (shared documents); no caller can be it."""
 
 
 class SessionState(IntEnum):

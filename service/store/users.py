@@ -10,11 +10,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, NotFound
+from service.ids import SYSTEM_USER_ID
 from service.store import documents, sessions
 from service.store.db.db_errors import constraint
 from service.store.outbox import outbox
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
-from service.store.tables import SYSTEM_USER_ID, chat_sessions, users
+from service.store.tables import chat_sessions, users
 
 _REASON_BY_CONSTRAINT = {
     "users_email_key": ("EMAIL_TAKEN", "another user has this e-mail address"),

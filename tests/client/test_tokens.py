@@ -81,7 +81,7 @@ async def test_call_fails_after_one_refresh_if_the_new_token_is_rejected_too(
 async def test_watch_resumes_with_a_new_token_when_its_token_expires(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.auth.bearer.LEEWAY", 0)
+    monkeypatch.setattr("service.auth.bearer.LEEWAY_S", 0)
     seen: list[int] = []
     async with (
         serving(database_url, **JWT) as server,

@@ -11,6 +11,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from service.ids import SYSTEM_USER_ID
 from service.store import tables
 from service.store.db.dsn import Target, parse
 from service.store.schema import migrations
@@ -112,7 +113,7 @@ async def test_the_first_migration_leaves_what_the_service_needs(empty: Target) 
     [user] = await fetch(
         url_of(empty), "SELECT id::text, fingerprint, email, external_id, name FROM users"
     )
-    assert tuple(user) == (tables.SYSTEM_USER_ID, b"", None, None, "")
+    assert tuple(user) == (SYSTEM_USER_ID, b"", None, None, "")
 
 
 def revisions() -> list[str]:

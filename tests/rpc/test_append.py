@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chathistory.v1 import message_pb2, session_pb2
 
-from service.store.tables import SYSTEM_USER_ID
+from service.ids import SYSTEM_USER_ID
 from tests.support.chat import ASSISTANT, Chat, new_id, text, texts
 from tests.support.cluster import fetch
 from tests.support.failures import fails, refuses

@@ -10,7 +10,7 @@ from typing import Any
 from chathistory.v1 import document_pb2, user_pb2
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.auth.caller import by_external_id
+from service.rpc.users import external_id_lookup
 from service.server import Server
 from service.store.db.database import NO_OWNER, Database
 from tests.support.chat import Chat, new_id
@@ -70,7 +70,7 @@ async def test_document_reads_and_session_reads_of_one_user_wait_in_one_queue(
 
 
 async def test_token_look_ups_wait_in_a_queue_of_their_external_id(server: Server) -> None:
-    find_user = by_external_id(server.database)
+    find_user = external_id_lookup(server.database)
     deadline = asyncio.get_running_loop().time() + 60
     assert await queued_owners(
         server.database,

@@ -9,9 +9,9 @@ import pytest
 from chathistory.v1 import user_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from service.ids import SYSTEM_USER_ID
 from service.server import Server
 from service.store import sessions
-from service.store.tables import SYSTEM_USER_ID
 from tests.support.chat import Chat, new_id, text, texts
 from tests.support.cluster import fetch
 from tests.support.failures import fails, refuses

@@ -10,8 +10,8 @@ import grpc
 import pytest
 from chathistory.v1 import document_pb2
 
+from service.ids import SYSTEM_USER_ID
 from service.server import Server
-from service.store.tables import SYSTEM_USER_ID
 from tests.search.library import SHARED, Library, chunks
 from tests.support.chat import new_id
 from tests.support.failures import failure as how_it_fails

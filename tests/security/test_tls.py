@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.auth import setup
+from service.auth import credentials
 from service.config import BadConfiguration
 from tests.support import issuer
 from tests.support.certificates import Authority, Pair, write
@@ -170,7 +170,7 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
 
     def complaint(**changes: Path) -> str:
         with pytest.raises(BadConfiguration) as caught:
-            setup.check(settings(**files | changes))
+            credentials.check(settings(**files | changes))
         return str(caught.value)
 
     missing = tmp_path / "missing"
@@ -180,8 +180,8 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     assert f"CHAT_HISTORY_TLS_CLIENT_CA={missing} cannot be read" in complaint(
         tls_client_ca=missing
     )
-    assert "are no pair" in complaint(tls_key=files["tls_cert"])
-    assert "holds no certificate" in complaint(tls_client_ca=files["tls_key"])
+    assert "are not a pair" in complaint(tls_key=files["tls_cert"])
+    assert "has no certificate" in complaint(tls_client_ca=files["tls_key"])
     locked = ec.generate_private_key(ec.SECP256R1()).private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"hunter2")
     )

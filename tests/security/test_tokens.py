@@ -16,7 +16,7 @@ from chathistory.v1 import message_pb2, session_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from service.auth import bearer, jwks, setup
+from service.auth import bearer, credentials, jwks
 from service.config import BadConfiguration
 from tests.support import issuer
 from tests.support.chat import Chat, new_id
@@ -116,7 +116,7 @@ async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any])
 async def test_a_known_token_ends_with_its_expiry(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bearer, "LEEWAY", 0.0)
+    monkeypatch.setattr(bearer, "LEEWAY_S", 0.0)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         ends = int(time.time()) + 5
         short = bearer_metadata(token(USER, exp=ends))
@@ -128,7 +128,7 @@ async def test_a_known_token_ends_with_its_expiry(
 async def test_a_watch_ends_with_its_token(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bearer, "LEEWAY", 0.0)
+    monkeypatch.setattr(bearer, "LEEWAY_S", 0.0)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         made = await stub.CreateUser(
             user_pb2.CreateUserRequest(user=User()), metadata=bearer_metadata(service_token())
@@ -170,7 +170,7 @@ async def test_external_id_names_a_user_that_exists(
             metadata=bearer_metadata(service_token()),
         )
         ahead = time.time() + 60
-        monkeypatch.setattr("service.auth.caller.time.time", lambda: ahead)
+        monkeypatch.setattr("service.auth.authenticators.time.time", lambda: ahead)
         await fails(list_sessions(stub, mine), "TOKEN_INVALID")
 
 
@@ -250,7 +250,7 @@ async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
         served.publish(b=rsa_key(1))
         await fails(list_sessions(stub, signed("b", rsa_key(1))), "TOKEN_INVALID")  # Cooling down.
         await list_sessions(stub, signed("a", rsa_key()))
-        monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
+        monkeypatch.setattr(jwks, "COOL_DOWN_S", 0.0)
         await list_sessions(stub, signed("b", rsa_key(1)))
         await fails(list_sessions(stub, signed("a", rsa_key())), "TOKEN_INVALID")
 
@@ -258,8 +258,8 @@ async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
 async def test_last_good_keys_are_kept(
     database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
-    monkeypatch.setattr(jwks, "REFRESH", 0.0)
+    monkeypatch.setattr(jwks, "COOL_DOWN_S", 0.0)
+    monkeypatch.setattr(jwks, "REFRESH_AFTER_S", 0.0)
     served.publish(a=rsa_key())
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         await list_sessions(stub, signed("a", rsa_key()))
@@ -286,7 +286,7 @@ async def test_before_the_first_key_a_retry_may_help(
             await failure(list_sessions(stub, signed("a", rsa_key())))
         ).reason == "KEYS_UNAVAILABLE"
         assert served.asked == asked  # Cooling down.
-        monkeypatch.setattr(jwks, "FIRST_COOL_DOWN", 0.0)
+        monkeypatch.setattr(jwks, "FIRST_COOL_DOWN_S", 0.0)
         await list_sessions(stub, signed("a", rsa_key()))
 
 
@@ -301,7 +301,7 @@ async def test_a_refresh_that_failed_is_tried_again_after_the_cool_down(
         served.publish(b=rsa_key(1))
         served.fails = True
         keys = server.authenticate._keys  # type: ignore[attr-defined]
-        keys._fetched_at = keys._asked_at = float("-inf")  # A long time ago.
+        keys._fetched_at = keys._attempted_at = float("-inf")  # A long time ago.
         await list_sessions(stub, old)
         async with asyncio.timeout(30):
             while served.asked < 2 or keys._task is not None:
@@ -309,7 +309,7 @@ async def test_a_refresh_that_failed_is_tried_again_after_the_cool_down(
         served.fails = False
         await list_sessions(stub, old)
         assert served.asked == 2
-        monkeypatch.setattr(jwks, "COOL_DOWN", 0.0)
+        monkeypatch.setattr(jwks, "COOL_DOWN_S", 0.0)
         async with asyncio.timeout(30):
             while (await status_of(list_sessions(stub, old))) == "OK":
                 await asyncio.sleep(0.01)
@@ -325,7 +325,7 @@ async def status_of(call: Any) -> str:
 
 def test_a_key_set_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte by byte, each in time: the thread that reads it must not be lost."""
-    monkeypatch.setattr(jwks, "FETCH_SECONDS", 0.3)
+    monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
     with issuer.dripping_server() as url, pytest.raises(TimeoutError):
         jwks.over_http(url)()
 
@@ -400,11 +400,11 @@ async def test_authorised_before_validated(database_url: str) -> None:
 async def test_verified_tokens_are_bounded(
     monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
-    monkeypatch.setattr("service.auth.caller.MAX_KNOWN_TOKENS", 3)
+    monkeypatch.setattr("service.auth.authenticators.MAX_CACHED_TOKENS", 3)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         for n in range(10):
             await list_sessions(stub, bearer_metadata(token(USER, jti=str(n))))
-        known = server.authenticate._known  # type: ignore[attr-defined]
+        known = server.authenticate._cache  # type: ignore[attr-defined]
         assert len(known) == 3
         assert all(isinstance(key, bytes) for key in known)
 
@@ -420,7 +420,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "private key": ({"jwt_key": issuer.private_pem(ec_key())}, "private key"),
     "broken pem": (
         {"jwt_key": "-----BEGIN PUBLIC KEY-----\nhunter2\n-----END PUBLIC KEY-----"},
-        "no public key",
+        "not a public key",
     ),
 }
 
@@ -429,7 +429,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_unusable_key_is_said_in_a_line_without_it(case: str) -> None:
     values, words = BAD[case]
     with pytest.raises(BadConfiguration, match=words) as caught:
-        setup.check(settings(**HS | values))
+        credentials.check(settings(**HS | values))
     assert "hunter2" not in str(caught.value)
     assert len(caught.value.problems) == 1
     assert "CHAT_HISTORY_JWT_KEY" in caught.value.problems[0]
@@ -470,7 +470,7 @@ def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
     mixed = good | {"kid": "mixed", "alg": "HS256"}
     shared = {"kty": "oct", "k": "c2VjcmV0", "kid": "shared", "alg": "HS256"}
     one = good | {"kid": "one", "alg": "RS512"}
-    found = jwks.read(
+    found = jwks.parse_key_set(
         json.dumps({"keys": [weak, good, other, mixed, shared, one, 7, {"kty": "?"}]}).encode()
     )
     assert set(found) == {"good", "one"}
@@ -479,7 +479,7 @@ def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
 
 async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        made = bearer.make(
+        made = bearer.make_token(
             issuer.SECRET,
             "dev",
             lifetime=60,
@@ -497,7 +497,7 @@ async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> No
         serving(database_url, **HS | {"jwt_key": str(public)}) as server,
         connected(server.address) as stub,
     ):
-        made = bearer.make(
+        made = bearer.make_token(
             str(private),
             USER,
             lifetime=60,

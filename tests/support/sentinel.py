@@ -19,7 +19,8 @@ import pglast
 from pglast import enums, parse_sql
 from pglast.parser import ParseError
 
-from service.store.tables import SYSTEM_USER_ID, metadata
+from service.ids import SYSTEM_USER_ID
+from service.store.tables import metadata
 from tests.support.cluster import Logged
 
 # Its types say that anything may be missing anywhere; the grammar says what is there.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.auth.caller import trust
+from service.auth.authenticators import trust_all
 from service.rpc import pipeline
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.policies import POLICIES, Access, AuditRule
@@ -22,7 +22,7 @@ async def test_building_the_pipeline_fails_for_an_rpc_without_policy(
 ) -> None:
     incomplete = {name: policy for name, policy in POLICIES.items() if name != "GetSession"}
     monkeypatch.setattr(pipeline, "POLICIES", incomplete)
-    built = pipeline.Pipeline(trust, Admission(1), StreamAdmission(1, 1), call_timeout=1.0)
+    built = pipeline.Pipeline(trust_all, Admission(1), StreamAdmission(1, 1), call_timeout=1.0)
     with pytest.raises(KeyError, match="GetSession"):
         built.handlers(DESCRIPTOR, ChatHistoryServicer)
 
