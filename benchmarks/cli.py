@@ -20,6 +20,7 @@ from benchmarks.bench import FULL, QUICK, SESSIONS, Bench, body_count
 from benchmarks.comparison import Comparison, Subject, compare
 from benchmarks.environment import WORK_DIR, Environment
 from benchmarks.load_generator import BenchError, Load
+from benchmarks.scenario_tables import tables
 from benchmarks.scenarios import SCENARIOS, Variant, with_jwt
 from service.embedded.data_dir import EmbeddedError
 
@@ -109,7 +110,7 @@ async def _all(names: list[str], *, quick: bool, partial: bool) -> None:
                 )
                 progress.advance(overall)
     results = {"environment": description, "plan": (QUICK if quick else FULL).__dict__, **measured}
-    for table in report.tables(results):
+    for table in tables(results):
         console.print(table.rich())
     folder = (
         WORK_DIR / ("quick" if quick else "partial") if quick or partial else report.COMMITTED_DIR

@@ -16,7 +16,7 @@ from benchmarks import workload
 from benchmarks.bench import Bench
 from benchmarks.environment import Server
 from benchmarks.load_generator import Load, LoadResult, generate_load
-from benchmarks.report import Table
+from benchmarks.table import Table
 from service.config import Settings
 from service.rpc.health import SERVICE
 
