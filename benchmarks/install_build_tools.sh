@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Ensures that the load generator can be compiled. Installs missing packages on Debian if run as root.
+# Ensures that the load generator can be compiled. As root on Debian it installs missing packages.
 set -euo pipefail
 
 compiles() {
     echo '#include <nghttp2/nghttp2.h>
-int main(void) { return nghttp2_version(0) == 0; }' | "${CC:-cc}" -x c -o /dev/null - -lnghttp2 2>/dev/null
+int main(void) { return nghttp2_version(0) == 0; }' |
+        "${CC:-cc}" -x c -o /dev/null - -lnghttp2 2>/dev/null
 }
 
 compiles && exit

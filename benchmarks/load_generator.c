@@ -18,8 +18,8 @@
  *
  * Prints one JSON object. The window is the time between the warm-up and the end. The object
  * contains, for the window: the OK replies, their latencies and size, the number of other replies,
- * the length of the window, and the CPU time of this process and of each --pid. It also contains the
- * statuses of all replies, inside and outside the window.
+ * the length of the window, and the CPU time of this process and of each --pid. It also contains
+ * the statuses of all replies, inside and outside the window.
  *
  * libnghttp2 implements HTTP/2. There is one thread with one epoll loop.
  */
