@@ -140,7 +140,7 @@ async def pooler(bench: Bench) -> dict[str, Any]:
 
     Only the connections without PgBouncer keep prepared statements.
     """
-    if pgbouncer.program() is None:
+    if pgbouncer.find_program() is None:
         return {"skipped": "pgbouncer is not installed (apt-get install pgbouncer)"}
     keys = await bench.new_sessions_in("pooler")
     results: list[Comparison] = []

@@ -32,8 +32,8 @@ from service.embedded.data_dir import Postmaster, stop_server
 from service.server import Server
 from tests.support import sentinel as checks
 from tests.support.chat import Chat
-from tests.support.cluster import Cluster, all_new_statements, sweep
-from tests.support.route import THROUGH, routed
+from tests.support.cluster import Cluster, all_new_statements, remove_abandoned_clusters
+from tests.support.route import ROUTES, use_route
 from tests.support.servers import AsyncStub, ServerProcess, connected, serving
 
 pytest.register_assert_rewrite("tests.support.failures")
@@ -53,7 +53,7 @@ StartProcess = Callable[..., Awaitable[ServerProcess]]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a run choose how services get to their databases."""
     parser.addoption(
-        "--through", choices=THROUGH, help="what stands between services and PostgreSQL"
+        "--through", choices=ROUTES, help="what stands between services and PostgreSQL"
     )
 
 
@@ -63,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if name.startswith("CHAT_HISTORY_") or name in ("DATABASE_URL", "NEON_DATABASE_URL"):
             del os.environ[name]
     if not hasattr(config, "workerinput"):  # Once, and not in each of xdist's workers.
-        sweep()
+        remove_abandoned_clusters()
 
 
 LONG = ("chatbot", "faults", "security")
@@ -128,7 +128,7 @@ def cluster() -> Generator[Cluster]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _route(request: pytest.FixtureRequest) -> Generator[None]:
-    with routed(request.config.getoption("--through")):
+    with use_route(request.config.getoption("--through")):
         yield
 
 

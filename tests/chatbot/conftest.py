@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from service.server import Server
-from tests.support.chatbots import Browser, Model, chatting
+from tests.support.chatbots import Browser, ModelServer, serving_chatbot
 
 OpenBrowser = Callable[[], Awaitable[Browser]]
 
@@ -16,7 +16,7 @@ OpenBrowser = Callable[[], Awaitable[Browser]]
 @pytest.fixture
 async def bot(server: Server) -> AsyncGenerator[str]:
     """Yield the address of a chatbot without a model."""
-    async with chatting(server.address) as address:
+    async with serving_chatbot(server.address) as address:
         yield address
 
 
@@ -35,15 +35,15 @@ async def other_browser(bot: str) -> AsyncGenerator[Browser]:
 
 
 @pytest.fixture
-async def model() -> Model:
+async def model() -> ModelServer:
     """Return a model that is not served yet."""
-    return Model()
+    return ModelServer()
 
 
 @pytest.fixture
-async def model_browser(server: Server, model: Model) -> AsyncGenerator[Browser]:
+async def model_browser(server: Server, model: ModelServer) -> AsyncGenerator[Browser]:
     """Yield a client of a chatbot that uses `model`."""
     async with AsyncExitStack() as stack:
         settings = await stack.enter_async_context(model.serving())
-        address = await stack.enter_async_context(chatting(server.address, **settings))
+        address = await stack.enter_async_context(serving_chatbot(server.address, **settings))
         yield await stack.enter_async_context(Browser(address))

@@ -11,7 +11,7 @@ import pytest
 
 from service.embedded.data_dir import Postmaster
 from tests.support.chatbots import Browser
-from tests.support.demo import demo
+from tests.support.demo import running_demo
 from tests.support.ports import free_port
 
 
@@ -23,7 +23,7 @@ async def test_demo_recovers_without_a_restart_when_postgres_ends(
 ) -> None:
     data = folder / "data"
     async with (
-        demo(data, (free_port(), free_port())) as address,
+        running_demo(data, (free_port(), free_port())) as address,
         Browser(address) as browser,
     ):
 

@@ -14,7 +14,7 @@ from examples.chatbot.convert import title_from_question
 from examples.chatbot.loader import load, split_into_chunks
 from examples.chatbot.settings import Settings
 from service.server import Server
-from tests.support.chatbots import Browser, Model, chatting, events
+from tests.support.chatbots import Browser, ModelServer, server_sent_events, serving_chatbot
 from tests.support.clients import client_of
 from tests.support.servers import serving
 
@@ -46,7 +46,7 @@ async def test_question_without_session_or_cookie_is_answered_and_saved(bot: str
 
 
 async def test_repeated_message_id_returns_the_stored_answer_and_stores_nothing(
-    model_browser: Browser, model: Model
+    model_browser: Browser, model: ModelServer
 ) -> None:
     message_id = str(uuid.uuid4())
     first = await model_browser.ask("Hello?", message_id=message_id)
@@ -71,7 +71,7 @@ async def test_repeated_message_id_returns_the_stored_answer_and_stores_nothing(
 
 
 async def test_concurrent_requests_with_the_same_message_id_are_stored_once(
-    model_browser: Browser, model: Model
+    model_browser: Browser, model: ModelServer
 ) -> None:
     model.pause = 0.05
     message_id = str(uuid.uuid4())
@@ -195,7 +195,7 @@ async def test_malformed_request_is_rejected_with_reason_and_detail(
 
 
 async def test_stream_sends_pieces_of_a_model_that_gets_the_conversation(
-    model_browser: Browser, model: Model
+    model_browser: Browser, model: ModelServer
 ) -> None:
     await model_browser.ask("What is a heron?")
     session = (await model_browser.get("/api/sessions")).json()["sessions"][0]["session_uuid"]
@@ -204,7 +204,7 @@ async def test_stream_sends_pieces_of_a_model_that_gets_the_conversation(
         "POST", "/chat/stream", json={"message": "And an egret?", "session_uuid": session}
     ) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
-        received = [event async for event in events(reply)]
+        received = [event async for event in server_sent_events(reply)]
 
     names = [name for name, _ in received]
     assert names == ["begin", "delta", "delta", "delta", "done"]
@@ -222,7 +222,7 @@ async def test_stream_sends_pieces_of_a_model_that_gets_the_conversation(
 
 @pytest.mark.parametrize("is_repeated", [False, True])
 async def test_partial_answer_is_stored_when_the_browser_disconnects(
-    model_browser: Browser, model: Model, is_repeated: bool
+    model_browser: Browser, model: ModelServer, is_repeated: bool
 ) -> None:
     model.words = [f"word{n} " for n in range(200)]
     model.pause = 0.02
@@ -231,7 +231,7 @@ async def test_partial_answer_is_stored_when_the_browser_disconnects(
         "POST", "/chat/stream", json={"message": "Go on", "message_id": message_id}
     ) as reply:
         count = 0
-        async for name, _ in events(reply):
+        async for name, _ in server_sent_events(reply):
             count += name == "delta"
             if count == 5:
                 break
@@ -243,7 +243,7 @@ async def test_partial_answer_is_stored_when_the_browser_disconnects(
 
     assert messages[1]["content"].startswith("word0 word1 word2 word3 word4 ")
     assert messages[1]["stopped"] is True
-    assert model.said < 100
+    assert model.words_sent < 100
     if is_repeated:  # The repeated request returns the stored text.
         repeated = await model_browser.ask("Go on", message_id=message_id)
         assert (repeated["answer"], repeated["stopped"], repeated["saved"]) == (
@@ -254,18 +254,18 @@ async def test_partial_answer_is_stored_when_the_browser_disconnects(
 
 
 async def test_partial_answer_is_stored_when_the_backend_stops(
-    server: Server, model: Model
+    server: Server, model: ModelServer
 ) -> None:
     model.words = [f"word{n} " for n in range(1000)]
     model.pause = 0.02
     async with model.serving() as settings, Browser("http://nowhere") as browser:
-        async with chatting(server.address, **settings) as address:
+        async with serving_chatbot(server.address, **settings) as address:
             asking = asyncio.create_task(browser.post(f"{address}/chat", json={"message": "Go on"}))
-            while model.said < 10:
+            while model.words_sent < 10:
                 await asyncio.sleep(0.02)
         await asyncio.wait([asking])
         asking.exception()
-        async with chatting(server.address) as address, client_of(server.address) as client:
+        async with serving_chatbot(server.address) as address, client_of(server.address) as client:
             stored = [
                 answer
                 async for user in client.list_users()
@@ -286,7 +286,7 @@ async def _answers(client: ChatHistoryClient, user_id: str) -> list[str]:
 
 
 async def test_answer_without_model_output_is_saved_when_the_model_fails(
-    model_browser: Browser, model: Model
+    model_browser: Browser, model: ModelServer
 ) -> None:
     model.status = 400
     reply = await model_browser.ask("Hello?")
@@ -295,7 +295,7 @@ async def test_answer_without_model_output_is_saved_when_the_model_fails(
 
 
 async def test_partial_answer_is_stored_when_the_model_connection_breaks(
-    model_browser: Browser, model: Model
+    model_browser: Browser, model: ModelServer
 ) -> None:
     model.words, model.breaks_after = ["One ", "two ", "three"], 2
     reply = await model_browser.ask("Hello?")
@@ -314,7 +314,7 @@ async def test_answer_quotes_documents_with_sources_without_a_model(
         documents = [document async for document in client.list_documents()]
         assert len(documents) == 6
         async with (
-            chatting(server.address) as address,
+            serving_chatbot(server.address) as address,
             Browser(address) as browser,
             asyncio.timeout(40),
         ):

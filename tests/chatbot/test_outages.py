@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import StartProcess
-from tests.support.chatbots import Browser, Model, chatting
+from tests.support.chatbots import Browser, ModelServer, serving_chatbot
 from tests.support.clients import client_of
-from tests.support.ports import NOBODY
-from tests.support.proxy import Proxy, before_postgres
+from tests.support.ports import UNUSED_ADDRESS
+from tests.support.proxy import Proxy, postgres_proxy
 from tests.support.servers import serving
 
 pytestmark = pytest.mark.faults  # Slow.
@@ -27,15 +27,15 @@ async def test_chat_answers_unsaved_during_a_database_outage(
     database_url: str, is_black_hole: bool
 ) -> None:
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         serving(url, db_connect_timeout=2.0) as server,
-        chatting(server.address) as address,
+        serving_chatbot(server.address) as address,
         Browser(address) as browser,
     ):
         before = await browser.ask("Before")
         assert (await browser.get("/db-health")).status_code == 200
 
-        (proxy.hold if is_black_hole else proxy.refuse)()
+        (proxy.block if is_black_hole else proxy.refuse_connections)()
         await asyncio.sleep(1.1)  # The service caches a health check for one second.
         started = time.monotonic()
         health = await browser.get("/db-health")
@@ -54,8 +54,8 @@ async def test_chat_answers_unsaved_during_a_database_outage(
         assert listed.json()["reason"]
 
         if is_black_hole:
-            proxy.let_pass()
-        proxy.accept()
+            proxy.unblock()
+        proxy.accept_connections()
         async with asyncio.timeout(20):
             while (await browser.get("/db-health")).status_code != 200:
                 await asyncio.sleep(0.2)
@@ -68,7 +68,7 @@ async def test_chat_answers_unsaved_during_a_database_outage(
 
 
 async def test_every_endpoint_answers_in_time_during_a_service_outage() -> None:
-    async with chatting(NOBODY) as address, Browser(address) as browser:
+    async with serving_chatbot(UNUSED_ADDRESS) as address, Browser(address) as browser:
         started = time.monotonic()
         health = await browser.get("/db-health")
         assert (health.status_code, health.json()["database"]) == (503, "unreachable")
@@ -83,7 +83,7 @@ async def test_every_endpoint_answers_in_time_during_a_service_outage() -> None:
 
 async def test_chat_is_unavailable_during_an_outage_if_history_is_required() -> None:
     async with (
-        chatting(NOBODY, require_history=True, history_timeout=0.3) as address,
+        serving_chatbot(UNUSED_ADDRESS, require_history=True, history_timeout=0.3) as address,
         Browser(address) as browser,
     ):
         for path in ("/chat", "/chat/stream"):
@@ -93,20 +93,20 @@ async def test_chat_is_unavailable_during_an_outage_if_history_is_required() -> 
 
 
 async def test_turn_is_saved_whole_after_an_outage_shorter_than_its_answer(
-    database_url: str, model: Model
+    database_url: str, model: ModelServer
 ) -> None:
     model.words, model.pause = ["One ", "two ", "three"], 1.0
     async with (
         serving(database_url) as server,
         Proxy(server.address) as proxy,
         model.serving() as settings,
-        chatting(proxy.address, history_timeout=0.5, **settings) as address,
+        serving_chatbot(proxy.address, history_timeout=0.5, **settings) as address,
         Browser(address) as browser,
     ):
-        proxy.refuse()
+        proxy.refuse_connections()
         asking = asyncio.create_task(browser.ask("Hello?"))
         await asyncio.sleep(0.8)
-        proxy.accept()
+        proxy.accept_connections()
         reply = await asking
         assert reply["saved"]
         assert [message["content"] for message in await browser.read(reply["session_uuid"])] == [
@@ -117,13 +117,13 @@ async def test_turn_is_saved_whole_after_an_outage_shorter_than_its_answer(
 
 @pytest.mark.timeout(120)
 async def test_saved_turns_are_stored_exactly_once_when_the_service_is_killed(
-    start_process: StartProcess, model: Model
+    start_process: StartProcess, model: ModelServer
 ) -> None:
     saved: list[dict[str, Any]] = []
     unsaved_count = 0
     process = await start_process()
     async with Proxy(process.address) as proxy, model.serving() as settings:
-        async with chatting(proxy.address, history_timeout=5, **settings) as address:
+        async with serving_chatbot(proxy.address, history_timeout=5, **settings) as address:
 
             async def user(number: int) -> None:
                 nonlocal unsaved_count
@@ -147,10 +147,10 @@ async def test_saved_turns_are_stored_exactly_once_when_the_service_is_killed(
                 while len(saved) < TURNS // 4:
                     await asyncio.sleep(0.01)
                 await process.kill()
-                proxy.refuse()
+                proxy.refuse_connections()
                 process = await start_process()
                 proxy.upstream = process.address
-                proxy.accept()
+                proxy.accept_connections()
 
         stored: dict[str, list[tuple[str, str]]] = {}
         async with client_of(process.address) as client:

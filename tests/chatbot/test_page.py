@@ -16,9 +16,16 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 
 from service.server import Server
-from tests.support.chatbots import Model, chatting
-from tests.support.chromium import DESKTOP, PHONE, at_rest, barriers, chromium, opened
-from tests.support.demo import demo
+from tests.support.chatbots import ModelServer, serving_chatbot
+from tests.support.chromium import (
+    DESKTOP,
+    PHONE,
+    accessibility_violations,
+    chromium,
+    open_page,
+    wait_for_animations,
+)
+from tests.support.demo import running_demo
 from tests.support.ports import free_port
 from tests.support.proxy import Proxy
 
@@ -52,7 +59,7 @@ async def screenshot(page: Page, name: str) -> None:
     """Take a screenshot for the documentation, if they are wanted."""
     if os.environ.get("PICTURES"):
         PICTURES.mkdir(exist_ok=True)
-        await at_rest(page)
+        await wait_for_animations(page)
         await page.screenshot(path=PICTURES / f"{name}.png", scale="css", caret="initial")
 
 
@@ -62,11 +69,11 @@ async def test_conversation_is_shown_again_after_a_reload_and_a_restart_of_the_d
 ) -> None:
     ports = (free_port(), free_port())
     async with (
-        opened(chrome, page_errors, **DESKTOP) as desktop,
-        opened(chrome, page_errors, **PHONE) as phone,
+        open_page(chrome, page_errors, **DESKTOP) as desktop,
+        open_page(chrome, page_errors, **PHONE) as phone,
     ):
         pages = {"desktop": desktop, "phone": phone}
-        async with demo(folder / "data", ports) as address:
+        async with running_demo(folder / "data", ports) as address:
             for name, page in pages.items():
                 await page.goto(address)
                 await screenshot(page, f"chatbot-{name}-new")
@@ -84,7 +91,7 @@ async def test_conversation_is_shown_again_after_a_reload_and_a_restart_of_the_d
             await screenshot(phone, "chatbot-phone")
             await desktop.emulate_media(color_scheme="dark")
             await screenshot(desktop, "chatbot-desktop-dark")
-        async with demo(folder / "data", ports):
+        async with running_demo(folder / "data", ports):
             for page in pages.values():
                 await page.reload()
                 await expect_conversation(page)
@@ -108,7 +115,7 @@ async def expect_conversation(page: Page) -> None:
 async def test_conversations_can_be_searched_renamed_and_deleted(
     chrome: Browser, bot: str, page_errors: list[str], device: dict[str, Any]
 ) -> None:
-    async with opened(chrome, page_errors, **device) as page:
+    async with open_page(chrome, page_errors, **device) as page:
 
         async def open_sidebar() -> None:
             if device is PHONE:
@@ -154,14 +161,14 @@ async def test_conversations_can_be_searched_renamed_and_deleted(
 
 @asynccontextmanager
 async def streaming_answer(
-    chrome: Browser, server: Server, model: Model, page_errors: list[str]
+    chrome: Browser, server: Server, model: ModelServer, page_errors: list[str]
 ) -> AsyncGenerator[Page]:
     """Yield a page on which a long answer is streaming."""
     model.words, model.pause = [f"word{n} " for n in range(1000)], 0.03
     async with (
         model.serving() as settings,
-        chatting(server.address, **settings) as address,
-        opened(chrome, page_errors, **DESKTOP) as page,
+        serving_chatbot(server.address, **settings) as address,
+        open_page(chrome, page_errors, **DESKTOP) as page,
     ):
         await page.goto(address)
         await page.get_by_label("Your question").fill("Go on")
@@ -171,7 +178,7 @@ async def streaming_answer(
 
 
 async def test_stopped_answer_is_stored_as_far_as_it_was_generated(
-    chrome: Browser, server: Server, model: Model, page_errors: list[str]
+    chrome: Browser, server: Server, model: ModelServer, page_errors: list[str]
 ) -> None:
     async with streaming_answer(chrome, server, model, page_errors) as page:
         await page.get_by_role("button", name="Stop the answer").click()
@@ -195,7 +202,7 @@ async def test_stopped_answer_is_stored_as_far_as_it_was_generated(
 
 
 async def test_new_conversation_can_be_started_while_an_answer_is_streaming(
-    chrome: Browser, server: Server, model: Model, page_errors: list[str]
+    chrome: Browser, server: Server, model: ModelServer, page_errors: list[str]
 ) -> None:
     async with streaming_answer(chrome, server, model, page_errors) as page:
         await page.locator("a.new-conversation").click()
@@ -215,18 +222,18 @@ async def test_page_reports_an_outage_of_history_and_its_end(
 ) -> None:
     async with (
         Proxy(server.address) as proxy,
-        chatting(proxy.address, history_timeout=2.0) as address,
-        opened(chrome, page_errors, **DESKTOP) as page,
+        serving_chatbot(proxy.address, history_timeout=2.0) as address,
+        open_page(chrome, page_errors, **DESKTOP) as page,
     ):
         await page.goto(address)
         await expect(page.get_by_role("status")).to_have_text("Conversations are saved")
-        proxy.refuse()
+        proxy.refuse_connections()
         await ask(page, "Hello?")
         await expect(page.get_by_role("alert")).to_contain_text("not being saved")
         await expect(page.locator(".note.warn")).to_have_text("Not saved")
         await screenshot(page, "chatbot-desktop-outage")
-        assert await barriers(page) == []
-        proxy.accept()
+        assert await accessibility_violations(page) == []
+        proxy.accept_connections()
         await expect(page.get_by_role("alert")).to_be_hidden()
         await expect(page.get_by_role("status")).to_have_text("Conversations are saved")
         await ask(page, "Again?")
@@ -239,24 +246,24 @@ async def test_page_reports_an_outage_of_history_and_its_end(
 async def test_page_has_no_accessibility_violations(
     chrome: Browser, bot: str, page_errors: list[str], device: dict[str, Any], scheme: Any
 ) -> None:
-    async with opened(chrome, page_errors, color_scheme=scheme, **device) as page:
+    async with open_page(chrome, page_errors, color_scheme=scheme, **device) as page:
         await page.goto(bot)
         await expect(page.get_by_role("heading", level=2).first).to_be_visible()
-        assert await barriers(page) == []
+        assert await accessibility_violations(page) == []
         await ask(page, "Do herons wade?")
-        assert await barriers(page) == []
+        assert await accessibility_violations(page) == []
         if device is PHONE:
             await page.get_by_role("button", name="Show the list").click()
-            assert await barriers(page) == []
+            assert await accessibility_violations(page) == []
             await page.keyboard.press("Escape")
         await page.get_by_role("button", name="Rename this").click()
-        assert await barriers(page) == []
+        assert await accessibility_violations(page) == []
 
 
 async def test_page_can_be_used_with_the_keyboard_alone(
     chrome: Browser, bot: str, page_errors: list[str]
 ) -> None:
-    async with opened(chrome, page_errors, **DESKTOP) as page:
+    async with open_page(chrome, page_errors, **DESKTOP) as page:
         await page.goto(bot)
         await expect(page.get_by_label("Your question")).to_be_focused()
         await page.keyboard.type("Do herons wade?")
@@ -283,7 +290,7 @@ async def test_page_can_be_used_with_the_keyboard_alone(
 
 
 async def test_messages_are_never_parsed_as_html(
-    chrome: Browser, server: Server, model: Model, page_errors: list[str]
+    chrome: Browser, server: Server, model: ModelServer, page_errors: list[str]
 ) -> None:
     attack = (
         "<img src=x onerror=alert(1)> [x](javascript:alert(1)) <script>alert(1)</script> "
@@ -292,8 +299,8 @@ async def test_messages_are_never_parsed_as_html(
     model.words = [attack]
     async with (
         model.serving() as settings,
-        chatting(server.address, **settings) as address,
-        opened(chrome, page_errors, **DESKTOP) as page,
+        serving_chatbot(server.address, **settings) as address,
+        open_page(chrome, page_errors, **DESKTOP) as page,
     ):
         await page.goto(address)
         await ask(page, attack)

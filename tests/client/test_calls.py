@@ -39,7 +39,7 @@ from chathistory_client.errors import from_rpc_error
 from service.errors import Unavailable as ServiceUnavailable
 from service.server import Server
 from tests.support.clients import client_of
-from tests.support.ports import NOBODY
+from tests.support.ports import UNUSED_ADDRESS
 from tests.support.servers import serving
 
 
@@ -307,7 +307,7 @@ async def test_health_of_a_ready_server_is_serving_by_name(client: ChatHistoryCl
 
 
 async def test_health_without_a_server_is_unreachable_before_its_timeout() -> None:
-    async with client_of(NOBODY) as client:
+    async with client_of(UNUSED_ADDRESS) as client:
         async with asyncio.timeout(15):
             assert await client.check_health("database", timeout=30) is HealthStatus.UNREACHABLE
         with pytest.raises(Unavailable, match=r"not ready after 0\.2 s"):

@@ -12,7 +12,7 @@ from chathistory_client import ChatHistoryClient, DeadlineExceeded, NotFound, Un
 from service.server import Server
 from tests.conftest import StartProcess
 from tests.support.clients import client_of
-from tests.support.proxy import Proxy, Way
+from tests.support.proxy import Direction, Proxy
 
 pytestmark = pytest.mark.faults
 
@@ -39,13 +39,13 @@ async def test_append_with_a_lost_reply_is_retried_and_stored_once(
 ) -> None:
     session = await proxied.create_session(user_id=owner)
     messages = [message("user", str(n) * size) for n in range(4)]
-    proxy.hold(Way.DOWN)
+    proxy.block(Direction.TO_CLIENT)
     appending = asyncio.create_task(
         proxied.append_messages(user_id=owner, session_id=session.id, messages=messages)
     )
     await wait_for_stored(client, owner, session.id, 4)
-    proxy.cut()
-    proxy.let_pass()
+    proxy.reset_connections()
+    proxy.unblock()
 
     reply = await appending
 
@@ -59,15 +59,15 @@ async def test_append_that_creates_a_session_with_a_lost_reply_creates_it_once(
     client: ChatHistoryClient, proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
     await proxied.get_user(user_id=owner)
-    proxy.hold(Way.DOWN)
+    proxy.block(Direction.TO_CLIENT)
     appending = asyncio.create_task(
         proxied.append_messages(user_id=owner, messages=[message("user", "hello")])
     )
     async with asyncio.timeout(TIMEOUT_S):
         while not [item async for item in client.list_sessions(user_id=owner)]:
             await asyncio.sleep(0.02)
-    proxy.cut()
-    proxy.let_pass()
+    proxy.reset_connections()
+    proxy.unblock()
 
     reply = await appending
 
@@ -78,13 +78,13 @@ async def test_create_session_with_a_lost_reply_creates_it_once(
     client: ChatHistoryClient, proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
     await proxied.get_user(user_id=owner)
-    proxy.hold(Way.DOWN)
+    proxy.block(Direction.TO_CLIENT)
     creating = asyncio.create_task(proxied.create_session(user_id=owner, title="once"))
     async with asyncio.timeout(TIMEOUT_S):
         while not [item async for item in client.list_sessions(user_id=owner)]:
             await asyncio.sleep(0.02)
-    proxy.cut()
-    proxy.let_pass()
+    proxy.reset_connections()
+    proxy.unblock()
 
     session = await creating
 
@@ -95,14 +95,14 @@ async def test_black_holed_call_raises_deadline_exceeded_on_time(
     proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
     await proxied.get_user(user_id=owner)
-    proxy.hold()
+    proxy.block()
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded) as caught:
         await proxied.get_user(user_id=owner, timeout=0.5)
 
     assert 0.4 < time.monotonic() - started < 8
     assert caught.value.reason == ""
-    proxy.let_pass()
+    proxy.unblock()
     assert (await proxied.get_user(user_id=owner)).id == owner
 
 
@@ -116,15 +116,15 @@ async def test_call_over_a_slow_connection_succeeds(
 async def test_call_waits_until_the_server_accepts_connections(
     proxied: ChatHistoryClient, proxy: Proxy, owner: str
 ) -> None:
-    proxy.refuse()
-    asyncio.get_running_loop().call_later(1.0, proxy.accept)
+    proxy.refuse_connections()
+    asyncio.get_running_loop().call_later(1.0, proxy.accept_connections)
     assert (await proxied.get_user(user_id=owner)).id == owner
 
 
 async def test_call_without_wait_for_ready_fails_before_its_deadline(
     proxy: Proxy, owner: str
 ) -> None:
-    proxy.refuse()
+    proxy.refuse_connections()
     async with client_of(proxy.address, wait_for_ready=False) as client:
         started = time.monotonic()
         with pytest.raises(Unavailable):
@@ -146,14 +146,14 @@ async def test_watch_resumes_after_each_lost_connection(
             messages=[message("user", str(n)) for n in range(3)],
         )
         await wait_for_seen(seen, 3 * (cut_count + 1))
-        proxy.cut()
-    proxy.refuse()
+        proxy.reset_connections()
+    proxy.refuse_connections()
     await client.append_messages(
         user_id=owner, session_id=session.id, messages=[message("user", "while refused")]
     )
     await asyncio.sleep(0.3)
     assert not watching.done()
-    proxy.accept()
+    proxy.accept_connections()
     await wait_for_seen(seen, 13)
 
     assert seen == list(range(1, 14))
@@ -186,7 +186,7 @@ async def test_watch_in_a_black_hole_resumes_by_keepalive(
         await wait_for_seen(seen, 2)
         watching.cancel()
         await asyncio.wait([watching])
-    proxy.cut()
+    proxy.reset_connections()
 
     assert seen == [1, 2]
 
@@ -251,7 +251,7 @@ async def test_replicas_of_one_target_share_calls_and_calls_survive_the_loss_of_
         shares = [now - then for now, then in zip(transferred(), before, strict=True)]
         assert min(shares) > 0.3 * max(shares)
         await replicas[0].kill()
-        first.refuse()
+        first.refuse_connections()
         for _ in range(20):
             await client.get_user(user_id=owner, timeout=10)
 

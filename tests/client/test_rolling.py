@@ -19,7 +19,7 @@ USERS = 12
 
 async def replace(process: ServerProcess, start_process: StartProcess) -> ServerProcess:
     """Stop a replica as a deployment does, and start its successor at the same address."""
-    process.send(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     # Within the grace period of 60 s, although streams are open.
     assert await process.wait(30) == 0
     log = await asyncio.to_thread(process.log.read_text)

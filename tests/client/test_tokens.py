@@ -23,7 +23,7 @@ from chathistory_client import (
 from chathistory_client.tokens import TokenCache
 from tests.support import certificates, issuer
 from tests.support.clients import client_of
-from tests.support.ports import NOBODY
+from tests.support.ports import UNUSED_ADDRESS
 from tests.support.servers import serving
 
 JWT: dict[str, Any] = {
@@ -118,7 +118,7 @@ async def test_token_source_that_never_returns_raises_deadline_exceeded() -> Non
         await asyncio.sleep(3600)
         raise AssertionError("unreachable")
 
-    async with client_of(NOBODY, token=never) as client:
+    async with client_of(UNUSED_ADDRESS, token=never) as client:
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="no token"):
             await client.get_user(user_id=new_id(), timeout=0.2)
@@ -154,8 +154,8 @@ def test_token_for_another_machine_without_tls_raises_value_error(target: str) -
 async def test_mutual_tls_accepts_known_certificates_and_rejects_others(
     database_url: str, tmp_path: Path
 ) -> None:
-    authority = certificates.Authority()
-    files = certificates.write(tmp_path, authority.issue(), authority.pem)
+    authority = certificates.CertificateAuthority()
+    files = certificates.write_tls_files(tmp_path, authority.issue(), authority.pem)
     client_certificate = authority.issue("backend")
     async with serving(database_url, **files) as server:
         mutual = Tls(
@@ -165,6 +165,6 @@ async def test_mutual_tls_accepts_known_certificates_and_rejects_others(
         )
         async with client_of(server.address, tls=mutual) as client:
             assert (await client.create_user(name="Ada")).name == "Ada"
-        untrusting = Tls(root_certificates=certificates.Authority().pem)
+        untrusting = Tls(root_certificates=certificates.CertificateAuthority().pem)
         async with client_of(server.address, tls=untrusting, wait_for_ready=False) as client:
             assert await client.check_health() is HealthStatus.UNREACHABLE

@@ -60,7 +60,7 @@ from chathistory_client import HealthStatus, Session, message
 from tests.docs import configurations
 from tests.docs.fences import Fence
 from tests.support.clients import client_of
-from tests.support.cluster import SUPPORT, Cluster, fetch
+from tests.support.cluster import TESTS_APPLICATION, Cluster, fetch
 from tests.support.ports import free_port
 from tests.support.servers import ROOT, ServerProcess
 
@@ -261,7 +261,7 @@ class Scenario:
 
         url = make_url(self._database_url).set(drivername="postgresql+asyncpg")
         engine = create_async_engine(
-            url, connect_args={"server_settings": {"application_name": SUPPORT}}
+            url, connect_args={"server_settings": {"application_name": TESTS_APPLICATION}}
         )
         async with engine.begin() as connection:
             await connection.run_sync(run)
@@ -399,7 +399,7 @@ class Scenario:
             "GIT_CONFIG_KEY_0": f"url.{ROOT}.insteadOf",
             "GIT_CONFIG_VALUE_0": clone,
             # Marks statements of PostgreSQL's own programs as no statements of the service.
-            "PGAPPNAME": SUPPORT,
+            "PGAPPNAME": TESTS_APPLICATION,
         }
 
 

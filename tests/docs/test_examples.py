@@ -12,7 +12,7 @@ from tests.docs.fences import Fence, fences_of
 from tests.docs.scenario import Scenario
 from tests.support.cluster import Cluster
 from tests.support.servers import ROOT
-from tests.support.tools import require
+from tests.support.tools import require_program
 
 PAGES = sorted(
     {
@@ -87,8 +87,8 @@ async def test_examples_do_what_the_page_says(
     fences: list[Fence], folder: Path, cluster: Cluster
 ) -> None:
     if any(fence.language in _NODE for fence in fences):
-        require("node")
-        require("npm")
+        require_program("node")
+        require_program("npm")
     async with Scenario(fences, folder, cluster) as scenario:
         await scenario.follow()
 

@@ -26,7 +26,7 @@ from service.server import Server
 from tests.docs.fences import fences_of
 from tests.support.chatbots import Browser, serving_http
 from tests.support.clients import client_of
-from tests.support.cluster import SUPPORT, Cluster, fetch
+from tests.support.cluster import TESTS_APPLICATION, Cluster, fetch
 from tests.support.servers import ROOT
 
 PAGE = ROOT / "docs" / "how-to" / "fastapi.md"
@@ -186,7 +186,9 @@ async def test_conversations_of_the_old_backend_are_visible_in_the_new_one(
 ) -> None:
     name = await cluster.create_database(empty=True)
     # Marks the old backend's statements as no statements of the service.
-    await fetch(cluster.url(name), f"ALTER DATABASE {name} SET application_name = '{SUPPORT}'")
+    await fetch(
+        cluster.url(name), f"ALTER DATABASE {name} SET application_name = '{TESTS_APPLICATION}'"
+    )
     try:
         await talk_to_the_old_backend(files, cluster.url(name), monkeypatch)
         [query] = [fence.code for fence in fences_of(IMPORT_PAGE, ROOT) if fence.language == "sql"]

@@ -10,7 +10,7 @@ import pytest
 from service.server import Server
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster
-from tests.support.proxy import Proxy, before_postgres
+from tests.support.proxy import Proxy, postgres_proxy
 from tests.support.servers import connected, serving
 
 
@@ -37,13 +37,13 @@ def every_kind(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[
 async def broken(database_url: str) -> AsyncGenerator[Broken]:
     """Give a service behind whose back the database can be cut off."""
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
         connected(server.address) as stub,
     ):
         yield Broken(server, await Chat.of_new_user(stub), proxy)
-        proxy.accept()
-        proxy.let_pass()
+        proxy.accept_connections()
+        proxy.unblock()
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from service.store.db import database
 from service.store.db.dsn import parse
 from service.store.schema.migrations import upgrade
 from tests.faults.conftest import Broken, every_kind
-from tests.support import failures, faults
-from tests.support.chat import Chat, text, texts
+from tests.support import commit_faults, failures
+from tests.support.chat import Chat, new_message, new_messages
 from tests.support.cluster import Cluster, fetch
 from tests.support.history import checked
-from tests.support.load import Load, patient
-from tests.support.proxy import Way, before_postgres
+from tests.support.load import Load, fast_reconnect_options
+from tests.support.proxy import Direction, postgres_proxy
 from tests.support.servers import channel, serving
 
 AWAY = "DATABASE_UNAVAILABLE"
@@ -46,10 +46,10 @@ async def visible(database_url: str, message_id: str) -> None:
 @pytest.mark.case(n=6)
 async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -> None:
     """Twice, and the third time it is committed: the client sees one success, and no replay."""
-    await faults.install(database_url)
+    await commit_faults.install(database_url)
     session = await chat.create_session()
-    await faults.arm(database_url, "terminate", 2)
-    reply = await chat.append(session.id, texts(3))
+    await commit_faults.arm(database_url, "terminate", 2)
+    reply = await chat.append(session.id, new_messages(3))
     assert [(entry.seq, entry.replayed) for entry in reply.messages] == [
         (1, False),
         (2, False),
@@ -67,14 +67,14 @@ async def test_a_transaction_fails_at_its_commit_and_is_run_again(
     chat: Chat, database_url: str, kind: str
 ) -> None:
     session = await chat.create_session()
-    await faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
-    await faults.arm(database_url, kind, 2)
+    await commit_faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
+    await commit_faults.arm(database_url, kind, 2)
     changed = await chat.update_session(["title"], id=session.id, title="new", etag=session.etag)
     assert changed.title == "new"
-    await faults.arm(database_url, kind, 2)
+    await commit_faults.arm(database_url, kind, 2)
     assert (await chat.create_session(title="made")).title == "made"
-    await faults.arm(database_url, kind, 2)
-    made = await chat.append("", texts(2))
+    await commit_faults.arm(database_url, kind, 2)
+    made = await chat.append("", new_messages(2))
     assert made.session_created
     assert [entry.seq for entry in made.messages] == [1, 2]
 
@@ -85,16 +85,16 @@ async def test_what_fails_every_time_ends_in_aborted(
     chat: Chat, database_url: str, kind: str
 ) -> None:
     session = await chat.create_session()
-    await faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
-    await faults.arm(database_url, kind, 1000)
+    await commit_faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
+    await commit_faults.arm(database_url, kind, 1000)
     for call in (
         chat.append(session.id, "never"),
         chat.update_session(["title"], id=session.id, title="never"),
     ):
-        found = await failures.fails(call, "CONTENTION")
+        found = await failures.assert_fails(call, "CONTENTION")
         assert found.code == StatusCode.ABORTED
         assert found.retry_after is not None
-    await faults.arm(database_url, kind, 0)
+    await commit_faults.arm(database_url, kind, 0)
     assert (await chat.append(session.id, "at last")).messages[0].seq == 1
 
 
@@ -111,13 +111,13 @@ async def test_the_connection_is_cut_after_the_commit_was_sent(
     session_id = (
         await chat.start()
     )  # And the statement is prepared: the next one is sent in one piece.
-    messages = texts(2)
-    proxy.hold(Way.DOWN)
+    messages = new_messages(2)
+    proxy.block(Direction.TO_CLIENT)
     call = asyncio.ensure_future(chat.append("" if starts else session_id, messages))
     await visible(database_url, messages[0].id)
     assert not call.done()
-    proxy.cut()
-    proxy.let_pass()
+    proxy.reset_connections()
+    proxy.unblock()
     reply = await call
     assert [(entry.seq, entry.replayed) for entry in reply.messages] == (
         [(1, False), (2, False)] if starts else [(2, False), (3, False)]
@@ -134,19 +134,19 @@ async def test_the_connection_is_cut_after_the_commit_was_sent(
 async def test_a_retry_is_a_replay_also_when_the_connection_is_cut(broken: Broken) -> None:
     """The service sends it twice itself, but it had been stored before: the client is told so."""
     chat, proxy = broken.chat, broken.proxy
-    messages = texts(2)
+    messages = new_messages(2)
     session_id = await chat.start(messages)
     # Whose it is tells its age. What was stored just before the retry came, and within the time that PostgreSQL's answer to that takes,
     # cannot be told from what the retry itself has stored.
     await asyncio.sleep(2)
     for again in (session_id, ""):
-        proxy.hold(Way.DOWN)
-        passed = sum(link.passed[Way.UP] for link in proxy.links)
+        proxy.block(Direction.TO_CLIENT)
+        passed = sum(link.passed[Direction.TO_SERVER] for link in proxy.links)
         call = asyncio.ensure_future(chat.append(again, messages))
-        while sum(link.passed[Way.UP] for link in proxy.links) == passed:
+        while sum(link.passed[Direction.TO_SERVER] for link in proxy.links) == passed:
             await asyncio.sleep(0.01)
-        proxy.cut()
-        proxy.let_pass()
+        proxy.reset_connections()
+        proxy.unblock()
         reply = await call
         assert [(entry.seq, entry.replayed) for entry in reply.messages] == [(1, True), (2, True)]
         assert not reply.session_created
@@ -159,14 +159,14 @@ async def test_many_appends_are_cut_off_and_none_is_doubled(
     """Shared statements: what was under way, and what was waiting, of several sessions and of the same message."""
     chat, proxy = broken.chat, broken.proxy
     session_ids = [await chat.start() for _ in range(4)]
-    same = text("the same")
+    same = new_message("the same")
     for turn in range(4):
         calls = [
             asyncio.ensure_future(chat.append(session_ids[n % 4], f"{turn}.{n}")) for n in range(40)
         ]
         calls += [asyncio.ensure_future(chat.append(session_ids[0], [same])) for _ in range(10)]
         await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-        (proxy.cut, proxy.halve)[turn % 2]()
+        (proxy.reset_connections, proxy.reset_clients)[turn % 2]()
         replies = await asyncio.gather(*calls)
         assert len({reply.messages[0].seq for reply in replies[40:]}) == 1
         for session_id in session_ids:
@@ -222,14 +222,14 @@ async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) ->
 async def test_the_database_refuses_for_some_seconds(broken: Broken) -> None:
     """Calls that come meanwhile are answered when it is back, within their deadlines; then it is as it was."""
     session_id = await broken.chat.start()
-    broken.proxy.refuse()
+    broken.proxy.refuse_connections()
     calls = {
         name: asyncio.ensure_future(call())
         for name, call in every_kind(broken.chat, session_id).items()
     }
     await asyncio.wait(calls.values(), timeout=5.0)
     assert not any(call.done() for call in calls.values()), calls
-    broken.proxy.accept()
+    broken.proxy.accept_connections()
     await asyncio.gather(*calls.values())
 
 
@@ -237,13 +237,13 @@ async def test_it_suspends_and_takes_seconds_to_wake(broken: Broken, database_ur
     """All backends end, and new connections hang before they are answered."""
     session_id = await broken.chat.start()
     await fetch(database_url, TERMINATE)
-    broken.proxy.hold()
+    broken.proxy.block()
     calls = {
         name: asyncio.ensure_future(call())
         for name, call in every_kind(broken.chat, session_id).items()
     }
     await asyncio.wait(calls.values(), timeout=3.0)
-    broken.proxy.let_pass()
+    broken.proxy.unblock()
     await asyncio.gather(*calls.values())
 
 
@@ -256,25 +256,29 @@ async def test_a_database_that_stays_away_is_unavailable(
         database, "REPLY_MARGIN", 1.0
     )  # A busy machine takes its time to carry an answer.
     user_id, session_id, stub = broken.chat.user_id, await broken.chat.start(), broken.chat.stub
-    broken.proxy.refuse()
+    broken.proxy.refuse_connections()
     owned: Any = {"user_id": user_id, "session_id": session_id}
-    request = message_pb2.AppendMessagesRequest(**owned, messages=texts(1))
+    request = message_pb2.AppendMessagesRequest(**owned, messages=new_messages(1))
     title = session_pb2.Session(id=session_id, title="new")
     await asyncio.gather(
-        failures.fails(stub.GetSession(session_pb2.GetSessionRequest(**owned), timeout=5), AWAY),
-        failures.fails(
+        failures.assert_fails(
+            stub.GetSession(session_pb2.GetSessionRequest(**owned), timeout=5), AWAY
+        ),
+        failures.assert_fails(
             stub.ListMessages(message_pb2.ListMessagesRequest(**owned), timeout=5), AWAY
         ),
-        failures.fails(stub.GetContext(message_pb2.GetContextRequest(**owned), timeout=5), AWAY),
-        failures.fails(
+        failures.assert_fails(
+            stub.GetContext(message_pb2.GetContextRequest(**owned), timeout=5), AWAY
+        ),
+        failures.assert_fails(
             stub.UpdateSession(
                 session_pb2.UpdateSessionRequest(user_id=user_id, session=title), timeout=5
             ),
             AWAY,
         ),
-        failures.fails(stub.AppendMessages(request, timeout=5), AWAY),
+        failures.assert_fails(stub.AppendMessages(request, timeout=5), AWAY),
     )
-    broken.proxy.accept()
+    broken.proxy.accept_connections()
     reply = await stub.AppendMessages(request)
     assert reply.messages[0].seq == 2
 
@@ -287,31 +291,31 @@ async def _cut_under_load(database_url: str, rounds: int, seed: int) -> None:
     drawn = random.Random(seed)
     print(f"seed {seed}")
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
-        channel(server.address, **patient()) as opened,
+        channel(server.address, **fast_reconnect_options()) as opened,
     ):
         ways: list[Callable[[], object]] = [
-            proxy.cut,
-            proxy.halve,
-            proxy.refuse,
-            proxy.hold,
-            lambda: proxy.hold(Way.UP),
-            lambda: proxy.hold(Way.DOWN),
+            proxy.reset_connections,
+            proxy.reset_clients,
+            proxy.refuse_connections,
+            proxy.block,
+            lambda: proxy.block(Direction.TO_SERVER),
+            lambda: proxy.block(Direction.TO_CLIENT),
             lambda: setattr(proxy, "delay", 0.05),
         ]
         load = Load(await Chat.of_new_user(Stub(opened)), seed=seed)
         async with load.running():
             for _ in range(rounds):
-                await load.progress(60)
+                await load.wait_for_appends(60)
                 drawn.choice(ways)()
                 if drawn.random() < 0.2:
                     await fetch(database_url, TERMINATE)
                 await asyncio.sleep(drawn.uniform(0.05, 1.5))
                 if drawn.random() < 0.5:
-                    proxy.cut()
-                proxy.accept()
-                proxy.let_pass()
+                    proxy.reset_connections()
+                proxy.accept_connections()
+                proxy.unblock()
                 proxy.delay = 0.0
         await load.check(database_url)
         assert load.count >= 60 * rounds
@@ -332,15 +336,18 @@ async def test_connections_break_under_load_again_and_again(database_url: str, s
 async def _postgres_killed_under_load(cluster: Cluster, rounds: int) -> None:
     url = cluster.url("postgres")
     await upgrade(parse(url))
-    async with serving(url) as server, channel(server.address, **patient()) as opened:
+    async with (
+        serving(url) as server,
+        channel(server.address, **fast_reconnect_options()) as opened,
+    ):
         load = Load(await Chat.of_new_user(Stub(opened)))
         async with load.running():
             for _ in range(rounds):
-                await load.progress(100)
+                await load.wait_for_appends(100)
                 os.kill(cluster.pid, signal.SIGKILL)
                 await asyncio.to_thread(cluster.postgres.stop)
                 await asyncio.to_thread(cluster.postgres.start)
-            await load.progress(100)
+            await load.wait_for_appends(100)
         await load.check(url)
         print(f"{load.count} messages, refusals {load.refusals}")
 

@@ -20,9 +20,9 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 from service.server import ENDING
 from tests.conftest import StartProcess
 from tests.faults.conftest import every_kind
-from tests.support.chat import Chat, text
+from tests.support.chat import Chat, new_message
 from tests.support.issuer import AUDIENCE, ISSUER, service_token
-from tests.support.proxy import Proxy, before_postgres
+from tests.support.proxy import Proxy, postgres_proxy
 from tests.support.servers import ServerProcess, channel, connected
 
 pytestmark = [pytest.mark.case(n=17), pytest.mark.timeout(180)]
@@ -32,7 +32,7 @@ LONG_GRACE, GRACE = 90, 2
 
 async def ends(process: ServerProcess, seconds: float) -> None:
     """Ask a server to stop; it must do so in time and in good order."""
-    process.send(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     try:
         # What is late ends by itself (`ENDING`), and with another code.
         code = await process.wait(seconds + 20)
@@ -87,7 +87,7 @@ async def _follow(stack: AsyncExitStack, address: str) -> None:
     chat = await Chat.of_new_user(stub)
     session_id = await chat.start()
     for _ in range(20):
-        await chat.append(session_id, [text("x" * 200_000) for _ in range(5)])
+        await chat.append(session_id, [new_message("x" * 200_000) for _ in range(5)])
     calls: list[Any] = [
         stub.WatchMessages(
             message_pb2.WatchMessagesRequest(user_id=chat.user_id, session_id=session_id)
@@ -111,9 +111,9 @@ async def followers_who_do_not_read(address: str) -> AsyncGenerator[None]:
 async def followers_who_went_without_a_word(address: str) -> AsyncGenerator[None]:
     async with Proxy(address) as proxy, AsyncExitStack() as stack:
         await _follow(stack, proxy.address)
-        proxy.hold()
+        proxy.block()
         yield
-        proxy.cut()
+        proxy.reset_connections()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ async def test_clients_do_not_hold_it_up(start_process: StartProcess, clients: C
 async def test_a_silent_database_does_not_hold_it_up(
     start_process: StartProcess, database_url: str, under_way: bool
 ) -> None:
-    async with before_postgres(database_url) as (proxy, url):
+    async with postgres_proxy(database_url) as (proxy, url):
         process = await start_process(url=url, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE))
         async with connected(process.address) as stub:
             chat = await Chat.of_new_user(stub)
@@ -146,7 +146,7 @@ async def test_a_silent_database_does_not_hold_it_up(
             # Many connections: each could take its time.
             kinds = every_kind(chat, session_id).values()
             await asyncio.gather(*(call() for call in kinds for _ in range(10)))
-            proxy.hold()
+            proxy.block()
             calls = [asyncio.ensure_future(call()) for call in kinds for _ in range(4 * under_way)]
             await asyncio.sleep(0.5)
             await ends(process, GRACE + ENDING)
@@ -158,8 +158,8 @@ async def test_a_silent_database_does_not_hold_it_up(
 async def test_a_database_that_never_answered_does_not_hold_it_up(
     start_process: StartProcess, database_url: str
 ) -> None:
-    async with before_postgres(database_url) as (proxy, url):
-        proxy.hold()
+    async with postgres_proxy(database_url) as (proxy, url):
+        proxy.block()
         process = await start_process(url=url, ready=False, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE))
         while "not ready" not in (process.log.read_text() if process.log.exists() else ""):
             await asyncio.sleep(0.02)
@@ -252,7 +252,7 @@ async def test_a_process_that_hangs_at_its_end_is_ended_and_tells_where(
         database_url, tmp_path / "server", command=("-c", _HANGS), CHAT_HISTORY_SHUTDOWN_GRACE="1"
     )
     await hanging.start()
-    hanging.send(signal.SIGTERM)
+    hanging.send_signal(signal.SIGTERM)
     assert await hanging.wait(60) == 1
     await hanging.stop()
     log = hanging.log.read_text()

@@ -25,15 +25,15 @@ from service.store.db.dsn import parse
 from service.store.schema import migrations
 from tests.faults.conftest import every_kind
 from tests.support import pgbouncer, tls_postgres
-from tests.support.certificates import Authority
-from tests.support.chat import Chat, texts
+from tests.support.certificates import CertificateAuthority
+from tests.support.chat import Chat, new_messages
 from tests.support.cluster import fetch
 from tests.support.history import checked
 from tests.support.pgbouncer import PgBouncer
 from tests.support.proxy import Proxy
 from tests.support.servers import ROOT, connected, serving
 from tests.support.tls_postgres import DATABASE, PASSWORD, USER, TlsPostgres
-from tests.support.tools import lacking
+from tests.support.tools import skip_or_fail
 
 ENDPOINT = "ep-cool-sun-a1b2c3d4"
 REGION = "eu-central-1.aws.neon.tech"
@@ -45,15 +45,15 @@ class Machine(NamedTuple):
     """A PostgreSQL that speaks TLS, and who has signed its certificate."""
 
     postgres: TlsPostgres
-    authority: Authority
+    authority: CertificateAuthority
 
 
 @pytest.fixture(scope="module")
 def machine(cluster: object) -> Generator[Machine]:
     """Give a PostgreSQL whose certificate is for localhost and Neon's hosts, and not for 127.0.0.1."""
-    if tls_postgres.programs() is None:
-        lacking("Debian's postgresql is not installed")
-    authority = Authority("the tests' public authority")
+    if tls_postgres.find_programs() is None:
+        skip_or_fail("Debian's postgresql is not installed")
+    authority = CertificateAuthority("the tests' public authority")
     with TlsPostgres(authority.issue(hosts=["localhost", f"*.{REGION}"])) as postgres:
         asyncio.run(migrations.upgrade(parse(f"{postgres.local_url}&sslmode=disable")))
         yield Machine(postgres, authority)
@@ -71,7 +71,7 @@ def root(machine: Machine, tmp_path: Path) -> Path:
 def other_root(tmp_path: Path) -> Path:
     """Give the file of an authority that has signed nothing of ours."""
     file = tmp_path / "other.crt"
-    file.write_bytes(Authority("somebody else").pem)
+    file.write_bytes(CertificateAuthority("somebody else").pem)
     return file
 
 
@@ -86,8 +86,8 @@ class Neon(NamedTuple):
 @pytest.fixture
 def neon(machine: Machine, root: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Neon]:
     """Give a compute with a pooler, its names, and trust in who has signed its certificates."""
-    if pgbouncer.program() is None:
-        lacking("pgbouncer is not installed")
+    if pgbouncer.find_program() is None:
+        skip_or_fail("pgbouncer is not installed")
     certificate = machine.authority.issue(hosts=[f"*.{REGION}"])
     settings = {
         "client_tls_sslmode": "require",
@@ -301,15 +301,15 @@ async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(
         await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
         [[ended]] = await fetch(neon.postgres.local_url, END_ALL)
         assert ended > 0
-        proxy.hold()
-        proxy.cut()
+        proxy.block()
+        proxy.reset_connections()
         request = message_pb2.AppendMessagesRequest(
-            user_id=chat.user_id, session_id=session_id, messages=texts(1)
+            user_id=chat.user_id, session_id=session_id, messages=new_messages(1)
         )
         calls = [asyncio.ensure_future(call()) for call in every_kind(chat, session_id).values()]
         calls.append(asyncio.ensure_future(stub.AppendMessages(request, timeout=10)))
         _, waiting = await asyncio.wait(calls, timeout=3.0)
         assert len(waiting) == len(calls), "nothing is answered, and nothing is refused"
-        proxy.let_pass()
+        proxy.unblock()
         await asyncio.gather(*calls)
         assert (await checked(neon.postgres.local_url, chat.user_id, session_id)).last_seq == 4

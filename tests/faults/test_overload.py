@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.conftest import StartProcess
 from tests.support import failures
-from tests.support.chat import Chat, new_id, texts
+from tests.support.chat import Chat, new_id, new_messages
 from tests.support.cluster import connected_to
 from tests.support.history import checked
 from tests.support.servers import AsyncStub, channel, connected
@@ -60,7 +60,7 @@ class Callers:
             request = message_pb2.AppendMessagesRequest(
                 user_id=self.chats[number].user_id,
                 session_id=self.session_ids[number],
-                messages=texts(1),
+                messages=new_messages(1),
                 create_if_missing=True,
             )
             try:
@@ -68,7 +68,7 @@ class Callers:
                     await self.chats[number].stub.AppendMessages(request, timeout=60)
                 )
             except aio.AioRpcError as error:
-                found = failures.read(error)
+                found = failures.read_failure(error)
                 assert found.reason == "OVERLOADED", found
                 assert found.retry_after
                 self.refused += 1

@@ -29,14 +29,14 @@ from tests.support.clients import client_of
 from tests.support.cluster import Cluster, connected_to, fetch
 from tests.support.conversations import conversations
 from tests.support.history import checked, history
-from tests.support.load import Load, patient
+from tests.support.load import Load, fast_reconnect_options
 from tests.support.next_build import NextBuild
 from tests.support.pgbouncer import PgBouncer
-from tests.support.proxy import Link, Proxy, Way
+from tests.support.proxy import Direction, Link, Proxy
 from tests.support.record import judge
 from tests.support.servers import ServerProcess, channel, connected, serving
 from tests.support.statements import database_name
-from tests.support.tools import lacking
+from tests.support.tools import skip_or_fail
 
 FEW = 3
 """Connections to PostgreSQL that all clients of the pooler share."""
@@ -45,8 +45,8 @@ FEW = 3
 @pytest.fixture
 def pooler(cluster: Cluster) -> Generator[PgBouncer]:
     """Give a PgBouncer of this test's own."""
-    if pgbouncer.program() is None:
-        lacking("pgbouncer is not installed")
+    if pgbouncer.find_program() is None:
+        skip_or_fail("pgbouncer is not installed")
     with PgBouncer(cluster.url("postgres"), {"default_pool_size": str(FEW)}) as started:
         yield started
 
@@ -60,7 +60,10 @@ def pooled_url(pooler: PgBouncer, database_url: str) -> str:
 @asynccontextmanager
 async def under_load(url: str, **load: int) -> AsyncGenerator[tuple[Server, Load]]:
     """Run a service with writers and followers, who never give up."""
-    async with serving(url) as server, channel(server.address, **patient()) as opened:
+    async with (
+        serving(url) as server,
+        channel(server.address, **fast_reconnect_options()) as opened,
+    ):
         running = Load(await Chat.of_new_user(Stub(opened)), **load)
         async with running.running():
             yield server, running
@@ -110,9 +113,9 @@ async def test_who_goes_away_leaves_no_transaction_open(
     await fetch(database_url, "CREATE TABLE kept (n int)")
     sent = asyncio.Event()
 
-    def see(_link: Link, way: Way, piece: bytes) -> bool:
-        if way is Way.UP and word in piece:
-            proxy.hold(Way.DOWN)
+    def see(_link: Link, way: Direction, piece: bytes) -> bool:
+        if way is Direction.TO_SERVER and word in piece:
+            proxy.block(Direction.TO_CLIENT)
             sent.set()
         return True
 
@@ -136,7 +139,7 @@ async def test_who_goes_away_leaves_no_transaction_open(
                 "who goes away does not wait for a database that says nothing"
             )
             proxy.tap = lambda *_: True
-            proxy.let_pass()
+            proxy.unblock()
             for n in range(3):
                 await database.fetch_once(insert, n)
             assert [
@@ -183,9 +186,9 @@ async def test_it_ends_under_load_and_comes_back(
 ) -> None:
     async with under_load(pooled_url) as (server, load):
         for _ in range(6):
-            await load.progress(100)
+            await load.wait_for_appends(100)
             await asyncio.to_thread(end, pooler)
-        await load.progress(200)
+        await load.wait_for_appends(200)
         async with asyncio.timeout(20):
             while not server.readiness.ready:
                 await asyncio.sleep(0.05)
@@ -252,16 +255,16 @@ async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaita
     stopping = asyncio.Event()
     # Each for as long as a call may take by itself: no deadline of a caller's hides an error, or is one.
     async with (
-        under_load(url, call_seconds=30) as (server, load),
+        under_load(url, call_timeout_s=30) as (server, load),
         connected(server.address) as stub,
     ):
         chat = await Chat.of_new_user(stub)
         session_ids = [await chat.start() for _ in range(6)]
         asking = [asyncio.create_task(_ask(chat, each, stopping)) for each in session_ids]
         try:
-            await load.progress(100)
+            await load.wait_for_appends(100)
             await migrate()
-            await load.progress(100)
+            await load.wait_for_appends(100)
         finally:
             stopping.set()
             rounds = await asyncio.gather(*asking)
@@ -335,7 +338,7 @@ async def test_a_rolling_update_shows_users_no_error(
             client_of("ipv4:" + ",".join(each.address for each in old))
         )
         async with conversations(client, count=6) as talks:
-            early = await start("early", ready=False, command=build.serves)
+            early = await start("early", ready=False, command=build.server_command)
             serving_early = asyncio.create_task(early.wait_ready())
             await asyncio.sleep(1)
             async with connected_to(database_url) as other:
@@ -354,9 +357,11 @@ async def test_a_rolling_update_shows_users_no_error(
             await serving_early
             for n, replica in enumerate(old):
                 await asyncio.sleep(1)
-                replica.send(signal.SIGTERM)
+                replica.send_signal(signal.SIGTERM)
                 assert await replica.wait() == 0
-                await start(f"new {n}", command=build.serves, CHAT_HISTORY_LISTEN=replica.address)
+                await start(
+                    f"new {n}", command=build.server_command, CHAT_HISTORY_LISTEN=replica.address
+                )
             await asyncio.sleep(1)
     for record in talks:
         assert judge(record, await history(database_url, record.user_id, record.session_id)) == []

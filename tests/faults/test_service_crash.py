@@ -11,11 +11,11 @@ from chathistory.v1 import message_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
 from grpc import StatusCode, aio
 
-from tests.support.chat import Chat, new_id, texts
+from tests.support.chat import Chat, new_id, new_messages
 from tests.support.cluster import fetch
 from tests.support.history import checked
-from tests.support.load import Load, patient
-from tests.support.proxy import Proxy, Way, before_postgres
+from tests.support.load import Load, fast_reconnect_options
+from tests.support.proxy import Direction, Proxy, postgres_proxy
 from tests.support.servers import ServerProcess, channel, connected
 
 
@@ -58,14 +58,14 @@ async def test_killed_between_the_commit_and_the_reply(database_url: str, tmp_pa
         connected(proxy.address) as stub,
     ):
         chat = await Chat.of_new_user(stub)
-        messages = texts(3)
+        messages = new_messages(3)
         request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
-        proxy.hold(Way.DOWN)
+        proxy.block(Direction.TO_CLIENT)
         call = stub.AppendMessages(request)
         await stored(database_url, messages[0].id)
         assert not call.done()
         await process.kill()
-        proxy.cut()
+        proxy.reset_connections()
         with pytest.raises(aio.AioRpcError) as caught:
             await call
         assert caught.value.code() == StatusCode.UNAVAILABLE
@@ -75,15 +75,15 @@ async def test_killed_between_the_commit_and_the_reply(database_url: str, tmp_pa
 async def test_killed_before_it_learns_of_the_commit(database_url: str, tmp_path: Path) -> None:
     """PostgreSQL's answer is held on its way to the service; once the row is there, the process is killed."""
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         ServerProcess(url, tmp_path / "first") as process,
         connected(process.address) as stub,
     ):
         chat = await Chat.of_new_user(stub)
         await chat.start()  # The statement is prepared: the next one is sent in one piece.
-        messages = texts(3)
+        messages = new_messages(3)
         request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
-        proxy.hold(Way.DOWN)
+        proxy.block(Direction.TO_CLIENT)
         await killed_in_mid_call(
             process, stub.AppendMessages(request), database_url, messages[0].id
         )
@@ -101,14 +101,14 @@ async def test_killed_while_the_statement_runs(database_url: str, tmp_path: Path
         calls = [
             chat.stub.AppendMessages(
                 message_pb2.AppendMessagesRequest(
-                    user_id=chat.user_id, session_id=session_id, messages=texts(20)
+                    user_id=chat.user_id, session_id=session_id, messages=new_messages(20)
                 )
             )
             for _ in range(50)
         ]
         requests = [
             message_pb2.AppendMessagesRequest(
-                user_id=chat.user_id, session_id=session_id, messages=texts(20)
+                user_id=chat.user_id, session_id=session_id, messages=new_messages(20)
             )
             for _ in range(50)
         ]
@@ -141,17 +141,17 @@ async def _settled(call: Any) -> message_pb2.AppendMessagesResponse | None:
 async def _killed_again_and_again(database_url: str, folder: Path, rounds: int) -> None:
     process = await ServerProcess(database_url, folder / "0").start()
     address = process.address
-    async with channel(address, **patient()) as opened:
+    async with channel(address, **fast_reconnect_options()) as opened:
         load = Load(await Chat.of_new_user(Stub(opened)))
         async with load.running():
             for turn in range(1, rounds + 1):
-                await load.progress(200)
+                await load.wait_for_appends(200)
                 await process.kill()
                 await process.stop()
                 process = await ServerProcess(
                     database_url, folder / f"{turn}", CHAT_HISTORY_LISTEN=address
                 ).start()
-            await load.progress(200)
+            await load.wait_for_appends(200)
     await process.stop()
     await load.check(database_url)
     assert load.count >= 200 * (rounds + 1)
@@ -174,7 +174,7 @@ async def test_a_session_is_started_once_though_the_first_server_was_killed(
     database_url: str, tmp_path: Path
 ) -> None:
     """Fifty clients start the same session; half of them hear nothing and ask another server."""
-    user_messages = texts(2)
+    user_messages = new_messages(2)
     async with (
         ServerProcess(database_url, tmp_path / "first") as process,
         connected(process.address) as stub,

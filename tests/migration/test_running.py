@@ -22,7 +22,7 @@ from service.store.schema import migrations
 from service.store.schema.migrations import MigrationError
 from service.store.schema.version import SchemaVersion
 from tests.migration.test_schema import url_of
-from tests.support.cluster import SUPPORT, fetch
+from tests.support.cluster import TESTS_APPLICATION, fetch
 
 ROOT = Path(migrations.SCRIPTS_DIR).parent
 
@@ -31,7 +31,7 @@ ROOT = Path(migrations.SCRIPTS_DIR).parent
 async def somebody_else(target: Target, statement: str) -> AsyncGenerator[asyncpg.Connection]:
     """Hold a transaction open that has run a statement."""
     connection = await asyncpg.connect(
-        url_of(target), server_settings={"application_name": SUPPORT}
+        url_of(target), server_settings={"application_name": TESTS_APPLICATION}
     )
     try:
         async with connection.transaction():

@@ -15,7 +15,7 @@ from service.ids import SYSTEM_USER_ID
 from service.store import tables
 from service.store.db.dsn import Target, parse
 from service.store.schema import migrations
-from tests.support.cluster import SUPPORT, fetch
+from tests.support.cluster import TESTS_APPLICATION, fetch
 
 # What the catalog knows of a schema, as text that does not depend on the order in which things were made.
 _CATALOG = {
@@ -61,7 +61,7 @@ async def test_the_migrated_schema_is_that_of_the_metadata(empty: Target, anothe
     engine = create_async_engine(
         parse(another).url,
         poolclass=NullPool,
-        connect_args={"server_settings": {"application_name": SUPPORT}},
+        connect_args={"server_settings": {"application_name": TESTS_APPLICATION}},
     )
     async with engine.begin() as connection:
         await connection.run_sync(tables.metadata.create_all)

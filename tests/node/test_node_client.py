@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from service.server import Server
-from tests.support.commands import PATIENCE
+from tests.support.commands import TIMEOUT_S
 from tests.support.servers import ROOT
-from tests.support.tools import require
+from tests.support.tools import require_program
 
 HERE = ROOT / "tests" / "node"
 
@@ -22,14 +22,14 @@ HERE = ROOT / "tests" / "node"
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Install the client with its two dependencies into a temporary folder."""
-    npm = require("npm")
-    require("node")
+    npm = require_program("npm")
+    require_program("node")
     folder = tmp_path_factory.mktemp("node")
     for name in ("package.json", "client.mjs"):
         shutil.copy(HERE / name, folder)
     command = [npm, "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     assert result.returncode == 0, result.stderr
     return folder / "client.mjs"
@@ -37,7 +37,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def run(client: Path, address: str) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
-        require("node"),
+        require_program("node"),
         str(client),
         address,
         str(ROOT / "generated" / "chathistory.binpb"),

@@ -51,7 +51,9 @@ async def test_one_users_flood_is_refused_and_others_are_served(
                         await asyncio.gather(*(other.context(theirs) for _ in range(4)))
                         reply = await health.Check(health_pb2.HealthCheckRequest())
                         assert reply.status == health_pb2.HealthCheckResponse.SERVING
-                    refused = await failures.fails(flooder.get_session(mine.id), "OVERLOADED")
+                    refused = await failures.assert_fails(
+                        flooder.get_session(mine.id), "OVERLOADED"
+                    )
                     assert refused.retry_after
         finally:
             await holder.close()
@@ -60,7 +62,7 @@ async def test_one_users_flood_is_refused_and_others_are_served(
         assert len(done) - len(refusals) == limit
         for each in refusals:
             assert isinstance(each, aio.AioRpcError)
-            found = failures.read(each)
+            found = failures.read_failure(each)
             assert (found.reason, bool(found.retry_after)) == ("OVERLOADED", True)
         await flooder.get_session(mine.id)
 

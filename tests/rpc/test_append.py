@@ -10,9 +10,9 @@ import pytest
 from chathistory.v1 import message_pb2, session_pb2
 
 from service.ids import SYSTEM_USER_ID
-from tests.support.chat import ASSISTANT, Chat, new_id, text, texts
+from tests.support.chat import ASSISTANT, Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
-from tests.support.failures import fails, refuses
+from tests.support.failures import assert_fails, assert_field_violations
 
 ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_ARCHIVED
 
@@ -35,7 +35,7 @@ async def test_seq_is_1_2_3_over_appends_of_any_size(
     sizes = [1, 3, 100, 1, 2]
     seen: list[int] = []
     for size in sizes:
-        reply = await chat.append(session.id, texts(size))
+        reply = await chat.append(session.id, new_messages(size))
         assert len({each.create_time.ToMicroseconds() for each in reply.messages}) == 1
         assert not reply.session_created
         seen += [each.seq for each in reply.messages]
@@ -47,7 +47,7 @@ async def test_seq_is_1_2_3_over_appends_of_any_size(
 async def test_messages_take_their_places_in_the_requests_order(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    sent = texts(50)
+    sent = new_messages(50)
     reply = await chat.append(session.id, sent)
     assert [each.id for each in reply.messages] == [message.id for message in sent]
     assert [each.seq for each in reply.messages] == list(range(1, 51))
@@ -56,7 +56,7 @@ async def test_messages_take_their_places_in_the_requests_order(
 
 async def test_appends_at_once_leave_no_gap_and_keep_each_request_together(chat: Chat) -> None:
     session_id = await chat.start()
-    replies = await asyncio.gather(*(chat.append(session_id, texts(3)) for _ in range(30)))
+    replies = await asyncio.gather(*(chat.append(session_id, new_messages(3)) for _ in range(30)))
     blocks = sorted([each.seq for each in reply.messages] for reply in replies)
     assert [seq for block in blocks for seq in block] == list(range(2, 92))
     assert [message.seq for message in await chat.all(session_id)] == list(range(1, 92))
@@ -70,7 +70,7 @@ async def test_sessions_are_numbered_apart(chat: Chat, other: Chat) -> None:
     ]
     replies = await asyncio.gather(
         *(
-            each.append(id_, texts(2))
+            each.append(id_, new_messages(2))
             for _ in range(5)
             for each, id_ in ((chat, mine), (other, theirs), (chat, second))
         )
@@ -81,12 +81,15 @@ async def test_sessions_are_numbered_apart(chat: Chat, other: Chat) -> None:
 
 
 async def test_no_seq_is_used_up_by_what_was_refused(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(2))
-    await fails(
-        chat.append(session_id, [text("new"), text("other", id=sent[0].id)]), "MESSAGE_ID_REUSED"
+    session_id = await chat.start(sent := new_messages(2))
+    await assert_fails(
+        chat.append(session_id, [new_message("new"), new_message("other", id=sent[0].id)]),
+        "MESSAGE_ID_REUSED",
     )
-    await fails(chat.append(session_id, "new", expected_last_seq=1), "LAST_SEQ_MISMATCH")
-    await refuses(chat.append(session_id, [text("a\0")]), "messages[0].content")
+    await assert_fails(chat.append(session_id, "new", expected_last_seq=1), "LAST_SEQ_MISMATCH")
+    await assert_field_violations(
+        chat.append(session_id, [new_message("a\0")]), "messages[0].content"
+    )
     assert places(await chat.append(session_id, "next")) == [(3, False)]
 
 
@@ -97,8 +100,8 @@ async def test_a_retry_gets_the_same_answer_and_stores_nothing(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sent = [
-        text("one", metadata={"b": 1, "a": {"y": 1, "x": 2}}),
-        text("two", parts=[{"data": {"k": [1]}}]),
+        new_message("one", metadata={"b": 1, "a": {"y": 1, "x": 2}}),
+        new_message("two", parts=[{"data": {"k": [1]}}]),
     ]
     first = await chat.append(session.id, sent)
     await chat.append(session.id, "between")
@@ -115,7 +118,7 @@ async def test_a_retry_gets_the_same_answer_and_stores_nothing(
 async def test_fifty_equal_appends_at_once_store_one(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    sent = texts(2)
+    sent = new_messages(2)
     replies = await asyncio.gather(*(chat.append(session.id, sent) for _ in range(50)))
     assert {tuple(each.seq for each in reply.messages) for reply in replies} == {(1, 2)}
     assert (
@@ -127,9 +130,11 @@ async def test_fifty_equal_appends_at_once_store_one(
 
 
 async def test_the_spelling_of_an_id_and_of_metadata_makes_no_other_message(chat: Chat) -> None:
-    sent = text("one", metadata={"a": 1, "b": 2})
+    sent = new_message("one", metadata={"a": 1, "b": 2})
     session_id = await chat.start([sent])
-    respelled = text("one", id=sent.id.upper(), metadata={"b": 2, "a": 1}, session_id=session_id)
+    respelled = new_message(
+        "one", id=sent.id.upper(), metadata={"b": 2, "a": 1}, session_id=session_id
+    )
     respelled.seq, respelled.etag = 7, "anything"
     respelled.create_time.seconds = 1
     assert places(await chat.append(session_id.upper(), [respelled])) == [(1, True)]
@@ -137,7 +142,11 @@ async def test_the_spelling_of_an_id_and_of_metadata_makes_no_other_message(chat
 
 async def test_what_was_read_may_be_appended_again_as_it_is(chat: Chat) -> None:
     session_id = await chat.start(
-        [text("one", ASSISTANT, metadata={"k": [None]}, parts=[{"text": "p"}], token_count=0)]
+        [
+            new_message(
+                "one", ASSISTANT, metadata={"k": [None]}, parts=[{"text": "p"}], token_count=0
+            )
+        ]
     )
     read = await chat.all(session_id)
     assert places(await chat.append(session_id, read)) == [(1, True)]
@@ -165,9 +174,9 @@ async def test_the_same_id_with_another_content_is_refused(
         "metadata": {"k": 1},
         "parts": [{"text": "p"}],
     }
-    session_id = await chat.start([text(**fields)])
-    await fails(
-        chat.append(session_id, [text(**fields | change)]),
+    session_id = await chat.start([new_message(**fields)])
+    await assert_fails(
+        chat.append(session_id, [new_message(**fields | change)]),
         "MESSAGE_ID_REUSED",
         session_id=session_id,
         message_id=fields["id"],
@@ -176,12 +185,12 @@ async def test_the_same_id_with_another_content_is_refused(
 
 
 async def test_the_same_id_in_another_session_is_another_message(chat: Chat, other: Chat) -> None:
-    sent = text("one")
+    sent = new_message("one")
     first = await chat.start([sent])
     second = (await chat.create_session()).id
     theirs = (await other.create_session(id=first)).id
-    assert places(await chat.append(second, [text("two", id=sent.id)])) == [(1, False)]
-    assert places(await other.append(theirs, [text("three", id=sent.id)])) == [(1, False)]
+    assert places(await chat.append(second, [new_message("two", id=sent.id)])) == [(1, False)]
+    assert places(await other.append(theirs, [new_message("three", id=sent.id)])) == [(1, False)]
     assert (await stored(chat, first), await stored(chat, second), await stored(other, theirs)) == (
         ["one"],
         ["two"],
@@ -192,7 +201,7 @@ async def test_the_same_id_in_another_session_is_another_message(chat: Chat, oth
 async def test_without_ids_a_retry_is_not_recognised_and_the_server_makes_ids(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    sent = [text("one", id=""), text("one", id="")]
+    sent = [new_message("one", id=""), new_message("one", id="")]
     replies = [await chat.append(session.id, sent) for _ in range(2)]
     assert [seq for reply in replies for seq, _ in places(reply)] == [1, 2, 3, 4]
     ids = [each.id for reply in replies for each in reply.messages]
@@ -204,10 +213,12 @@ async def test_without_ids_a_retry_is_not_recognised_and_the_server_makes_ids(
 async def test_an_id_twice_in_one_request_is_refused(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    sent = text("one")
-    await refuses(chat.append(session.id, [sent, text("two"), sent]), "messages[2].id")
-    await refuses(
-        chat.append(session.id, [sent, text("one", id=sent.id.upper())]), "messages[1].id"
+    sent = new_message("one")
+    await assert_field_violations(
+        chat.append(session.id, [sent, new_message("two"), sent]), "messages[2].id"
+    )
+    await assert_field_violations(
+        chat.append(session.id, [sent, new_message("one", id=sent.id.upper())]), "messages[1].id"
     )
     assert await stored(chat, session.id) == []
 
@@ -218,7 +229,7 @@ async def test_an_id_twice_in_one_request_is_refused(
 async def test_in_a_mix_replays_keep_their_places_and_new_ones_lie_together(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    old, new = texts(4, "old"), texts(3, "new")
+    old, new = new_messages(4, "old"), new_messages(3, "new")
     await chat.append(session.id, old)
     reply = await chat.append(session.id, [new[0], old[2], new[1], old[0], new[2]])
     assert places(reply) == [(5, False), (3, True), (6, False), (1, True), (7, False)]
@@ -233,11 +244,17 @@ async def test_in_a_mix_replays_keep_their_places_and_new_ones_lie_together(
 
 
 async def test_a_mix_is_all_or_nothing(chat: Chat, session: session_pb2.Session) -> None:
-    old = texts(2, "old")
+    old = new_messages(2, "old")
     await chat.append(session.id, old)
-    wrong = text("other", id=old[1].id)
-    for request in ([text("new"), wrong], [wrong, text("new")], [old[0], text("new"), wrong]):
-        await fails(chat.append(session.id, request), "MESSAGE_ID_REUSED", message_id=wrong.id)
+    wrong = new_message("other", id=old[1].id)
+    for request in (
+        [new_message("new"), wrong],
+        [wrong, new_message("new")],
+        [old[0], new_message("new"), wrong],
+    ):
+        await assert_fails(
+            chat.append(session.id, request), "MESSAGE_ID_REUSED", message_id=wrong.id
+        )
     assert await stored(chat, session.id) == ["old 1", "old 2"]
     after = await chat.get_session(session.id)
     assert (after.last_seq, after.message_count) == (2, 2)
@@ -246,7 +263,7 @@ async def test_a_mix_is_all_or_nothing(chat: Chat, session: session_pb2.Session)
 async def test_overlapping_requests_at_once_store_each_message_once(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    sent = texts(12)
+    sent = new_messages(12)
     requests = [sent[start : start + 5] for start in range(8)] * 3
     replies = await asyncio.gather(*(chat.append(session.id, request) for request in requests))
     seqs = {each.id: each.seq for reply in replies for each in reply.messages}
@@ -258,13 +275,13 @@ async def test_overlapping_requests_at_once_store_each_message_once(
 async def test_one_bad_append_does_not_fail_those_that_share_its_statement(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    used = text("used")
+    used = new_message("used")
     await chat.append(session.id, [used])
     bad = [
-        chat.append(session.id, [text("other", id=used.id)]),
+        chat.append(session.id, [new_message("other", id=used.id)]),
         chat.append(new_id(), "lost"),
         chat.append(session.id, "late", expected_last_seq=0),
-        Chat(chat.stub, new_id()).append("", texts(1)),
+        Chat(chat.stub, new_id()).append("", new_messages(1)),
     ]
     good = [chat.append(session.id, f"good {n}") for n in range(20)]
     *refused, _ = results = await asyncio.gather(*bad, *good, return_exceptions=True)
@@ -278,7 +295,7 @@ async def test_one_bad_append_does_not_fail_those_that_share_its_statement(
 
 
 async def test_an_append_without_a_session_starts_one_that_the_retry_finds(chat: Chat) -> None:
-    sent = texts(2)
+    sent = new_messages(2)
     first = await chat.append(
         "", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}}
     )
@@ -292,7 +309,7 @@ async def test_an_append_without_a_session_starts_one_that_the_retry_finds(chat:
         False,
         [(1, True), (2, True)],
     )
-    respelled = [text("message 1", id=sent[0].id.upper()), sent[1]]
+    respelled = [new_message("message 1", id=sent[0].id.upper()), sent[1]]
     assert (await chat.append("", respelled)).session_id == first.session_id
     session = await chat.get_session(first.session_id)
     assert (session.title, session.summary, dict(session.metadata)) == ("T", "S", {"k": 1})
@@ -301,7 +318,7 @@ async def test_an_append_without_a_session_starts_one_that_the_retry_finds(chat:
 
 
 async def test_equal_starts_at_once_make_one_session(chat: Chat) -> None:
-    sent = texts(2)
+    sent = new_messages(2)
     replies = await asyncio.gather(*(chat.append("", sent) for _ in range(30)))
     assert len({reply.session_id for reply in replies}) == 1
     assert sum(reply.session_created for reply in replies) == 1
@@ -310,18 +327,18 @@ async def test_equal_starts_at_once_make_one_session(chat: Chat) -> None:
 
 
 async def test_two_users_with_one_message_id_start_two_sessions(chat: Chat, other: Chat) -> None:
-    sent = texts(1)
+    sent = new_messages(1)
     assert await chat.start(sent) != await other.start(sent)
 
 
 async def test_without_a_message_id_each_call_starts_another_session(chat: Chat) -> None:
-    ids = {await chat.start([text("one", id="")]) for _ in range(3)}
+    ids = {await chat.start([new_message("one", id="")]) for _ in range(3)}
     assert len(ids) == 3
 
 
 async def test_an_unknown_session_is_made_only_when_that_is_asked_for(chat: Chat) -> None:
-    session_id, sent = new_id(), texts(1)
-    await fails(chat.append(session_id, sent), "SESSION_NOT_FOUND", session_id=session_id)
+    session_id, sent = new_id(), new_messages(1)
+    await assert_fails(chat.append(session_id, sent), "SESSION_NOT_FOUND", session_id=session_id)
     assert len((await chat.list_sessions()).sessions) == 0
     made = await chat.append(
         session_id.upper(), sent, create_if_missing=True, session={"title": "T"}
@@ -335,7 +352,7 @@ async def test_an_unknown_session_is_made_only_when_that_is_asked_for(chat: Chat
 async def test_many_first_appends_at_once_make_one_session(chat: Chat) -> None:
     session_id = new_id()
     replies = await asyncio.gather(
-        *(chat.append(session_id, texts(2), create_if_missing=True) for _ in range(30))
+        *(chat.append(session_id, new_messages(2), create_if_missing=True) for _ in range(30))
     )
     assert sum(reply.session_created for reply in replies) == 1
     assert sorted(each.seq for reply in replies for each in reply.messages) == list(range(1, 61))
@@ -351,7 +368,7 @@ async def test_a_session_that_an_append_has_made_is_the_one_that_a_create_would_
         session_id, "hello", create_if_missing=True, session={"title": "T", "metadata": {"k": 1}}
     )
     assert (await chat.create_session(id=session_id, title="T", metadata={"k": 1})).last_seq == 1
-    await fails(chat.create_session(id=session_id, title="U"), "ID_TAKEN")
+    await assert_fails(chat.create_session(id=session_id, title="U"), "ID_TAKEN")
 
 
 async def test_what_is_said_of_a_session_that_is_there_is_ignored(chat: Chat) -> None:
@@ -370,7 +387,7 @@ async def test_a_session_to_make_must_fit_the_request(chat: Chat, other: Chat) -
         ({"summarized_through_seq": 1}, "session.summarized_through_seq"),
         ({"title": "a\0"}, "session.title"),
     ):
-        await refuses(
+        await assert_field_violations(
             chat.append(session_id, "hello", create_if_missing=True, session=session), field
         )
     made = {"id": session_id.upper(), "user_id": chat.user_id, "state": ACTIVE}
@@ -382,28 +399,34 @@ async def test_a_session_to_make_must_fit_the_request(chat: Chat, other: Chat) -
 async def test_a_message_names_its_session_rightly_or_not_at_all(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    await refuses(
-        chat.append(session.id, [text("a"), text("b", session_id=new_id())]),
+    await assert_field_violations(
+        chat.append(session.id, [new_message("a"), new_message("b", session_id=new_id())]),
         "messages[1].session_id",
     )
-    assert places(await chat.append(session.id, [text("a", session_id=session.id.upper())])) == [
-        (1, False)
-    ]
+    assert places(
+        await chat.append(session.id, [new_message("a", session_id=session.id.upper())])
+    ) == [(1, False)]
 
 
 async def test_a_session_needs_its_user(chat: Chat) -> None:
     nobody = Chat(chat.stub, new_id())
-    await fails(nobody.append("", texts(1)), "USER_NOT_FOUND", user_id=nobody.user_id)
-    await fails(nobody.append(new_id(), texts(1), create_if_missing=True), "USER_NOT_FOUND")
-    await fails(
-        nobody.append(session_id := new_id(), texts(1)), "SESSION_NOT_FOUND", session_id=session_id
+    await assert_fails(nobody.append("", new_messages(1)), "USER_NOT_FOUND", user_id=nobody.user_id)
+    await assert_fails(
+        nobody.append(new_id(), new_messages(1), create_if_missing=True), "USER_NOT_FOUND"
     )
-    await refuses(Chat(chat.stub, "").append("", texts(1)), "user_id")
-    await refuses(Chat(chat.stub, SYSTEM_USER_ID).append("", texts(1)), "user_id")
+    await assert_fails(
+        nobody.append(session_id := new_id(), new_messages(1)),
+        "SESSION_NOT_FOUND",
+        session_id=session_id,
+    )
+    await assert_field_violations(Chat(chat.stub, "").append("", new_messages(1)), "user_id")
+    await assert_field_violations(
+        Chat(chat.stub, SYSTEM_USER_ID).append("", new_messages(1)), "user_id"
+    )
 
 
 async def test_an_erased_session_can_be_started_again_and_counts_anew(chat: Chat) -> None:
-    sent = texts(3)
+    sent = new_messages(3)
     session_id = await chat.start(sent)
     await chat.delete_session(session_id)
     again = await chat.append("", sent[:1])
@@ -420,18 +443,20 @@ async def test_an_erased_session_can_be_started_again_and_counts_anew(chat: Chat
 async def test_an_expectation_holds_or_the_current_value_comes_back(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    assert places(await chat.append(session.id, texts(2), expected_last_seq=0)) == [
+    assert places(await chat.append(session.id, new_messages(2), expected_last_seq=0)) == [
         (1, False),
         (2, False),
     ]
-    found = await fails(
+    found = await assert_fails(
         chat.append(session.id, "x", expected_last_seq=0),
         "LAST_SEQ_MISMATCH",
         session_id=session.id,
         last_seq=2,
     )
     assert found.retry_after is None
-    await fails(chat.append(session.id, "x", expected_last_seq=3), "LAST_SEQ_MISMATCH", last_seq=2)
+    await assert_fails(
+        chat.append(session.id, "x", expected_last_seq=3), "LAST_SEQ_MISMATCH", last_seq=2
+    )
     assert places(await chat.append(session.id, "x", expected_last_seq=2)) == [(3, False)]
 
 
@@ -439,7 +464,7 @@ async def test_of_appends_with_one_expectation_one_wins(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     results = await asyncio.gather(
-        *(chat.append(session.id, texts(2), expected_last_seq=0) for _ in range(20)),
+        *(chat.append(session.id, new_messages(2), expected_last_seq=0) for _ in range(20)),
         return_exceptions=True,
     )
     won = [result for result in results if isinstance(result, message_pb2.AppendMessagesResponse)]
@@ -450,33 +475,37 @@ async def test_of_appends_with_one_expectation_one_wins(
 
 
 async def test_a_deleted_message_still_counts_for_an_expectation(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(2))
+    session_id = await chat.start(sent := new_messages(2))
     await chat.delete(session_id, sent[1].id)
-    await fails(chat.append(session_id, "x", expected_last_seq=1), "LAST_SEQ_MISMATCH", last_seq=2)
+    await assert_fails(
+        chat.append(session_id, "x", expected_last_seq=1), "LAST_SEQ_MISMATCH", last_seq=2
+    )
     assert places(await chat.append(session_id, "x", expected_last_seq=2)) == [(3, False)]
 
 
 async def test_a_session_that_is_to_be_made_counts_as_empty(chat: Chat) -> None:
     session_id = new_id()
-    wrong = chat.append(session_id, texts(1), create_if_missing=True, expected_last_seq=1)
-    await fails(wrong, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
-    await fails(chat.get_session(session_id), "SESSION_NOT_FOUND")
-    made = await chat.append(session_id, texts(1), create_if_missing=True, expected_last_seq=0)
+    wrong = chat.append(session_id, new_messages(1), create_if_missing=True, expected_last_seq=1)
+    await assert_fails(wrong, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
+    await assert_fails(chat.get_session(session_id), "SESSION_NOT_FOUND")
+    made = await chat.append(
+        session_id, new_messages(1), create_if_missing=True, expected_last_seq=0
+    )
     assert made.session_created
-    assert (await chat.append("", texts(1), expected_last_seq=0)).session_created
+    assert (await chat.append("", new_messages(1), expected_last_seq=0)).session_created
 
 
 async def test_a_missing_session_comes_before_everything(chat: Chat) -> None:
-    elsewhere = await chat.start(sent := texts(1))
-    await fails(
-        chat.append(new_id(), [text("other", id=sent[0].id)], expected_last_seq=9),
+    elsewhere = await chat.start(sent := new_messages(1))
+    await assert_fails(
+        chat.append(new_id(), [new_message("other", id=sent[0].id)], expected_last_seq=9),
         "SESSION_NOT_FOUND",
     )
     assert len(await chat.all(elsewhere)) == 1
 
 
 async def test_a_request_of_replays_alone_succeeds_whatever_follows(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(3))
+    session_id = await chat.start(sent := new_messages(3))
     assert places(await chat.append(session_id, sent[:2], expected_last_seq=0)) == [
         (1, True),
         (2, True),
@@ -492,35 +521,39 @@ async def test_a_request_of_replays_alone_succeeds_whatever_follows(chat: Chat) 
 
 
 async def test_a_reused_id_comes_before_archived_and_expectation(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(2))
-    wrong = [text("new"), text("other", id=sent[0].id)]
-    await fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
+    session_id = await chat.start(sent := new_messages(2))
+    wrong = [new_message("new"), new_message("other", id=sent[0].id)]
+    await assert_fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
     await chat.update_session(id=session_id, state=ARCHIVED)
-    await fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
+    await assert_fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
 
 
 async def test_archived_comes_before_the_expectation(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(2))
+    session_id = await chat.start(sent := new_messages(2))
     await chat.update_session(id=session_id, state=ARCHIVED)
-    for request in ([text("new")], [sent[0], text("new")]):
-        await fails(
+    for request in ([new_message("new")], [sent[0], new_message("new")]):
+        await assert_fails(
             chat.append(session_id, request, expected_last_seq=0),
             "SESSION_ARCHIVED",
             session_id=session_id,
         )
-        await fails(chat.append(session_id, request), "SESSION_ARCHIVED")
-        await fails(chat.append(session_id, request, create_if_missing=True), "SESSION_ARCHIVED")
+        await assert_fails(chat.append(session_id, request), "SESSION_ARCHIVED")
+        await assert_fails(
+            chat.append(session_id, request, create_if_missing=True), "SESSION_ARCHIVED"
+        )
     assert len(await chat.all(session_id)) == 2
 
 
 async def test_the_expectation_holds_for_a_mix_too(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(2))
-    await fails(
-        chat.append(session_id, [sent[1], text("new")], expected_last_seq=1),
+    session_id = await chat.start(sent := new_messages(2))
+    await assert_fails(
+        chat.append(session_id, [sent[1], new_message("new")], expected_last_seq=1),
         "LAST_SEQ_MISMATCH",
         last_seq=2,
     )
-    assert places(await chat.append(session_id, [sent[1], text("new")], expected_last_seq=2)) == [
+    assert places(
+        await chat.append(session_id, [sent[1], new_message("new")], expected_last_seq=2)
+    ) == [
         (2, True),
         (3, False),
     ]
@@ -531,7 +564,9 @@ async def test_the_expectation_holds_for_a_mix_too(chat: Chat) -> None:
 
 async def test_the_sessions_counts_are_those_of_its_messages(chat: Chat, database_url: str) -> None:
     session_ids = [await chat.start() for _ in range(3)]
-    appends = [chat.append(session_id, texts(n)) for n in (1, 2, 3) for session_id in session_ids]
+    appends = [
+        chat.append(session_id, new_messages(n)) for n in (1, 2, 3) for session_id in session_ids
+    ]
     await asyncio.gather(*appends)
     rows = await fetch(
         database_url,

@@ -47,7 +47,8 @@ async def test_an_append_that_waits_for_an_erasure_finds_the_session_gone(
             "DELETE FROM chat_sessions WHERE user_id = $1 AND id = $2", chat.user_id, session.id
         )
         waiting = [
-            asyncio.create_task(failures.failure(chat.append(session.id, f"{n}"))) for n in range(3)
+            asyncio.create_task(failures.failure_of(chat.append(session.id, f"{n}")))
+            for n in range(3)
         ]
         await asyncio.sleep(2)  # Each try waits for the lock for 75 ms.
     await eraser.close()

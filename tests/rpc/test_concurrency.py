@@ -15,7 +15,7 @@ from chathistory.v1 import message_pb2, session_pb2
 from grpc import StatusCode, aio
 
 from tests.support import failures
-from tests.support.chat import Chat, new_id, text, texts
+from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import Cluster
 from tests.support.history import History, Stored, checked, history
 from tests.support.servers import connected, serving
@@ -41,7 +41,7 @@ async def settle(calls: Iterable[Awaitable[T]]) -> tuple[list[T], list[failures.
     bad: list[failures.Failure] = []
     for each in done:
         if isinstance(each, aio.AioRpcError):
-            bad.append(failures.read(each))
+            bad.append(failures.read_failure(each))
         elif isinstance(each, BaseException):
             raise each
         else:
@@ -75,7 +75,7 @@ async def test_a_hundred_writers_of_one_session(
     async def writer(number: int) -> list[Reply]:
         chat = chats[number % 2]
         return [
-            await chat.append(session.id, texts(1 + (number + turn) % 3, f"{number}.{turn}"))
+            await chat.append(session.id, new_messages(1 + (number + turn) % 3, f"{number}.{turn}"))
             for turn in range(3)
         ]
 
@@ -104,7 +104,7 @@ async def test_writers_of_many_sessions_do_not_mix_them_up(
 ) -> None:
     session_ids = [(await chats[0].create_session()).id for _ in range(8)]
     calls = [
-        (session_ids[n % 8], chats[n // 8 % 2].append(session_ids[n % 8], texts(2)))
+        (session_ids[n % 8], chats[n // 8 % 2].append(session_ids[n % 8], new_messages(2)))
         for n in range(160)
     ]
     replies = await asyncio.gather(*(call for _, call in calls))
@@ -124,7 +124,7 @@ async def test_fifty_identical_appends_store_one(
 ) -> None:
     session = await chats[0].create_session()
     await chats[0].append(session.id, "before")
-    message = text("once")
+    message = new_message("once")
     replies = await asyncio.gather(*(chats[n % 2].append(session.id, [message]) for n in range(50)))
     answers = Counter(
         (
@@ -146,7 +146,7 @@ async def test_fifty_identical_appends_store_one(
 async def test_fifty_identical_appends_start_one_session(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
-    messages = texts(3)
+    messages = new_messages(3)
     replies = await asyncio.gather(*(chats[n % 2].append("", messages) for n in range(50)))
     assert {reply.session_id for reply in replies} == {
         str(uuid.uuid5(uuid.UUID(chats[0].user_id), messages[0].id))
@@ -162,7 +162,7 @@ async def test_fifty_identical_appends_start_one_session(
 async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_message_id_is_written(
     chat: Chat,
 ) -> None:
-    message = text("once")
+    message = new_message("once")
     first = await chat.append("", [message])
     message.id = message.id.upper()
     again = await chat.append("", [message])
@@ -177,7 +177,7 @@ async def test_one_of_those_who_take_an_id_gets_it(
     session = await chats[0].create_session()
     message_id = new_id()
     calls = [
-        chats[n % 2].append(session.id, [text(f"content {n % 5}", id=message_id)])
+        chats[n % 2].append(session.id, [new_message(f"content {n % 5}", id=message_id)])
         for n in range(40)
     ]
     good, bad = await settle(calls)
@@ -192,7 +192,7 @@ async def test_one_of_those_who_take_an_id_gets_it(
 async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str) -> None:
     """Windows that slide over one list of messages: each mixes what others have sent already with what is new."""
     session = await chats[0].create_session()
-    messages = texts(60)
+    messages = new_messages(60)
     windows = [messages[start : start + 6] for start in range(0, 55, 2)] * 2
     replies = await asyncio.gather(
         *(chats[n % 2].append(session.id, window) for n, window in enumerate(windows))
@@ -230,7 +230,7 @@ async def test_one_of_those_who_expect_the_same_last_seq_is_served(
 async def test_a_session_that_is_not_there_counts_as_empty(chat: Chat, database_url: str) -> None:
     session_id = new_id()
     call = chat.append(session_id, "hello", create_if_missing=True, expected_last_seq=1)
-    await failures.fails(call, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
+    await failures.assert_fails(call, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
     assert await history(database_url, chat.user_id, session_id) is None
     reply = await chat.append(session_id, "hello", create_if_missing=True, expected_last_seq=0)
     assert reply.session_created
@@ -280,10 +280,10 @@ async def test_appends_meet_updates_and_erasures(
 ) -> None:
     """Everything that locks the same rows, at once: no deadlock reaches a caller, and the counts stay right."""
     session = await chats[0].create_session()
-    first = await chats[0].append(session.id, texts(20))
+    first = await chats[0].append(session.id, new_messages(20))
     ids = [entry.id for entry in first.messages]
     work: list[Awaitable[object]] = [
-        chats[n % 2].append(session.id, texts(2, f"{n}")) for n in range(40)
+        chats[n % 2].append(session.id, new_messages(2, f"{n}")) for n in range(40)
     ]
     work += [chats[n % 2].delete(session.id, ids[n]) for n in range(10)]
     work += [
@@ -310,7 +310,9 @@ async def test_sessions_come_and_go_under_appends(
         if number % 5 == 0:
             await chat.delete_session(session_id, allow_missing=True)
         else:
-            await chat.append(session_id, texts(2, f"{number}"), create_if_missing=number % 5 != 1)
+            await chat.append(
+                session_id, new_messages(2, f"{number}"), create_if_missing=number % 5 != 1
+            )
 
     _, bad = await settle(write(number) for number in range(100))
     assert {each.reason for each in bad} <= {"SESSION_NOT_FOUND"}
@@ -349,7 +351,7 @@ async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(
         async with holder.transaction():
             await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session.id)
             request = message_pb2.AppendMessagesRequest(
-                user_id=chat.user_id, session_id=session.id, messages=[text("never")]
+                user_id=chat.user_id, session_id=session.id, messages=[new_message("never")]
             )
             with pytest.raises(aio.AioRpcError) as caught:
                 await chat.stub.AppendMessages(request, timeout=1.0)
@@ -362,7 +364,7 @@ async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(
 async def test_reads_that_share_a_statement_are_not_mixed_up(chat: Chat, other: Chat) -> None:
     """Pages and contexts of two users' sessions, of different lengths, all at once: each reader gets its own, in order."""
     owned = [
-        (owner_id, await owner_id.start(texts(3 + 7 * n, f"{n}")))
+        (owner_id, await owner_id.start(new_messages(3 + 7 * n, f"{n}")))
         for n in range(6)
         for owner_id in (chat, other)
     ]

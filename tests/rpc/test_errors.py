@@ -18,10 +18,10 @@ from service.server import Server
 from service.store import sessions
 from service.store.db import database
 from tests.support import issuer
-from tests.support.chat import Chat, new_id, text, texts
-from tests.support.cluster import SUPPORT, fetch
-from tests.support.failures import Failure, fails, failure, refuses
-from tests.support.proxy import before_postgres
+from tests.support.chat import Chat, new_id, new_message, new_messages
+from tests.support.cluster import TESTS_APPLICATION, fetch
+from tests.support.failures import Failure, assert_fails, assert_field_violations, failure_of
+from tests.support.proxy import postgres_proxy
 from tests.support.servers import channel, connected, serving
 
 ARCHIVED = session_pb2.SESSION_STATE_ARCHIVED
@@ -29,60 +29,60 @@ Produce = Callable[[Chat], Awaitable[Failure]]
 
 
 async def field_violation(chat: Chat) -> Failure:
-    return await refuses(chat.page("x"), "session_id")
+    return await assert_field_violations(chat.page("x"), "session_id")
 
 
 async def bad_page_token(chat: Chat) -> Failure:
-    return await failure(chat.page(new_id(), page_token="x"))
+    return await failure_of(chat.page(new_id(), page_token="x"))
 
 
 async def user_not_found(chat: Chat) -> Failure:
-    return await failure(chat.stub.GetUser(user_pb2.GetUserRequest(user_id=new_id())))
+    return await failure_of(chat.stub.GetUser(user_pb2.GetUserRequest(user_id=new_id())))
 
 
 async def session_not_found(chat: Chat) -> Failure:
-    return await failure(chat.get_session(new_id()))
+    return await failure_of(chat.get_session(new_id()))
 
 
 async def message_not_found(chat: Chat) -> Failure:
-    return await failure(chat.get(await chat.start(), new_id()))
+    return await failure_of(chat.get(await chat.start(), new_id()))
 
 
 async def email_taken(chat: Chat) -> Failure:
     request = user_pb2.CreateUserRequest(user=user_pb2.User(email="a@example.com"))
     await chat.stub.CreateUser(request)
     request.user.id = ""
-    return await failure(chat.stub.CreateUser(request))
+    return await failure_of(chat.stub.CreateUser(request))
 
 
 async def external_id_taken(chat: Chat) -> Failure:
     request = user_pb2.CreateUserRequest(user=user_pb2.User(external_id="x"))
     await chat.stub.CreateUser(request)
-    return await failure(chat.stub.CreateUser(request))
+    return await failure_of(chat.stub.CreateUser(request))
 
 
 async def id_taken(chat: Chat) -> Failure:
     made = await chat.create_session()
-    return await failure(chat.create_session(id=made.id, title="other"))
+    return await failure_of(chat.create_session(id=made.id, title="other"))
 
 
 async def message_id_reused(chat: Chat) -> Failure:
-    session_id = await chat.start([sent := text("one")])
-    return await failure(chat.append(session_id, [text("two", id=sent.id)]))
+    session_id = await chat.start([sent := new_message("one")])
+    return await failure_of(chat.append(session_id, [new_message("two", id=sent.id)]))
 
 
 async def etag_mismatch(chat: Chat) -> Failure:
     made = await chat.create_session()
-    return await failure(chat.update_session(id=made.id, title="x", etag="old"))
+    return await failure_of(chat.update_session(id=made.id, title="x", etag="old"))
 
 
 async def last_seq_mismatch(chat: Chat) -> Failure:
-    return await failure(chat.append(await chat.start(), "x", expected_last_seq=0))
+    return await failure_of(chat.append(await chat.start(), "x", expected_last_seq=0))
 
 
 async def session_archived(chat: Chat) -> Failure:
     made = await chat.create_session(state=ARCHIVED)
-    return await failure(chat.append(made.id, "x"))
+    return await failure_of(chat.append(made.id, "x"))
 
 
 PLAIN: dict[str, tuple[Produce, StatusCode, set[str]]] = {
@@ -118,7 +118,7 @@ async def test_what_the_caller_has_to_mend(chat: Chat, reason: str) -> None:
 async def test_bytes_that_are_no_request_are_malformed(server: Server) -> None:
     async with channel(server.address) as opened:
         method = opened.unary_unary("/chathistory.v1.ChatHistoryService/GetSession")  # type: ignore[call-arg]
-        found = await fails(method(b"\xff"), "MALFORMED_REQUEST")
+        found = await assert_fails(method(b"\xff"), "MALFORMED_REQUEST")
     assert found.code == StatusCode.INVALID_ARGUMENT
 
 
@@ -135,7 +135,7 @@ async def test_a_method_that_is_not_there_is_unimplemented(server: Server) -> No
 @asynccontextmanager
 async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
     """Keep a session's row locked, as a long transaction of somebody else's would."""
-    connection = await asyncpg.connect(url, server_settings={"application_name": SUPPORT})
+    connection = await asyncpg.connect(url, server_settings={"application_name": TESTS_APPLICATION})
     try:
         async with connection.transaction():
             await connection.execute(
@@ -154,10 +154,10 @@ async def test_an_append_to_a_session_that_stays_locked_is_contention(
     )  # A busy machine takes its time to carry an answer.
     session_id = await chat.start()
     request = message_pb2.AppendMessagesRequest(
-        user_id=chat.user_id, session_id=session_id, messages=texts(1)
+        user_id=chat.user_id, session_id=session_id, messages=new_messages(1)
     )
     async with locked(database_url, session_id):
-        found = await fails(chat.stub.AppendMessages(request, timeout=5), "CONTENTION")
+        found = await assert_fails(chat.stub.AppendMessages(request, timeout=5), "CONTENTION")
     assert (found.code, found.retry_after is not None) == (StatusCode.ABORTED, True)
     assert (await chat.stub.AppendMessages(request)).messages[0].seq == 2
 
@@ -177,7 +177,7 @@ async def test_a_call_without_a_deadline_of_its_own_gets_the_servers(database_ur
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         async with locked(database_url, session_id):
-            found = await failure(chat.update_session(id=session_id, title="x"))
+            found = await failure_of(chat.update_session(id=session_id, title="x"))
         assert found.reason in ("CONTENTION", "DEADLINE_EXCEEDED")
 
 
@@ -203,7 +203,7 @@ async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -
             waiting = [asyncio.create_task(chat.append(session_id, "later")) for _ in range(2)]
             while server.calls.in_flight < 2:
                 await asyncio.sleep(0.01)
-            found = await fails(chat.get_session(session_id), "OVERLOADED")
+            found = await assert_fails(chat.get_session(session_id), "OVERLOADED")
             assert (found.code, found.retry_after is not None) == (
                 StatusCode.RESOURCE_EXHAUSTED,
                 True,
@@ -212,7 +212,7 @@ async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -
         await chat.get_session(session_id)
         watch = chat.watch(session_id)
         await watch.read()
-        await fails(anext(aiter(chat.watch(session_id))), "OVERLOADED")
+        await assert_fails(anext(aiter(chat.watch(session_id))), "OVERLOADED")
         watch.cancel()
 
 
@@ -225,7 +225,7 @@ async def test_a_server_that_goes_away_sends_its_callers_elsewhere(
     server.calls.is_draining = True
     server.watchers.close()
     for call in (chat.get_session(session_id), chat.append(session_id, "x"), watch.read()):
-        found = await fails(call, "DRAINING")
+        found = await assert_fails(call, "DRAINING")
         assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
 
 
@@ -234,24 +234,24 @@ async def test_a_database_that_is_away_is_told_and_comes_back(
 ) -> None:
     monkeypatch.setattr(database, "OUTAGE_PATIENCE", 0.5)
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
         connected(server.address) as stub,
     ):
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
-        proxy.refuse()
+        proxy.refuse_connections()
         for call in (
             chat.get_session(session_id),
             chat.update_session(id=session_id, title="x"),
-            chat.append(session_id, [sent := text("x")]),
+            chat.append(session_id, [sent := new_message("x")]),
             chat.page(session_id),
             chat.context(session_id),
         ):
-            found = await fails(call, "DATABASE_UNAVAILABLE")
+            found = await assert_fails(call, "DATABASE_UNAVAILABLE")
             assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
             assert str(proxy.port) not in str(found)
-        proxy.accept()
+        proxy.accept_connections()
         assert (await chat.append(session_id, [sent])).messages[0].seq == 2
 
 
@@ -271,7 +271,7 @@ async def test_a_defect_says_nothing_of_itself(
         raise RuntimeError("postgresql://somebody:hunter2@db.example/x: a secret message")
 
     monkeypatch.setattr(sessions, "get", broken)
-    found = await fails(chat.get_session(session_id), "INTERNAL")
+    found = await assert_fails(chat.get_session(session_id), "INTERNAL")
     assert (found.code, found.message) == (StatusCode.INTERNAL, "internal error")
     assert set(found.metadata) == {"request_id"}
     written = "".join(capsys.readouterr())
@@ -290,7 +290,7 @@ async def test_a_statement_that_the_database_refuses_says_nothing_of_itself(
         chat.update_session(id=session_id, title="hunter2"),
         chat.context(session_id),
     ):
-        found = await fails(call, "INTERNAL")
+        found = await assert_fails(call, "INTERNAL")
         assert found.message == "internal error"
         assert "title" not in str(found)
     written = "".join(capsys.readouterr())
@@ -312,7 +312,7 @@ JWT = {
 
 async def test_a_caller_without_a_token_is_not_known(database_url: str) -> None:
     async with serving(database_url, **JWT) as server, connected(server.address) as stub:
-        found = await fails(Chat(stub, new_id()).list_sessions(), "TOKEN_INVALID")
+        found = await assert_fails(Chat(stub, new_id()).list_sessions(), "TOKEN_INVALID")
     assert found.code == StatusCode.UNAUTHENTICATED
 
 
@@ -346,10 +346,11 @@ async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(
                 user_pb2.UpdateUserRequest(user=user_pb2.User(id=theirs, name="x")), metadata=me
             ),
             stub.AppendMessages(
-                message_pb2.AppendMessagesRequest(user_id=theirs, messages=texts(1)), metadata=me
+                message_pb2.AppendMessagesRequest(user_id=theirs, messages=new_messages(1)),
+                metadata=me,
             ),
         ):
-            found = await fails(call, "USER_MISMATCH")
+            found = await assert_fails(call, "USER_MISMATCH")
             assert found.code == StatusCode.PERMISSION_DENIED
         for call_ in (
             stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User()), metadata=me),
@@ -359,7 +360,7 @@ async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(
                 user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="x")), metadata=me
             ),
         ):
-            found = await fails(call_, "SERVICE_ONLY")
+            found = await assert_fails(call_, "SERVICE_ONLY")
             assert found.code == StatusCode.PERMISSION_DENIED
         changed = user_pb2.UpdateUserRequest(user=user_pb2.User(name="me"))
         assert (await stub.UpdateUser(changed, metadata=me)).user.name == "me"

@@ -20,7 +20,7 @@ from service.store.schema import migrations
 from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, fetch
 from tests.support.ports import free_port
-from tests.support.proxy import before_postgres
+from tests.support.proxy import postgres_proxy
 from tests.support.servers import channel, connected, serving, target_of
 from tests.support.servers import settings as server_settings
 from tests.support.statements import Sent, database_name
@@ -180,13 +180,13 @@ async def test_a_schema_that_is_not_ours_does_not_end_the_asking(database_url: s
 
 
 async def test_it_starts_without_a_database_and_waits_for_it(database_url: str) -> None:
-    async with before_postgres(database_url) as (proxy, url):
-        proxy.refuse()
+    async with postgres_proxy(database_url) as (proxy, url):
+        proxy.refuse_connections()
         async with started(url) as (_, probe):
             assert not await probe.ready()
             assert await probe.check("database") == NOT_SERVING
             assert await probe.check("liveness") == SERVING
-            proxy.accept()
+            proxy.accept_connections()
             await probe.becomes(True)
 
 
@@ -214,7 +214,7 @@ async def test_postgres_is_stopped_and_comes_back_under_traffic() -> None:
 async def test_the_database_is_gone_without_a_word_under_traffic(database_url: str) -> None:
     """A black hole: nothing is refused and nothing answered. Calls end on time, and it recovers by itself."""
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
         channel(server.address) as opened,
     ):
@@ -222,9 +222,9 @@ async def test_the_database_is_gone_without_a_word_under_traffic(database_url: s
         async with connected(server.address) as stub:
             chat = await Chat.of_new_user(stub)
             async with traffic(chat):
-                proxy.hold()
+                proxy.block()
                 await probe.becomes(False)
-                proxy.let_pass()
+                proxy.unblock()
                 await probe.becomes(True)
                 await chat.start()
 
@@ -237,13 +237,13 @@ async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(
     """By the client's deadline, or by the server's for a client that has set none; and the server does not go on."""
     of_server, of_client = (0.8, None) if deadline_of == "server" else (30.0, 0.8)
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         serving(url, call_timeout=of_server) as server,
         connected(server.address) as stub,
     ):
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()
-        proxy.hold()
+        proxy.block()
         requests: dict[str, dict[str, Any]] = {
             "GetSession": {"session_id": session.id},
             "ListMessages": {"session_id": session.id},
@@ -271,7 +271,7 @@ async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(
                 assert caught.value.code() in late, name
                 while server.calls.in_flight:
                     await asyncio.sleep(0.01)
-        proxy.let_pass()
+        proxy.unblock()
         async with asyncio.timeout(20):
             while True:
                 with suppress(aio.AioRpcError):
@@ -282,19 +282,19 @@ async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(
 
 async def test_the_name_database_tells_the_truth_of_an_idle_service(database_url: str) -> None:
     async with (
-        before_postgres(database_url) as (proxy, url),
+        postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
         channel(server.address) as opened,
     ):
         probe = Probe(opened)
         assert await probe.check("database") == SERVING
-        proxy.refuse()
+        proxy.refuse_connections()
         # Its answer serves for a second; readiness follows what it has found.
         async with asyncio.timeout(ENOUGH):
             while await probe.check("database") == SERVING:
                 await asyncio.sleep(0.05)
         await probe.becomes(False)
-        proxy.accept()
+        proxy.accept_connections()
         async with asyncio.timeout(ENOUGH):
             while await probe.check("database") == NOT_SERVING:
                 await asyncio.sleep(0.05)
@@ -317,8 +317,8 @@ async def test_those_who_ask_for_the_database_together_share_one_answer(
 
 
 async def test_watch_tells_every_change(database_url: str) -> None:
-    async with before_postgres(database_url) as (proxy, url):
-        proxy.refuse()
+    async with postgres_proxy(database_url) as (proxy, url):
+        proxy.refuse_connections()
         async with started(url) as (server, probe), connected(server.address) as stub:
             watch = probe.watch(SERVICE)
             alive = probe.watch("liveness")
@@ -326,9 +326,9 @@ async def test_watch_tells_every_change(database_url: str) -> None:
             assert (await alive.read()).status == SERVING
             async with asyncio.timeout(60):
                 for _ in range(2):
-                    proxy.accept()
+                    proxy.accept_connections()
                     assert (await watch.read()).status == SERVING
-                    proxy.refuse()
+                    proxy.refuse_connections()
                     told = asyncio.ensure_future(watch.read())
                     while not told.done():
                         with suppress(aio.AioRpcError):

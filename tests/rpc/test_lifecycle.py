@@ -20,7 +20,7 @@ from service import server as server_module
 from service.server import Server
 from tests.conftest import StartProcess
 from tests.support import failures
-from tests.support.chat import Chat, new_id, text
+from tests.support.chat import Chat, new_id, new_message
 from tests.support.cluster import Cluster
 from tests.support.history import History, checked
 from tests.support.servers import ServerProcess, channel, connected, serving, target_of
@@ -41,7 +41,7 @@ class Writer:
     async def write(self) -> None:
         """Write until a call fails."""
         while True:
-            message = text(f"{len(self.sent)}")
+            message = new_message(f"{len(self.sent)}")
             self.sent.append(message.id)
             try:
                 self.acknowledged.append(
@@ -77,14 +77,14 @@ async def test_sigterm_under_load_with_a_watch_open(
             await asyncio.sleep(0.01)
         replies = aiter(chat.watch(writers[0].session_id))
         await anext(replies)
-        process.send(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         # Long before the grace is over: an open stream must not eat it.
         async with asyncio.timeout(30):
             await asyncio.gather(*writing)
             with pytest.raises(aio.AioRpcError) as ended:
                 await exhaust(replies)
             assert await process.wait() == 0
-        assert failures.read(ended.value).reason == "DRAINING"
+        assert failures.read_failure(ended.value).reason == "DRAINING"
     for writer in writers:
         assert [error.code() for error in writer.failed] == [StatusCode.UNAVAILABLE]
         writer.check(await checked(database_url, chat.user_id, writer.session_id))
@@ -123,7 +123,7 @@ async def test_calls_repeated_during_shutdown_never_end_with_cancelled(
             asyncio.create_task(call_repeatedly(reconnect=number % 3 == 0)) for number in range(24)
         ]
         await asyncio.sleep(0.2)
-        process.send(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
         stopped.set()
         await asyncio.gather(*callers)
@@ -137,7 +137,7 @@ async def test_an_idle_server_ends_at_once(
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
     async with connected(process.address) as stub:
         await Chat.of_new_user(stub)
-        process.send(number)
+        process.send_signal(number)
         async with asyncio.timeout(30):
             assert await process.wait() == 0
 
@@ -150,7 +150,7 @@ async def test_a_signal_before_it_is_ready_ends_it_too(
         await process.start(ready=False)
         while "not ready" not in (process.log.read_text() if process.log.exists() else ""):
             await asyncio.sleep(0.02)
-        process.send(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
         await process.stop()
 
@@ -205,7 +205,7 @@ async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
         assert not server.calls.in_flight
         with pytest.raises(aio.AioRpcError) as refused:
             await chat.list_sessions()
-        assert (refused.value.code(), failures.read(refused.value).reason) == (
+        assert (refused.value.code(), failures.read_failure(refused.value).reason) == (
             StatusCode.UNAVAILABLE,
             "DRAINING",
         )
@@ -269,7 +269,7 @@ async def test_a_second_server_on_the_port_fails(
     await second.stop()
     process = ServerProcess(database_url, tmp_path / "second", CHAT_HISTORY_LISTEN=server.address)
     await process.start(ready=False)
-    process.send(signal.SIGCONT)  # The test sees to its end.
+    process.send_signal(signal.SIGCONT)  # The test sees to its end.
     async with asyncio.timeout(30):
         assert await process.wait() != 0
     await process.stop()

@@ -98,7 +98,7 @@ async def test_who_waits_for_a_held_row_is_told_before_the_deadline(
         async with held(cluster, database_url, session.id):
             calls = [stub.UpdateSession(request, timeout=5) for _ in range(BLOCKED)]
             for call in calls:
-                found = await failures.failure(call)
+                found = await failures.failure_of(call)
                 # Who is in a queue of forty may be told that the time is up while it still waits for its turn.
                 assert found.reason in ("CONTENTION", "DATABASE_UNAVAILABLE"), found
                 assert found.retry_after

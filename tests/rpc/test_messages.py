@@ -14,9 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.store.messages import estimate_tokens
-from tests.support.chat import ASSISTANT, SYSTEM, TOOL, USER, Chat, new_id, text, texts
+from tests.support.chat import (
+    ASSISTANT,
+    SYSTEM,
+    TOOL,
+    USER,
+    Chat,
+    new_id,
+    new_message,
+    new_messages,
+)
 from tests.support.cluster import fetch
-from tests.support.failures import fails, refuses
+from tests.support.failures import assert_fails, assert_field_violations
 
 # Everything that PostgreSQL's text can hold: no NUL, and no lone surrogates, which UTF-8 cannot hold either.
 anything = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=200)
@@ -79,7 +88,7 @@ def all_parts() -> list[message_pb2.Part]:
 
 
 async def test_everything_that_is_sent_comes_back(chat: Chat) -> None:
-    sent = text(
+    sent = new_message(
         "content",
         ASSISTANT,
         parts=all_parts(),
@@ -103,7 +112,7 @@ async def test_everything_that_is_sent_comes_back(chat: Chat) -> None:
 
 
 async def test_a_message_is_the_same_however_it_is_read(chat: Chat) -> None:
-    sent = text(
+    sent = new_message(
         "content", ASSISTANT, parts=all_parts()[:2], metadata={"k": 1}, feedback={"score": 1}
     )
     session_id = await chat.start([sent])
@@ -118,14 +127,14 @@ async def test_a_message_is_the_same_however_it_is_read(chat: Chat) -> None:
 
 async def test_a_message_may_be_as_good_as_empty(chat: Chat) -> None:
     for role in (USER, ASSISTANT, SYSTEM, TOOL):
-        sent = text("", role)
+        sent = new_message("", role)
         got = await chat.get(await chat.start([sent]), sent.id)
         assert (got.role, got.content, list(got.parts), got.author) == (role, "", [], "")
         assert not any(got.HasField(name) for name in ("metadata", "token_count", "feedback"))
 
 
 async def test_a_token_count_of_none_and_of_zero_are_told_apart(chat: Chat) -> None:
-    sent = [text("four words of it"), text("four words of it", token_count=0)]
+    sent = [new_message("four words of it"), new_message("four words of it", token_count=0)]
     session_id = await chat.start(sent)
     none, zero = await chat.all(session_id)
     assert not none.HasField("token_count")
@@ -135,7 +144,7 @@ async def test_a_token_count_of_none_and_of_zero_are_told_apart(chat: Chat) -> N
 
 @pytest.mark.parametrize("value", INJECTIONS)
 async def test_whatever_a_text_says_is_stored_verbatim(chat: Chat, value: str) -> None:
-    sent = text(
+    sent = new_message(
         value,
         metadata={value: [value, {value: value}]},
         author=value,
@@ -173,7 +182,7 @@ async def test_texts_and_structs_of_any_content_come_back(chat: Chat) -> None:
     def comes_back(
         content: str, metadata: dict[str, Any], parts: list[str | dict[str, Any]]
     ) -> None:
-        sent = text(
+        sent = new_message(
             content,
             parts=[{"text": part} if isinstance(part, str) else {"data": part} for part in parts],
         )
@@ -196,7 +205,7 @@ async def test_texts_and_structs_of_any_content_come_back(chat: Chat) -> None:
     [0.1, 1 / 3, -0.0, 1e-320, 1.7976931348623157e308, 5e-324, 2.0**63, 123456789012345680.0, 1e22],
 )
 async def test_a_number_keeps_its_last_bit(chat: Chat, number: float) -> None:
-    sent = text("x", metadata={"n": number}, parts=[{"data": {"n": number}}])
+    sent = new_message("x", metadata={"n": number}, parts=[{"data": {"n": number}}])
     got = await chat.get(await chat.start([sent]), sent.id)
     assert got.metadata["n"] == got.parts[0].data["n"] == number
 
@@ -205,11 +214,11 @@ async def test_a_number_keeps_its_last_bit(chat: Chat, number: float) -> None:
 
 
 async def test_times_are_the_servers_and_rise_with_seq(chat: Chat) -> None:
-    sent = texts(3)
+    sent = new_messages(3)
     sent[1].create_time.seconds = 1
     session_id = await chat.start(sent)
     for _ in range(3):
-        await asyncio.gather(*(chat.append(session_id, texts(2)) for _ in range(4)))
+        await asyncio.gather(*(chat.append(session_id, new_messages(2)) for _ in range(4)))
     got = await chat.all(session_id)
     times = [message.create_time.ToMicroseconds() for message in got]
     assert times == sorted(times)
@@ -217,7 +226,7 @@ async def test_times_are_the_servers_and_rise_with_seq(chat: Chat) -> None:
 
 
 async def test_times_never_go_back_even_when_the_clock_does(chat: Chat, database_url: str) -> None:
-    session_id = await chat.start(texts(2))
+    session_id = await chat.start(new_messages(2))
     # As if an earlier append had met a clock that ran an hour fast.
     await fetch(
         database_url, "UPDATE chat_sessions SET updated_at = '2100-01-01' WHERE id = $1", session_id
@@ -227,9 +236,9 @@ async def test_times_never_go_back_even_when_the_clock_does(chat: Chat, database
         "UPDATE chat_messages SET created_at = '2100-01-01' WHERE session_id = $1",
         session_id,
     )
-    await chat.append(session_id, texts(2))
+    await chat.append(session_id, new_messages(2))
     await chat.update_session(id=session_id, title="x")
-    await chat.append(session_id, texts(1))
+    await chat.append(session_id, new_messages(1))
     times = [message.create_time.ToMicroseconds() for message in await chat.all(session_id)]
     assert times == sorted(times)
 
@@ -238,15 +247,15 @@ async def test_times_never_go_back_even_when_the_clock_does(chat: Chat, database
 
 
 async def test_a_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
-    session_id, elsewhere = await chat.start(), await chat.start(sent := texts(1))
-    theirs = await other.start(foreign := texts(1))
+    session_id, elsewhere = await chat.start(), await chat.start(sent := new_messages(1))
+    theirs = await other.start(foreign := new_messages(1))
     for missing in (new_id(), sent[0].id, foreign[0].id):
         for call in (
             chat.get(session_id, missing),
             chat.update(session_id, missing, content="x"),
             chat.delete(session_id, missing),
         ):
-            await fails(call, "MESSAGE_NOT_FOUND", session_id=session_id, message_id=missing)
+            await assert_fails(call, "MESSAGE_NOT_FOUND", session_id=session_id, message_id=missing)
     assert len(await chat.all(elsewhere)) == len(await other.all(theirs)) == 1
 
 
@@ -254,7 +263,9 @@ async def test_a_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
 
 
 async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
-    sent = text("before", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], author="Ada")
+    sent = new_message(
+        "before", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], author="Ada"
+    )
     session_id = await chat.start([sent])
     changed = await chat.update(
         session_id, sent.id, content="after", feedback={"score": 1, "comment": "good"}
@@ -275,7 +286,9 @@ async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
 
 
 async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Chat) -> None:
-    sent = text("c", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], feedback={"score": 1})
+    sent = new_message(
+        "c", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], feedback={"score": 1}
+    )
     session_id = await chat.start([sent])
     mask = ("parts", "metadata", "token_count", "feedback")
     changed = await chat.update(session_id, sent.id, mask, content="ignored")
@@ -286,7 +299,7 @@ async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Cha
 
 
 async def test_feedback_of_zero_is_feedback(chat: Chat) -> None:
-    session_id = await chat.start([sent := text("c")])
+    session_id = await chat.start([sent := new_message("c")])
     changed = await chat.update(session_id, sent.id, ("feedback",), feedback={})
     assert changed.HasField("feedback")
     assert (changed.feedback.score, changed.feedback.comment) == (0, "")
@@ -297,14 +310,16 @@ async def test_feedback_of_zero_is_feedback(chat: Chat) -> None:
     ["id", "session_id", "seq", "role", "author", "create_time", "etag", "feedback.score", "nope"],
 )
 async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
-    session_id = await chat.start([sent := text("c")])
+    session_id = await chat.start([sent := new_message("c")])
     before = await chat.get(session_id, sent.id)
-    await refuses(chat.update(session_id, sent.id, ("content", path), content="x"), "update_mask")
+    await assert_field_violations(
+        chat.update(session_id, sent.id, ("content", path), content="x"), "update_mask"
+    )
     assert await chat.get(session_id, sent.id) == before
 
 
 async def test_an_update_names_its_session_and_message(chat: Chat) -> None:
-    session_id = await chat.start([sent := text("c")])
+    session_id = await chat.start([sent := new_message("c")])
 
     def request(**fields: Any) -> message_pb2.UpdateMessageRequest:
         return message_pb2.UpdateMessageRequest(**fields)
@@ -314,17 +329,17 @@ async def test_an_update_names_its_session_and_message(chat: Chat) -> None:
         message={"id": sent.id, "session_id": session_id.upper(), "content": "in it"},
     )
     assert (await chat.stub.UpdateMessage(inside)).message.content == "in it"
-    await refuses(
+    await assert_field_violations(
         chat.stub.UpdateMessage(request(user_id=chat.user_id, message={"content": "x"})),
         "session_id",
         "message.id",
     )
-    await refuses(chat.update(session_id, "", content="x"), "message.id")
+    await assert_field_violations(chat.update(session_id, "", content="x"), "message.id")
     elsewhere = request(
         user_id=chat.user_id, session_id=session_id, message={"id": sent.id, "session_id": new_id()}
     )
-    await refuses(chat.stub.UpdateMessage(elsewhere), "message.session_id")
-    await refuses(
+    await assert_field_violations(chat.stub.UpdateMessage(elsewhere), "message.session_id")
+    await assert_field_violations(
         chat.stub.UpdateMessage(request(user_id=chat.user_id, session_id=session_id)), "message"
     )
 
@@ -332,13 +347,13 @@ async def test_an_update_names_its_session_and_message(chat: Chat) -> None:
 async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
     chat: Chat,
 ) -> None:
-    session_id = await chat.start([sent := text("first")])
+    session_id = await chat.start([sent := new_message("first")])
     first = await chat.get(session_id, sent.id)
     second = await chat.update(session_id, sent.id, content="second", etag=first.etag)
     assert second.etag != first.etag
     assert second.update_time.ToMicroseconds() >= first.update_time.ToMicroseconds()
     assert second.create_time == first.create_time
-    found = await fails(
+    found = await assert_fails(
         chat.update(session_id, sent.id, content="third", etag=first.etag), "ETAG_MISMATCH"
     )
     assert found.metadata["etag"] == second.etag
@@ -346,7 +361,7 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
 
 
 async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
-    session_id = await chat.start([sent := text("c")])
+    session_id = await chat.start([sent := new_message("c")])
     etag = (await chat.get(session_id, sent.id)).etag
     results = await asyncio.gather(
         *(chat.update(session_id, sent.id, content=f"{n}", etag=etag) for n in range(8)),
@@ -358,7 +373,7 @@ async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
 
 
 async def test_an_update_estimates_its_tokens_again(chat: Chat) -> None:
-    session_id = await chat.start([sent := text("short")])
+    session_id = await chat.start([sent := new_message("short")])
     for content, parts in (
         ("much longer " * 50, []),
         ("much longer " * 50, [{"text": "and more " * 50}]),
@@ -375,7 +390,7 @@ async def test_an_update_estimates_its_tokens_again(chat: Chat) -> None:
 
 
 async def test_an_update_leaves_the_session_and_the_retry_of_the_append_alone(chat: Chat) -> None:
-    session_id = await chat.start([sent := text("first"), text("second")])
+    session_id = await chat.start([sent := new_message("first"), new_message("second")])
     before = await chat.get_session(session_id)
     await chat.update(session_id, sent.id, content="edited", metadata={"k": 1})
     assert await chat.get_session(session_id) == before
@@ -390,7 +405,7 @@ async def test_an_update_leaves_the_session_and_the_retry_of_the_append_alone(ch
 async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumbered(
     chat: Chat,
 ) -> None:
-    sent = texts(5)
+    sent = new_messages(5)
     session_id = await chat.start(sent)
     await chat.delete(session_id, sent[1].id)
     await chat.delete(session_id, sent[4].id.upper())
@@ -400,8 +415,8 @@ async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumber
         each.seq for each in await chat.all(session_id, order="MESSAGE_ORDER_DESC", page_size=2)
     ] == left[::-1]
     assert [each.seq for each in (await chat.context(session_id)).messages] == left
-    await fails(chat.get(session_id, sent[1].id), "MESSAGE_NOT_FOUND")
-    await fails(chat.update(session_id, sent[1].id, content="back"), "MESSAGE_NOT_FOUND")
+    await assert_fails(chat.get(session_id, sent[1].id), "MESSAGE_NOT_FOUND")
+    await assert_fails(chat.update(session_id, sent[1].id, content="back"), "MESSAGE_NOT_FOUND")
     session = await chat.get_session(session_id)
     assert (session.last_seq, session.message_count) == (5, 3)
     watch = chat.watch(session_id)
@@ -411,7 +426,7 @@ async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumber
 
 
 async def test_an_erased_message_leaves_no_word_behind(chat: Chat, database_url: str) -> None:
-    sent = text(
+    sent = new_message(
         "content",
         ASSISTANT,
         parts=[{"text": "p"}],
@@ -435,7 +450,7 @@ async def test_an_erased_message_leaves_no_word_behind(chat: Chat, database_url:
 
 
 async def test_a_late_retry_does_not_bring_an_erased_message_back(chat: Chat) -> None:
-    sent = texts(3)
+    sent = new_messages(3)
     session_id = await chat.start(sent)
     first = (await chat.append(session_id, sent)).messages
     await chat.delete(session_id, sent[1].id)
@@ -447,10 +462,10 @@ async def test_a_late_retry_does_not_bring_an_erased_message_back(chat: Chat) ->
 
 
 async def test_an_erased_messages_id_stays_taken(chat: Chat) -> None:
-    session_id = await chat.start([sent := text("first"), text("second")])
+    session_id = await chat.start([sent := new_message("first"), new_message("second")])
     await chat.delete(session_id, sent.id)
-    await fails(
-        chat.append(session_id, [text("other", id=sent.id)]),
+    await assert_fails(
+        chat.append(session_id, [new_message("other", id=sent.id)]),
         "MESSAGE_ID_REUSED",
         session_id=session_id,
         message_id=sent.id,
@@ -458,15 +473,15 @@ async def test_an_erased_messages_id_stays_taken(chat: Chat) -> None:
 
 
 async def test_a_missing_message_is_erased_only_if_that_is_allowed(chat: Chat) -> None:
-    session_id = await chat.start([sent := text("c")])
+    session_id = await chat.start([sent := new_message("c")])
     await chat.delete(session_id, sent.id)
-    await fails(
+    await assert_fails(
         chat.delete(session_id, sent.id),
         "MESSAGE_NOT_FOUND",
         session_id=session_id,
         message_id=sent.id,
     )
-    await fails(chat.delete(new_id(), sent.id), "SESSION_NOT_FOUND")
+    await assert_fails(chat.delete(new_id(), sent.id), "SESSION_NOT_FOUND")
     for missing in (
         chat.delete(session_id, sent.id, allow_missing=True),
         chat.delete(new_id(), sent.id, allow_missing=True),
@@ -476,7 +491,7 @@ async def test_a_missing_message_is_erased_only_if_that_is_allowed(chat: Chat) -
 
 
 async def test_twenty_erasures_of_one_message_at_once_count_once(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(3))
+    session_id = await chat.start(sent := new_messages(3))
     await asyncio.gather(
         *(chat.delete(session_id, sent[0].id, allow_missing=True) for _ in range(20))
     )
@@ -484,7 +499,7 @@ async def test_twenty_erasures_of_one_message_at_once_count_once(chat: Chat) -> 
 
 
 async def test_a_session_all_of_whose_messages_are_erased_is_empty_and_goes_on(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(3))
+    session_id = await chat.start(sent := new_messages(3))
     for message in sent:
         await chat.delete(session_id, message.id)
     assert await chat.all(session_id) == []

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from chathistory.v1 import message_pb2, session_pb2, user_pb2
 
-from tests.support.chat import Chat, new_id, text, texts
+from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
-from tests.support.failures import fails, refuses
+from tests.support.failures import assert_fails, assert_field_violations
 
 ASC, DESC = message_pb2.MESSAGE_ORDER_ASC, message_pb2.MESSAGE_ORDER_DESC
 MIB = 1024 * 1024
@@ -21,7 +21,7 @@ MIB = 1024 * 1024
 async def fill(chat: Chat, session_id: str, count: int) -> None:
     """Append so many messages, a hundred at a time."""
     for start in range(0, count, 100):
-        await chat.append(session_id, texts(min(100, count - start)))
+        await chat.append(session_id, new_messages(min(100, count - start)))
 
 
 async def seqs(chat: Chat, session_id: str, **fields: Any) -> list[int]:
@@ -33,7 +33,7 @@ async def seqs(chat: Chat, session_id: str, **fields: Any) -> list[int]:
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 12, 13, 14, 100])
 async def test_pages_meet_without_gap_or_overlap(chat: Chat, page_size: int) -> None:
-    session_id = await chat.start(texts(13))
+    session_id = await chat.start(new_messages(13))
     for order, expected in ((ASC, list(range(1, 14))), (DESC, list(range(13, 0, -1)))):
         pages = [
             [each.seq for each in page]
@@ -45,14 +45,14 @@ async def test_pages_meet_without_gap_or_overlap(chat: Chat, page_size: int) -> 
 
 
 async def test_messages_come_oldest_first_unless_asked_otherwise(chat: Chat) -> None:
-    session_id = await chat.start(texts(3))
+    session_id = await chat.start(new_messages(3))
     assert await seqs(chat, session_id) == [1, 2, 3]
     assert await seqs(chat, session_id, order=ASC) == [1, 2, 3]
     assert await seqs(chat, session_id, order=DESC) == [3, 2, 1]
 
 
 async def test_pages_pass_over_what_was_erased_and_are_full_all_the_same(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(12))
+    session_id = await chat.start(sent := new_messages(12))
     for erased in (0, 3, 4, 5, 11):
         await chat.delete(session_id, sent[erased].id)
     left = [2, 3, 7, 8, 9, 10, 11]
@@ -65,7 +65,7 @@ async def test_pages_pass_over_what_was_erased_and_are_full_all_the_same(chat: C
 
 
 async def test_a_page_that_ends_at_an_erased_message_goes_on_after_it(chat: Chat) -> None:
-    session_id = await chat.start(sent := texts(6))
+    session_id = await chat.start(sent := new_messages(6))
     first = await chat.page(session_id, page_size=2)
     await chat.delete(session_id, sent[1].id)
     await chat.delete(session_id, sent[2].id)
@@ -77,18 +77,18 @@ async def test_an_empty_session_has_one_empty_page(chat: Chat) -> None:
     session = await chat.create_session()
     for order in (ASC, DESC):
         assert await chat.page(session.id, order=order) == message_pb2.ListMessagesResponse()
-    await fails(chat.page(new_id()), "SESSION_NOT_FOUND")
+    await assert_fails(chat.page(new_id()), "SESSION_NOT_FOUND")
 
 
 @pytest.mark.timeout(240)
 async def test_ten_thousand_messages_are_read_once_each_while_others_append(chat: Chat) -> None:
-    session_id = await chat.start(texts(1))
+    session_id = await chat.start(new_messages(1))
     await fill(chat, session_id, 9_999)
     done = asyncio.Event()
 
     async def talk() -> None:
         while not done.is_set():
-            await chat.append(session_id, texts(2))
+            await chat.append(session_id, new_messages(2))
 
     talkers = [asyncio.create_task(talk()) for _ in range(3)]
     for page_size in (1000, 333):
@@ -105,7 +105,7 @@ async def test_ten_thousand_messages_are_read_once_each_while_others_append(chat
 
 
 async def test_a_page_holds_50_unless_asked_otherwise_and_1000_at_the_most(chat: Chat) -> None:
-    session_id = await chat.start(texts(1))
+    session_id = await chat.start(new_messages(1))
     await fill(chat, session_id, 1_009)
     for page_size, expected in (
         (0, 50),
@@ -141,21 +141,23 @@ async def test_lists_of_sessions_and_users_have_the_same_sizes(
 @pytest.mark.parametrize("page_size", [-1, -(2**31)])
 async def test_a_negative_page_size_is_refused(chat: Chat, page_size: int) -> None:
     session_id = await chat.start()
-    await refuses(chat.page(session_id, page_size=page_size), "page_size")
-    await refuses(chat.list_sessions(page_size=page_size), "page_size")
-    await refuses(chat.stub.ListUsers(user_pb2.ListUsersRequest(page_size=page_size)), "page_size")
+    await assert_field_violations(chat.page(session_id, page_size=page_size), "page_size")
+    await assert_field_violations(chat.list_sessions(page_size=page_size), "page_size")
+    await assert_field_violations(
+        chat.stub.ListUsers(user_pb2.ListUsersRequest(page_size=page_size)), "page_size"
+    )
 
 
 def heavy(size: int) -> message_pb2.Message:
     """Make a message that is serialized to about so many bytes, of parts and content."""
     quarter = "x" * (size // 4 - 100)
-    return text(quarter, parts=[{"text": quarter} for _ in range(3)])
+    return new_message(quarter, parts=[{"text": quarter} for _ in range(3)])
 
 
 async def test_a_reply_stops_at_3_mib_and_the_next_page_goes_on(chat: Chat) -> None:
     session_id = (await chat.create_session()).id
     for _ in range(7):
-        await chat.append(session_id, [heavy(MIB - 1000), text("small")])
+        await chat.append(session_id, [heavy(MIB - 1000), new_message("small")])
     for order in (ASC, DESC):
         pages = [page async for page in chat.pages(session_id, page_size=1000, order=order)]
         assert sorted(each.seq for page in pages for each in page) == list(range(1, 15))
@@ -169,7 +171,11 @@ async def test_a_reply_counts_bytes_and_not_characters(chat: Chat) -> None:
     for _ in range(6):
         await chat.append(
             session_id,
-            [text(wide, parts=[{"tool_result": {"tool_call_id": "c", "content": wide}}] * 3)],
+            [
+                new_message(
+                    wide, parts=[{"tool_result": {"tool_call_id": "c", "content": wide}}] * 3
+                )
+            ],
         )
     pages = [page async for page in chat.pages(session_id)]
     assert [each.seq for page in pages for each in page] == [1, 2, 3, 4, 5, 6]
@@ -178,12 +184,12 @@ async def test_a_reply_counts_bytes_and_not_characters(chat: Chat) -> None:
 
 # What takes little room where it is stored, and much on the wire.
 BULKY: dict[str, Callable[[], message_pb2.Message]] = {
-    "numbers": lambda: text("x", parts=[{"data": {"n": [1] * 20_000}}]),
-    "nulls": lambda: text("x", parts=[{"data": {"n": [None] * 10_000}}]),
-    "keys": lambda: text("x", parts=[{"data": {str(n): n for n in range(9_000)}}]),
-    "wide letters": lambda: text("x", parts=[{"text": "語" * 70_000}]),
-    "metadata": lambda: text("x", metadata={"n": [1] * 1_400}),
-    "comments": lambda: text("x", author="語" * 256, feedback={"comment": "語" * 4096}),
+    "numbers": lambda: new_message("x", parts=[{"data": {"n": [1] * 20_000}}]),
+    "nulls": lambda: new_message("x", parts=[{"data": {"n": [None] * 10_000}}]),
+    "keys": lambda: new_message("x", parts=[{"data": {str(n): n for n in range(9_000)}}]),
+    "wide letters": lambda: new_message("x", parts=[{"text": "語" * 70_000}]),
+    "metadata": lambda: new_message("x", metadata={"n": [1] * 1_400}),
+    "comments": lambda: new_message("x", author="語" * 256, feedback={"comment": "語" * 4096}),
 }
 
 
@@ -223,7 +229,7 @@ Turn = Callable[[str], Awaitable[Any]]
 
 async def lists(chat: Chat) -> list[tuple[str, Turn]]:
     """Return the token of each list's second page, and how to ask for a page by a token."""
-    session_id = await chat.start(texts(5))
+    session_id = await chat.start(new_messages(5))
     for _ in range(3):
         await chat.create_session()
         await chat.stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User(name="x")))
@@ -259,14 +265,14 @@ async def test_a_tampered_token_is_refused(chat: Chat) -> None:
     for token, turn in await lists(chat):
         assert token
         for bad in tampered(token):
-            found = await fails(turn(bad), "BAD_PAGE_TOKEN")
+            found = await assert_fails(turn(bad), "BAD_PAGE_TOKEN")
             assert found.fields == []
         await turn(token)
 
 
 async def test_a_token_too_long_for_a_token_is_refused_by_its_length(chat: Chat) -> None:
     for _, turn in await lists(chat):
-        await refuses(turn("A" * 1025), "page_token")
+        await assert_field_violations(turn("A" * 1025), "page_token")
 
 
 async def test_a_token_fits_its_own_list_alone(chat: Chat) -> None:
@@ -274,35 +280,35 @@ async def test_a_token_fits_its_own_list_alone(chat: Chat) -> None:
     for token, turn in listed:
         for other_token, _ in listed:
             if other_token != token:
-                await fails(turn(other_token), "BAD_PAGE_TOKEN")
+                await assert_fails(turn(other_token), "BAD_PAGE_TOKEN")
 
 
 @pytest.mark.case(n=19)
 async def test_a_token_does_not_fit_another_session_order_state_or_user(
     chat: Chat, other: Chat
 ) -> None:
-    session_id = await chat.start(texts(5))
-    another = await chat.start(texts(5))
+    session_id = await chat.start(new_messages(5))
+    another = await chat.start(new_messages(5))
     theirs = (await other.create_session(id=session_id)).id
-    await other.append(theirs, texts(5))
+    await other.append(theirs, new_messages(5))
     token = (await chat.page(session_id, page_size=2)).next_page_token
     for call in (
         chat.page(session_id, page_token=token, order=DESC),
         chat.page(another, page_token=token),
         other.page(theirs, page_token=token),
     ):
-        await fails(call, "BAD_PAGE_TOKEN")
+        await assert_fails(call, "BAD_PAGE_TOKEN")
     await other.create_session()
     token = (await chat.list_sessions(page_size=1)).next_page_token
     for call_ in (
         chat.list_sessions(page_token=token, state=session_pb2.SESSION_STATE_ACTIVE),
         other.list_sessions(page_token=token),
     ):
-        await fails(call_, "BAD_PAGE_TOKEN")
+        await assert_fails(call_, "BAD_PAGE_TOKEN")
 
 
 async def test_a_token_fits_another_page_size_and_another_spelling_of_the_ids(chat: Chat) -> None:
-    session_id = await chat.start(texts(5))
+    session_id = await chat.start(new_messages(5))
     token = (await chat.page(session_id, page_size=2)).next_page_token
     shouting = Chat(chat.stub, chat.user_id.upper())
     page = await shouting.page(session_id.upper(), page_token=token, page_size=3, order=ASC)
@@ -311,7 +317,7 @@ async def test_a_token_fits_another_page_size_and_another_spelling_of_the_ids(ch
 
 
 async def test_a_token_can_be_used_again_and_is_the_same_each_time(chat: Chat) -> None:
-    session_id = await chat.start(texts(5))
+    session_id = await chat.start(new_messages(5))
     tokens = {(await chat.page(session_id, page_size=2)).next_page_token for _ in range(2)}
     assert len(tokens) == 1
     token = tokens.pop()
@@ -321,10 +327,10 @@ async def test_a_token_can_be_used_again_and_is_the_same_each_time(chat: Chat) -
 
 
 async def test_a_token_of_a_list_that_is_gone_says_so(chat: Chat) -> None:
-    session_id = await chat.start(texts(5))
+    session_id = await chat.start(new_messages(5))
     token = (await chat.page(session_id, page_size=2)).next_page_token
     await chat.delete_session(session_id)
-    await fails(chat.page(session_id, page_token=token), "SESSION_NOT_FOUND")
+    await assert_fails(chat.page(session_id, page_token=token), "SESSION_NOT_FOUND")
 
 
 async def test_a_token_goes_on_where_its_page_ended_when_the_list_has_shrunk(chat: Chat) -> None:

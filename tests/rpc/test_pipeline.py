@@ -21,8 +21,8 @@ from service.server import Server
 from service.store import sessions
 from tests.conftest import StartProcess
 from tests.support import failures
-from tests.support.chat import Chat, new_id, text
-from tests.support.cluster import Cluster, at_rest, fetch
+from tests.support.chat import Chat, new_id, new_message
+from tests.support.cluster import Cluster, fetch, wait_until_idle
 from tests.support.servers import ServerProcess, channel, connected, serving
 from tests.support.statements import database_name
 
@@ -67,7 +67,7 @@ async def test_bytes_that_are_no_message_are_refused(server: Server) -> None:
     async with channel(server.address) as opened:
         for path, streaming in METHODS:
             for data in (b"\x0a\x7f", b"\xff" * 40):
-                await failures.fails(
+                await failures.assert_fails(
                     _call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST"
                 )
 
@@ -80,7 +80,7 @@ async def test_text_that_is_not_utf8_is_refused(server: Server) -> None:
             for field in method.input_type.fields:
                 if field.type == field.TYPE_STRING:
                     data = _field(field.number, b"\xff\xfe")
-                    await failures.fails(
+                    await failures.assert_fails(
                         _call(opened, path, streaming=streaming, data=data), "MALFORMED_REQUEST"
                     )
 
@@ -107,7 +107,7 @@ async def test_a_message_nested_too_deeply_is_refused(server: Server, chat: Chat
     request = _field(1, chat.user_id.encode()) + _field(2, _field(6, metadata))
     path = "/chathistory.v1.ChatHistoryService/CreateSession"
     async with channel(server.address) as opened:
-        await failures.fails(
+        await failures.assert_fails(
             _call(opened, path, streaming=False, data=request), "MALFORMED_REQUEST"
         )
     await chat.start()
@@ -135,7 +135,7 @@ async def test_a_method_that_is_not_there(server: Server) -> None:
 
 
 def _large(chat: Chat, session_id: str, size: int) -> message_pb2.AppendMessagesRequest:
-    messages = [text("x" * 200_000) for _ in range(-(-size // 200_000))]
+    messages = [new_message("x" * 200_000) for _ in range(-(-size // 200_000))]
     return message_pb2.AppendMessagesRequest(
         user_id=chat.user_id, session_id=session_id, messages=messages
     )
@@ -146,7 +146,7 @@ async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
     session = await chat.create_session()
     async with asyncio.TaskGroup() as group:
         others = [group.create_task(chat.append(session.id, f"{n}")) for n in range(10)]
-        found = await failures.fails(
+        found = await failures.assert_fails(
             chat.stub.AppendMessages(_large(chat, session.id, 5 << 20)), "REQUEST_TOO_LARGE"
         )
         assert found.code == StatusCode.RESOURCE_EXHAUSTED
@@ -165,7 +165,9 @@ async def test_the_largest_request_is_as_large_as_the_limit_says(server: Server)
     async with channel(server.address) as opened:
         path = "/chathistory.v1.ChatHistoryService/ListUsers"
         for size, reason in ((4 << 20, "MALFORMED_REQUEST"), ((4 << 20) + 1, "REQUEST_TOO_LARGE")):
-            await failures.fails(_call(opened, path, streaming=False, data=b"\xff" * size), reason)
+            await failures.assert_fails(
+                _call(opened, path, streaming=False, data=b"\xff" * size), reason
+            )
 
 
 @pytest.mark.case(n=3)
@@ -229,7 +231,7 @@ async def test_more_calls_than_are_let_in_are_told_to_come_again(
             while server.calls.in_flight < 5:
                 await asyncio.sleep(0.01)
             for _ in range(3):
-                refused = await failures.fails(chat.get_session(session.id), "OVERLOADED")
+                refused = await failures.assert_fails(chat.get_session(session.id), "OVERLOADED")
                 assert refused.retry_after
             async with channel(server.address) as opened:
                 health: Any = health_pb2_grpc.HealthStub(opened)
@@ -295,7 +297,7 @@ async def test_a_call_without_a_deadline_has_one_all_the_same(
                 (chat.update_session(["title"], id=session_id, title="new"), either),
                 (chat.append(session_id, "more"), either),
             ):
-                found = await failures.failure(call)
+                found = await failures.failure_of(call)
                 assert found.reason in reasons
         await chat.append(session_id, "more")
 
@@ -307,7 +309,7 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
 
     async def counted() -> int:
         if target.pooled:  # Those to PostgreSQL are the pooler's.
-            await at_rest(database_url)
+            await wait_until_idle(database_url)
             own = psutil.Process().net_connections("tcp")
             return sum(
                 each.raddr[1:] == (target.url.port,) and each.status == psutil.CONN_ESTABLISHED
@@ -355,7 +357,7 @@ async def test_five_hundred_calls_are_cancelled(
     garbage collector would warn of.
     """
     session_id = await chat.start()
-    message_id = (await chat.append(session_id, [text("changed")])).messages[0].id
+    message_id = (await chat.append(session_id, [new_message("changed")])).messages[0].id
 
     async def followed() -> None:
         call = chat.watch(session_id)
@@ -439,7 +441,7 @@ async def test_a_cancellation_from_within_is_answered(
     monkeypatch.setattr(sessions, "get", cancelled)
     call = chat.get_session(session_id) if kind == "unary" else chat.watch(session_id).read()
     async with asyncio.timeout(20):
-        await failures.fails(call, "INTERNAL")
+        await failures.assert_fails(call, "INTERNAL")
 
 
 @pytest.mark.case(n=4)
@@ -456,7 +458,7 @@ async def test_a_defect_in_the_database_is_not_explained_to_clients(
             chat.append(session_id, "more"),
             chat.watch(session_id).read(),
         ):
-            found = await failures.fails(call, "INTERNAL")
+            found = await failures.assert_fails(call, "INTERNAL")
             assert found.message == "internal error"
             assert set(found.metadata) == {"request_id"}
             log = process.log.read_text()
@@ -493,7 +495,7 @@ async def test_an_exception_that_holds_a_connection_string_tells_nobody(
             with pytest.raises(aio.AioRpcError) as caught:
                 await call
             error = caught.value
-            found = failures.read(error)
+            found = failures.read_failure(error)
             assert (found.reason, found.message) == ("INTERNAL", "internal error")
             sent = f"{error.details()} {error.debug_error_string()} {error.trailing_metadata()} {error.initial_metadata()}"
             assert "s3cr3t" not in sent

@@ -11,9 +11,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from service.server import Server
 from service.store import sessions
-from tests.support.chat import ASSISTANT, SYSTEM, Chat, new_id, text, texts
+from tests.support.chat import ASSISTANT, SYSTEM, Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
-from tests.support.failures import fails, failure, refuses
+from tests.support.failures import assert_fails, assert_field_violations, failure_of
 
 ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_ARCHIVED
 
@@ -69,7 +69,7 @@ async def test_a_retry_after_updates_and_appends_returns_the_session_as_it_is_no
 ) -> None:
     sent = {"id": new_id(), "title": "before"}
     await chat.create_session(**sent)
-    await chat.append(sent["id"], texts(3))
+    await chat.append(sent["id"], new_messages(3))
     changed = await chat.update_session(id=sent["id"], title="after")
     again = await chat.create_session(**sent)
     assert again == changed
@@ -84,7 +84,7 @@ async def test_the_same_id_with_another_content_is_taken(
 ) -> None:
     sent: dict[str, Any] = {"id": new_id(), "title": "T", "metadata": {"a": 1}}
     await chat.create_session(**sent)
-    await fails(chat.create_session(**sent | change), "ID_TAKEN", session_id=sent["id"])
+    await assert_fails(chat.create_session(**sent | change), "ID_TAKEN", session_id=sent["id"])
 
 
 async def test_the_order_of_keys_in_metadata_makes_no_other_content(chat: Chat) -> None:
@@ -101,20 +101,20 @@ async def test_twenty_equal_creates_at_once_make_one_session(chat: Chat) -> None
 
 async def test_a_session_needs_its_user(chat: Chat) -> None:
     nobody = Chat(chat.stub, new_id())
-    await fails(nobody.create_session(), "USER_NOT_FOUND", user_id=nobody.user_id)
-    await refuses(Chat(chat.stub, "").create_session(), "user_id")
+    await assert_fails(nobody.create_session(), "USER_NOT_FOUND", user_id=nobody.user_id)
+    await assert_field_violations(Chat(chat.stub, "").create_session(), "user_id")
 
 
 async def test_an_owner_inside_the_session_must_be_the_requests(chat: Chat, other: Chat) -> None:
-    await refuses(chat.create_session(user_id=other.user_id), "session.user_id")
+    await assert_field_violations(chat.create_session(user_id=other.user_id), "session.user_id")
     made = await chat.create_session(user_id=chat.user_id.upper())
-    await refuses(
+    await assert_field_violations(
         chat.update_session(id=made.id, user_id=other.user_id, title="x"), "session.user_id"
     )
 
 
 async def test_a_new_session_has_nothing_that_a_summary_could_cover(chat: Chat) -> None:
-    await refuses(
+    await assert_field_violations(
         chat.create_session(summary="s", summarized_through_seq=1), "session.summarized_through_seq"
     )
 
@@ -136,7 +136,7 @@ async def test_two_users_may_have_sessions_with_the_same_id(chat: Chat, other: C
 async def test_another_users_session_is_missing_exactly_as_one_that_never_was(
     chat: Chat, other: Chat
 ) -> None:
-    theirs, never = await other.start(texts(2)), new_id()
+    theirs, never = await other.start(new_messages(2)), new_id()
     sent = (await other.all(theirs))[0].id
 
     def calls(session_id: str) -> list[Any]:
@@ -155,8 +155,8 @@ async def test_another_users_session_is_missing_exactly_as_one_that_never_was(
         ]
 
     for foreign, missing in zip(calls(theirs), calls(never), strict=True):
-        one = await fails(foreign, "SESSION_NOT_FOUND", session_id=theirs)
-        two = await fails(missing, "SESSION_NOT_FOUND", session_id=never)
+        one = await assert_fails(foreign, "SESSION_NOT_FOUND", session_id=theirs)
+        two = await assert_fails(missing, "SESSION_NOT_FOUND", session_id=never)
         assert one == two._replace(metadata=one.metadata)
         assert set(one.metadata) == set(two.metadata)
     assert [message.content for message in await other.all(theirs)] == ["message 1", "message 2"]
@@ -265,26 +265,28 @@ async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Cha
 )
 async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
     made = await chat.create_session()
-    await refuses(chat.update_session(("title", path), id=made.id, title="U"), "update_mask")
+    await assert_field_violations(
+        chat.update_session(("title", path), id=made.id, title="U"), "update_mask"
+    )
     assert await chat.get_session(made.id) == made
 
 
 async def test_a_state_must_be_said_to_be_written(chat: Chat) -> None:
     made = await chat.create_session()
-    await refuses(chat.update_session(("state",), id=made.id), "session.state")
+    await assert_field_violations(chat.update_session(("state",), id=made.id), "session.state")
 
 
 async def test_an_update_names_its_session(chat: Chat) -> None:
-    await refuses(chat.update_session(title="x"), "session.id")
+    await assert_field_violations(chat.update_session(title="x"), "session.id")
     request = session_pb2.UpdateSessionRequest(
         user_id=chat.user_id, update_mask=FieldMask(paths=["title"])
     )
-    await refuses(chat.stub.UpdateSession(request), "session")
+    await assert_field_violations(chat.stub.UpdateSession(request), "session")
 
 
 async def test_a_summary_covers_at_most_what_was_said(chat: Chat) -> None:
-    session_id = await chat.start(texts(3))
-    await refuses(
+    session_id = await chat.start(new_messages(3))
+    await assert_field_violations(
         chat.update_session(id=session_id, summary="s", summarized_through_seq=4),
         "session.summarized_through_seq",
     )
@@ -298,7 +300,9 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
     made = await chat.create_session()
     second = await chat.update_session(id=made.id, title="B", etag=made.etag)
     assert second.etag != made.etag
-    found = await fails(chat.update_session(id=made.id, title="C", etag=made.etag), "ETAG_MISMATCH")
+    found = await assert_fails(
+        chat.update_session(id=made.id, title="C", etag=made.etag), "ETAG_MISMATCH"
+    )
     assert found.metadata["etag"] == second.etag
     assert await chat.get_session(made.id) == second
 
@@ -318,7 +322,9 @@ async def test_the_etag_of_an_erased_session_does_not_fit_a_new_one_with_its_id(
     first = await chat.create_session()
     await chat.delete_session(first.id)
     await chat.create_session(id=first.id)
-    await fails(chat.update_session(id=first.id, title="x", etag=first.etag), "ETAG_MISMATCH")
+    await assert_fails(
+        chat.update_session(id=first.id, title="x", etag=first.etag), "ETAG_MISMATCH"
+    )
 
 
 async def test_a_live_chat_is_retitled_with_its_etag_while_it_is_appended_to(chat: Chat) -> None:
@@ -348,7 +354,7 @@ async def test_a_live_chat_is_retitled_with_its_etag_while_it_is_appended_to(cha
 
 async def test_an_append_moves_counts_and_time_but_not_the_etag(chat: Chat) -> None:
     before = await chat.create_session()
-    reply = await chat.append(before.id, texts(2))
+    reply = await chat.append(before.id, new_messages(2))
     after = await chat.get_session(before.id)
     assert (after.last_seq, after.message_count, after.etag) == (2, 2, before.etag)
     assert after.update_time == reply.messages[-1].create_time
@@ -356,10 +362,10 @@ async def test_an_append_moves_counts_and_time_but_not_the_etag(chat: Chat) -> N
 
 
 async def test_an_archived_session_reads_changes_and_comes_back(chat: Chat) -> None:
-    session_id = await chat.start(texts(2))
+    session_id = await chat.start(new_messages(2))
     first = (await chat.all(session_id))[0].id
     await chat.update_session(id=session_id, state=ARCHIVED)
-    await fails(chat.append(session_id, "more"), "SESSION_ARCHIVED", session_id=session_id)
+    await assert_fails(chat.append(session_id, "more"), "SESSION_ARCHIVED", session_id=session_id)
     assert len(await chat.all(session_id)) == 2
     assert len((await chat.context(session_id)).messages) == 2
     await chat.update(session_id, first, content="edited")
@@ -383,13 +389,13 @@ async def test_a_session_goes_with_its_messages_and_nothing_else_does(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch, slice_size: int
 ) -> None:
     monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", slice_size)
-    gone, kept = await chat.start(texts(13)), await chat.start(texts(13))
+    gone, kept = await chat.start(new_messages(13)), await chat.start(new_messages(13))
     same_id = (await other.create_session(id=gone)).id
-    await other.append(same_id, texts(13))
+    await other.append(same_id, new_messages(13))
     await chat.delete(gone, (await chat.all(gone))[5].id)
     await chat.delete_session(gone)
-    await fails(chat.get_session(gone), "SESSION_NOT_FOUND", session_id=gone)
-    await fails(chat.all(gone), "SESSION_NOT_FOUND")
+    await assert_fails(chat.get_session(gone), "SESSION_NOT_FOUND", session_id=gone)
+    await assert_fails(chat.all(gone), "SESSION_NOT_FOUND")
     assert [each.id for each in (await chat.list_sessions()).sessions] == [kept]
     assert len(await chat.all(kept)) == len(await other.all(same_id)) == 13
     assert await count(database_url, gone) == 13
@@ -397,15 +403,15 @@ async def test_a_session_goes_with_its_messages_and_nothing_else_does(
 
 async def test_a_missing_session_is_erased_only_if_that_is_allowed(chat: Chat) -> None:
     missing = new_id()
-    await fails(chat.delete_session(missing), "SESSION_NOT_FOUND", session_id=missing)
+    await assert_fails(chat.delete_session(missing), "SESSION_NOT_FOUND", session_id=missing)
     await chat.delete_session(missing, allow_missing=True)
     session_id = await chat.start()
     await chat.delete_session(session_id, allow_missing=True)
-    await fails(chat.delete_session(session_id), "SESSION_NOT_FOUND")
+    await assert_fails(chat.delete_session(session_id), "SESSION_NOT_FOUND")
 
 
 async def test_an_erased_sessions_id_may_be_used_again_for_an_empty_one(chat: Chat) -> None:
-    sent = texts(3)
+    sent = new_messages(3)
     session_id = await chat.start(sent)
     await chat.delete_session(session_id)
     again = await chat.create_session(id=session_id)
@@ -422,7 +428,7 @@ async def test_a_session_half_erased_in_slices_still_counts_right_and_can_be_era
     chat: Chat, database_url: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 4)
-    session_id = await chat.start(texts(10))
+    session_id = await chat.start(new_messages(10))
     deadline = asyncio.get_running_loop().time() + 10
     erased, more = await server.database.write(
         lambda connection: sessions.delete_slice(connection, chat.user_id, session_id),
@@ -452,14 +458,14 @@ def bare(message: message_pb2.Message) -> message_pb2.Message:
 async def test_a_fork_has_the_messages_up_to_a_seq_with_ids_seq_and_times(chat: Chat) -> None:
     source = await chat.start(
         [
-            text("be kind", SYSTEM, metadata={"k": [1]}, author="app"),
-            text("hello", token_count=7, feedback={"score": 0.5, "comment": "c"}),
-            text(
+            new_message("be kind", SYSTEM, metadata={"k": [1]}, author="app"),
+            new_message("hello", token_count=7, feedback={"score": 0.5, "comment": "c"}),
+            new_message(
                 "look",
                 ASSISTANT,
                 parts=[{"tool_call": {"id": "c1", "name": "f", "arguments": "{}"}}],
             ),
-            *texts(3),
+            *new_messages(3),
         ],
         session={"title": "T", "metadata": {"k": "v"}},
     )
@@ -481,7 +487,7 @@ async def test_a_fork_has_the_messages_up_to_a_seq_with_ids_seq_and_times(chat: 
 
 
 async def test_fork_and_source_go_their_own_ways(chat: Chat) -> None:
-    source = await chat.start(sent := texts(4))
+    source = await chat.start(sent := new_messages(4))
     fork = await chat.fork(source, 2)
     assert (await chat.append(fork.id, "other way")).messages[0].seq == 3
     await chat.update(fork.id, sent[0].id, content="edited in the fork")
@@ -494,22 +500,22 @@ async def test_fork_and_source_go_their_own_ways(chat: Chat) -> None:
 
 
 async def test_a_fork_keeps_what_was_deleted_deleted(chat: Chat) -> None:
-    sent = texts(5)
+    sent = new_messages(5)
     source = await chat.start(sent)
     await chat.delete(source, sent[1].id)
     await chat.delete(source, sent[3].id)
     fork = await chat.fork(source, 4)
     assert (fork.last_seq, fork.message_count) == (4, 2)
     assert [each.seq for each in await chat.all(fork.id)] == [1, 3]
-    await fails(chat.get(fork.id, sent[1].id), "MESSAGE_NOT_FOUND")
+    await assert_fails(chat.get(fork.id, sent[1].id), "MESSAGE_NOT_FOUND")
     retry = await chat.append(fork.id, [sent[3]])
     assert [(each.seq, each.replayed) for each in retry.messages] == [(4, True)]
-    await fails(chat.get(fork.id, sent[3].id), "MESSAGE_NOT_FOUND")
+    await assert_fails(chat.get(fork.id, sent[3].id), "MESSAGE_NOT_FOUND")
     assert (await chat.append(fork.id, "next")).messages[0].seq == 5
 
 
 async def test_a_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
-    sent = texts(3)
+    sent = new_messages(3)
     source = await chat.start(sent)
     fork = await chat.fork(source, 2)
     reply = await chat.append(fork.id, sent)
@@ -526,24 +532,24 @@ async def test_a_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
 async def test_a_fork_keeps_a_summary_that_covers_nothing_beyond_it(
     chat: Chat, through: int, summary: str, covered: int
 ) -> None:
-    source = await chat.start(texts(5))
+    source = await chat.start(new_messages(5))
     await chat.update_session(id=source, summary="so far", summarized_through_seq=3)
     fork = await chat.fork(source, through)
     assert (fork.summary, fork.summarized_through_seq) == (summary, covered)
 
 
 async def test_a_fork_of_nothing_is_empty_and_one_of_more_than_all_is_refused(chat: Chat) -> None:
-    source = await chat.start(texts(3))
+    source = await chat.start(new_messages(3))
     empty = await chat.fork(source, 0)
     assert (empty.last_seq, empty.message_count, empty.forked_from.session_id) == (0, 0, source)
     assert (await chat.append(empty.id, "first")).messages[0].seq == 1
-    await refuses(chat.fork(source, 4), "through_seq")
-    await refuses(chat.fork(source, -1), "through_seq")
+    await assert_field_violations(chat.fork(source, 4), "through_seq")
+    await assert_field_violations(chat.fork(source, -1), "through_seq")
     assert (await chat.fork(source, 3)).message_count == 3
 
 
 async def test_a_fork_with_an_id_of_the_clients_may_be_retried(chat: Chat) -> None:
-    source = await chat.start(texts(3))
+    source = await chat.start(new_messages(3))
     new = new_id()
     first = await chat.fork(source, 2, new)
     assert await chat.fork(source, 2, new.upper()) == first
@@ -551,19 +557,19 @@ async def test_a_fork_with_an_id_of_the_clients_may_be_retried(chat: Chat) -> No
     again = await chat.fork(source, 2, new)
     assert (again.last_seq, again.message_count) == (3, 3)
     assert [each.seq for each in await chat.all(new)] == [1, 2, 3]
-    await fails(chat.fork(source, 3, new), "ID_TAKEN", session_id=new)
-    await fails(chat.fork(source, 2, source), "ID_TAKEN", session_id=source)
+    await assert_fails(chat.fork(source, 3, new), "ID_TAKEN", session_id=new)
+    await assert_fails(chat.fork(source, 2, source), "ID_TAKEN", session_id=source)
     await chat.append(source, "and on")
-    await fails(chat.fork(source, 4, new), "ID_TAKEN")
+    await assert_fails(chat.fork(source, 4, new), "ID_TAKEN")
 
 
 async def test_a_retried_fork_outlives_its_source(chat: Chat) -> None:
-    source = await chat.start(texts(3))
+    source = await chat.start(new_messages(3))
     new = new_id()
     first = await chat.fork(source, 2, new)
     await chat.delete_session(source)
     assert await chat.fork(source, 2, new) == first
-    await fails(chat.fork(source, 2), "SESSION_NOT_FOUND", session_id=source)
+    await assert_fails(chat.fork(source, 2), "SESSION_NOT_FOUND", session_id=source)
 
 
 async def test_a_retried_fork_of_nothing_leaves_what_has_become_of_it(chat: Chat) -> None:
@@ -585,7 +591,7 @@ async def test_a_retried_fork_of_nothing_leaves_what_has_become_of_it(chat: Chat
 
 
 async def test_equal_forks_at_once_make_one(chat: Chat) -> None:
-    source = await chat.start(texts(5))
+    source = await chat.start(new_messages(5))
     new = new_id()
     made = await asyncio.gather(*(chat.fork(source, 5, new) for _ in range(10)))
     assert {each.SerializeToString(deterministic=True) for each in made} == {
@@ -595,7 +601,7 @@ async def test_equal_forks_at_once_make_one(chat: Chat) -> None:
 
 
 async def test_a_fork_taken_while_messages_arrive_is_exact(chat: Chat) -> None:
-    source = await chat.start(texts(5))
+    source = await chat.start(new_messages(5))
 
     async def talk() -> None:
         for number in range(20):
@@ -612,7 +618,7 @@ async def test_a_fork_taken_while_messages_arrive_is_exact(chat: Chat) -> None:
 async def test_the_next_message_of_a_fork_is_no_older_than_the_last_copied(
     chat: Chat, database_url: str
 ) -> None:
-    source = await chat.start(texts(2))
+    source = await chat.start(new_messages(2))
     await fetch(
         database_url,
         "UPDATE chat_messages SET created_at = '2100-01-01' WHERE session_id = $1",
@@ -627,11 +633,11 @@ async def test_the_next_message_of_a_fork_is_no_older_than_the_last_copied(
 async def test_a_session_of_another_user_cannot_be_forked_into_ones_own(
     chat: Chat, other: Chat
 ) -> None:
-    theirs = await other.start(texts(2))
-    found = await failure(chat.fork(theirs, 1))
+    theirs = await other.start(new_messages(2))
+    found = await failure_of(chat.fork(theirs, 1))
     assert found.reason == "SESSION_NOT_FOUND"
     assert await ids(chat) == []
     # With the same id on both sides each forks its own.
     mine = await chat.create_session(id=theirs)
     assert (await chat.fork(mine.id, 0)).message_count == 0
-    await refuses(chat.fork(mine.id, 1), "through_seq")
+    await assert_field_violations(chat.fork(mine.id, 1), "through_seq")

@@ -12,9 +12,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from service.ids import SYSTEM_USER_ID
 from service.server import Server
 from service.store import sessions
-from tests.support.chat import Chat, new_id, text, texts
+from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
-from tests.support.failures import fails, refuses
+from tests.support.failures import assert_fails, assert_field_violations
 from tests.support.servers import AsyncStub
 
 
@@ -122,7 +122,7 @@ async def test_the_same_id_with_another_content_is_taken(
         "metadata": {"k": 1},
     }
     await create(stub, **sent)
-    await fails(create(stub, **sent | change), "ID_TAKEN", user_id=sent["id"])
+    await assert_fails(create(stub, **sent | change), "ID_TAKEN", user_id=sent["id"])
 
 
 async def test_twenty_equal_creates_at_once_make_one_user(stub: AsyncStub) -> None:
@@ -134,18 +134,18 @@ async def test_twenty_equal_creates_at_once_make_one_user(stub: AsyncStub) -> No
 
 async def test_an_email_address_belongs_to_one_user_whatever_its_case(stub: AsyncStub) -> None:
     await create(stub, email="ada@example.com")
-    await fails(create(stub, email="ADA@Example.COM"), "EMAIL_TAKEN")
+    await assert_fails(create(stub, email="ADA@Example.COM"), "EMAIL_TAKEN")
     other = await create(stub, email="bob@example.com")
-    await fails(update(stub, id=other.id, email="Ada@example.com"), "EMAIL_TAKEN")
+    await assert_fails(update(stub, id=other.id, email="Ada@example.com"), "EMAIL_TAKEN")
     assert (await get(stub, user_id=other.id)).email == "bob@example.com"
 
 
 async def test_an_external_id_belongs_to_one_user_and_case_counts(stub: AsyncStub) -> None:
     await create(stub, external_id="crm-1")
     await create(stub, external_id="CRM-1")
-    await fails(create(stub, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
+    await assert_fails(create(stub, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
     other = await create(stub)
-    await fails(update(stub, id=other.id, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
+    await assert_fails(update(stub, id=other.id, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
 
 
 async def test_any_number_of_users_have_no_email_address_and_no_external_id(
@@ -175,25 +175,25 @@ async def test_a_user_is_found_by_each_of_its_keys(stub: AsyncStub) -> None:
 
 async def test_a_missing_user_is_not_found_by_any_key(stub: AsyncStub) -> None:
     missing = new_id()
-    await fails(get(stub, user_id=missing), "USER_NOT_FOUND", user_id=missing)
-    await fails(get(stub, email="nobody@example.com"), "USER_NOT_FOUND")
-    await fails(get(stub, external_id="nobody"), "USER_NOT_FOUND")
-    await fails(update(stub, id=missing, name="x"), "USER_NOT_FOUND", user_id=missing)
-    await fails(delete(stub, missing), "USER_NOT_FOUND", user_id=missing)
+    await assert_fails(get(stub, user_id=missing), "USER_NOT_FOUND", user_id=missing)
+    await assert_fails(get(stub, email="nobody@example.com"), "USER_NOT_FOUND")
+    await assert_fails(get(stub, external_id="nobody"), "USER_NOT_FOUND")
+    await assert_fails(update(stub, id=missing, name="x"), "USER_NOT_FOUND", user_id=missing)
+    await assert_fails(delete(stub, missing), "USER_NOT_FOUND", user_id=missing)
 
 
 async def test_a_service_names_whom_it_asks_for(stub: AsyncStub) -> None:
-    await refuses(get(stub), "user_id")
-    await refuses(get(stub, email=""), "user_id")
-    await refuses(get(stub, external_id=""), "user_id")
-    await refuses(update(stub, name="x"), "user_id")
+    await assert_field_violations(get(stub), "user_id")
+    await assert_field_violations(get(stub, email=""), "user_id")
+    await assert_field_violations(get(stub, external_id=""), "user_id")
+    await assert_field_violations(update(stub, name="x"), "user_id")
 
 
 async def test_the_systems_own_user_is_nobodys(stub: AsyncStub) -> None:
-    await refuses(create(stub, id=SYSTEM_USER_ID), "user.id")
-    await refuses(get(stub, user_id=SYSTEM_USER_ID), "user_id")
-    await refuses(update(stub, id=SYSTEM_USER_ID, name="x"), "user_id")
-    await refuses(delete(stub, SYSTEM_USER_ID), "user_id")
+    await assert_field_violations(create(stub, id=SYSTEM_USER_ID), "user.id")
+    await assert_field_violations(get(stub, user_id=SYSTEM_USER_ID), "user_id")
+    await assert_field_violations(update(stub, id=SYSTEM_USER_ID, name="x"), "user_id")
+    await assert_field_violations(delete(stub, SYSTEM_USER_ID), "user_id")
     assert await list_ids(stub) == []
 
 
@@ -229,13 +229,13 @@ async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(stub: Asy
 )
 async def test_a_mask_of_what_cannot_be_written_is_refused(stub: AsyncStub, path: str) -> None:
     made = await create(stub)
-    await refuses(update(stub, ("name", path), id=made.id, name="B"), "update_mask")
+    await assert_field_violations(update(stub, ("name", path), id=made.id, name="B"), "update_mask")
     assert await get(stub, user_id=made.id) == made
 
 
 async def test_every_bad_path_of_a_mask_is_named(stub: AsyncStub) -> None:
     made = await create(stub)
-    found = await refuses(update(stub, ("id", "nope"), id=made.id), "update_mask")
+    found = await assert_field_violations(update(stub, ("id", "nope"), id=made.id), "update_mask")
     assert "'id'" in found.descriptions[0]
     assert "'nope'" in found.descriptions[0]
 
@@ -251,7 +251,7 @@ async def test_the_user_of_an_update_may_be_named_in_either_place(stub: AsyncStu
     ):
         assert (await stub.UpdateUser(request)).user.name == request.user.name
     both = user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(id=new_id(), name="d"))
-    await refuses(stub.UpdateUser(both), "user.id")
+    await assert_field_violations(stub.UpdateUser(both), "user.id")
 
 
 async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
@@ -261,7 +261,7 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
     second = await update(stub, id=made.id, name="B", etag=made.etag)
     assert second.etag != made.etag
     assert second.update_time.ToMicroseconds() >= made.update_time.ToMicroseconds()
-    found = await fails(update(stub, id=made.id, name="C", etag=made.etag), "ETAG_MISMATCH")
+    found = await assert_fails(update(stub, id=made.id, name="C", etag=made.etag), "ETAG_MISMATCH")
     assert found.metadata["etag"] == second.etag
     assert (await get(stub, user_id=made.id)) == second
     third = await update(stub, id=made.id, name="C")
@@ -285,7 +285,7 @@ async def test_the_etag_of_an_erased_user_does_not_fit_a_new_one_with_its_id(
     first = await create(stub, id=new_id())
     await delete(stub, first.id)
     await create(stub, id=first.id)
-    await fails(update(stub, id=first.id, name="x", etag=first.etag), "ETAG_MISMATCH")
+    await assert_fails(update(stub, id=first.id, name="x", etag=first.etag), "ETAG_MISMATCH")
 
 
 async def test_an_update_of_nothing_changes_nothing(stub: AsyncStub) -> None:
@@ -305,8 +305,8 @@ async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
     chat: Chat, other: Chat, database_url: str
 ) -> None:
     for each in (chat, other):
-        first = await each.start(texts(5))
-        await each.start(texts(3))
+        first = await each.start(new_messages(5))
+        await each.start(new_messages(3))
         await each.create_session()
         await each.delete(first, (await each.all(first))[0].id)
     counts = await delete(chat.stub, chat.user_id)
@@ -315,8 +315,8 @@ async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
     assert (counts.document_count, counts.chunk_count, counts.vector_count) == (0, 0, 0)
     assert await rows_of(database_url, chat.user_id) == [0, 0, 0]
     assert await rows_of(database_url, other.user_id) == [1, 3, 8]
-    await fails(get(chat.stub, user_id=chat.user_id), "USER_NOT_FOUND")
-    await fails(delete(chat.stub, chat.user_id), "USER_NOT_FOUND")
+    await assert_fails(get(chat.stub, user_id=chat.user_id), "USER_NOT_FOUND")
+    await assert_fails(delete(chat.stub, chat.user_id), "USER_NOT_FOUND")
     assert (
         await delete(chat.stub, chat.user_id, allow_missing=True) == user_pb2.DeleteUserResponse()
     )
@@ -326,9 +326,9 @@ async def test_a_user_of_more_than_a_slice_is_erased_in_slices(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 7)
-    kept = await other.start(texts(30))
-    long = await chat.start(texts(25))
-    await chat.start(texts(6))
+    kept = await other.start(new_messages(30))
+    long = await chat.start(new_messages(25))
+    await chat.start(new_messages(6))
     for message in (await chat.all(long))[:3]:
         await chat.delete(long, message.id)
     counts = await delete(chat.stub, chat.user_id)
@@ -338,7 +338,7 @@ async def test_a_user_of_more_than_a_slice_is_erased_in_slices(
 
 
 async def test_things_of_an_erased_user_cannot_come_back(chat: Chat, server: Server) -> None:
-    session_id = await chat.start([sent := text("hello")])
+    session_id = await chat.start([sent := new_message("hello")])
     await delete(chat.stub, chat.user_id)
     for call in (
         chat.append(session_id, [sent]),
@@ -346,8 +346,8 @@ async def test_things_of_an_erased_user_cannot_come_back(chat: Chat, server: Ser
         chat.all(session_id),
         chat.context(session_id),
     ):
-        await fails(call, "SESSION_NOT_FOUND")
-    await fails(chat.append("", [sent]), "USER_NOT_FOUND", user_id=chat.user_id)
-    await fails(chat.append(session_id, [sent], create_if_missing=True), "USER_NOT_FOUND")
-    await fails(chat.create_session(), "USER_NOT_FOUND")
+        await assert_fails(call, "SESSION_NOT_FOUND")
+    await assert_fails(chat.append("", [sent]), "USER_NOT_FOUND", user_id=chat.user_id)
+    await assert_fails(chat.append(session_id, [sent], create_if_missing=True), "USER_NOT_FOUND")
+    await assert_fails(chat.create_session(), "USER_NOT_FOUND")
     assert (await chat.list_sessions()).sessions == []

@@ -14,8 +14,14 @@ from google.protobuf.struct_pb2 import Struct
 from grpc import StatusCode, aio
 
 from service.server import Server
-from tests.support.chat import Chat, new_id, text
-from tests.support.failures import Failure, fails, failure, read, refuses
+from tests.support.chat import Chat, new_id, new_message
+from tests.support.failures import (
+    Failure,
+    assert_fails,
+    assert_field_violations,
+    failure_of,
+    read_failure,
+)
 from tests.support.servers import AsyncStub, channel
 
 ID = "0192d3a4-0000-7000-8000-000000000001"
@@ -113,7 +119,7 @@ async def outcome(stub: AsyncStub, name: str, request: Message) -> Failure | Non
     try:
         await call(stub, name, request)
     except aio.AioRpcError as error:
-        return read(error)
+        return read_failure(error)
     return None
 
 
@@ -191,7 +197,7 @@ async def test_a_nul_in_any_text_is_refused_by_the_fields_name(stub: AsyncStub, 
 
 async def test_a_nul_in_a_mask_is_refused(chat: Chat) -> None:
     session = await chat.create_session()
-    await refuses(chat.update_session(("title\0",), id=session.id), "update_mask")
+    await assert_field_violations(chat.update_session(("title\0",), id=session.id), "update_mask")
 
 
 NOT_UUIDS = [
@@ -234,7 +240,7 @@ REQUIRED = [
 async def test_what_is_required_must_be_there(stub: AsyncStub, name: str, field: str) -> None:
     request = request_of(name)
     request.ClearField(field)
-    await refuses(call(stub, name, request), field)
+    await assert_field_violations(call(stub, name, request), field)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +253,7 @@ async def test_a_service_names_the_user_it_acts_for(stub: AsyncStub, name: str) 
         request = user_pb2.GetUserRequest()
     if name == "UpdateUser":
         request = user_pb2.UpdateUserRequest(user=user_pb2.User(name="n"))
-    await refuses(call(stub, name, request), "user_id")
+    await assert_field_violations(call(stub, name, request), "user_id")
 
 
 # Path, the longest that is taken, and whether bytes or characters count.
@@ -329,9 +335,9 @@ async def test_a_number_has_its_range(
     stub: AsyncStub, name: str, path: str, good: list[Any], bad: list[Any]
 ) -> None:
     chat = await Chat.of_new_user(stub)
-    session_id = await chat.start([text("hello", id=ID)])
+    session_id = await chat.start([new_message("hello", id=ID)])
     await chat.create_session(id=ID)
-    await chat.append(ID, [text("hello", id=ID)])
+    await chat.append(ID, [new_message("hello", id=ID)])
     for values, taken in ((good, True), (bad, False)):
         for value in values:
             request = put(request_of(name), path, value)
@@ -356,7 +362,9 @@ async def test_a_number_has_its_range(
 )
 async def test_an_email_address_is_one(stub: AsyncStub, address: str) -> None:
     for name in ("CreateUser", "UpdateUser"):
-        await refuses(call(stub, name, put(request_of(name), "user.email", address)), "user.email")
+        await assert_field_violations(
+            call(stub, name, put(request_of(name), "user.email", address)), "user.email"
+        )
 
 
 async def test_an_email_address_may_be_unusual(stub: AsyncStub) -> None:
@@ -396,7 +404,9 @@ async def test_a_struct_holds_no_number_that_json_has_no_word_for(
 ) -> None:
     for number in (math.nan, math.inf, -math.inf):
         for value in ({"n": number}, {"a": [1, {"b": [number]}]}):
-            await refuses(call(stub, name, put(request_of(name), path, value)), path)
+            await assert_field_violations(
+                call(stub, name, put(request_of(name), path, value)), path
+            )
 
 
 def of_size(size: int) -> Struct:
@@ -425,7 +435,7 @@ async def test_metadata_takes_16_kib(stub: AsyncStub, name: str, path: str) -> N
 
 
 async def test_an_empty_value_in_a_struct_is_null(chat: Chat) -> None:
-    sent = text("x")
+    sent = new_message("x")
     sent.metadata.fields["k"].Clear()
     session_id = await chat.start([sent])
     assert (await chat.get(session_id, sent.id)).metadata["k"] is None
@@ -436,23 +446,29 @@ async def test_an_empty_value_in_a_struct_is_null(chat: Chat) -> None:
 
 async def test_an_append_takes_1_to_100_messages(chat: Chat) -> None:
     session = await chat.create_session()
-    await refuses(chat.append(session.id, []), "messages")
-    await refuses(chat.append(session.id, [text("x") for _ in range(101)]), "messages")
-    assert len((await chat.append(session.id, [text("x") for _ in range(100)])).messages) == 100
+    await assert_field_violations(chat.append(session.id, []), "messages")
+    await assert_field_violations(
+        chat.append(session.id, [new_message("x") for _ in range(101)]), "messages"
+    )
+    assert (
+        len((await chat.append(session.id, [new_message("x") for _ in range(100)])).messages) == 100
+    )
 
 
 async def test_a_message_takes_64_parts_each_of_a_kind(chat: Chat) -> None:
     session = await chat.create_session()
     part = {"text": "p"}
-    await chat.append(session.id, [text("x", parts=[part] * 64)])
-    await refuses(chat.append(session.id, [text("x", parts=[part] * 65)]), "messages[0].parts")
-    found = await refuses(
-        chat.append(session.id, [text("x", parts=[part, {}])]), "messages[0].parts[1].kind"
+    await chat.append(session.id, [new_message("x", parts=[part] * 64)])
+    await assert_field_violations(
+        chat.append(session.id, [new_message("x", parts=[part] * 65)]), "messages[0].parts"
+    )
+    found = await assert_field_violations(
+        chat.append(session.id, [new_message("x", parts=[part, {}])]), "messages[0].parts[1].kind"
     )
     assert found.descriptions
     for name, field in (("tool_call", "id"), ("tool_result", "tool_call_id")):
-        await refuses(
-            chat.append(session.id, [text("x", parts=[{name: {}}])]),
+        await assert_field_violations(
+            chat.append(session.id, [new_message("x", parts=[{name: {}}])]),
             f"messages[0].parts[0].{name}.{field}",
         )
 
@@ -460,7 +476,7 @@ async def test_a_message_takes_64_parts_each_of_a_kind(chat: Chat) -> None:
 def mebibyte(over: int = 0) -> message_pb2.Message:
     """Make a message that is serialized to one MiB, and `over` bytes more."""
     quarter = "x" * (256 * 1024)
-    made = text(quarter, parts=[{"text": quarter}, {"text": quarter}, {"text": ""}])
+    made = new_message(quarter, parts=[{"text": quarter}, {"text": quarter}, {"text": ""}])
     made.parts[2].text = "x" * (1024 * 1024 - made.ByteSize() + over)
     made.parts[2].text = made.parts[2].text[made.ByteSize() - 1024 * 1024 - over :]
     assert made.ByteSize() == 1024 * 1024 + over
@@ -472,9 +488,11 @@ async def test_a_message_takes_one_mebibyte_and_comes_back(chat: Chat) -> None:
     got = await chat.get(session_id, sent.id)
     assert (got.content, list(got.parts)) == (sent.content, list(sent.parts))
     assert len((await chat.context(session_id)).messages) == 1
-    await refuses(chat.append(session_id, [text("x"), mebibyte(1)]), "messages[1]")
+    await assert_field_violations(
+        chat.append(session_id, [new_message("x"), mebibyte(1)]), "messages[1]"
+    )
     too_much = [{"text": "x" * 262144}] * 4
-    await refuses(chat.update(session_id, sent.id, parts=too_much), "message")
+    await assert_field_violations(chat.update(session_id, sent.id, parts=too_much), "message")
     assert (await chat.get_session(session_id)).last_seq == 1
 
 
@@ -498,7 +516,7 @@ async def test_every_bad_field_has_one_entry(stub: AsyncStub) -> None:
         ("session.title", "\0"),
     ):
         put(request, path, value)
-    found = await fails(call(stub, "AppendMessages", request), "FIELD_VIOLATION")
+    found = await assert_fails(call(stub, "AppendMessages", request), "FIELD_VIOLATION")
     assert sorted(found.fields) == [
         "messages[0].content",
         "messages[0].feedback.score",
@@ -510,11 +528,13 @@ async def test_every_bad_field_has_one_entry(stub: AsyncStub) -> None:
 
 async def test_a_field_that_breaks_two_rules_has_one_entry(stub: AsyncStub) -> None:
     request = put(request_of("AppendMessages"), "messages[0].content", "\0" * (256 * 1024 + 1))
-    await refuses(call(stub, "AppendMessages", request), "messages[0].content")
+    await assert_field_violations(call(stub, "AppendMessages", request), "messages[0].content")
 
 
 async def test_a_long_list_of_bad_fields_is_cut(chat: Chat) -> None:
-    found = await failure(chat.append(new_id(), [text("a\0", author="\0") for _ in range(100)]))
+    found = await failure_of(
+        chat.append(new_id(), [new_message("a\0", author="\0") for _ in range(100)])
+    )
     assert found.reason == "FIELD_VIOLATION"
     assert len(found.fields) == 20
 
@@ -562,7 +582,7 @@ async def test_bytes_that_are_no_request_are_refused_and_the_next_call_is_served
 ) -> None:
     async with channel(server.address) as opened:
         for kind, data in MALFORMED.items():
-            found = await failure(call_raw(opened, name, data))
+            found = await failure_of(call_raw(opened, name, data))
             assert (found.reason, found.fields) == ("MALFORMED_REQUEST", []), kind
         reply = await call_raw(opened, "ListUsers", b"")
         assert user_pb2.ListUsersResponse.FromString(reply).next_page_token == ""
@@ -572,7 +592,7 @@ async def test_a_struct_nested_beyond_measure_is_refused(server: Server) -> None
     async with channel(server.address) as opened:
         for depth in (60, 300, 20_000):
             assert (
-                await failure(call_raw(opened, "AppendMessages", nested(depth)))
+                await failure_of(call_raw(opened, "AppendMessages", nested(depth)))
             ).reason == "MALFORMED_REQUEST"
 
 
@@ -590,7 +610,7 @@ async def test_a_struct_as_deep_as_a_request_may_be_comes_back(chat: Chat) -> No
     value: list[Any] = []
     for _ in range(45):
         value = [value]
-    sent = text("x", metadata={"k": value}, parts=[{"data": {"k": value}}])
+    sent = new_message("x", metadata={"k": value}, parts=[{"data": {"k": value}}])
     session_id = await chat.start([sent])
     got = await chat.get(session_id, sent.id)
     assert (got.metadata, list(got.parts)) == (sent.metadata, list(sent.parts))
@@ -599,7 +619,7 @@ async def test_a_struct_as_deep_as_a_request_may_be_comes_back(chat: Chat) -> No
 
 async def test_numbers_of_a_struct_come_back(chat: Chat) -> None:
     numbers = [0.1, -1.5, 1e308, -1e308, 5e-324, float(2**53), 1 / 3, -0.0]
-    sent = text("x", metadata={"n": numbers}, parts=[{"data": {"n": numbers}}])
+    sent = new_message("x", metadata={"n": numbers}, parts=[{"data": {"n": numbers}}])
     session_id = await chat.start([sent])
     got = await chat.get(session_id, sent.id)
     for struct in (got.metadata, got.parts[0].data):

@@ -15,7 +15,7 @@ from service.server import Server
 from service.store import watch
 from tests.conftest import StartProcess
 from tests.support import failures
-from tests.support.chat import Chat, new_id, text, texts
+from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import Cluster, fetch
 from tests.support.history import checked
 from tests.support.servers import channel, connected, serving
@@ -60,7 +60,7 @@ class Follower:
     async def ends(self) -> failures.Failure:
         """Wait for the end of the stream and return how it failed."""
         async with asyncio.timeout(ENOUGH):
-            return await failures.failure(self._task)
+            return await failures.failure_of(self._task)
 
     async def leave(self) -> None:
         self._call.cancel()
@@ -111,7 +111,7 @@ async def test_two_processes_take_appends_and_every_follower_gets_all(
         chats = [await Chat.of_new_user(stubs[0])]
         chats.append(Chat(stubs[1], chats[0].user_id))
         session = await chats[0].create_session()
-        await chats[0].append(session.id, texts(7))
+        await chats[0].append(session.id, new_messages(7))
         followers = [
             await stack.enter_async_context(following(chat, session.id, after_seq))
             for chat in chats
@@ -120,7 +120,9 @@ async def test_two_processes_take_appends_and_every_follower_gets_all(
 
         async def write(number: int) -> None:
             for turn in range(8):
-                await chats[number % 2].append(session.id, texts(1 + turn % 3, f"{number}.{turn}"))
+                await chats[number % 2].append(
+                    session.id, new_messages(1 + turn % 3, f"{number}.{turn}")
+                )
                 if turn == 3 and number < 2:
                     followers.append(
                         await stack.enter_async_context(following(chats[number], session.id))
@@ -137,9 +139,9 @@ async def test_two_processes_take_appends_and_every_follower_gets_all(
 
 
 async def test_a_long_session_is_replayed_page_by_page(chat: Chat) -> None:
-    session_id = await chat.start(texts(100))
+    session_id = await chat.start(new_messages(100))
     for _ in range(3):
-        await chat.append(session_id, texts(100))
+        await chat.append(session_id, new_messages(100))
     async with following(chat, session_id) as follower:
         await follower.reaches(400)
         await chat.append(session_id, "live")
@@ -151,7 +153,7 @@ async def test_a_long_session_is_replayed_page_by_page(chat: Chat) -> None:
 
 
 async def test_erased_and_edited_messages_are_not_sent(chat: Chat) -> None:
-    messages = texts(6)
+    messages = new_messages(6)
     session_id = await chat.start(messages)
     await chat.delete(session_id, messages[1].id)
     await chat.delete(session_id, messages[5].id)
@@ -167,7 +169,7 @@ async def test_erased_and_edited_messages_are_not_sent(chat: Chat) -> None:
 
 
 async def test_a_follower_may_be_ahead_of_the_session(chat: Chat) -> None:
-    session_id = await chat.start(texts(2))
+    session_id = await chat.start(new_messages(2))
     async with (
         following(chat, session_id, after_seq=4) as ahead,
         following(chat, session_id) as beside,
@@ -181,7 +183,7 @@ async def test_a_follower_may_be_ahead_of_the_session(chat: Chat) -> None:
 
 @pytest.mark.parametrize("eraser", [0, 1], ids=["same server", "other server"])
 async def test_the_end_of_the_session_ends_it(pair: tuple[Chat, Chat], eraser: int) -> None:
-    session_id = await pair[0].start(texts(3))
+    session_id = await pair[0].start(new_messages(3))
     async with following(pair[0], session_id) as follower:
         await follower.reaches(3)
         await pair[eraser].delete_session(session_id)
@@ -194,11 +196,11 @@ async def test_the_end_of_the_session_ends_it(pair: tuple[Chat, Chat], eraser: i
 async def test_a_new_session_of_the_same_id_is_not_followed(
     pair: tuple[Chat, Chat], eraser: int
 ) -> None:
-    session_id = await pair[0].start(texts(3))
+    session_id = await pair[0].start(new_messages(3))
     async with following(pair[0], session_id) as follower:
         await follower.reaches(3)
         await pair[eraser].delete_session(session_id)
-        await pair[eraser].append(session_id, texts(3, "new"), create_if_missing=True)
+        await pair[eraser].append(session_id, new_messages(3, "new"), create_if_missing=True)
         assert (await follower.ends()).reason == "SESSION_NOT_FOUND"
     assert follower.seqs == [1, 2, 3]
 
@@ -208,17 +210,17 @@ async def test_a_new_session_of_the_same_id_is_not_followed_for_a_moment(
 ) -> None:
     """Erased elsewhere and made anew between two looks: what wakes the follower is the new session's first append."""
     monkeypatch.setattr(watch, "POLL_INTERVAL_S", 600.0)
-    session_id = await pair[0].start(texts(3))
+    session_id = await pair[0].start(new_messages(3))
     async with following(pair[0], session_id) as follower:
         await follower.reaches(3)
         await pair[1].delete_session(session_id)
-        await pair[0].append(session_id, texts(9, "new"), create_if_missing=True)
+        await pair[0].append(session_id, new_messages(9, "new"), create_if_missing=True)
         assert (await follower.ends()).reason == "SESSION_NOT_FOUND"
     assert follower.seqs == [1, 2, 3]
 
 
 async def test_the_end_of_the_user_ends_it(chat: Chat) -> None:
-    session_id = await chat.start(texts(2))
+    session_id = await chat.start(new_messages(2))
     async with following(chat, session_id) as follower:
         await follower.reaches(2)
         await chat.stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
@@ -237,7 +239,7 @@ async def test_what_is_missing_or_foreign_cannot_be_followed(chat: Chat, other: 
 async def test_draining_ends_it(database_url: str) -> None:
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
-        session_id = await chat.start(texts(3))
+        session_id = await chat.start(new_messages(3))
         async with following(chat, session_id) as follower:
             await follower.reaches(3)
             stopping = asyncio.create_task(server.stop())
@@ -286,7 +288,7 @@ async def test_followers_leave_room_for_calls_on_their_connection(database_url: 
 async def test_it_outlives_the_connections_to_the_database(
     chat: Chat, database_url: str, server: Server
 ) -> None:
-    session_id = await chat.start(texts(2))
+    session_id = await chat.start(new_messages(2))
     async with following(chat, session_id) as follower:
         await follower.reaches(2)
         for turn in range(3, 6):
@@ -303,9 +305,9 @@ async def test_it_outlives_the_connections_to_the_database(
 async def test_a_slow_reader_holds_up_nobody(chat: Chat, server: Server) -> None:
     """It takes its time, the server does not read ahead of it without bound, and in the end it has everything."""
     large = "x" * 100_000
-    session_id = await chat.start([text(large) for _ in range(20)])
+    session_id = await chat.start([new_message(large) for _ in range(20)])
     for _ in range(4):
-        await chat.append(session_id, [text(large) for _ in range(20)])
+        await chat.append(session_id, [new_message(large) for _ in range(20)])
     # A channel of its own with a small window, so that what is not read is not taken either.
     async with channel(
         server.address, **{"http2.lookahead_bytes": 65_536, "http2.bdp_probe": 0}

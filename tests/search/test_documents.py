@@ -14,7 +14,7 @@ from service.ids import SYSTEM_USER_ID
 from service.server import Server
 from tests.search.library import SHARED, Library, chunks
 from tests.support.chat import new_id
-from tests.support.failures import failure as how_it_fails
+from tests.support.failures import failure_of
 from tests.support.servers import AsyncStub, ServerProcess, connected, serving
 
 SHA = "ab" * 32
@@ -31,7 +31,7 @@ async def server(database_url: str) -> AsyncGenerator[Server]:
 
 
 async def refused(call: Awaitable[object], code: grpc.StatusCode, reason: str) -> None:
-    failure = await how_it_fails(call)
+    failure = await failure_of(call)
     assert (failure.code, failure.reason) == (code, reason)
 
 

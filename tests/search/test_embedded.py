@@ -33,7 +33,7 @@ from tests.search.library import (
 )
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
-from tests.support.servers import channel, code_of, connected, serving
+from tests.support.servers import channel, connected, serving, status_code
 
 pytestmark = pytest.mark.faults  # Takes long.
 
@@ -159,11 +159,11 @@ async def test_given_vectors_are_taken_and_checked(server: Server, library: Libr
     ):
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await call
-        assert code_of(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
+        assert status_code(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
     request.chunks[0].vector.pop()
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await library.stub.CreateDocument(request)
-    assert code_of(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
+    assert status_code(failed.value) == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(

@@ -20,7 +20,7 @@ from service.search.types import InputRejected, SearchMisconfigured, SearchUnava
 from tests.search.library import INDEXED, SEMANTIC, Library, comes_true, searchable, settled
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
-from tests.support.failures import failure
+from tests.support.failures import failure_of
 from tests.support.servers import connected, serving
 
 
@@ -222,7 +222,7 @@ async def test_an_endpoint_that_takes_no_more_now_is_not_down(
         endpoint.status = 429
         asked = len(endpoint.seen)
         made = await library.create(["some text"])
-        failed = await failure(library.search("anything"))
+        failed = await failure_of(library.search("anything"))
         assert (failed.code, failed.reason) == (StatusCode.UNAVAILABLE, "SEARCH_UNAVAILABLE")
         await asyncio.sleep(2.0)
         assert isinstance(server.search, Search)

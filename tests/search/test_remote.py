@@ -38,8 +38,8 @@ from tests.search.qdrant_server import QdrantServer
 from tests.support import sentinel
 from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, all_new_statements, fetch
-from tests.support.failures import failure as how_it_fails
-from tests.support.servers import channel, code_of, connected, serving
+from tests.support.failures import failure_of
+from tests.support.servers import channel, connected, serving, status_code
 from tests.support.statements import Sent
 
 pytestmark = pytest.mark.faults  # Takes long.
@@ -160,7 +160,7 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
             library.said("keys", SEMANTIC),
             library.said("keys", HYBRID),
         ):
-            failure = await how_it_fails(call)
+            failure = await failure_of(call)
             assert (failure.code, failure.reason) == (
                 grpc.StatusCode.UNAVAILABLE,
                 "SEARCH_UNAVAILABLE",
@@ -210,7 +210,7 @@ async def test_an_idle_index_asks_the_database_nothing(
         await asyncio.sleep(7)
         assert sent.so_far() == []
         await qdrant.stop()
-        assert (await how_it_fails(library.search("found"))).reason == "SEARCH_UNAVAILABLE"
+        assert (await failure_of(library.search("found"))).reason == "SEARCH_UNAVAILABLE"
         sent = Sent(cluster, database_url)
         await asyncio.sleep(7)
         assert sent.so_far() == []
@@ -224,7 +224,7 @@ async def test_a_qdrant_that_does_not_answer_in_time(
         started = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await library.search("anything")
-        assert code_of(failed.value) == grpc.StatusCode.UNAVAILABLE
+        assert status_code(failed.value) == grpc.StatusCode.UNAVAILABLE
         assert time.monotonic() - started < 7.5
         assert await library.chat.start("chat goes on")
         qdrant.delay = 0.0

@@ -27,9 +27,9 @@ from tests.security.test_matrix import ROWS, SHOWN, Things, make_things
 from tests.support import issuer
 from tests.support.chat import new_id
 from tests.support.cluster import Cluster
-from tests.support.failures import read
-from tests.support.loose import Message, Part, Session, User
+from tests.support.failures import read_failure
 from tests.support.servers import AsyncStub, ServerProcess, channel
+from tests.support.untyped_messages import Message, Part, Session, User
 
 SERVICE = DESCRIPTOR.services_by_name["ChatHistoryService"]
 STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
@@ -148,7 +148,7 @@ class _Fuzzer:
             if rpc == "WatchMessages" and error.code() is StatusCode.DEADLINE_EXCEEDED:
                 return "WATCHED"
             try:
-                failed = str(read(error)).lower()
+                failed = str(read_failure(error)).lower()
             except AssertionError as problem:
                 failed = ""
                 self.report.problems.append(f"{rpc} {data!r}: {problem}")

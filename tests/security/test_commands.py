@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from chathistory.v1 import user_pb2
 
 from tests.support import issuer
-from tests.support.chat import Chat, texts
+from tests.support.chat import Chat, new_messages
 from tests.support.servers import ROOT, AsyncStub, connected, serving
 
 IDENTITY: dict[str, str] = {
@@ -64,7 +64,7 @@ async def test_token(database_url: str, tmp_path: Path) -> None:
 
 
 async def test_export_and_import(chat: Chat, database_url: str, tmp_path: Path) -> None:
-    session_id = await chat.start(texts(30))
+    session_id = await chat.start(new_messages(30))
     before = await chat.all(session_id)
     file = tmp_path / "user.jsonl"
     out = await command(

@@ -12,12 +12,12 @@ from chathistory.v1 import document_pb2, export_pb2, message_pb2, search_pb2, se
 
 from tests.search.library import searchable
 from tests.support import issuer
-from tests.support.chat import Chat, new_id, text
+from tests.support.chat import Chat, new_id, new_message
 from tests.support.cluster import fetch
-from tests.support.failures import failure
+from tests.support.failures import failure_of
 from tests.support.issuer import bearer_metadata, service_token, token
-from tests.support.loose import Document, Part, Session, User
 from tests.support.servers import AsyncStub, connected, serving
+from tests.support.untyped_messages import Document, Part, Session, User
 
 MARKER = "xyzzy-7f3a9c-plugh"
 
@@ -48,12 +48,12 @@ async def say_the_marker(stub: AsyncStub, **call: Any) -> Chat:
         Part(tool_call={"id": MARKER, "name": MARKER, "arguments": MARKER}),
         Part(data={MARKER: [MARKER]}),
     ]
-    said = text(
+    said = new_message(
         MARKER, parts=parts, author=MARKER, metadata={MARKER: MARKER}, feedback={"comment": MARKER}
     )
     session = Session(title=MARKER, summary=MARKER, metadata={MARKER: MARKER})
     append = message_pb2.AppendMessagesRequest(
-        user_id=made.id, messages=[said, text(f"gone {MARKER}")], session=session
+        user_id=made.id, messages=[said, new_message(f"gone {MARKER}")], session=session
     )
     stored = await stub.AppendMessages(append, **call)
     gone = message_pb2.DeleteMessageRequest(
@@ -81,9 +81,9 @@ async def provoke(chat: Chat, **call: Any) -> None:
         ),
         session_pb2.UpdateSessionRequest(user_id=chat.user_id, session=Session(title=MARKER * 50)),
     ):
-        await failure(chat.stub.UpdateSession(request, **call))
+        await failure_of(chat.stub.UpdateSession(request, **call))
     taken = user_pb2.CreateUserRequest(user=User(external_id=MARKER))
-    await failure(chat.stub.CreateUser(taken, **call))
+    await failure_of(chat.stub.CreateUser(taken, **call))
 
 
 async def test_nothing_is_left(start_process: Callable[..., Any], database_url: str) -> None:
@@ -128,19 +128,21 @@ async def test_the_audit_trail(start_process: Callable[..., Any]) -> None:
     async with connected(server.address) as stub:
         shown = bearer_metadata(service_token("backend"))
         made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=User()), metadata=shown)).user
-        append = message_pb2.AppendMessagesRequest(user_id=made.id, messages=[text(MARKER)])
+        append = message_pb2.AppendMessagesRequest(user_id=made.id, messages=[new_message(MARKER)])
         stored = await stub.AppendMessages(append, metadata=shown)
         for _ in range(4):
             await stub.AppendMessages(append, metadata=shown)
         mine = bearer_metadata(token(made.id))
         await stub.AppendMessages(append, metadata=mine)
         for _ in range(2):
-            await failure(
+            await failure_of(
                 stub.ListSessions(session_pb2.ListSessionsRequest(user_id=new_id()), metadata=mine)
             )
         about: dict[str, Any] = {"user_id": made.id, "session_id": stored.session_id}
         await stub.DeleteSession(session_pb2.DeleteSessionRequest(**about), metadata=mine)
-        await failure(stub.DeleteSession(session_pb2.DeleteSessionRequest(**about), metadata=mine))
+        await failure_of(
+            stub.DeleteSession(session_pb2.DeleteSessionRequest(**about), metadata=mine)
+        )
         async for _ in stub.ExportUserData(export_pb2.ExportUserDataRequest(), metadata=mine):
             pass
         await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=made.id), metadata=shown)

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from service.errors import InvalidArgument
 from service.rpc import paging
 from tests.security import fuzz, hostile
-from tests.support.chat import Chat, new_id, text
+from tests.support.chat import Chat, new_id, new_message
 from tests.support.cluster import fetch
-from tests.support.failures import fails, read
-from tests.support.loose import Document, Message, Part, Session, User
+from tests.support.failures import assert_fails, read_failure
 from tests.support.servers import AsyncStub, ServerProcess, channel, connected
+from tests.support.untyped_messages import Document, Message, Part, Session, User
 
 METHODS = {
     method.name: method for method in DESCRIPTOR.services_by_name["ChatHistoryService"].methods
@@ -54,7 +54,7 @@ async def answer(stub: AsyncStub, rpc: str, request: Any) -> None:
     except aio.AioRpcError as error:
         if rpc == "WatchMessages" and error.code() is StatusCode.DEADLINE_EXCEEDED:
             return
-        failed = read(error)
+        failed = read_failure(error)
         assert failed.code not in (StatusCode.INTERNAL, StatusCode.UNKNOWN), (request, failed)
         said = str(failed).lower()
         assert not [word for word in hostile.DRIVER_WORDS if word in said], (request, failed)
@@ -137,7 +137,7 @@ async def test_memory_returns_to_its_baseline(database_url: str, tmp_path: Path)
 @pytest.mark.parametrize("words", hostile.INJECTIONS)
 async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, words: str) -> None:
     short = words[:200]
-    sent = text(
+    sent = new_message(
         words,
         author=short,
         metadata={short: [short, {short: short}]},
@@ -194,7 +194,7 @@ async def test_negative_page_sizes_are_refused(chat: Chat, size: int) -> None:
         ),
         chat.stub.ListUsers(user_pb2.ListUsersRequest(page_size=size)),
     ):
-        await fails(call, "FIELD_VIOLATION")
+        await assert_fails(call, "FIELD_VIOLATION")
 
 
 async def test_large_page_sizes_are_coerced(chat: Chat) -> None:

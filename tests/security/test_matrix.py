@@ -14,7 +14,7 @@ from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from tests.support import issuer
 from tests.support.chat import new_id
-from tests.support.failures import Failure, read
+from tests.support.failures import Failure, read_failure
 from tests.support.issuer import bearer_metadata, service_token, token
 from tests.support.servers import AsyncStub, connected, serving
 
@@ -270,7 +270,7 @@ async def ask(
         else:
             await call.read()
     except aio.AioRpcError as error:
-        return read(error)
+        return read_failure(error)
     finally:
         call.cancel()
     return None

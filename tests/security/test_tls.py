@@ -26,14 +26,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service.auth import credentials
 from service.config import BadConfiguration
 from tests.support import issuer
-from tests.support.certificates import Authority, Pair, write
-from tests.support.failures import fails
+from tests.support.certificates import CertificateAuthority, CertificatePair, write_tls_files
+from tests.support.failures import assert_fails
 from tests.support.ports import free_port
 from tests.support.servers import _CHANNEL_OPTIONS, AsyncStub, channel, connected, serving, settings
 
 
 @asynccontextmanager
-async def secured(address: str, ca: bytes, client: Pair | None = None) -> AsyncGenerator[AsyncStub]:
+async def secured(
+    address: str, ca: bytes, client: CertificatePair | None = None
+) -> AsyncGenerator[AsyncStub]:
     own = {} if client is None else {"private_key": client.key, "certificate_chain": client.cert}
     credentials = grpc.ssl_channel_credentials(ca, **own)
     async with aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS) as opened:
@@ -55,11 +57,11 @@ def port_of(address: str) -> str:
 
 
 async def test_tls(database_url: str, tmp_path: Path) -> None:
-    authority = Authority()
-    async with serving(database_url, **write(tmp_path, authority.issue())) as server:
+    authority = CertificateAuthority()
+    async with serving(database_url, **write_tls_files(tmp_path, authority.issue())) as server:
         async with secured(server.address, authority.pem) as stub:
             await ask(stub)
-        async with secured(server.address, Authority("other").pem) as stub:
+        async with secured(server.address, CertificateAuthority("other").pem) as stub:
             await refused(stub)
         async with connected(server.address) as stub:
             await refused(stub)
@@ -68,8 +70,8 @@ async def test_tls(database_url: str, tmp_path: Path) -> None:
 async def test_mutual_tls_may_trust_its_callers_on_any_address(
     database_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    authority, clients = Authority(), Authority("clients")
-    files = write(tmp_path, authority.issue(), clients.pem)
+    authority, clients = CertificateAuthority(), CertificateAuthority("clients")
+    files = write_tls_files(tmp_path, authority.issue(), clients.pem)
     async with serving(
         database_url, listen="0.0.0.0:0", health_listen="127.0.0.1:0", **files
     ) as server:
@@ -88,8 +90,8 @@ async def test_mutual_tls_may_trust_its_callers_on_any_address(
 
 async def test_health_is_served_in_plaintext_beside_tls(database_url: str, tmp_path: Path) -> None:
     health = f"127.0.0.1:{free_port()}"
-    authority = Authority()
-    files = write(tmp_path, authority.issue(), authority.pem)
+    authority = CertificateAuthority()
+    files = write_tls_files(tmp_path, authority.issue(), authority.pem)
     async with serving(database_url, health_listen=health, **files), channel(health) as opened:
         probe: Any = health_pb2_grpc.HealthStub(opened)
         reply = await probe.Check(health_pb2.HealthCheckRequest())
@@ -102,13 +104,13 @@ async def test_health_is_served_in_plaintext_beside_tls(database_url: str, tmp_p
 async def test_certificates_are_read_again_when_they_change(
     database_url: str, tmp_path: Path
 ) -> None:
-    old, new = Authority("old"), Authority("new")
+    old, new = CertificateAuthority("old"), CertificateAuthority("new")
     async with (
-        serving(database_url, **write(tmp_path, old.issue(), old.pem)) as server,
+        serving(database_url, **write_tls_files(tmp_path, old.issue(), old.pem)) as server,
         secured(server.address, old.pem, old.issue("client")) as before,
     ):
         await ask(before)
-        write(tmp_path, new.issue(), new.pem)
+        write_tls_files(tmp_path, new.issue(), new.pem)
         async with secured(server.address, new.pem, new.issue("client")) as stub:
             await ask(stub)
         async with secured(server.address, new.pem, old.issue("client")) as stub:
@@ -119,10 +121,10 @@ async def test_certificates_are_read_again_when_they_change(
 async def test_a_pair_that_does_not_fit_leaves_the_last_good_one(
     database_url: str, tmp_path: Path
 ) -> None:
-    authority = Authority()
-    files = write(tmp_path, authority.issue())
+    authority = CertificateAuthority()
+    files = write_tls_files(tmp_path, authority.issue())
     async with serving(database_url, **files) as server:
-        other = Authority("other")
+        other = CertificateAuthority("other")
         for break_ in (
             lambda: files["tls_key"].write_bytes(other.issue().key),
             lambda: files["tls_cert"].write_bytes(b"no certificate"),
@@ -131,27 +133,27 @@ async def test_a_pair_that_does_not_fit_leaves_the_last_good_one(
             break_()
             async with secured(server.address, authority.pem) as stub:
                 await ask(stub)
-        write(tmp_path, other.issue())
+        write_tls_files(tmp_path, other.issue())
         async with secured(server.address, other.pem) as stub:
             await ask(stub)
 
 
 async def test_tokens_are_asked_for_beside_mutual_tls(database_url: str, tmp_path: Path) -> None:
-    authority = Authority()
-    files = write(tmp_path, authority.issue(), authority.pem)
+    authority = CertificateAuthority()
+    files = write_tls_files(tmp_path, authority.issue(), authority.pem)
     async with (
         serving(
             database_url, auth="jwt", jwt_key=issuer.SECRET, jwt_audience=issuer.AUDIENCE, **files
         ) as server,
         secured(server.address, authority.pem, authority.issue("client")) as stub,
     ):
-        await fails(ask(stub), "TOKEN_INVALID")
+        await assert_fails(ask(stub), "TOKEN_INVALID")
         await ask(stub, metadata=issuer.bearer_metadata(issuer.service_token()))
 
 
 async def test_old_protocols_are_refused(database_url: str, tmp_path: Path) -> None:
-    authority = Authority()
-    async with serving(database_url, **write(tmp_path, authority.issue())) as server:
+    authority = CertificateAuthority()
+    async with serving(database_url, **write_tls_files(tmp_path, authority.issue())) as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.set_ciphers("ALL:@SECLEVEL=0")
@@ -165,8 +167,8 @@ async def test_old_protocols_are_refused(database_url: str, tmp_path: Path) -> N
 
 
 def test_unusable_files_are_named(tmp_path: Path) -> None:
-    authority = Authority()
-    files = write(tmp_path, authority.issue(), authority.pem)
+    authority = CertificateAuthority()
+    files = write_tls_files(tmp_path, authority.issue(), authority.pem)
 
     def complaint(**changes: Path) -> str:
         with pytest.raises(BadConfiguration) as caught:

@@ -20,7 +20,7 @@ from service.auth import bearer, credentials, jwks
 from service.config import BadConfiguration
 from tests.support import issuer
 from tests.support.chat import Chat, new_id
-from tests.support.failures import Failure, fails, failure
+from tests.support.failures import Failure, assert_fails, failure_of
 from tests.support.issuer import (
     KeyServer,
     bearer_metadata,
@@ -30,8 +30,8 @@ from tests.support.issuer import (
     service_token,
     token,
 )
-from tests.support.loose import Message, User
 from tests.support.servers import channel, connected, serving, settings
+from tests.support.untyped_messages import Message, User
 
 HS = {
     "auth": "jwt",
@@ -52,7 +52,9 @@ async def test_no_bad_token_is_told_why(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         await list_sessions(stub, bearer_metadata(token(USER)))
         for kind, bad in issuer.bad_tokens(USER).items():
-            answers[kind] = await fails(list_sessions(stub, bearer_metadata(bad)), "TOKEN_INVALID")
+            answers[kind] = await assert_fails(
+                list_sessions(stub, bearer_metadata(bad)), "TOKEN_INVALID"
+            )
         good = token(USER)
         shown: dict[str, list[tuple[str, str]]] = {
             "none": [],
@@ -62,7 +64,7 @@ async def test_no_bad_token_is_told_why(database_url: str) -> None:
             "elsewhere": [("x-authorization", f"Bearer {good}")],
         }
         for kind, metadata in shown.items():
-            answers[kind] = await fails(list_sessions(stub, metadata), "TOKEN_INVALID")
+            answers[kind] = await assert_fails(list_sessions(stub, metadata), "TOKEN_INVALID")
         await list_sessions(stub, [("authorization", f"bearer  {good}")])
     assert len(set(map(str, answers.values()))) == 1, "an answer says more than others"
 
@@ -80,11 +82,11 @@ async def test_user_is_the_token_s_subject(database_url: str) -> None:
         assert [each.id for each in (await list_sessions(stub, mine)).sessions] == [
             appended.session_id
         ]
-        await fails(
+        await assert_fails(
             list_sessions(stub, bearer_metadata(token(USER)), made.user.id), "USER_MISMATCH"
         )
         request = user_pb2.CreateUserRequest(user=User())
-        await fails(stub.CreateUser(request, metadata=mine), "SERVICE_ONLY")
+        await assert_fails(stub.CreateUser(request, metadata=mine), "SERVICE_ONLY")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any])
             call = stub.ListUsers(
                 user_pb2.ListUsersRequest(), metadata=bearer_metadata(token(USER, scope=near))
             )
-            await fails(call, "SERVICE_ONLY")
+            await assert_fails(call, "SERVICE_ONLY")
 
 
 async def test_a_known_token_ends_with_its_expiry(
@@ -122,7 +124,7 @@ async def test_a_known_token_ends_with_its_expiry(
         short = bearer_metadata(token(USER, exp=ends))
         await list_sessions(stub, short)
         await asyncio.sleep(ends - time.time() + 0.1)
-        await fails(list_sessions(stub, short), "TOKEN_INVALID")
+        await assert_fails(list_sessions(stub, short), "TOKEN_INVALID")
 
 
 async def test_a_watch_ends_with_its_token(
@@ -140,7 +142,7 @@ async def test_a_watch_ends_with_its_token(
             metadata=short,
             timeout=30,
         )
-        assert (await failure(_drain(call))).code is grpc.StatusCode.UNAUTHENTICATED
+        assert (await failure_of(_drain(call))).code is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def _drain(call: Any) -> None:
@@ -156,22 +158,24 @@ async def test_external_id_names_a_user_that_exists(
         connected(server.address) as stub,
     ):
         mine = bearer_metadata(token("auth0|7"))
-        await fails(list_sessions(stub, mine), "TOKEN_INVALID")
-        await fails(list_sessions(stub, bearer_metadata(token("a\0b"))), "TOKEN_INVALID")
+        await assert_fails(list_sessions(stub, mine), "TOKEN_INVALID")
+        await assert_fails(list_sessions(stub, bearer_metadata(token("a\0b"))), "TOKEN_INVALID")
         user = User(external_id="auth0|7")
         made = await stub.CreateUser(
             user_pb2.CreateUserRequest(user=user), metadata=bearer_metadata(service_token())
         )
         got = await stub.GetUser(user_pb2.GetUserRequest(), metadata=mine)
         assert got.user.id == made.user.id
-        await fails(list_sessions(stub, bearer_metadata(token(made.user.id))), "TOKEN_INVALID")
+        await assert_fails(
+            list_sessions(stub, bearer_metadata(token(made.user.id))), "TOKEN_INVALID"
+        )
         await stub.DeleteUser(
             user_pb2.DeleteUserRequest(user_id=made.user.id),
             metadata=bearer_metadata(service_token()),
         )
         ahead = time.time() + 60
         monkeypatch.setattr("service.auth.authenticators.time.time", lambda: ahead)
-        await fails(list_sessions(stub, mine), "TOKEN_INVALID")
+        await assert_fails(list_sessions(stub, mine), "TOKEN_INVALID")
 
 
 @pytest.mark.parametrize(
@@ -186,11 +190,11 @@ async def test_public_key_in_a_file(database_url: str, tmp_path: Path, key: Any,
         connected(server.address) as stub,
     ):
         await list_sessions(stub, bearer_metadata(token(USER, key=key, alg=alg)))
-        as_secret = issuer.hs256_with(pem.read_bytes(), issuer.claims(USER))
-        await fails(list_sessions(stub, bearer_metadata(as_secret)), "TOKEN_INVALID")
-        as_secret = issuer.hs256_with(pem.read_bytes().strip(), issuer.claims(USER))
-        await fails(list_sessions(stub, bearer_metadata(as_secret)), "TOKEN_INVALID")
-        await fails(
+        as_secret = issuer.hs256_token(pem.read_bytes(), issuer.claims(USER))
+        await assert_fails(list_sessions(stub, bearer_metadata(as_secret)), "TOKEN_INVALID")
+        as_secret = issuer.hs256_token(pem.read_bytes().strip(), issuer.claims(USER))
+        await assert_fails(list_sessions(stub, bearer_metadata(as_secret)), "TOKEN_INVALID")
+        await assert_fails(
             list_sessions(stub, bearer_metadata(token(USER, key=rsa_key(1), alg="RS256"))),
             "TOKEN_INVALID",
         )
@@ -217,13 +221,15 @@ async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         await asyncio.gather(*(list_sessions(stub, signed("a", rsa_key())) for _ in range(20)))
         await list_sessions(stub, signed("b", ec_key(), "ES256"))
-        assert served.asked == 1
-        await fails(list_sessions(stub, signed("b", rsa_key())), "TOKEN_INVALID")
-        await fails(
+        assert served.request_count == 1
+        await assert_fails(list_sessions(stub, signed("b", rsa_key())), "TOKEN_INVALID")
+        await assert_fails(
             list_sessions(stub, bearer_metadata(token(USER, key=rsa_key(), alg="RS256"))),
             "TOKEN_INVALID",
         )
-        await fails(list_sessions(stub, signed("a", issuer.SECRET, "HS256")), "TOKEN_INVALID")
+        await assert_fails(
+            list_sessions(stub, signed("a", issuer.SECRET, "HS256")), "TOKEN_INVALID"
+        )
 
 
 @pytest.mark.case(n=21)
@@ -236,9 +242,9 @@ async def test_flood_of_unknown_keys_asks_once_a_cool_down(
         kids = itertools.count()
         for _ in range(10):
             flood = (list_sessions(stub, signed(f"x{next(kids)}", rsa_key(1))) for _ in range(50))
-            answers = await asyncio.gather(*map(failure, flood))
+            answers = await asyncio.gather(*map(failure_of, flood))
             assert {answer.reason for answer in answers} == {"TOKEN_INVALID"}
-        assert served.asked == 1
+        assert served.request_count == 1
 
 
 async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
@@ -248,11 +254,13 @@ async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         await list_sessions(stub, signed("a", rsa_key()))
         served.publish(b=rsa_key(1))
-        await fails(list_sessions(stub, signed("b", rsa_key(1))), "TOKEN_INVALID")  # Cooling down.
+        await assert_fails(
+            list_sessions(stub, signed("b", rsa_key(1))), "TOKEN_INVALID"
+        )  # Cooling down.
         await list_sessions(stub, signed("a", rsa_key()))
         monkeypatch.setattr(jwks, "COOL_DOWN_S", 0.0)
         await list_sessions(stub, signed("b", rsa_key(1)))
-        await fails(list_sessions(stub, signed("a", rsa_key())), "TOKEN_INVALID")
+        await assert_fails(list_sessions(stub, signed("a", rsa_key())), "TOKEN_INVALID")
 
 
 async def test_last_good_keys_are_kept(
@@ -264,28 +272,28 @@ async def test_last_good_keys_are_kept(
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         await list_sessions(stub, signed("a", rsa_key()))
         for broken in (True, False):
-            served.fails, served.keys = broken, []
+            served.is_failing, served.keys = broken, []
             for n in range(3):
                 await list_sessions(stub, signed("a", rsa_key(), jti=f"{broken}{n}"))
                 await asyncio.sleep(0.05)
-        assert served.asked > 3
+        assert served.request_count > 3
 
 
 async def test_before_the_first_key_a_retry_may_help(
     database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served.fails = True
+    served.is_failing = True
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         assert (
-            await failure(list_sessions(stub, signed("a", rsa_key())))
+            await failure_of(list_sessions(stub, signed("a", rsa_key())))
         ).reason == "KEYS_UNAVAILABLE"
-        served.fails = False
+        served.is_failing = False
         served.publish(a=rsa_key())
-        asked = served.asked
+        asked = served.request_count
         assert (
-            await failure(list_sessions(stub, signed("a", rsa_key())))
+            await failure_of(list_sessions(stub, signed("a", rsa_key())))
         ).reason == "KEYS_UNAVAILABLE"
-        assert served.asked == asked  # Cooling down.
+        assert served.request_count == asked  # Cooling down.
         monkeypatch.setattr(jwks, "FIRST_COOL_DOWN_S", 0.0)
         await list_sessions(stub, signed("a", rsa_key()))
 
@@ -299,16 +307,16 @@ async def test_a_refresh_that_failed_is_tried_again_after_the_cool_down(
         old = signed("a", rsa_key())
         await list_sessions(stub, old)
         served.publish(b=rsa_key(1))
-        served.fails = True
+        served.is_failing = True
         keys = server.authenticate._keys  # type: ignore[attr-defined]
         keys._fetched_at = keys._attempted_at = float("-inf")  # A long time ago.
         await list_sessions(stub, old)
         async with asyncio.timeout(30):
-            while served.asked < 2 or keys._task is not None:
+            while served.request_count < 2 or keys._task is not None:
                 await asyncio.sleep(0.01)
-        served.fails = False
+        served.is_failing = False
         await list_sessions(stub, old)
-        assert served.asked == 2
+        assert served.request_count == 2
         monkeypatch.setattr(jwks, "COOL_DOWN_S", 0.0)
         async with asyncio.timeout(30):
             while (await status_of(list_sessions(stub, old))) == "OK":
@@ -326,7 +334,7 @@ async def status_of(call: Any) -> str:
 def test_a_key_set_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte by byte, each in time: the thread that reads it must not be lost."""
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
-    with issuer.dripping_server() as url, pytest.raises(TimeoutError):
+    with issuer.endless_key_server() as url, pytest.raises(TimeoutError):
         jwks.over_http(url)()
 
 
@@ -370,9 +378,9 @@ async def test_kubernetes_service_account(
             return signed("k8s", rsa_key(), subject=name, **changes)
 
         await stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(subject))
-        assert served.shown == ["Bearer the pod's own token"]
+        assert served.authorization_headers == ["Bearer the pod's own token"]
         for other in ("system:serviceaccount:chat:default", "system:serviceaccount:else:backend"):
-            await fails(
+            await assert_fails(
                 stub.ListUsers(user_pb2.ListUsersRequest(), metadata=account(other)),
                 "TOKEN_INVALID",
             )
@@ -386,13 +394,15 @@ async def test_malformed_bytes_without_a_token_are_unauthenticated(database_url:
             path, request_serializer=lambda data: data, response_deserializer=lambda data: data
         )
         for bytes_ in (b"\xff\xff\xff", b"\x0a\x02\xc3\x28"):
-            await fails(call(bytes_), "TOKEN_INVALID")
-            await fails(call(bytes_, metadata=bearer_metadata(token(USER))), "MALFORMED_REQUEST")
+            await assert_fails(call(bytes_), "TOKEN_INVALID")
+            await assert_fails(
+                call(bytes_, metadata=bearer_metadata(token(USER))), "MALFORMED_REQUEST"
+            )
 
 
 async def test_authorised_before_validated(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        await fails(
+        await assert_fails(
             stub.GetSession(session_pb2.GetSessionRequest(session_id="no id")), "TOKEN_INVALID"
         )
 

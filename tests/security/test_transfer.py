@@ -16,12 +16,12 @@ from service.portability import transfer
 from service.portability.transfer import Counts, TransferError
 from service.server import Server
 from service.store.db.dsn import parse
-from tests.support.chat import ASSISTANT, TOOL, Chat, new_id, text, texts
+from tests.support.chat import ASSISTANT, TOOL, Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
-from tests.support.failures import fails
+from tests.support.failures import assert_fails
 from tests.support.history import history
-from tests.support.loose import Document, Part, Session, User
 from tests.support.servers import AsyncStub
+from tests.support.untyped_messages import Document, Part, Session, User
 
 
 async def exported(stub: AsyncStub, user_id: str) -> list[export_pb2.ExportUserDataResponse]:
@@ -60,18 +60,18 @@ async def lively_user(stub: AsyncStub) -> Chat:
     call = Part(tool_call={"id": "c1", "name": "weather", "arguments": '{"city": "Ulm"}'})
     result = Part(tool_result={"tool_call_id": "c1", "content": "sunny", "is_error": False})
     every = [
-        text(
+        new_message(
             "hello\nworld ' \" \\ \u2028 \U0001f600",
             author="Ada",
             metadata={"a": {"b": [True, 1.5, "x"]}},
         ),
-        text("", ASSISTANT, parts=[call], token_count=0),
-        text("", TOOL, parts=[result, Part(data={"k": "v"})]),
-        text("sunny", ASSISTANT, feedback={"score": -0.5, "comment": "meh"}, token_count=7),
+        new_message("", ASSISTANT, parts=[call], token_count=0),
+        new_message("", TOOL, parts=[result, Part(data={"k": "v"})]),
+        new_message("sunny", ASSISTANT, feedback={"score": -0.5, "comment": "meh"}, token_count=7),
     ]
     first = await chat.start(every, session=Session(title="Weather", metadata={"color": "red"}))
-    gone = [text("to be deleted") for _ in range(2)]
-    await chat.append(first, [gone[0], *texts(3)])
+    gone = [new_message("to be deleted") for _ in range(2)]
+    await chat.append(first, [gone[0], *new_messages(3)])
     await chat.append(first, [gone[1]])
     for message in gone:
         await chat.delete(first, message.id)
@@ -83,9 +83,9 @@ async def lively_user(stub: AsyncStub) -> Chat:
         summarized_through_seq=2,
     )
     await chat.fork(first, 3)
-    archived = await chat.start(texts(100, "long"))
+    archived = await chat.start(new_messages(100, "long"))
     for _ in range(2):
-        await chat.append(archived, texts(75, "longer"))
+        await chat.append(archived, new_messages(75, "longer"))
     await chat.update_session(["state"], id=archived, state=session_pb2.SESSION_STATE_ARCHIVED)
     await chat.create_session(title="empty")
     await create_document(
@@ -219,7 +219,7 @@ async def test_unique_values_of_another_user_are_said(stub: AsyncStub, database_
 
 
 async def test_users_of_the_api_export_themselves_only(stub: AsyncStub, chat: Chat) -> None:
-    await fails(exported(stub, new_id()), "USER_NOT_FOUND")
+    await assert_fails(exported(stub, new_id()), "USER_NOT_FOUND")
 
 
 OLD_TABLES = """

@@ -14,7 +14,7 @@ import asyncpg
 from tests.soak.stack import Replica, Stack
 from tests.support.cluster import fetch
 from tests.support.pgbouncer import PgBouncer
-from tests.support.proxy import Proxy, Way
+from tests.support.proxy import Direction, Proxy
 
 BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'chat-history'"
 TERMINATE = f"SELECT pg_terminate_backend(pid) FROM ({BACKENDS}) AS them"
@@ -127,11 +127,11 @@ class Faults:
 
     async def _suspend(self) -> list[Replica]:
         for replica in self._stack.replicas:
-            replica.back.hold()
+            replica.back.block()
         await fetch(self._stack.database_url, TERMINATE)
         await asyncio.sleep(3)
         for replica in self._stack.replicas:
-            replica.back.let_pass()
+            replica.back.unblock()
         return self._stack.replicas
 
     async def _network(
@@ -146,29 +146,29 @@ class Faults:
             await asyncio.gather(*map(break_it, proxies))
         finally:
             for proxy in proxies:
-                proxy.accept()
-                proxy.let_pass()
+                proxy.accept_connections()
+                proxy.unblock()
                 proxy.delay = 0.0
         return replicas
 
     async def _cut(self, proxy: Proxy) -> None:
         for _ in range(self._chance.randint(1, 5)):
-            proxy.cut()
+            proxy.reset_connections()
             await self._wait(0, 0.2)
 
     async def _halve(self, proxy: Proxy) -> None:
-        proxy.halve()
+        proxy.reset_clients()
         await self._wait(0, 0.2)
 
     async def _refuse(self, proxy: Proxy) -> None:
-        proxy.refuse()
+        proxy.refuse_connections()
         await self._wait(0.1, 4)
 
     async def _hold(self, proxy: Proxy) -> None:
-        proxy.hold(*self._chance.choice([(), (Way.UP,), (Way.DOWN,)]))
+        proxy.block(*self._chance.choice([(), (Direction.TO_SERVER,), (Direction.TO_CLIENT,)]))
         await self._wait(0.1, 6)
         if self._chance.random() < 0.5:
-            proxy.cut()
+            proxy.reset_connections()
 
     async def _delay(self, proxy: Proxy) -> None:
         proxy.delay = self._chance.uniform(0.02, 0.3)

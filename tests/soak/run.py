@@ -19,7 +19,7 @@ from tests.soak.stack import Replica, Stack
 from tests.soak.tally import Outage, Sample, Tally, growth
 from tests.soak.traffic import Hopeless, Traffic
 from tests.support.chat import Chat
-from tests.support.cluster import at_rest, fetch
+from tests.support.cluster import fetch, wait_until_idle
 from tests.support.history import history
 from tests.support.record import judge
 from tests.support.servers import channel
@@ -109,7 +109,7 @@ class Soak:
     async def _settle(self) -> None:
         """Wait until nothing is under way any more, of what was given up either."""
         await asyncio.sleep(SETTLE_SECONDS)
-        await at_rest(self.stack.database_url)
+        await wait_until_idle(self.stack.database_url)
 
     async def _judge(self, traffic: Traffic) -> int:
         rows = 0

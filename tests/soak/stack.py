@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.store.db.dsn import parse
 from service.store.schema.migrations import upgrade
 from tests.support.cluster import Cluster
-from tests.support.pgbouncer import PgBouncer, program
+from tests.support.pgbouncer import PgBouncer, find_program
 from tests.support.ports import free_port
-from tests.support.proxy import Proxy, before_postgres
+from tests.support.proxy import Proxy, postgres_proxy
 from tests.support.servers import ServerProcess
 
 
@@ -98,7 +98,7 @@ class Stack:
             )
             self._exit.enter_context(self.cluster)
             await upgrade(parse(self.database_url))
-            if program() is not None:
+            if find_program() is not None:
                 self.pooler = self._exit.enter_context(PgBouncer(self.database_url))
             self.replicas = [
                 await self._start("first", spared=False),
@@ -117,7 +117,7 @@ class Stack:
             back = await self._exit.enter_async_context(Proxy(f"127.0.0.1:{self.pooler.port}"))
             url = self.pooler.url("postgres").replace(f":{self.pooler.port}/", f":{back.port}/")
         else:
-            back, url = await self._exit.enter_async_context(before_postgres(self.database_url))
+            back, url = await self._exit.enter_async_context(postgres_proxy(self.database_url))
         metrics = f"127.0.0.1:{free_port()}"
         process = await ServerProcess(
             url, self.folder / name, CHAT_HISTORY_METRICS_LISTEN=metrics

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from grpc import aio
 from grpc_status import rpc_status
 
-from tests.support.failures import read
+from tests.support.failures import read_failure
 from tests.support.record import Problem
 
 OWN = "(gRPC's own)"
@@ -99,7 +99,7 @@ class Tally:
         code, reason = error.code().name, OWN
         if rpc_status.from_call(error) is not None:  # type: ignore[arg-type]
             try:
-                reason = read(error).reason
+                reason = read_failure(error).reason
             except AssertionError as problem:
                 self.blame("ERROR", f"{rpc}: {problem}")
         if (code in ("INTERNAL", "UNKNOWN") and reason != OWN) or code == "INVALID_ARGUMENT":

@@ -20,7 +20,7 @@ from tests.soak.stack import Replica, Stack
 from tests.soak.tally import OWN, Tally
 from tests.support.chat import new_id
 from tests.support.clients import client_of
-from tests.support.load import RETRIED, patient
+from tests.support.load import RETRYABLE_CODES, fast_reconnect_options
 from tests.support.record import Erasure, Place, Record, Sent, place, said
 from tests.support.servers import AsyncStub, channel
 
@@ -88,7 +88,7 @@ class Traffic:
         async with AsyncExitStack() as exits:
             for replica in self._stack.replicas:
                 opened = await exits.enter_async_context(
-                    channel(replica.front.address, **patient())
+                    channel(replica.front.address, **fast_reconnect_options())
                 )
                 self._stubs[replica.name] = ChatHistoryServiceStub(opened)
             target = "ipv4:" + ",".join(replica.front.address for replica in self._stack.replicas)
@@ -110,7 +110,7 @@ class Traffic:
         async with AsyncExitStack() as exits:
             for replica in self._stack.replicas:
                 opened = await exits.enter_async_context(
-                    channel(replica.front.address, **patient())
+                    channel(replica.front.address, **fast_reconnect_options())
                 )
                 self._stubs[replica.name] = ChatHistoryServiceStub(opened)
             for user_id in self._users:
@@ -148,7 +148,7 @@ class Traffic:
             reply = await call
         except aio.AioRpcError as error:
             reason = tally.failure(rpc, error)
-            if error.code() not in RETRIED and reason != refused:
+            if error.code() not in RETRYABLE_CODES and reason != refused:
                 tally.blame("ERROR", f"{rpc}: {error.code().name} {reason} {error.details()}")
             raise Gone(reason) from None
         except asyncio.CancelledError:

@@ -29,7 +29,7 @@ from tests.support.appends import (
 )
 from tests.support.chat import new_id
 from tests.support.cluster import Cluster, fetch
-from tests.support.faults import arm, install
+from tests.support.commit_faults import arm, install
 from tests.support.history import checked, history
 
 

@@ -11,7 +11,7 @@ from service.store.append.request import Append
 from service.store.db import database as database_module
 from tests.support.appends import new_message, new_user, stores
 from tests.support.chat import new_id
-from tests.support.proxy import before_postgres
+from tests.support.proxy import postgres_proxy
 
 AWAY = 4.0
 LANES = 2
@@ -19,7 +19,7 @@ LANES = 2
 
 async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url: str) -> None:
     user_id = await new_user(database_url)
-    async with before_postgres(database_url) as (proxy, url), stores(url) as [database]:
+    async with postgres_proxy(database_url) as (proxy, url), stores(url) as [database]:
         appender = Appender(database, LANES)
         loop = asyncio.get_running_loop()
 
@@ -30,7 +30,7 @@ async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url:
             return asyncio.ensure_future(appender.append(item))
 
         await begin()
-        proxy.refuse()
+        proxy.refuse_connections()
         waiting = []
         before = proxy.accepted
         for _ in range(20):
@@ -40,7 +40,7 @@ async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url:
         assert not any(each.done() for each in waiting)
         # Full jitter up to a second: about thirteen times each. With pauses of some hundredths it was two hundred.
         assert LANES <= asked < 30 * LANES, asked
-        proxy.accept()
+        proxy.accept_connections()
         async with asyncio.timeout(20):
             await asyncio.gather(*waiting)
         await appender.drain()
@@ -52,10 +52,10 @@ async def test_who_cannot_wait_longer_is_told_though_the_lane_rests(
     """Each in time to hear of it, however long the lane would wait before it asks again."""
     monkeypatch.setattr(database_module, "REPLY_MARGIN", 1.0)
     user_id = await new_user(database_url)
-    async with before_postgres(database_url) as (proxy, url), stores(url) as [database]:
+    async with postgres_proxy(database_url) as (proxy, url), stores(url) as [database]:
         appender = Appender(database, 1)
         loop = asyncio.get_running_loop()
-        proxy.refuse()
+        proxy.refuse_connections()
         deadlines = [loop.time() + 4 + n / 10 for n in range(20)]
         items = [
             Append(user_id, new_id(), [new_message(new_id())], each, may_create=True)

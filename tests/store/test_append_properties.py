@@ -35,8 +35,8 @@ from tests.support.appends import (
     play,
     stores,
 )
-from tests.support.faults import arm, install
-from tests.support.proxy import Link, Proxy, Way, before_postgres
+from tests.support.commit_faults import arm, install
+from tests.support.proxy import Direction, Link, Proxy, postgres_proxy
 
 # --- What Hypothesis draws.
 
@@ -83,7 +83,7 @@ async def databases(database_url: str) -> AsyncGenerator[list[Database]]:
 @pytest.fixture
 async def cut_off(database_url: str) -> AsyncGenerator[tuple[list[Database], Cutter]]:
     """Two stores whose connections break."""
-    async with before_postgres(database_url) as (proxy, url), stores(url, url) as opened:
+    async with postgres_proxy(database_url) as (proxy, url), stores(url, url) as opened:
         yield opened, Cutter(proxy)
 
 
@@ -203,22 +203,22 @@ class Cutter:
         self._doomed.clear()
         self._sent = 0
 
-    def _tap(self, link: Link, way: Way, _piece: bytes) -> bool:
-        if way is Way.DOWN:
+    def _tap(self, link: Link, way: Direction, _piece: bytes) -> bool:
+        if way is Direction.TO_CLIENT:
             if link in self._doomed:
-                link.cut()  # It is done, and nobody is told.
+                link.reset()  # It is done, and nobody is told.
                 return False
             return True
         self._sent += 1
         match self._cuts.get(self._sent):
             case "unsent":
-                link.cut()
+                link.reset()
                 return False
             case "unanswered":
                 self._doomed.add(link)
             case "half":
                 asyncio.get_running_loop().call_soon(
-                    link.cut_client
+                    link.reset_client
                 )  # It is under way, with nobody to tell.
         return True
 

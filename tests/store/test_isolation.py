@@ -16,8 +16,8 @@ from pglast.stream import RawStream
 from service.server import Server
 from service.store.db.hot_pool import Statement
 from tests.support import sentinel
-from tests.support.chat import Chat, new_id, texts
-from tests.support.cluster import Logged, all_new_statements, statements_in
+from tests.support.chat import Chat, new_id, new_messages
+from tests.support.cluster import LoggedStatement, all_new_statements, statements_in
 
 ast: Any = pglast.ast
 
@@ -147,10 +147,10 @@ async def use_everything(stub_chat: Chat) -> None:
         await stub.GetUser(user_pb2.GetUserRequest(**key))
     await stub.ListUsers(user_pb2.ListUsersRequest())
     session = await chat.create_session(title="one")
-    sent = texts(4)
-    for request in (sent, sent, texts(1)):
+    sent = new_messages(4)
+    for request in (sent, sent, new_messages(1)):
         await chat.append(session.id, request)
-    await chat.append(new_id(), texts(1), create_if_missing=True)
+    await chat.append(new_id(), new_messages(1), create_if_missing=True)
     await chat.get_session(session.id)
     _ = [page async for page in chat.session_pages(page_size=1)]
     await chat.list_sessions(state="SESSION_STATE_ARCHIVED")
@@ -241,6 +241,6 @@ def test_what_the_tests_themselves_ask_is_left_out() -> None:
         "<|test_2> LOG:  statement: BEGIN;\n"
     )
     assert list(statements_in(log)) == [
-        Logged("chat-history", "test_1", "SELECT 1\nFROM a"),
-        Logged("", "test_2", "BEGIN;"),
+        LoggedStatement("chat-history", "test_1", "SELECT 1\nFROM a"),
+        LoggedStatement("", "test_2", "BEGIN;"),
     ]

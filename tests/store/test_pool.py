@@ -13,7 +13,7 @@ from service.store.db import database as module
 from service.store.db.database import Database
 from service.store.db.dsn import parse
 from tests.support.cluster import Cluster
-from tests.support.proxy import Way, before_postgres
+from tests.support.proxy import Direction, postgres_proxy
 from tests.support.servers import serving, settings
 from tests.support.statements import Sent
 
@@ -112,8 +112,8 @@ async def test_connecting_takes_no_longer_than_it_may(
 ) -> None:
     """Nobody answers the connection attempts; a URL's own time-out goes before the setting."""
     monkeypatch.setattr(module, "OUTAGE_PATIENCE", 0.1)
-    async with before_postgres(database_url) as (proxy, url):
-        proxy.hold(Way.DOWN)
+    async with postgres_proxy(database_url) as (proxy, url):
+        proxy.block(Direction.TO_CLIENT)
         for address, connect_timeout in ((url, 0.3), (f"{url}&connect_timeout=1", 600.0)):
             database = Database(parse(address), connect_timeout=connect_timeout)
             async with asyncio.timeout(20):

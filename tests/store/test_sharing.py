@@ -16,7 +16,7 @@ from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.db.hot_pool import Record, Statement
 from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher
-from tests.support.chat import SYSTEM, Chat, text, texts
+from tests.support.chat import SYSTEM, Chat, new_message, new_messages
 
 N = {"n": Integer()}
 
@@ -115,7 +115,7 @@ async def test_single_and_batched_form_return_the_same_rows(
         for count, limit in ((0, 5), (3, 2), (12, 50)):
             session = await user.create_session(title=f"{count} messages")
             if count:
-                await user.append(session.id, [text("rules", SYSTEM), *texts(count)])
+                await user.append(session.id, [new_message("rules", SYSTEM), *new_messages(count)])
             requests += [
                 {
                     "user_id": user.user_id,

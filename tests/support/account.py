@@ -14,7 +14,7 @@ from typing import Any
 from service.embedded.account import SYSTEM_USER
 
 
-def ordinary() -> dict[str, Any]:
+def unprivileged_user() -> dict[str, Any]:
     """Return what `subprocess` needs to start such a program: as root, the user that the embedded PostgreSQL has made for itself."""
     if os.geteuid() != 0:
         return {}
@@ -22,18 +22,18 @@ def ordinary() -> dict[str, Any]:
     return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
 
 
-def give(path: Path) -> None:
+def give_ownership(path: Path) -> None:
     """Let such a program have a file or folder."""
-    if who := ordinary():
+    if who := unprivileged_user():
         os.chown(path, who["user"], who["group"])
 
 
 @contextmanager
-def folder_for(what: str) -> Iterator[Path]:
+def unprivileged_folder(what: str) -> Iterator[Path]:
     """Give a folder to such a program alone; pytest's own let nobody else pass."""
     folder = Path(tempfile.mkdtemp(prefix=f"chat-history-{what}-"))
     try:
-        give(folder)
+        give_ownership(folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

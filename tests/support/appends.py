@@ -32,7 +32,7 @@ from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.tables import SessionState
 from tests.support.chat import new_id
-from tests.support.cluster import at_rest, fetch
+from tests.support.cluster import fetch, wait_until_idle
 from tests.support.history import History, history
 
 NAMES = 6
@@ -366,7 +366,7 @@ async def play(
         for database in world.databases:
             await database.drain()
         # A statement whose connection was cut may still be at work.
-        await at_rest(world.url)
+        await wait_until_idle(world.url)
         for session, start in enumerate(before):
             mine = [each for step, each in zip(burst, done, strict=True) if step.session == session]
             found, before[session] = await world.content(session)

@@ -17,14 +17,14 @@ from cryptography.x509.oid import NameOID
 _LOOPBACK = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
 
 
-class Pair(NamedTuple):
+class CertificatePair(NamedTuple):
     """A certificate and its key, in PEM form."""
 
     cert: bytes
     key: bytes
 
 
-class Authority:
+class CertificateAuthority:
     """Signs certificates, for 127.0.0.1 and localhost unless other hosts are named."""
 
     def __init__(self, name: str = "tests") -> None:
@@ -33,14 +33,14 @@ class Authority:
         self._cert = self._sign(self._name, self._key.public_key(), _LOOPBACK, authority=True)
         self.pem = self._cert.public_bytes(Encoding.PEM)
 
-    def issue(self, name: str = "localhost", hosts: Sequence[str] = ()) -> Pair:
+    def issue(self, name: str = "localhost", hosts: Sequence[str] = ()) -> CertificatePair:
         """Make a certificate, for `hosts` alone when there are any."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = [x509.DNSName(host) for host in hosts] or _LOOPBACK
         cert = self._sign(subject, key.public_key(), names, authority=False)
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        return Pair(cert.public_bytes(Encoding.PEM), private)
+        return CertificatePair(cert.public_bytes(Encoding.PEM), private)
 
     def _sign(
         self,
@@ -65,7 +65,9 @@ class Authority:
         )
 
 
-def write(folder: Path, pair: Pair, ca: bytes | None = None) -> dict[str, Path]:
+def write_tls_files(
+    folder: Path, pair: CertificatePair, ca: bytes | None = None
+) -> dict[str, Path]:
     """Write what a server needs and return its settings."""
     files = {"tls_cert": (folder / "tls.crt", pair.cert), "tls_key": (folder / "tls.key", pair.key)}
     if ca is not None:

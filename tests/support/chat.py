@@ -23,7 +23,7 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
-def text(
+def new_message(
     content: str, role: message_pb2.Role.ValueType = USER, **fields: Any
 ) -> message_pb2.Message:
     """Make a message with an id of its own."""
@@ -31,9 +31,9 @@ def text(
     return message_pb2.Message(**given)
 
 
-def texts(count: int, prefix: str = "message") -> list[message_pb2.Message]:
+def new_messages(count: int, prefix: str = "message") -> list[message_pb2.Message]:
     """Make several messages."""
-    return [text(f"{prefix} {number}") for number in range(1, count + 1)]
+    return [new_message(f"{prefix} {number}") for number in range(1, count + 1)]
 
 
 class Chat:
@@ -105,7 +105,7 @@ class Chat:
         self, session_id: str, messages: Iterable[message_pb2.Message] | str, **fields: Any
     ) -> message_pb2.AppendMessagesResponse:
         """Append messages, or one that says a text."""
-        sent = [text(messages)] if isinstance(messages, str) else messages
+        sent = [new_message(messages)] if isinstance(messages, str) else messages
         request = message_pb2.AppendMessagesRequest(
             user_id=self.user_id, session_id=session_id, messages=sent, **fields
         )

@@ -46,7 +46,7 @@ async def serving_http(app: ASGIApp, grace: int = 3) -> AsyncGenerator[str]:
 
 
 @asynccontextmanager
-async def chatting(history: str, **settings: Any) -> AsyncGenerator[str]:
+async def serving_chatbot(history: str, **settings: Any) -> AsyncGenerator[str]:
     """Serve the chatbot before a history service, and give its address."""
     given: dict[str, Any] = {"secret": "of the tests", "history_target": history} | settings
     async with serving_http(create_app(_Settings(**given))) as address:
@@ -82,7 +82,7 @@ class Browser(httpx.AsyncClient):
                 return messages
 
 
-async def events(reply: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
+async def server_sent_events(reply: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
     """Read server-sent events."""
     name = ""
     async for line in reply.aiter_lines():
@@ -92,7 +92,7 @@ async def events(reply: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
             yield name, json.loads(line.removeprefix("data:"))
 
 
-class Model:
+class ModelServer:
     """An OpenAI-compatible endpoint that answers with given words, one at a time."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Model:
         self.status = 200
         self.prompts: list[list[dict[str, str]]] = []
         """What it was sent."""
-        self.said = 0
+        self.words_sent = 0
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[dict[str, Any]]:
@@ -128,7 +128,7 @@ class Model:
                 raise ConnectionError
             if number:
                 await asyncio.sleep(self.pause)
-            self.said += 1
+            self.words_sent += 1
             choice = {
                 "index": 0,
                 "delta": {"role": "assistant", "content": word},

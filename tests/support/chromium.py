@@ -10,7 +10,7 @@ from typing import Any
 import axe_playwright_python
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from tests.support.tools import require
+from tests.support.tools import require_program
 
 _ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -28,7 +28,7 @@ PHONE: dict[str, Any] = {
 @asynccontextmanager
 async def chromium() -> AsyncGenerator[Browser]:
     """Start Debian's chromium."""
-    program = require("chromium")
+    program = require_program("chromium")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=program, args=_ARGUMENTS)
         yield browser
@@ -36,7 +36,7 @@ async def chromium() -> AsyncGenerator[Browser]:
 
 
 @asynccontextmanager
-async def opened(browser: Browser, complaints: list[str], **device: Any) -> AsyncGenerator[Page]:
+async def open_page(browser: Browser, complaints: list[str], **device: Any) -> AsyncGenerator[Page]:
     """Open a page of somebody new; what its console complains of is noted."""
     context = await browser.new_context(**device, locale="en-GB", timezone_id="UTC")
     page = await context.new_page()
@@ -54,16 +54,16 @@ async def opened(browser: Browser, complaints: list[str], **device: Any) -> Asyn
     await context.close()
 
 
-async def at_rest(page: Page) -> None:
+async def wait_for_animations(page: Page) -> None:
     """Wait until nothing moves any more."""
     await page.evaluate(
         "Promise.allSettled(document.getAnimations({ subtree: true }).map(each => each.finished))"
     )
 
 
-async def barriers(page: Page) -> list[str]:
+async def accessibility_violations(page: Page) -> list[str]:
     """Return what axe finds that keeps people out."""
-    await at_rest(page)
+    await wait_for_animations(page)
     script = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text()
     # As the browser's own tool does it: the page's policy does not hold for what is evaluated in it.
     await page.evaluate(script)

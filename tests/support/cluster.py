@@ -22,7 +22,7 @@ from service.embedded.postgres import EmbeddedPostgres
 from service.store.db.dsn import parse
 from service.store.schema import migrations
 
-SUPPORT = "test-support"
+TESTS_APPLICATION = "test-support"
 """The application name of what the tests themselves ask; such statements are not the service's."""
 _FOLDER = "chat-history-tests-"
 _MAKER = "maker"
@@ -50,7 +50,7 @@ WHERE datname = current_database() AND application_name = 'chat-history' AND sta
 """
 
 
-class Logged(NamedTuple):
+class LoggedStatement(NamedTuple):
     """One statement that PostgreSQL was sent."""
 
     who: str
@@ -63,7 +63,7 @@ class Cluster:
 
     running: ClassVar[list[Cluster]] = []
     """Those of this process."""
-    left: ClassVar[list[Logged]] = []
+    left: ClassVar[list[LoggedStatement]] = []
     """What was sent to those that have ended, and nobody has looked at."""
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
@@ -125,7 +125,7 @@ class Cluster:
         """Open a connection of the tests' own."""
         return await asyncpg.connect(
             self.url(database),
-            server_settings={"application_name": SUPPORT},
+            server_settings={"application_name": TESTS_APPLICATION},
             statement_cache_size=0,
         )
 
@@ -151,7 +151,7 @@ class Cluster:
         finally:
             await connection.close()
 
-    def new_statements(self) -> list[Logged]:
+    def new_statements(self) -> list[LoggedStatement]:
         """Return what was sent since the last call, by whatever process, but for the tests' own statements.
 
         PostgreSQL writes a statement down before it runs it, so whatever has been answered is here.
@@ -165,7 +165,7 @@ class Cluster:
         return list(statements_in(raw.decode(errors="replace")))
 
 
-def all_new_statements() -> list[Logged]:
+def all_new_statements() -> list[LoggedStatement]:
     """Return what was sent to any cluster of this process since the last call, but for the tests' own statements."""
     left, Cluster.left = Cluster.left, []
     return left + [
@@ -173,14 +173,16 @@ def all_new_statements() -> list[Logged]:
     ]
 
 
-def statements_in(log: str) -> Iterator[Logged]:
+def statements_in(log: str) -> Iterator[LoggedStatement]:
     """Find the statements in a log of PostgreSQL, but for the tests' own."""
     for found in _LOGGED.finditer(log):
-        if found["who"] != SUPPORT:
-            yield Logged(found["who"], found["database"], found["sql"].replace("\n\t", "\n"))
+        if found["who"] != TESTS_APPLICATION:
+            yield LoggedStatement(
+                found["who"], found["database"], found["sql"].replace("\n\t", "\n")
+            )
 
 
-def sweep() -> None:
+def remove_abandoned_clusters() -> None:
     """Remove what test processes have left that could not end in good order."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         if not (folder / "lock").exists() or owner(folder) is not None:
@@ -199,7 +201,7 @@ def sweep() -> None:
 async def connected_to(url: str) -> AsyncGenerator[asyncpg.Connection]:
     """Open a connection to a database, as the tests themselves."""
     connection = await asyncpg.connect(
-        url, server_settings={"application_name": SUPPORT}, statement_cache_size=0
+        url, server_settings={"application_name": TESTS_APPLICATION}, statement_cache_size=0
     )
     try:
         yield connection
@@ -213,7 +215,7 @@ async def fetch(url: str, sql: str, *args: Any) -> list[asyncpg.Record]:
         return await connection.fetch(sql, *args)
 
 
-async def at_rest(url: str) -> None:
+async def wait_until_idle(url: str) -> None:
     """Wait until none of the service's sessions is at work in a database, such whose clients are gone included."""
     async with asyncio.timeout(60), connected_to(url) as connection:
         while await connection.fetchval(_AT_WORK):

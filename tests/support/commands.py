@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-PATIENCE = 300
+TIMEOUT_S = 300
 """Seconds in which a command has ended: those that build and install fetch packages, on a new machine all of them."""
 
 
@@ -21,7 +21,7 @@ def run(*command: str | Path, cwd: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE,
+        timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout

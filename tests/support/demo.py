@@ -47,7 +47,7 @@ class Demo:
 
 
 @asynccontextmanager
-async def demo(folder: Path, ports: tuple[int, int]) -> AsyncGenerator[str]:
+async def running_demo(folder: Path, ports: tuple[int, int]) -> AsyncGenerator[str]:
     """Run the demo and give its address."""
     running = Demo(folder, ports)
     try:

@@ -52,7 +52,7 @@ class Failure(NamedTuple):
     retry_after: float | None
 
 
-def read(error: aio.AioRpcError) -> Failure:
+def read_failure(error: aio.AioRpcError) -> Failure:
     """Read the details of a failed call, and check that they are as the contract says of every error."""
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     assert status is not None, f"no google.rpc.Status: {error.code()} {error.details()}"
@@ -98,16 +98,16 @@ def _unpack(status: Status, kind: type[Detail]) -> list[Detail]:
     return found
 
 
-async def failure(call: Awaitable[object]) -> Failure:
+async def failure_of(call: Awaitable[object]) -> Failure:
     """Wait for a call that must fail and return how."""
     with pytest.raises(aio.AioRpcError) as caught:
         await call
-    return read(caught.value)
+    return read_failure(caught.value)
 
 
-async def fails(call: Awaitable[object], reason: str, **metadata: str | int) -> Failure:
+async def assert_fails(call: Awaitable[object], reason: str, **metadata: str | int) -> Failure:
     """Wait for a call that must fail for this reason; the code follows from the contract's table."""
-    found = await failure(call)
+    found = await failure_of(call)
     assert found.reason == reason, found
     assert {key: found.metadata.get(key) for key in metadata} == {
         key: str(value) for key, value in metadata.items()
@@ -115,8 +115,8 @@ async def fails(call: Awaitable[object], reason: str, **metadata: str | int) -> 
     return found
 
 
-async def refuses(call: Awaitable[object], *fields: str) -> Failure:
+async def assert_field_violations(call: Awaitable[object], *fields: str) -> Failure:
     """Wait for a call that must be refused for exactly these fields, one entry each, in this order."""
-    found = await fails(call, "FIELD_VIOLATION")
+    found = await assert_fails(call, "FIELD_VIOLATION")
     assert found.fields == list(fields), found
     return found

@@ -88,16 +88,18 @@ def service_token(subject: str = "backend", **changes: Any) -> str:
     return token(subject, scope=f"openid {SERVICE}", **changes)
 
 
-def raw(header: Mapping[str, Any], body: Mapping[str, Any], signature: bytes = b"") -> str:
+def assemble_token(
+    header: Mapping[str, Any], body: Mapping[str, Any], signature: bytes = b""
+) -> str:
     """Put a token together as it is, signed by nobody."""
     return ".".join(
         _b64(part) for part in (json.dumps(header).encode(), json.dumps(body).encode(), signature)
     )
 
 
-def hs256_with(secret: bytes, body: Mapping[str, Any]) -> str:
+def hs256_token(secret: bytes, body: Mapping[str, Any]) -> str:
     """Sign with any bytes: PyJWT itself refuses a public key as a secret."""
-    start = raw({"alg": "HS256", "typ": "JWT"}, body).rpartition(".")[0]
+    start = assemble_token({"alg": "HS256", "typ": "JWT"}, body).rpartition(".")[0]
     return start + "." + _b64(hmac.digest(secret, start.encode(), hashlib.sha256))
 
 
@@ -121,9 +123,9 @@ def bad_tokens(subject: str) -> dict[str, str]:
         "three dots": "...",
         "not JSON": ".".join(_b64(b"\xff{") for _ in range(3)),
         "deep JSON": f"{_b64(b'[' * 5000)}.{body}.{signature}",
-        "alg none": raw({"alg": "none", "typ": "JWT"}, claims(subject)),
-        "alg None, old signature": raw({"alg": "None"}, claims(subject)) + signature,
-        "alg missing": raw({"typ": "JWT"}, claims(subject)),
+        "alg none": assemble_token({"alg": "none", "typ": "JWT"}, claims(subject)),
+        "alg None, old signature": assemble_token({"alg": "None"}, claims(subject)) + signature,
+        "alg missing": assemble_token({"typ": "JWT"}, claims(subject)),
         "signature cut": f"{head}.{body}.",
         "signature of another secret": token(
             subject, key="another secret, just as long as the first"
@@ -137,16 +139,18 @@ def bad_tokens(subject: str) -> dict[str, str]:
         "expired": token(subject, exp=now - 60),
         "never expires": token(subject, exp=None),
         "expiry is no number": token(subject, exp=None)
-        and hs256_with(SECRET.encode(), claims(subject, exp="soon")),
-        "expiry is infinite": hs256_with(SECRET.encode(), claims(subject, exp=float("inf"))),
+        and hs256_token(SECRET.encode(), claims(subject, exp="soon")),
+        "expiry is infinite": hs256_token(SECRET.encode(), claims(subject, exp=float("inf"))),
         "not yet valid": token(subject, nbf=now + 120),
         "issued in the future": token(subject, iat=now + 120),
         "no subject": token(subject, sub=None),
         "subject is no id": token("somebody"),
-        "subject is a number": hs256_with(SECRET.encode(), claims(subject, sub=42)),
+        "subject is a number": hs256_token(SECRET.encode(), claims(subject, sub=42)),
         "subject is the system": token("00000000-0000-0000-0000-000000000000"),
         "critical extension": token(subject, headers={"crit": ["exp"], "exp": now}),
-        "unsigned payload": raw({"alg": "HS256", "b64": False, "crit": ["b64"]}, claims(subject)),
+        "unsigned payload": assemble_token(
+            {"alg": "HS256", "b64": False, "crit": ["b64"]}, claims(subject)
+        ),
     }
 
 
@@ -155,10 +159,10 @@ class KeyServer:
 
     def __init__(self) -> None:
         self.keys: list[dict[str, Any]] = []
-        self.asked = 0
-        self.shown: list[str | None] = []
+        self.request_count = 0
+        self.authorization_headers: list[str | None] = []
         """The Authorization header of each question."""
-        self.fails = False
+        self.is_failing = False
         self.url = ""
 
     def publish(self, **keys: Any) -> None:
@@ -184,10 +188,10 @@ def key_server() -> Generator[KeyServer]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            served.asked += 1
-            served.shown.append(self.headers.get("Authorization"))
+            served.request_count += 1
+            served.authorization_headers.append(self.headers.get("Authorization"))
             body = json.dumps({"keys": served.keys}).encode()
-            self.send_response(503 if served.fails else 200)
+            self.send_response(503 if served.is_failing else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -201,7 +205,7 @@ def key_server() -> Generator[KeyServer]:
 
 
 @contextmanager
-def dripping_server() -> Generator[str]:
+def endless_key_server() -> Generator[str]:
     """Serve a key set that comes byte by byte and never ends, until its reader goes; give its URL."""
 
     class Handler(BaseHTTPRequestHandler):

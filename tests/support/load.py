@@ -15,14 +15,14 @@ from tests.support.chat import Chat, new_id
 from tests.support.history import history
 from tests.support.record import Place, Record, judge, place, said
 
-RETRIED = {
+RETRYABLE_CODES = {
     StatusCode.UNAVAILABLE,
     StatusCode.ABORTED,
     StatusCode.DEADLINE_EXCEEDED,
     StatusCode.RESOURCE_EXHAUSTED,
 }
 """What a client tries again, with the same ids: the outcome was a refusal, or is not known."""
-CALL_SECONDS = 5.0
+CALL_TIMEOUT_S = 5.0
 
 
 class Load:
@@ -35,10 +35,10 @@ class Load:
         sessions: int = 4,
         writers: int = 3,
         seed: int = 1,
-        call_seconds: float = CALL_SECONDS,
+        call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._chat = chat
-        self._call_seconds = call_seconds
+        self._call_seconds = call_timeout_s
         self._random = random.Random(seed)
         self.session_ids = [new_id() for _ in range(sessions)]
         self._writers = [session_id for session_id in self.session_ids for _ in range(writers)]
@@ -72,7 +72,7 @@ class Load:
                 task.cancel()
             await asyncio.wait([*writing, *following])
 
-    async def progress(self, count: int) -> None:
+    async def wait_for_appends(self, count: int) -> None:
         """Wait until so many more messages have been acknowledged."""
         goal = self.count + count
         async with asyncio.timeout(60):
@@ -101,7 +101,7 @@ class Load:
             try:
                 return await self._chat.stub.AppendMessages(request, timeout=self._call_seconds)
             except aio.AioRpcError as error:
-                if error.code() not in RETRIED:
+                if error.code() not in RETRYABLE_CODES:
                     raise
                 self.refusals[error.code().name] = self.refusals.get(error.code().name, 0) + 1
             await asyncio.sleep(self._random.uniform(0.01, 0.2))
@@ -124,7 +124,7 @@ class Load:
             assert found.last_seq == record.acknowledged, "every request was carried through"
 
 
-def patient(**options: int) -> dict[str, int]:
+def fast_reconnect_options(**options: int) -> dict[str, int]:
     """Return options of a channel that finds a restarted server soon."""
     return {
         "initial_reconnect_backoff_ms": 50,

@@ -54,7 +54,7 @@ class NextBuild:
         (self._scripts / "versions" / "next.py").write_text(text)
 
     @property
-    def serves(self) -> tuple[str, ...]:
+    def server_command(self) -> tuple[str, ...]:
         """What the interpreter runs for a server of it: see `ServerProcess`."""
         return "-c", _PROGRAM.format(module="tests.support.serve"), str(self._scripts)
 

@@ -17,7 +17,7 @@ from typing import Self
 
 from sqlalchemy import URL, make_url
 
-from tests.support.account import folder_for, give, ordinary
+from tests.support.account import give_ownership, unprivileged_folder, unprivileged_user
 from tests.support.ports import free_port
 
 PROGRAM = "pgbouncer"
@@ -35,7 +35,7 @@ _SETTINGS = {
 }
 
 
-def program() -> str | None:
+def find_program() -> str | None:
     """Return where PgBouncer is; Debian's stands in a folder that is not in everybody's PATH."""
     return shutil.which(PROGRAM) or shutil.which(PROGRAM, path="/usr/sbin:/usr/local/sbin")
 
@@ -78,7 +78,7 @@ class PgBouncer:
         ).render_as_string(hide_password=False)  # fmt: skip
 
     def __enter__(self) -> Self:
-        self.folder = self._exit.enter_context(folder_for("pgbouncer"))
+        self.folder = self._exit.enter_context(unprivileged_folder("pgbouncer"))
         self.port = free_port()
         self._configure()
         self.start()
@@ -113,16 +113,16 @@ class PgBouncer:
             path = self.folder / name
             path.touch(mode=0o600)
             path.write_bytes(content)
-            give(path)
+            give_ownership(path)
 
     def start(self) -> None:
         """Start it and wait until it listens."""
-        found = program()
+        found = find_program()
         assert found is not None, "PgBouncer is not installed"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [found, str(self.folder / "pgbouncer.ini")],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **ordinary(),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **unprivileged_user(),
             )  # fmt: skip
         give_up = time.monotonic() + 20
         while True:

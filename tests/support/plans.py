@@ -13,7 +13,7 @@ import asyncpg
 from sqlalchemy import event
 
 from service.server import Server
-from tests.support.cluster import SUPPORT
+from tests.support.cluster import TESTS_APPLICATION
 
 
 class Sent(NamedTuple):
@@ -87,7 +87,7 @@ async def explained(url: str, statements: Sequence[Sent], table: str) -> list[Pl
     """Run those of these statements that read a table again and return their plans: each as planned for its arguments, and for any."""
     plans: list[Plan] = []
     connection = await asyncpg.connect(
-        url, server_settings={"application_name": SUPPORT}, statement_cache_size=0
+        url, server_settings={"application_name": TESTS_APPLICATION}, statement_cache_size=0
     )
     try:
         for number, (sql, args) in enumerate({repr(each): each for each in statements}.values()):

@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 
-NOBODY = "127.0.0.1:1"
+UNUSED_ADDRESS = "127.0.0.1:1"
 """An address at which nobody listens: no server of ours or of anybody's takes a port this low."""
 _FIRST, _EACH, _PROCESSES = 12_000, 100, 200
 _numbers = itertools.count()

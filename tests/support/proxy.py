@@ -22,12 +22,12 @@ _PIECE = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)
 
 
-class Way(Enum):
+class Direction(Enum):
     """Where a piece of data goes."""
 
-    UP = auto()
+    TO_SERVER = auto()
     """To the server."""
-    DOWN = auto()
+    TO_CLIENT = auto()
     """To the client."""
 
 
@@ -36,20 +36,20 @@ class Link:
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.halves = [client]
-        self.passed = {Way.UP: 0, Way.DOWN: 0}
+        self.passed = {Direction.TO_SERVER: 0, Direction.TO_CLIENT: 0}
         """Bytes seen, by where they go."""
 
-    def cut(self) -> None:
+    def reset(self) -> None:
         """Reset both halves."""
         for half in self.halves:
-            reset(half)
+            reset_writer(half)
 
-    def cut_client(self) -> None:
+    def reset_client(self) -> None:
         """Reset the client's half only: the server is left with a half-open connection and is told nothing."""
-        reset(self.halves[0])
+        reset_writer(self.halves[0])
 
 
-Tap = Callable[[Link, Way, bytes], bool]
+Tap = Callable[[Link, Direction, bytes], bool]
 """Sees a piece before it passes; False swallows it."""
 
 
@@ -66,7 +66,7 @@ class Proxy:
         self.accepted = 0
         """How many connections have come."""
         self._refusing = False
-        self._open = {way: asyncio.Event() for way in Way}
+        self._open = {way: asyncio.Event() for way in Direction}
         self._pumps: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
@@ -77,7 +77,7 @@ class Proxy:
         return f"127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Self:
-        self.let_pass()
+        self.unblock()
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_PIECE)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -85,38 +85,38 @@ class Proxy:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
-        self.cut()
+        self.reset_connections()
         for pump in self._pumps:
             pump.cancel()
         while self._pumps:
             await asyncio.wait(self._pumps)
         await self._server.wait_closed()
 
-    def cut(self) -> None:
+    def reset_connections(self) -> None:
         """Reset every connection; new ones pass."""
         for link in list(self.links):
-            link.cut()
+            link.reset()
 
-    def halve(self) -> None:
+    def reset_clients(self) -> None:
         """Reset the clients' halves and leave the server's open, as when a network or a machine has gone away."""
         for link in list(self.links):
-            link.cut_client()
+            link.reset_client()
 
-    def refuse(self) -> None:
+    def refuse_connections(self) -> None:
         """Reset every connection, new ones too, until `accept`."""
         self._refusing = True
-        self.cut()
+        self.reset_connections()
 
-    def accept(self) -> None:
+    def accept_connections(self) -> None:
         """Take new connections again."""
         self._refusing = False
 
-    def hold(self, *ways: Way) -> None:
+    def block(self, *ways: Direction) -> None:
         """Let nothing pass, in these directions or in both, and close nothing."""
-        for way in ways or Way:
+        for way in ways or Direction:
             self._open[way].clear()
 
-    def let_pass(self) -> None:
+    def unblock(self) -> None:
         """Let pass what was held, and what comes."""
         for gate in self._open.values():
             gate.set()
@@ -124,7 +124,7 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
         if self._refusing:
-            reset(writer)
+            reset_writer(writer)
             return
         link = Link(writer)
         self.links.add(link)
@@ -136,13 +136,13 @@ class Proxy:
             up_reader, up_writer = await self._connect()
             link.halves.append(up_writer)
             await asyncio.gather(
-                self._pump(link, Way.UP, reader, up_writer),
-                self._pump(link, Way.DOWN, up_reader, writer),
+                self._pump(link, Direction.TO_SERVER, reader, up_writer),
+                self._pump(link, Direction.TO_CLIENT, up_reader, writer),
             )
         except OSError:
-            link.cut()
+            link.reset()
         except asyncio.CancelledError:
-            link.cut()
+            link.reset()
         finally:
             self.links.discard(link)
             self._pumps.discard(task)
@@ -154,7 +154,7 @@ class Proxy:
         return await asyncio.open_connection(host, int(port), limit=_PIECE)
 
     async def _pump(
-        self, link: Link, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, link: Link, way: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         while piece := await reader.read(_PIECE):
             await self._open[way].wait()
@@ -169,7 +169,7 @@ class Proxy:
         writer.close()
 
 
-def reset(writer: asyncio.StreamWriter) -> None:
+def reset_writer(writer: asyncio.StreamWriter) -> None:
     """Close a connection the hard way: the other side gets a reset instead of an end."""
     if writer.transport.is_closing():
         return
@@ -179,12 +179,12 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def _pass(_link: Link, _way: Way, _piece: bytes) -> bool:
+def _pass(_link: Link, _way: Direction, _piece: bytes) -> bool:
     return True
 
 
 @asynccontextmanager
-async def before_postgres(database_url: str) -> AsyncGenerator[tuple[Proxy, str]]:
+async def postgres_proxy(database_url: str) -> AsyncGenerator[tuple[Proxy, str]]:
     """Put a proxy on a service's way to a test's database; give it and the connection string through it."""
     url = make_url(routed_url(database_url))
     upstream = f"{url.host}:{url.port}" if url.host else f"{url.query['host']}/.s.PGSQL.5432"

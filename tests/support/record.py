@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from chathistory.v1 import message_pb2, session_pb2
 
-from tests.support.chat import new_id, text
+from tests.support.chat import new_id, new_message
 from tests.support.history import History
 
 Place = tuple[int, str]
@@ -187,7 +187,7 @@ def said(
 ) -> message_pb2.Message:
     """Make a message of at least so many characters, which begins with its own id."""
     id_ = new_id()
-    return text(f"{id_} ".ljust(size, "x"), role, id=id_)
+    return new_message(f"{id_} ".ljust(size, "x"), role, id=id_)
 
 
 def place(message: message_pb2.Message) -> Place:

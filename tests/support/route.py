@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 
 from sqlalchemy import make_url
 
-from tests.support.pgbouncer import PgBouncer, program
-from tests.support.tools import lacking
+from tests.support.pgbouncer import PgBouncer, find_program
+from tests.support.tools import skip_or_fail
 
-THROUGH = ("pgbouncer",)
+ROUTES = ("pgbouncer",)
 """What a run can be asked to go through."""
 
 
@@ -34,11 +34,11 @@ _poolers: _Poolers | None = None
 
 
 @contextmanager
-def routed(through: str | None) -> Iterator[None]:
+def use_route(through: str | None) -> Iterator[None]:
     """Have services go this way during a block; None: directly."""
     global _poolers  # noqa: PLW0603 - a choice of the whole run, which no test passes on
-    if through is not None and program() is None:
-        lacking("pgbouncer is not installed")
+    if through is not None and find_program() is None:
+        skip_or_fail("pgbouncer is not installed")
     _poolers = _Poolers() if through is not None else None
     try:
         yield

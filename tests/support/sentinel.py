@@ -21,7 +21,7 @@ from pglast.parser import ParseError
 
 from service.ids import SYSTEM_USER_ID
 from service.store.tables import metadata
-from tests.support.cluster import Logged
+from tests.support.cluster import LoggedStatement
 
 # Its types say that anything may be missing anywhere; the grammar says what is there.
 ast: Any = pglast.ast
@@ -64,7 +64,7 @@ _DDL = (
 )  # fmt: skip
 
 
-def complaints(statements: Iterable[Logged]) -> list[str]:
+def complaints(statements: Iterable[LoggedStatement]) -> list[str]:
     """Return what is wrong with these statements, in words."""
     return [
         f"{problem}\nin a statement of {statement.who!r} in {statement.database!r}:\n{statement.sql}"

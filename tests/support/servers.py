@@ -197,7 +197,7 @@ class ServerProcess:
         self.address = line.strip()
         return self.address
 
-    def send(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send a signal; the test sees to the end of the process itself from now on."""
         self._ended_by_test = True
         assert self._process is not None
@@ -210,7 +210,7 @@ class ServerProcess:
 
     async def kill(self) -> None:
         """End it at once, as a crash would."""
-        self.send(signal.SIGKILL)
+        self.send_signal(signal.SIGKILL)
         await self.wait()
 
     async def stop(self) -> None:
@@ -239,7 +239,7 @@ class ServerProcess:
         await self.stop()
 
 
-def code_of(error: BaseException) -> grpc.StatusCode:
+def status_code(error: BaseException) -> grpc.StatusCode:
     """Return the status code of a failed call."""
     assert isinstance(error, aio.AioRpcError)
     return error.code()

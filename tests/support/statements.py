@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.cluster import Cluster, Logged, statements_in
+from tests.support.cluster import Cluster, LoggedStatement, statements_in
 
 
 class Sent:
@@ -13,7 +13,7 @@ class Sent:
         self._database = database_name(database_url)
         self._from = self._log.stat().st_size
 
-    def so_far(self) -> list[Logged]:
+    def so_far(self) -> list[LoggedStatement]:
         """Return the statements."""
         with self._log.open("rb") as log:
             log.seek(self._from)

@@ -12,8 +12,8 @@ from typing import Self
 
 from sqlalchemy import URL
 
-from tests.support.account import folder_for, give, ordinary
-from tests.support.certificates import Pair
+from tests.support.account import give_ownership, unprivileged_folder, unprivileged_user
+from tests.support.certificates import CertificatePair
 from tests.support.ports import free_port
 
 USER = "neondb_owner"
@@ -23,7 +23,7 @@ _DEBIAN = Path("/usr/lib/postgresql")
 _HBA = "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
 
 
-def programs() -> Path | None:
+def find_programs() -> Path | None:
     """Return the folder of the system's PostgreSQL programs, the newest's, which is not in PATH."""
     found = [path.parent for path in _DEBIAN.glob("*/bin/initdb")]
     return max(found, key=lambda each: int(re.sub(r"\D", "", each.parent.name) or 0), default=None)
@@ -32,7 +32,7 @@ def programs() -> Path | None:
 class TlsPostgres:
     """A PostgreSQL server of our own, as a context manager; nothing of the machine's own clusters is touched."""
 
-    def __init__(self, certificate: Pair) -> None:
+    def __init__(self, certificate: CertificatePair) -> None:
         self._certificate = certificate
         self._exit = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,7 +51,7 @@ class TlsPostgres:
         return f"postgresql://{USER}@/{DATABASE}?host={self.folder}&port={self.port}"
 
     def __enter__(self) -> Self:
-        self.folder = self._exit.enter_context(folder_for("postgres"))
+        self.folder = self._exit.enter_context(unprivileged_folder("postgres"))
         self.port = free_port()
         try:
             self._start()
@@ -64,14 +64,14 @@ class TlsPostgres:
         self._stop()
 
     def _start(self) -> None:
-        found = programs()
+        found = find_programs()
         assert found is not None, "Debian's postgresql is not installed"
         self._write("password", PASSWORD.encode())
         data = self.folder / "data"
         subprocess.run(
             [found / "initdb", "--pgdata", data, "--username", USER, "--pwfile", self.folder / "password", "--no-sync",
              "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C"],
-            check=True, capture_output=True, cwd="/", **ordinary(),
+            check=True, capture_output=True, cwd="/", **unprivileged_user(),
         )  # fmt: skip
         settings = {
             "listen_addresses": "127.0.0.1",
@@ -86,7 +86,7 @@ class TlsPostgres:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [found / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **ordinary(),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **unprivileged_user(),
             )  # fmt: skip
         give_up = time.monotonic() + 30
         create: list[str | Path] = [
@@ -116,5 +116,5 @@ class TlsPostgres:
         path = self.folder / name
         path.touch(mode=0o600)
         path.write_bytes(content)
-        give(path)
+        give_ownership(path)
         return path

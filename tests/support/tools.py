@@ -9,15 +9,15 @@ from typing import NoReturn
 import pytest
 
 
-def require(program: str) -> str:
+def require_program(program: str) -> str:
     """Return the path of a program; a test that lacks it is skipped, and under CI it fails."""
     found = shutil.which(program)
     if found is None:
-        lacking(f"{program} is not installed")
+        skip_or_fail(f"{program} is not installed")
     return found
 
 
-def lacking(what: str) -> NoReturn:
+def skip_or_fail(what: str) -> NoReturn:
     """Skip a test that cannot run here; under CI it fails, so that nothing goes unnoticed."""
     if os.environ.get("CI", "").lower() in ("true", "1"):
         pytest.fail(what)
