@@ -1,4 +1,7 @@
-"""Runs migrations on the connection that it is given, or, for a developer's `alembic` command, on the configured database."""
+"""Runs migrations on the caller's connection.
+
+A developer's `alembic` command has none, and uses the configured database.
+"""
 
 import asyncio
 from typing import Any
@@ -14,7 +17,7 @@ from service.store.schema import migrations
 
 
 def number_revisions(_context: Any, _revision: Any, directives: list[Any]) -> None:
-    """Give a new revision the next number, so that a build can compare revisions."""
+    """Number a new revision consecutively, so that a build can compare revisions."""
     if directives:
         head = context.script.get_current_head()
         directives[0].rev_id = f"{int(head or 0) + 1:04d}"
@@ -45,9 +48,9 @@ def configured_target() -> Target:
 
 
 if context.is_offline_mode():
-    raise SystemExit("migrations are run on a database; --sql is not supported")
-given = context.config.attributes.get("connection")
-if given is not None:
-    run(given)
+    raise SystemExit("--sql is not supported: migrations read the database that they change")
+connection = context.config.attributes.get("connection")
+if connection is not None:
+    run(connection)
 else:
     asyncio.run(migrations.in_transaction(configured_target(), run))

@@ -97,7 +97,7 @@ def upgrade() -> None:
         ),
     )
     op.execute("INSERT INTO schema_info (min_build) VALUES (1)")
-    # The system's own user: owner of what outlives every user.
+    # The system's own user, which owns the shared documents.
     op.execute(
         "INSERT INTO users (id, fingerprint) VALUES ('00000000-0000-0000-0000-000000000000', '')"
     )

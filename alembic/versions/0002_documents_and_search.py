@@ -1,4 +1,4 @@
-"""Documents, their chunks, and what the search index still owes."""
+"""Documents, their chunks, and the outbox of the search index."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,1 +1,7 @@
-"""PostgreSQL: everything that knows SQLAlchemy. Functions take a connection and plain arguments, return rows, never commit."""
+"""PostgreSQL: all code that uses SQLAlchemy.
+
+The modules of the nouns (users, sessions, messages, documents) name their functions alike: `get`
+raises NotFound, `find` returns None, `create`, `list_page`, `update`, `delete`, and `delete_slice`
+for deletes that are too large for one transaction. Functions that take a connection run in its
+transaction and never commit.
+"""

@@ -1,4 +1,8 @@
-"""The schema. Every table of a user's things begins its key with the owner, so that isolation is structural."""
+"""The tables of the schema.
+
+The primary keys of sessions, messages, documents and chunks begin with the owner, so that isolation
+is structural: a message cannot belong to another user's session.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +35,20 @@ from sqlalchemy.dialects.postgresql import JSONB
 from service.ids import SYSTEM_USER_ID
 
 BUILD = 2
-"""This build's number: the revision of the newest migration it knows."""
+"""Number of this build: the revision of its newest migration."""
 REQUIRED_REVISION = 2
-"""The oldest schema revision that this build works with."""
+"""The oldest revision of the schema that this build works with."""
 
 
 class SessionState(IntEnum):
-    """Whether a session takes messages; the numbers are stored."""
+    """Whether a session accepts messages. The numbers are stored."""
 
     ACTIVE = 1
     ARCHIVED = 2
 
 
 class Role(IntEnum):
-    """Who speaks; the numbers are stored."""
+    """The author's role. The numbers are stored."""
 
     USER = 1
     ASSISTANT = 2
@@ -53,7 +57,7 @@ class Role(IntEnum):
 
 
 class DocumentStatus(IntEnum):
-    """Whether search finds a document; the numbers are stored."""
+    """Whether search finds a document. The numbers are stored."""
 
     PENDING = 1
     INDEXED = 2
@@ -61,7 +65,7 @@ class DocumentStatus(IntEnum):
 
 
 class OutboxKind(IntEnum):
-    """What a row of the outbox is about; the numbers are stored."""
+    """Kind of the entity of a row in the outbox. The numbers are stored."""
 
     DOCUMENT = 1
     SESSION = 2
@@ -69,7 +73,10 @@ class OutboxKind(IntEnum):
 
 
 OPEN_END = 2**63 - 2
-"""Of a range in the outbox: from there on, whatever comes. Another number than a rebuilding's, which is beyond it."""
+"""End of the range that an append enqueues: it includes all later messages of the session.
+
+It differs from `outbox.MAX_POSITION`, by which the rows of a rebuild are counted.
+"""
 
 metadata = MetaData(
     naming_convention={
@@ -81,21 +88,21 @@ metadata = MetaData(
     }
 )
 
-# Ids are text outside the database: no UUID object is made on the way, and the driver takes both.
+# Ids are text in Python: no UUID objects are created, and the driver accepts text.
 _id = Uuid(as_uuid=False)
 _time = DateTime(timezone=True)
-# None is NULL, not the word of JSON.
+# None is stored as NULL, not as the JSON value null.
 _json = JSONB(none_as_null=True)
 
 
 def _stamps() -> tuple[Column[object], ...]:
-    """Columns of everything that a client creates."""
+    """Return the columns of every table whose rows clients create."""
     return (
         Column("created_at", _time, nullable=False, server_default=func.clock_timestamp()),
         Column("updated_at", _time, nullable=False, server_default=func.clock_timestamp()),
-        # Hash of what the client sent when it created the row; an update leaves it.
+        # Hash of the client's request that created the row. Updates do not change it.
         Column("fingerprint", LargeBinary, nullable=False),
-        # Counts updates, appends not among them; the etag is made of it.
+        # Number of updates, without appends; part of the etag.
         Column("revision", Integer, nullable=False, server_default=text("1")),
     )
 
@@ -126,7 +133,8 @@ chat_sessions = Table(
     Column(
         "state", SmallInteger, nullable=False, server_default=text(str(int(SessionState.ACTIVE)))
     ),
-    # The next three change at every append: not indexed, so that the update stays heap-only.
+    # An append changes the next two columns and updated_at. None of them is indexed, so that the
+    # update stays heap-only (HOT).
     Column("last_seq", BigInteger, nullable=False, server_default=text("0")),
     Column("message_count", BigInteger, nullable=False, server_default=text("0")),
     *_stamps(),
@@ -135,7 +143,7 @@ chat_sessions = Table(
     PrimaryKeyConstraint("user_id", "id"),
     ForeignKeyConstraint(["user_id"], ["users.id"], ondelete="CASCADE"),
     CheckConstraint("message_count BETWEEN 0 AND last_seq", name="counts"),
-    # Room in every page for the new version of a row that an append updates (HOT).
+    # Leaves space in every page for the row versions that appends create (HOT).
     postgresql_with={"fillfactor": 50},
 )
 
@@ -151,15 +159,17 @@ chat_messages = Table(
     Column("parts", _json),
     Column("metadata", _json),
     Column("token_count", Integer),
-    # What token_count would be, guessed from the length; used where the client gave none.
+    # Estimated from the length; used when the client sent no token_count.
     Column("token_estimate", Integer, nullable=False),
-    # Roughly the bytes of the message in a reply, so that a page can be cut by size before anything large is read.
+    # Approximate bytes of the message in a reply, so that a page can be cut by size before any text
+    # is read.
     Column("size", Integer, nullable=False),
     Column("author", Text, nullable=False, server_default=""),
     Column("feedback_score", Double),
     Column("feedback_comment", Text),
     *_stamps(),
-    # Set: a tombstone, which keeps id, seq and fingerprint so that a late retry cannot bring the message back.
+    # Set for a tombstone. It keeps id, seq and fingerprint, so that a late retry of the append does
+    # not restore the message.
     Column("deleted_at", _time),
     PrimaryKeyConstraint("user_id", "session_id", "seq"),
     UniqueConstraint("user_id", "session_id", "id"),
@@ -172,7 +182,7 @@ chat_messages = Table(
 documents = Table(
     "documents",
     metadata,
-    # The nil UUID for shared ones.
+    # SYSTEM_USER_ID for shared documents.
     Column("user_id", _id, nullable=False),
     Column("id", _id, nullable=False),
     Column("title", Text, nullable=False, server_default=""),
@@ -193,7 +203,7 @@ documents = Table(
     PrimaryKeyConstraint("user_id", "id"),
     ForeignKeyConstraint(["user_id"], ["users.id"], ondelete="CASCADE"),
     Index("documents_user_id_created_at_idx", "user_id", "created_at", "id"),
-    # Those without a hash are NULL, and all different.
+    # Documents without a hash have NULL, and are all distinct.
     Index("documents_content_key", "user_id", "content_sha256", "source_uri", unique=True),
 )
 
@@ -204,7 +214,8 @@ document_chunks = Table(
     Column("document_id", _id, nullable=False),
     Column("chunk_index", Integer, nullable=False),
     Column("text", Text, nullable=False),
-    # What the client gave (32-bit floats, little-endian): the index must be rebuildable from here. NULL: made of the text.
+    # The client's vector (32-bit floats, little-endian), stored because the index must be
+    # rebuildable from this table. NULL: the service embeds the text.
     Column("vector", LargeBinary),
     PrimaryKeyConstraint("user_id", "document_id", "chunk_index"),
     ForeignKeyConstraint(
@@ -213,33 +224,35 @@ document_chunks = Table(
     CheckConstraint("chunk_index >= 0", name="chunk_index"),
 )
 
-# What the search index still owes: one row an entity, without text, and without a foreign key, since it outlives what it is about.
+# Changes that the search index does not have yet: one row for each entity. It has no foreign key,
+# because a row must exist after its entity is deleted. `outbox/outbox.py` explains the columns.
 search_outbox = Table(
     "search_outbox",
     metadata,
     Column("kind", SmallInteger, nullable=False),
     Column("user_id", _id, nullable=False),
     Column("entity_id", _id, nullable=False),
-    # Counts changes: the row goes only if nothing has changed since it was taken.
+    # Number of changes. A finished row is deleted only if it has not changed since the claim.
     Column("version", BigInteger, nullable=False, server_default=text("1")),
-    # Which chunks (by index) or messages (by seq) have changed, and whether points may be left that nothing stands behind.
+    # The chunks (by index) or messages (by seq) that have changed, and whether orphaned points may
+    # remain in the index.
     Column("since", BigInteger, nullable=False),
     Column("through", BigInteger, nullable=False),
     Column("wipe", Boolean, nullable=False, server_default=false()),
-    # The same of a lease under way: what it has taken off the columns above.
+    # The same for the current lease: the claim has moved them here from the columns above.
     Column("taken_since", BigInteger),
     Column("taken_through", BigInteger),
     Column("taken_wipe", Boolean, nullable=False, server_default=false()),
-    # When the oldest change came that is not indexed: the lag.
+    # Time of the oldest change that is not indexed, from which the lag is computed.
     Column("owed_at", _time, nullable=False, server_default=func.clock_timestamp()),
-    # When it may be taken: the end of a lease or of a pause; infinity when it was given up.
+    # When the row can be claimed: the end of a lease or of a back-off; infinity for a dead letter.
     Column("due_at", _time, nullable=False, server_default=func.clock_timestamp()),
     Column("lease_id", _id),
     Column("attempts", SmallInteger, nullable=False, server_default=text("0")),
     Column("detail", Text, nullable=False, server_default=""),
     PrimaryKeyConstraint("kind", "user_id", "entity_id"),
     Index("search_outbox_due_at_idx", "due_at"),
-    # Rows come and go: vacuumed by their number, and updated in place (HOT).
+    # Rows are short-lived: vacuum by their number, and leave space for updates in place (HOT).
     postgresql_with={
         "fillfactor": 50,
         "autovacuum_vacuum_scale_factor": 0,
@@ -250,11 +263,12 @@ search_outbox = Table(
 search_indexes = Table(
     "search_indexes",
     metadata,
-    # One row an index that was ever built, and how far its rebuilding is.
+    # One row for each index that was ever built, with the state of its rebuild.
     Column("alias", Text, nullable=False),
-    # The collection that is filled now, beside the live one or as the first; all changes go to it too.
+    # The collection that is being built, as the first or next to the live one. All changes are
+    # written to it too.
     Column("building", Text),
-    # The last entity that was handed to the outbox.
+    # The entity that the rebuild has enqueued last, and the number of those enqueued.
     Column("after_kind", SmallInteger, nullable=False, server_default=text("0")),
     Column("after_user_id", _id, nullable=False, server_default=text(f"'{SYSTEM_USER_ID}'")),
     Column("after_entity_id", _id, nullable=False, server_default=text(f"'{SYSTEM_USER_ID}'")),
@@ -268,7 +282,7 @@ search_indexes = Table(
 schema_info = Table(
     "schema_info",
     metadata,
-    # One row. The oldest build that works with this schema: only a contracting migration raises it.
+    # One row: the oldest build that works with this schema. Only contracting migrations raise it.
     Column("id", Integer, nullable=False, server_default=text("1")),
     Column("min_build", Integer, nullable=False),
     PrimaryKeyConstraint("id"),

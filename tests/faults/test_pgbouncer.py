@@ -307,7 +307,7 @@ async def test_the_next_build_migrates_under_load(
     assert int(revision) == build.revision
 
 
-BUSY = "others hold the locks"
+BUSY = "other transactions hold the locks"
 
 
 @pytest.mark.case(n=22)

@@ -1,4 +1,4 @@
-"""Migrations run on databases of their own."""
+"""Databases without a schema for the tests of migrations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.support.cluster import Cluster
 
 @pytest.fixture
 def empty(empty_database_url: str) -> Target:
-    """Give a database without a schema."""
+    """Return a database without a schema."""
     return parse(empty_database_url)
 
 
 @pytest.fixture
-async def another(cluster: Cluster) -> AsyncGenerator[str]:
-    """Give the connection string of a second database without a schema."""
+async def other_database_url(cluster: Cluster) -> AsyncGenerator[str]:
+    """Yield the connection string of a second database without a schema."""
     name = await cluster.create_database(empty=True)
     yield cluster.url(name)
     await cluster.drop_database(name)

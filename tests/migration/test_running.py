@@ -1,4 +1,4 @@
-"""How migrations run: one at a time, briefly waiting, never stopping an older or newer build."""
+"""Migrations run one at a time, with short lock waits, and keep older and newer builds running."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ROOT = Path(migrations.SCRIPTS_DIR).parent
 
 
 @asynccontextmanager
-async def somebody_else(target: Target, statement: str) -> AsyncGenerator[asyncpg.Connection]:
-    """Hold a transaction open that has run a statement."""
+async def holding(target: Target, statement: str) -> AsyncGenerator[asyncpg.Connection]:
+    """Keep a transaction open in which a statement was executed."""
     connection = await asyncpg.connect(
         url_of(target), server_settings={"application_name": TESTS_APPLICATION}
     )
@@ -42,78 +42,77 @@ async def somebody_else(target: Target, statement: str) -> AsyncGenerator[asyncp
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migrations, "LOCK_TIMEOUT", "100ms")
     monkeypatch.setattr(migrations, "STATEMENT_TIMEOUT", "300ms")
     monkeypatch.setattr(migrations, "RETRY_PAUSE_S", 0.1)
 
 
-async def test_of_many_migrators_one_migrates(empty: Target) -> None:
-    done = await asyncio.gather(*(migrations.upgrade(empty) for _ in range(5)))
-    assert sorted(each.before for each in done) == [0] + [tables.BUILD] * 4
-    assert {each.after for each in done} == {tables.BUILD}
+async def test_of_concurrent_migrators_one_migrates(empty: Target) -> None:
+    results = await asyncio.gather(*(migrations.upgrade(empty) for _ in range(5)))
+    assert sorted(result.before for result in results) == [0] + [tables.BUILD] * 4
+    assert {result.after for result in results} == {tables.BUILD}
     assert (
-        str(done[0]).startswith("migrated")
-        or str(done[0]) == f"nothing to do: the schema is at revision {tables.BUILD:04d}"
+        str(results[0]).startswith("migrated")
+        or str(results[0]) == f"nothing to do: the schema is at revision {tables.BUILD:04d}"
     )
 
 
-async def test_a_migrator_waits_for_another_without_a_snapshot(empty: Target) -> None:
+async def test_a_migrator_waits_for_another_one_without_a_snapshot(empty: Target) -> None:
     waiting = asyncio.Event()
-    async with somebody_else(
+    async with holding(
         empty, f"SELECT pg_advisory_xact_lock({migrations.ADVISORY_LOCK_KEY})"
     ) as other:
-        task = asyncio.create_task(migrations.upgrade(empty, on_wait=lambda _words: waiting.set()))
+        task = asyncio.create_task(migrations.upgrade(empty, on_wait=lambda _reason: waiting.set()))
         await waiting.wait()
-        held = await other.fetch(
-            "SELECT 1 FROM pg_stat_activity WHERE application_name = 'chat-history' AND backend_xmin IS NOT NULL"
+        snapshots = await other.fetch(
+            "SELECT 1 FROM pg_stat_activity"
+            " WHERE application_name = 'chat-history' AND backend_xmin IS NOT NULL"
         )
-        assert held == []
+        assert snapshots == []
         assert not task.done()
     assert (await task).after == tables.BUILD
 
 
-async def test_a_migrator_that_never_ends_is_told(
+async def test_a_wait_for_another_migrator_times_out(
     empty: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "MIGRATOR_TIMEOUT_S", 0.0)
-    async with somebody_else(
-        empty, f"SELECT pg_advisory_xact_lock({migrations.ADVISORY_LOCK_KEY})"
-    ):
-        with pytest.raises(MigrationError, match="another migration has not ended"):
+    async with holding(empty, f"SELECT pg_advisory_xact_lock({migrations.ADVISORY_LOCK_KEY})"):
+        with pytest.raises(MigrationError, match="another migration did not end"):
             await migrations.upgrade(empty)
 
 
-async def test_locks_of_others_are_waited_for_in_short_tries(
-    empty: Target, impatient: None
-) -> None:
-    told: list[str] = []
-    again = asyncio.Event()
+async def test_a_locked_migration_is_retried(empty: Target, short_timeouts: None) -> None:
+    reasons: list[str] = []
+    waiting = asyncio.Event()
 
-    def on_wait(words: str) -> None:
-        told.append(words)
-        again.set()
+    def on_wait(reason: str) -> None:
+        reasons.append(reason)
+        waiting.set()
 
-    # Its CREATE TABLE, not committed, holds the name that the migration needs.
-    async with somebody_else(empty, "CREATE TABLE users (id int)") as other:
+    # The uncommitted CREATE TABLE locks the name of a table that the migration creates.
+    async with holding(empty, "CREATE TABLE users (id int)") as other:
         task = asyncio.create_task(migrations.upgrade(empty, on_wait=on_wait))
-        await again.wait()
+        await waiting.wait()
         with pytest.raises(asyncpg.PostgresSyntaxError):
             await other.execute("roll back")
     assert (await task).after == tables.BUILD
-    assert "others hold the locks" in told[0]
+    assert "other transactions hold the locks" in reasons[0]
 
 
-async def test_locks_that_are_never_given_free_are_told(empty: Target, impatient: None) -> None:
+async def test_a_migration_that_stays_locked_fails_with_advice(
+    empty: Target, short_timeouts: None
+) -> None:
     await migrations.upgrade(empty)
-    async with somebody_else(empty, "LOCK TABLE chat_messages IN ACCESS SHARE MODE"):
+    async with holding(empty, "LOCK TABLE chat_messages IN ACCESS SHARE MODE"):
         with pytest.raises(MigrationError, match="end long transactions"):
             await migrations.downgrade(empty)
     assert (await migrations.upgrade(empty)).before == tables.BUILD
 
 
-async def test_a_slow_statement_is_told(
-    empty: Target, impatient: None, monkeypatch: pytest.MonkeyPatch
+async def test_a_slow_statement_fails_the_migration(
+    empty: Target, short_timeouts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         migrations, "_upgrade", lambda connection: connection.execute(text("SELECT pg_sleep(5)"))
@@ -122,30 +121,30 @@ async def test_a_slow_statement_is_told(
         await migrations.upgrade(empty)
 
 
-async def test_time_outs_are_those_of_the_rules_and_may_be_raised(empty: Target) -> None:
-    seen: list[str] = []
+async def test_timeouts_are_set_and_a_migration_can_raise_them(empty: Target) -> None:
+    timeouts: list[str] = []
 
-    def look(connection: Connection) -> None:
-        seen.extend(
+    def read_timeouts(connection: Connection) -> None:
+        timeouts.extend(
             connection.scalar(text(f"SHOW {name}")) or ""
             for name in ("lock_timeout", "statement_timeout")
         )
         connection.execute(text("SET LOCAL statement_timeout = '5min'"))
 
-    await migrations.in_transaction(empty, look)
-    assert seen == ["4s", "5s"]
+    await migrations.in_transaction(empty, read_timeouts)
+    assert timeouts == ["4s", "5s"]
 
 
-async def test_a_newer_schema_is_left_alone(empty: Target) -> None:
+async def test_a_newer_schema_is_unchanged(empty: Target) -> None:
     await migrations.upgrade(empty)
     newer = tables.BUILD + 6
     await fetch(url_of(empty), f"UPDATE alembic_version SET version_num = '{newer:04d}'")
-    done = await migrations.upgrade(empty)
-    assert (done.before, done.after, done.problem) == (newer, newer, None)
-    assert "newer than this build brings" in str(done)
+    result = await migrations.upgrade(empty)
+    assert (result.before, result.after, result.problem) == (newer, newer, None)
+    assert "newer than this build's revision" in str(result)
 
 
-async def test_a_contracted_schema_refuses_older_builds(empty: Target) -> None:
+async def test_a_contracted_schema_rejects_older_builds(empty: Target) -> None:
     await migrations.upgrade(empty)
     await fetch(url_of(empty), f"UPDATE schema_info SET min_build = {tables.BUILD + 1}")
     problem = (await migrations.upgrade(empty)).problem
@@ -153,13 +152,13 @@ async def test_a_contracted_schema_refuses_older_builds(empty: Target) -> None:
     assert "deploy a newer one" in problem
 
 
-def test_an_older_schema_names_the_command() -> None:
+def test_the_problem_of_an_older_schema_names_the_command() -> None:
     problem = SchemaVersion(tables.REQUIRED_REVISION - 1, 0).problem
     assert problem is not None
     assert "chat-history migrate" in problem
 
 
-async def test_another_applications_migrations_are_not_touched(empty: Target) -> None:
+async def test_the_database_of_another_application_is_unchanged(empty: Target) -> None:
     await fetch(url_of(empty), "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
     await fetch(url_of(empty), "INSERT INTO alembic_version VALUES ('ae1027a6acf')")
     with pytest.raises(MigrationError, match="another application"):
@@ -171,7 +170,7 @@ async def test_another_applications_migrations_are_not_touched(empty: Target) ->
     assert tuple(row) == ("ae1027a6acf", True)
 
 
-async def test_missing_scripts_are_told(
+async def test_missing_scripts_fail_with_a_message(
     empty: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "SCRIPTS_DIR", tmp_path / "alembic")
@@ -179,45 +178,47 @@ async def test_missing_scripts_are_told(
         await migrations.upgrade(empty)
 
 
-async def test_logging_is_left_alone(empty: Target) -> None:
-    logger, root = logging.getLogger("somebody"), logging.getLogger()
+async def test_the_logging_configuration_is_unchanged(empty: Target) -> None:
+    logger, root = logging.getLogger("application"), logging.getLogger()
     before = (root.level, list(root.handlers), logger.disabled)
     await migrations.upgrade(empty)
     assert (root.level, list(root.handlers), logger.disabled) == before
 
 
-async def test_nothing_to_do_does_not_load_alembic(empty: Target) -> None:
+async def test_alembic_is_not_loaded_for_a_current_schema(empty: Target) -> None:
     await migrations.upgrade(empty)
     program = (
-        "import asyncio, sys; from service.store.schema import migrations; from service.store.db.dsn import parse; "
-        "print(asyncio.run(migrations.upgrade(parse(sys.argv[1])))); sys.exit('alembic' in sys.modules)"
+        "import asyncio, sys; from service.store.schema import migrations;"
+        " from service.store.db.dsn import parse;"
+        " print(asyncio.run(migrations.upgrade(parse(sys.argv[1]))));"
+        " sys.exit('alembic' in sys.modules)"
     )
-    done = await asyncio.to_thread(
+    process = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", program, url_of(empty)],
         check=False,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert "nothing to do" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "nothing to do" in process.stdout
 
 
 async def alembic(target: Target, *arguments: str, cwd: Path = ROOT) -> str:
-    """Run the developers' command."""
+    """Run the `alembic` command of developers."""
     environment = os.environ | {"DATABASE_URL": url_of(target)}
     command = [str(Path(sys.executable).with_name("alembic")), *arguments]
-    done = await asyncio.to_thread(
+    process = await asyncio.to_thread(
         lambda: subprocess.run(
             command, check=False, capture_output=True, text=True, cwd=cwd, env=environment
         )
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    return process.stdout
 
 
-async def test_the_developers_command_works(empty: Target) -> None:
+async def test_the_alembic_command_of_developers_works(empty: Target) -> None:
     await alembic(empty, "upgrade", "head")
     assert f"{tables.BUILD:04d} (head)" in await alembic(empty, "current")
     assert "No new upgrade operations" in await alembic(empty, "check")
@@ -230,8 +231,8 @@ async def test_a_new_revision_takes_the_next_number(empty: Target, tmp_path: Pat
     shutil.copy(ROOT / "alembic.ini", tmp_path)
     await alembic(empty, "upgrade", "head", cwd=tmp_path)
     await alembic(empty, "revision", "-m", "more", cwd=tmp_path)
-    made = tmp_path / "alembic" / "versions" / f"{tables.BUILD + 1:04d}_more.py"
-    assert f'down_revision = "{tables.BUILD:04d}"' in made.read_text()
+    script = tmp_path / "alembic" / "versions" / f"{tables.BUILD + 1:04d}_more.py"
+    assert f'down_revision = "{tables.BUILD:04d}"' in script.read_text()
 
 
 @pytest.mark.timeout(300)
@@ -252,7 +253,7 @@ async def test_an_installed_wheel_migrates_without_a_checkout(
         subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
         [wheel] = (tmp_path / "dist").iterdir()
         shutil.unpack_archive(wheel, tmp_path / "site", "zip")
-        # Before the checkout, which the environment knows.
+        # First in the path, before the checkout that the environment has installed.
         environment = os.environ | {
             "PYTHONPATH": str(tmp_path / "site"),
             "DATABASE_URL": url_of(empty),
@@ -267,8 +268,8 @@ async def test_an_installed_wheel_migrates_without_a_checkout(
             text=True,
         )
 
-    done = await asyncio.to_thread(migrate)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(tmp_path / "site"))
-    [row] = await fetch(url_of(empty), "SELECT to_regclass('chat_messages') IS NOT NULL AS there")
-    assert row["there"]
+    process = await asyncio.to_thread(migrate)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith(str(tmp_path / "site"))
+    [row] = await fetch(url_of(empty), "SELECT to_regclass('chat_messages') AS name")
+    assert row["name"] is not None

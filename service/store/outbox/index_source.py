@@ -1,4 +1,4 @@
-"""Reads what the search index is made of, for the indexer, and the state of its rebuilding."""
+"""Reads the texts and vectors that the indexer indexes, and writes the status of documents."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from service.store.db.hot_pool import Statement
 from service.store.tables import DocumentStatus, OutboxKind
 
 MAX_TEXT_CHARS = 8192
-"""Characters of a text that are embedded; what lies beyond does not count in a search."""
+"""Characters of a text, from its beginning, that are embedded; search does not find the rest."""
 
 
 class Range(NamedTuple):
-    """Some items of an entity."""
+    """Items of an entity: chunks of a document by index, or messages of a session by seq."""
 
     user_id: str
     entity_id: str
@@ -23,13 +23,13 @@ class Range(NamedTuple):
 
 
 def split_ranges(ranges: Iterable[Range], size: int) -> Iterator[list[Range]]:
-    """Cut ranges into parts of `size` places, so that a page reads no more than it is about."""
+    """Split ranges into pages of at most `size` items each, so that a read stays small."""
     page: list[Range] = []
     room = size
-    for whole in ranges:
-        since = whole.since
-        while since <= whole.through:
-            part = whole._replace(since=since, through=min(whole.through, since + room - 1))
+    for range_ in ranges:
+        since = range_.since
+        while since <= range_.through:
+            part = range_._replace(since=since, through=min(range_.through, since + room - 1))
             page.append(part)
             room -= part.through - since + 1
             since = part.through + 1
@@ -41,48 +41,55 @@ def split_ranges(ranges: Iterable[Range], size: int) -> Iterator[list[Range]]:
 
 
 class Item(NamedTuple):
-    """One item: of which range (its place in the list), its place in the entity, its key, and what is embedded.
-
-    `text` is None when there is nothing to find; `vector` is what the client gave.
-    """
+    """A chunk or a message to be indexed."""
 
     range_index: int
+    """Index of its range in the list of ranges that were read."""
     position: int
+    """Index of the chunk, or seq of the message."""
     key: str
+    """Index of the chunk as text, or id of the message."""
     text: str | None
+    """The text to embed; None for a deleted message."""
     vector: bytes | None
+    """The client's vector, if any."""
 
     @property
     def is_blank(self) -> bool:
-        """Whether there is nothing to find."""
+        """Whether it has no text that search could find."""
         return not (self.text and self.text.strip())
 
 
-_ASKED = "unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[]) WITH ORDINALITY AS w (user_id, entity_id, since, through, n)"
+_RANGES = """unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[]) WITH ORDINALITY
+     AS w (user_id, entity_id, since, through, n)"""
 
 _CHUNKS = Statement.from_text(f"""
 SELECT w.n - 1, c.chunk_index, c.chunk_index::text, left(c.text, {MAX_TEXT_CHARS}), c.vector
-FROM {_ASKED}
+FROM {_RANGES}
 JOIN document_chunks AS c
-  ON c.user_id = w.user_id AND c.document_id = w.entity_id AND c.chunk_index BETWEEN w.since AND w.through
+  ON c.user_id = w.user_id AND c.document_id = w.entity_id
+ AND c.chunk_index BETWEEN w.since AND w.through
 ORDER BY w.n, c.chunk_index
-""")  # noqa: S608 - nothing but text of ours goes in
+""")  # noqa: S608 - only constants are inserted
 
 _MESSAGES = Statement.from_text(f"""
-SELECT w.n - 1, m.seq, m.id::text, CASE WHEN m.deleted_at IS NULL THEN left(m.content, {MAX_TEXT_CHARS}) END, NULL
-FROM {_ASKED}
+SELECT w.n - 1, m.seq, m.id::text,
+       CASE WHEN m.deleted_at IS NULL THEN left(m.content, {MAX_TEXT_CHARS}) END, NULL
+FROM {_RANGES}
 JOIN chat_messages AS m
   ON m.user_id = w.user_id AND m.session_id = w.entity_id AND m.seq BETWEEN w.since AND w.through
 ORDER BY w.n, m.seq
-""")  # noqa: S608
+""")  # noqa: S608 - only constants are inserted
 
-_THERE = {
+_ITEM_COUNTS = {
     OutboxKind.DOCUMENT: Statement.from_text("""
-SELECT w.n - 1, d.chunk_count FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
+SELECT w.n - 1, d.chunk_count
+FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
 JOIN documents AS d ON d.user_id = w.user_id AND d.id = w.id
 """),
     OutboxKind.SESSION: Statement.from_text("""
-SELECT w.n - 1, s.last_seq FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
+SELECT w.n - 1, s.last_seq
+FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
 JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 """),
 }
@@ -90,20 +97,27 @@ JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 _ITEMS = {OutboxKind.DOCUMENT: _CHUNKS, OutboxKind.SESSION: _MESSAGES}
 
 
+EntityKey = tuple[str, str]
+"""A document or session: user id, id."""
+
+
 async def read_item_counts(
-    database: Database, kind: OutboxKind, entities: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], int]:
-    """Return which of these documents or sessions (user id, id) are there, and how many chunks or messages each has had."""
-    rows = await database.fetch_once(
-        _THERE[kind], [user for user, _ in entities], [entity for _, entity in entities]
+    database: Database, kind: OutboxKind, entities: Sequence[EntityKey]
+) -> dict[EntityKey, int]:
+    """Return the chunk count of each document, or the last seq of each session, that exists."""
+    records = await database.fetch_once(
+        _ITEM_COUNTS[kind],
+        [user_id for user_id, _ in entities],
+        [entity_id for _, entity_id in entities],
     )
-    return {entities[row[0]]: row[1] for row in rows}
+    return {entities[record[0]]: record[1] for record in records}
 
 
 async def read_items(database: Database, kind: OutboxKind, ranges: Sequence[Range]) -> list[Item]:
-    """Read the items of these ranges in order."""
-    columns = zip(*ranges, strict=True)
-    return [Item(*row) for row in await database.fetch_once(_ITEMS[kind], *map(list, columns))]
+    """Read the items of ranges, in order."""
+    columns = map(list, zip(*ranges, strict=True))
+    records = await database.fetch_once(_ITEMS[kind], *columns)
+    return [Item(*record) for record in records]
 
 
 _SET_DOCUMENT_STATUS = Statement.from_text("""
@@ -115,12 +129,23 @@ WHERE d.user_id = w.user_id AND d.id = w.id AND d.chunk_count = w.chunk_count
 
 async def set_document_status(
     database: Database,
-    documents: dict[tuple[str, str], int],
+    chunk_counts: dict[EntityKey, int],
     status: DocumentStatus,
     detail: str = "",
 ) -> None:
-    """Say whether documents (user id, id) can be found, but for those that have another number of chunks by now."""
-    users, ids = [user for user, _ in documents], [document for _, document in documents]
+    """Set the status of documents, except of those whose chunk count has changed.
+
+    Args:
+        database: The database.
+        chunk_counts: The documents, with the chunk counts that the status is about.
+        status: The status.
+        detail: The reason of a failure.
+    """
     await database.fetch_once(
-        _SET_DOCUMENT_STATUS, users, ids, list(documents.values()), int(status), detail
+        _SET_DOCUMENT_STATUS,
+        [user_id for user_id, _ in chunk_counts],
+        [document_id for _, document_id in chunk_counts],
+        list(chunk_counts.values()),
+        int(status),
+        detail,
     )

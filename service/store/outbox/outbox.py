@@ -1,12 +1,18 @@
-"""What the search index still owes: written in the transaction of each change, worked off by search/indexer.py.
+"""The search outbox: changes that the search index does not have yet.
 
-One row an entity (a document, a session for its messages, a user who has gone), not one a change: however often a session grows while
-nobody looks, there is one row to take, and a delete cannot be overtaken by an older upsert. A row says which items have changed
-(`since`..`through`: chunks by their index, messages by their seq) and whether points may be left that nothing stands behind (`wipe`).
+Every write enqueues its change in its own transaction, and `search/indexer.py` processes the rows.
 
-Taking a row moves these into the `taken_…` columns, so that what changes meanwhile is told apart from what is being done; `version`
-counts the changes. A row goes when its version is still the one that was taken; a lease that was not finished simply ends, and whoever
-takes the row next gets both. Statements on several rows skip those that an append holds, so that neither waits for the other.
+There is one row for each entity (a document, a session for its messages, a deleted user), and not
+one for each change. However often a session grows while no indexer runs, one row is processed, and
+a delete cannot be overtaken by an older upsert. A row states which items have changed (`since` to
+`through`: chunks by their index, messages by their seq), and whether orphaned points may remain in
+the index (`wipe`).
+
+An indexer claims a row for the time of a lease. The claim moves the changed range into the
+`taken_...` columns, so that changes during the lease are recorded separately. `version` counts the
+changes: a finished row is deleted only if its version is still the claimed one. After a lease that
+has expired unfinished, the next claim gets both ranges. Statements on several rows skip the rows
+that an append has locked, so that neither waits for the other.
 """
 
 from __future__ import annotations
@@ -30,16 +36,20 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.db.database import Database
-from service.store.db.hot_pool import Statement
+from service.store.db.hot_pool import Record, Statement
 from service.store.tables import OutboxKind, search_indexes, search_outbox
 
 MAX_POSITION = 2**63 - 1
-"""Beyond every chunk's index and every message's seq."""
+"""Greater than the index of any chunk and the seq of any message: the end of a whole entity."""
 
 MAX_ATTEMPTS = 5
-"""Tries of what is refused, before it is given up. A session that was given up and grows is tried with what is new alone."""
+"""Attempts to index an entity that the index rejects, before its row becomes a dead letter.
 
-_own = search_outbox.c
+A dead letter stays in the table with `due_at` infinity. When a session with a dead letter grows,
+only its new messages are tried.
+"""
+
+_outbox = search_outbox.c
 _KEY = ("kind", "user_id", "entity_id")
 _NEVER: ColumnElement[datetime] = literal_column("'infinity'::timestamptz")
 
@@ -55,18 +65,27 @@ async def enqueue(
     wipe: bool = False,
     search_enabled: bool = True,
 ) -> None:
-    """Note that the index owes some items of an entity.
+    """Enqueue a change of some items of an entity.
 
-    With search off (`on` False) nothing is noted, but for what must leave an index that was built before.
+    Args:
+        connection: The connection, in the transaction of the change.
+        kind: The kind of the entity.
+        user_id: Owner of the entity.
+        entity_id: The entity.
+        since: The first item that has changed: a chunk's index or a message's seq.
+        through: The last item that has changed.
+        wipe: Whether all points of the entity must be deleted from the index first.
+        search_enabled: Whether search is on. If it is off, only deletes are enqueued, and only if
+            an index was built earlier.
     """
     if not (search_enabled or wipe):
         return
     values = {
-        "kind": literal(int(kind), _own.kind.type),
-        "user_id": literal(user_id, _own.user_id.type),
-        "entity_id": literal(entity_id, _own.entity_id.type),
-        "since": literal(since, _own.since.type),
-        "through": literal(through, _own.through.type),
+        "kind": literal(int(kind), _outbox.kind.type),
+        "user_id": literal(user_id, _outbox.user_id.type),
+        "entity_id": literal(entity_id, _outbox.entity_id.type),
+        "since": literal(since, _outbox.since.type),
+        "through": literal(through, _outbox.through.type),
         "wipe": literal(wipe, Boolean),
     }
     row = select(*values.values())
@@ -77,22 +96,27 @@ async def enqueue(
         new.on_conflict_do_update(
             index_elements=list(_KEY),
             set_={
-                "version": _own.version + 1,
-                "since": func.least(_own.since, new.excluded.since),
-                "through": func.greatest(_own.through, new.excluded.through),
-                "wipe": _own.wipe | new.excluded.wipe,
-                # What was given up is tried again when it has changed.
-                "due_at": case((_own.due_at == _NEVER, new.excluded.due_at), else_=_own.due_at),
+                "version": _outbox.version + 1,
+                "since": func.least(_outbox.since, new.excluded.since),
+                "through": func.greatest(_outbox.through, new.excluded.through),
+                "wipe": _outbox.wipe | new.excluded.wipe,
+                # A dead letter becomes due again when its entity changes.
+                "due_at": case(
+                    (_outbox.due_at == _NEVER, new.excluded.due_at), else_=_outbox.due_at
+                ),
             },
         )
     )
 
 
 async def enqueue_user(connection: AsyncConnection, user_id: str, *, search_enabled: bool) -> None:
-    """Note that all points of a user must go; leases under way on things of theirs do not count as done."""
-    bumped = update(search_outbox).where(_own.user_id == user_id)
+    """Enqueue the deletion of all points of a user.
+
+    Rows of the user's documents and sessions that are leased at this time will not count as done.
+    """
+    rows = update(search_outbox).where(_outbox.user_id == user_id)
     await connection.execute(
-        bumped.values(version=_own.version + 1, since=0, through=MAX_POSITION, wipe=True)
+        rows.values(version=_outbox.version + 1, since=0, through=MAX_POSITION, wipe=True)
     )
     await enqueue(
         connection, OutboxKind.USER, user_id, user_id, wipe=True, search_enabled=search_enabled
@@ -100,7 +124,7 @@ async def enqueue_user(connection: AsyncConnection, user_id: str, *, search_enab
 
 
 class LeasedRow(NamedTuple):
-    """A row that was taken to be worked off."""
+    """A claimed row."""
 
     kind: int
     user_id: str
@@ -115,79 +139,94 @@ class LeasedRow(NamedTuple):
 
 
 class Backlog(NamedTuple):
-    """How much is owed."""
+    """Numbers of the rows in the outbox."""
 
     pending: int
     failed: int
+    """Dead letters."""
     oldest_age_s: float
-    """Seconds since the oldest change that waits."""
+    """Seconds since the oldest pending change."""
     next_due_s: float | None
-    """Seconds until the next row may be taken; None when nothing waits."""
+    """Seconds until the next row can be claimed; None when no row is pending."""
 
 
-# A user who has gone goes first: points of one who came back with the same id must not go with them.
+# A session's dead letter is due again because the session has grown: only the new messages are
+# tried, with new attempts.
+_IS_DEAD_LETTER_OF_SESSION = f"o.kind = {OutboxKind.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS}"
+# The row of a deleted user is claimed before all other rows of that user. Otherwise it would delete
+# the points of a user that was created later with the same id.
 _CLAIM = Statement.from_text(f"""
 WITH due AS (
     SELECT o.kind, o.user_id, o.entity_id
     FROM search_outbox AS o
     WHERE o.due_at <= now()
       AND (o.kind = {OutboxKind.USER:d} OR NOT EXISTS (
-        SELECT FROM search_outbox AS u WHERE u.kind = {OutboxKind.USER:d} AND u.user_id = o.user_id AND u.entity_id = o.user_id))
+        SELECT FROM search_outbox AS u
+        WHERE u.kind = {OutboxKind.USER:d} AND u.user_id = o.user_id AND u.entity_id = o.user_id))
     ORDER BY o.due_at
     LIMIT $1
     FOR UPDATE OF o SKIP LOCKED
 )
 UPDATE search_outbox AS o SET
     lease_id = $2, due_at = clock_timestamp() + $3 * interval '1 second',
-    taken_since = CASE WHEN o.kind = {OutboxKind.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN o.since ELSE least(o.taken_since, o.since) END,
+    taken_since = CASE WHEN {_IS_DEAD_LETTER_OF_SESSION}
+                       THEN o.since ELSE least(o.taken_since, o.since) END,
     taken_through = greatest(o.taken_through, o.through),
     taken_wipe = o.taken_wipe OR o.wipe,
-    attempts = CASE WHEN o.kind = {OutboxKind.SESSION:d} AND o.attempts >= {MAX_ATTEMPTS} THEN 0 ELSE o.attempts END,
+    attempts = CASE WHEN {_IS_DEAD_LETTER_OF_SESSION} THEN 0 ELSE o.attempts END,
     since = {MAX_POSITION}, through = -1, wipe = false
 FROM due AS d
 WHERE o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id
-RETURNING o.kind, o.user_id::text, o.entity_id::text, o.version, o.taken_since, o.taken_through, o.taken_wipe, o.attempts,
+RETURNING o.kind, o.user_id::text, o.entity_id::text, o.version,
+          o.taken_since, o.taken_through, o.taken_wipe, o.attempts,
           date_part('epoch', clock_timestamp() - o.owed_at)
-""")  # noqa: S608 - nothing but numbers of ours goes in
+""")  # noqa: S608 - only constants are inserted
 
-# Those of the rows that are still ours and that nobody else holds at this moment.
-_MINE = """
-WITH mine AS (
+# The rows that are still held under the lease, without those that another transaction has locked.
+_HELD = """
+WITH held AS (
     SELECT o.kind, o.user_id, o.entity_id, d.version, d.since
-    FROM unnest($1::smallint[], $2::uuid[], $3::uuid[], $4::bigint[], $5::bigint[]) AS d (kind, user_id, entity_id, version, since)
-    JOIN search_outbox AS o ON o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id
+    FROM unnest($1::smallint[], $2::uuid[], $3::uuid[], $4::bigint[], $5::bigint[])
+         AS d (kind, user_id, entity_id, version, since)
+    JOIN search_outbox AS o
+      ON o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id
     WHERE o.lease_id = $6
     FOR UPDATE OF o SKIP LOCKED
 )"""
-_IS_MINE = "o.kind = m.kind AND o.user_id = m.user_id AND o.entity_id = m.entity_id"
-_IDS = "o.kind, o.user_id::text, o.entity_id::text"
+_IS_HELD = "o.kind = h.kind AND o.user_id = h.user_id AND o.entity_id = h.entity_id"
+_KEY_COLUMNS = "o.kind, o.user_id::text, o.entity_id::text"
 
-_FINISH = Statement.from_text(f"""{_MINE}, gone AS (
-    DELETE FROM search_outbox AS o USING mine AS m WHERE {_IS_MINE} AND o.version = m.version RETURNING {_IDS}
-), kept AS (
+_FINISH = Statement.from_text(f"""{_HELD}, deleted AS (
+    DELETE FROM search_outbox AS o USING held AS h
+    WHERE {_IS_HELD} AND o.version = h.version RETURNING {_KEY_COLUMNS}
+), released AS (
     UPDATE search_outbox AS o SET
-        taken_since = NULL, taken_through = NULL, taken_wipe = false, lease_id = NULL, attempts = 0, detail = '',
+        taken_since = NULL, taken_through = NULL, taken_wipe = false,
+        lease_id = NULL, attempts = 0, detail = '',
         due_at = clock_timestamp(), owed_at = clock_timestamp()
-    FROM mine AS m WHERE {_IS_MINE} AND o.version <> m.version RETURNING {_IDS}
+    FROM held AS h WHERE {_IS_HELD} AND o.version <> h.version RETURNING {_KEY_COLUMNS}
 )
-SELECT * FROM gone UNION ALL SELECT * FROM kept
-""")  # noqa: S608 - nothing but text of ours goes in
+SELECT * FROM deleted UNION ALL SELECT * FROM released
+""")  # noqa: S608 - only constants are inserted
 
-_RENEW = Statement.from_text(f"""{_MINE}
-UPDATE search_outbox AS o SET due_at = clock_timestamp() + $7 * interval '1 second', taken_since = m.since
-FROM mine AS m WHERE {_IS_MINE} RETURNING {_IDS}
-""")  # noqa: S608
-
-_RELEASE = Statement.from_text(f"""{_MINE}
+_RENEW = Statement.from_text(f"""{_HELD}
 UPDATE search_outbox AS o SET
-    lease_id = NULL, taken_since = m.since, attempts = o.attempts + $8, detail = $9,
-    due_at = CASE WHEN $7::float8 < 0 THEN 'infinity' ELSE clock_timestamp() + $7 * interval '1 second' END
-FROM mine AS m WHERE {_IS_MINE} RETURNING {_IDS}
-""")  # noqa: S608
+    due_at = clock_timestamp() + $7 * interval '1 second', taken_since = h.since
+FROM held AS h WHERE {_IS_HELD} RETURNING {_KEY_COLUMNS}
+""")  # noqa: S608 - only constants are inserted
+
+_RELEASE = Statement.from_text(f"""{_HELD}
+UPDATE search_outbox AS o SET
+    lease_id = NULL, taken_since = h.since, attempts = o.attempts + $8, detail = $9,
+    due_at = CASE WHEN $7::float8 < 0 THEN 'infinity'
+                  ELSE clock_timestamp() + $7 * interval '1 second' END
+FROM held AS h WHERE {_IS_HELD} RETURNING {_KEY_COLUMNS}
+""")  # noqa: S608 - only constants are inserted
 
 BACKLOG = Statement.from_text("""
 SELECT count(*) FILTER (WHERE due_at < 'infinity'), count(*) FILTER (WHERE due_at = 'infinity'),
-       coalesce(date_part('epoch', clock_timestamp() - min(owed_at) FILTER (WHERE due_at < 'infinity')), 0),
+       coalesce(date_part('epoch',
+           clock_timestamp() - min(owed_at) FILTER (WHERE due_at < 'infinity')), 0),
        date_part('epoch', min(due_at) FILTER (WHERE due_at < 'infinity') - clock_timestamp())
 FROM search_outbox
 """)
@@ -197,6 +236,7 @@ _RETRY_FAILED = Statement.from_text(
 )
 
 OutboxKey = tuple[int, str, str]
+"""A row: kind, user id, entity id."""
 
 
 def _arguments(
@@ -211,58 +251,71 @@ def _arguments(
     )
 
 
+def _keys(records: Sequence[Record]) -> set[OutboxKey]:
+    return {(record[0], record[1], record[2]) for record in records}
+
+
 class Outbox:
-    """The rows as their worker sees them; each method is one statement, without a retry.
+    """The outbox as an indexer uses it; each method is one statement, without a retry.
 
     Raises:
-        Whatever the driver raises (`DATABASE_ERRORS`).
+        The driver's errors (`DATABASE_ERRORS`).
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def claim(self, lease_id: str, seconds: float, limit: int) -> list[LeasedRow]:
-        """Take up to `limit` rows that are due, for so long."""
-        return [
-            LeasedRow(*row)
-            for row in await self._database.fetch_once(_CLAIM, limit, lease_id, seconds)
-        ]
+    async def claim(self, lease_id: str, lease_s: float, limit: int) -> list[LeasedRow]:
+        """Claim up to `limit` rows that are due, for `lease_s` seconds."""
+        records = await self._database.fetch_once(_CLAIM, limit, lease_id, lease_s)
+        return [LeasedRow(*record) for record in records]
 
     async def finish(self, lease_id: str, rows: Sequence[LeasedRow]) -> set[OutboxKey]:
-        """Remove rows that have not changed, give the others free; return those that were reached."""
-        return {
-            (row[0], row[1], row[2])
-            for row in await self._database.fetch_once(_FINISH, *_arguments(rows), lease_id)
-        }
+        """Delete rows, or release those that have changed since the claim.
+
+        Returns:
+            The keys of the rows that this was done for. The others were locked, or the lease on
+            them is lost.
+        """
+        return _keys(await self._database.fetch_once(_FINISH, *_arguments(rows), lease_id))
 
     async def renew(
-        self, lease_id: str, rows: Sequence[LeasedRow], seconds: float
+        self, lease_id: str, rows: Sequence[LeasedRow], lease_s: float
     ) -> set[OutboxKey]:
-        """Hold rows for longer, from their `since` on; return those that are still ours."""
-        return {
-            (row[0], row[1], row[2])
-            for row in await self._database.fetch_once(_RENEW, *_arguments(rows), lease_id, seconds)
-        }
+        """Extend the lease on rows by `lease_s` seconds from now, and store their `since`.
+
+        Returns:
+            The keys of the rows for which it was extended.
+        """
+        return _keys(await self._database.fetch_once(_RENEW, *_arguments(rows), lease_id, lease_s))
 
     async def release(
         self,
         lease_id: str,
         rows: Sequence[LeasedRow],
-        pause: float | None,
+        retry_after_s: float | None,
         *,
         attempts: int = 0,
         detail: str = "",
     ) -> None:
-        """Give rows free, to be taken again after a pause; None gives them up."""
-        wait = -1.0 if pause is None else pause
+        """End the lease on rows that are not finished.
+
+        Args:
+            lease_id: The lease.
+            rows: The rows.
+            retry_after_s: Seconds until they can be claimed again; None makes them dead letters.
+            attempts: Number of failed attempts to add to their count.
+            detail: The reason of the failure.
+        """
+        wait_s = -1.0 if retry_after_s is None else retry_after_s
         await self._database.fetch_once(
-            _RELEASE, *_arguments(rows), lease_id, wait, attempts, detail
+            _RELEASE, *_arguments(rows), lease_id, wait_s, attempts, detail
         )
 
     async def backlog(self) -> Backlog:
-        """Count what is owed."""
+        """Count the rows."""
         return Backlog(*(await self._database.fetch_once(BACKLOG))[0])
 
     async def retry_failed(self) -> None:
-        """Let rows that were given up be taken again."""
+        """Make all dead letters due now."""
         await self._database.fetch_once(_RETRY_FAILED)
