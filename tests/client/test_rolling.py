@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import StartProcess
 from tests.support.clients import client_of
 from tests.support.conversations import conversations
-from tests.support.history import history
+from tests.support.history import read_history
 from tests.support.record import judge
 from tests.support.servers import ServerProcess
 
@@ -44,5 +44,7 @@ async def test_rolling_restart_under_load_causes_no_client_error(
                 replicas[number] = await replace(replica, start_process)
         await asyncio.sleep(1)
     for record in records:
-        assert judge(record, await history(database_url, record.user_id, record.session_id)) == []
+        assert (
+            judge(record, await read_history(database_url, record.user_id, record.session_id)) == []
+        )
     print(f"{sum(record.acknowledged for record in records)} messages")

@@ -21,7 +21,7 @@ from tests.faults.conftest import Broken, every_kind
 from tests.support import commit_faults, failures
 from tests.support.chat import Chat, new_message, new_messages
 from tests.support.cluster import Cluster, fetch
-from tests.support.history import checked
+from tests.support.history import read_valid_history
 from tests.support.load import Load, fast_reconnect_options
 from tests.support.proxy import Direction, postgres_proxy
 from tests.support.servers import channel, serving
@@ -55,8 +55,8 @@ async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -
         (2, False),
         (3, False),
     ]
-    found = await checked(database_url, chat.user_id, session.id)
-    found.holds([reply])
+    found = await read_valid_history(database_url, chat.user_id, session.id)
+    found.check_contains([reply])
     assert found.last_seq == 3
 
 
@@ -123,7 +123,7 @@ async def test_the_connection_is_cut_after_the_commit_was_sent(
         [(1, False), (2, False)] if starts else [(2, False), (3, False)]
     )
     assert reply.session_created == starts
-    (await checked(database_url, chat.user_id, reply.session_id)).holds([reply])
+    (await read_valid_history(database_url, chat.user_id, reply.session_id)).check_contains([reply])
     again = await chat.append("" if starts else session_id, messages)
     assert [(entry.seq, entry.replayed) for entry in again.messages] == [
         (e.seq, True) for e in reply.messages
@@ -170,8 +170,8 @@ async def test_many_appends_are_cut_off_and_none_is_doubled(
         replies = await asyncio.gather(*calls)
         assert len({reply.messages[0].seq for reply in replies[40:]}) == 1
         for session_id in session_ids:
-            found = await checked(database_url, chat.user_id, session_id)
-            found.holds(reply for reply in replies if reply.session_id == session_id)
+            found = await read_valid_history(database_url, chat.user_id, session_id)
+            found.check_contains(reply for reply in replies if reply.session_id == session_id)
     counts = [(await chat.get_session(session_id)).last_seq for session_id in session_ids]
     assert counts == [1 + 4 * 10 + 1, *[1 + 4 * 10] * 3]
 
@@ -215,7 +215,7 @@ async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) ->
     finally:
         ending.cancel()
         await asyncio.wait([ending])
-    assert (await checked(database_url, chat.user_id, session_id)).last_seq == 1 + 6 * 8
+    assert (await read_valid_history(database_url, chat.user_id, session_id)).last_seq == 1 + 6 * 8
 
 
 @pytest.mark.case(n=11)

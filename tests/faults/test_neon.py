@@ -28,7 +28,7 @@ from tests.support import pgbouncer, tls_postgres
 from tests.support.certificates import CertificateAuthority
 from tests.support.chat import Chat, new_messages
 from tests.support.cluster import fetch
-from tests.support.history import checked
+from tests.support.history import read_valid_history
 from tests.support.pgbouncer import PgBouncer
 from tests.support.proxy import Proxy
 from tests.support.servers import ROOT, connected, serving
@@ -153,7 +153,9 @@ async def test_the_consoles_strings_work_as_they_are(
         session_id = await chat.start()
         for _ in range(3):
             await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
-        assert (await checked(neon.postgres.local_url, chat.user_id, session_id)).last_seq == 4
+        assert (
+            await read_valid_history(neon.postgres.local_url, chat.user_id, session_id)
+        ).last_seq == 4
     found = await doctor.describe(target, 10.0)
     assert found.tls == "TLSv1.3"
     verdicts = {
@@ -312,4 +314,6 @@ async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(
         assert len(waiting) == len(calls), "nothing is answered, and nothing is refused"
         proxy.unblock()
         await asyncio.gather(*calls)
-        assert (await checked(neon.postgres.local_url, chat.user_id, session_id)).last_seq == 4
+        assert (
+            await read_valid_history(neon.postgres.local_url, chat.user_id, session_id)
+        ).last_seq == 4

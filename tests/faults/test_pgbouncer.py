@@ -28,7 +28,7 @@ from tests.support.chat import Chat
 from tests.support.clients import client_of
 from tests.support.cluster import Cluster, connected_to, fetch
 from tests.support.conversations import conversations
-from tests.support.history import checked, history
+from tests.support.history import read_history, read_valid_history
 from tests.support.load import Load, fast_reconnect_options
 from tests.support.next_build import NextBuild
 from tests.support.pgbouncer import PgBouncer
@@ -96,7 +96,9 @@ async def test_few_connections_serve_many_and_no_statement_keeps_a_name(
         )
         assert 0 < connections <= FEW
     for session_id in session_ids:
-        assert (await checked(database_url, chat.user_id, session_id)).last_seq == 1 + 5 * 2
+        assert (
+            await read_valid_history(database_url, chat.user_id, session_id)
+        ).last_seq == 1 + 5 * 2
     with cluster.postgres.log.open("rb") as log:
         log.seek(before)
         written = log.read().decode()
@@ -208,7 +210,7 @@ async def test_it_is_away_for_seconds_and_no_client_sees_an_error(
         await asyncio.wait(calls, timeout=3.0)
         await asyncio.to_thread(pooler.start)
         await asyncio.gather(*calls)
-        assert (await checked(database_url, chat.user_id, session_id)).last_seq == 2
+        assert (await read_valid_history(database_url, chat.user_id, session_id)).last_seq == 2
 
 
 # --- Migrations.
@@ -272,7 +274,9 @@ async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaita
     assert load.refusals == {}
     await load.check(database_url)
     for session_id, count in zip(session_ids, rounds, strict=True):
-        assert (await checked(database_url, chat.user_id, session_id)).last_seq == 1 + count
+        assert (
+            await read_valid_history(database_url, chat.user_id, session_id)
+        ).last_seq == 1 + count
 
 
 @pytest.mark.case(n=22)
@@ -364,6 +368,8 @@ async def test_a_rolling_update_shows_users_no_error(
                 )
             await asyncio.sleep(1)
     for record in talks:
-        assert judge(record, await history(database_url, record.user_id, record.session_id)) == []
+        assert (
+            judge(record, await read_history(database_url, record.user_id, record.session_id)) == []
+        )
         assert record.acknowledged > 20
     print(f"{sum(record.acknowledged for record in talks)} messages")

@@ -17,7 +17,7 @@ from grpc import StatusCode, aio
 from tests.support import failures
 from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import Cluster
-from tests.support.history import History, Stored, checked, history
+from tests.support.history import History, StoredMessage, read_history, read_valid_history
 from tests.support.servers import connected, serving
 
 Reply = message_pb2.AppendMessagesResponse
@@ -57,7 +57,7 @@ def test_the_judge_refuses_what_is_unsound() -> None:
     """Most tests here stand on `History.check`: it must refuse a tie, a gap and a clock that goes back."""
 
     def stored(*rows: tuple[int, int]) -> History:
-        messages = [Stored(seq, new_id(), "", at, b"", False) for seq, at in rows]
+        messages = [StoredMessage(seq, new_id(), "", at, b"", False) for seq, at in rows]
         return History(1, rows[-1][0], len(rows), messages)
 
     stored((1, 5), (2, 5), (3, 6)).check()
@@ -83,8 +83,8 @@ async def test_a_hundred_writers_of_one_session(
         replies = list(
             itertools.chain.from_iterable(await asyncio.gather(*map(writer, range(100))))
         )
-    found = await checked(database_url, chats[0].user_id, session.id)
-    found.holds(replies)
+    found = await read_valid_history(database_url, chats[0].user_id, session.id)
+    found.check_contains(replies)
     total = sum(len(reply.messages) for reply in replies)
     assert sorted(itertools.chain.from_iterable(map(seqs, replies))) == list(range(1, total + 1))
     for reply in replies:
@@ -113,8 +113,8 @@ async def test_writers_of_many_sessions_do_not_mix_them_up(
             reply for (asked, _), reply in zip(calls, replies, strict=True) if asked == session_id
         ]
         assert all(reply.session_id == session_id for reply in mine)
-        found = await checked(database_url, chats[0].user_id, session_id)
-        found.holds(mine)
+        found = await read_valid_history(database_url, chats[0].user_id, session_id)
+        found.check_contains(mine)
         assert found.last_seq == 40
 
 
@@ -137,8 +137,8 @@ async def test_fifty_identical_appends_store_one(
     )
     assert len(answers) == 1
     assert sum(not reply.messages[0].replayed for reply in replies) == 1
-    found = await checked(database_url, chats[0].user_id, session.id)
-    found.holds(replies)
+    found = await read_valid_history(database_url, chats[0].user_id, session.id)
+    found.check_contains(replies)
     assert found.last_seq == 2
 
 
@@ -156,7 +156,9 @@ async def test_fifty_identical_appends_start_one_session(
     assert len(fresh) == 1
     assert fresh[0].session_created
     assert all(seqs(reply) == [1, 2, 3] for reply in replies)
-    (await checked(database_url, chats[0].user_id, replies[0].session_id)).holds(replies)
+    (
+        await read_valid_history(database_url, chats[0].user_id, replies[0].session_id)
+    ).check_contains(replies)
 
 
 async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_message_id_is_written(
@@ -186,7 +188,7 @@ async def test_one_of_those_who_take_an_id_gets_it(
     assert {(each.reason, each.metadata["message_id"]) for each in bad} == {
         ("MESSAGE_ID_REUSED", message_id)
     }
-    assert (await checked(database_url, chats[0].user_id, session.id)).last_seq == 1
+    assert (await read_valid_history(database_url, chats[0].user_id, session.id)).last_seq == 1
 
 
 async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str) -> None:
@@ -197,8 +199,8 @@ async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str
     replies = await asyncio.gather(
         *(chats[n % 2].append(session.id, window) for n, window in enumerate(windows))
     )
-    found = await checked(database_url, chats[0].user_id, session.id)
-    found.holds(replies)
+    found = await read_valid_history(database_url, chats[0].user_id, session.id)
+    found.check_contains(replies)
     assert found.last_seq == len(messages)
     assert Counter(e.id for reply in replies for e in reply.messages if not e.replayed) == Counter(
         m.id for m in messages
@@ -224,14 +226,14 @@ async def test_one_of_those_who_expect_the_same_last_seq_is_served(
         assert {(each.reason, each.metadata["last_seq"]) for each in bad} == {
             ("LAST_SEQ_MISMATCH", str(last_seq + 1))
         }
-    (await checked(database_url, chats[0].user_id, session.id)).check()
+    (await read_valid_history(database_url, chats[0].user_id, session.id)).check()
 
 
 async def test_a_session_that_is_not_there_counts_as_empty(chat: Chat, database_url: str) -> None:
     session_id = new_id()
     call = chat.append(session_id, "hello", create_if_missing=True, expected_last_seq=1)
     await failures.assert_fails(call, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
-    assert await history(database_url, chat.user_id, session_id) is None
+    assert await read_history(database_url, chat.user_id, session_id) is None
     reply = await chat.append(session_id, "hello", create_if_missing=True, expected_last_seq=0)
     assert reply.session_created
 
@@ -255,8 +257,8 @@ async def test_many_make_the_session_that_is_missing(
     assert seqs(makers[0]) == [1]
     title = (await chats[0].get_session(session_id)).title
     assert title == f"title {replies.index(makers[0])}"
-    found = await checked(database_url, chats[0].user_id, session_id)
-    found.holds(replies)
+    found = await read_valid_history(database_url, chats[0].user_id, session_id)
+    found.check_contains(replies)
     assert found.last_seq == 40
 
 
@@ -272,7 +274,7 @@ async def test_a_live_chat_is_retitled_with_its_etag(
     replies = await asyncio.gather(*writing)
     after = await chats[0].get_session(session.id)
     assert (after.title, after.last_seq, after.etag) == ("title 4", 60, session.etag)
-    (await checked(database_url, chats[0].user_id, session.id)).holds(replies)
+    (await read_valid_history(database_url, chats[0].user_id, session.id)).check_contains(replies)
 
 
 async def test_appends_meet_updates_and_erasures(
@@ -293,10 +295,10 @@ async def test_appends_meet_updates_and_erasures(
     work += [chats[n % 2].fork(session.id, 20) for n in range(6)]
     good, bad = await settle(work)
     assert not bad
-    found = await checked(database_url, chats[0].user_id, session.id)
+    found = await read_valid_history(database_url, chats[0].user_id, session.id)
     assert (found.last_seq, found.message_count) == (100, 90)
     for fork in [each for each in good if isinstance(each, session_pb2.Session)]:
-        assert (await checked(database_url, chats[0].user_id, fork.id)).last_seq == 20
+        assert (await read_valid_history(database_url, chats[0].user_id, fork.id)).last_seq == 20
 
 
 async def test_sessions_come_and_go_under_appends(
@@ -316,7 +318,7 @@ async def test_sessions_come_and_go_under_appends(
 
     _, bad = await settle(write(number) for number in range(100))
     assert {each.reason for each in bad} <= {"SESSION_NOT_FOUND"}
-    found = await history(database_url, chats[0].user_id, session_id)
+    found = await read_history(database_url, chats[0].user_id, session_id)
     if found is not None:
         found.check()
 
@@ -339,7 +341,7 @@ async def test_a_locked_session_does_not_hold_up_the_others(
         replies = await asyncio.gather(*waiting)
     finally:
         await holder.close()
-    (await checked(database_url, chat.user_id, locked.id)).holds(replies)
+    (await read_valid_history(database_url, chat.user_id, locked.id)).check_contains(replies)
 
 
 async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(

@@ -23,7 +23,7 @@ from tests.support.ports import free_port
 from tests.support.proxy import postgres_proxy
 from tests.support.servers import channel, connected, serving, target_of
 from tests.support.servers import settings as server_settings
-from tests.support.statements import Sent, database_name
+from tests.support.statements import SentStatements, database_name
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -306,12 +306,12 @@ async def test_those_who_ask_for_the_database_together_share_one_answer(
 ) -> None:
     await probe.check("database")
     await asyncio.sleep(1.1)  # That answer serves no more.
-    sent = Sent(cluster, database_url)
+    sent = SentStatements(cluster, database_url)
     assert set(await asyncio.gather(*(probe.check("database") for _ in range(50)))) == {SERVING}
     together = len(sent.so_far())
     assert together > 0, "it does ask"
     await asyncio.sleep(1.1)
-    sent = Sent(cluster, database_url)
+    sent = SentStatements(cluster, database_url)
     await probe.check("database")
     assert len(sent.so_far()) == together, "fifty cost as much as one"
 
@@ -359,7 +359,7 @@ async def test_a_watch_of_health_does_not_hold_up_the_end(database_url: str) -> 
 async def test_probes_of_an_idle_service_cost_no_statement(
     probe: Probe, chat: Chat, cluster: Cluster, database_url: str
 ) -> None:
-    await probed(probe, chat, Sent(cluster, database_url), seconds=3.0)
+    await probed(probe, chat, SentStatements(cluster, database_url), seconds=3.0)
 
 
 @pytest.mark.faults
@@ -367,10 +367,10 @@ async def test_probes_of_an_idle_service_cost_no_statement(
 async def test_a_minute_of_probes_costs_no_statement(
     probe: Probe, chat: Chat, cluster: Cluster, database_url: str
 ) -> None:
-    await probed(probe, chat, Sent(cluster, database_url), seconds=60.0)
+    await probed(probe, chat, SentStatements(cluster, database_url), seconds=60.0)
 
 
-async def probed(probe: Probe, chat: Chat, before: Sent, seconds: float) -> None:
+async def probed(probe: Probe, chat: Chat, before: SentStatements, seconds: float) -> None:
     """Use the service, then leave it alone but for a kubelet's and a load balancer's probes."""
     await chat.start()
     used = len(before.so_far())

@@ -22,7 +22,7 @@ from tests.conftest import StartProcess
 from tests.support import failures
 from tests.support.chat import Chat, new_id, new_message
 from tests.support.cluster import Cluster
-from tests.support.history import History, checked
+from tests.support.history import History, read_valid_history
 from tests.support.servers import ServerProcess, channel, connected, serving, target_of
 from tests.support.servers import settings as server_settings
 from tests.support.statements import database_name
@@ -53,7 +53,7 @@ class Writer:
 
     def check(self, found: History) -> None:
         """Assert that what was acknowledged is there, and of the rest nothing that was not sent."""
-        found.holds(self.acknowledged)
+        found.check_contains(self.acknowledged)
         stored = [message.id for message in found.messages]
         assert stored == self.sent[: len(stored)]
         assert len(stored) - len(self.acknowledged) <= 1
@@ -87,7 +87,7 @@ async def test_sigterm_under_load_with_a_watch_open(
         assert failures.read_failure(ended.value).reason == "DRAINING"
     for writer in writers:
         assert [error.code() for error in writer.failed] == [StatusCode.UNAVAILABLE]
-        writer.check(await checked(database_url, chat.user_id, writer.session_id))
+        writer.check(await read_valid_history(database_url, chat.user_id, writer.session_id))
     assert "Traceback" not in process.log.read_text()
 
 
@@ -182,8 +182,8 @@ async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(
                 assert not stopping.done()
             replies = await asyncio.gather(*under_way)
             await stopping
-            found = await checked(database_url, chat.user_id, session.id)
-            found.holds(replies[:5])
+            found = await read_valid_history(database_url, chat.user_id, session.id)
+            found.check_contains(replies[:5])
             assert found.last_seq == 5
     finally:
         await holder.close()

@@ -18,7 +18,7 @@ from tests.support import failures
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster
 from tests.support.servers import channel, connected, serving
-from tests.support.statements import Sent, database_name
+from tests.support.statements import SentStatements, database_name
 
 BLOCKED = 40
 SECONDS = 10.0
@@ -111,7 +111,7 @@ async def test_the_bound_costs_no_round_trip(
     async with connected(busy.address) as stub:
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()
-        sent = Sent(cluster, database_url)
+        sent = SentStatements(cluster, database_url)
         await chat.update_session(["title"], id=session.id, title="new")
         found = [each.sql.split()[0].rstrip(";") for each in sent.so_far()]
     assert found == ["BEGIN", "SELECT", "UPDATE", "COMMIT"]

@@ -17,9 +17,9 @@ from tests.conftest import StartProcess
 from tests.support import failures
 from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import Cluster, fetch
-from tests.support.history import checked
+from tests.support.history import read_valid_history
 from tests.support.servers import channel, connected, serving
-from tests.support.statements import Sent
+from tests.support.statements import SentStatements
 
 ENOUGH = 20.0
 """Seconds after which what has not come will not come."""
@@ -129,7 +129,7 @@ async def test_two_processes_take_appends_and_every_follower_gets_all(
                     )
 
         await asyncio.gather(*map(write, range(12)))
-        stored = (await checked(database_url, chats[0].user_id, session.id)).messages
+        stored = (await read_valid_history(database_url, chats[0].user_id, session.id)).messages
         for follower in followers:
             await follower.reaches(len(stored))
             assert follower.seqs == list(range(follower.after_seq + 1, len(stored) + 1))
@@ -338,7 +338,7 @@ async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
             for _ in range(3)
         ]
         await asyncio.gather(*(follower.reaches(1) for follower in followers))
-        sent = Sent(cluster, database_url)
+        sent = SentStatements(cluster, database_url)
         latest: list[str] = []
         async with asyncio.timeout(ENOUGH):
             # Once all have caught up, nothing is sent but the one look.
@@ -354,7 +354,7 @@ async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
         server.streams.in_flight or server.database.driver._busy
     ):  # The last look may have been under way.
         await asyncio.sleep(0.01)
-    sent = Sent(cluster, database_url)
+    sent = SentStatements(cluster, database_url)
     await asyncio.sleep(1.0)  # Three looks' time.
     assert sent.so_far() == []
 

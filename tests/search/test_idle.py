@@ -13,7 +13,7 @@ from tests.search.library import Library, settled
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster
 from tests.support.servers import channel
-from tests.support.statements import Sent
+from tests.support.statements import SentStatements
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from tests.support.statements import Sent
 async def test_an_idle_service_asks_the_database_nothing(
     server: Server, chat: Chat, library: Library, cluster: Cluster, database_url: str, seconds: int
 ) -> None:
-    sent = Sent(cluster, database_url)
+    sent = SentStatements(cluster, database_url)
     session_id = await chat.start("herons wade")
     await library.create(["Herons are wading birds."], title="birds")
     await settled(server)

@@ -40,7 +40,7 @@ from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, all_new_statements, fetch
 from tests.support.failures import failure_of
 from tests.support.servers import channel, connected, serving, status_code
-from tests.support.statements import Sent
+from tests.support.statements import SentStatements
 
 pytestmark = pytest.mark.faults  # Takes long.
 
@@ -206,12 +206,12 @@ async def test_an_idle_index_asks_the_database_nothing(
         await settled(server)
         await comes_true(lambda: _no_lag(server), "the indexer has nothing left")
         await asyncio.sleep(0.5)
-        sent = Sent(cluster, database_url)
+        sent = SentStatements(cluster, database_url)
         await asyncio.sleep(7)
         assert sent.so_far() == []
         await qdrant.stop()
         assert (await failure_of(library.search("found"))).reason == "SEARCH_UNAVAILABLE"
-        sent = Sent(cluster, database_url)
+        sent = SentStatements(cluster, database_url)
         await asyncio.sleep(7)
         assert sent.so_far() == []
 

@@ -19,7 +19,7 @@ from service.store.db.dsn import parse
 from tests.support.chat import ASSISTANT, TOOL, Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
 from tests.support.failures import assert_fails
-from tests.support.history import history
+from tests.support.history import read_history
 from tests.support.servers import AsyncStub
 from tests.support.untyped_messages import Document, Part, Session, User
 
@@ -151,7 +151,7 @@ async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_u
     before = comparable(await exported(stub, chat.user_id))
     lines = await to_lines(database_url, chat.user_id)
     histories = {
-        s.id: await history(database_url, chat.user_id, s.id)
+        s.id: await read_history(database_url, chat.user_id, s.id)
         for s in (await chat.list_sessions()).sessions
     }
     await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
@@ -160,7 +160,7 @@ async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_u
     assert str(done) == "1 users, 4 sessions, 260 messages, 2 documents, 25 chunks"
     assert comparable(await exported(stub, new)) == before
     for session_id, old in histories.items():
-        now = await history(database_url, new, session_id)
+        now = await read_history(database_url, new, session_id)
         assert now is not None
         assert old is not None
         now.check()
@@ -267,7 +267,7 @@ async def test_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> 
     assert messages[1].role == ASSISTANT
     assert messages[0].content.startswith('line\n"1" \\ ')
     assert messages[9].create_time.ToJsonString() == "2021-03-04T05:06:17.891Z"
-    stored = await history(database_url, user.id, sessions[0].id)
+    stored = await read_history(database_url, user.id, sessions[0].id)
     assert stored is not None
     stored.check()
 
@@ -297,7 +297,7 @@ async def test_a_session_goes_on_whatever_times_it_came_with(
         assert not reply.session_created
         again = await chat.append(session_id, "and on", create_if_missing=True)
         assert not again.session_created
-        stored = await history(database_url, chat.user_id, session_id)
+        stored = await read_history(database_url, chat.user_id, session_id)
         assert stored is not None
         stored.check()
 

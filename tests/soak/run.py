@@ -20,10 +20,10 @@ from tests.soak.tally import Outage, Sample, Tally, growth
 from tests.soak.traffic import Hopeless, Traffic
 from tests.support.chat import Chat
 from tests.support.cluster import fetch, wait_until_idle
-from tests.support.history import history
+from tests.support.history import read_history
 from tests.support.record import judge
 from tests.support.servers import channel
-from tests.support.statements import Sent
+from tests.support.statements import SentStatements
 
 RECOVERY_SECONDS = 60.0
 """Within which a replica must acknowledge again, without anybody's help."""
@@ -114,7 +114,7 @@ class Soak:
     async def _judge(self, traffic: Traffic) -> int:
         rows = 0
         for record in traffic.records:
-            found = await history(self.stack.database_url, record.user_id, record.session_id)
+            found = await read_history(self.stack.database_url, record.user_id, record.session_id)
             self.tally.problems += judge(record, found)
             rows += len(found.messages) if found else 0
         return rows
@@ -193,7 +193,7 @@ class Soak:
         for statement in LOG_ALL:
             await fetch(self.stack.database_url, statement)
         await asyncio.sleep(5)  # Connections that were used go back to the pool by then.
-        sent = Sent(self.stack.cluster, self.stack.database_url)
+        sent = SentStatements(self.stack.cluster, self.stack.database_url)
         until = time.monotonic() + minutes * 60
         while (left := until - time.monotonic()) > 0:
             self._tell(f"idle for another {left:.0f} s")
@@ -216,7 +216,7 @@ class Soak:
             )
         await self._call_after_suspend(sent)
 
-    async def _call_after_suspend(self, sent: Sent) -> None:
+    async def _call_after_suspend(self, sent: SentStatements) -> None:
         for replica in self.stack.replicas:
             await fetch(self.stack.database_url, TERMINATE)
             async with channel(replica.front.address) as opened:

@@ -30,7 +30,7 @@ from tests.support.appends import (
 from tests.support.chat import new_id
 from tests.support.cluster import Cluster, fetch
 from tests.support.commit_faults import arm, install
-from tests.support.history import checked, history
+from tests.support.history import read_history, read_valid_history
 
 
 class Interrupted(Database):
@@ -78,7 +78,8 @@ class Sessions:
     async def stored(self, session_id: str) -> list[str]:
         """Return the ids of what a sound session holds."""
         return [
-            message.id for message in (await checked(self.url, self.user_id, session_id)).messages
+            message.id
+            for message in (await read_valid_history(self.url, self.user_id, session_id)).messages
         ]
 
 
@@ -297,7 +298,7 @@ async def test_a_session_erased_under_a_statement_is_not_made_anew(
         finally:
             await holder.close()
         assert isinstance(answers[0], NotFound)
-        assert await history(database_url, store.user_id, doomed) is None
+        assert await read_history(database_url, store.user_id, doomed) is None
         assert len(await store.stored(good)) == 1
 
 
@@ -311,8 +312,8 @@ async def test_times_follow_seq_though_the_clock_goes_back(store: Sessions) -> N
             f"UPDATE {table} SET {column} = {column} + interval '1 hour' WHERE {key} = $1",
             session_id,
         )
-    ahead = (await checked(store.url, store.user_id, session_id)).messages[0].created_us
+    ahead = (await read_valid_history(store.url, store.user_id, session_id)).messages[0].created_us
     for _ in range(3):
         await asyncio.gather(*(store.start(session_id) for _ in range(3)))
-    found = await checked(store.url, store.user_id, session_id)
+    found = await read_valid_history(store.url, store.user_id, session_id)
     assert [message.created_us >= ahead for message in found.messages] == [True] * 10

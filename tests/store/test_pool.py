@@ -15,7 +15,7 @@ from service.store.db.dsn import parse
 from tests.support.cluster import Cluster
 from tests.support.proxy import Direction, postgres_proxy
 from tests.support.servers import serving, settings
-from tests.support.statements import Sent
+from tests.support.statements import SentStatements
 
 OWNER = "a user"
 
@@ -94,12 +94,12 @@ async def test_only_what_has_idled_long_is_tried_before_use(
 ) -> None:
     database = Database(parse(database_url))
     first = await database.read(backend, owner_id=OWNER, deadline=soon())
-    sent = Sent(cluster, database_url)
+    sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     assert [each.sql for each in sent.so_far()] == ["SELECT pg_backend_pid()"]
     monkeypatch.setattr(module, "PING_AFTER_IDLE", 0.0)
     await asyncio.sleep(0.05)
-    sent = Sent(cluster, database_url)
+    sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     *ping, last = [each.sql for each in sent.so_far()]
     assert ping, "it was tried"

@@ -33,7 +33,7 @@ from service.store.db.dsn import parse
 from service.store.tables import SessionState
 from tests.support.chat import new_id
 from tests.support.cluster import fetch, wait_until_idle
-from tests.support.history import History, history
+from tests.support.history import History, read_history
 
 NAMES = 6
 """Message ids of a session: few, so that they meet."""
@@ -215,7 +215,7 @@ class World:
 
     async def content(self, session: int) -> tuple[History | None, Content | None]:
         """Read a session from the tables, check what holds of every session, and return it as the model sees it."""
-        found = await history(self.url, self.user_id, self.session_ids[session])
+        found = await read_history(self.url, self.user_id, self.session_ids[session])
         if found is None:
             return None, None
         found.check()

@@ -10,7 +10,7 @@ from chathistory.v1 import message_pb2
 from tests.support.cluster import connected_to
 
 
-class Stored(NamedTuple):
+class StoredMessage(NamedTuple):
     """A stored message, or its tombstone."""
 
     seq: int
@@ -27,7 +27,7 @@ class History(NamedTuple):
     state: int
     last_seq: int
     message_count: int
-    messages: list[Stored]
+    messages: list[StoredMessage]
     title: str = ""
 
     def check(self) -> None:
@@ -38,7 +38,7 @@ class History(NamedTuple):
         times = [message.created_us for message in self.messages]
         assert times == sorted(times), "create_time goes backwards against seq"
 
-    def holds(self, replies: Iterable[message_pb2.AppendMessagesResponse]) -> None:
+    def check_contains(self, replies: Iterable[message_pb2.AppendMessagesResponse]) -> None:
         """Assert that every acknowledged message is there once, where and when its acknowledgement said."""
         self.check()
         places = {message.id: (message.seq, message.created_us) for message in self.messages}
@@ -59,14 +59,16 @@ FROM chat_messages WHERE user_id = $1 AND session_id = $2 ORDER BY seq
 """
 
 
-async def history(database_url: str, user_id: str, session_id: str) -> History | None:
+async def read_history(database_url: str, user_id: str, session_id: str) -> History | None:
     """Read a session as it is at one moment, or None."""
     async with (
         connected_to(database_url) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
         sessions = await connection.fetch(_SESSION, user_id, session_id)
-        messages = [Stored(*row) for row in await connection.fetch(_MESSAGES, user_id, session_id)]
+        messages = [
+            StoredMessage(*row) for row in await connection.fetch(_MESSAGES, user_id, session_id)
+        ]
     if not sessions:
         assert not messages, "messages without their session"
         return None
@@ -74,9 +76,9 @@ async def history(database_url: str, user_id: str, session_id: str) -> History |
     return History(state, last_seq, message_count, messages, title)
 
 
-async def checked(database_url: str, user_id: str, session_id: str) -> History:
+async def read_valid_history(database_url: str, user_id: str, session_id: str) -> History:
     """Read a session that must be there and be sound."""
-    found = await history(database_url, user_id, session_id)
+    found = await read_history(database_url, user_id, session_id)
     assert found is not None
     found.check()
     return found

@@ -12,7 +12,7 @@ from chathistory.v1 import message_pb2
 from grpc import StatusCode, aio
 
 from tests.support.chat import Chat, new_id
-from tests.support.history import history
+from tests.support.history import read_history
 from tests.support.record import Place, Record, judge, place, said
 
 RETRYABLE_CODES = {
@@ -118,7 +118,7 @@ class Load:
         """Assert that what is stored is what was acknowledged, in its place, once, and what followers saw; and nothing else."""
         for session_id, record in self.records.items():
             record.saw_stream(self._begun, 0, self.seen[session_id])
-            found = await history(database_url, self._chat.user_id, session_id)
+            found = await read_history(database_url, self._chat.user_id, session_id)
             assert judge(record, found) == []
             assert found is not None
             assert found.last_seq == record.acknowledged, "every request was carried through"

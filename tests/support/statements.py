@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.support.cluster import Cluster, LoggedStatement, statements_in
 
 
-class Sent:
+class SentStatements:
     """What a database has been sent since this was made, the tests' own statements left out."""
 
     def __init__(self, cluster: Cluster, database_url: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.history import History, Stored
+from tests.support.history import History, StoredMessage
 from tests.support.record import NOWHERE, Edit, Erasure, Record, Sent, View, judge
 
 FOREVER = float("inf")
@@ -20,7 +20,9 @@ def sent(begun: float, acknowledged: float | None, **places: int) -> Sent:
 
 def stored(*ids: str, deleted: frozenset[str] = frozenset()) -> History:
     rows = [
-        Stored(seq, id_, "" if id_ in deleted else f"{id_} says", seq * 10, b"", id_ in deleted)
+        StoredMessage(
+            seq, id_, "" if id_ in deleted else f"{id_} says", seq * 10, b"", id_ in deleted
+        )
         for seq, id_ in enumerate(ids, 1)
     ]
     return History(1, len(rows), len(rows) - len(deleted), rows)
