@@ -14,7 +14,7 @@ import asyncpg
 from sqlalchemy import NullPool, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from service.store.db.database import PING_AFTER_IDLE
+from service.store.db.database import PING_AFTER_IDLE_S
 from service.store.db.db_errors import driver_error, sqlstate
 from service.store.db.dsn import Target
 from service.store.outbox.outbox import BACKLOG, Backlog
@@ -109,7 +109,7 @@ async def describe(target: Target, timeout: float) -> Description:
     try:
         async with engine.connect() as connection:
             row = (await connection.execute(_SERVER)).one()._asdict()
-            row["tls"] = await _tls(connection) or (None if target.pooled else row["tls"])
+            row["tls"] = await _tls(connection) or (None if target.is_pooled else row["tls"])
             round_trip_s = await _measure_round_trip(connection)
             schema = await schema_version(connection)
             index_state = await _index_state(connection) if schema.problem is None else None
@@ -161,7 +161,7 @@ class Pool(NamedTuple):
 def findings(description: Description, target: Target, pool: Pool) -> list[Finding]:
     """Return the findings for a described database, for a service with the given pool."""
     return [
-        Finding("database", f"{target.place} as {description.account}"),
+        Finding("database", f"{target.location} as {description.account}"),
         _check_version(description),
         _check_route(description, target),
         _check_tls(description, target),
@@ -199,10 +199,10 @@ def _check_route(description: Description, target: Target) -> Finding:
             "connect to a writable primary",
             Verdict.TODO,
         )
-    if not target.pooled:
+    if not target.is_pooled:
         return Finding("connection", "direct")
     direct = target.direct()
-    migrations = f"; migrations connect to {direct.place}" if direct is not target else ""
+    migrations = f"; migrations connect to {direct.location}" if direct is not target else ""
     return Finding("connection", f"through a transaction pooler{migrations}")
 
 
@@ -267,7 +267,7 @@ def _check_schema(schema: SchemaVersion) -> Finding:
 
 def _check_pool_size(description: Description, target: Target, max_connections: int) -> Finding:
     words = f"up to {max_connections} connections for each process"
-    if target.pooled:
+    if target.is_pooled:
         return Finding("pool", f"{words}, to the pooler")
     if max_connections >= description.max_connections:
         return Finding(
@@ -283,7 +283,7 @@ def _check_connections(target: Target, pool: Pool) -> Finding:
     timeout_s = target.connect_args.get("timeout", pool.connect_timeout_s)
     words = (
         f"{pool.size} kept open, most recently used first; checked before use after "
-        f"{PING_AFTER_IDLE:g} s idle, replaced after {pool.recycle_s:g} s; "
+        f"{PING_AFTER_IDLE_S:g} s idle, replaced after {pool.recycle_s:g} s; "
         f"connect timeout {timeout_s:g} s"
     )
     if not target.is_neon:
@@ -349,24 +349,24 @@ def explain(error: BaseException, target: Target) -> str:
         return _explain_certificate(cause.verify_message, target)
     if "rejected SSL upgrade" in str(cause):
         return (
-            f"{target.place} offers no TLS, but sslmode={target.ssl_mode} requires it: "
+            f"{target.location} offers no TLS, but sslmode={target.ssl_mode} requires it: "
             "enable TLS there, or set sslmode=disable"
         )
     if isinstance(cause, TimeoutError):
-        return f"{target.place} does not respond: check host, port and firewall"
+        return f"{target.location} does not respond: check host, port and firewall"
     if isinstance(
         cause, ConnectionRefusedError | FileNotFoundError
     ) or "Connect call failed" in str(cause):
-        return f"connection refused at {target.place}: is PostgreSQL running there?"
+        return f"connection refused at {target.location}: is PostgreSQL running there?"
     if isinstance(cause, asyncpg.InterfaceError | OSError):
-        return f"{target.place} cannot be reached: {cause}"
-    return f"{target.place} cannot be used: {type(cause).__name__}"
+        return f"{target.location} cannot be reached: {cause}"
+    return f"{target.location} cannot be used: {type(cause).__name__}"
 
 
 def _explain_certificate(words: str, target: Target) -> str:
     if "certificate is not valid for" in words:
         return (
-            f"the certificate of {target.place} is for another name ({words}): "
+            f"the certificate of {target.location} is for another name ({words}): "
             "use the certificate's name in DATABASE_URL"
         )
     return (
@@ -385,4 +385,6 @@ def _explain_refusal(code: str, words: str, target: Target) -> str:
         "53300": "lower CHAT_HISTORY_DB_POOL_SIZE, or use a pooler",
         "57P03": "the server is starting or stopping: retry in a moment",
     }.get(code)
-    return f"{target.place} rejected the connection: {words}" + (f" ({advice})" if advice else "")
+    return f"{target.location} rejected the connection: {words}" + (
+        f" ({advice})" if advice else ""
+    )

@@ -95,7 +95,7 @@ class Server:
             pool_timeout=settings.db_pool_timeout,
             recycle=settings.db_pool_recycle,
             connect_timeout=settings.db_connect_timeout,
-            driver_connections=settings.append_lanes + settings.read_connections,
+            hot_pool_size=settings.append_lanes + settings.read_connections,
         )
         self.authenticate = credentials.make_authenticator(
             settings, external_id_lookup(self.database)
@@ -277,7 +277,7 @@ class Server:
                 ),
                 "chat_history_appends_waiting": (
                     "Appends that have not left yet.",
-                    lambda: self.appender.waiting,
+                    lambda: self.appender.queued_count,
                 ),
                 "chat_history_connections_in_use": (
                     "Database connections checked out.",

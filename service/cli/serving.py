@@ -41,7 +41,7 @@ def serve(
         if target is not None:
             if migrate:
                 _migrate(target, quiet=True)
-            _serve(settings, target, f"PostgreSQL at {target.place}", told_to_stop)
+            _serve(settings, target, f"PostgreSQL at {target.location}", told_to_stop)
         else:
             _serve_embedded(settings, told_to_stop)
     say("stopped")

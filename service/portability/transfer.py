@@ -61,7 +61,7 @@ class Counts:
 
 @asynccontextmanager
 async def _opened(target: Target) -> AsyncGenerator[Database]:
-    database = Database(target, pool_size=2, max_overflow=0, driver_connections=1)
+    database = Database(target, pool_size=2, max_overflow=0, hot_pool_size=1)
     try:
         problem = (await database.probe(STEP_SECONDS)).problem
         if problem:

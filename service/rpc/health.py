@@ -97,7 +97,7 @@ class Readiness:
             return (await self._database.probe(PROBE_TIMEOUT)).problem
         except TimeoutError:
             # Gone without a word: what waits on its connections would wait for their own time-outs.
-            self._database.driver.terminate()
+            self._database.hot_pool.terminate()
             return "the database does not answer in time"
         except DATABASE_ERRORS as error:
             return f"the database does not answer ({type(error).__name__})"

@@ -253,7 +253,7 @@ async def test_a_database_that_stays_away_is_unavailable(
 ) -> None:
     """Calls of every kind are told so, and when to come back, before their deadlines."""
     monkeypatch.setattr(
-        database, "REPLY_MARGIN", 1.0
+        database, "REPLY_MARGIN_S", 1.0
     )  # A busy machine takes its time to carry an answer.
     user_id, session_id, stub = broken.chat.user_id, await broken.chat.start(), broken.chat.stub
     broken.proxy.refuse_connections()

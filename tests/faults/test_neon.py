@@ -147,7 +147,7 @@ async def test_the_consoles_strings_work_as_they_are(
     neon: Neon, string: str, prepared: bool
 ) -> None:
     target = parse(string)
-    assert (target.prepared_statements, target.pooled) == (prepared, not prepared)
+    assert (target.prepared_statements, target.is_pooled) == (prepared, not prepared)
     async with serving(target) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()

@@ -124,7 +124,7 @@ async def test_who_goes_away_leaves_no_transaction_open(
     async with Proxy(f"127.0.0.1:{pooler.port}") as proxy:
         url = make_url(pooled_url).set(port=proxy.port).render_as_string(hide_password=False)
         # One connection for the hot statements: the next one has the same if that is still good.
-        database = Database(parse(url), driver_connections=1)
+        database = Database(parse(url), hot_pool_size=1)
         try:
             select, insert = (
                 Statement.from_text("SELECT 1"),

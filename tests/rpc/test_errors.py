@@ -150,7 +150,7 @@ async def test_an_append_to_a_session_that_stays_locked_is_contention(
     chat: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        database, "REPLY_MARGIN", 1.0
+        database, "REPLY_MARGIN_S", 1.0
     )  # A busy machine takes its time to carry an answer.
     session_id = await chat.start()
     request = message_pb2.AppendMessagesRequest(
@@ -232,7 +232,7 @@ async def test_a_server_that_goes_away_sends_its_callers_elsewhere(
 async def test_a_database_that_is_away_is_told_and_comes_back(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "OUTAGE_PATIENCE", 0.5)
+    monkeypatch.setattr(database, "OUTAGE_TIMEOUT_S", 0.5)
     async with (
         postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,

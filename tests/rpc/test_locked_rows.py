@@ -89,7 +89,7 @@ async def test_who_waits_for_a_held_row_is_told_before_the_deadline(
     busy: Server, cluster: Cluster, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        database, "REPLY_MARGIN", 1.0
+        database, "REPLY_MARGIN_S", 1.0
     )  # A busy machine takes its time to carry forty answers.
     async with connected(busy.address) as stub:
         chat = await Chat.of_new_user(stub)

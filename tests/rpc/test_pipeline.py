@@ -291,9 +291,9 @@ async def test_a_call_without_a_deadline_has_one_all_the_same(
             for call, reasons in (
                 (
                     chat.get_session(session_id),
-                    either if server.database.target.pooled else in_time,
+                    either if server.database.target.is_pooled else in_time,
                 ),
-                (chat.page(session_id), either if server.database.target.pooled else in_time),
+                (chat.page(session_id), either if server.database.target.is_pooled else in_time),
                 (chat.update_session(["title"], id=session_id, title="new"), either),
                 (chat.append(session_id, "more"), either),
             ):
@@ -308,7 +308,7 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
     pool: Any = engine.pool
 
     async def counted() -> int:
-        if target.pooled:  # Those to PostgreSQL are the pooler's.
+        if target.is_pooled:  # Those to PostgreSQL are the pooler's.
             await wait_until_idle(database_url)
             own = psutil.Process().net_connections("tcp")
             return sum(
@@ -322,7 +322,7 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
         return int(backends)
 
     async with asyncio.timeout(40):
-        while server.calls.in_flight or server.streams.in_flight or server.appender.waiting:
+        while server.calls.in_flight or server.streams.in_flight or server.appender.queued_count:
             await asyncio.sleep(0.01)
         await server.database.drain()
         while (

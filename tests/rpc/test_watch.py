@@ -351,7 +351,7 @@ async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
                     if not each.sql.startswith(("BEGIN", "COMMIT"))
                 ][-4:]
     while (
-        server.streams.in_flight or server.database.driver._busy
+        server.streams.in_flight or server.database.hot_pool._busy
     ):  # The last look may have been under way.
         await asyncio.sleep(0.01)
     sent = SentStatements(cluster, database_url)

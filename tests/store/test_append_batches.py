@@ -195,7 +195,7 @@ async def test_a_session_that_stays_locked_is_refused_in_time(
     finally:
         await holder.close()
     assert len(await store.stored(locked)) == 1
-    assert store.appender.waiting == 0
+    assert store.appender.queued_count == 0
 
 
 async def test_what_is_withdrawn_before_it_has_left_is_not_stored(store: Sessions) -> None:

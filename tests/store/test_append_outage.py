@@ -50,7 +50,7 @@ async def test_who_cannot_wait_longer_is_told_though_the_lane_rests(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in time to hear of it, however long the lane would wait before it asks again."""
-    monkeypatch.setattr(database_module, "REPLY_MARGIN", 1.0)
+    monkeypatch.setattr(database_module, "REPLY_MARGIN_S", 1.0)
     user_id = await new_user(database_url)
     async with postgres_proxy(database_url) as (proxy, url), stores(url) as [database]:
         appender = Appender(database, 1)

@@ -362,7 +362,7 @@ async def play(
         done = await asyncio.gather(*(world.perform(*step) for step in burst))
         for appender in world.appenders:
             await appender.drain()
-            assert appender.waiting == 0
+            assert appender.queued_count == 0
         for database in world.databases:
             await database.drain()
         # A statement whose connection was cut may still be at work.

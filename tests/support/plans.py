@@ -34,7 +34,7 @@ async def recorded(server: Server) -> AsyncGenerator[list[Sent]]:
     def executed(_connection: object, _cursor: object, sql: str, args: Any, *_: object) -> None:
         sent.append(Sent(sql, tuple(args)))
 
-    engine, driver = server.database.engine.sync_engine, server.database.driver
+    engine, driver = server.database.engine.sync_engine, server.database.hot_pool
     taken = [await driver.acquire() for _ in range(driver._size)]
     idle = [kept.driver for kept in taken]
     for kept in taken:

@@ -84,12 +84,12 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
 def _busy(server: Server) -> dict[str, int]:
     """Return what a server that nobody calls should have none of."""
     database = server.database
-    driver = database.driver
+    driver = database.hot_pool
     counts = {
         "calls": server.calls.in_flight,
         "streams": server.streams.in_flight,
         "watchers": len(server.watchers),
-        "appends waiting": server.appender.waiting,
+        "appends waiting": server.appender.queued_count,
         "driver connections in use": len(driver._busy) + driver._opening + len(driver._waiting),
         "permits taken": sum(
             permits.count - permits.free for permits in (database._permits, database._write_permits)

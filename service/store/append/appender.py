@@ -94,7 +94,7 @@ class Appender:
         return key in self._apart
 
     @property
-    def waiting(self) -> int:
+    def queued_count(self) -> int:
         """How many items have not left yet."""
         return sum(len(lane.queue) for lane in (*self._lanes, *self._apart.values()))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from service.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, ServiceError
-from service.store.db.database import patience_ends
+from service.store.db.database import outage_deadline
 from service.store.db.hot_pool import Record
 from service.store.tables import SessionState
 
@@ -121,7 +121,7 @@ class Append:
         """Whether its statement may make the session: a missing one counts as empty, and holds nothing to replay."""
         self.new_session = new_session
         self.deadline = deadline
-        self.give_up = patience_ends(deadline, loop.time())
+        self.give_up = outage_deadline(deadline, loop.time())
         self.check = check
         self.arrived = loop.time()
         self.attempted = False

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sized
 
-PATIENCE = 100
+MAX_QUIET_TURNS = 100
 """Turns of the event loop without anything new after which a statement leaves, at the most."""
-PATIENCE_PER_CALL = 8
+QUIET_TURNS_PER_CALL = 8
 """The same, for each call that the last statement carried."""
-LONGEST = 0.01
+MAX_WAIT_S = 0.01
 """Seconds after which a statement leaves in any case."""
 
 
@@ -31,10 +31,10 @@ class BatchWindow:
 
     async def wait(self, queue: Sized, enough: int) -> None:
         """Return when there is enough, or no more to be expected soon: for a call that comes alone after another such, at the next turn."""
-        patience = min(PATIENCE, PATIENCE_PER_CALL * self.last) if self.last > 1 else 1
+        patience = min(MAX_QUIET_TURNS, QUIET_TURNS_PER_CALL * self.last) if self.last > 1 else 1
         seen = len(queue)
         quiet = 0
-        end = self._loop.time() + LONGEST
+        end = self._loop.time() + MAX_WAIT_S
         while seen < enough and quiet < patience and self._loop.time() < end:
             await asyncio.sleep(0)
             now = len(queue)

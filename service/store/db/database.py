@@ -29,10 +29,10 @@ from service.store.db.db_errors import Failure, classify, to_service_error
 from service.store.db.dsn import Target
 from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
 from service.store.db.hot_pool import (
-    LOCK_WAIT,
-    Connection,
-    DriverConnections,
-    PooledConnection,
+    LOCK_TIMEOUT_S,
+    DriverConnection,
+    HotPool,
+    PoolerConnection,
     Record,
     Statement,
     fetch_in_transaction,
@@ -47,21 +47,21 @@ Work = Callable[[AsyncConnection], Awaitable[T]]
 NO_OWNER = "no owner"
 """Owner id for work that concerns no single user, such as listing users: it waits in a queue of its own."""
 
-PING_AFTER_IDLE = 30.0
+PING_AFTER_IDLE_S = 30.0
 """Seconds after which an idle connection is tried before use."""
-COMMAND_TIMEOUT = 60.0
+COMMAND_TIMEOUT_S = 60.0
 """Seconds after which the driver gives any statement up, whatever its caller's deadline."""
-SUSPICIOUS_WAIT = 0.5
+SUSPICIOUS_WAIT_S = 0.5
 """Seconds that a call waits for the database before its giving up casts doubt on it."""
 MAX_ATTEMPTS = 6
 """Tries of a transaction that meets contention."""
-OUTAGE_PATIENCE = 15.0
+OUTAGE_TIMEOUT_S = 15.0
 """Seconds that a call waits at the most for a database that is away."""
-REPLY_MARGIN = 0.25
+REPLY_MARGIN_S = 0.25
 """Seconds before its deadline at which a call that waits for the database is answered, so that the answer arrives."""
-CLOSING = 1.0
+CLOSE_TIMEOUT_S = 1.0
 """Seconds that connections get to be closed in good order."""
-HOT_SHARE = 2
+MIN_OTHER_CONNECTIONS = 2
 """Connections that are left for all else, where the pool is small, when the hot statements have theirs."""
 
 # What the driver, SQLAlchemy and the socket raise when a statement or a connection fails.
@@ -75,9 +75,9 @@ def backoff(attempt: int, *, base: float = 0.02, cap: float = 1.0) -> float:
     return random.uniform(0, min(cap, base * 2**attempt))  # noqa: S311 - spreads load, keeps no secret
 
 
-def patience_ends(deadline: float, now: float) -> float:
+def outage_deadline(deadline: float, now: float) -> float:
     """Return when a call stops waiting for a database that is away; all are times of the running loop's clock, in seconds."""
-    return min(deadline - min(REPLY_MARGIN, (deadline - now) / 4), now + OUTAGE_PATIENCE)
+    return min(deadline - min(REPLY_MARGIN_S, (deadline - now) / 4), now + OUTAGE_TIMEOUT_S)
 
 
 class Database:
@@ -96,14 +96,14 @@ class Database:
         pool_timeout: float = 5.0,
         recycle: int = 240,
         connect_timeout: float = 12.0,
-        driver_connections: int = 6,
+        hot_pool_size: int = 6,
     ) -> None:
         self.target = target
         args = {
             "timeout": connect_timeout,
-            "command_timeout": COMMAND_TIMEOUT,
+            "command_timeout": COMMAND_TIMEOUT_S,
         } | target.connect_args
-        args["connection_class"] = PooledConnection if target.pooled else Connection
+        args["connection_class"] = PoolerConnection if target.is_pooled else DriverConnection
         self.engine: AsyncEngine = create_async_engine(
             target.url,
             connect_args=args,
@@ -120,7 +120,7 @@ class Database:
         # driver without prepared statements may meet another server unless BEGIN holds it (SQLAlchemy #12836).
         self._reader = (
             self.engine
-            if target.pooled
+            if target.is_pooled
             else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
         # For a question to the database while calls that wait for locks hold the whole pool.
@@ -128,8 +128,8 @@ class Database:
             target.url, connect_args=args, poolclass=NullPool, hide_parameters=True
         )
         self._limit = pool_size + max_overflow
-        hot = max(1, min(driver_connections, pool_size, self._limit - HOT_SHARE))
-        self.driver = DriverConnections(self.engine, hot)
+        hot = max(1, min(hot_pool_size, pool_size, self._limit - MIN_OTHER_CONNECTIONS))
+        self.hot_pool = HotPool(self.engine, hot)
         rest = max(1, self._limit - hot)
         self._permits, self._write_permits = FairSemaphore(rest), FairSemaphore(rest - rest // 3)
         self._pool_timeout = pool_timeout
@@ -141,7 +141,7 @@ class Database:
             lambda made, _: self._connections.add(made.driver_connection),
         )
         self._loop = asyncio.get_running_loop()
-        self.driver.on_slow = lambda: self.on_suspected_outage()  # noqa: PLW0108 - it is set later
+        self.hot_pool.on_slow_statement = lambda: self.on_suspected_outage()  # noqa: PLW0108 - it is set later
         self.on_suspected_outage: Callable[[], None] = lambda: None
         """Called when a call has shown, or suggests, that the database does not answer."""
 
@@ -164,10 +164,10 @@ class Database:
         Raises:
             Whatever the driver raises; see `failures.classify`.
         """
-        kept = await self.driver.acquire()
-        give_back = self.driver.release
+        kept = await self.hot_pool.acquire()
+        give_back = self.hot_pool.release
         try:
-            if not self.target.pooled:
+            if not self.target.is_pooled:
                 return await kept.driver.fetch(statement.text, *args)
             return await fetch_in_transaction(kept.driver, statement, *args)
         except (TimeoutError, asyncpg.InternalClientError):
@@ -177,7 +177,7 @@ class Database:
             raise
         except asyncio.CancelledError:
             self._suspect(kept.since)
-            give_back = self.driver.settle
+            give_back = self.hot_pool.release_abandoned
             raise
         finally:
             give_back(kept)
@@ -202,7 +202,7 @@ class Database:
 
         async def once(give_up: float) -> T:
             async with (
-                self._permits.one(owner_id, self._patience(give_up)),
+                self._permits.hold(owner_id, self._patience(give_up)),
                 self._reader.connect() as connection,
             ):
                 return await work(connection)
@@ -230,10 +230,10 @@ class Database:
 
         async def once(give_up: float) -> T:
             nonlocal unknown
-            give_up -= LOCK_WAIT
+            give_up -= LOCK_TIMEOUT_S
             async with (
-                self._write_permits.one(owner_id, self._patience(give_up)),
-                self._permits.one(owner_id, self._patience(give_up)),
+                self._write_permits.hold(owner_id, self._patience(give_up)),
+                self._permits.hold(owner_id, self._patience(give_up)),
                 self.engine.connect() as connection,
             ):
                 try:
@@ -280,7 +280,7 @@ class Database:
 
         `once` is given the time by which it must have what it waits for.
         """
-        give_up = patience_ends(deadline, self._loop.time())
+        give_up = outage_deadline(deadline, self._loop.time())
         attempt = 0
         while True:
             if error is not None:
@@ -312,7 +312,7 @@ class Database:
             self.on_suspected_outage()
         pause = backoff(attempt)
         if failure is Failure.LOCKED:
-            give_up -= LOCK_WAIT  # The next wait may be in vain too.
+            give_up -= LOCK_TIMEOUT_S  # The next wait may be in vain too.
         if self._may_retry(failure, attempt) and self._loop.time() + pause < give_up:
             await asyncio.sleep(pause)
             return
@@ -333,7 +333,7 @@ class Database:
 
     def _suspect(self, started: float) -> None:
         """Cast doubt on the database when a call was given up that had waited for it a while."""
-        if self._loop.time() - started > SUSPICIOUS_WAIT:
+        if self._loop.time() - started > SUSPICIOUS_WAIT_S:
             self.on_suspected_outage()
 
     async def probe(self, timeout: float) -> SchemaVersion:
@@ -362,18 +362,18 @@ class Database:
                 self.terminate()
                 for task in left:
                     task.cancel()
-                await asyncio.wait(left, timeout=CLOSING)
+                await asyncio.wait(left, timeout=CLOSE_TIMEOUT_S)
         closing = self._loop.create_task(self._close())
-        _, late = await asyncio.wait((closing,), timeout=CLOSING)
+        _, late = await asyncio.wait((closing,), timeout=CLOSE_TIMEOUT_S)
         if late:
             # A database that has gone silent says no goodbye.
             self.terminate()
-            await asyncio.wait((closing,), timeout=CLOSING)
+            await asyncio.wait((closing,), timeout=CLOSE_TIMEOUT_S)
         if closing.done():
             closing.result()
 
     async def _close(self) -> None:
-        await self.driver.close()
+        await self.hot_pool.close()
         await self.engine.dispose()
 
 
@@ -387,7 +387,7 @@ def _ping_after_idle(engine: AsyncEngine) -> None:
         connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
     ) -> None:
         idle_since = entry.info.get("idle_since")
-        if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE:
+        if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE_S:
             try:
                 engine.sync_engine.dialect.do_ping(connection)
             except Exception as error:

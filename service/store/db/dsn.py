@@ -24,7 +24,7 @@ class Target:
     """For SQLAlchemy; holds no option that asyncpg does not know."""
     connect_args: dict[str, Any] = field(repr=False)
     """For `asyncpg.connect`."""
-    pooled: bool
+    is_pooled: bool
     """Whether a transaction pooler stands between: no start-up parameters, no session state, no prepared statements."""
     ssl_mode: str
     """The libpq mode in force."""
@@ -37,7 +37,7 @@ class Target:
         return self.connect_args.get("statement_cache_size") != 0
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Host and database, to be shown."""
         host = self.url.host or str(self.url.query.get("host", ""))
         if not host or host.startswith("/"):
@@ -55,7 +55,9 @@ class Target:
         host = self.url.host or ""
         if not (self.is_neon and "-pooler." in host):
             return self
-        return replace(self, url=self.url.set(host=host.replace("-pooler.", ".", 1)), pooled=False)
+        return replace(
+            self, url=self.url.set(host=host.replace("-pooler.", ".", 1)), is_pooled=False
+        )
 
 
 def _is_neon(host: str) -> bool:

@@ -22,7 +22,7 @@ class FairSemaphore:
         self._loop = asyncio.get_running_loop()
 
     @asynccontextmanager
-    async def one(self, owner_id: str, patience: float) -> AsyncIterator[None]:
+    async def hold(self, owner_id: str, patience: float) -> AsyncIterator[None]:
         """Hold a permit for a block.
 
         Args:

@@ -17,16 +17,16 @@ from sqlalchemy import ClauseElement
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-IDLE_SECONDS = 2.0
+MAX_IDLE_S = 2.0
 """How long an unused connection is kept before it goes back to the pool."""
 
-SETTLE_SECONDS = 2.0
+SYNC_TIMEOUT_S = 2.0
 """In which a connection must answer that a caller has left, or it is cut."""
 
-SLOW_SECONDS = 2.0
+SLOW_STATEMENT_S = 2.0
 """After which an unanswered statement casts doubt on the database."""
 
-LOCK_WAIT = 0.2
+LOCK_TIMEOUT_S = 0.2
 """Seconds that a transaction waits for a lock of somebody else's before it gives its connection back and tries again."""
 
 Record = asyncpg.Record
@@ -55,7 +55,7 @@ class Statement:
         return tuple(values[name] for name in self.names)
 
 
-class Connection(asyncpg.Connection):
+class DriverConnection(asyncpg.Connection):
     """Begins its transactions with a bound on their waits for locks, in the same round trip.
 
     A transaction pooler refuses that bound as a start-up parameter, and a statement of its own would cost each write a round trip.
@@ -65,11 +65,11 @@ class Connection(asyncpg.Connection):
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         if query.startswith("BEGIN"):
-            query += f" SET LOCAL lock_timeout = {LOCK_WAIT * 1000:.0f};"
+            query += f" SET LOCAL lock_timeout = {LOCK_TIMEOUT_S * 1000:.0f};"
         return await super().execute(query, *args, timeout=timeout)
 
 
-class PooledConnection(Connection):
+class PoolerConnection(DriverConnection):
     """A connection to a transaction pooler: a statement that nobody waits for any more is left by ending the connection.
 
     asyncpg would send a request to cancel on a connection of its own, and PgBouncer 1.18 ends itself when such a client goes away too
@@ -118,7 +118,7 @@ async def fetch_in_transaction(
     return rows
 
 
-class _Kept:
+class HotConnection:
     """One connection that is checked out of SQLAlchemy's pool."""
 
     __slots__ = ("driver", "owner", "since")
@@ -130,7 +130,7 @@ class _Kept:
         """When it was last taken or given back, on the loop's clock."""
 
 
-class DriverConnections:
+class HotPool:
     """At most `size` connections, newest used first; callers beyond that wait their turn."""
 
     def __init__(self, engine: AsyncEngine, size: int) -> None:
@@ -138,17 +138,17 @@ class DriverConnections:
         self._size = size
         # Kept, as asking for it costs a system call each time before Python 3.12.
         self._loop = asyncio.get_running_loop()
-        self._idle: list[_Kept] = []
-        self._busy: set[_Kept] = set()
+        self._idle: list[HotConnection] = []
+        self._busy: set[HotConnection] = set()
         self._opening = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.on_slow: Callable[[], None] = lambda: None
-        """Called while a statement has been under way for more than SLOW_SECONDS."""
+        self.on_slow_statement: Callable[[], None] = lambda: None
+        """Called while a statement has been under way for more than SLOW_STATEMENT_S."""
 
-    async def acquire(self) -> _Kept:
+    async def acquire(self) -> HotConnection:
         """Take a connection, opening one when none is idle and the limit allows.
 
         Raises:
@@ -173,7 +173,7 @@ class DriverConnections:
                     self._wake()  # The turn was ours already: pass it on.
                 raise
 
-    def release(self, kept: _Kept) -> None:
+    def release(self, kept: HotConnection) -> None:
         """Give a connection back, whatever has become of it."""
         self._busy.discard(kept)
         if kept.driver.is_closed() or self._closed:
@@ -184,7 +184,7 @@ class DriverConnections:
         if self._waiting:
             self._wake()
 
-    def settle(self, kept: _Kept) -> None:
+    def release_abandoned(self, kept: HotConnection) -> None:
         """Give a connection back that a caller has left in the middle, once the server has ended what was begun.
 
         asyncpg only prepares a statement at first, and sends no Sync until it runs. Left in between, the server would keep the locks, and
@@ -197,9 +197,9 @@ class DriverConnections:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    async def _settle(self, kept: _Kept) -> None:
+    async def _settle(self, kept: HotConnection) -> None:
         try:
-            async with asyncio.timeout(SETTLE_SECONDS):
+            async with asyncio.timeout(SYNC_TIMEOUT_S):
                 await kept.driver.execute("")
         except Exception:  # noqa: BLE001 - whatever it is, nobody shall wait for this connection
             kept.driver.terminate()
@@ -225,7 +225,7 @@ class DriverConnections:
         while self._closing:
             await asyncio.gather(*self._closing, return_exceptions=True)
 
-    async def _open(self) -> _Kept:
+    async def _open(self) -> HotConnection:
         self._opening += 1
         try:
             owner = await self._engine.connect()
@@ -241,11 +241,11 @@ class DriverConnections:
             self._wake()
             raise
         self._opening -= 1
-        kept = _Kept(owner, driver)
+        kept = HotConnection(owner, driver)
         kept.since = self._loop.time()
         self._busy.add(kept)
         if self._timer is None:
-            self._timer = self._loop.call_later(SLOW_SECONDS / 2, self._tick)
+            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._tick)
         return kept
 
     def _wake(self) -> None:
@@ -258,23 +258,23 @@ class DriverConnections:
     def _tick(self) -> None:
         """Give back what nobody needs, and notice a statement that is not answered; only while connections are kept."""
         now = self._loop.time()
-        stale = [kept for kept in self._idle if now - kept.since >= IDLE_SECONDS]
-        self._idle = [kept for kept in self._idle if now - kept.since < IDLE_SECONDS]
+        stale = [kept for kept in self._idle if now - kept.since >= MAX_IDLE_S]
+        self._idle = [kept for kept in self._idle if now - kept.since < MAX_IDLE_S]
         for kept in stale:
             self._discard(kept)
-        if any(now - kept.since > SLOW_SECONDS for kept in self._busy):
-            self.on_slow()
+        if any(now - kept.since > SLOW_STATEMENT_S for kept in self._busy):
+            self.on_slow_statement()
         again = bool(self._idle or self._busy)
-        self._timer = self._loop.call_later(SLOW_SECONDS / 2, self._tick) if again else None
+        self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._tick) if again else None
 
-    def _discard(self, kept: _Kept) -> None:
+    def _discard(self, kept: HotConnection) -> None:
         """Hand a connection back to SQLAlchemy's pool, or have the pool forget it when it is closed."""
         task = self._loop.create_task(self._give_back(kept))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     @staticmethod
-    async def _give_back(kept: _Kept) -> None:
+    async def _give_back(kept: HotConnection) -> None:
         if kept.driver.is_closed():
             await kept.owner.invalidate()
         await kept.owner.close()

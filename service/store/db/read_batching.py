@@ -34,11 +34,11 @@ from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.db.db_errors import sqlstate
 from service.store.db.hot_pool import Statement
 
-WIDTH = 16
+MAX_BATCH_SIZE = 16
 """Reads in one statement: each may return a page of 3 MiB."""
-IN_FLIGHT = 4
+MAX_IN_FLIGHT = 4
 """Statements of one kind under way at once, at the most: the second and later ones leave full, or because the first is slow."""
-SLOW = 0.01
+SLOW_STATEMENT_S = 0.01
 """Seconds after which those who wait for the statement under way leave in another."""
 
 Rows = Sequence[Any]
@@ -159,9 +159,9 @@ class _ReadQueue:
             return await self._database.fetch(self._read.single, *arguments, deadline=deadline)
 
     def _go_on(self, *, slow: bool = False) -> None:
-        full = len(self._queue) >= WIDTH
+        full = len(self._queue) >= MAX_BATCH_SIZE
         if self._queue and (
-            not self._under_way or ((full or slow) and self._under_way < IN_FLIGHT)
+            not self._under_way or ((full or slow) and self._under_way < MAX_IN_FLIGHT)
         ):
             self._under_way += 1
             task = self._loop.create_task(self._run())
@@ -171,9 +171,9 @@ class _ReadQueue:
     async def _run(self) -> None:
         try:
             while self._queue:
-                await self._gather.wait(self._queue, WIDTH)
+                await self._gather.wait(self._queue, MAX_BATCH_SIZE)
                 if batch := self._take():
-                    slow = self._loop.call_later(SLOW, lambda: self._go_on(slow=True))
+                    slow = self._loop.call_later(SLOW_STATEMENT_S, lambda: self._go_on(slow=True))
                     try:
                         await self._together(batch)
                     finally:
@@ -184,7 +184,7 @@ class _ReadQueue:
 
     def _take(self) -> list[_Asked]:
         batch: list[_Asked] = []
-        while self._queue and len(batch) < WIDTH:
+        while self._queue and len(batch) < MAX_BATCH_SIZE:
             asked = self._queue.popleft()
             if not asked.answer.done():  # Else the caller is gone.
                 batch.append(asked)

@@ -145,7 +145,7 @@ async def _migrate(
                 and loop.time() < start_timeout_at
                 and not _is_final(error)
             ):
-                on_wait(f"{target.place} does not answer yet: retrying")
+                on_wait(f"{target.location} does not answer yet: retrying")
                 await asyncio.sleep(1.0)
             elif failure is Failure.CANCELLED:
                 raise MigrationError(_STATEMENT_TOO_SLOW) from error

@@ -58,7 +58,7 @@ def test_the_defaults_fit_what_neon_does() -> None:
     given = settings()
     assert 60 <= given.db_pool_recycle < 300
     assert 10 <= given.db_connect_timeout <= 15
-    assert module.PING_AFTER_IDLE == 30
+    assert module.PING_AFTER_IDLE_S == 30
 
 
 @pytest.mark.parametrize("route", ["on", "off"], ids=["direct", "pooled"])
@@ -97,7 +97,7 @@ async def test_only_what_has_idled_long_is_tried_before_use(
     sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     assert [each.sql for each in sent.so_far()] == ["SELECT pg_backend_pid()"]
-    monkeypatch.setattr(module, "PING_AFTER_IDLE", 0.0)
+    monkeypatch.setattr(module, "PING_AFTER_IDLE_S", 0.0)
     await asyncio.sleep(0.05)
     sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
@@ -111,7 +111,7 @@ async def test_connecting_takes_no_longer_than_it_may(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody answers the connection attempts; a URL's own time-out goes before the setting."""
-    monkeypatch.setattr(module, "OUTAGE_PATIENCE", 0.1)
+    monkeypatch.setattr(module, "OUTAGE_TIMEOUT_S", 0.1)
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.block(Direction.TO_CLIENT)
         for address, connect_timeout in ((url, 0.3), (f"{url}&connect_timeout=1", 600.0)):
@@ -141,11 +141,11 @@ async def test_hot_statements_have_connections_of_their_own_whatever_else_is_hel
     ]
     await asyncio.sleep(0.2)
     async with asyncio.timeout(20):
-        kept = [await database.driver.acquire() for _ in range(6)]
+        kept = [await database.hot_pool.acquire() for _ in range(6)]
         while database.engine.pool.checkedout() < 12:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
     for each in kept:
-        database.driver.release(each)
+        database.hot_pool.release(each)
     assert database.engine.pool.checkedout() == 12  # type: ignore[attr-defined]
     turn.set()
     assert len(set(await asyncio.gather(*held))) <= 12

@@ -63,7 +63,7 @@ def test_every_form_of_neons_pooled_string_means_the_same(text: str) -> None:
         "host", "user", "password", "database", "ssl", "server_settings", "timeout",
         "statement_cache_size", "prepared_statement_cache_size",
     }  # fmt: skip
-    assert target.pooled
+    assert target.is_pooled
     assert not target.prepared_statements
     assert driver["prepared_statement_cache_size"] == 0
     assert driver["server_settings"] == {
@@ -73,12 +73,12 @@ def test_every_form_of_neons_pooled_string_means_the_same(text: str) -> None:
     assert context(target).check_hostname
     assert context(target).verify_mode is ssl.CERT_REQUIRED
     assert "not supported" not in " ".join(target.notes)
-    assert target.place == f"{POOLED}/neondb"
+    assert target.location == f"{POOLED}/neondb"
 
 
 def test_neons_direct_string_prepares_statements() -> None:
     target = parse(neon(DIRECT))
-    assert not target.pooled
+    assert not target.is_pooled
     assert target.prepared_statements
     assert context(target).check_hostname
     assert target.direct() is target
@@ -88,7 +88,7 @@ def test_the_direct_host_of_a_pooled_one_keeps_all_else() -> None:
     target = parse(neon(POOLED, "?sslmode=verify-full&connect_timeout=7&application_name=mine"))
     direct = target.direct()
     assert direct.url == target.url.set(host=DIRECT)
-    assert not direct.pooled
+    assert not direct.is_pooled
     assert direct.connect_args == target.connect_args
     assert direct.ssl_mode == "verify-full"
     assert direct.connect_args["timeout"] == 7
@@ -113,14 +113,14 @@ def test_the_driver_without_channel_binding_is_made_known() -> None:
 )
 def test_a_pooler_is_recognised(text: str, prepared: str, pooled: bool) -> None:
     target = parse(text, prepared_statements=prepared)
-    assert target.pooled is pooled
+    assert target.is_pooled is pooled
     assert target.prepared_statements is not pooled
     assert target.direct() is target
 
 
 def test_a_pooler_that_carries_prepared_statements_is_still_one() -> None:
     target = parse(neon(POOLED), prepared_statements="on")
-    assert target.pooled
+    assert target.is_pooled
     assert target.prepared_statements
 
 
@@ -161,7 +161,7 @@ def test_a_socket_needs_no_tls() -> None:
     target = parse("postgresql://postgres@/postgres?host=/run/some%20where&sslmode=require")
     assert connection(target)["host"] == "/run/some where"
     assert target.connect_args["ssl"] is False
-    assert target.place == "the socket in /run/some where"
+    assert target.location == "the socket in /run/some where"
 
 
 @pytest.mark.parametrize(
@@ -227,5 +227,6 @@ def test_a_bad_string_is_refused_without_a_secret(text: str) -> None:
 def test_no_repr_holds_the_password(tmp_path: Path) -> None:
     target = parse(neon(POOLED))
     assert (
-        SECRET not in f"{target!r} {target.url!r} {target.place} {target.notes} {target.direct()!r}"
+        SECRET
+        not in f"{target!r} {target.url!r} {target.location} {target.notes} {target.direct()!r}"
     )

@@ -61,7 +61,7 @@ async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
     read = BatchedRead(twice, N)
     reads = ReadBatcher(database)
     assert await ask(reads, read, range(200)) == [2 * n for n in range(200)]
-    assert len(database.texts) < 200 / read_batching.WIDTH + 10
+    assert len(database.texts) < 200 / read_batching.MAX_BATCH_SIZE + 10
     database.texts.clear()
     for n in range(5):
         assert await ask(reads, read, range(n, n + 1)) == [2 * n]

@@ -66,12 +66,12 @@ async def test_a_connection_that_does_not_settle_is_cut(
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
 
-    connections = server.database.driver
+    connections = server.database.hot_pool
     kept = await connections.acquire()
     with monkeypatch.context() as patch:
-        patch.setattr(hot_pool, "SETTLE_SECONDS", 0.1)
+        patch.setattr(hot_pool, "SYNC_TIMEOUT_S", 0.1)
         patch.setattr(asyncpg.Connection, "execute", never)
-        connections.settle(kept)
+        connections.release_abandoned(kept)
         async with asyncio.timeout(20):
             while kept in connections._busy:
                 await asyncio.sleep(0.01)

@@ -14,11 +14,11 @@ async def test_users_take_turns_whatever_one_of_them_asks_for() -> None:
     order: list[str] = []
 
     async def use(owner_id: str) -> None:
-        async with permits.one(owner_id, 20):
+        async with permits.hold(owner_id, 20):
             order.append(owner_id)
             await asyncio.sleep(0)
 
-    async with permits.one("somebody", 20):
+    async with permits.hold("somebody", 20):
         flood = [asyncio.create_task(use("flood")) for _ in range(100)]
         await asyncio.sleep(0)
         others = [asyncio.create_task(use(owner_id)) for owner_id in "aabc"]
@@ -36,7 +36,7 @@ async def test_no_more_than_so_many_hold_one() -> None:
 
     async def use() -> None:
         nonlocal most, now
-        async with permits.one("", 20):
+        async with permits.hold("", 20):
             now += 1
             most = max(most, now)
             await asyncio.sleep(0)
@@ -48,11 +48,11 @@ async def test_no_more_than_so_many_hold_one() -> None:
 
 async def test_who_waits_too_long_is_told_and_nothing_is_lost() -> None:
     permits = FairSemaphore(1)
-    async with permits.one("a", 20):
+    async with permits.hold("a", 20):
         with pytest.raises(TimeoutError):
-            async with permits.one("b", 0.01):
+            async with permits.hold("b", 0.01):
                 pytest.fail("there was none")
-    async with permits.one("c", 0.01):
+    async with permits.hold("c", 0.01):
         pass
 
 
@@ -61,10 +61,10 @@ async def test_who_goes_away_when_the_turn_comes_passes_it_on(turns: int) -> Non
     permits = FairSemaphore(1)
 
     async def use() -> None:
-        async with permits.one("a", 20):
+        async with permits.hold("a", 20):
             await asyncio.sleep(0)
 
-    async with permits.one("somebody", 20):
+    async with permits.hold("somebody", 20):
         leaving = asyncio.create_task(use())
         staying = asyncio.create_task(use())
         await asyncio.sleep(0)
