@@ -170,7 +170,7 @@ def table(phases: list[Phase]) -> Table:
         "p99 ms",
         "max ms",
     )
-    return Table("Overload: AppendMessages, one message a call", columns, rows)
+    return Table("Overload: AppendMessages, one message per call", columns, rows)
 
 
 def _grpc_share(result: LoadResult) -> str:
