@@ -23,8 +23,8 @@ Directives, in a comment `<!-- example: NAME=VALUE … -->` directly before the 
 - `output`: this fence is what the one before prints. `...` and `…` stand for any text, and one
   UUID or time for another.
 - `input=PROMPT`: the reader types what follows the prompt.
-- `background`: leave it running until the end of the page. `ready=HOST:PORT` waits for another
-  address than the service's.
+- `background`: leave it running until the end of the page, and wait until it serves. It is the
+  service at 127.0.0.1:50051, at `service=HOST:PORT`, or another server at `ready=HOST:PORT`.
 - `exit=N`: the exit code to expect.
 - `role=NAME`: the role that runs SQL.
 - `migration`: Python that is the body of a migration, with Alembic's `op`.
@@ -37,6 +37,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import doctest
+import itertools
 import os
 import re
 import shlex
@@ -46,7 +47,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Self
 
@@ -57,12 +58,17 @@ from sqlalchemy import Connection, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from chathistory_client import HealthStatus, Session, message
+from service.store.db.dsn import parse
+from service.store.schema import migrations
 from tests.docs import configurations
 from tests.docs.fences import Fence
+from tests.support.certificates import CertificateAuthority
 from tests.support.clients import client_of
 from tests.support.cluster import TESTS_APPLICATION, Cluster, fetch
 from tests.support.ports import free_port
 from tests.support.servers import ROOT, ServerProcess
+from tests.support.tls_postgres import DATABASE, TlsPostgres, find_programs
+from tests.support.tools import skip_or_fail
 
 SERVICE = "127.0.0.1:50051"
 TIMEOUT_S = 180.0
@@ -116,6 +122,9 @@ class Scenario:
         self._fences = fences
         self._folder = folder
         self._cluster = cluster
+        self._postgres: TlsPostgres | None = None
+        """The system's PostgreSQL, if the page needs one."""
+        self._exit = AsyncExitStack()
         self._databases: list[str] = []
         self._ports: dict[str, int] = {}
         self._background: list[tuple[Fence, subprocess.Popen[bytes]]] = []
@@ -126,6 +135,7 @@ class Scenario:
         self._program = ""
         """The last Python program."""
         self._printed = ""
+        self._numbers = itertools.count(1)
         self._state = folder / ".state"
         self._environment = self._make_environment()
         self._cwd = folder
@@ -140,6 +150,7 @@ class Scenario:
             await self._server.stop()
         for name in self._databases:
             await self._cluster.drop_database(name)
+        await self._exit.aclose()
         for role in await fetch(self._cluster.url("postgres"), _ROLES):
             await fetch(self._cluster.url("postgres"), f"DROP ROLE {role[0]}")
 
@@ -148,6 +159,8 @@ class Scenario:
         names = {
             name for fence in self._fences for name in fence.directives.get("setup", "").split(",")
         }
+        if "dump" in names:
+            await self._start_postgres()
         empty = not names.isdisjoint({"empty", "empty-database"})
         self._database_url = await self.create_database(empty=empty)
         for name in sorted(names - {""}):
@@ -165,9 +178,29 @@ class Scenario:
 
     async def create_database(self, *, empty: bool = False) -> str:
         """Create a database and return its connection string."""
+        if self._postgres is not None:
+            return await self._create_database_in(self._postgres, empty=empty)
         name = await self._cluster.create_database(empty=empty)
         self._databases.append(name)
         return self._cluster.url(name)
+
+    async def _create_database_in(self, postgres: TlsPostgres, *, empty: bool) -> str:
+        """Create a database in the system's PostgreSQL, which is removed as a whole at the end."""
+        name = f"docs_{next(self._numbers)}"
+        await fetch(postgres.local_url, f"CREATE DATABASE {name}")
+        url = postgres.local_url.replace(f"/{DATABASE}?", f"/{name}?")
+        if not empty:
+            await migrations.upgrade(parse(url))
+        return url
+
+    async def _start_postgres(self) -> None:
+        """Start the system's PostgreSQL, whose programs fit it. The embedded one has no pg_dump."""
+        folder = find_programs()
+        if folder is None:
+            skip_or_fail("the system's postgresql is not installed")
+        self._postgres = TlsPostgres(CertificateAuthority().issue())
+        self._exit.enter_context(self._postgres)
+        self._environment["PATH"] = os.pathsep.join((str(folder), self._environment["PATH"]))
 
     async def start_service(self) -> None:
         """Start the service at the address that the documentation uses."""
@@ -327,9 +360,10 @@ class Scenario:
         return printed
 
     async def _wait_ready(self, fence: Fence, process: subprocess.Popen[bytes]) -> None:
-        address = self._replace(fence.directives.get("ready", SERVICE))
+        directives = fence.directives
+        address = self._replace(directives.get("ready") or directives.get("service") or SERVICE)
         deadline = time.monotonic() + READY_TIMEOUT_S
-        while not await _is_ready(address, is_service="ready" not in fence.directives):
+        while not await _is_ready(address, is_service="ready" not in directives):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ExampleFailed(fence, f"it is not ready:\n{self._log(fence)}")
             await asyncio.sleep(0.1)
@@ -366,28 +400,29 @@ class Scenario:
 
     def _make_environment(self) -> dict[str, str]:
         """Return the variables that a reader's shell has."""
-        programs = self._folder / ".bin"
-        programs.mkdir()
+        bin_folder = self._folder / ".bin"
+        bin_folder.mkdir()
         python = shlex.quote(sys.executable)
         scripts = {
             "activate": "",
             "python": f'#!/bin/sh\nexec {python} "$@"\n',
             "alembic": f'#!/bin/sh\nexec {python} -m alembic "$@"\n',
             "chat-history": f'#!/bin/sh\nexec {python} -m service "$@"\n',
-            "make": _MAKE.format(root=shlex.quote(str(ROOT)), programs=shlex.quote(str(programs))),
+            "make": _MAKE.format(
+                root=shlex.quote(str(ROOT)), programs=shlex.quote(str(bin_folder))
+            ),
         }
         for name, script in scripts.items():
-            (programs / name).write_text(script)
-            (programs / name).chmod(0o755)
-        for name in ("psql", "pg_dump", "pg_restore", "createdb", "dropdb"):
-            (programs / name).symlink_to(_PROGRAMS / name)
+            (bin_folder / name).write_text(script)
+            (bin_folder / name).chmod(0o755)
+        (bin_folder / "psql").symlink_to(_PROGRAMS / "psql")
         (self._folder / ".venv").mkdir()
-        (self._folder / ".venv" / "bin").symlink_to(programs)
+        (self._folder / ".venv" / "bin").symlink_to(bin_folder)
         kept = ("HOME", "LANG", "TMPDIR", "NO_PROXY", "no_proxy", "GRPC_ENABLE_FORK_SUPPORT")
         clone = "https://github.com/chathistory/chathistory"
         return {name: os.environ[name] for name in kept if name in os.environ} | {
             "PATH": os.pathsep.join(
-                (str(programs), str(Path(sys.executable).parent), os.environ["PATH"])
+                (str(bin_folder), str(Path(sys.executable).parent), os.environ["PATH"])
             ),
             "PYTHONPATH": os.pathsep.join(
                 str(folder) for folder in (ROOT, ROOT / "client", ROOT / "generated")
@@ -406,7 +441,8 @@ class Scenario:
 async def _is_ready(address: str, *, is_service: bool) -> bool:
     if is_service:
         async with client_of(address) as client:
-            return await client.check_health() is HealthStatus.SERVING
+            is_searching = await client.check_health("search") is not HealthStatus.NOT_SERVING
+            return is_searching and await client.check_health() is HealthStatus.SERVING
     host, port = address.rsplit(":", 1)
     with socket.socket() as trial:
         return trial.connect_ex((host, int(port))) == 0
@@ -415,6 +451,10 @@ async def _is_ready(address: str, *, is_service: bool) -> bool:
 async def _use_database(scenario: Scenario) -> None:
     """Set `DATABASE_URL`."""
     scenario.export(DATABASE_URL=scenario.database_url)
+
+
+async def _dump(_scenario: Scenario) -> None:
+    """Use the system's PostgreSQL, which has pg_dump. `follow` starts it before the rest."""
 
 
 async def _empty(_scenario: Scenario) -> None:
@@ -466,6 +506,7 @@ _Setup = Callable[[Scenario], Awaitable[None]]
 _SETUPS: dict[str, _Setup] = {
     "checkout": _checkout,
     "database": _use_database,
+    "dump": _dump,
     "empty": _empty,
     "empty-database": _use_database,
     "old-database": _old_database,
