@@ -65,6 +65,7 @@ from tests.docs.fences import Fence
 from tests.support.certificates import CertificateAuthority
 from tests.support.clients import client_of
 from tests.support.cluster import TESTS_APPLICATION, Cluster, fetch
+from tests.support.demo import running_demo
 from tests.support.ports import free_port
 from tests.support.servers import ROOT, ServerProcess
 from tests.support.tls_postgres import DATABASE, TlsPostgres, find_programs
@@ -213,6 +214,15 @@ class Scenario:
                 **self._settings,
             )
             await self._server.start()
+
+    async def start_demo(self) -> None:
+        """Run the example chatbot and its service at the addresses that the documentation uses."""
+        ports = [
+            int(self._replace(f"127.0.0.1:{port}").rpartition(":")[2]) for port in (50051, 8000)
+        ]
+        await self._exit.enter_async_context(
+            running_demo(self._folder / ".data", (ports[0], ports[1]))
+        )
 
     def export(self, **variables: str) -> None:
         """Set environment variables for the examples."""
@@ -453,6 +463,11 @@ async def _use_database(scenario: Scenario) -> None:
     scenario.export(DATABASE_URL=scenario.database_url)
 
 
+async def _demo(scenario: Scenario) -> None:
+    """Run the example chatbot, as `make demo` does."""
+    await scenario.start_demo()
+
+
 async def _dump(_scenario: Scenario) -> None:
     """Use the system's PostgreSQL, which has pg_dump. `follow` starts it before the rest."""
 
@@ -506,6 +521,7 @@ _Setup = Callable[[Scenario], Awaitable[None]]
 _SETUPS: dict[str, _Setup] = {
     "checkout": _checkout,
     "database": _use_database,
+    "demo": _demo,
     "dump": _dump,
     "empty": _empty,
     "empty-database": _use_database,

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
+from typer.testing import CliRunner
 
+from benchmarks import cli
 from tests.docs import configurations
 from tests.docs.fences import Fence, fences_of
 from tests.docs.scenario import Scenario
@@ -36,7 +39,24 @@ _INSTALL = "tests/docs/test_install.py::test_the_documented_commands_install_and
 _CLIENT_INSTALL = "tests/client/test_package.py::test_client_wheel_installs_with_its_own_dependencies_only_and_works"
 _TARGETS = "tests/docs/test_examples.py::test_the_targets_of_make_that_pages_name_exist"
 _NEON_CHECK = "ok    database      ep-cool-sun-a1b2c3d4-pooler.eu-central-1.aws.neon.tech/neondb as chat_history"
+_BENCHMARKS = "docs/explanation/performance.md"
 NOT_RUN: dict[tuple[str, str], str] = {
+    (
+        "CONTRIBUTING.md",
+        "make install                # create .venv with the pinned dependencies",
+    ): (_TARGETS),
+    (
+        "CONTRIBUTING.md",
+        "pipx run pre-commit install                               # check each commit",
+    ): ("tests/docs/test_examples.py::test_the_settings_for_a_clone_name_existing_files"),
+    (
+        _BENCHMARKS,
+        ".venv/bin/python -m benchmarks append --in-flight 64 --rounds 20   # prints process ids for py-spy",
+    ): ("tests/docs/test_examples.py::test_the_commands_of_the_benchmarks_have_these_options"),
+    (
+        "docs/explanation/stability.md",
+        "make soak                          # five minutes of load and a minute idle",
+    ): ("tests/soak/test_soak.py::test_a_mixed_load_under_faults"),
     ("README.md", "make test"): _TARGETS,
     ("README.md", "pip install 'chathistory-service[auth,embedded,search]'"): _INSTALL,
     ("docs/how-to/fastapi.md", "pip install chathistory-client"): _CLIENT_INSTALL,
@@ -53,18 +73,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
 }
 """Examples that cannot run as part of their page, by page and first line, and the covering tests."""
 
-# Being rewritten.
-_PENDING = {
-    "docs/explanation/performance.md",
-    "docs/explanation/stability.md",
-    "examples/chatbot/README.md",
-}
-FENCES = [
-    fence
-    for page in PAGES
-    if page.relative_to(ROOT).as_posix() not in _PENDING
-    for fence in fences_of(page, ROOT)
-]
+FENCES = [fence for page in PAGES for fence in fences_of(page, ROOT)]
 _NODE = ("js", "javascript", "ts", "typescript")
 
 
@@ -120,6 +129,25 @@ def test_the_targets_of_make_that_pages_name_exist() -> None:
         target for page in PAGES for target in re.findall(command, page.read_text(), re.MULTILINE)
     }
     assert named - targets == set()
+
+
+def test_the_settings_for_a_clone_name_existing_files() -> None:
+    assert (ROOT / ".git-blame-ignore-revs").exists()
+    assert yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+
+
+def test_the_commands_of_the_benchmarks_have_these_options() -> None:
+    commands = [
+        line.partition("#")[0].split()[3:]
+        for fence in FENCES
+        if fence.page == _BENCHMARKS and "-m benchmarks" in fence.code
+        for line in fence.code.splitlines()
+    ]
+    for command in commands:
+        # `--help` shows its text only if it knows every option.
+        result = CliRunner().invoke(cli.app, [*command, "--help"])
+        assert result.exit_code == 0, result.output
+    assert commands
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
