@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 from service.errors import ServiceError
 from service.portability import jsonl
-from service.rpc import export
+from service.rpc.export import UserExport
 from service.store import documents, importing
 from service.store.db.database import Database
 from service.store.db.dsn import Target
@@ -83,7 +83,7 @@ async def export_user(
     counts = Counts()
     async with (
         _opened(target) as database,
-        aclosing(export.items(database, user_id, STEP_SECONDS)) as items,
+        aclosing(UserExport(database, user_id, STEP_SECONDS).items()) as items,
     ):
         try:
             async for item in items:

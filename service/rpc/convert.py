@@ -1,4 +1,4 @@
-"""The only place where rows meet the generated code."""
+"""Conversions between rows and the generated code: users, sessions and messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_METADATA_BYTES = 16 * 1024
 MAX_MESSAGE_BYTES = 1024 * 1024
 
 _OVERHEAD_BYTES = 192
-"""What a message has in a reply beside what its client sent: ids, seq, times, etag, framing."""
+"""Output-only fields of a message in a reply: ids, seq, times, etag, and their framing."""
 _MICROS = 1_000_000
 _MESSAGE_OUTPUT_ONLY = ("session_id", "seq", "create_time", "update_time", "etag")
 _SESSION_OUTPUT_ONLY = (
@@ -36,13 +36,13 @@ _SESSION_OUTPUT_ONLY = (
 _USER_OUTPUT_ONLY = ("create_time", "update_time", "etag")
 
 
-def time(us: int) -> Any:
-    """Return what a Timestamp field takes for so many microseconds since 1970."""
+def timestamp(us: int) -> Any:
+    """Return the initial value of a Timestamp field for microseconds since 1970."""
     return {"seconds": us // _MICROS, "nanos": us % _MICROS * 1000}
 
 
-def canonical(message: ProtoMessage, output_only: Iterable[str], id_: str) -> bytes:
-    """Clear what the client cannot write, set the id, and return the fingerprint of the rest."""
+def canonical_fingerprint(message: ProtoMessage, output_only: Iterable[str], id_: str) -> bytes:
+    """Clear the output-only fields of a resource, set its id, and return its fingerprint."""
     for name in output_only:
         message.ClearField(name)
     if message.id != id_:  # type: ignore[attr-defined]
@@ -51,78 +51,74 @@ def canonical(message: ProtoMessage, output_only: Iterable[str], id_: str) -> by
 
 
 def fork_fingerprint(session_id: str, through_seq: int) -> bytes:
-    """Return the fingerprint of a session that is made by a fork."""
+    """Return the fingerprint of a session that a fork creates."""
     return hashlib.blake2b(f"fork {session_id} {through_seq}".encode(), digest_size=16).digest()
 
 
 def struct_json(struct: Struct, field: str) -> str | None:
-    """Return a Struct as JSON, None when it is empty.
+    """Return a Struct as JSON; None if it is empty.
 
     Raises:
-        InvalidArgument: it is larger than 16 KiB, or holds a NUL, a NaN or an infinity.
+        InvalidArgument: it is larger than 16 KiB, or contains NUL, NaN or an infinity.
     """
     if not struct.fields:
         return None
     if struct.ByteSize() > MAX_METADATA_BYTES:
         raise InvalidArgument.field(field, f"must be at most {MAX_METADATA_BYTES} bytes")
-    return json.dumps(_plain(struct, field), separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(_struct_dict(struct, field), separators=(",", ":"), ensure_ascii=False)
 
 
-def _plain(struct: Struct, field: str) -> Any:
+def _struct_dict(struct: Struct, field: str) -> Any:
     try:
         value = MessageToDict(struct)
-    except (SerializeToJsonError, ValueError):  # JSON has no word for them.
-        raise InvalidArgument.field(field, "must not hold NaN or an infinity") from None
-    _check(value, field)
+    except (SerializeToJsonError, ValueError):  # JSON cannot express them.
+        raise InvalidArgument.field(field, "must not contain NaN or an infinity") from None
+    _reject_nul(value, field)
     return value
 
 
-def _check(value: Any, field: str) -> None:
-    """Refuse what PostgreSQL's jsonb cannot hold.
-
-    Raises:
-        InvalidArgument: naming the field.
-    """
+def _reject_nul(value: Any, field: str) -> None:
+    """Raise InvalidArgument if a value contains NUL, which PostgreSQL's jsonb cannot store."""
     match value:
         case str() if "\0" in value:
             raise InvalidArgument.field(field, "must not contain NUL")
         case dict():
             for key, item in value.items():
-                _check(key, field)
-                _check(item, field)
+                _reject_nul(key, field)
+                _reject_nul(item, field)
         case list():
             for item in value:
-                _check(item, field)
+                _reject_nul(item, field)
 
 
 def user(row: UserRow) -> user_pb2.User:
-    """Make the resource of a row."""
+    """Return the resource of a row."""
     return user_pb2.User(
         id=row.id,
         external_id=row.external_id or "",
         email=row.email or "",
         name=row.name,
-        metadata=struct(row.metadata),
-        create_time=time(row.created_us),
-        update_time=time(row.updated_us),
+        metadata=parse_json(row.metadata),
+        create_time=timestamp(row.created_us),
+        update_time=timestamp(row.updated_us),
         etag=row.etag,
     )
 
 
 def session(row: SessionRow) -> session_pb2.Session:
-    """Make the resource of a row."""
+    """Return the resource of a row."""
     return session_pb2.Session(
         id=row.id,
         user_id=row.user_id,
         title=row.title,
         summary=row.summary,
         summarized_through_seq=row.summarized_through_seq,
-        metadata=struct(row.metadata),
+        metadata=parse_json(row.metadata),
         state=row.state,  # type: ignore[arg-type]
         last_seq=row.last_seq,
         message_count=row.message_count,
-        create_time=time(row.created_us),
-        update_time=time(row.updated_us),
+        create_time=timestamp(row.created_us),
+        update_time=timestamp(row.updated_us),
         etag=row.etag,
         forked_from=_forked_from(row),
     )
@@ -135,73 +131,82 @@ def _forked_from(row: SessionRow) -> session_pb2.ForkedFrom | None:
 
 
 def message(
-    row: MessageRow, session_id: str, make: Callable[..., message_pb2.Message] = message_pb2.Message
+    row: MessageRow,
+    session_id: str,
+    create: Callable[..., message_pb2.Message] = message_pb2.Message,
 ) -> message_pb2.Message:
-    """Make the resource of a row; `make` may be the `add` of a reply's list, so that nothing is copied."""
-    # Field by field and in place: names in the constructor cost more, and a Timestamp given to it is made, copied and thrown away.
-    made = make()
-    made.id = row.id
-    made.session_id = session_id
-    made.seq = row.seq
-    made.role = row.role  # type: ignore[assignment]
-    made.content = row.content
-    made.etag = row.etag
-    moment = made.create_time
-    moment.seconds, moment.nanos = row.created_us // _MICROS, row.created_us % _MICROS * 1000
-    moment = made.update_time
-    moment.seconds, moment.nanos = row.updated_us // _MICROS, row.updated_us % _MICROS * 1000
+    """Return the resource of a row.
+
+    Args:
+        row: The row.
+        session_id: The session of the message.
+        create: Creates the empty message; the `add` of a reply's list avoids a copy.
+    """
+    # Assigned in place: keyword arguments of the constructor cost more, and a Timestamp passed to
+    # it would be created, copied and discarded.
+    resource = create()
+    resource.id = row.id
+    resource.session_id = session_id
+    resource.seq = row.seq
+    resource.role = row.role  # type: ignore[assignment]
+    resource.content = row.content
+    resource.etag = row.etag
+    time = resource.create_time
+    time.seconds, time.nanos = row.created_us // _MICROS, row.created_us % _MICROS * 1000
+    time = resource.update_time
+    time.seconds, time.nanos = row.updated_us // _MICROS, row.updated_us % _MICROS * 1000
     if row.token_count is not None:
-        made.token_count = row.token_count
+        resource.token_count = row.token_count
     if row.author:
-        made.author = row.author
+        resource.author = row.author
     if row.parts is not None:
         for part in json.loads(row.parts):
-            made.parts.add(**part)
+            resource.parts.add(**part)
     if row.metadata is not None:
-        made.metadata.update(json.loads(row.metadata))
+        resource.metadata.update(json.loads(row.metadata))
     if row.feedback_score is not None:
-        made.feedback.score = row.feedback_score
-        made.feedback.comment = row.feedback_comment or ""
-    return made
+        resource.feedback.score = row.feedback_score
+        resource.feedback.comment = row.feedback_comment or ""
+    return resource
 
 
 def message_size(row: MessageRow) -> int:
-    """Return roughly how many bytes a message takes in a reply."""
+    """Return the approximate size of a message in a reply, in bytes."""
     return message(row, "").ByteSize() + _OVERHEAD_BYTES
 
 
-def struct(text: str | None) -> Any:
-    """Return what a Struct field takes for JSON."""
+def parse_json(text: str | None) -> Any:
+    """Return the value of a JSON text, for a Struct field or a jsonb column; None for None."""
     return None if text is None else json.loads(text)
 
 
-def new_message(sent: message_pb2.Message, id_: str, field: str) -> NewMessage:
-    """Read a message of an append; `field` is its path in the request.
+def new_message(message: message_pb2.Message, id_: str, field: str) -> NewMessage:
+    """Return a message to append; `field` is its path in the request.
 
     Raises:
-        InvalidArgument: it breaks a rule that the protos cannot say.
+        InvalidArgument: it breaks a rule that the protos cannot express.
     """
-    if not sent.role:
+    if not message.role:
         raise InvalidArgument.field(f"{field}.role", "is required")
-    if sent.ByteSize() > MAX_MESSAGE_BYTES:
+    if message.ByteSize() > MAX_MESSAGE_BYTES:
         raise InvalidArgument.field(field, f"must be at most {MAX_MESSAGE_BYTES} bytes")
-    fingerprint = canonical(sent, _MESSAGE_OUTPUT_ONLY, id_)
-    content = sent.content
-    parts = parts_json(sent.parts, f"{field}.parts") if sent.parts else None
+    fingerprint = canonical_fingerprint(message, _MESSAGE_OUTPUT_ONLY, id_)
+    content = message.content
+    parts = parts_json(message.parts, f"{field}.parts") if message.parts else None
     metadata = (
-        struct_json(sent.metadata, f"{field}.metadata") if sent.HasField("metadata") else None
+        struct_json(message.metadata, f"{field}.metadata") if message.HasField("metadata") else None
     )
-    feedback = sent.feedback if sent.HasField("feedback") else None
+    feedback = message.feedback if message.HasField("feedback") else None
     return NewMessage(
         id_,
-        sent.role,
+        message.role,
         content,
         parts,
         metadata,
-        sent.token_count if sent.HasField("token_count") else None,
+        message.token_count if message.HasField("token_count") else None,
         estimate_tokens(content, parts),
-        sent.ByteSize() + _OVERHEAD_BYTES,
-        sent.author,
+        message.ByteSize() + _OVERHEAD_BYTES,
+        message.author,
         feedback.score if feedback else None,
         feedback.comment if feedback else None,
         fingerprint,
@@ -209,118 +214,118 @@ def new_message(sent: message_pb2.Message, id_: str, field: str) -> NewMessage:
 
 
 def parts_json(parts: Iterable[message_pb2.Part], field: str) -> str | None:
-    """Return parts as JSON: a list of objects, each with its kind's name; None when there is none.
+    """Return parts as JSON, a list of objects like {"text": …}; None if there are none.
 
     Raises:
-        InvalidArgument: a Struct in them holds what cannot be stored.
+        InvalidArgument: a Struct in them cannot be stored.
     """
-    plain = [_plain_part(part, f"{field}[{n}]") for n, part in enumerate(parts)]
-    return json.dumps(plain, separators=(",", ":"), ensure_ascii=False) if plain else None
+    objects = [_part_object(part, f"{field}[{n}]") for n, part in enumerate(parts)]
+    return json.dumps(objects, separators=(",", ":"), ensure_ascii=False) if objects else None
 
 
-def _plain_part(part: message_pb2.Part, field: str) -> dict[str, Any]:
+def _part_object(part: message_pb2.Part, field: str) -> dict[str, Any]:
     kind = part.WhichOneof("kind")
     if kind is None or kind == "text":
         return {"text": part.text}
     if kind == "data":
-        return {"data": _plain(part.data, f"{field}.data")}
-    # Scalars only, under the names of the protos; `id` of a call and `tool_call_id` of a result are required, so context.py finds them.
+        return {"data": _struct_dict(part.data, f"{field}.data")}
+    # Scalars only, by the names of the protos. A call's `id` and a result's `tool_call_id` are
+    # required, so that store/context.py finds them.
     return {
         kind: {descriptor.name: value for descriptor, value in getattr(part, kind).ListFields()}
     }
 
 
-def user_values(sent: user_pb2.User, id_: str) -> dict[str, Any]:
-    """Read a user to create.
+def user_values(user: user_pb2.User, id_: str) -> dict[str, Any]:
+    """Return the columns of a user to create.
 
     Raises:
-        InvalidArgument: it breaks a rule that the protos cannot say.
+        InvalidArgument: it breaks a rule that the protos cannot express.
     """
-    fingerprint = canonical(sent, _USER_OUTPUT_ONLY, id_)
-    return user_changes(sent, ("external_id", "email", "name", "metadata")) | {
+    fingerprint = canonical_fingerprint(user, _USER_OUTPUT_ONLY, id_)
+    return user_changes(user, ("external_id", "email", "name", "metadata")) | {
         "id": id_,
         "fingerprint": fingerprint,
     }
 
 
-def user_changes(sent: user_pb2.User, paths: Iterable[str]) -> dict[str, Any]:
-    """Read those fields of a user; an empty `external_id` or `email` is none.
+def user_changes(user: user_pb2.User, paths: Iterable[str]) -> dict[str, Any]:
+    """Return the columns of the given fields of a user; an empty unique field becomes NULL.
 
     Raises:
         InvalidArgument: as `user_values`.
     """
-    return {path: _user_value(sent, path) for path in paths}
+    return {path: _user_value(user, path) for path in paths}
 
 
-def _user_value(sent: user_pb2.User, path: str) -> Any:
+def _user_value(user: user_pb2.User, path: str) -> Any:
     match path:
         case "metadata":
-            return loaded(struct_json(sent.metadata, "user.metadata"))
+            return parse_json(struct_json(user.metadata, "user.metadata"))
         case "external_id" | "email":
-            return getattr(sent, path) or None
+            return getattr(user, path) or None
         case _:
-            return getattr(sent, path)
+            return getattr(user, path)
 
 
-def session_values(sent: session_pb2.Session, id_: str) -> dict[str, Any]:
-    """Read a session to create.
+def session_values(session: session_pb2.Session, id_: str) -> dict[str, Any]:
+    """Return the columns of a session to create.
 
     Raises:
-        InvalidArgument: it breaks a rule that the protos cannot say.
+        InvalidArgument: it breaks a rule that the protos cannot express.
     """
-    if sent.summarized_through_seq:
+    if session.summarized_through_seq:
         raise InvalidArgument.field(
-            "session.summarized_through_seq", "is beyond the new session's last_seq, 0"
+            "session.summarized_through_seq", "must be 0: a new session has no messages"
         )
-    fingerprint = canonical(sent, _SESSION_OUTPUT_ONLY, id_)
+    fingerprint = canonical_fingerprint(session, _SESSION_OUTPUT_ONLY, id_)
     paths = (
         ("title", "summary", "metadata", "state")
-        if sent.state
+        if session.state
         else ("title", "summary", "metadata")
     )
-    return session_changes(sent, paths) | {"id": id_, "fingerprint": fingerprint}
+    return session_changes(session, paths) | {"id": id_, "fingerprint": fingerprint}
 
 
-def session_changes(sent: session_pb2.Session, paths: Iterable[str]) -> dict[str, Any]:
-    """Read those fields of a session.
+def session_changes(session: session_pb2.Session, paths: Iterable[str]) -> dict[str, Any]:
+    """Return the columns of the given fields of a session.
 
     Raises:
         InvalidArgument: as `session_values`.
     """
-    values = {path: getattr(sent, path) for path in paths}
+    values = {path: getattr(session, path) for path in paths}
     if "metadata" in values:
-        values["metadata"] = loaded(struct_json(sent.metadata, "session.metadata"))
+        values["metadata"] = parse_json(struct_json(session.metadata, "session.metadata"))
     if values.get("state") == session_pb2.SESSION_STATE_UNSPECIFIED:
-        raise InvalidArgument.field("session.state", "must be ACTIVE or ARCHIVED")
+        raise InvalidArgument.field(
+            "session.state", "must be SESSION_STATE_ACTIVE or SESSION_STATE_ARCHIVED"
+        )
     return values
 
 
-def message_changes(sent: message_pb2.Message, paths: Iterable[str]) -> dict[str, Any]:
-    """Read those fields of a message; `feedback` becomes its two columns.
+def message_changes(message: message_pb2.Message, paths: Iterable[str]) -> dict[str, Any]:
+    """Return the columns of the given fields of a message; `feedback` has two.
 
     Raises:
-        InvalidArgument: it breaks a rule that the protos cannot say.
+        InvalidArgument: it breaks a rule that the protos cannot express.
     """
-    if sent.ByteSize() > MAX_MESSAGE_BYTES:
+    if message.ByteSize() > MAX_MESSAGE_BYTES:
         raise InvalidArgument.field("message", f"must be at most {MAX_MESSAGE_BYTES} bytes")
     values: dict[str, Any] = {}
     for path in paths:
         match path:
             case "parts":
-                values["parts"] = parts_json(sent.parts, "message.parts")
+                values["parts"] = parts_json(message.parts, "message.parts")
             case "metadata":
-                values["metadata"] = struct_json(sent.metadata, "message.metadata")
+                values["metadata"] = struct_json(message.metadata, "message.metadata")
             case "token_count":
-                values["token_count"] = sent.token_count if sent.HasField("token_count") else None
+                values["token_count"] = (
+                    message.token_count if message.HasField("token_count") else None
+                )
             case "feedback":
-                given = sent.HasField("feedback")
-                values["feedback_score"] = sent.feedback.score if given else None
-                values["feedback_comment"] = sent.feedback.comment if given else None
+                has_feedback = message.HasField("feedback")
+                values["feedback_score"] = message.feedback.score if has_feedback else None
+                values["feedback_comment"] = message.feedback.comment if has_feedback else None
             case _:
-                values[path] = getattr(sent, path)
+                values[path] = getattr(message, path)
     return values
-
-
-def loaded(text: str | None) -> Any:
-    """Return JSON as the objects that SQLAlchemy writes; an empty one is NULL."""
-    return None if text is None else json.loads(text)

@@ -1,4 +1,4 @@
-"""The same as convert.py, for documents."""
+"""Conversions between rows and the generated code, for documents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from chathistory.v1 import document_pb2
 
 from service.ids import SYSTEM_USER_ID
-from service.rpc.convert import canonical, loaded, struct, struct_json, time
+from service.rpc.convert import canonical_fingerprint, parse_json, struct_json, timestamp
 from service.store.chunks import Chunk, ChunkRow
 from service.store.rows import DocumentRow
 
@@ -27,12 +27,14 @@ _OUTPUT_ONLY = (
 
 
 def document(row: DocumentRow) -> document_pb2.Document:
-    """Make the resource of a row."""
-    shared = row.user_id == SYSTEM_USER_ID
+    """Return the resource of a row."""
+    is_shared = row.user_id == SYSTEM_USER_ID
     return document_pb2.Document(
         id=row.id,
         user_id=row.user_id,
-        scope=document_pb2.DOCUMENT_SCOPE_SHARED if shared else document_pb2.DOCUMENT_SCOPE_PRIVATE,
+        scope=(
+            document_pb2.DOCUMENT_SCOPE_SHARED if is_shared else document_pb2.DOCUMENT_SCOPE_PRIVATE
+        ),
         title=row.title,
         source_uri=row.source_uri,
         mime_type=row.mime_type,
@@ -41,69 +43,70 @@ def document(row: DocumentRow) -> document_pb2.Document:
         chunk_count=row.chunk_count,
         status=row.status,  # type: ignore[arg-type]
         status_detail=row.status_detail,
-        metadata=struct(row.metadata),
-        create_time=time(row.created_us),
-        update_time=time(row.updated_us),
+        metadata=parse_json(row.metadata),
+        create_time=timestamp(row.created_us),
+        update_time=timestamp(row.updated_us),
         etag=row.etag,
     )
 
 
 def chunk(row: ChunkRow) -> document_pb2.StoredDocumentChunk:
-    """Make the resource of a row."""
+    """Return the resource of a row."""
     return document_pb2.StoredDocumentChunk(index=row.chunk_index, text=row.text)
 
 
-def new_chunk(sent: document_pb2.DocumentChunk) -> Chunk:
-    """Read a chunk to store."""
-    return Chunk(sent.text, packed(sent.vector) if sent.vector else None)
+def new_chunk(chunk: document_pb2.DocumentChunk) -> Chunk:
+    """Return a chunk to store."""
+    return Chunk(chunk.text, pack_vector(chunk.vector) if chunk.vector else None)
 
 
-def packed(vector: Iterable[float]) -> bytes:
-    """Return a vector as it is kept and searched: 32-bit floats, little-endian."""
+def pack_vector(vector: Iterable[float]) -> bytes:
+    """Return a vector as it is stored and searched: 32-bit floats, little-endian."""
     numbers = array("f", vector)
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers.tobytes()
 
 
-def unpacked(vector: bytes) -> array[float]:
-    """Return a vector that `packed` has made."""
-    numbers = array("f", vector)
+def unpack_vector(packed: bytes) -> array[float]:
+    """Return the vector that `pack_vector` has packed."""
+    numbers = array("f", packed)
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers
 
 
 def document_values(
-    sent: document_pb2.Document, chunks: Iterable[document_pb2.DocumentChunk], id_: str
+    document: document_pb2.Document, chunks: Iterable[document_pb2.DocumentChunk], id_: str
 ) -> dict[str, Any]:
-    """Read a document to create; its first chunks count in its fingerprint.
+    """Return the columns of a document to create; the fingerprint covers its first chunks too.
 
     Raises:
-        InvalidArgument: it breaks a rule that the protos cannot say.
+        InvalidArgument: it breaks a rule that the protos cannot express.
     """
-    mark = hashlib.blake2b(canonical(sent, _OUTPUT_ONLY, id_), digest_size=16)
-    for each in chunks:
-        mark.update(
-            hashlib.blake2b(each.SerializeToString(deterministic=True), digest_size=16).digest()
-        )
-    values = document_changes(sent, ("title", "source_uri", "mime_type", "metadata"))
-    sha256 = bytes.fromhex(sent.content_sha256) if sent.content_sha256 else None
+    fingerprint = hashlib.blake2b(
+        canonical_fingerprint(document, _OUTPUT_ONLY, id_), digest_size=16
+    )
+    for chunk in chunks:
+        serialized = chunk.SerializeToString(deterministic=True)
+        fingerprint.update(hashlib.blake2b(serialized, digest_size=16).digest())
+    values = document_changes(document, ("title", "source_uri", "mime_type", "metadata"))
+    sha256 = bytes.fromhex(document.content_sha256) if document.content_sha256 else None
     return values | {
         "id": id_,
         "content_sha256": sha256,
-        "size_bytes": sent.size_bytes,
-        "fingerprint": mark.digest(),
+        "size_bytes": document.size_bytes,
+        "fingerprint": fingerprint.digest(),
     }
 
 
-def document_changes(sent: document_pb2.Document, paths: Iterable[str]) -> dict[str, Any]:
-    """Read those fields of a document.
+def document_changes(document: document_pb2.Document, paths: Iterable[str]) -> dict[str, Any]:
+    """Return the columns of the given fields of a document.
 
     Raises:
         InvalidArgument: as `document_values`.
     """
-    values = {path: getattr(sent, path) for path in paths}
+    values = {path: getattr(document, path) for path in paths}
     if "metadata" in values:
-        values["metadata"] = loaded(struct_json(sent.metadata, "document.metadata"))
+        values["metadata"] = parse_json(struct_json(document.metadata, "document.metadata"))
     return values

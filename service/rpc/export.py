@@ -1,9 +1,11 @@
-"""Everything of one user, as a stream that holds one page at a time."""
+"""ExportUserData, and the export of a user that `chat-history export` writes to a file too."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
 
 from chathistory.v1 import export_pb2
 
@@ -11,134 +13,125 @@ from service.rpc import convert, convert_documents
 from service.rpc.call import Call
 from service.rpc.handler import Handler
 from service.store import export, users
-from service.store.db.database import Database
-from service.store.export import ChunkWithVector
-from service.store.rows import DocumentRow, MessageRow, SessionRow
+from service.store.db.database import Database, Work
+from service.store.rows import DocumentRow, SessionRow, UserRow
 
-PAGE = 100
-CHUNKS = 10
-"""Chunks read at a time: each may have 256 KiB of text and as much of a vector."""
+PAGE_SIZE = 100
+CHUNK_PAGE_SIZE = 10
+"""Smaller, since a chunk may have 256 KiB of text and as much of a vector."""
 
 Item = export_pb2.ExportUserDataResponse
+T = TypeVar("T")
+Row = TypeVar("Row")
 
 
 class Exports(Handler):
-    """Hands a user's data out."""
+    """Exports a user's data."""
 
     async def ExportUserData(
         self, request: export_pb2.ExportUserDataRequest, call: Call
     ) -> AsyncGenerator[Item]:
-        """Send everything of one user, in order."""
+        """Send all data of one user, in order."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        async for item in items(self.database, user_id, self.call_timeout):
+        async for item in UserExport(self.database, user_id, self.call_timeout).items():
             yield item
 
 
-async def items(database: Database, user_id: str, timeout: float) -> AsyncGenerator[Item]:
-    """Read everything of one user, in order; each page has `timeout` seconds.
+class UserExport:
+    """All data of one user, read page by page."""
 
-    Raises:
-        NotFound: there is no such user, or it has been erased meanwhile.
-    """
-    loop = asyncio.get_running_loop()
+    def __init__(self, database: Database, user_id: str, page_timeout: float) -> None:
+        """Prepare the export; each page must be read within `page_timeout` seconds."""
+        self._database = database
+        self._user_id = user_id
+        self._page_timeout = page_timeout
 
-    def deadline() -> float:
-        return loop.time() + timeout
+    async def items(self) -> AsyncGenerator[Item]:
+        """Yield the user, each session with its messages, and each document with its chunks.
 
-    yield Item(
-        user=convert.user(
-            await database.read(
-                lambda connection: users.get(connection, user_id),
-                owner_id=user_id,
-                deadline=deadline(),
-            )
-        )
-    )
+        Raises:
+            NotFound: the user does not exist, or was deleted during the export.
+        """
+        yield Item(user=convert.user(await self._user()))
+        async for item in self._sessions():
+            yield item
+        async for item in self._documents():
+            yield item
+        # If the user was deleted during the export, the export must not end like a complete one.
+        await self._user()
 
-    def sessions_after(last: str | None) -> Awaitable[list[SessionRow]]:
-        return database.read(
-            lambda connection: export.list_sessions(connection, user_id, last, PAGE),
-            owner_id=user_id,
-            deadline=deadline(),
-        )
+    async def _user(self) -> UserRow:
+        return await self._read(lambda connection: users.get(connection, self._user_id))
 
-    def documents_after(last: str | None) -> Awaitable[list[DocumentRow]]:
-        return database.read(
-            lambda connection: export.list_documents(connection, user_id, last, PAGE),
-            owner_id=user_id,
-            deadline=deadline(),
-        )
-
-    last: str | None = None
-    while page := await sessions_after(last):
-        for session in page:
+    async def _sessions(self) -> AsyncGenerator[Item]:
+        async for session in self._rows(
+            lambda cursor, connection: export.list_sessions(
+                connection, self._user_id, cursor, PAGE_SIZE
+            ),
+            first_cursor=None,
+            cursor_after=lambda session: session.id,
+        ):
             yield Item(session=convert.session(session))
-            async for item in _messages(database, session, timeout):
+            async for item in self._messages(session):
                 yield item
-        last = page[-1].id
-    last = None
-    while found := await documents_after(last):
-        for document in found:
+
+    async def _messages(self, session: SessionRow) -> AsyncGenerator[Item]:
+        """Yield the messages that the session had when it was read."""
+        async for message in self._rows(
+            lambda seq, connection: export.list_messages(
+                connection, session.user_id, session.id, seq, PAGE_SIZE
+            ),
+            first_cursor=0,
+            cursor_after=lambda message: message.seq,
+        ):
+            if message.seq > session.last_seq:
+                return
+            yield Item(message=convert.message(message, session.id))
+
+    async def _documents(self) -> AsyncGenerator[Item]:
+        async for document in self._rows(
+            lambda cursor, connection: export.list_documents(
+                connection, self._user_id, cursor, PAGE_SIZE
+            ),
+            first_cursor=None,
+            cursor_after=lambda document: document.id,
+        ):
             yield Item(document=convert_documents.document(document))
-            async for item in _chunks(database, document, timeout):
+            async for item in self._chunks(document):
                 yield item
-        last = found[-1].id
-    # An export that ends well is whole: it must not look so when the user was erased under it.
-    await database.read(
-        lambda connection: users.get(connection, user_id),
-        owner_id=user_id,
-        deadline=deadline(),
-    )
 
-
-async def _chunks(
-    database: Database, document: DocumentRow, timeout: float
-) -> AsyncGenerator[Item]:
-    """Read the chunks that a document had when it was read."""
-    loop = asyncio.get_running_loop()
-
-    def chunks_from(first: int) -> Awaitable[list[ChunkWithVector]]:
-        return database.read(
-            lambda connection: export.list_chunks(
-                connection, document.user_id, document.id, first, CHUNKS
+    async def _chunks(self, document: DocumentRow) -> AsyncGenerator[Item]:
+        """Yield the chunks that the document had when it was read."""
+        async for chunk in self._rows(
+            lambda index, connection: export.list_chunks(
+                connection, document.user_id, document.id, index, CHUNK_PAGE_SIZE
             ),
-            owner_id=document.user_id,
-            deadline=loop.time() + timeout,
-        )
-
-    first = 0
-    while page := await chunks_from(first):
-        for row in page:
-            if row.chunk_index >= document.chunk_count:
+            first_cursor=0,
+            cursor_after=lambda chunk: chunk.chunk_index + 1,
+        ):
+            if chunk.chunk_index >= document.chunk_count:
                 return
-            chunk = export_pb2.ExportedChunk(
-                document_id=document.id, index=row.chunk_index, text=row.text
+            exported = export_pb2.ExportedChunk(
+                document_id=document.id, index=chunk.chunk_index, text=chunk.text
             )
-            if row.vector is not None:
-                chunk.vector.extend(convert_documents.unpacked(row.vector))
-            yield Item(chunk=chunk)
-        first = page[-1].chunk_index + 1
+            if chunk.vector is not None:
+                exported.vector.extend(convert_documents.unpack_vector(chunk.vector))
+            yield Item(chunk=exported)
 
+    async def _rows(
+        self,
+        list_page: Callable[[Any, Any], Awaitable[list[Row]]],
+        *,
+        first_cursor: str | int | None,
+        cursor_after: Callable[[Row], str | int],
+    ) -> AsyncGenerator[Row]:
+        """Yield rows by keyset pagination; `list_page` gets the cursor and a connection."""
+        cursor = first_cursor
+        while page := await self._read(partial(list_page, cursor)):
+            for row in page:
+                yield row
+            cursor = cursor_after(page[-1])
 
-async def _messages(
-    database: Database, session: SessionRow, timeout: float
-) -> AsyncGenerator[Item]:
-    """Read the messages that a session had when it was read."""
-    loop = asyncio.get_running_loop()
-
-    def messages_after(seq: int) -> Awaitable[list[MessageRow]]:
-        return database.read(
-            lambda connection: export.list_messages(
-                connection, session.user_id, session.id, seq, PAGE
-            ),
-            owner_id=session.user_id,
-            deadline=loop.time() + timeout,
-        )
-
-    seq = 0
-    while page := await messages_after(seq):
-        for row in page:
-            if row.seq > session.last_seq:
-                return
-            yield Item(message=convert.message(row, session.id))
-        seq = page[-1].seq
+    async def _read(self, work: Work[T]) -> T:
+        deadline = asyncio.get_running_loop().time() + self._page_timeout
+        return await self._database.read(work, owner_id=self._user_id, deadline=deadline)

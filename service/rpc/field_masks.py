@@ -1,4 +1,4 @@
-"""Update masks: which fields an update writes."""
+"""Update masks: the fields that an update writes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from google.protobuf.message import Message
 from service.errors import FieldViolation, InvalidArgument
 
 
-def paths(mask: FieldMask, sent: Message, writable: Sequence[str]) -> list[str]:
-    """Return the fields to write: those of the mask, or with an empty one every writable field that is set.
+def update_paths(mask: FieldMask, resource: Message, writable: Sequence[str]) -> list[str]:
+    """Return the fields to update: the mask's, or every writable field that is set if it is empty.
 
     Raises:
-        InvalidArgument: the mask names a field that is unknown or output-only.
+        InvalidArgument: the mask names a field that does not exist or is output-only.
     """
     unknown = [path for path in mask.paths if path not in writable]
     if unknown:
@@ -27,5 +27,5 @@ def paths(mask: FieldMask, sent: Message, writable: Sequence[str]) -> list[str]:
         )
     if mask.paths:
         return list(dict.fromkeys(mask.paths))
-    present = {descriptor.name for descriptor, _ in sent.ListFields()}
+    present = {descriptor.name for descriptor, _ in resource.ListFields()}
     return [path for path in writable if path in present]

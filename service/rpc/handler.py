@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from service.errors import InvalidArgument
+from service.rpc.call import Call
 from service.search.disabled import AnySearch
 from service.store.append.appender import Appender
-from service.store.db.database import Database
+from service.store.db.database import Database, Work
 from service.store.db.read_batching import ReadBatcher
 from service.store.watch import WatchHub
 
@@ -28,8 +29,8 @@ class Handler:
             database: Runs the reads and the writes.
             appender: Writes the appended messages.
             watchers: The open WatchMessages streams.
-            search: The search index, or its replacement when search is disabled.
-            call_timeout: Seconds for one read of a stream, which has no deadline of its own.
+            search: The search index, or its replacement where search is disabled.
+            call_timeout: Seconds for each read of a stream, which may have no deadline.
         """
         self.database = database
         self.reads = ReadBatcher(database)
@@ -37,6 +38,27 @@ class Handler:
         self.watchers = watchers
         self.search = search
         self.call_timeout = call_timeout
+
+    async def delete_in_slices(
+        self, delete_slice: Work[tuple[int, bool]], owner_id: str, call: Call
+    ) -> int:
+        """Delete rows slice by slice, each in a transaction of its own, so that locks are short.
+
+        Args:
+            delete_slice: Deletes a slice; returns how many rows it had, and whether more remain.
+            owner_id: The user who owns the rows.
+            call: The call.
+
+        Returns:
+            The number of deleted rows.
+        """
+        count, has_more = 0, True
+        while has_more:
+            deleted, has_more = await self.database.write(
+                delete_slice, owner_id=owner_id, deadline=call.deadline
+            )
+            count += deleted
+        return count
 
 
 def require_same_id(field: str, inner_id: str, request_id: str) -> None:

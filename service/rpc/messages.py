@@ -19,46 +19,46 @@ from service.store.append.request import Append, NewMessage, NewSession
 from service.store.watch import Watcher
 
 DEFAULT_MAX_MESSAGES = 50
-WATCH_PAGE = 100
-"""Messages that a watch reads at a time."""
+WATCH_PAGE_SIZE = 100
+"""Messages that one read of a watch returns."""
 _WRITABLE = ("content", "parts", "metadata", "token_count", "feedback")
 
 
 class Messages(Handler):
-    """Appends, reads, changes, erases and follows messages."""
+    """Appends, reads, updates, deletes and watches messages."""
 
     async def AppendMessages(
         self, request: message_pb2.AppendMessagesRequest, call: Call
     ) -> message_pb2.AppendMessagesResponse:
-        """Append messages: all of them, next to each other, or none; those that are stored already keep their places."""
+        """Append messages atomically, with consecutive seqs; those already stored keep their seq."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
-        new = _new_messages(request)
-        opens = not session_id
-        if opens:
-            session_id = _derived_id(user_id, request)
-        may_create = opens or request.create_if_missing
-        item = Append(
+        new_messages = _new_messages(request)
+        starts_session = not session_id
+        if starts_session:
+            session_id = _derived_session_id(user_id, request)
+        may_create = starts_session or request.create_if_missing
+        append = Append(
             user_id,
             session_id,
-            new,
+            new_messages,
             call.deadline,
             may_create=may_create,
-            expected_last_seq=request.expected_last_seq
-            if request.HasField("expected_last_seq")
-            else None,
+            expected_last_seq=(
+                request.expected_last_seq if request.HasField("expected_last_seq") else None
+            ),
             new_session=_new_session(request, user_id, session_id) if may_create else NewSession(),
             loop=self.appender.loop,
         )
-        stored = await self.appender.append(item)
+        appended = await self.appender.append(append)
         reply = message_pb2.AppendMessagesResponse(
-            session_id=session_id, session_created=stored.session_created
+            session_id=session_id, session_created=appended.session_created
         )
-        for entry in stored.entries:
+        for entry in appended.entries:
             reply.messages.add(
                 id=entry.id,
                 seq=entry.seq,
-                create_time=convert.time(entry.created_us),
+                create_time=convert.timestamp(entry.created_us),
                 replayed=entry.replayed,
             )
         return reply
@@ -67,10 +67,8 @@ class Messages(Handler):
         self, request: message_pb2.GetMessageRequest, call: Call
     ) -> message_pb2.GetMessageResponse:
         """Read one message."""
-        user_id, session_id = (
-            call.caller.resolve_user_id(request.user_id),
-            request.session_id.lower(),
-        )
+        user_id = call.caller.resolve_user_id(request.user_id)
+        session_id = request.session_id.lower()
         row = await self.database.read(
             lambda connection: messages.get(
                 connection, user_id, session_id, request.message_id.lower()
@@ -84,59 +82,53 @@ class Messages(Handler):
         self, request: message_pb2.ListMessagesRequest, call: Call
     ) -> message_pb2.ListMessagesResponse:
         """List a session's messages by seq."""
-        user_id, session_id = (
-            call.caller.resolve_user_id(request.user_id),
-            request.session_id.lower(),
-        )
+        user_id = call.caller.resolve_user_id(request.user_id)
+        session_id = request.session_id.lower()
         descending = request.order == message_pb2.MESSAGE_ORDER_DESC
         bound = ("ListMessages", user_id, session_id, descending)
-        size = paging.page_size(request.page_size)
-        place = paging.place(request.page_token, *bound)
-        start = int(place) if place is not None else messages.MAX_SEQ if descending else 0
-        rows, more = await messages.list_page(
+        page_size = paging.effective_page_size(request.page_size)
+        cursor = paging.read_token(request.page_token, *bound)
+        seq = int(cursor) if cursor is not None else messages.MAX_SEQ if descending else 0
+        rows, has_more = await messages.list_page(
             self.reads,
             user_id,
             session_id,
-            start,
-            size,
+            seq,
+            page_size,
             descending=descending,
             deadline=call.deadline,
         )
         reply = message_pb2.ListMessagesResponse()
-        for row in paging.fitting(rows):
+        for row in paging.fitting_messages(rows):
             convert.message(row, session_id, reply.messages.add)
-        if more or len(reply.messages) < len(rows):
-            reply.next_page_token = paging.token(str(reply.messages[-1].seq), *bound)
+        if has_more or len(reply.messages) < len(rows):
+            reply.next_page_token = paging.make_token(str(reply.messages[-1].seq), *bound)
         return reply
 
     async def UpdateMessage(
         self, request: message_pb2.UpdateMessageRequest, call: Call
     ) -> message_pb2.UpdateMessageResponse:
-        """Change fields of a message."""
+        """Update fields of a message."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        sent = request.message
-        session_id = (request.session_id or sent.session_id).lower()
-        require_same_id("message.session_id", sent.session_id, session_id)
-        missing = [
-            name
-            for name, value in (("session_id", session_id), ("message.id", sent.id))
-            if not value
-        ]
+        message = request.message
+        session_id = (request.session_id or message.session_id).lower()
+        require_same_id("message.session_id", message.session_id, session_id)
+        required = {"session_id": session_id, "message.id": message.id}
+        missing = [field for field, value in required.items() if not value]
         if missing:
             raise InvalidArgument.fields(
-                tuple(FieldViolation(name, "is required") for name in missing)
+                tuple(FieldViolation(field, "is required") for field in missing)
             )
-        values = convert.message_changes(
-            sent, field_masks.paths(request.update_mask, sent, _WRITABLE)
-        )
+        paths = field_masks.update_paths(request.update_mask, message, _WRITABLE)
+        values = convert.message_changes(message, paths)
         row = await self.database.write(
             lambda connection: messages.update(
                 connection,
                 user_id,
                 session_id,
-                sent.id.lower(),
+                message.id.lower(),
                 values,
-                sent.etag,
+                message.etag,
                 convert.message_size,
                 search_enabled=self.search.indexes_messages,
             ),
@@ -149,14 +141,12 @@ class Messages(Handler):
     async def DeleteMessage(
         self, request: message_pb2.DeleteMessageRequest, call: Call
     ) -> message_pb2.DeleteMessageResponse:
-        """Erase what a message says; its id and seq stay taken."""
-        user_id, session_id = (
-            call.caller.resolve_user_id(request.user_id),
-            request.session_id.lower(),
-        )
+        """Delete a message's content; a tombstone keeps its id and seq."""
+        user_id = call.caller.resolve_user_id(request.user_id)
+        session_id = request.session_id.lower()
         message_id = request.message_id.lower()
         try:
-            gone = await self.database.write(
+            was_deleted = await self.database.write(
                 lambda connection: messages.delete(
                     connection,
                     user_id,
@@ -171,38 +161,34 @@ class Messages(Handler):
         except NotFound:
             if not request.allow_missing:
                 raise
-            gone = True
-        if not gone and not request.allow_missing:
+            was_deleted = True
+        if not was_deleted and not request.allow_missing:
             raise NotFound.message_in(session_id, message_id)
         return message_pb2.DeleteMessageResponse()
 
     async def GetContext(
         self, request: message_pb2.GetContextRequest, call: Call
     ) -> message_pb2.GetContextResponse:
-        """Read what goes into the next prompt."""
-        user_id, session_id = (
-            call.caller.resolve_user_id(request.user_id),
-            request.session_id.lower(),
-        )
+        """Choose the messages for the next prompt."""
+        user_id = call.caller.resolve_user_id(request.user_id)
+        session_id = request.session_id.lower()
         limits = context.Limits(request.max_messages or DEFAULT_MAX_MESSAGES, request.max_tokens)
-        chosen = await context.get(self.reads, user_id, session_id, limits, call.deadline)
+        prompt = await context.get(self.reads, user_id, session_id, limits, call.deadline)
         reply = message_pb2.GetContextResponse(
-            session=convert.session(chosen.session),
-            omitted_count=chosen.omitted_count,
-            token_count=chosen.token_count,
+            session=convert.session(prompt.session),
+            omitted_count=prompt.omitted_count,
+            token_count=prompt.token_count,
         )
-        for row in chosen.messages:
+        for row in prompt.messages:
             convert.message(row, session_id, reply.messages.add)
         return reply
 
     async def WatchMessages(
         self, request: message_pb2.WatchMessagesRequest, call: Call
     ) -> AsyncGenerator[message_pb2.WatchMessagesResponse]:
-        """Send a session's messages after a seq, then each new one: no gap, no duplicate, in order."""
-        user_id, session_id = (
-            call.caller.resolve_user_id(request.user_id),
-            request.session_id.lower(),
-        )
+        """Send a session's messages after a seq, then each new one: in order, without gap or repeat."""
+        user_id = call.caller.resolve_user_id(request.user_id)
+        session_id = request.session_id.lower()
         session = await self.database.read(
             lambda connection: sessions.get(connection, user_id, session_id),
             owner_id=user_id,
@@ -213,15 +199,15 @@ class Messages(Handler):
         with Watcher(self.watchers, (user_id, session_id), session.created_us, seq) as watcher:
             while True:
                 watcher.arm()
-                left = self._time_left(watcher, call)
+                remaining_s = self._remaining_s(watcher, call)
                 deadline = loop.time() + self.call_timeout
-                rows, more = await messages.list_since(
+                rows, has_more = await messages.list_since(
                     self.reads,
                     user_id,
                     session_id,
                     watcher.session_created_us,
                     seq,
-                    WATCH_PAGE,
+                    WATCH_PAGE_SIZE,
                     deadline=deadline,
                 )
                 for row in rows:
@@ -229,69 +215,75 @@ class Messages(Handler):
                         message=convert.message(row, session_id)
                     )
                     seq = row.seq
-                if not more:
-                    await watcher.wait(left)
+                if not has_more:
+                    await watcher.wait(remaining_s)
 
-    def _time_left(self, watcher: Watcher, call: Call) -> float | None:
-        """Return for how many seconds the session may be followed on; None for ever.
+    def _remaining_s(self, watcher: Watcher, call: Call) -> float | None:
+        """Return the seconds until the caller's token expires; None if it never does.
 
         Raises:
-            NotFound: the session has been erased.
-            Unauthenticated: what the caller has shown of itself has expired.
-            Unavailable: the server is going away (DRAINING).
+            NotFound: the session was deleted.
+            Unauthenticated: the token has expired.
+            Unavailable: the server is shutting down (DRAINING).
         """
         if self.watchers.is_closing:
             raise draining()
         if watcher.session_deleted:
             raise NotFound.session(watcher.key[1])
         expires_at = call.caller.expires_at
-        left = None if expires_at is None else expires_at - asyncio.get_running_loop().time()
-        if left is not None and left <= 0:
-            raise Unauthenticated("the token has expired")
-        return left
+        if expires_at is None:
+            return None
+        remaining_s = expires_at - asyncio.get_running_loop().time()
+        if remaining_s <= 0:
+            raise Unauthenticated("the token has expired; open the stream again with a new one")
+        return remaining_s
 
 
 def _new_messages(request: message_pb2.AppendMessagesRequest) -> list[NewMessage]:
-    """Read the messages of an append, each with an id.
+    """Convert the messages of an append, and give each an id.
 
     Raises:
-        InvalidArgument: one of them breaks a rule that the protos cannot say, or an id comes twice.
+        InvalidArgument: a message breaks a rule that the protos cannot express, or two have one id.
     """
     ids: set[str] = set()
-    new: list[NewMessage] = []
+    new_messages: list[NewMessage] = []
     session_id = request.session_id.lower()
-    for n, sent in enumerate(request.messages):
+    for n, message in enumerate(request.messages):
         field = f"messages[{n}]"
-        if sent.session_id:
-            require_same_id(f"{field}.session_id", sent.session_id, session_id)
-        # Made here when the client gave none: the server's own retries need one too.
-        message_id = sent.id.lower() or new_id()
+        if message.session_id:
+            require_same_id(f"{field}.session_id", message.session_id, session_id)
+        # Without an id of the client's: the server's own retries need one too.
+        message_id = message.id.lower() or new_id()
         if message_id in ids:
-            raise InvalidArgument.field(f"{field}.id", "comes twice in this request")
+            raise InvalidArgument.field(f"{field}.id", "is used twice in this request")
         ids.add(message_id)
-        new.append(convert.new_message(sent, message_id, field))
-    return new
+        new_messages.append(convert.new_message(message, message_id, field))
+    return new_messages
 
 
-def _derived_id(user_id: str, request: message_pb2.AppendMessagesRequest) -> str:
-    """Return the id of a session that an append starts: made from its first message's id, so that a retry finds it."""
-    first = request.messages[0].id
-    return str(uuid.uuid5(uuid.UUID(user_id), first)) if first else new_id()
+def _derived_session_id(user_id: str, request: message_pb2.AppendMessagesRequest) -> str:
+    """Return the id of a new session, derived from its first message's so that a retry finds it."""
+    first_message_id = request.messages[0].id
+    if not first_message_id:
+        return new_id()
+    return str(uuid.uuid5(uuid.UUID(user_id), first_message_id))
 
 
 def _new_session(
     request: message_pb2.AppendMessagesRequest, user_id: str, session_id: str
 ) -> NewSession:
-    """Read what a session starts with.
+    """Convert the session that an append may create.
 
     Raises:
-        InvalidArgument: it contradicts the request, or breaks a rule that the protos cannot say.
+        InvalidArgument: it contradicts the request, or breaks a rule the protos cannot express.
     """
-    sent = request.session
-    require_same_id("session.user_id", sent.user_id, user_id)
-    require_same_id("session.id", sent.id, session_id)
-    if sent.state == session_pb2.SESSION_STATE_ARCHIVED:
-        raise InvalidArgument.field("session.state", "an archived session takes no messages")
-    values = convert.session_values(sent, session_id)
-    metadata = convert.struct_json(sent.metadata, "session.metadata")
+    session = request.session
+    require_same_id("session.user_id", session.user_id, user_id)
+    require_same_id("session.id", session.id, session_id)
+    if session.state == session_pb2.SESSION_STATE_ARCHIVED:
+        raise InvalidArgument.field(
+            "session.state", "must not be ARCHIVED: the session gets messages now"
+        )
+    values = convert.session_values(session, session_id)
+    metadata = convert.struct_json(session.metadata, "session.metadata")
     return NewSession(values["title"], values["summary"], metadata, values["fingerprint"])

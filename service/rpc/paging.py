@@ -1,4 +1,4 @@
-"""Page sizes, and opaque page tokens bound to the request that they belong to."""
+"""Keyset pagination: page sizes, and opaque page tokens that are bound to their request."""
 
 from __future__ import annotations
 
@@ -21,77 +21,84 @@ DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 
 MAX_REPLY_BYTES = 3 * 1024 * 1024
-"""Where a reply stops: clients refuse more than 4 MiB by default."""
+"""A page ends before its reply exceeds this: clients reject more than 4 MiB by default."""
 
 _DIGEST_BYTES = 8
-# Tells our tokens from anything else; no secret: a token holds a place in the caller's own list and gives no right to read it.
+# Distinguishes our tokens from other text. It is not a secret: a token holds a cursor in the
+# caller's own list, and grants no right to read it.
 _KEY = b"chathistory.v1 page token"
 
 
-def page_size(asked: int) -> int:
-    """Return how many entries a page holds at the most."""
-    return min(asked, MAX_PAGE_SIZE) if asked else DEFAULT_PAGE_SIZE
+def effective_page_size(requested: int) -> int:
+    """Return the maximum number of entries of a page, given the request's `page_size`."""
+    return min(requested, MAX_PAGE_SIZE) if requested else DEFAULT_PAGE_SIZE
 
 
-def cut(
+def build_page(
     rows: Sequence[Row],
     convert: Callable[[Row], Resource],
-    token: Callable[[Row], str],
+    token_after: Callable[[Row], str],
     *,
-    more: bool,
+    has_more: bool,
 ) -> tuple[list[Resource], str]:
-    """Make a page of rows; `more` says whether the list goes on after them.
+    """Convert the rows of a page, as many as fit into a reply.
+
+    Args:
+        rows: The rows.
+        convert: Returns the resource of a row.
+        token_after: Returns the page token of the rows after a row.
+        has_more: Whether the list continues after the rows.
 
     Returns:
-        The resources, as many as fit into a reply, and the next page's token, empty when there is none.
+        The resources, and the next page's token, which is empty on the last page.
     """
     page: list[Resource] = []
-    total = 0
+    total_bytes = 0
     for row in rows:
         resource = convert(row)
-        total += resource.ByteSize()
-        if page and total > MAX_REPLY_BYTES:
-            more = True
+        total_bytes += resource.ByteSize()
+        if page and total_bytes > MAX_REPLY_BYTES:
+            has_more = True
             break
         page.append(resource)
-    return page, token(rows[len(page) - 1]) if more and page else ""
+    return page, token_after(rows[len(page) - 1]) if has_more and page else ""
 
 
-def fitting(rows: Sequence[MessageRow]) -> Sequence[MessageRow]:
-    """Return as many messages as fit into a reply, at least one, by the sizes that are stored with them."""
-    total = 0
+def fitting_messages(rows: Sequence[MessageRow]) -> Sequence[MessageRow]:
+    """Return as many messages as fit into a reply, at least one, by their stored sizes."""
+    total_bytes = 0
     for n, row in enumerate(rows):
-        total += row.size
-        if total > MAX_REPLY_BYTES and n:
+        total_bytes += row.size
+        if total_bytes > MAX_REPLY_BYTES and n:
             return rows[:n]
     return rows
 
 
-def token(place: str, *request: object) -> str:
-    """Return the token of the page after `place`, for requests of which these values are the same."""
-    payload = place.encode()
+def make_token(cursor: str, *request: object) -> str:
+    """Return the token of the page after `cursor`, valid for requests with the same values."""
+    payload = cursor.encode()
     return base64.urlsafe_b64encode(_digest(payload, request) + payload).decode().rstrip("=")
 
 
-def place(text: str, *request: object) -> str | None:
-    """Return the place that a token holds, None for the first page.
+def read_token(token: str, *request: object) -> str | None:
+    """Return the cursor in a token; None for the first page.
 
     Raises:
-        InvalidArgument: it is no token of ours, or of another request (BAD_PAGE_TOKEN).
+        InvalidArgument: it is not a token of this request (BAD_PAGE_TOKEN).
     """
-    if not text:
+    if not token:
         return None
     try:
-        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
-        raise _bad() from None
+        raise _bad_page_token() from None
     digest, payload = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
-    # Comparing the text too: several spellings in base64 are one value.
+    # The text is compared too: base64 has several spellings of one value.
     if (
         not hmac.compare_digest(digest, _digest(payload, request))
-        or token(payload.decode(), *request) != text
+        or make_token(payload.decode(), *request) != token
     ):
-        raise _bad()
+        raise _bad_page_token()
     return payload.decode()
 
 
@@ -100,7 +107,9 @@ def _digest(payload: bytes, request: tuple[object, ...]) -> bytes:
     return hashlib.blake2b(payload + b"\0" + bound, digest_size=_DIGEST_BYTES, key=_KEY).digest()
 
 
-def _bad() -> InvalidArgument:
+def _bad_page_token() -> InvalidArgument:
     return InvalidArgument(
-        "the page token does not belong to this request", reason="BAD_PAGE_TOKEN"
+        "page_token is not from an earlier page of this list; repeat that page's request with it, "
+        "or leave it empty for the first page",
+        reason="BAD_PAGE_TOKEN",
     )

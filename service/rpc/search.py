@@ -1,4 +1,8 @@
-"""The RPCs of search. What the index finds is read again from PostgreSQL under the caller's id before anybody sees it."""
+"""The RPCs of search.
+
+The index returns ids and scores only. The rows are read from PostgreSQL under the caller's id, so
+PostgreSQL decides what a caller may see.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,27 @@ from service.errors import FailedPrecondition, InvalidArgument
 from service.rpc import convert, convert_documents
 from service.rpc.call import Call
 from service.rpc.handler import Handler
+from service.rpc.paging import MAX_REPLY_BYTES
 from service.store import chunks, fulltext
+from service.store.chunks import ChunkKey
+from service.store.rows import DocumentRow
 
 DEFAULT_LIMIT = 10
-SPARE = 10
-"""Points asked for beyond the limit, since some of what is found may be gone by now."""
-COMPARED = 30
-"""Chunks whose texts are compared with the query, at the least."""
-FUSED = 50
-"""Hits of each way that are fused, at the least."""
+SPARE_HITS = 10
+"""Hits requested beyond the limit, since rows may have been deleted that are still indexed."""
+MIN_RERANKED_CHUNKS = 30
+"""Minimum number of nearest chunks that are reranked by their text."""
+MIN_FUSED_HITS = 50
+"""Minimum number of hits of each ranking that are fused."""
 RANK_CONSTANT = 60
-"""Of reciprocal rank fusion: how little the first places count above the next; 60 is what its authors found, and others since."""
-MAX_REPLY_BYTES = 3 * 1024 * 1024
+"""Dampens the weight of the first ranks in reciprocal rank fusion.
 
-Key = tuple[str, str]
+60 is the value of Cormack, Clarke and Büttcher (SIGIR 2009), who introduced the method.
+"""
+
+MessageKey = tuple[str, str]
+"""A message: session id, message id."""
+ChunkTexts = dict[ChunkKey, tuple[DocumentRow, str]]
 
 
 class Searches(Handler):
@@ -33,88 +44,52 @@ class Searches(Handler):
     async def SearchDocuments(
         self, request: document_pb2.SearchDocumentsRequest, call: Call
     ) -> document_pb2.SearchDocumentsResponse:
-        """Find the chunks that come nearest in meaning, of the caller's own documents and the shared ones."""
+        """Find the nearest chunks of the user's own documents and the shared ones."""
         owner_ids = call.caller.document_owner_ids(request.user_id)
         if bool(request.query.strip()) == bool(request.vector):
-            raise InvalidArgument.field("query", "either this or vector is required")
+            raise InvalidArgument.field("query", "exactly one of query and vector is required")
         limit = request.limit or DEFAULT_LIMIT
-        query = convert_documents.packed(request.vector) if request.vector else request.query
-        ids = [document_id.lower() for document_id in request.document_ids]
-        wide = limit + SPARE if request.vector else max(COMPARED, limit + SPARE)
-        found = await self.search.search_chunks(owner_ids, query, ids, wide, call.deadline)
-        near = {
-            (each.point.user_id, each.point.entity_id, int(each.point.item)): each.score
-            for each in found
-        }
-        rows = (
-            await self.database.read(
-                lambda connection: chunks.find_chunks(connection, owner_ids, list(near)),
-                owner_id=owner_ids[0],
-                deadline=call.deadline,
-            )
-            if near
-            else {}
+        vector_scores = await self._nearest_chunks(request, owner_ids, limit, call)
+        if not vector_scores:
+            return document_pb2.SearchDocumentsResponse()
+        texts = await self.database.read(
+            lambda connection: chunks.find_chunks(connection, owner_ids, list(vector_scores)),
+            owner_id=owner_ids[0],
+            deadline=call.deadline,
         )
-        scores = {key: score for key, score in near.items() if key in rows}
+        scores = {key: score for key, score in vector_scores.items() if key in texts}
         if scores and not request.vector:
-            texts = [(rows[key][0].title, rows[key][1]) for key in scores]
-            nearness = await self.search.rerank(request.query, texts, call.deadline)
-            if nearness is not None:
-                scores = dict(sorted(zip(scores, nearness, strict=True), key=lambda item: -item[1]))
-        reply = document_pb2.SearchDocumentsResponse()
-        total = 0
-        for key, score in list(scores.items())[:limit]:
-            row, text = rows[key]
-            hit = document_pb2.DocumentHit(
-                document=convert_documents.document(row), chunk_index=key[2], text=text, score=score
-            )
-            total += hit.ByteSize()
-            if total > MAX_REPLY_BYTES and reply.hits:
-                break
-            reply.hits.append(hit)
-        return reply
+            scores = await self._reranked(request.query, scores, texts, call)
+        return _documents_reply(list(scores.items())[:limit], texts)
 
     async def SearchMessages(
         self, request: message_pb2.SearchMessagesRequest, call: Call
     ) -> message_pb2.SearchMessagesResponse:
         """Find a user's messages by words, by meaning, or by both."""
-        user_id, session_id = (
-            call.caller.resolve_user_id(request.user_id),
-            request.session_id.lower(),
-        )
+        user_id = call.caller.resolve_user_id(request.user_id)
         if not request.query.strip():
             raise InvalidArgument.field("query", "is required")
         limit = request.limit or DEFAULT_LIMIT
-        wide = max(FUSED, limit)
-        match self._mode(request.mode):
-            case message_pb2.SEARCH_MODE_LEXICAL:
-                scores = await self._by_words(user_id, request.query, session_id, limit, call)
-            case message_pb2.SEARCH_MODE_SEMANTIC:
-                scores = await self._by_meaning(
-                    user_id, request.query, session_id, limit + SPARE, call
-                )
-            case _:
-                # Meaning first: it is what may be down, and then the words need not be looked for.
-                by_meaning = await self._by_meaning(user_id, request.query, session_id, wide, call)
-                by_words = await self._by_words(user_id, request.query, session_id, wide, call)
-                scores = reciprocal_rank_fusion((by_words, by_meaning))
-        keys = list(scores)[: limit + SPARE]
-        said = (
-            await fulltext.read_matches(self.database, user_id, keys, request.query, call.deadline)
-            if keys
-            else []
-        )
+        scores = await self._message_scores(request, user_id, limit, call)
+        keys = list(scores)[: limit + SPARE_HITS]
         reply = message_pb2.SearchMessagesResponse()
-        for each in said[:limit]:
-            message = convert.message(each.message, each.session_id)
-            score = scores[each.session_id, each.message.id]
-            reply.hits.add(message=message, score=score, snippet=marked(each.snippet))
+        if not keys:
+            return reply
+        matches = await fulltext.read_matches(
+            self.database, user_id, keys, request.query, call.deadline
+        )
+        for match in matches[:limit]:
+            reply.hits.add(
+                message=convert.message(match.message, match.session_id),
+                score=scores[match.session_id, match.message.id],
+                snippet=_snippet_html(match.snippet),
+            )
         return reply
 
     async def RebuildSearchIndex(
         self, request: search_pb2.RebuildSearchIndexRequest, call: Call
     ) -> AsyncGenerator[search_pb2.RebuildSearchIndexResponse]:
-        """Build the index anew, and tell how far it is."""
+        """Rebuild the index from PostgreSQL, and send the progress."""
         async for progress in self.search.rebuild():
             yield search_pb2.RebuildSearchIndexResponse(
                 total_count=progress.total,
@@ -123,51 +98,130 @@ class Searches(Handler):
                 collection=progress.collection or "",
             )
 
-    def _mode(self, asked: message_pb2.SearchMode.ValueType) -> message_pb2.SearchMode.ValueType:
-        """Return how messages are searched.
+    async def _nearest_chunks(
+        self,
+        request: document_pb2.SearchDocumentsRequest,
+        owner_ids: Sequence[str],
+        limit: int,
+        call: Call,
+    ) -> dict[ChunkKey, float]:
+        if request.vector:
+            query: str | bytes = convert_documents.pack_vector(request.vector)
+            candidates = limit + SPARE_HITS
+        else:
+            query = request.query
+            candidates = max(MIN_RERANKED_CHUNKS, limit + SPARE_HITS)
+        document_ids = [document_id.lower() for document_id in request.document_ids]
+        hits = await self.search.search_chunks(
+            owner_ids, query, document_ids, candidates, call.deadline
+        )
+        return {
+            (hit.point.user_id, hit.point.entity_id, int(hit.point.item)): hit.score for hit in hits
+        }
+
+    async def _reranked(
+        self, query: str, scores: dict[ChunkKey, float], texts: ChunkTexts, call: Call
+    ) -> dict[ChunkKey, float]:
+        """Return the chunks with the scores of their texts, best first."""
+        titled_texts = [(texts[key][0].title, texts[key][1]) for key in scores]
+        reranked = await self.search.rerank(query, titled_texts, call.deadline)
+        if reranked is None:
+            return scores
+        return dict(sorted(zip(scores, reranked, strict=True), key=lambda item: -item[1]))
+
+    async def _message_scores(
+        self, request: message_pb2.SearchMessagesRequest, user_id: str, limit: int, call: Call
+    ) -> dict[MessageKey, float]:
+        """Return the scores of messages by the requested mode, best first."""
+        query, session_id = request.query, request.session_id.lower()
+        match self._effective_mode(request.mode):
+            case message_pb2.SEARCH_MODE_LEXICAL:
+                return await self._lexical_scores(user_id, query, session_id, limit, call)
+            case message_pb2.SEARCH_MODE_SEMANTIC:
+                return await self._semantic_scores(
+                    user_id, query, session_id, limit + SPARE_HITS, call
+                )
+            case _:
+                candidates = max(MIN_FUSED_HITS, limit)
+                # Semantic first: if the index is unavailable, the lexical search is saved.
+                semantic = await self._semantic_scores(user_id, query, session_id, candidates, call)
+                lexical = await self._lexical_scores(user_id, query, session_id, candidates, call)
+                return reciprocal_rank_fusion((lexical, semantic))
+
+    def _effective_mode(
+        self, mode: message_pb2.SearchMode.ValueType
+    ) -> message_pb2.SearchMode.ValueType:
+        """Return the mode of a search of messages, given the request's.
 
         Raises:
-            FailedPrecondition: by meaning, and messages are not indexed (SEARCH_DISABLED).
+            FailedPrecondition: the mode needs an index of messages (SEARCH_DISABLED).
         """
-        search_enabled = self.search.indexes_messages
-        if not asked:
+        if not mode:
             return (
                 message_pb2.SEARCH_MODE_HYBRID
-                if search_enabled
+                if self.search.indexes_messages
                 else message_pb2.SEARCH_MODE_LEXICAL
             )
-        if asked != message_pb2.SEARCH_MODE_LEXICAL and not search_enabled:
+        if mode != message_pb2.SEARCH_MODE_LEXICAL and not self.search.indexes_messages:
             raise FailedPrecondition(
-                "search of messages by meaning is switched off (CHAT_HISTORY_SEARCH, CHAT_HISTORY_INDEX_MESSAGES)",
+                "semantic and hybrid search of messages are disabled on this server "
+                "(CHAT_HISTORY_SEARCH, CHAT_HISTORY_INDEX_MESSAGES); use SEARCH_MODE_LEXICAL",
                 reason="SEARCH_DISABLED",
             )
-        return asked
+        return mode
 
-    async def _by_words(
+    async def _lexical_scores(
         self, user_id: str, query: str, session_id: str, limit: int, call: Call
-    ) -> dict[Key, float]:
-        found = await fulltext.search(
+    ) -> dict[MessageKey, float]:
+        matches = await fulltext.search(
             self.database, user_id, query, session_id or None, limit, call.deadline
         )
-        return {(each.session_id, each.message_id): each.rank for each in found}
+        return {(match.session_id, match.message_id): match.rank for match in matches}
 
-    async def _by_meaning(
+    async def _semantic_scores(
         self, user_id: str, query: str, session_id: str, limit: int, call: Call
-    ) -> dict[Key, float]:
-        found = await self.search.search_messages(user_id, query, session_id, limit, call.deadline)
-        return {(each.point.entity_id, each.point.item): each.score for each in found}
+    ) -> dict[MessageKey, float]:
+        hits = await self.search.search_messages(user_id, query, session_id, limit, call.deadline)
+        return {(hit.point.entity_id, hit.point.item): hit.score for hit in hits}
 
 
-def reciprocal_rank_fusion(orders: Sequence[dict[Key, float]]) -> dict[Key, float]:
-    """Fuse several orders into one by reciprocal ranks: scores of different kinds cannot be added, places can."""
-    scores: dict[Key, float] = {}
-    for order in orders:
-        for place, key in enumerate(order, 1):
-            scores[key] = scores.get(key, 0.0) + 1 / (RANK_CONSTANT + place)
+def _documents_reply(
+    scores: Sequence[tuple[ChunkKey, float]], texts: ChunkTexts
+) -> document_pb2.SearchDocumentsResponse:
+    """Return the hits, as many as fit into a reply."""
+    reply = document_pb2.SearchDocumentsResponse()
+    total_bytes = 0
+    for key, score in scores:
+        document, text = texts[key]
+        hit = document_pb2.DocumentHit(
+            document=convert_documents.document(document),
+            chunk_index=key[2],
+            text=text,
+            score=score,
+        )
+        total_bytes += hit.ByteSize()
+        if total_bytes > MAX_REPLY_BYTES and reply.hits:
+            break
+        reply.hits.append(hit)
+    return reply
+
+
+def reciprocal_rank_fusion(
+    rankings: Sequence[dict[MessageKey, float]],
+) -> dict[MessageKey, float]:
+    """Fuse rankings by the reciprocals of the ranks: scores of different kinds are not comparable.
+
+    Returns:
+        The fused scores, best first.
+    """
+    scores: dict[MessageKey, float] = {}
+    for ranking in rankings:
+        for rank, key in enumerate(ranking, 1):
+            scores[key] = scores.get(key, 0.0) + 1 / (RANK_CONSTANT + rank)
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
-def marked(snippet: str) -> str:
-    """Put the marks of a match into a page's language, and nothing else of it."""
+def _snippet_html(snippet: str) -> str:
+    """Return a snippet as HTML: matches in `<mark>`, everything else escaped."""
     escaped = html.escape(snippet, quote=False)
     return escaped.replace(fulltext.MATCH_START, "<mark>").replace(fulltext.MATCH_END, "</mark>")

@@ -10,14 +10,13 @@ from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
 from service.store import sessions
-from service.store.rows import SessionRow
 from service.store.tables import SessionState
 
 _WRITABLE = ("title", "summary", "summarized_through_seq", "metadata", "state")
 
 
 class Sessions(Handler):
-    """Creates, reads, changes, forks and erases sessions."""
+    """Creates, reads, updates, forks and deletes sessions."""
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, call: Call
@@ -52,33 +51,36 @@ class Sessions(Handler):
         """List a user's sessions, newest activity first."""
         user_id = call.caller.resolve_user_id(request.user_id)
         bound = ("ListSessions", user_id, request.state)
-        size = paging.page_size(request.page_size)
-        after = _position(paging.place(request.page_token, *bound))
+        page_size = paging.effective_page_size(request.page_size)
+        cursor = _cursor(paging.read_token(request.page_token, *bound))
         state = SessionState(request.state) if request.state else None
         rows = await self.database.read(
-            lambda connection: sessions.list_page(connection, user_id, state, after, size + 1),
+            lambda connection: sessions.list_page(
+                connection, user_id, state, cursor, page_size + 1
+            ),
             owner_id=user_id,
             deadline=call.deadline,
         )
 
-        def token(row: SessionRow) -> str:
-            return paging.token(f"{row.updated_us} {row.id}", *bound)
-
-        page, next_token = paging.cut(rows[:size], convert.session, token, more=len(rows) > size)
-        return session_pb2.ListSessionsResponse(sessions=page, next_page_token=next_token)
+        page, next_page_token = paging.build_page(
+            rows[:page_size],
+            convert.session,
+            lambda row: paging.make_token(f"{row.updated_us} {row.id}", *bound),
+            has_more=len(rows) > page_size,
+        )
+        return session_pb2.ListSessionsResponse(sessions=page, next_page_token=next_page_token)
 
     async def UpdateSession(
         self, request: session_pb2.UpdateSessionRequest, call: Call
     ) -> session_pb2.UpdateSessionResponse:
-        """Change fields of a session."""
+        """Update fields of a session."""
         user_id = call.caller.resolve_user_id(request.user_id)
         require_same_id("session.user_id", request.session.user_id, user_id)
         session_id = request.session.id.lower()
         if not session_id:
             raise InvalidArgument.field("session.id", "is required")
-        values = convert.session_changes(
-            request.session, field_masks.paths(request.update_mask, request.session, _WRITABLE)
-        )
+        paths = field_masks.update_paths(request.update_mask, request.session, _WRITABLE)
+        values = convert.session_changes(request.session, paths)
         row = await self.database.write(
             lambda connection: sessions.update(
                 connection, user_id, session_id, values, request.session.etag
@@ -91,24 +93,22 @@ class Sessions(Handler):
     async def DeleteSession(
         self, request: session_pb2.DeleteSessionRequest, call: Call
     ) -> session_pb2.DeleteSessionResponse:
-        """Erase a session with its messages; a large one in slices, so that no lock is held for long."""
+        """Delete a session with its messages; many messages are deleted in slices."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
-        more = True
-        while more:
-            _, more = await self.database.write(
-                lambda connection: sessions.delete_slice(connection, user_id, session_id),
-                owner_id=user_id,
-                deadline=call.deadline,
-            )
-        gone = await self.database.write(
+        await self.delete_in_slices(
+            lambda connection: sessions.delete_slice(connection, user_id, session_id),
+            user_id,
+            call,
+        )
+        was_deleted = await self.database.write(
             lambda connection: sessions.delete(
                 connection, user_id, session_id, search_enabled=self.search.is_enabled
             ),
             owner_id=user_id,
             deadline=call.deadline,
         )
-        if not gone and not request.allow_missing:
+        if not was_deleted and not request.allow_missing:
             raise NotFound.session(session_id)
         self.watchers.session_deleted(user_id, session_id)
         self.search.wake()
@@ -117,7 +117,7 @@ class Sessions(Handler):
     async def ForkSession(
         self, request: session_pb2.ForkSessionRequest, call: Call
     ) -> session_pb2.ForkSessionResponse:
-        """Copy the beginning of a session into a new one; a retry with the same new id returns it."""
+        """Copy the start of a session into a new one; a retry with the same new id returns it."""
         user_id = call.caller.resolve_user_id(request.user_id)
         source_id = request.session_id.lower()
         fork_id = request.new_session_id.lower() or new_id()
@@ -139,8 +139,8 @@ class Sessions(Handler):
         return session_pb2.ForkSessionResponse(session=convert.session(row))
 
 
-def _position(place: str | None) -> sessions.SessionCursor | None:
-    if place is None:
+def _cursor(text: str | None) -> sessions.SessionCursor | None:
+    if text is None:
         return None
-    updated_us, _, session_id = place.partition(" ")
+    updated_us, _, session_id = text.partition(" ")
     return sessions.SessionCursor(int(updated_us), session_id)

@@ -12,12 +12,13 @@ from service.rpc.call import Call
 from service.rpc.handler import Handler
 from service.store import documents, sessions, users
 from service.store.db.database import NO_OWNER, Database
+from service.store.rows import UserRow
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
 
 
 class Users(Handler):
-    """Creates, reads, changes and erases users."""
+    """Creates, reads, updates and deletes users."""
 
     async def CreateUser(
         self, request: user_pb2.CreateUserRequest, call: Call
@@ -25,7 +26,7 @@ class Users(Handler):
         """Create a user; a retry with the same id and content returns it."""
         user_id = request.user.id.lower() or new_id()
         if user_id == SYSTEM_USER_ID:
-            raise InvalidArgument.field("user.id", "is the system's own")
+            raise InvalidArgument.field("user.id", "is the system's own user")
         values = convert.user_values(request.user, user_id)
         row = await self.database.write(
             lambda connection: users.create(connection, values),
@@ -37,29 +38,20 @@ class Users(Handler):
     async def GetUser(
         self, request: user_pb2.GetUserRequest, call: Call
     ) -> user_pb2.GetUserResponse:
-        """Read one user; a user caller gets itself only, by whatever key."""
+        """Read one user; a user caller gets itself only, whichever key it names."""
         key = request.WhichOneof("key")
-        caller = call.caller
         if key in (None, "user_id") or not getattr(request, key):
-            user_id = caller.resolve_user_id(request.user_id if key == "user_id" else "")
-            row = await self.database.read(
-                lambda connection: users.get(connection, user_id),
-                owner_id=user_id,
-                deadline=call.deadline,
-            )
-        elif (own_id := caller.user_id) is not None:
-            row = await self.database.read(
-                lambda connection: users.get(connection, own_id),
-                owner_id=own_id,
-                deadline=call.deadline,
-            )
-            own = (
+            user_id = call.caller.resolve_user_id(request.user_id if key == "user_id" else "")
+            row = await self._get_user(user_id, call)
+        elif (own_id := call.caller.user_id) is not None:
+            row = await self._get_user(own_id, call)
+            is_own_key = (
                 (row.email or "").lower() == request.email.lower()
                 if key == "email"
                 else row.external_id == request.external_id
             )
-            if not own:
-                raise PermissionDenied("not yours", reason="USER_MISMATCH")
+            if not is_own_key:
+                raise PermissionDenied(f"{key} is not the caller's own", reason="USER_MISMATCH")
         else:
             row = await self.database.read(
                 lambda connection: users.get_by(connection, **{key: getattr(request, key)}),
@@ -72,30 +64,30 @@ class Users(Handler):
         self, request: user_pb2.ListUsersRequest, call: Call
     ) -> user_pb2.ListUsersResponse:
         """List all users in order of id."""
-        size = paging.page_size(request.page_size)
-        after = paging.place(request.page_token, "ListUsers")
+        page_size = paging.effective_page_size(request.page_size)
+        cursor = paging.read_token(request.page_token, "ListUsers")
         rows = await self.database.read(
-            lambda connection: users.list_page(connection, after, size + 1),
+            lambda connection: users.list_page(connection, cursor, page_size + 1),
             owner_id=NO_OWNER,
             deadline=call.deadline,
         )
-        page, token = paging.cut(
-            rows[:size],
+        page, next_page_token = paging.build_page(
+            rows[:page_size],
             convert.user,
-            lambda row: paging.token(row.id, "ListUsers"),
-            more=len(rows) > size,
+            lambda row: paging.make_token(row.id, "ListUsers"),
+            has_more=len(rows) > page_size,
         )
-        return user_pb2.ListUsersResponse(users=page, next_page_token=token)
+        return user_pb2.ListUsersResponse(users=page, next_page_token=next_page_token)
 
     async def UpdateUser(
         self, request: user_pb2.UpdateUserRequest, call: Call
     ) -> user_pb2.UpdateUserResponse:
-        """Change fields of a user."""
-        inside = request.user.id.lower()
-        user_id = call.caller.resolve_user_id(request.user_id or inside)
-        if inside not in ("", user_id):
-            raise InvalidArgument.field("user.id", "is not the request's user_id")
-        paths = field_masks.paths(request.update_mask, request.user, _WRITABLE)
+        """Update fields of a user."""
+        inner_id = request.user.id.lower()
+        user_id = call.caller.resolve_user_id(request.user_id or inner_id)
+        if inner_id not in ("", user_id):
+            raise InvalidArgument.field("user.id", "must be empty or equal to the request's")
+        paths = field_masks.update_paths(request.update_mask, request.user, _WRITABLE)
         if "external_id" in paths:
             call.caller.require_service()
         values = convert.user_changes(request.user, paths)
@@ -109,47 +101,44 @@ class Users(Handler):
     async def DeleteUser(
         self, request: user_pb2.DeleteUserRequest, call: Call
     ) -> user_pb2.DeleteUserResponse:
-        """Erase a user everywhere; what is large goes in slices, the user itself last."""
+        """Delete a user with all data: messages and chunks in slices, the user last."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        messages = chunks = 0
-        more = True
-        while more:
-            erased, more = await self.database.write(
-                lambda connection: sessions.delete_slice(connection, user_id),
-                owner_id=user_id,
-                deadline=call.deadline,
-            )
-            messages += erased
-        more = True
-        while more:
-            erased, more = await self.database.write(
-                lambda connection: documents.delete_slice(connection, user_id),
-                owner_id=user_id,
-                deadline=call.deadline,
-            )
-            chunks += erased
-        gone = await self.database.write(
+        message_count = await self.delete_in_slices(
+            lambda connection: sessions.delete_slice(connection, user_id), user_id, call
+        )
+        chunk_count = await self.delete_in_slices(
+            lambda connection: documents.delete_slice(connection, user_id), user_id, call
+        )
+        deleted = await self.database.write(
             lambda connection: users.delete(
                 connection, user_id, search_enabled=self.search.is_enabled
             ),
             owner_id=user_id,
             deadline=call.deadline,
         )
-        if gone is None:
+        if deleted is None:
             if not request.allow_missing:
                 raise NotFound.user(user_id)
             return user_pb2.DeleteUserResponse()
-        messages, chunks = messages + gone.messages, chunks + gone.chunks
-        vectors = 0
+        message_count += deleted.messages
+        chunk_count += deleted.chunks
+        vector_count = 0
         if self.search.is_enabled:
-            vectors = chunks + (messages if self.search.indexes_messages else 0)
+            vector_count = chunk_count + (message_count if self.search.indexes_messages else 0)
             self.search.wake()
         return user_pb2.DeleteUserResponse(
-            session_count=gone.sessions,
-            message_count=messages,
-            document_count=gone.documents,
-            chunk_count=chunks,
-            vector_count=vectors,
+            session_count=deleted.sessions,
+            message_count=message_count,
+            document_count=deleted.documents,
+            chunk_count=chunk_count,
+            vector_count=vector_count,
+        )
+
+    async def _get_user(self, user_id: str, call: Call) -> UserRow:
+        return await self.database.read(
+            lambda connection: users.get(connection, user_id),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
 
 

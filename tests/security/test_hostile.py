@@ -205,7 +205,7 @@ async def test_large_page_sizes_are_coerced(chat: Chat) -> None:
 @given(st.data())
 @settings(max_examples=100)
 def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
-    good = paging.token("1700000000000000 " + IDS[0], "ListSessions", IDS[1], 0)
+    good = paging.make_token("1700000000000000 " + IDS[0], "ListSessions", IDS[1], 0)
     bad = data.draw(
         st.one_of(
             st.text(max_size=60),
@@ -220,7 +220,7 @@ def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
     if bad in ("", good):
         return
     with pytest.raises(InvalidArgument):
-        paging.place(bad, "ListSessions", IDS[1], 0)
+        paging.read_token(bad, "ListSessions", IDS[1], 0)
 
 
 @pytest.mark.case(n=1)
