@@ -1,4 +1,4 @@
-"""GetContext through the service and the database: as the model says, whatever is in the session, deleted, summarized or asked for."""
+"""GetContext through the service and the database, compared with a model of the contract."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ from tests.support.chat import (
     new_messages,
 )
 from tests.support.failures import assert_fails
-from tests.support.prompts import Said, Wanted, expected, histories
+from tests.support.prompts import ModelLimits, ModelMessage, expected_seqs, model_sessions
 
 T = TypeVar("T")
 
 
-def message(said: Said) -> message_pb2.Message:
-    parts: list[dict[str, Any]] = [{"tool_call": {"id": each}} for each in sorted(said.calls)]
-    parts += [{"tool_result": {"tool_call_id": each}} for each in sorted(said.results)]
+def to_message(message: ModelMessage) -> message_pb2.Message:
+    parts: list[dict[str, Any]] = [{"tool_call": {"id": id_}} for id_ in sorted(message.calls)]
+    parts += [{"tool_result": {"tool_call_id": id_}} for id_ in sorted(message.results)]
     return new_message(
-        f"message {said.seq}",
-        message_pb2.Role.ValueType(said.role),
-        token_count=said.tokens,
+        f"message {message.seq}",
+        message_pb2.Role.ValueType(message.role),
+        token_count=message.tokens,
         parts=parts,
     )
 
 
-async def write(chat: Chat, history: list[Said]) -> str:
-    """Store a session as the model sees it, and return its id."""
+async def store_session(chat: Chat, session: list[ModelMessage]) -> str:
+    """Store a session of the model and return its id."""
     session_id = (await chat.create_session()).id
-    sent = [message(said) for said in history]
+    sent = [to_message(message) for message in session]
     if sent:
         await chat.append(session_id, sent)
-    for said, stored in zip(history, sent, strict=True):
-        if said.deleted:
+    for message, stored in zip(session, sent, strict=True):
+        if message.is_deleted:
             await chat.delete(session_id, stored.id)
     return session_id
 
 
 def seqs(reply: message_pb2.GetContextResponse) -> list[int]:
-    return [each.seq for each in reply.messages]
+    return [message.seq for message in reply.messages]
 
 
-async def test_any_session_gives_the_models_prompt(
+async def test_the_context_of_any_session_agrees_with_the_model(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Small reads, so that what is chosen is often found in several.
+    # Small reads, so that many selections need several.
     monkeypatch.setattr(context, "MIN_OLDER_READ", 1)
     loop = asyncio.get_running_loop()
 
@@ -68,7 +68,7 @@ async def test_any_session_gives_the_models_prompt(
         return asyncio.run_coroutine_threadsafe(work, loop).result(60)
 
     @given(
-        histories(),
+        model_sessions(),
         st.integers(0, 12),
         st.booleans(),
         st.lists(
@@ -78,65 +78,68 @@ async def test_any_session_gives_the_models_prompt(
         ),
     )
     @settings(max_examples=120)
-    def holds(
-        history: list[Said], through: int, has_summary: bool, limits: list[tuple[int, int]]
+    def check(
+        session: list[ModelMessage],
+        summarized_through_seq: int,
+        has_summary: bool,
+        limits: list[tuple[int, int]],
     ) -> None:
-        session_id = run(write(chat, history))
-        through = min(through, len(history))
+        session_id = run(store_session(chat, session))
+        summary = "what was said" if has_summary else ""
+        summarized_through_seq = min(summarized_through_seq, len(session))
         run(
             chat.update_session(
                 ("summary", "summarized_through_seq"),
                 id=session_id,
-                summary="what was said" if has_summary else "",
-                summarized_through_seq=through,
+                summary=summary,
+                summarized_through_seq=summarized_through_seq,
             )
         )
-        there = {each.seq: each for each in history if not each.deleted}
+        readable = {message.seq: message for message in session if not message.is_deleted}
+        # Without a summary, no message is left out.
+        covered_seq = summarized_through_seq if has_summary else 0
         for max_messages, max_tokens in limits:
             reply = run(chat.context(session_id, max_messages=max_messages, max_tokens=max_tokens))
-            # Only a summary leaves messages out.
-            right = expected(
-                history, through if has_summary else 0, Wanted(max_messages, max_tokens)
-            )
-            assert seqs(reply) == right
-            assert reply.omitted_count == len(there) - len(right)
-            assert reply.token_count == sum(there[seq].tokens for seq in right)
-            assert reply.session.summary == ("what was said" if has_summary else "")
+            expected = expected_seqs(session, covered_seq, ModelLimits(max_messages, max_tokens))
+            assert seqs(reply) == expected
+            assert reply.omitted_count == len(readable) - len(expected)
+            assert reply.token_count == sum(readable[seq].tokens for seq in expected)
+            assert reply.session.summary == summary
 
-    await asyncio.to_thread(holds)
+    await asyncio.to_thread(check)
 
 
-async def test_fifty_messages_come_unless_asked_otherwise(chat: Chat) -> None:
+async def test_without_a_limit_fifty_messages_are_returned(chat: Chat) -> None:
     session_id = await chat.start(new_messages(100))
     await chat.append(session_id, new_messages(20))
-    for asked, count in ((0, 50), (1, 1), (119, 119), (120, 120), (121, 120), (1000, 120)):
-        reply = await chat.context(session_id, max_messages=asked)
+    for limit, count in ((0, 50), (1, 1), (119, 119), (120, 120), (121, 120), (1000, 120)):
+        reply = await chat.context(session_id, max_messages=limit)
         assert seqs(reply) == list(range(121 - count, 121))
         assert reply.omitted_count == 120 - count
     assert (await chat.context(session_id)).session == await chat.get_session(session_id)
 
 
-async def test_tokens_are_the_clients_or_else_estimated(chat: Chat) -> None:
-    said = ["one " * 10, "two " * 20, "three " * 30]
-    counted = new_message(said[1], token_count=7)
-    session_id = await chat.start([new_message(said[0]), counted, new_message(said[2])])
-    estimates = [estimate_tokens(each, None) for each in said]
+async def test_tokens_are_counted_by_the_client_or_estimated(chat: Chat) -> None:
+    contents = ["one " * 10, "two " * 20, "three " * 30]
+    counted = new_message(contents[1], token_count=7)
+    session_id = await chat.start([new_message(contents[0]), counted, new_message(contents[2])])
+    estimates = [estimate_tokens(content, None) for content in contents]
     total = estimates[0] + 7 + estimates[2]
     reply = await chat.context(session_id)
     assert (reply.token_count, seqs(reply)) == (total, [1, 2, 3])
-    for max_tokens, expected_seqs in (
+    for max_tokens, right in (
         (total, [1, 2, 3]),
         (total - 1, [2, 3]),
         (estimates[2], [3]),
         (1, [3]),
     ):
         reply = await chat.context(session_id, max_tokens=max_tokens)
-        assert seqs(reply) == expected_seqs
+        assert seqs(reply) == right
     await chat.update(session_id, counted.id, ("token_count",))
     assert (await chat.context(session_id)).token_count == sum(estimates)
 
 
-async def test_a_summary_stands_for_what_it_covers(chat: Chat) -> None:
+async def test_messages_that_the_summary_covers_are_left_out(chat: Chat) -> None:
     session_id = await chat.start([new_message("be kind", SYSTEM), *new_messages(6)])
     await chat.update_session(id=session_id, summary="so far", summarized_through_seq=4)
     reply = await chat.context(session_id)
@@ -147,7 +150,9 @@ async def test_a_summary_stands_for_what_it_covers(chat: Chat) -> None:
     assert seqs(await chat.context(session_id)) == [1]
 
 
-async def test_a_summary_that_ends_between_a_call_and_its_result_takes_both(chat: Chat) -> None:
+async def test_a_summary_that_ends_between_a_call_and_its_result_leaves_out_both(
+    chat: Chat,
+) -> None:
     session_id = await chat.start(
         [
             new_message("question"),
@@ -160,7 +165,7 @@ async def test_a_summary_that_ends_between_a_call_and_its_result_takes_both(chat
     assert seqs(await chat.context(session_id)) == [4]
 
 
-async def test_leading_system_messages_stay_however_long_ago_they_were(chat: Chat) -> None:
+async def test_leading_system_messages_are_kept_in_a_long_session(chat: Chat) -> None:
     session_id = await chat.start(
         [
             new_message("one", SYSTEM),
@@ -176,7 +181,9 @@ async def test_leading_system_messages_stay_however_long_ago_they_were(chat: Cha
     assert seqs(await chat.context(session_id, max_messages=5)) == [1, 2, 302, 303, 304]
 
 
-async def test_a_system_message_is_leading_when_what_came_before_it_is_deleted(chat: Chat) -> None:
+async def test_a_system_message_is_leading_when_the_messages_before_it_are_deleted(
+    chat: Chat,
+) -> None:
     session_id = await chat.start(
         [first := new_message("hello"), new_message("be kind", SYSTEM), *new_messages(3)]
     )
@@ -185,13 +192,13 @@ async def test_a_system_message_is_leading_when_what_came_before_it_is_deleted(c
     assert seqs(await chat.context(session_id, max_messages=1)) == [2, 5]
 
 
-async def test_a_session_of_system_messages_alone_is_its_own_prompt(chat: Chat) -> None:
+async def test_a_session_of_system_messages_only_is_returned_whole(chat: Chat) -> None:
     session_id = await chat.start([new_message(str(n), SYSTEM) for n in range(5)])
     reply = await chat.context(session_id, max_messages=2)
     assert (seqs(reply), reply.omitted_count) == ([1, 2, 3, 4, 5], 0)
 
 
-async def test_many_results_of_one_call_come_however_far_back_it_is(chat: Chat) -> None:
+async def test_many_results_are_returned_with_their_distant_call(chat: Chat) -> None:
     calls = [{"tool_call": {"id": f"c{n}"}} for n in range(60)]
     session_id = await chat.start(
         [new_message("question"), new_message("", ASSISTANT, parts=calls)]
@@ -209,21 +216,20 @@ async def test_many_results_of_one_call_come_however_far_back_it_is(chat: Chat) 
     assert seqs(await chat.context(session_id, max_messages=62)) == list(range(2, 64))
 
 
-async def test_results_whose_call_is_nowhere_are_passed_over_to_the_end(chat: Chat) -> None:
+async def test_any_number_of_results_without_a_call_is_skipped(chat: Chat) -> None:
     session_id = await chat.start(new_messages(3))
-    stray = [
+    unpaired = [
         new_message("", TOOL, parts=[{"tool_result": {"tool_call_id": f"c{n}"}}])
         for n in range(100)
     ]
-    await chat.append(session_id, stray)
+    await chat.append(session_id, unpaired)
     reply = await chat.context(session_id, max_messages=2)
     assert (seqs(reply), reply.omitted_count) == ([2, 3], 101)
 
 
-async def test_the_call_of_a_far_result_is_looked_for_within_a_bound(
+async def test_a_call_beyond_the_look_back_counts_as_missing(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long the session, only so much of it is read: beyond that a call counts as not there."""
     monkeypatch.setattr(context, "LOOK_BACK_MESSAGES", 20)
     session_id = await chat.start(
         [new_message("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}]), *new_messages(40)]
@@ -234,21 +240,21 @@ async def test_the_call_of_a_far_result_is_looked_for_within_a_bound(
     assert seqs(await chat.context(session_id, max_messages=3)) == [39, 40, 41]
 
 
-async def test_a_heavy_session_is_cut_by_its_bytes(chat: Chat) -> None:
+async def test_a_context_of_large_messages_is_cut_by_bytes(chat: Chat) -> None:
     session_id = (await chat.create_session()).id
     for _ in range(30):
         await chat.append(session_id, [new_message("x" * 200_000)])
     reply = await chat.context(session_id)
-    assert reply.ByteSize() <= 3 * 1024 * 1024
+    assert reply.ByteSize() <= MAX_REPLY_BYTES
     assert seqs(reply) == list(range(31 - len(reply.messages), 31))
     assert len(reply.messages) == 15
 
 
-READABLE = 3 * 1024 * 1024
-"""What a reply's messages take at the most; the channel of these tests refuses more than 4 MiB, as every client's does."""
+MAX_REPLY_BYTES = 3 * 1024 * 1024
+"""Limit of a reply. The channel of these tests rejects more than 4 MiB, as every client does."""
 
 
-async def test_megabytes_of_leading_system_messages_are_cut_and_the_newest_message_stays(
+async def test_large_leading_system_messages_are_cut_and_the_newest_message_is_kept(
     chat: Chat,
 ) -> None:
     session_id = (await chat.create_session()).id
@@ -257,12 +263,12 @@ async def test_megabytes_of_leading_system_messages_are_cut_and_the_newest_messa
     await chat.append(session_id, new_messages(3))
     reply = await chat.context(session_id)
     assert seqs(reply) == [*range(1, 16), 33]
-    assert reply.ByteSize() <= READABLE
+    assert reply.ByteSize() <= MAX_REPLY_BYTES
     assert reply.omitted_count == 17
     assert seqs(await chat.context(session_id, max_messages=1, max_tokens=1)) == [*range(1, 16), 33]
 
 
-async def test_of_a_newest_group_that_is_too_large_the_beginning_comes(chat: Chat) -> None:
+async def test_the_beginning_of_a_newest_group_that_is_too_large_is_returned(chat: Chat) -> None:
     calls = [{"tool_call": {"id": f"c{n}"}} for n in range(40)]
     session_id = await chat.start(
         [
@@ -276,17 +282,17 @@ async def test_of_a_newest_group_that_is_too_large_the_beginning_comes(chat: Cha
         await chat.append(session_id, [new_message("", TOOL, parts=[result])])
     reply = await chat.context(session_id)
     assert seqs(reply) == [1, *range(3, 19)], (
-        "the call, the results that fit, and the system message that fits beside them"
+        "the call, the results that fit, and the system message that fits with them"
     )
-    assert reply.ByteSize() <= READABLE
+    assert reply.ByteSize() <= MAX_REPLY_BYTES
     await chat.append(session_id, [new_message("answer", ASSISTANT)])
     assert seqs(await chat.context(session_id)) == [1, 44]
 
 
-async def test_the_call_of_heavy_results_is_looked_for_within_a_bound(
+async def test_a_call_beyond_the_look_back_of_bytes_counts_as_missing(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is looked at is held in memory: however many megabytes of results there are, only so many are read."""
+    """The messages that are read are held in memory, so that their bytes are limited."""
     monkeypatch.setattr(context, "LOOK_BACK_BYTES", 4 * 1024 * 1024)
     session_id = await chat.start(
         [new_message("question"), new_message("", ASSISTANT, parts=[{"tool_call": {"id": "c"}}])]
@@ -297,38 +303,40 @@ async def test_the_call_of_heavy_results_is_looked_for_within_a_bound(
     assert seqs(await chat.context(session_id)) == []
 
 
-async def test_a_prompt_is_of_one_user_and_one_session(chat: Chat, other: Chat) -> None:
+async def test_a_context_holds_messages_of_one_user_and_one_session(
+    chat: Chat, other: Chat
+) -> None:
     session_id = await chat.start(new_messages(3, "mine"))
     await chat.start(new_messages(3, "elsewhere"))
     theirs = (await other.create_session(id=session_id)).id
     await other.append(theirs, new_messages(5, "theirs"))
-    for who, prefix, count in ((chat, "mine", 3), (other, "theirs", 5)):
-        reply = await who.context(session_id)
-        assert [each.content for each in reply.messages] == [
+    for user, prefix, count in ((chat, "mine", 3), (other, "theirs", 5)):
+        reply = await user.context(session_id)
+        assert [message.content for message in reply.messages] == [
             f"{prefix} {n}" for n in range(1, count + 1)
         ]
-        assert reply.session.user_id == who.user_id
+        assert reply.session.user_id == user.user_id
     await assert_fails(chat.context(missing := new_id()), "SESSION_NOT_FOUND", session_id=missing)
 
 
-async def test_prompts_asked_for_at_once_are_each_ones_own(chat: Chat, other: Chat) -> None:
+async def test_concurrent_requests_get_their_own_contexts(chat: Chat, other: Chat) -> None:
     sessions = [
-        (who, await who.start(new_messages(n, f"{n}")))
+        (user, await user.start(new_messages(n, f"{n}")))
         for n in range(1, 16)
-        for who in (chat, other)
+        for user in (chat, other)
     ]
     replies = await asyncio.gather(
-        *(who.context(session_id, max_messages=5) for who, session_id in sessions)
+        *(user.context(session_id, max_messages=5) for user, session_id in sessions)
     )
-    for (who, session_id), reply in zip(sessions, replies, strict=True):
-        assert (reply.session.id, reply.session.user_id) == (session_id, who.user_id)
+    for (user, session_id), reply in zip(sessions, replies, strict=True):
+        assert (reply.session.id, reply.session.user_id) == (session_id, user.user_id)
         count = reply.session.last_seq
-        assert [each.content for each in reply.messages] == [
+        assert [message.content for message in reply.messages] == [
             f"{count} {n}" for n in range(max(1, count - 4), count + 1)
         ]
 
 
-def test_the_models_roles_are_the_services() -> None:
+def test_the_roles_of_the_model_are_those_of_the_service() -> None:
     assert (prompts.USER, prompts.ASSISTANT, prompts.SYSTEM, prompts.TOOL) == (
         USER,
         ASSISTANT,

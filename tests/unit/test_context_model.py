@@ -1,4 +1,4 @@
-"""The choice of a prompt's messages, against a model that was written from the contract's words alone."""
+"""The selection of a prompt's messages agrees with a model written from the contract alone."""
 
 from __future__ import annotations
 
@@ -16,151 +16,165 @@ from tests.support.prompts import (
     SYSTEM,
     TOOL,
     USER,
-    Said,
-    Wanted,
-    expected,
-    histories,
-    wants,
+    ModelLimits,
+    ModelMessage,
+    expected_seqs,
+    model_limits,
+    model_sessions,
 )
 
 
-def row(said: Said) -> MessageRow:
-    parts = [{"tool_call": {"id": each}} for each in sorted(said.calls)]
-    parts += [{"tool_result": {"tool_call_id": each}} for each in sorted(said.results)]
-    as_json = json.dumps(parts) if parts else None
+def row(message: ModelMessage) -> MessageRow:
+    parts = [{"tool_call": {"id": id_}} for id_ in sorted(message.calls)]
+    parts += [{"tool_result": {"tool_call_id": id_}} for id_ in sorted(message.results)]
     return MessageRow(
-        str(said.seq), said.seq, said.role, "", as_json, None, said.tokens, 0, said.size, "", None, None, 0, 0, 1
-    )  # fmt: skip
+        id=str(message.seq),
+        seq=message.seq,
+        role=message.role,
+        content="",
+        parts=json.dumps(parts) if parts else None,
+        metadata=None,
+        token_count=message.tokens,
+        token_estimate=0,
+        size=message.size_bytes,
+        author="",
+        feedback_score=None,
+        feedback_comment=None,
+        created_us=0,
+        updated_us=0,
+        revision=1,
+    )
 
 
-def given_to_choose(
-    history: Sequence[Said], through: int
+def system_and_newest(
+    session: Sequence[ModelMessage], summarized_through_seq: int = 0
 ) -> tuple[list[MessageRow], list[MessageRow]]:
-    """Return the leading SYSTEM messages, and those that a summary does not cover, newest first."""
-    there = [each for each in history if not each.deleted]
-    leading = list(takewhile(lambda each: each.role == SYSTEM, there))
-    return [row(each) for each in leading], [
-        row(each) for each in reversed(there) if each.seq > through
-    ]
+    """Return the leading SYSTEM messages, and those that no summary covers, newest first."""
+    readable = [message for message in session if not message.is_deleted]
+    leading = takewhile(lambda message: message.role == SYSTEM, readable)
+    newest = [message for message in reversed(readable) if message.seq > summarized_through_seq]
+    return list(map(row, leading)), list(map(row, newest))
 
 
-def limits(wanted: Wanted) -> Limits:
-    return Limits(wanted.max_messages, wanted.max_tokens, wanted.max_bytes)
+def to_limits(limits: ModelLimits) -> Limits:
+    return Limits(limits.max_messages, limits.max_tokens, limits.max_bytes)
 
 
-def conversation(*said: tuple[int, str, str]) -> list[Said]:
-    """Make a session of (role, calls, results)."""
+def selected_seqs(
+    session: Sequence[ModelMessage], summarized_through_seq: int, limits: Limits
+) -> list[int]:
+    system, newest = system_and_newest(session, summarized_through_seq)
+    selected = select_messages(system, newest, limits, is_complete=True)
+    assert selected is not None
+    return [message.seq for message in selected]
+
+
+def conversation(*messages: tuple[int, str, str]) -> list[ModelMessage]:
+    """Return a session of messages given as (role, ids of calls, ids of results)."""
     return [
-        Said(seq, role, frozenset(calls), frozenset(results))
-        for seq, (role, calls, results) in enumerate(said, 1)
+        ModelMessage(seq, role, frozenset(calls), frozenset(results))
+        for seq, (role, calls, results) in enumerate(messages, 1)
     ]
 
 
-ANY = Wanted(1000)
+NO_LIMIT = ModelLimits(1000)
 U, S = (USER, "", ""), (SYSTEM, "", "")
 
 
-@given(histories(), st.integers(0, 12), wants())
+@given(model_sessions(), st.integers(0, 12), model_limits())
 @settings(max_examples=1000)
-# Two calls with one id, whose results come in one message: only the newer one is answered.
-@example(conversation((ASSISTANT, "ab", ""), (ASSISTANT, "a", ""), (TOOL, "", "ab"), U), 0, ANY)
-@example(conversation((ASSISTANT, "ab", ""), (ASSISTANT, "a", ""), (TOOL, "", "ab")), 0, ANY)
-# The newest call with the id stands in a message that is never sent.
-@example(conversation((ASSISTANT, "a", ""), (ASSISTANT, "a", "x"), (TOOL, "", "a")), 0, ANY)
-# What comes after an open call belongs to its group, but is no result of it.
-@example(conversation((ASSISTANT, "ac", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")), 0, ANY)
-# Of a newest group that is too large, what fits would leave an open call with another message after it.
+# Two calls with one id, and their results in one message: only the newer call has a result.
+@example(
+    conversation((ASSISTANT, "ab", ""), (ASSISTANT, "a", ""), (TOOL, "", "ab"), U), 0, NO_LIMIT
+)
+@example(conversation((ASSISTANT, "ab", ""), (ASSISTANT, "a", ""), (TOOL, "", "ab")), 0, NO_LIMIT)
+# The newest call with the id is in a message that is never sent.
+@example(conversation((ASSISTANT, "a", ""), (ASSISTANT, "a", "x"), (TOOL, "", "a")), 0, NO_LIMIT)
+# The message after an open call belongs to its group, but holds no result of it.
+@example(conversation((ASSISTANT, "ac", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")), 0, NO_LIMIT)
+# The part of a newest group that fits would leave an open call with another message after it.
 @example(
     conversation((ASSISTANT, "a", ""), (ASSISTANT, "b", ""), (TOOL, "", "ab")),
     0,
-    Wanted(1000, max_bytes=2),
+    ModelLimits(1000, max_bytes=2),
 )
-def test_the_choice_is_the_models(history: list[Said], through: int, wanted: Wanted) -> None:
-    system, newest = given_to_choose(history, through)
-    chosen = select_messages(system, newest, limits(wanted), is_complete=True)
-    assert chosen is not None
-    assert [each.seq for each in chosen] == expected(history, through, wanted)
-
-
-@given(histories(), st.integers(0, 12), wants())
-@settings(max_examples=400)
-def test_a_choice_from_the_newest_messages_alone_is_right_or_put_off(
-    history: list[Said], through: int, wanted: Wanted
+def test_selection_agrees_with_the_model(
+    session: list[ModelMessage], summarized_through_seq: int, limits: ModelLimits
 ) -> None:
-    system, newest = given_to_choose(history, through)
-    right = expected(history, through, wanted)
+    selected = selected_seqs(session, summarized_through_seq, to_limits(limits))
+    assert selected == expected_seqs(session, summarized_through_seq, limits)
+
+
+@given(model_sessions(), st.integers(0, 12), model_limits())
+@settings(max_examples=400)
+def test_selection_from_the_newest_messages_is_correct_or_undecided(
+    session: list[ModelMessage], summarized_through_seq: int, limits: ModelLimits
+) -> None:
+    system, newest = system_and_newest(session, summarized_through_seq)
+    expected = expected_seqs(session, summarized_through_seq, limits)
     for count in range(len(newest) + 1):
-        chosen = select_messages(system, newest[:count], limits(wanted), is_complete=False)
-        assert chosen is None or [each.seq for each in chosen] == right, f"from the newest {count}"
+        selected = select_messages(system, newest[:count], to_limits(limits), is_complete=False)
+        seqs = None if selected is None else [message.seq for message in selected]
+        assert seqs in (None, expected), f"from the newest {count}"
 
 
-@given(histories(), st.integers(0, 12), wants())
+@given(model_sessions(), st.integers(0, 12), model_limits())
 @settings(max_examples=400)
-def test_what_is_chosen_is_what_model_apis_take(
-    history: list[Said], through: int, wanted: Wanted
+def test_model_apis_accept_the_selected_messages(
+    session: list[ModelMessage], summarized_through_seq: int, limits: ModelLimits
 ) -> None:
-    """What the contract promises of every prompt, looked for in the prompt itself and not in how it was made."""
-    by_seq = {each.seq: each for each in history}
-    system, newest = given_to_choose(history, through)
-    chosen = select_messages(system, newest, limits(wanted), is_complete=True)
-    assert chosen is not None
-    prompt = [by_seq[each.seq] for each in chosen]
-    assert [each.seq for each in prompt] == sorted({each.seq for each in prompt})
-    leading = [each.seq for each in system]
-    kept = [each.seq for each in prompt if each.seq in leading]
-    assert kept == leading[: len(kept)]
-    assert len(kept) == len(leading) or sum(each.size for each in history) > wanted.max_bytes
-    assert sum(each.size for each in prompt) <= wanted.max_bytes
-    assert not any(each.deleted for each in prompt)
-    assert all(each.seq > through for each in prompt[len(kept) :])
-    for place, message in enumerate(prompt):
-        before, after = prompt[:place], prompt[place + 1 :]
-        assert all(any(each in other.asks for other in before) for each in message.answers), (
-            "a result without its call"
-        )
-        missing = message.asks - {each for other in after for each in other.answers}
-        assert not missing or all(other.answers for other in after), (
+    """Checks the contract's promises in the prompt itself, without the model."""
+    by_seq = {message.seq: message for message in session}
+    leading = [message.seq for message in system_and_newest(session)[0]]
+    seqs = selected_seqs(session, summarized_through_seq, to_limits(limits))
+    prompt = [by_seq[seq] for seq in seqs]
+    assert seqs == sorted(set(seqs))
+    kept_leading = [seq for seq in seqs if seq in leading]
+    assert kept_leading == leading[: len(kept_leading)]
+    session_bytes = sum(message.size_bytes for message in session)
+    assert len(kept_leading) == len(leading) or session_bytes > limits.max_bytes
+    assert sum(message.size_bytes for message in prompt) <= limits.max_bytes
+    assert not any(message.is_deleted for message in prompt)
+    assert all(seq > summarized_through_seq for seq in seqs[len(kept_leading) :])
+    for index, message in enumerate(prompt):
+        before, after = prompt[:index], prompt[index + 1 :]
+        assert all(
+            any(result in other.open_calls for other in before)
+            for result in message.foreign_results
+        ), "a result without its call"
+        missing = message.open_calls - {
+            result for other in after for result in other.foreign_results
+        }
+        assert not missing or all(other.foreign_results for other in after), (
             "a call without its result, and not at the end"
         )
 
 
-def test_plain_messages_are_taken_from_the_newest_on() -> None:
-    history = conversation(S, U, U, U, U)
-    for count, seqs in (
+def test_plain_messages_are_selected_from_the_newest_on() -> None:
+    session = conversation(S, U, U, U, U)
+    for max_messages, seqs in (
         (1, [1, 5]),
         (2, [1, 5]),
         (3, [1, 4, 5]),
         (4, [1, 3, 4, 5]),
         (5, [1, 2, 3, 4, 5]),
     ):
-        assert expected(history, 0, Wanted(count)) == seqs
-        system, newest = given_to_choose(history, 0)
-        chosen = select_messages(system, newest, Limits(count), is_complete=True)
-        assert chosen is not None
-        assert [each.seq for each in chosen] == seqs
+        assert expected_seqs(session, 0, ModelLimits(max_messages)) == seqs
+        assert selected_seqs(session, 0, Limits(max_messages)) == seqs
 
 
-def test_a_call_and_its_results_stay_together_even_above_the_limits() -> None:
-    history = conversation(U, (ASSISTANT, "ab", ""), (TOOL, "", "b"), (TOOL, "", "a"))
-    system, newest = given_to_choose(history, 0)
-    chosen = select_messages(system, newest, Limits(1, 1), is_complete=True)
-    assert chosen is not None
-    assert [each.seq for each in chosen] == [2, 3, 4]
+def test_a_call_and_its_results_stay_together_above_the_limits() -> None:
+    session = conversation(U, (ASSISTANT, "ab", ""), (TOOL, "", "b"), (TOOL, "", "a"))
+    assert selected_seqs(session, 0, Limits(max_messages=1, max_tokens=1)) == [2, 3, 4]
 
 
-def test_many_messages_are_chosen_from_in_a_time_that_grows_with_their_number() -> None:
-    """A thousand calls with results each: what takes the square of the number would take minutes."""
-    said = [((ASSISTANT, "", ""), (TOOL, "", ""))[n % 2] for n in range(4000)]
-    history = [
-        Said(
-            seq,
-            role,
-            frozenset({f"c{seq}"} if role == ASSISTANT else ()),
-            frozenset({f"c{seq - 1}"} if role == TOOL else ()),
-        )
-        for seq, (role, _, _) in enumerate(said, 1)
-    ]
-    system, newest = given_to_choose(history, 0)
-    chosen = select_messages(system, newest, Limits(1000), is_complete=True)
-    assert chosen is not None
-    assert [each.seq for each in chosen] == list(range(3001, 4001))
+def test_selection_time_is_linear_in_the_number_of_messages() -> None:
+    """With 2,000 calls and results, quadratic work would exceed the test's timeout."""
+    session = []
+    for seq in range(1, 4001, 2):
+        call = frozenset({f"call {seq}"})
+        session += [
+            ModelMessage(seq, ASSISTANT, calls=call),
+            ModelMessage(seq + 1, TOOL, results=call),
+        ]
+    assert selected_seqs(session, 0, Limits(1000)) == list(range(3001, 4001))
