@@ -1,4 +1,4 @@
-"""The composition root: wires the parts, serves, drains."""
+"""The composition root: creates the components, serves, and drains at shutdown."""
 
 from __future__ import annotations
 
@@ -36,41 +36,52 @@ from service.store.db.dsn import Target
 from service.store.watch import WatchHub
 from service.telemetry.metrics import Metrics
 
-LINGER = 0.5
-"""Seconds for which a server that is in use still refuses new calls, and the last answers are carried away, before it hangs up."""
-IN_USE = 1.0
-"""Seconds after its last call for which a server counts as in use: callers take a moment between one call and the next."""
+REFUSE_BEFORE_CLOSE_S = 0.5
+"""Seconds to keep rejecting new calls and flushing replies before the connections are closed.
+
+Applies to a server that was in use when the drain began.
+"""
+RECENT_USE_S = 1.0
+"""Seconds after its last call during which a server counts as in use.
+
+Callers pause between one call and the next.
+"""
 MAX_METADATA_BYTES = 16 * 1024
-MAX_PENDING = 8192
-SETTLE = 1.0
-"""Seconds that gRPC gets to end, once its connections have."""
-LAST_WRITES = 2.0
-"""Seconds that writes get at the end whose callers are gone; nobody has been told of them."""
-LAST_INDEXING = 5.0
-"""Seconds that search gets at the end."""
-ENDING = 15.0
-"""Seconds after the grace by which the process has ended, whatever hangs."""
+MAX_PENDING_CALLS = 8192
+GRPC_STOP_TIMEOUT_S = 1.0
+"""Seconds that gRPC may take to stop after its connections were closed."""
+LAST_WRITES_TIMEOUT_S = 2.0
+"""Seconds that writes may take whose callers are disconnected. None of them was acknowledged."""
+SEARCH_STOP_TIMEOUT_S = 5.0
+"""Seconds that search may take to stop."""
+EXIT_TIMEOUT_S = 15.0
+"""Seconds after the grace period by which the process ends even if a component hangs."""
 
 _OPTIONS = [
-    # What is too large by less than as much again is read, to be refused with a reason; beyond, gRPC refuses it without one.
+    # Requests of up to twice the limit are read, so that they can be rejected with a reason. gRPC
+    # rejects larger ones without one.
     ("grpc.max_receive_message_length", 2 * MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES // 2),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    # One process a port: a second one must fail instead of silently taking half of the connections.
+    # One process for each port: a second process must fail to start instead of silently receiving
+    # half of the connections.
     ("grpc.so_reuseport", 0),
-    # Calls that wait to be taken up. Beyond 1,000 gRPC would end some as CANCELLED, which tells nobody to come again; admission refuses
-    # them with a reason. This bounds memory alone.
-    ("grpc.server.max_pending_requests", MAX_PENDING),
-    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING),
-    # Else streams also count whose memory is not yet free, and under load calls within the limit are refused (REFUSED_STREAM).
+    # Calls that gRPC has received and the service has not yet accepted. Above gRPC's default of
+    # 1,000 it ends some of them with CANCELLED, which clients do not retry, whereas admission
+    # rejects them with a reason. This limit only bounds memory.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_CALLS),
+    # If this is on, finished streams count until their memory is released, and under load calls
+    # within the limit are rejected with REFUSED_STREAM.
     ("grpc.http.overload_protection", 0),
-    # Below the clients' interval, or their pings end in GOAWAY too_many_pings.
+    # Must be below the clients' ping interval. Otherwise their pings cause GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # What decides in current versions: how long a ping may stay unanswered before the connection counts as dead (60 s by default).
+    # The effective setting in current versions of gRPC: time without a reply to a ping after which
+    # the connection is closed (default 60 s).
     ("grpc.http2.ping_timeout_ms", 20_000),
 ]
 
@@ -78,13 +89,13 @@ _log = structlog.get_logger(__name__)
 
 
 class Server:
-    """The whole service in one process. `start`, then `stop`, once each."""
+    """The complete service in one process. Call `start` and then `stop`, once each."""
 
     def __init__(self, settings: Settings, target: Target) -> None:
-        """Wire the parts.
+        """Create the components.
 
         Raises:
-            BadConfiguration: a key or a certificate cannot be used.
+            BadConfiguration: A key or certificate cannot be used, or a package is not installed.
         """
         self.settings = settings
         self.certificates = credentials.load_certificates(settings)
@@ -102,7 +113,7 @@ class Server:
         )
         self.readiness = Readiness(self.database)
         self.database.on_suspected_outage = self.readiness.request_probe
-        self.search = search = self._make_search()
+        self.search = search = self._create_search()
         self.health = Health(
             self.database,
             self.readiness,
@@ -121,14 +132,14 @@ class Server:
         )
         self.metrics = self._start_metrics()
         self.address = settings.listen
-        """Where it listens, with the port that it took."""
+        """Address the server listens on; after `start` with the actual port."""
         self._servers: list[tuple[aio.Server, int]] = []
 
     async def start(self) -> None:
-        """Listen; calls are served as soon as the database answers and its schema fits.
+        """Listen. Calls are served as soon as the database responds and its schema fits.
 
         Raises:
-            OSError: an address cannot be listened on.
+            OSError: An address cannot be listened on.
         """
         settings = self.settings
         observe = self.metrics.observe if self.metrics else None
@@ -167,63 +178,56 @@ class Server:
             health_pb2_grpc.add_HealthServicer_to_server(self.health, probes)
             _, port = _listen(probes, settings.health_listen)
             self._servers.append((probes, port))
-        for each, _ in self._servers:
-            await each.start()
-        # What lives as long as the process need not be looked at by every collection.
+        for grpc_server, _ in self._servers:
+            await grpc_server.start()
+        # Objects that live as long as the process need not be traversed by every collection.
         gc.collect()
         gc.freeze()
         self.readiness.request_probe()
         self.search.start()
 
     async def stop(self) -> None:
-        """Turn NOT_SERVING, finish what is under way within the grace, and close; no acknowledged write is lost.
+        """Report NOT_SERVING, finish calls in flight within the grace period, and close.
 
-        Each step has a bound of its own: clients, database and search may all be silent.
+        No acknowledged write is lost. Each step has its own time-out, because clients, database and
+        search may all be unresponsive.
         """
         loop = asyncio.get_running_loop()
         self.readiness.drain()
         await asyncio.sleep(self.settings.shutdown_delay)
         self.calls.is_draining = self.streams.is_draining = True
-        # An open stream would eat the whole grace.
+        # An open stream would otherwise use up the grace period.
         self.watchers.close()
-        give_up = loop.time() + self.settings.shutdown_grace
-        await self._drain_calls(give_up)
+        await self._drain_calls(loop.time() + self.settings.shutdown_grace)
         self.health.close()
         await asyncio.gather(
             *(self._close_connections(server, port) for server, port in self._servers)
         )
         credentials.close_authenticator(self.authenticate)
-        steps = [
-            _at_most(LAST_WRITES, "questions to the database", self.health.finish()),
-            self.appender.drain(LAST_WRITES),
-            _at_most(LAST_INDEXING, "search", self.search.stop()),
-        ]
-        await asyncio.gather(*steps)
-        await self.database.close(LAST_WRITES)
+        await asyncio.gather(
+            _wait_at_most(LAST_WRITES_TIMEOUT_S, "health checks", self.health.finish()),
+            self.appender.drain(LAST_WRITES_TIMEOUT_S),
+            _wait_at_most(SEARCH_STOP_TIMEOUT_S, "search", self.search.stop()),
+        )
+        await self.database.close(LAST_WRITES_TIMEOUT_S)
         if self.metrics:
             self.metrics.close()
         gc.unfreeze()
 
-    def _make_search(self) -> AnySearch:
+    def _create_search(self) -> AnySearch:
         if self.settings.search == "off":
             return SearchDisabled()
-        needed = {
-            "wordllama": self.settings.embeddings_url is None,
-            "qdrant_client": True,
-            "openai": True,
-        }
-        missing = [
-            name
-            for name, needs in needed.items()
-            if needs and importlib.util.find_spec(name) is None
-        ]
-        if missing:
-            raise BadConfiguration(
-                [
-                    f"search is on and {missing[0]} is not installed: pip install 'chathistory-service[search]', or set CHAT_HISTORY_SEARCH=off"
-                ]
-            )
-        # Imported here: a service without search does not pay for it.
+        packages = ["qdrant_client", "openai"]
+        if self.settings.embeddings_url is None:
+            packages.append("wordllama")
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                problem = (
+                    f"search is on but {package} is not installed: "
+                    "pip install 'chathistory-service[search]', or set CHAT_HISTORY_SEARCH=off"
+                )
+                raise BadConfiguration([problem])
+        # Imported here so that a service without search does not load its packages.
         from service.search.service import Search  # noqa: PLC0415
 
         search = Search(self.settings, self.database, self.readiness.wait_ready)
@@ -234,32 +238,42 @@ class Server:
         self.watchers.session_changed(user_id, session_id)
         self.search.wake()
 
-    async def _drain_calls(self, give_up: float) -> None:
-        """Let calls under way end, and their answers arrive, while those that come are told to go elsewhere."""
-        loop = asyncio.get_running_loop()
-        quiet = time.monotonic() - self.calls.last_finished_at > IN_USE
-        if quiet and not self.calls.in_flight and not self.streams.in_flight:
-            return
-        while self._at_work() and loop.time() < give_up:  # noqa: ASYNC110 - once, at the end: no call pays for an event
-            await asyncio.sleep(LINGER / 20)
-        await asyncio.sleep(LINGER)
+    async def _drain_calls(self, deadline: float) -> None:
+        """Wait until calls in flight have ended and their replies are flushed.
 
-    def _at_work(self) -> bool:
-        # Followers have been sent away: one that is left does not read.
+        New calls are rejected with DRAINING during that time, so that callers move to another
+        replica.
+
+        Args:
+            deadline: Time of the event loop's clock at which to stop waiting.
+        """
+        loop = asyncio.get_running_loop()
+        idle = time.monotonic() - self.calls.last_finished_at > RECENT_USE_S
+        if idle and not self.calls.in_flight and not self.streams.in_flight:
+            return
+        # Polled, because it happens once: an event would cost every call.
+        while self._has_calls_in_flight() and loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(REFUSE_BEFORE_CLOSE_S / 20)
+        await asyncio.sleep(REFUSE_BEFORE_CLOSE_S)
+
+    def _has_calls_in_flight(self) -> bool:
+        # Every watch was ended. One that is still open has a client that does not read.
         return self.calls.in_flight > 0 or self.streams.in_flight > len(self.watchers)
 
     async def _close_connections(self, server: aio.Server, port: int) -> None:
-        """End a server's connections, and with them the calls that have not ended by now; then the server.
+        """Close the connections of a gRPC server, which ends its remaining calls, and stop it.
 
-        gRPC by itself would wait for every call that it knows of: one that came in the instant in which it was told to stop, which it
-        never hands over and never ends, or one whose request never arrives.
+        Without that, gRPC waits for every call that it knows of. That includes a call that arrived
+        at the moment of the stop, which gRPC neither hands over nor ends, and a call whose request
+        never arrives.
         """
         loop = asyncio.get_running_loop()
-        # One after the other, and nothing else between: those who are sent away would come back. Whoever manages to is sent away, too.
+        # Queued back to back, so that nothing runs in between: clients whose connection is closed
+        # reconnect immediately. The second pass closes the connections of those that succeeded.
         loop.call_soon(connections.close_connections, port)
         stopping = loop.create_task(server.stop(None))
         loop.call_soon(connections.close_connections, port)
-        await _at_most(SETTLE, "connections", stopping)
+        await _wait_at_most(GRPC_STOP_TIMEOUT_S, "gRPC", stopping)
 
     def _start_metrics(self) -> Metrics | None:
         if self.settings.metrics_listen is None:
@@ -270,13 +284,13 @@ class Server:
             host,
             port,
             {
-                "chat_history_calls_in_flight": ("Calls under way.", lambda: self.calls.in_flight),
+                "chat_history_calls_in_flight": ("Calls in flight.", lambda: self.calls.in_flight),
                 "chat_history_watches_open": (
                     "Open WatchMessages streams.",
                     lambda: len(self.watchers),
                 ),
                 "chat_history_appends_waiting": (
-                    "Appends that have not left yet.",
+                    "Appends that wait for their statement.",
                     lambda: self.appender.queued_count,
                 ),
                 "chat_history_connections_in_use": (
@@ -284,19 +298,19 @@ class Server:
                     pool.checkedout,  # type: ignore[attr-defined]
                 ),
                 "chat_history_search_ready": (
-                    "Whether the search index answers.",
+                    "1 if the search index responds, else 0.",
                     lambda: self.search.is_healthy,
                 ),
                 "chat_history_search_waiting": (
-                    "Documents and sessions that wait to be indexed, when last looked.",
+                    "Documents and sessions that wait to be indexed, at the last check.",
                     lambda: self.search.stats.pending,
                 ),
                 "chat_history_search_failed": (
-                    "Documents and sessions that were given up, when last looked.",
+                    "Documents and sessions that could not be indexed, at the last check.",
                     lambda: self.search.stats.failed,
                 ),
                 "chat_history_search_lag_seconds": (
-                    "Age of the oldest change that was not indexed, when last looked.",
+                    "Age of the oldest change that is not indexed, at the last check.",
                     lambda: self.search.stats.lag_s,
                 ),
                 "chat_history_search_points": (
@@ -304,7 +318,7 @@ class Server:
                     lambda: self.search.stats.indexed,
                 ),
                 "chat_history_ready": (
-                    "Whether the service is ready.",
+                    "1 if the service is ready, else 0.",
                     lambda: self.readiness.ready,
                 ),
             },
@@ -314,31 +328,34 @@ class Server:
 def _listen(
     server: aio.Server, address: str, certificates: Certificates | None = None
 ) -> tuple[str, int]:
-    """Listen on an address, in plaintext without certificates; return it with the port taken, and that port.
+    """Listen on an address, in plaintext when there are no certificates.
+
+    Returns:
+        The address with the actual port, and the port.
 
     Raises:
-        OSError: it cannot be listened on.
+        OSError: The address cannot be listened on.
     """
     host, _ = split_address(address)
     try:
-        taken = (
+        port = (
             server.add_secure_port(address, certificates.credentials())
             if certificates is not None
             else server.add_insecure_port(address)
         )
     except RuntimeError:
-        taken = 0
-    if not taken:
+        port = 0
+    if not port:
         raise OSError(errno.EADDRINUSE, "cannot listen on this address", address)
-    return f"[{host}]:{taken}" if ":" in host else f"{host}:{taken}", taken
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", port
 
 
-async def _at_most(seconds: float, what: str, step: Awaitable[object]) -> None:
-    """Wait for a step of the end, but not longer than this; what it leaves ends with the process."""
+async def _wait_at_most(timeout_s: float, component: str, step: Awaitable[object]) -> None:
+    """Wait for a step of the shutdown. On time-out cancel it; the process ends soon after."""
     task = asyncio.ensure_future(step)
-    _, late = await asyncio.wait((task,), timeout=seconds)
-    if late:
-        _log.warning("the end does not wait any longer", step=what)
+    _, unfinished = await asyncio.wait((task,), timeout=timeout_s)
+    if unfinished:
+        _log.warning("shutdown step timed out", component=component, timeout_s=timeout_s)
         task.cancel()
     else:
         task.result()
@@ -349,25 +366,31 @@ async def run(
     target: Target,
     *,
     on_ready: Callable[[str], None] = lambda _address: None,
-    told_to_stop: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, drain, and return. `on_ready` is called once, with the address, when calls are served.
+    """Serve until SIGINT or SIGTERM, drain, and return.
 
-    `told_to_stop` says whether a signal has come before this listens to signals; nothing is begun then.
+    If the process has not ended EXIT_TIMEOUT_S seconds after the grace period, the stacks of all
+    threads are written to standard error and the process exits.
 
-    From the signal on the process has the grace and ENDING seconds to end; then it is ended, and every thread's place is written down.
+    Args:
+        settings: The configuration.
+        target: The database.
+        on_ready: Called once, with the address, as soon as calls are served.
+        stop_requested: Returns true if a signal arrived before this function handles signals. In
+            that case nothing is started.
 
     Raises:
-        OSError: an address cannot be listened on.
+        OSError: An address cannot be listened on.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
-    if told_to_stop():
+    if stop_requested():
         return
     for note in target.notes:
-        _log.info(note)
+        _log.info("connection string", note=note)
     server = Server(settings, target)
     try:
         await server.start()
@@ -381,11 +404,9 @@ async def run(
         with suppress(asyncio.CancelledError):
             await ready
     finally:
-        # It needs no loop and no lock, whatever holds those.
-        with suppress(
-            RuntimeError, ValueError, OSError
-        ):  # Without a standard error it has nowhere to write.
-            faulthandler.dump_traceback_later(
-                settings.shutdown_delay + settings.shutdown_grace + ENDING, exit=True
-            )
+        # The watchdog needs neither the event loop nor the interpreter's lock. It raises when there
+        # is no standard error to write to.
+        timeout_s = settings.shutdown_delay + settings.shutdown_grace + EXIT_TIMEOUT_S
+        with suppress(RuntimeError, ValueError, OSError):
+            faulthandler.dump_traceback_later(timeout_s, exit=True)
         await server.stop()

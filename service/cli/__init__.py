@@ -1,6 +1,7 @@
-"""The `chat-history` command. Exit codes: 0 all is well, 1 something must be done, 2 the configuration or the way it was called is wrong.
+"""The command `chat-history`, one module for each command.
 
-What serves must stay small, so what only one command needs is imported inside that command.
+Exit codes: 0 success, 1 failure or something to do, 2 invalid configuration or usage. Modules that
+only one command needs are imported inside that command, to keep the memory of `serve` small.
 """
 
 from __future__ import annotations
@@ -11,33 +12,39 @@ from typing import Annotated
 import typer
 
 import service
-from service.cli import access, checks, data, serving
+from service.cli.check import check_command
+from service.cli.export_import import export_command, import_command
+from service.cli.migrate import migrate_command
+from service.cli.reindex import reindex_command
+from service.cli.serve import serve_command
+from service.cli.token import token_command
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="ChatHistory: a gRPC service that keeps conversations on PostgreSQL.",
-    epilog="Configured by environment variables and a .env file: see docs/reference/configuration.md.",
+    epilog="Configured by environment variables and a .env file: docs/reference/configuration.md.",
 )
-app.command()(serving.serve)
-app.command("migrate")(serving.migrate_command)
-app.command()(checks.check)
-app.command("export")(data.export_command)
-app.command("import")(data.import_command)
-app.command()(access.token)
-app.command()(access.reindex)
+app.command("serve")(serve_command)
+app.command("migrate")(migrate_command)
+app.command("check")(check_command)
+app.command("export")(export_command)
+app.command("import")(import_command)
+app.command("token")(token_command)
+app.command("reindex")(reindex_command)
 
 
 def main() -> None:
     """Run the command line."""
-    # The embedded PostgreSQL may be started while gRPC runs, by fork, whose handlers in gRPC can leave the child hanging.
+    # The embedded PostgreSQL may be started by fork while gRPC runs, and gRPC's fork handlers can
+    # leave the child hanging.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     app(prog_name="chat-history")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"chat-history {service.__version__}")
         raise typer.Exit
 

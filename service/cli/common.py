@@ -1,4 +1,4 @@
-"""What every command needs: the configuration, words for a person, an end in good order."""
+"""Shared by all commands: configuration, messages for the operator, signals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ T = TypeVar("T")
 
 
 def configuration() -> tuple[Settings, Target | None]:
-    """Read the configuration, whole, before anything starts; no target means the embedded database."""
+    """Read and validate the configuration, or exit with code 2.
+
+    Returns:
+        The settings, and the database; None means the embedded one.
+    """
     try:
         settings = config.load()
         if settings.database_url is None:
@@ -37,61 +41,65 @@ def fail_configuration(error: config.BadConfiguration) -> NoReturn:
     fail("\n".join(f"bad configuration: {problem}" for problem in error.problems), 2)
 
 
-def fail(words: str, code: int) -> NoReturn:
-    for line in words.splitlines():
+def fail(message: str, code: int) -> NoReturn:
+    for line in message.splitlines():
         typer.secho(f"chat-history: {line}", err=True, fg=typer.colors.RED)
     raise typer.Exit(code)
 
 
-def say(words: str) -> None:
-    """Tell a person what goes on, on standard error, where the log goes too."""
-    typer.echo(f"chat-history: {words}", err=True)
+def say(message: str) -> None:
+    """Print a message for the operator on standard error, like the log."""
+    typer.echo(f"chat-history: {message}", err=True)
 
 
 @contextmanager
 def stoppable(interrupted: int = 130) -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C, SIGTERM and a closed terminal end the command in good order, also while it still starts.
+    """End the command cleanly on Ctrl-C, SIGTERM or a closed terminal, also during its start.
 
-    Gives a function that says whether the command was told to end: an exception that is raised while a destructor or a weak reference's
-    callback runs goes no further, and who has time must look.
+    Yields a function that returns whether a signal arrived. It is needed because the exception is
+    swallowed if it is raised in a destructor or in the callback of a weak reference, so code that
+    is about to wait must check.
+
+    Args:
+        interrupted: Exit code after a signal.
     """
-    told = False
+    is_stop_requested = False
 
     def stop(_number: int, _frame: object) -> NoReturn:
-        nonlocal told
-        told = True
+        nonlocal is_stop_requested
+        is_stop_requested = True
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # Ignored under nohup.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it on purpose.
         signal.signal(signal.SIGHUP, lambda _number, _frame: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        yield lambda: told
+        yield lambda: is_stop_requested
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(interrupted) from None
     finally:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # What is left takes an instant, and an impatient Ctrl-C would spoil the exit code.
+        # The rest takes milliseconds, and another Ctrl-C would change the exit code.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def run(work: Callable[[], Awaitable[T]]) -> T:
-    """Run asynchronous work to its end."""
+    """Run asynchronous work to its end, on uvloop where it is available."""
 
-    async def whole() -> T:
+    async def main() -> T:
         return await work()
 
     if sys.platform == "win32":
-        return asyncio.run(whole())
+        return asyncio.run(main())
     import uvloop
 
-    return uvloop.run(whole())
+    return uvloop.run(main())
 
 
 @contextmanager
-def telling_embedded_errors() -> Iterator[None]:
+def exit_on_embedded_errors() -> Iterator[None]:
+    """Turn errors of the embedded PostgreSQL into a message and an exit code."""
     from service.embedded.data_dir import AlreadyRunning, EmbeddedError
 
     try:

@@ -150,7 +150,7 @@ async def test_check_tells_all_when_all_is_well(start: Start, database_url: str)
     for words in (
         "DATABASE_URL", "from the environment", "PostgreSQL", "direct", "not needed on this machine", "prepared",
         "round trip", "the index is up to date", f"revision {tables.BUILD:04d}", "up to 12 connections for each process",
-        "8 kept open, most recently used first; checked before use after 30 s idle, replaced after 240 s; connect timeout 12 s", "All is well.",
+        "8 kept open, most recently used first; checked before use after 30 s idle, replaced after 240 s; connect timeout 12 s", "No problems.",
     ):  # fmt: skip
         assert words in said
     assert "todo" not in said
@@ -229,8 +229,7 @@ def test_check_of_the_embedded_database_that_does_not_run(start: Start, folder: 
     command = start("check")
     assert command.wait() == 1
     assert (
-        "it is not running; start it with `make run` or `chat-history serve`"
-        in command.out.read_text()
+        "not running; start it with `make run` or `chat-history serve`" in command.out.read_text()
     )
     assert not (folder / ".data").exists()
 
@@ -284,7 +283,7 @@ def test_a_killed_service_is_taken_over(start: Start, folder: Path) -> None:
     assert is_postgres(orphan.pid)
     report = start("check")
     assert report.wait() == 1
-    assert "not running, though its database is" in report.out.read_text()
+    assert "not running, but its database is" in report.out.read_text()
     again = start("serve")
     assert stub_call(address(again), "ada@example.com", create=False) == user
     assert not is_postgres(orphan.pid)
@@ -324,9 +323,9 @@ def test_a_stop_while_starting_leaves_nothing(
 
 _TOLD_IN_A_CALLBACK = """
 import signal, sys, weakref
-from service.cli import main, serving
+from service.cli import main, serve
 
-migrate, number = serving._migrate, int(sys.argv.pop())
+migrate, number = serve.migrate_schema, int(sys.argv.pop())
 
 class Thing:
     pass
@@ -337,7 +336,7 @@ def interrupted(*args, **options):
     held = weakref.ref(thing, lambda _: signal.raise_signal(number))
     del thing
 
-serving._migrate = interrupted
+serve.migrate_schema = interrupted
 main()
 """
 
@@ -361,7 +360,7 @@ def test_an_address_in_use_is_told(start: Start, folder: Path) -> None:
         command = start("serve", CHAT_HISTORY_LISTEN=taken)
         assert command.wait() == 1
     assert (
-        f"chat-history: {taken} is in use: stop what listens there, or set CHAT_HISTORY_LISTEN to another address"
+        f"chat-history: {taken} is in use: stop the process that uses it, or set CHAT_HISTORY_LISTEN to another address"
         in command.said.splitlines()
     )
     assert "Traceback" not in command.said

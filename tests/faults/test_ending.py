@@ -17,7 +17,7 @@ from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 
-from service.server import ENDING
+from service.server import EXIT_TIMEOUT_S
 from tests.conftest import StartProcess
 from tests.faults.conftest import every_kind
 from tests.support.chat import Chat, new_message
@@ -34,7 +34,7 @@ async def ends(process: ServerProcess, seconds: float) -> None:
     """Ask a server to stop; it must do so in time and in good order."""
     process.send_signal(signal.SIGTERM)
     try:
-        # What is late ends by itself (`ENDING`), and with another code.
+        # A process that is late is ended by the watchdog (`EXIT_TIMEOUT_S`), with another code.
         code = await process.wait(seconds + 20)
     except subprocess.TimeoutExpired:
         await process.kill()
@@ -149,7 +149,7 @@ async def test_a_silent_database_does_not_hold_it_up(
             proxy.block()
             calls = [asyncio.ensure_future(call()) for call in kinds for _ in range(4 * under_way)]
             await asyncio.sleep(0.5)
-            await ends(process, GRACE + ENDING)
+            await ends(process, GRACE + EXIT_TIMEOUT_S)
             if calls:
                 await asyncio.wait(calls)
                 assert all(call.exception() for call in calls)
@@ -163,7 +163,7 @@ async def test_a_database_that_never_answered_does_not_hold_it_up(
         process = await start_process(url=url, ready=False, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE))
         while "not ready" not in (process.log.read_text() if process.log.exists() else ""):
             await asyncio.sleep(0.02)
-        await ends(process, GRACE + ENDING)
+        await ends(process, GRACE + EXIT_TIMEOUT_S)
 
 
 async def test_a_search_process_that_is_stuck_does_not_hold_it_up(
@@ -192,7 +192,7 @@ async def test_a_search_process_that_is_stuck_does_not_hold_it_up(
             )
         )
         await asyncio.sleep(0.5)
-        await ends(process, GRACE + ENDING)
+        await ends(process, GRACE + EXIT_TIMEOUT_S)
         await asyncio.wait([asked])
         async with asyncio.timeout(20):
             while _runs(child):
@@ -226,7 +226,7 @@ async def test_an_issuer_that_says_nothing_does_not_hold_it_up(start_process: St
             )
             asked = asyncio.ensure_future(listing)
             await asyncio.sleep(0.5)
-            await ends(process, GRACE + ENDING)
+            await ends(process, GRACE + EXIT_TIMEOUT_S)
             await asyncio.wait([asked])
 
 
@@ -236,7 +236,7 @@ _HANGS = """
 import sys, time
 from service import server
 from tests.support import serve
-server.ENDING = 1.0
+server.EXIT_TIMEOUT_S = 1.0
 async def stop(self):
     print("hangs", file=sys.stderr, flush=True)
     time.sleep(600)

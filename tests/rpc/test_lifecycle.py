@@ -195,7 +195,7 @@ async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
 ) -> None:
     """When the end begins, nothing may be under way although the server is in use; gRPC alone would cancel the next call."""
     monkeypatch.setattr(
-        server_module, "LINGER", 1.0
+        server_module, "REFUSE_BEFORE_CLOSE_S", 1.0
     )  # The next call of a busy machine's takes a moment.
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)

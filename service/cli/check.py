@@ -1,4 +1,4 @@
-"""`check`."""
+"""The command `check`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from service.doctor import Finding
 
 
-def check() -> None:
-    """Connect to what is configured and say what is well and what must be done."""
+def check_command() -> None:
+    """Check the configuration and the database, and report what to do."""
     from service.doctor import Finding, Verdict
     from service.embedded.data_dir import EmbeddedError
 
     settings, target = configuration()
     report = [
-        _on_configuration(),
+        _check_configuration(),
         *(Finding("configuration", line, Verdict.NOTE) for line in config.unknown()),
     ]
     report += _check_identity(settings)
@@ -36,18 +36,15 @@ def check() -> None:
     raise typer.Exit(any(finding.verdict is Verdict.TODO for finding in report))
 
 
-def _on_configuration() -> Finding:
+def _check_configuration() -> Finding:
     from service.doctor import Finding
 
-    given = config.sources()
     by_source: dict[str, list[str]] = {}
-    for name, source in given.items():
+    for name, source in config.sources().items():
         by_source.setdefault(source, []).append(name)
-    words = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
-    return Finding(
-        "configuration",
-        "; ".join([*words, "all else at its defaults" if words else "all at its defaults"]),
-    )
+    parts = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
+    parts.append("all other settings at their defaults" if parts else "all settings at defaults")
+    return Finding("configuration", "; ".join(parts))
 
 
 def _check_identity(settings: Settings) -> list[Finding]:
@@ -66,7 +63,7 @@ def _check(settings: Settings, target: Target) -> list[Finding]:
 
     notes = [doctor.Finding("database URL", note, doctor.Verdict.NOTE) for note in target.notes]
     try:
-        found = run(lambda: doctor.describe(target, settings.db_connect_timeout))
+        description = run(lambda: doctor.describe(target, settings.db_connect_timeout))
     except DATABASE_ERRORS as error:
         return [
             doctor.Finding("database", doctor.explain(error, target), doctor.Verdict.TODO),
@@ -78,21 +75,21 @@ def _check(settings: Settings, target: Target) -> list[Finding]:
         settings.db_pool_recycle,
         settings.db_connect_timeout,
     )
-    return [*doctor.findings(found, target, pool), *notes]
+    return [*doctor.findings(description, target, pool), *notes]
 
 
 def _check_embedded(settings: Settings) -> list[Finding]:
     from service.doctor import Finding, Verdict
     from service.embedded import data_dir, programs
 
-    place = f"embedded PostgreSQL in {settings.data_dir.resolve()}, as no DATABASE_URL is set"
+    data = f"embedded PostgreSQL in {settings.data_dir.resolve()}, because DATABASE_URL is not set"
     url = data_dir.running_url(settings.data_dir)
     if url is None:
         programs.find_programs()
         return [
             Finding(
                 "database",
-                f"{place}: it is not running; start it with `make run` or `chat-history serve`",
+                f"{data}: not running; start it with `make run` or `chat-history serve`",
                 Verdict.TODO,
             )
         ]
@@ -102,20 +99,20 @@ def _check_embedded(settings: Settings) -> list[Finding]:
         if holder
         else Finding(
             "service",
-            "not running, though its database is; `chat-history serve` takes that over",
+            "not running, but its database is; `chat-history serve` takes it over",
             Verdict.TODO,
         )
     )
-    return [Finding("data", place), service_line, *_check(settings, parse(url))]
+    return [Finding("data", data), service_line, *_check(settings, parse(url))]
 
 
 def _show(report: list[Finding]) -> None:
     todo = sum(finding.verdict == "todo" for finding in report)
-    end = f"To do: {todo}." if todo else "All is well."
+    end = f"To do: {todo}." if todo else "No problems."
     if not sys.stdout.isatty():
         width = max(len(finding.about) for finding in report)
         print(
-            *(f"{verdict:<4}  {about:<{width}}  {words}" for about, words, verdict in report),
+            *(f"{verdict:<4}  {subject:<{width}}  {words}" for subject, words, verdict in report),
             "",
             end,
             sep="\n",

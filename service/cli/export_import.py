@@ -1,4 +1,4 @@
-"""`export` and `import`."""
+"""The commands `export` and `import`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli.common import configuration, fail, run, say, stoppable, telling_embedded_errors
+from service.cli.common import configuration, exit_on_embedded_errors, fail, run, say, stoppable
 from service.config import Settings
 from service.store.db.dsn import Target, parse
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def export_command(
     user: Annotated[str, typer.Argument(help="The user's id.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The file to write; - is standard output.")
+        Path, typer.Option("--output", "-o", help="File to write. `-` is standard output.")
     ] = Path("-"),
 ) -> None:
-    """Write everything of one user as lines of JSON."""
+    """Write all data of one user as JSON lines."""
     from service.portability import transfer
 
     done = _transfer(lambda _settings, target: transfer.export_to(target, user, output))
@@ -31,13 +31,17 @@ def export_command(
 
 def import_command(
     file: Annotated[
-        Path, typer.Argument(help="Lines of JSON, from an export or a query; - is standard input.")
+        Path,
+        typer.Argument(help="JSON lines from an export or a query. `-` is standard input."),
     ],
     user: Annotated[
-        str | None, typer.Option("--user-id", help="Make all of it this user's.")
+        str | None, typer.Option("--user-id", help="Store everything as this user's data.")
     ] = None,
 ) -> None:
-    """Store what was exported, or another chatbot's history, with its times and order; may be run again at any time."""
+    """Store an export, or the history of another chatbot, with its times and order.
+
+    Running the command again with the same file changes nothing.
+    """
     from service.portability import transfer
 
     done = _transfer(
@@ -49,7 +53,7 @@ def import_command(
 
 
 def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
-    """Take data out of the configured database, or put it in; an embedded one is started when it does not run."""
+    """Run an export or import on the configured database, starting an embedded one if needed."""
     from service import doctor
     from service.embedded.data_dir import running_url
     from service.embedded.postgres import EmbeddedPostgres
@@ -65,7 +69,7 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
 
     settings, configured = configuration()
     configure_logging(settings.log_level, settings.log_format)
-    with stoppable(), telling_embedded_errors():
+    with stoppable(), exit_on_embedded_errors():
         try:
             if configured is not None:
                 return on(configured)

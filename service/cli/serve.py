@@ -1,0 +1,130 @@
+"""The command `serve`."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import structlog
+import typer
+
+import service
+from service import config
+from service.cli.common import (
+    configuration,
+    exit_on_embedded_errors,
+    fail,
+    fail_configuration,
+    run,
+    say,
+    stoppable,
+)
+from service.cli.migrate import migrate as migrate_schema
+from service.config import Settings
+from service.store.db.dsn import Target, parse
+
+_log = structlog.get_logger(__name__)
+
+
+def serve_command(
+    migrate: Annotated[
+        bool,
+        typer.Option(
+            "--migrate",
+            help="Migrate the schema first. Always done with the embedded database.",
+        ),
+    ] = False,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    settings, target = configuration()
+    with stoppable(interrupted=0) as stop_requested:
+        if target is not None:
+            if migrate:
+                migrate_schema(target, quiet=True)
+            _serve(settings, target, f"PostgreSQL at {target.location}", stop_requested)
+        else:
+            _serve_embedded(settings, stop_requested)
+    say("stopped")
+
+
+def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> None:
+    from service.embedded.postgres import EmbeddedPostgres
+
+    def report(line: str) -> None:
+        _log.warning("embedded PostgreSQL", problem=line)
+
+    with (
+        exit_on_embedded_errors(),
+        EmbeddedPostgres(settings.data_dir, settings.listen) as postgres,
+    ):
+        for note in postgres.notes:
+            say(note)
+        target = parse(postgres.url)
+        migrate_schema(target, quiet=True)
+        postgres.supervise(report)
+        try:
+            _serve(
+                settings,
+                target,
+                f"embedded PostgreSQL in {postgres.pgdata}",
+                stop_requested,
+                postgres.announce,
+            )
+        finally:
+            # The service has ended. PostgreSQL has time-outs of its own.
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _serve(
+    settings: Settings,
+    target: Target,
+    data: str,
+    stop_requested: Callable[[], bool],
+    announce: Callable[[str], None] | None = None,
+) -> None:
+    from service import server
+    from service.telemetry.logs import configure_logging
+
+    def on_ready(address: str) -> None:
+        if announce is not None:
+            announce(address)
+        if settings.log_format != "json":
+            _print_summary(address, data)
+
+    configure_logging(settings.log_level, settings.log_format)
+    for line in config.unknown():
+        say(line)
+    try:
+        run(lambda: server.run(settings, target, on_ready=on_ready, stop_requested=stop_requested))
+    except config.BadConfiguration as error:
+        fail_configuration(error)
+    except OSError as error:
+        reason = {
+            errno.EADDRINUSE: "is in use",
+            errno.EACCES: "requires privileges that this user lacks",
+            errno.EADDRNOTAVAIL: "is not an address of this machine",
+        }.get(error.errno or 0)
+        if reason is None:
+            raise
+        address = error.filename or settings.listen
+        fail(
+            f"{address} {reason}: stop the process that uses it, "
+            "or set CHAT_HISTORY_LISTEN to another address",
+            1,
+        )
+
+
+def _print_summary(address: str, data: str) -> None:
+    name = typer.style(f"ChatHistory {service.__version__}", bold=True)
+    typer.echo(
+        f"\n{name} is running.\n\n"
+        f"  gRPC    {address}  (chathistory.v1.ChatHistoryService, reflection, grpc.health.v1)\n"
+        f"  data    {data}\n"
+        f"  try     the Python snippet in README.md\n"
+        f"  check   chat-history check, in another terminal\n"
+        f"  stop    Ctrl-C\n"
+    )
+    sys.stdout.flush()
