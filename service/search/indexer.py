@@ -8,7 +8,6 @@ sets itself a timer only while rows wait, so that an idle service asks the datab
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from service.search import pacing
 from service.search.embeddings import Embeddings
 from service.search.types import (
     Changes,
@@ -49,11 +49,6 @@ RECHECK = 5.0
 """Seconds between two looks at rows that others hold, at the least."""
 GATHER = 0.02
 """Seconds to wait after a commit for others, so that they are indexed together."""
-REST = 3.0
-"""How long to rest after a batch, as a multiple of what it took, when this process uses all of a core; nothing below half of one.
-What indexes takes a core from those who chat: on a small machine it does so for a quarter of the time, while they keep it busy."""
-SMALL = 3
-"""Cores of a small machine, at the most."""
 PACE = 0.25
 """The same while commits come all the time: a session that grows is then taken a few times a second, not at every message."""
 BACKLOG_AGE = 2.0
@@ -104,7 +99,7 @@ class Indexer:
         self._on_down = on_down
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.Event()
-        self._small = len(os.sched_getaffinity(0)) <= SMALL
+        self._cores = pacing.usable_cores()
         self._task: asyncio.Task[None] | None = None
         self._goes_on = True
         """Whether the rows that were taken last are done."""
@@ -275,7 +270,10 @@ class Indexer:
             batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
             if changes.points or changes.deletes:
                 await self._write(batch, changes)
-            await asyncio.sleep(self._rest(self._loop.time() - started, time.process_time() - used))
+            rest_s = pacing.rest_s(
+                self._loop.time() - started, time.process_time() - used, self._cores
+            )
+            await asyncio.sleep(min(rest_s, LEASE - MARGIN))
         if kind == OutboxKind.DOCUMENT:
             done = {
                 entity: there[entity]
@@ -283,12 +281,6 @@ class Indexer:
                 if row not in batch.refused
             }
             await index_source.set_document_status(self._database, done, DocumentStatus.INDEXED)
-
-    def _rest(self, took: float, used: float) -> float:
-        """Return how long to rest after a batch that took so many seconds, of which this process used some of a core."""
-        if not self._small or not took:
-            return 0.0
-        return min(REST * took * max(0.0, 2 * used / took - 1), LEASE - MARGIN)
 
     async def _changes(
         self, kind: PointKind, ranges: Sequence[Range], items: Sequence[Item]
