@@ -1,1 +1,1 @@
-"""Search by meaning: Qdrant finds, PostgreSQL decides. Nothing here is imported where search is off."""
+"""Semantic search: Qdrant finds, PostgreSQL decides. Without search nothing of it is imported."""

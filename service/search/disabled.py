@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SearchDisabled:
-    """Has no index: nothing is enqueued for it, and every query raises SEARCH_DISABLED.
+    """Search without an index: no change is enqueued, and every query raises SEARCH_DISABLED.
 
     Importing it loads neither the index's client nor the embeddings.
     """

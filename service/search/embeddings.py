@@ -1,146 +1,147 @@
-"""Embeddings: from texts to vectors (32-bit floats, little-endian), behind one small interface."""
+"""Embeddings: turn texts into vectors (32-bit floats, little-endian), offline or by an endpoint."""
 
 from __future__ import annotations
 
-import array
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from service.search.types import (
+    FLOAT_BYTES,
     InputRejected,
     SearchMisconfigured,
     SearchOverloaded,
     SearchUnavailable,
+    pack_vector,
 )
 from service.search.worker.parent import SearchProcess
 
-_TOO_MANY_REQUESTS = 429
 OFFLINE_MODEL = "wordllama-l2-supercat"
-_MAX_TEXT = 8_192
-"""Characters of a text that are compared with a question, as of one that is indexed."""
-_MAX_TEXTS = 262_144
-"""Characters of all of them: a tenth of a second."""
+_PROBE_TEXT = "how long is a vector?"
+_TOO_MANY_REQUESTS = 429
+_INPUT_ERRORS = (400, 413, 422)
+_MAX_TEXT_CHARS = 8_192
+"""Characters of a text that are reranked, equal to the characters that are indexed."""
+_MAX_TOTAL_CHARS = 262_144
+"""Characters of all texts of one rerank, which take about a tenth of a second."""
 
 
 class Embeddings(Protocol):
-    """Makes vectors."""
+    """A source of vectors."""
 
     model: str
-    """Goes into the index's name: vectors of two models cannot be compared."""
+    """Part of the index's name, because vectors of two models cannot be compared."""
 
     async def dimensions(self) -> int:
-        """Return how long a vector is.
+        """Return the number of dimensions of a vector.
 
         Raises:
-            SearchDown: it cannot be asked now.
-            WrongIndex: it is not what is configured.
+            SearchUnavailable: the model does not respond.
+            SearchMisconfigured: the number differs from the configured one.
         """
 
     async def embed(self, texts: Sequence[str]) -> bytes:
-        """Return the texts' vectors, one after the other.
+        """Return the texts' vectors, concatenated.
 
         Raises:
-            SearchDown: it does not answer.
-            Refused: it does not take one of them.
+            SearchUnavailable: the model does not respond.
+            InputRejected: it rejects at least one of the texts.
         """
 
-    async def rerank(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
-        """Return how near each text, given after its document's title, is to a question, 0 to 1; None: as near as their vectors are.
+    async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
+        """Return the rerank score of each text, 0 to 1; None: keep the order by vectors.
+
+        Args:
+            texts: Pairs of a document's title and the text.
 
         Raises:
-            SearchDown, Refused: as `embed`.
+            SearchUnavailable, InputRejected: as `embed`.
         """
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Close connections."""
 
 
 class OfflineEmbeddings:
-    """The embeddings that need no network, in the child process."""
+    """Embeddings that need no network, computed in the search process."""
 
     model = OFFLINE_MODEL
 
-    def __init__(self, child: SearchProcess) -> None:
-        self._process = child
+    def __init__(self, process: SearchProcess) -> None:
+        self._process = process
 
     async def dimensions(self) -> int:
-        # Loads the model, too, for which no search should have to wait.
-        return len(await self.embed(["how long is a vector?"])) // 4
+        # This also loads the model, so that the first search does not wait for it.
+        return len(await self.embed([_PROBE_TEXT])) // FLOAT_BYTES
 
     async def embed(self, texts: Sequence[str]) -> bytes:
         return (await self._process.call("embed", texts))[1]
 
-    async def rerank(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
-        room = min(_MAX_TEXT, _MAX_TEXTS // len(texts)) if texts else 0
-        found: list[float] | None = (
-            await self._process.call("rerank", (question, [(t, s[:room]) for t, s in texts]))
-        )[0]
-        return found
+    async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
+        max_chars = min(_MAX_TEXT_CHARS, _MAX_TOTAL_CHARS // len(texts)) if texts else 0
+        cut = [(title, text[:max_chars]) for title, text in texts]
+        scores: list[float] | None = (await self._process.call("rerank", (query, cut)))[0]
+        return scores
 
     async def close(self) -> None:
         await self._process.close()
 
 
 class RemoteEmbeddings:
-    """The embeddings of any OpenAI-compatible endpoint."""
+    """Embeddings of an OpenAI-compatible endpoint."""
 
     def __init__(
-        self, url: str, model: str, api_key: str | None, dimensions: int | None, timeout: float
+        self, url: str, model: str, api_key: str | None, dimensions: int | None, timeout_s: float
     ) -> None:
         import openai  # noqa: PLC0415 - costs memory where it is not used
 
         self.model = model
-        self._errors = openai
-        # Some endpoints want no key, and the client wants one.
+        self._openai = openai
+        # The client requires a key, and some endpoints have none.
         self._client = openai.AsyncOpenAI(
-            base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=0
+            base_url=url, api_key=api_key or "none", timeout=timeout_s, max_retries=0
         )
-        self._wanted = dimensions
-        self._known: int | None = None
+        self._configured_dimensions = dimensions
+        self._dimensions: int | None = None
 
     async def dimensions(self) -> int:
-        if self._known is None:
-            made = len(await self.embed(["how long is a vector?"])) // 4
-            if self._wanted not in (None, made):
+        if self._dimensions is None:
+            dimensions = len(await self.embed([_PROBE_TEXT])) // FLOAT_BYTES
+            if self._configured_dimensions not in (None, dimensions):
                 raise SearchMisconfigured(
-                    f"EMBEDDINGS_DIMENSIONS is {self._wanted}, and {self.model} makes vectors of {made}"
+                    f"EMBEDDINGS_DIMENSIONS is {self._configured_dimensions}, and the vectors of "
+                    f"{self.model} have {dimensions}: set it to {dimensions}, or unset it"
                 )
-            self._known = made
-        return self._known
+            self._dimensions = dimensions
+        return self._dimensions
 
     async def embed(self, texts: Sequence[str]) -> bytes:
         try:
-            made = await self._client.embeddings.create(model=self.model, input=list(texts))
-        except self._errors.APIStatusError as error:
-            # A wrong key or model name is the operator's to mend, and nothing that was sent is at fault.
-            if error.status_code in (400, 413, 422):
+            reply = await self._client.embeddings.create(model=self.model, input=list(texts))
+        except self._openai.APIStatusError as error:
+            # Other client errors, such as a wrong key or model name, are for the operator to fix.
+            # They are no reason to reject the text.
+            if error.status_code in _INPUT_ERRORS:
                 raise InputRejected(
-                    f"the embeddings endpoint refuses it ({error.status_code})"
+                    f"the embeddings endpoint refuses the text (HTTP {error.status_code})"
                 ) from error
-            kind = (
-                SearchOverloaded if error.status_code == _TOO_MANY_REQUESTS else SearchUnavailable
-            )
-            raise kind(f"the embeddings endpoint answers {error.status_code}") from error
-        except self._errors.OpenAIError as error:
+            is_overloaded = error.status_code == _TOO_MANY_REQUESTS
+            kind = SearchOverloaded if is_overloaded else SearchUnavailable
+            raise kind(f"the embeddings endpoint answers HTTP {error.status_code}") from error
+        except self._openai.OpenAIError as error:
             raise SearchUnavailable(
-                f"the embeddings endpoint does not answer ({type(error).__name__})"
+                f"the embeddings endpoint does not respond ({type(error).__name__})"
             ) from error
-        vectors = [each.embedding for each in sorted(made.data, key=lambda each: each.index)]
+        # The protocol identifies vectors by `index` and guarantees no order.
+        by_index = sorted(reply.data, key=lambda item: item.index)
+        vectors = [item.embedding for item in by_index]
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) > 1:
-            raise SearchUnavailable("the embeddings endpoint has not answered every text alike")
+            raise SearchUnavailable(
+                "the embeddings endpoint did not return one vector of the same length for each text"
+            )
         return b"".join(map(pack_vector, vectors))
 
-    async def rerank(self, question: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:  # noqa: ARG002
+    async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:  # noqa: ARG002
         return None
 
     async def close(self) -> None:
         await self._client.close()
-
-
-def pack_vector(numbers: Iterable[float]) -> bytes:
-    """Return numbers as 32-bit floats, little-endian."""
-    made = array.array("f", numbers)
-    if sys.byteorder == "big":
-        made.byteswap()
-    return made.tobytes()

@@ -1,8 +1,12 @@
-"""Works off what the index owes: takes rows of the outbox, reads what PostgreSQL says now, embeds, writes, and removes the rows.
+"""The indexer: processes the search outbox and keeps the index equal to PostgreSQL.
 
-No transaction is open across a call of the index or the embeddings. A row is leased, so that of several replicas one works on it at a
-time, and nothing is written that could arrive after the lease has ended. It wakes at its start and on this process's own commits; it
-sets itself a timer only while rows wait, so that an idle service asks the database nothing.
+It claims rows of the outbox, reads the current items from PostgreSQL, embeds them, writes them to
+the index, and deletes the rows. No transaction is open during a call of the index or of the
+embeddings. A lease ensures that one replica at a time processes a row, and no write starts so late
+that it could arrive after the lease has expired.
+
+The indexer runs at its start and after commits of its own process. It sets a timer only while rows
+are pending: an idle service sends no statement, so that a serverless database can suspend.
 """
 
 from __future__ import annotations
@@ -10,19 +14,19 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
 
 from service.search import pacing
+from service.search.changes import ChangeBuilder
 from service.search.embeddings import Embeddings
 from service.search.types import (
     Changes,
     IndexingStats,
     InputRejected,
-    Point,
     PointFilter,
     PointKind,
     SearchOverloaded,
@@ -31,52 +35,54 @@ from service.search.types import (
 )
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox import index_source
-from service.store.outbox.index_source import Item, Range
+from service.store.outbox.index_source import EntityKey, Range
 from service.store.outbox.outbox import MAX_ATTEMPTS, Backlog, LeasedRow, Outbox
 from service.store.outbox.reindex_state import ReindexState
 from service.store.tables import DocumentStatus, OutboxKind
 
-CLAIM = 256
-"""Rows taken at a time."""
-PAGE = 128
-"""Items read, embedded and written at a time: a search waits for one such batch at the most."""
-LEASE = 60.0
-"""Seconds that a row is ours."""
-MARGIN = 30.0
-"""Seconds of the lease that must be left when something is written: longer than a write can take."""
-RETRY_BASE, RETRY_CAP = 1.0, 60.0
-RECHECK = 5.0
-"""Seconds between two looks at rows that others hold, at the least."""
-GATHER = 0.02
-"""Seconds to wait after a commit for others, so that they are indexed together."""
-PACE = 0.25
-"""The same while commits come all the time: a session that grows is then taken a few times a second, not at every message."""
-BACKLOG_AGE = 2.0
-"""Seconds that something may wait before there is no more gathering."""
+CLAIM_LIMIT = 256
+"""Rows claimed at a time."""
+PAGE_ITEMS = 128
+"""Items that are read, embedded and written at a time: a search waits for at most one such page."""
+LEASE_S = 60.0
+LEASE_MARGIN_S = 30.0
+"""Time that must remain of the lease when a write starts: longer than a write can take."""
+RETRY_BASE_S, RETRY_CAP_S = 1.0, 60.0
+RECHECK_S = 5.0
+"""Minimum time between two counts of the backlog while other processes hold rows of it."""
+BATCH_WINDOW_S = 0.02
+"""How long to wait after a commit for further ones, which are then indexed in the same batch."""
+BUSY_BATCH_WINDOW_S = 0.25
+"""The same during constant commits: a growing session is then processed a few times a second."""
+BUSY_MAX_LAG_S = 2.0
+"""Above this lag no batch waits for BUSY_BATCH_WINDOW_S."""
+FINISH_ATTEMPTS = 6
 
-_KIND = {OutboxKind.DOCUMENT: PointKind.CHUNK, OutboxKind.SESSION: PointKind.MESSAGE}
+_POINT_KINDS = {OutboxKind.DOCUMENT: PointKind.CHUNK, OutboxKind.SESSION: PointKind.MESSAGE}
 
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Rows that were taken together, and what has become of them."""
+    """Rows that were claimed together under one lease."""
 
     lease_id: str
-    until: float
+    lease_until: float
+    """End of the lease, on the event loop's clock."""
     rows: list[LeasedRow]
-    building: str | None
-    refused: dict[LeasedRow, str] = field(default_factory=dict)
-    """Rows of which something was refused, and why."""
+    building: str | None = None
+    """The collection that a rebuild is filling."""
+    rejected: dict[LeasedRow, str] = field(default_factory=dict)
+    """Rows of which an item was rejected, with the reason."""
 
 
 class LeaseLost(Exception):
-    """Somebody else may be at work on the same rows by now."""
+    """The lease has expired, and another process may have claimed the same rows."""
 
 
 class Indexer:
-    """One for each server process."""
+    """Processes the outbox in the background; one for each server process."""
 
     def __init__(
         self,
@@ -89,31 +95,39 @@ class Indexer:
         messages: bool,
         on_down: Callable[[str], None],
     ) -> None:
+        """Create a stopped indexer.
+
+        Args:
+            database: The database.
+            index: The index.
+            embeddings: The embeddings.
+            alias: The alias of the index.
+            dimensions: Dimensions of the index's vectors.
+            messages: Whether messages are indexed, in addition to documents.
+            on_down: Called with the reason when the indexer stops because search is unavailable.
+        """
+        self.stats = IndexingStats()
         self._database = database
         self._outbox = Outbox(database)
-        self._rebuilding = ReindexState(database, alias)
+        self._reindex_state = ReindexState(database, alias)
         self._index = index
-        self._embeddings = embeddings
-        self._dimensions = dimensions
+        self._changes = ChangeBuilder(embeddings, dimensions)
         self._messages = messages
         self._on_down = on_down
         self._loop = asyncio.get_running_loop()
-        self._work = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self._cores = pacing.usable_cores()
         self._task: asyncio.Task[None] | None = None
-        self._goes_on = True
-        """Whether the rows that were taken last are done."""
-        self.stats = IndexingStats()
+        self._last_batch_finished = True
 
     def start(self) -> None:
-        """Begin with what is owed, unless it is at work."""
-        self._work.set()
-        if self._task is not None and not self._task.done():
-            return
-        self._task = self._loop.create_task(self._run())
+        """Start with the pending rows, unless the indexer runs already."""
+        self._wakeup.set()
+        if self._task is None or self._task.done():
+            self._task = self._loop.create_task(self._run())
 
     async def stop(self) -> None:
-        """Stop after what is under way is written, or put back; what is left waits for the next start."""
+        """Stop and release the rows of the current batch; rows stay for the next start."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -121,62 +135,61 @@ class Indexer:
             self._task = None
 
     def wake(self) -> None:
-        """Look at the outbox: something was committed."""
-        self._work.set()
+        """Read the outbox soon: this process has committed a change."""
+        self._wakeup.set()
         if self.stats.oldest_pending_at is None:
             self.stats.oldest_pending_at = time.monotonic()
             self.stats.pending += 1
 
     async def _run(self) -> None:
-        attempt = 0
+        failures = 0
         while True:
             try:
-                wait = await self._drain()
-                attempt = 0
+                wait_s = await self._process_due()
+                failures = 0
             except asyncio.CancelledError:
                 raise
             except SearchOverloaded:
-                attempt += 1
-                wait = backoff(attempt, base=0.5, cap=30.0) + 0.5
+                failures += 1
+                wait_s = backoff(failures, base=0.5, cap=30.0) + 0.5
             except SearchUnavailable as error:
-                # The supervisor asks the index until it answers, and starts us anew.
+                # `Search` polls the index until it responds, and then starts this indexer again.
                 self._on_down(str(error))
                 return
-            except Exception as error:  # noqa: BLE001 - the worker must outlive whatever a row does to it
+            except Exception as error:  # noqa: BLE001 - no row may end the indexer
                 if not isinstance(error, (*DATABASE_ERRORS, LeaseLost)):
                     _log.error("indexing failed", error=type(error).__name__, exc_info=True)
-                attempt += 1
-                wait = backoff(attempt, base=0.5, cap=30.0) + 0.1
-            await self._sleep(wait)
+                failures += 1
+                wait_s = backoff(failures, base=0.5, cap=30.0) + 0.1
+            await self._sleep(wait_s)
 
-    async def _sleep(self, seconds: float | None) -> None:
-        """Wait for work, at most so long; None: until something is committed."""
+    async def _sleep(self, max_s: float | None) -> None:
+        """Wait for a commit, for at most `max_s` seconds; None: without a limit."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._work.wait()
-        await asyncio.sleep(GATHER)
+            async with asyncio.timeout(max_s):
+                await self._wakeup.wait()
+        await asyncio.sleep(BATCH_WINDOW_S)
 
-    async def _drain(self) -> float | None:
-        """Work until nothing is due; return the seconds until something is, or None."""
-        self._work.clear()
-        looked = self._loop.time()
-        while await self._step():
-            if self.stats.lag_s < BACKLOG_AGE:
-                await asyncio.sleep(PACE)
-            if self._loop.time() - looked > RECHECK:
-                await self._look()
-                looked = self._loop.time()
-        backlog = await self._look()
-        if backlog.next_due_s is None:
+    async def _process_due(self) -> float | None:
+        """Process rows until none is due.
+
+        Returns:
+            Seconds until the next row is due; None when no row is pending.
+        """
+        self._wakeup.clear()
+        counted_at = self._loop.time()
+        while await self._process_batch():
+            if self.stats.lag_s < BUSY_MAX_LAG_S:
+                await asyncio.sleep(BUSY_BATCH_WINDOW_S)
+            if self._loop.time() - counted_at > RECHECK_S:
+                await self._count_backlog()
+                counted_at = self._loop.time()
+        due_s = (await self._count_backlog()).next_due_s
+        if due_s is None:
             return None
-        return (
-            max(backlog.next_due_s, 0.05)
-            if backlog.next_due_s < RECHECK
-            else max(RECHECK, backlog.next_due_s / 2)
-        )
+        return max(due_s, 0.05) if due_s < RECHECK_S else max(RECHECK_S, due_s / 2)
 
-    async def _look(self) -> Backlog:
-        """Count what is owed."""
+    async def _count_backlog(self) -> Backlog:
         backlog = await self._outbox.backlog()
         stats = self.stats
         stats.pending, stats.failed = backlog.pending, backlog.failed
@@ -185,200 +198,154 @@ class Indexer:
         )
         return backlog
 
-    async def _step(self) -> bool:
-        """Take rows and work them off; False when none was due."""
-        batch = _Batch(str(uuid.uuid4()), self._loop.time() + LEASE, [], None)
-        batch.rows = await self._outbox.claim(batch.lease_id, LEASE, CLAIM)
+    async def _process_batch(self) -> bool:
+        """Claim and process rows; return False when none was due."""
+        batch = _Batch(str(uuid.uuid4()), self._loop.time() + LEASE_S, [])
+        batch.rows = await self._outbox.claim(batch.lease_id, LEASE_S, CLAIM_LIMIT)
         if not batch.rows:
             return False
-        taken = time.monotonic() - max(row.age_s for row in batch.rows)
-        # What has failed before these rows were taken still waits, and may not be among them.
-        oldest = self.stats.oldest_pending_at
-        self.stats.oldest_pending_at = (
-            taken if oldest is None or self._goes_on else min(oldest, taken)
-        )
-        self._goes_on = False
+        claimed_oldest = time.monotonic() - max(row.age_s for row in batch.rows)
+        # After a failed batch older rows are still pending, and may not be among the claimed ones.
+        known_oldest = self.stats.oldest_pending_at
+        if known_oldest is not None and not self._last_batch_finished:
+            claimed_oldest = min(known_oldest, claimed_oldest)
+        self.stats.oldest_pending_at = claimed_oldest
+        self._last_batch_finished = False
         try:
-            # Read after the rows were taken: whoever starts to build a collection meanwhile owes every row anew.
-            batch.building = await self._rebuilding.building_collection()
-            await self._do(batch)
+            # Read after the claim: a rebuild that begins later enqueues every row again.
+            batch.building = await self._reindex_state.building_collection()
+            await self._index_rows(batch, batch.rows)
         except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
             await asyncio.shield(self._release_batch(batch))
             raise
         except InputRejected as error:
-            await self._find_refused(batch, str(error))
+            await self._isolate_rejected(batch, str(error))
         await self._finish_batch(batch)
-        self._goes_on = True
+        self._last_batch_finished = True
         return True
 
     async def _release_batch(self, batch: _Batch) -> None:
         with suppress(*DATABASE_ERRORS):
             await self._outbox.release(batch.lease_id, batch.rows, 0.0)
 
-    async def _find_refused(self, batch: _Batch, words: str) -> None:
-        """Do each row apart, so that one that is refused holds nobody up."""
-        rows = batch.rows
-        for row in rows:
+    async def _isolate_rejected(self, batch: _Batch, reason: str) -> None:
+        """Process each row alone, so that a rejected one does not block the others."""
+        if len(batch.rows) == 1:
+            batch.rejected[batch.rows[0]] = reason
+            return
+        for row in batch.rows:
             try:
-                batch.rows = [row]
-                await self._do(batch)
+                await self._index_rows(batch, [row])
             except InputRejected as error:
-                batch.refused[row] = str(error) if len(rows) > 1 else words
+                batch.rejected[row] = str(error)
             except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
-                batch.rows = rows
                 await asyncio.shield(self._release_batch(batch))
                 raise
-        batch.rows = rows
 
-    async def _do(self, batch: _Batch) -> None:
-        """Bring the index to what PostgreSQL says of these rows."""
-        gone = [PointFilter(row.user_id) for row in batch.rows if row.kind == OutboxKind.USER]
-        if gone:
-            await self._write(batch, Changes(wipes=gone))
+    async def _index_rows(self, batch: _Batch, rows: list[LeasedRow]) -> None:
+        """Make the index match PostgreSQL for these rows of a batch."""
+        deleted_users = [PointFilter(row.user_id) for row in rows if row.kind == OutboxKind.USER]
+        if deleted_users:
+            await self._write(batch, Changes(delete_filters=deleted_users))
         for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
-            rows = [row for row in batch.rows if row.kind == kind]
-            if rows:
-                await self._bring(batch, kind, rows)
+            rows_of_kind = [row for row in rows if row.kind == kind]
+            if rows_of_kind:
+                await self._index_entities(batch, kind, rows_of_kind)
 
-    async def _bring(self, batch: _Batch, kind: OutboxKind, rows: list[LeasedRow]) -> None:
-        there = await index_source.read_item_counts(
-            self._database, kind, [(row.user_id, row.entity_id) for row in rows]
-        )
-        wipes = [
-            PointFilter(row.user_id, _KIND[kind], row.entity_id)
-            for row in rows
-            if row.wipe or (row.user_id, row.entity_id) not in there
+    async def _index_entities(self, batch: _Batch, kind: OutboxKind, rows: list[LeasedRow]) -> None:
+        by_entity = {(row.user_id, row.entity_id): row for row in rows}
+        item_counts = await index_source.read_item_counts(self._database, kind, list(by_entity))
+        filters = [
+            PointFilter(row.user_id, _POINT_KINDS[kind], row.entity_id)
+            for entity, row in by_entity.items()
+            if row.wipe or entity not in item_counts
         ]
-        if wipes:
-            await self._write(batch, Changes(wipes=wipes))
+        if filters:
+            await self._write(batch, Changes(delete_filters=filters))
         if kind == OutboxKind.SESSION and not self._messages:
             return
-        by_entity = {
-            (row.user_id, row.entity_id): row
-            for row in rows
-            if (row.user_id, row.entity_id) in there
-        }
-        ranges = (
-            Range(*entity, row.since, min(row.through, there[entity]))
+        ranges = [
+            Range(*entity, row.since, min(row.through, item_counts[entity]))
             for entity, row in by_entity.items()
-        )
-        for page in index_source.split_ranges(ranges, PAGE):
-            started, used = self._loop.time(), time.process_time()
-            changes, refused = await self._changes(
-                _KIND[kind], page, await index_source.read_items(self._database, kind, page)
-            )
-            batch.refused |= {by_entity[entity]: words for entity, words in refused.items()}
-            if changes.points or changes.deletes:
-                await self._write(batch, changes)
-            rest_s = pacing.rest_s(
-                self._loop.time() - started, time.process_time() - used, self._cores
-            )
-            await asyncio.sleep(min(rest_s, LEASE - MARGIN))
+            if entity in item_counts
+        ]
+        for page in index_source.split_ranges(ranges, PAGE_ITEMS):
+            await self._index_page(batch, kind, page, by_entity)
         if kind == OutboxKind.DOCUMENT:
-            done = {
-                entity: there[entity]
-                for entity, row in by_entity.items()
-                if row not in batch.refused
+            indexed = {
+                entity: count
+                for entity, count in item_counts.items()
+                if by_entity[entity] not in batch.rejected
             }
-            await index_source.set_document_status(self._database, done, DocumentStatus.INDEXED)
+            await index_source.set_document_status(self._database, indexed, DocumentStatus.INDEXED)
 
-    async def _changes(
-        self, kind: PointKind, ranges: Sequence[Range], items: Sequence[Item]
-    ) -> tuple[Changes, dict[tuple[str, str], str]]:
-        """Embed what has a text; what has none, or is refused, must not be found.
-
-        Returns:
-            What to change, and by entity why something of it is refused.
-        """
-        wanted = [item.text or "" for item in items if item.vector is None and not item.is_blank]
-        made = iter(await self._embed(wanted))
-        deletes: list[Point] = []
-        points: list[Point] = []
-        vectors: list[bytes] = []
-        refused: dict[tuple[str, str], str] = {}
-        for item in items:
-            owner = ranges[item.range_index]
-            point = Point(owner.user_id, kind, owner.entity_id, item.key)
-            vector: bytes | str = b""
-            if not item.is_blank:
-                vector = next(made) if item.vector is None else self._fitting(item.vector)
-            if isinstance(vector, str):
-                refused[owner.user_id, owner.entity_id] = vector
-            if vector and isinstance(vector, bytes):
-                points.append(point)
-                vectors.append(vector)
-            else:
-                deletes.append(point)
-        return Changes((), deletes, points, b"".join(vectors)), refused
-
-    def _fitting(self, vector: bytes) -> bytes | str:
-        """Return a vector that was given, or why it is refused."""
-        if len(vector) == self._dimensions * 4:
-            return vector
-        return f"the given vectors have dimension {len(vector) // 4}, and the index has {self._dimensions}"
-
-    async def _embed(self, texts: Sequence[str]) -> list[bytes | str]:
-        """Return the vectors of texts, or why one is refused: the others are taken all the same."""
-        if not texts:
-            return []
-        try:
-            made = await self._embeddings.embed(texts)
-        except InputRejected as error:
-            if len(texts) == 1:
-                return [str(error)]
-            half = len(texts) // 2
-            return await self._embed(texts[:half]) + await self._embed(texts[half:])
-        size = self._dimensions * 4
-        if len(made) != size * len(texts):
-            raise SearchUnavailable("the embeddings have another dimension than the index")
-        return [made[n : n + size] for n in range(0, len(made), size)]
+    async def _index_page(
+        self,
+        batch: _Batch,
+        kind: OutboxKind,
+        page: list[Range],
+        by_entity: dict[EntityKey, LeasedRow],
+    ) -> None:
+        started_at, cpu_started_s = self._loop.time(), time.process_time()
+        items = await index_source.read_items(self._database, kind, page)
+        changes, rejections = await self._changes.build(_POINT_KINDS[kind], page, items)
+        batch.rejected |= {by_entity[entity]: reason for entity, reason in rejections.items()}
+        if changes.upserts or changes.deletes:
+            await self._write(batch, changes)
+        duration_s = self._loop.time() - started_at
+        rest_s = pacing.rest_s(duration_s, time.process_time() - cpu_started_s, self._cores)
+        await asyncio.sleep(min(rest_s, LEASE_S - LEASE_MARGIN_S))
 
     async def _write(self, batch: _Batch, changes: Changes) -> None:
-        await self._hold(batch)
+        await self._ensure_lease(batch)
         await self._index.write(changes, batch.building)
-        self.stats.indexed += len(changes.points)
+        self.stats.indexed += len(changes.upserts)
 
-    async def _hold(self, batch: _Batch) -> None:
-        """Make sure that the lease outlives the next write.
+    async def _ensure_lease(self, batch: _Batch) -> None:
+        """Renew the lease if it could expire during the next write.
 
         Raises:
-            LeaseLost: it has ended, and another may be at work.
+            LeaseLost: it has expired, and another process may have claimed rows.
         """
-        if batch.until - self._loop.time() > MARGIN:
+        if batch.lease_until - self._loop.time() > LEASE_MARGIN_S:
             return
-        asked = self._loop.time()
-        ours = await self._outbox.renew(batch.lease_id, batch.rows, LEASE)
-        if len(ours) < len(batch.rows):
+        renewed_at = self._loop.time()
+        renewed = await self._outbox.renew(batch.lease_id, batch.rows, LEASE_S)
+        if len(renewed) < len(batch.rows):
             raise LeaseLost
-        batch.until = asked + LEASE
+        batch.lease_until = renewed_at + LEASE_S
 
     async def _finish_batch(self, batch: _Batch) -> None:
-        """Remove what is done, and put back what was refused."""
-        left = [row for row in batch.rows if row not in batch.refused]
-        for attempt in range(6):
-            if left:
-                reached = await self._outbox.finish(batch.lease_id, left)
-                left = [row for row in left if row[:3] not in reached]
-            if not left:
+        """Delete the finished rows, and release the rejected ones for a later attempt."""
+        unfinished = [row for row in batch.rows if row not in batch.rejected]
+        for attempt in range(FINISH_ATTEMPTS):
+            if unfinished:
+                reached = await self._outbox.finish(batch.lease_id, unfinished)
+                unfinished = [row for row in unfinished if row[:3] not in reached]
+            if not unfinished:
                 break
-            # An append holds them at this moment. If that goes on, the lease ends by itself and they are done again.
+            # Appends have locked these rows. If they stay locked, the lease expires and the rows
+            # are processed again.
             await asyncio.sleep(0.005 * 2**attempt)
-        for row, words in batch.refused.items():
-            final = row.attempts + 1 >= MAX_ATTEMPTS
-            _log.warning(
-                "refused by the index",
-                owed=OutboxKind(row.kind).name,
-                entity_id=row.entity_id,
-                reason=words,
-                final=final,
+        for row, reason in batch.rejected.items():
+            await self._release_rejected(batch.lease_id, row, reason)
+
+    async def _release_rejected(self, lease_id: str, row: LeasedRow, reason: str) -> None:
+        is_final = row.attempts + 1 >= MAX_ATTEMPTS
+        _log.warning(
+            "refused by the index",
+            kind=OutboxKind(row.kind).name,
+            entity_id=row.entity_id,
+            reason=reason,
+            final=is_final,
+        )
+        retry_after_s = None if is_final else min(RETRY_CAP_S, RETRY_BASE_S * 2**row.attempts)
+        await self._outbox.release(lease_id, [row], retry_after_s, attempts=1, detail=reason)
+        if is_final and row.kind == OutboxKind.DOCUMENT:
+            entity = (row.user_id, row.entity_id)
+            chunk_counts = await index_source.read_item_counts(
+                self._database, OutboxKind.DOCUMENT, [entity]
             )
-            pause = None if final else min(RETRY_CAP, RETRY_BASE * 2**row.attempts)
-            await self._outbox.release(batch.lease_id, [row], pause, attempts=1, detail=words)
-            if final and row.kind == OutboxKind.DOCUMENT:
-                key = (row.user_id, row.entity_id)
-                there = await index_source.read_item_counts(
-                    self._database, OutboxKind.DOCUMENT, [key]
-                )
-                await index_source.set_document_status(
-                    self._database, there, DocumentStatus.FAILED, words
-                )
+            await index_source.set_document_status(
+                self._database, chunk_counts, DocumentStatus.FAILED, reason
+            )

@@ -1,15 +1,14 @@
-"""Qdrant: all that is asked of it. The same class works on a server's client and, in the child process, on the embedded mode's.
+"""`QdrantIndex`: the operations of search on a Qdrant server or on qdrant-client's local mode.
 
-Searches go to an alias whose name carries the model and the dimension; behind it is one collection, named like it with a time. Nothing
-but collections of such a name is ever touched, so that others may live in the same Qdrant.
+Searches use an alias that names the model and the dimension. It points to one collection, named
+after the alias with the time of its creation. Collections with other names are never touched, so
+that a Qdrant can be shared with other applications.
 """
 
 from __future__ import annotations
 
-import array
 import asyncio
 import re
-import sys
 import time
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
@@ -19,6 +18,7 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from service.search.types import (
+    FLOAT_BYTES,
     Changes,
     InputRejected,
     Point,
@@ -28,11 +28,12 @@ from service.search.types import (
     SearchOverloaded,
     SearchUnavailable,
     VectorQuery,
+    unpack_vector,
 )
 
 T = TypeVar("T")
 
-_INDEXED = {
+_PAYLOAD_INDEXES = {
     "user_id": models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True),
     "entity_id": models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
     "kind": models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
@@ -40,64 +41,66 @@ _INDEXED = {
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
 _NOT_FOUND = 404
+_REJECTED_GRPC_CODES = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION")
 
 
 class QdrantIndex:
-    """An `Index` (points.py) in a Qdrant, by its asynchronous client."""
+    """A `VectorIndex` in a Qdrant, reached by its asynchronous client."""
 
     def __init__(
-        self, client: AsyncQdrantClient, alias: str, dimensions: int, timeout: float = 10.0
+        self, client: AsyncQdrantClient, alias: str, dimensions: int, timeout_s: float = 10.0
     ) -> None:
         self._client = client
         self._alias = alias
         self._dimensions = dimensions
-        self._timeout = timeout
-        self._ours = re.compile(re.escape(alias) + r"_[0-9a-f]{16}")
-        self._opened: set[str] = set()
+        self._timeout_s = timeout_s
+        self._own_name = re.compile(re.escape(alias) + r"_[0-9a-f]{16}")
 
     async def open(self) -> bool:
         collection = await self.live_collection()
         if collection is None:
             return False
-        info = await self._ask(self._client.get_collection(collection))
-        size = getattr(info.config.params.vectors, "size", None)
-        if size != self._dimensions:
+        info = await self._request(self._client.get_collection(collection))
+        dimensions = getattr(info.config.params.vectors, "size", None)
+        if dimensions != self._dimensions:
             raise SearchMisconfigured(
-                f"the collection {collection} holds vectors of dimension {size}, and the configured model makes {self._dimensions}: "
-                "set EMBEDDINGS_DIMENSIONS to what it makes, or remove the collection, which is then built anew"
+                f"the collection {collection} holds vectors of dimension {dimensions}, and the "
+                f"vectors of the configured model have {self._dimensions}: set "
+                f"EMBEDDINGS_DIMENSIONS to {self._dimensions}, or delete the collection, which is "
+                "then rebuilt"
             )
         return True
 
     async def live_collection(self) -> str | None:
-        aliases = await self._ask(self._client.get_aliases())
+        reply = await self._request(self._client.get_aliases())
         return next(
-            (each.collection_name for each in aliases.aliases if each.alias_name == self._alias),
+            (alias.collection_name for alias in reply.aliases if alias.alias_name == self._alias),
             None,
         )
 
     async def create_collection(self) -> str:
-        # Time first, so that of several the newest is seen at a glance.
+        # A fixed-width time, so that names sort by age.
         name = f"{self._alias}_{time.time_ns():016x}"
         vectors = models.VectorParams(size=self._dimensions, distance=models.Distance.COSINE)
-        await self._ask(self._client.create_collection(name, vectors_config=vectors))
-        for field, schema in _INDEXED.items():
-            await self._ask(
+        await self._request(self._client.create_collection(name, vectors_config=vectors))
+        for field, schema in _PAYLOAD_INDEXES.items():
+            await self._request(
                 self._client.create_payload_index(name, field, field_schema=schema, wait=True)
             )
         if await self.live_collection() is None:
-            await self._switch(name, replace=False)
+            await self._set_alias(name, replace=False)
         return name
 
     async def publish(self, collection: str) -> None:
         live = await self.live_collection()
         if live != collection:
-            await self._switch(collection, replace=live is not None)
-        every = await self._ask(self._client.get_collections())
-        for each in every.collections:
-            if each.name != collection and self._ours.fullmatch(each.name):
-                await self._ask(self._client.delete_collection(each.name))
+            await self._set_alias(collection, replace=live is not None)
+        reply = await self._request(self._client.get_collections())
+        for name in [description.name for description in reply.collections]:
+            if name != collection and self._own_name.fullmatch(name):
+                await self._request(self._client.delete_collection(name))
 
-    async def _switch(self, collection: str, *, replace: bool) -> None:
+    async def _set_alias(self, collection: str, *, replace: bool) -> None:
         delete = models.DeleteAliasOperation(
             delete_alias=models.DeleteAlias(alias_name=self._alias)
         )
@@ -105,11 +108,12 @@ class QdrantIndex:
             create_alias=models.CreateAlias(collection_name=collection, alias_name=self._alias)
         )
         operations: list[models.AliasOperations] = [delete, create] if replace else [create]
-        await self._ask(self._client.update_collection_aliases(operations))
+        await self._request(self._client.update_collection_aliases(operations))
 
     async def write(self, changes: Changes, building: str | None) -> None:
         points = self._points(changes)
-        # Whenever the one that is built takes the live one's place, it has had all that the alias was given.
+        # The new collection first: it may replace the live one at any time, and must then have had
+        # every change that the alias received.
         if building is not None:
             live = await self.live_collection()
             await self._write(building, changes, points)
@@ -120,132 +124,125 @@ class QdrantIndex:
     async def _write(
         self, collection: str, changes: Changes, points: list[models.PointStruct]
     ) -> None:
-        for wipe in changes.wipes:
-            selector = models.FilterSelector(filter=_of(wipe))
-            await self._change(self._client.delete(collection, selector, wait=True))
+        for point_filter in changes.delete_filters:
+            selector = models.FilterSelector(filter=_filter(point_filter))
+            await self._update(self._client.delete(collection, selector, wait=True))
         if changes.deletes:
-            gone = models.PointIdsList(points=[point.id for point in changes.deletes])
-            await self._change(self._client.delete(collection, gone, wait=True))
+            ids = models.PointIdsList(points=[point.id for point in changes.deletes])
+            await self._update(self._client.delete(collection, ids, wait=True))
         if points:
-            await self._change(self._client.upsert(collection, points, wait=True))
+            await self._update(self._client.upsert(collection, points, wait=True))
 
     def _points(self, changes: Changes) -> list[models.PointStruct]:
-        size = self._dimensions * 4
+        vector_bytes = self._dimensions * FLOAT_BYTES
         return [
             models.PointStruct(
                 id=point.id,
-                vector=unpack_vector(changes.vectors[n * size : (n + 1) * size]),
+                vector=unpack_vector(changes.vectors[n * vector_bytes : (n + 1) * vector_bytes]),
                 payload=point._asdict(),
             )
-            for n, point in enumerate(changes.points)
+            for n, point in enumerate(changes.upserts)
         ]
 
-    async def search(self, vector: bytes, question: VectorQuery) -> list[ScoredPoint]:
-        # The owner first: the embedded mode looks at one condition after the other.
+    async def search(self, vector: bytes, query: VectorQuery) -> list[ScoredPoint]:
+        # The owner first: local mode evaluates one condition after the other.
         must: list[models.Condition] = [
-            _any("user_id", question.owners),
-            _any("kind", [question.kind]),
+            _match_any("user_id", query.owner_ids),
+            _match_any("kind", [query.kind]),
         ]
-        if question.entities:
-            must.append(_any("entity_id", question.entities))
-        reply = await self._ask(
+        if query.entity_ids:
+            must.append(_match_any("entity_id", query.entity_ids))
+        reply = await self._request(
             self._client.query_points(
                 self._alias,
                 query=unpack_vector(vector),
                 query_filter=models.Filter(must=must),
-                limit=question.limit,
+                limit=query.limit,
                 with_payload=True,
-                timeout=max(1, round(self._timeout)),
+                timeout=max(1, round(self._timeout_s)),
             )
         )
-        return [
-            ScoredPoint(Point(**each.payload), each.score) for each in reply.points if each.payload
-        ]
+        return [ScoredPoint(Point(**hit.payload), hit.score) for hit in reply.points if hit.payload]
 
-    async def count(self, wipe: PointFilter) -> int:
-        return (
-            await self._ask(self._client.count(self._alias, count_filter=_of(wipe), exact=True))
-        ).count
+    async def count(self, point_filter: PointFilter) -> int:
+        reply = await self._request(
+            self._client.count(self._alias, count_filter=_filter(point_filter), exact=True)
+        )
+        return reply.count
 
     async def close(self) -> None:
         await self._client.close()
 
-    async def _change(self, call: Awaitable[models.UpdateResult]) -> None:
-        result = await self._ask(call)
+    async def _update(self, call: Awaitable[models.UpdateResult]) -> None:
+        result = await self._request(call)
         if result.status != models.UpdateStatus.COMPLETED:
             raise SearchUnavailable(
-                f"Qdrant has taken a change and not applied it in time ({result.status.value})"
+                f"Qdrant accepted a change and did not apply it in time ({result.status.value})"
             )
 
-    async def _ask(self, call: Awaitable[T]) -> T:
-        """Make one call within its deadline, and tell an index that is down from one that refuses."""
+    async def _request(self, call: Awaitable[T]) -> T:
+        """Await a call of the client with the timeout, and translate its errors."""
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout_s):
                 return await call
         except Exception as error:
-            raise _told(error) from error
+            raise _translate(error) from error
 
 
-def _told(error: Exception) -> Exception:
-    """Say in our words what a client's error means."""
+def _translate(error: Exception) -> Exception:
+    """Return the error of types.py for an error of the client; unknown errors stay as they are."""
     name = type(error).__name__
     if isinstance(error, UnexpectedResponse):
-        status = error.status_code or _SERVER_ERROR
-        if status == _TOO_MANY_REQUESTS:
-            return SearchOverloaded(f"Qdrant answers {status}")
-        if status == _NOT_FOUND or status >= _SERVER_ERROR:
-            return SearchUnavailable(f"Qdrant answers {status}")
-        return InputRejected(f"Qdrant refuses it ({status})")
+        return _translate_http(error.status_code or _SERVER_ERROR)
     if isinstance(error, ResourceExhaustedResponse):
-        return SearchOverloaded("Qdrant takes no more now")
+        return SearchOverloaded("Qdrant accepts no more requests now")
     if isinstance(error, ResponseHandlingException | OSError | TimeoutError):
-        return SearchUnavailable(f"Qdrant does not answer ({name})")
-    # The embedded mode says what is not there, or does not fit, as a ValueError.
+        return SearchUnavailable(f"Qdrant does not respond ({name})")
     if isinstance(error, ValueError):
-        return (
-            SearchUnavailable("the collection is gone")
-            if "not found" in str(error)
-            else InputRejected(f"Qdrant refuses it ({name})")
-        )
+        # Local mode reports missing collections and invalid input alike.
+        if "not found" in str(error):
+            return SearchUnavailable("the collection does not exist")
+        return InputRejected(f"Qdrant refuses the request ({name})")
     code = getattr(error, "code", None)
-    if callable(code):  # gRPC, which only rpc/ and server.py import.
+    if callable(code):  # An AioRpcError; only rpc/, auth/, server.py and telemetry/ import grpc.
         status_name = code().name
-        refused = status_name in ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION")
-        return (
-            InputRejected(f"Qdrant refuses it ({status_name})")
-            if refused
-            else SearchUnavailable(f"Qdrant does not answer ({status_name})")
-        )
+        if status_name in _REJECTED_GRPC_CODES:
+            return InputRejected(f"Qdrant refuses the request ({status_name})")
+        return SearchUnavailable(f"Qdrant does not respond ({status_name})")
     return error
 
 
-def _any(field: str, values: Sequence[str]) -> models.FieldCondition:
+def _translate_http(status: int) -> Exception:
+    if status == _TOO_MANY_REQUESTS:
+        return SearchOverloaded(f"Qdrant answers HTTP {status}")
+    if status == _NOT_FOUND or status >= _SERVER_ERROR:
+        return SearchUnavailable(f"Qdrant answers HTTP {status}")
+    return InputRejected(f"Qdrant refuses the request (HTTP {status})")
+
+
+def _match_any(field: str, values: Sequence[str]) -> models.FieldCondition:
     return models.FieldCondition(key=field, match=models.MatchAny(any=list(values)))
 
 
-def _of(wipe: PointFilter) -> models.Filter:
+def _filter(point_filter: PointFilter) -> models.Filter:
     return models.Filter(
-        must=[_any(field, [value]) for field, value in wipe._asdict().items() if value is not None]
+        must=[
+            _match_any(field, [value])
+            for field, value in point_filter._asdict().items()
+            if value is not None
+        ]
     )
 
 
-def unpack_vector(vector: bytes) -> list[float]:
-    """Return what 32-bit floats, little-endian, say."""
-    numbers = array.array("f", vector)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tolist()
-
-
-def remote(
-    url: str, api_key: str | None, *, transport: str, grpc_port: int, timeout: float
+def connect(
+    url: str, api_key: str | None, *, transport: str, grpc_port: int, timeout_s: float
 ) -> AsyncQdrantClient:
-    """Make the client of a server or cluster; nothing is asked yet."""
+    """Return the client of a Qdrant server or cluster, without sending a request."""
     return AsyncQdrantClient(
         url=url,
         api_key=api_key,
         prefer_grpc=transport == "grpc",
         grpc_port=grpc_port,
-        timeout=max(1, round(timeout)),
+        timeout=max(1, round(timeout_s)),
         check_compatibility=False,
     )

@@ -1,4 +1,7 @@
-"""Builds a collection anew from PostgreSQL, beside the live one; store/rebuilding.py says how nothing gets lost meanwhile."""
+"""Rebuilds an index: fills a new collection from PostgreSQL while the live one stays in use.
+
+`store/outbox/reindex_state.py` describes why no change during a rebuild is lost.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,15 @@ from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.outbox.reindex_state import RebuildCursor, ReindexState
 from service.store.tables import OutboxKind
 
-SLICE = 256
-"""Entities owed at a time."""
-MOST_WAITING = 1000
-"""Entities owed at once, so that what users write meanwhile need not wait for long."""
-LEASE = 30.0
-LOOK = 0.2
-"""Seconds between two looks at how far the workers are."""
+SLICE_ENTITIES = 256
+"""Documents or sessions that are enqueued at a time."""
+MAX_PENDING = 1000
+"""Entities of the rebuild in the outbox, so that changes by users need not wait for long."""
+LEASE_S = 30.0
+POLL_S = 0.2
+"""Time between two reads of the progress."""
+TAKEOVER_POLL_S = 1.0
+"""Time between two attempts to take over a rebuild that another process runs."""
 
 _START = (SYSTEM_USER_ID, SYSTEM_USER_ID)
 
@@ -29,7 +34,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Rebuild:
-    """One process's part in rebuilding one index."""
+    """Rebuilds of one index by this process."""
 
     def __init__(
         self,
@@ -40,37 +45,47 @@ class Rebuild:
         messages: bool,
         wake: Callable[[], None],
     ) -> None:
+        """Prepare rebuilds.
+
+        Args:
+            database: The database.
+            index: The index.
+            alias: The alias of the index.
+            messages: Whether messages are indexed, in addition to documents.
+            wake: Wakes the indexer, which fills the collection.
+        """
         self._state = ReindexState(database, alias)
         self._index = index
         self._messages = messages
         self._wake = wake
         self._lease_id = str(uuid.uuid4())
 
-    async def run(self, *, anew: bool) -> None:
-        """Build, or go on with what was begun; return when the new collection is live.
+    async def run(self, *, force: bool) -> None:
+        """Build a collection, or continue an unfinished build; return when it is live.
+
+        If another process builds one, wait for it, and continue its work if it dies.
 
         Args:
-            anew: Whether to build although a collection is there.
+            force: Whether to build although a collection exists.
 
         Raises:
-            SearchDown: the index does not answer.
+            SearchUnavailable: the index does not respond.
         """
-        while (cursor := await self._state.acquire(self._lease_id, LEASE)) is None:
-            # Another process does it: this one is needed when that one is gone.
-            anew = False
-            await asyncio.sleep(LOOK * 5)
+        while (cursor := await self._state.acquire(self._lease_id, LEASE_S)) is None:
+            force = False
+            await asyncio.sleep(TAKEOVER_POLL_S)
         try:
-            await self._build(cursor, anew=anew)
+            await self._build(cursor, force=force)
         except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
             with suppress(*DATABASE_ERRORS):
                 await asyncio.shield(self._state.release(self._lease_id))
             raise
 
-    async def _build(self, cursor: RebuildCursor, *, anew: bool) -> None:
+    async def _build(self, cursor: RebuildCursor, *, force: bool) -> None:
         live = await self._index.live_collection()
         collection = cursor.collection
         if collection is None or live is None:
-            if live is not None and not anew:
+            if live is not None and not force:
                 await self._state.release(self._lease_id)
                 return
             collection = await self._index.create_collection()
@@ -78,14 +93,13 @@ class Rebuild:
             cursor = RebuildCursor(collection, 0, *_START, 0, 0)
             _log.info("building a search index", collection=collection)
         await self._enqueue_all(cursor, collection)
-        while (progress := await self._state.progress()) is not None and progress.pending:
-            await self._pause(collection)
+        await self._wait_for_indexers(collection, max_pending=0)
         await self._index.publish(collection)
         await self._state.end(self._lease_id)
         _log.info("the search index is built", collection=collection)
 
     async def _enqueue_all(self, cursor: RebuildCursor, collection: str) -> None:
-        """Owe everything there is, from a cursor on."""
+        """Enqueue all documents and sessions after a cursor, in slices."""
         for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
             if kind < cursor.kind or (kind == OutboxKind.SESSION and not self._messages):
                 continue
@@ -93,16 +107,24 @@ class Rebuild:
                 (cursor.user_id, cursor.entity_id) if kind == cursor.kind else _START
             )
             while after is not None:
-                after = await self._state.enqueue_slice(self._lease_id, kind, after, SLICE, LEASE)
+                after = await self._state.enqueue_slice(
+                    self._lease_id, kind, after, SLICE_ENTITIES, LEASE_S
+                )
                 self._wake()
-                while (
-                    progress := await self._state.progress()
-                ) is not None and progress.pending > MOST_WAITING:
-                    await self._pause(collection)
+                await self._wait_for_indexers(collection, max_pending=MAX_PENDING)
 
-    async def _pause(self, collection: str) -> None:
-        self._wake()
-        await asyncio.sleep(LOOK)
-        cursor = await self._state.acquire(self._lease_id, LEASE)
-        if cursor is None or cursor.collection != collection:
-            raise SearchUnavailable("another process has taken the rebuilding over")
+    async def _wait_for_indexers(self, collection: str, *, max_pending: int) -> None:
+        """Wait until at most `max_pending` entities of the rebuild are pending.
+
+        Raises:
+            SearchUnavailable: another process has taken the rebuild over.
+        """
+        while True:
+            progress = await self._state.progress()
+            if progress is None or progress.pending <= max_pending:
+                return
+            self._wake()
+            await asyncio.sleep(POLL_S)
+            cursor = await self._state.acquire(self._lease_id, LEASE_S)
+            if cursor is None or cursor.collection != collection:
+                raise SearchUnavailable("another process has taken the rebuild over")

@@ -1,8 +1,9 @@
-"""How near texts are to a question, by meaning and by words: what tells long texts apart that are alike.
+"""Rerank texts by their similarity to a query, in meaning and in words.
 
-The mean of a text's words says what the whole is about, and most of that is what its neighbours are about too. Here a word counts the
-more the fewer of the texts have it, the passage that comes nearest counts as much as the whole, and so does what is said in the question's
-own words. Only the child process imports this.
+The vector of a long text is the mean of its words' vectors, and so resembles the vectors of other
+texts on the same subject. Therefore a word weighs more here when fewer of the texts contain it, the
+best passage counts as much as the whole text, and the query's own words count too. Only the search
+process imports this module.
 """
 
 from __future__ import annotations
@@ -13,90 +14,99 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-PASSAGE = 40
-"""Words of a passage; one begins at every half of that."""
-STEM = 5
-"""Letters by which words are compared: in many languages the forms of a word begin alike."""
-WHOLE, PART, WORDS = 0.4, 0.4, 0.2
-"""What counts how much: the whole text and its best passage, both by meaning, and the share of the question's words."""
-_ASKED = 100
-"""Words of a question that are looked at."""
-_HEADING = 80
-"""Characters of a text's first line that are taken for its heading."""
+PASSAGE_WORDS = 40
+"""Words of a passage. Passages overlap by half."""
+STEM_CHARS = 5
+"""Words are compared by this prefix: in many languages the forms of a word share their start."""
+TEXT_WEIGHT, PASSAGE_WEIGHT, WORDS_WEIGHT = 0.4, 0.4, 0.2
+"""Weights of the whole text and of its best passage, both by vector, and of the query's words."""
+_MAX_QUERY_WORDS = 100
+_MAX_HEADING_CHARS = 80
+"""Characters of a text's first line, which is used as its heading."""
 _WORD = re.compile(r"[^\W_]+")
 
 Floats = NDArray[np.float32]
-Numbers = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
 def scores(
-    question: str, texts: Sequence[tuple[str, str]], vectors: Callable[[list[str]], Floats]
+    query: str, texts: Sequence[tuple[str, str]], vectors: Callable[[list[str]], Floats]
 ) -> list[float] | None:
-    """Return how near each text, given after the title of its document, is to a question: 0 to 1; None if that has no words.
+    """Return the score of each text, 0 to 1; None if the query has no words.
 
-    `vectors` makes one row a word, the longer the more the word counts.
+    Args:
+        texts: Pairs of a document's title and the text.
+        vectors: Returns one row a word. A longer vector gives its word more weight.
     """
-    asked = _words(question)[:_ASKED]
-    if not asked:
+    query_words = _words(query)[:_MAX_QUERY_WORDS]
+    if not query_words:
         return None
     bodies = [_words(text) for _, text in texts]
-    heads = [
-        _words(f"{title} {text.lstrip().splitlines()[0][:_HEADING] if text.strip() else ''}")
-        for title, text in texts
-    ]
-    rows = {
-        word: n
-        for n, word in enumerate(
-            dict.fromkeys(word for each in (asked, *heads, *bodies) for word in each)
-        )
-    }
-    stems = {stem: n for n, stem in enumerate(dict.fromkeys(word[:STEM] for word in rows))}
-    stem_of = np.array([stems[word[:STEM]] for word in rows])
-    numbered = [_numbers(rows, body) for body in bodies]
-    rarity = _rarity([stem_of[body] for body in numbered], len(stems))
+    headings = [_words(f"{title} {_first_line(text)}") for title, text in texts]
+    vocabulary = dict.fromkeys(
+        word for words in (query_words, *headings, *bodies) for word in words
+    )
+    rows = {word: row for row, word in enumerate(vocabulary)}
+    stems = {stem: n for n, stem in enumerate(dict.fromkeys(word[:STEM_CHARS] for word in rows))}
+    stem_of_row = np.array([stems[word[:STEM_CHARS]] for word in rows])
+    body_rows = [_rows(rows, body) for body in bodies]
+    rarity = _rarity([stem_of_row[body] for body in body_rows], len(stems))
 
-    meaning = vectors(list(rows)) * np.sqrt(rarity[stem_of])[:, None]
-    direction = _unit(meaning[_numbers(rows, asked)].sum(axis=0))
-    wanted = np.unique(stem_of[_numbers(rows, asked)])
-    share = rarity[wanted] / rarity[wanted].sum()
-    is_wanted = (stem_of[:, None] == wanted).astype(np.float32)
-    found = []
-    for head, body in zip((_numbers(rows, head) for head in heads), numbered, strict=True):
-        near = _unit(_passages(meaning, head, body)) @ direction
-        said = (_passages(is_wanted, head, body) > 0) @ share
-        score = WHOLE * near[0] + PART * near[1:].max() + WORDS * said[1:].max()
-        found.append(float(np.clip(score, 0, 1)))
-    return found
+    weighted = vectors(list(rows)) * np.sqrt(rarity[stem_of_row])[:, None]
+    query_rows = _rows(rows, query_words)
+    query_vector = _unit(weighted[query_rows].sum(axis=0))
+    query_stems = np.unique(stem_of_row[query_rows])
+    stem_share = rarity[query_stems] / rarity[query_stems].sum()
+    is_query_stem = (stem_of_row[:, None] == query_stems).astype(np.float32)
+    results = []
+    for heading, body in zip((_rows(rows, words) for words in headings), body_rows, strict=True):
+        similarity = _unit(_passage_sums(weighted, heading, body)) @ query_vector
+        word_share = (_passage_sums(is_query_stem, heading, body) > 0) @ stem_share
+        score = (
+            TEXT_WEIGHT * similarity[0]
+            + PASSAGE_WEIGHT * similarity[1:].max()
+            + WORDS_WEIGHT * word_share[1:].max()
+        )
+        results.append(float(np.clip(score, 0, 1)))
+    return results
 
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _numbers(rows: dict[str, int], words: Sequence[str]) -> Numbers:
+def _first_line(text: str) -> str:
+    return text.lstrip().splitlines()[0][:_MAX_HEADING_CHARS] if text.strip() else ""
+
+
+def _rows(rows: dict[str, int], words: Sequence[str]) -> Indices:
     return np.array([rows[word] for word in words], np.int64)
 
 
-def _rarity(texts: Sequence[Numbers], stems: int) -> Floats:
-    """Return how much a word tells, by how few of the texts have it (the IDF of BM25)."""
-    have = np.zeros(stems, np.float32)
-    for each in texts:
-        have[np.unique(each)] += 1
-    told: Floats = np.log1p((len(texts) - have + 0.5) / (have + 0.5))
-    return told
+def _rarity(texts: Sequence[Indices], stem_count: int) -> Floats:
+    """Return the weight of each stem by the number of texts that contain it (the IDF of BM25)."""
+    text_counts = np.zeros(stem_count, np.float32)
+    for text in texts:
+        text_counts[np.unique(text)] += 1
+    rarity: Floats = np.log1p((len(texts) - text_counts + 0.5) / (text_counts + 0.5))
+    return rarity
 
 
-def _passages(table: Floats, head: Numbers, body: Numbers) -> Floats:
-    """Return the sums of what the table says of a text's words: of all, then of each passage; its heading belongs to each."""
+def _passage_sums(table: Floats, heading: Indices, body: Indices) -> Floats:
+    """Return the table's sum over the whole text, then over each passage.
+
+    The heading belongs to every passage.
+    """
     if not len(body):
-        return np.tile(table[head].sum(axis=0), (2, 1))
-    halves = np.add.reduceat(table[body], np.arange(0, len(body), PASSAGE // 2), axis=0)
+        return np.tile(table[heading].sum(axis=0), (2, 1))
+    starts = np.arange(0, len(body), PASSAGE_WORDS // 2)
+    halves = np.add.reduceat(table[body], starts, axis=0)
     passages = halves[:-1] + halves[1:] if len(halves) > 1 else halves
-    found: Floats = np.vstack((halves.sum(axis=0), passages)) + table[head].sum(axis=0)
-    return found
+    sums: Floats = np.vstack((halves.sum(axis=0), passages)) + table[heading].sum(axis=0)
+    return sums
 
 
 def _unit(vectors: Floats) -> Floats:
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    made: Floats = np.divide(vectors, np.where(length > 0, length, 1), dtype=np.float32)
-    return made
+    unit: Floats = np.divide(vectors, np.where(length > 0, length, 1), dtype=np.float32)
+    return unit

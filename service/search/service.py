@@ -1,6 +1,7 @@
-"""Search as the rest of the service sees it: opens what is configured, keeps it open, indexes, and answers questions.
+"""`Search`: opens the configured index, keeps it open and up to date, and answers queries.
 
-Chat does not depend on it: whatever is down is opened again in the background, and only search calls are told.
+Chat does not depend on it. Whatever is unavailable is opened again in the background, and only the
+search RPCs report it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import structlog
 
 from service.config import Settings
 from service.errors import InvalidArgument, Unavailable
-from service.search.embeddings import Embeddings, OfflineEmbeddings, RemoteEmbeddings
+from service.search import clients
+from service.search.embeddings import Embeddings
 from service.search.indexer import Indexer
 from service.search.rebuild import Rebuild
 from service.search.types import (
+    FLOAT_BYTES,
     IndexingStats,
     InputRejected,
     PointKind,
@@ -28,17 +31,18 @@ from service.search.types import (
     VectorQuery,
     alias_name,
 )
-from service.search.worker.parent import SearchProcess, SearchProcessIndex
+from service.search.worker.parent import SearchProcess
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.outbox.outbox import Outbox
 from service.store.outbox.reindex_state import RebuildProgress, ReindexState
 
-STEADY = 30.0
-"""Seconds that search must have been up for its next fall to be a new one: else the pauses go on growing."""
-PROBE_CAP = 5.0
-"""Seconds between two tries to open what is down, at the most."""
-REPLY_MARGIN = 0.1
-"""Seconds before its deadline at which a search is given up, so that the answer arrives."""
+STABLE_AFTER_S = 30.0
+"""Uptime after which the back-off starts from the beginning again."""
+OPEN_BACKOFF_CAP_S = 5.0
+"""Longest back-off between two attempts to open search."""
+REPLY_MARGIN_S = 0.1
+"""A query times out this long before its deadline, so that the error reply still arrives."""
+PROGRESS_POLL_S = 0.3
 
 _log = structlog.get_logger(__name__)
 
@@ -51,18 +55,26 @@ class Search:
     def __init__(
         self, settings: Settings, database: Database, wait_ready: Callable[[], Awaitable[None]]
     ) -> None:
+        """Prepare search; `start` opens it.
+
+        Args:
+            settings: The settings.
+            database: The database.
+            wait_ready: Returns when the database is ready.
+        """
+        self.indexes_messages = settings.index_messages
+        """Whether messages are indexed, in addition to documents."""
+        self.is_healthy = False
+        """Whether the index responded to the latest request."""
+        self.problem = "not asked yet"
+        """Why it did not."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when `is_healthy` changes."""
+        self.dimensions: int | None = None
+        """Dimensions of a vector, once known."""
         self._settings = settings
         self._database = database
         self._wait_ready = wait_ready
-        self.indexes_messages = settings.index_messages
-        """Whether messages are indexed, beside documents."""
-        self.is_healthy = False
-        """Whether the index answers, by the latest evidence."""
-        self.problem = "not asked yet"
-        self.on_change: Callable[[], None] = lambda: None
-        """Called when `healthy` changes."""
-        self.dimensions: int | None = None
-        """How long a vector is, once that is known."""
         self._process: SearchProcess | None = None
         self._embeddings: Embeddings | None = None
         self._index: VectorIndex | None = None
@@ -73,11 +85,11 @@ class Search:
         self._rebuild: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Open everything in the background."""
+        """Open search in the background."""
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
 
     async def stop(self) -> None:
-        """Stop indexing, and let go of everything."""
+        """Stop indexing and close everything."""
         for task in (self._supervisor, self._rebuild):
             if task is not None:
                 task.cancel()
@@ -90,51 +102,50 @@ class Search:
                 await part.close()
 
     def wake(self) -> None:
-        """Note that something was committed that the index owes."""
+        """Wake the indexer after a commit that enqueued a change."""
         if self._indexer is not None:
             self._indexer.wake()
 
     @property
     def stats(self) -> IndexingStats:
-        """What is owed, and what was done."""
+        """The indexer's figures."""
         return self._indexer.stats if self._indexer is not None else IndexingStats()
 
-    # -- opening -------------------------------------------------------------------------------------------------------
+    # -- opening -----------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
-        """Open, and open again whenever something was down."""
+        """Open search, and open it again whenever it becomes unavailable."""
         await self._wait_ready()
         loop = asyncio.get_running_loop()
         attempt = 0
         while True:
             try:
                 await self._open()
-                opened = loop.time()
+                opened_at = loop.time()
                 await self._down.wait()
-                if loop.time() - opened > STEADY:
+                if loop.time() - opened_at > STABLE_AFTER_S:
                     attempt = 0
             except (SearchUnavailable, SearchMisconfigured) as error:
                 self._mark_down(str(error))
             except DATABASE_ERRORS as error:
-                self._mark_down(f"the database does not answer ({type(error).__name__})")
-            except Exception as error:  # noqa: BLE001 - chat goes on, whatever is wrong here
+                self._mark_down(f"the database does not respond ({type(error).__name__})")
+            except Exception as error:  # noqa: BLE001 - chat continues in any case
                 _log.error("search cannot be opened", error=type(error).__name__, exc_info=True)
                 self._mark_down(f"search cannot be opened ({type(error).__name__})")
             attempt += 1
-            await asyncio.sleep(0.2 + backoff(attempt, base=0.2, cap=PROBE_CAP))
+            await asyncio.sleep(0.2 + backoff(attempt, base=0.2, cap=OPEN_BACKOFF_CAP_S))
 
     async def _open(self) -> None:
         self._down.clear()
         if self._indexer is not None:
             await self._indexer.stop()
-        index = await self._connect()
-        there = await index.open()
+        embeddings, index = await self._connect()
+        has_collection = await index.open()
         if self._indexer is None:
-            assert self._embeddings is not None  # noqa: S101 - `_connect` has made it
             self._indexer = Indexer(
                 self._database,
                 index,
-                self._embeddings,
+                embeddings,
                 self._alias,
                 dimensions=self.dimensions or 0,
                 messages=self.indexes_messages,
@@ -142,68 +153,28 @@ class Search:
             )
             await Outbox(self._database).retry_failed()
         progress = await ReindexState(self._database, self._alias).progress()
-        if not there or progress is None or progress.collection is not None:
-            # The first start, an index that was lost, or a rebuilding that was left unfinished.
-            self._start_rebuild(anew=False)
-        if there:
+        if not has_collection or progress is None or progress.collection is not None:
+            # The first start, a lost index, or an unfinished rebuild.
+            self._start_rebuild(force=False)
+        if has_collection:
             self._mark_up()
 
-    async def _connect(self) -> VectorIndex:
-        """Make the clients once; return the index."""
+    async def _connect(self) -> tuple[Embeddings, VectorIndex]:
+        """Return the clients, which are created once."""
         settings = self._settings
-        offline = settings.embeddings_url is None
         if self._embeddings is None:
-            local = settings.qdrant_url is None
-            if offline or local:
+            if clients.needs_search_process(settings):
                 self._process = SearchProcess()
-            self._embeddings = (
-                self._remote_embeddings() if not offline else OfflineEmbeddings(self._need_child())
-            )
+            self._embeddings = clients.create_embeddings(settings, self._process)
         if self._index is None:
             self.dimensions = await self._embeddings.dimensions()
             self._alias = alias_name(
                 settings.qdrant_collection, self._embeddings.model, self.dimensions
             )
-            self._index = self._make_index(self.dimensions)
-        return self._index
-
-    def _need_child(self) -> SearchProcess:
-        assert self._process is not None  # noqa: S101 - made where it is needed
-        return self._process
-
-    def _remote_embeddings(self) -> RemoteEmbeddings:
-        settings = self._settings
-        key = settings.embeddings_api_key
-        return RemoteEmbeddings(
-            settings.embeddings_url or "",
-            settings.embeddings_model or "",
-            key.get_secret_value() if key else None,
-            settings.embeddings_dimensions,
-            settings.search_timeout,
-        )
-
-    def _make_index(self, dimensions: int) -> VectorIndex:
-        settings = self._settings
-        if settings.qdrant_url is None:
-            child = self._need_child()
-            child.setup = {
-                "folder": str(settings.data_dir / "qdrant"),
-                "alias": self._alias,
-                "dimensions": dimensions,
-            }
-            return SearchProcessIndex(child)
-        # Imported here: with the embedded index only the child pays for it.
-        from service.search.qdrant import QdrantIndex, remote  # noqa: PLC0415
-
-        key = settings.qdrant_api_key
-        client = remote(
-            settings.qdrant_url,
-            key.get_secret_value() if key else None,
-            transport=settings.qdrant_transport,
-            grpc_port=settings.qdrant_grpc_port,
-            timeout=settings.search_timeout,
-        )
-        return QdrantIndex(client, self._alias, dimensions, settings.search_timeout)
+            self._index = clients.create_index(
+                settings, self._process, self._alias, self.dimensions
+            )
+        return self._embeddings, self._index
 
     def _mark_up(self) -> None:
         if self._indexer is not None:
@@ -216,21 +187,22 @@ class Search:
     def _mark_down(self, problem: str) -> None:
         if self.is_healthy or problem != self.problem:
             _log.warning("search is not available", problem=problem)
-        changed = self.is_healthy
+        was_healthy = self.is_healthy
         self.is_healthy, self.problem = False, problem
         self._down.set()
-        if changed:
+        if was_healthy:
             self.on_change()
 
-    # -- rebuilding ----------------------------------------------------------------------------------------------------
+    # -- rebuilding --------------------------------------------------------------------------------
 
-    def _start_rebuild(self, *, anew: bool) -> None:
+    def _start_rebuild(self, *, force: bool) -> None:
         if self._rebuild is None or self._rebuild.done():
-            self._rebuild = asyncio.get_running_loop().create_task(self._run_rebuild(anew=anew))
+            self._rebuild = asyncio.get_running_loop().create_task(self._run_rebuild(force=force))
 
-    async def _run_rebuild(self, *, anew: bool) -> None:
-        assert self._index is not None  # noqa: S101 - the caller has seen it
-        work = Rebuild(
+    async def _run_rebuild(self, *, force: bool) -> None:
+        """Rebuild the index, and retry until it is built."""
+        assert self._index is not None  # noqa: S101 - callers run after `_open`
+        rebuild = Rebuild(
             self._database,
             self._index,
             self._alias,
@@ -240,117 +212,139 @@ class Search:
         attempt = 0
         while True:
             try:
-                await work.run(anew=anew)
+                await rebuild.run(force=force)
                 return
-            except Exception as error:  # noqa: BLE001 - it must be built, whatever is in the way now
+            except Exception as error:  # noqa: BLE001 - search needs an index
                 attempt += 1
-                known = isinstance(error, (SearchUnavailable, *DATABASE_ERRORS))
+                is_expected = isinstance(error, (SearchUnavailable, *DATABASE_ERRORS))
                 _log.warning(
                     "building the search index pauses",
                     problem=type(error).__name__,
-                    exc_info=not known,
+                    exc_info=not is_expected,
                 )
                 await asyncio.sleep(0.5 + backoff(attempt, base=0.5, cap=30.0))
 
     def _wake_or_start(self) -> None:
-        """Have the collection, which is there by now, filled."""
+        """Wake the indexer, or start it: the rebuild has created the first collection."""
         if not self.is_healthy and not self._down.is_set():
             self._mark_up()
         self.wake()
 
     async def rebuild(self) -> AsyncIterator[RebuildProgress]:
-        """Build the index anew, or follow the work that is under way; a caller that goes away does not stop it.
+        """Rebuild the index and report the progress, or follow a rebuild that runs already.
+
+        A rebuild continues when its caller disconnects.
 
         Raises:
-            Unavailable: the index does not answer (SEARCH_UNAVAILABLE).
+            Unavailable: the index does not respond (SEARCH_UNAVAILABLE).
         """
         if not self.is_healthy:
             raise self._unavailable()
         state = ReindexState(self._database, self._alias)
-        before = await state.progress()
-        if before is None or before.collection is None:
-            self._start_rebuild(anew=True)
+        progress = await state.progress()
+        if progress is None or progress.collection is None:
+            self._start_rebuild(force=True)
         while True:
-            work = self._rebuild
+            task = self._rebuild
             progress = await state.progress()
-            running = work is not None and not work.done()
-            if progress is not None and (progress.collection is not None or not running):
+            runs_here = task is not None and not task.done()
+            # Another process may run it.
+            runs_anywhere = progress is not None and progress.collection is not None
+            if progress is not None and (runs_anywhere or not runs_here):
                 yield progress
-            if (work is None or work.done()) and (progress is None or progress.collection is None):
+            if not runs_here and not runs_anywhere:
                 return
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(PROGRESS_POLL_S)
 
-    # -- questions -----------------------------------------------------------------------------------------------------
+    # -- queries -----------------------------------------------------------------------------------
 
     async def search_chunks(
         self,
-        owners: Sequence[str],
+        owner_ids: Sequence[str],
         query: str | bytes,
-        documents: Sequence[str],
+        document_ids: Sequence[str],
         limit: int,
         deadline: float,
     ) -> list[ScoredPoint]:
-        """Find the chunks nearest to a query, or to a vector.
+        """Return the chunks nearest to a query text or to a vector.
+
+        Args:
+            owner_ids: Owners whose documents are searched.
+            query: The text, or a vector as 32-bit floats, little-endian.
+            document_ids: Documents to search; empty: all.
+            limit: Maximum number of chunks.
+            deadline: Deadline of the call on the event loop's clock.
 
         Raises:
-            Unavailable: the index does not answer (SEARCH_UNAVAILABLE).
+            Unavailable: the index does not respond (SEARCH_UNAVAILABLE).
             InvalidArgument: the query cannot be embedded, or the vector has another dimension.
         """
-        return await self._find(
-            query, VectorQuery(PointKind.CHUNK, owners, documents, limit), deadline
-        )
+        vector_query = VectorQuery(PointKind.CHUNK, owner_ids, document_ids, limit)
+        return await self._search(query, vector_query, deadline)
+
+    async def search_messages(
+        self, user_id: str, query: str, session_id: str, limit: int, deadline: float
+    ) -> list[ScoredPoint]:
+        """Return a user's messages nearest to a query text.
+
+        Args:
+            user_id: The user.
+            query: The text.
+            session_id: Session to search; empty: all.
+            limit: Maximum number of messages.
+            deadline: Deadline of the call on the event loop's clock.
+
+        Raises:
+            As `search_chunks`.
+        """
+        session_ids = [session_id] if session_id else []
+        vector_query = VectorQuery(PointKind.MESSAGE, [user_id], session_ids, limit)
+        return await self._search(query, vector_query, deadline)
 
     async def rerank(
         self, query: str, texts: Sequence[tuple[str, str]], deadline: float
     ) -> list[float] | None:
-        """Return how near each text, given after its document's title, is to a query; None: as near as its vector is.
+        """Return the rerank score of each text, 0 to 1; None: keep the order by vectors.
+
+        Args:
+            query: The query text.
+            texts: Pairs of a document's title and the text.
+            deadline: Deadline of the call on the event loop's clock.
 
         Raises:
             As `search_chunks`.
         """
         if self._embeddings is None:
             raise self._unavailable()
-        async with self._answering(deadline):
+        async with self._translating_errors(deadline):
             return await self._embeddings.rerank(query, texts)
 
-    async def search_messages(
-        self, user_id: str, query: str, session_id: str, limit: int, deadline: float
-    ) -> list[ScoredPoint]:
-        """Find the messages nearest to a query.
-
-        Raises:
-            As `search_chunks`.
-        """
-        sessions = [session_id] if session_id else []
-        return await self._find(
-            query, VectorQuery(PointKind.MESSAGE, [user_id], sessions, limit), deadline
-        )
-
-    async def _find(
-        self, query: str | bytes, question: VectorQuery, deadline: float
+    async def _search(
+        self, query: str | bytes, vector_query: VectorQuery, deadline: float
     ) -> list[ScoredPoint]:
         index, embeddings = self._index, self._embeddings
         if not self.is_healthy or index is None or embeddings is None:
             raise self._unavailable()
-        if isinstance(query, bytes) and len(query) != (self.dimensions or 0) * 4:
+        if isinstance(query, bytes) and len(query) != (self.dimensions or 0) * FLOAT_BYTES:
             raise InvalidArgument.field(
                 "vector", f"must have the index's dimension, {self.dimensions}"
             )
-        async with self._answering(deadline):
+        async with self._translating_errors(deadline):
             vector = query if isinstance(query, bytes) else await embeddings.embed([query])
-            return await index.search(vector, question)
+            return await index.search(vector, vector_query)
 
     @asynccontextmanager
-    async def _answering(self, deadline: float) -> AsyncIterator[None]:
-        """Turn what goes wrong into what a caller is told."""
-        limit = min(
-            deadline - REPLY_MARGIN,
+    async def _translating_errors(self, deadline: float) -> AsyncIterator[None]:
+        """Limit a query's time, and translate its errors into those that callers receive."""
+        timeout_at = min(
+            deadline - REPLY_MARGIN_S,
             asyncio.get_running_loop().time() + self._settings.search_timeout,
         )
         try:
-            async with asyncio.timeout_at(limit):
+            async with asyncio.timeout_at(timeout_at):
                 yield
         except (SearchOverloaded, TimeoutError):
+            # Neither is evidence that the index is down.
             raise self._unavailable() from None
         except SearchUnavailable as error:
             self._mark_down(str(error))
@@ -361,5 +355,5 @@ class Search:
     @staticmethod
     def _unavailable() -> Unavailable:
         return Unavailable(
-            "search does not answer now; try again", reason="SEARCH_UNAVAILABLE", retry_after=1.0
+            "search does not respond now; try again", reason="SEARCH_UNAVAILABLE", retry_after=1.0
         )

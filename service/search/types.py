@@ -1,27 +1,37 @@
-"""What an index is, and a point of it; imports none of what it is made of. Points carry ids only, no text: what is found is read again from PostgreSQL under the caller's id."""
+"""The types of search: points, queries, errors, and the `VectorIndex` interface.
+
+Imports neither Qdrant nor the embeddings. Points carry ids only, no text: hits are read again from
+PostgreSQL under the caller's id.
+"""
 
 from __future__ import annotations
 
+import array
 import re
+import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+FLOAT_BYTES = 4
 _NAMESPACE = uuid.UUID("5d2bd0a5-5d04-5c1e-9d4e-4f0a3a3f2b11")
 
 
 class PointKind(StrEnum):
-    """What a point stands for."""
+    """The kind of item that a point represents."""
 
     CHUNK = "chunk"
     MESSAGE = "message"
 
 
 class Point(NamedTuple):
-    """A chunk (by its index) of a document, or a message (by its id) of a session."""
+    """A chunk (by its index) of a document, or a message (by its id) of a session.
+
+    The field names are the payload's keys in Qdrant.
+    """
 
     user_id: str
     kind: str
@@ -30,12 +40,15 @@ class Point(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Its id in the index: ids are unique for one user only, so all of the key goes in."""
+        """The point's id in the index, derived from all fields.
+
+        Document and message ids are unique for one user only.
+        """
         return str(uuid.uuid5(_NAMESPACE, "/".join(self)))
 
 
 class PointFilter(NamedTuple):
-    """Points that must go: all of a user, or of one entity of theirs."""
+    """Selects all points of a user, or of one of the user's documents or sessions."""
 
     user_id: str
     kind: str | None = None
@@ -43,105 +56,132 @@ class PointFilter(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What to do to an index, in this order: wipe, delete, write. `vectors` are 32-bit floats, little-endian, one after the other."""
+    """Changes to an index, in the order in which they are applied."""
 
-    wipes: Sequence[PointFilter] = ()
+    delete_filters: Sequence[PointFilter] = ()
     deletes: Sequence[Point] = ()
-    points: Sequence[Point] = ()
+    upserts: Sequence[Point] = ()
     vectors: bytes = b""
+    """The vectors of `upserts`, concatenated: 32-bit floats, little-endian."""
 
 
 class VectorQuery(NamedTuple):
-    """What a search asks an index: the nearest points of a kind, of these owners, in these entities (empty: all)."""
+    """The condition of a nearest-neighbour search: only these owners' points of one kind."""
 
     kind: str
-    owners: Sequence[str]
-    entities: Sequence[str]
+    owner_ids: Sequence[str]
+    entity_ids: Sequence[str]
+    """Documents or sessions to search; empty: all."""
     limit: int
 
 
 class ScoredPoint(NamedTuple):
-    """A point, and how near it is."""
+    """A point with its cosine similarity to the query."""
 
     point: Point
     score: float
 
 
 class SearchUnavailable(Exception):
-    """The index or the embeddings do not answer: nothing is wrong with what they were asked, and a later try may succeed."""
+    """The index or the embeddings do not respond.
+
+    The input is not at fault, so that a retry may succeed.
+    """
 
 
 class SearchOverloaded(SearchUnavailable):
-    """They answer, and take no more at this moment."""
+    """The index or the embeddings respond, but accept no more requests at the moment."""
 
 
 class InputRejected(Exception):
-    """What was asked is refused, and would be again: the text says why, without what was asked."""
+    """The index or the embeddings reject the input, and would reject it again.
+
+    The message states the reason without quoting the input.
+    """
 
 
 class SearchMisconfigured(Exception):
-    """The index that is there does not fit the configuration; the text says what to do."""
+    """Configuration, index and installed packages do not match; the message says what to do."""
 
 
 class VectorIndex(Protocol):
-    """What search needs of an index, wherever it runs.
+    """The operations that search needs from an index, in this process or another.
 
     Raises:
-        SearchDown: it does not answer.
-        Refused: it does not take what it was given.
+        SearchUnavailable: the index does not respond.
+        InputRejected: the index rejects its input.
     """
 
     async def open(self) -> bool:
-        """See what is behind the alias; False when there is nothing yet.
+        """Check the collection behind the alias; return False if there is none.
 
         Raises:
-            WrongIndex: what is there does not fit the dimension.
+            SearchMisconfigured: its vectors have another dimension than the model's.
         """
 
     async def create_collection(self) -> str:
-        """Make a collection, beside the live one or as the first, and return its name."""
+        """Create an empty collection and return its name.
+
+        The first collection is published immediately; a later one is separate from the live one.
+        """
 
     async def live_collection(self) -> str | None:
-        """Return the collection behind the alias, if any."""
+        """Return the name of the collection behind the alias, if any."""
 
     async def publish(self, collection: str) -> None:
-        """Put a collection behind the alias and remove the others of this alias."""
+        """Point the alias at a collection and drop the alias's other collections."""
 
     async def write(self, changes: Changes, building: str | None) -> None:
-        """Change the live collection, and the one that is being built."""
+        """Apply changes to the live collection, and to the one that a rebuild is filling."""
 
-    async def search(self, vector: bytes, question: VectorQuery) -> list[ScoredPoint]:
-        """Find the nearest points."""
+    async def search(self, vector: bytes, query: VectorQuery) -> list[ScoredPoint]:
+        """Return the points nearest to a vector, nearest first."""
 
-    async def count(self, wipe: PointFilter) -> int:
-        """Count the points of a user, or of an entity of theirs."""
+    async def count(self, point_filter: PointFilter) -> int:
+        """Count the points that a filter selects."""
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """Close the connection to the index."""
 
 
 @dataclass(slots=True)
 class IndexingStats:
-    """What an operator sees."""
+    """The indexer's figures for the metrics, as of its last read of the outbox."""
 
     pending: int = 0
+    """Outbox rows that are not indexed yet."""
     failed: int = 0
+    """Outbox rows in the dead letter state."""
     indexed: int = 0
-    """Points written since the start."""
+    """Points written since the start of the process."""
     oldest_pending_at: float | None = None
-    """When the oldest change came that is not indexed, on the monotonic clock."""
+    """Monotonic time of the oldest change that is not indexed."""
 
     @property
     def lag_s(self) -> float:
-        """Seconds since then; it goes on growing while the index does not answer."""
-        return (
-            0.0
-            if self.oldest_pending_at is None
-            else max(0.0, time.monotonic() - self.oldest_pending_at)
-        )
+        """Age of that change in seconds; it keeps growing while the index does not respond."""
+        if self.oldest_pending_at is None:
+            return 0.0
+        return max(0.0, time.monotonic() - self.oldest_pending_at)
 
 
 def alias_name(prefix: str, model: str, dimensions: int) -> str:
-    """Return the alias of an index: its name says what its vectors are."""
-    plain = re.sub(r"[^a-z0-9.-]+", "-", model.lower()).strip("-.")
-    return f"{prefix}_{plain}_{dimensions}"
+    """Return the alias of an index, which names the model and the dimension of its vectors."""
+    slug = re.sub(r"[^a-z0-9.-]+", "-", model.lower()).strip("-.")
+    return f"{prefix}_{slug}_{dimensions}"
+
+
+def pack_vector(numbers: Iterable[float]) -> bytes:
+    """Encode numbers as 32-bit floats, little-endian."""
+    packed = array.array("f", numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_vector(vector: bytes) -> list[float]:
+    """Decode the result of `pack_vector`."""
+    numbers = array.array("f", vector)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()

@@ -15,10 +15,9 @@ from chathistory.v1 import document_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
-from service.search.embeddings import pack_vector
 from service.search.qdrant import QdrantIndex
 from service.search.service import Search
-from service.search.types import Changes, Point, PointFilter, PointKind
+from service.search.types import Changes, Point, PointFilter, PointKind, pack_vector, unpack_vector
 from service.search.worker import qdrant_local
 from service.server import Server
 from tests.search.library import (
@@ -111,8 +110,6 @@ async def test_nobody_finds_what_is_anothers(
     await settled(server)
     assert isinstance(server.search, Search)
     assert server.search._embeddings is not None
-    from service.search.qdrant import unpack_vector  # noqa: PLC0415
-
     vector = unpack_vector(
         await server.search._embeddings.embed(["The treasure is buried below the oak."])
     )
@@ -227,7 +224,7 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
     name = await index.create_collection()
     collection = client._client.collections[name]  # type: ignore[attr-defined]
     slow = collection._payload_and_non_deleted_mask
-    qdrant_local.fit(client)
+    qdrant_local.patch_collections(client)
     points = [
         Point(
             f"user {n % 3}",
@@ -269,7 +266,7 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
             Changes((), (), points[start : start + 20], pack_vector([1.0, float(start)]) * 20), None
         )
         assert await same()
-    qdrant_local.commit(client, erased=False)
+    qdrant_local.commit(client, purge_deleted=False)
     await index.write(
         Changes([PointFilter("user 1")], points[:5], points[:1], pack_vector([0.5, 1.0])), None
     )
@@ -280,7 +277,7 @@ async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
         must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=PointKind.CHUNK))]
     )
     assert list(collection._payload_and_non_deleted_mask(other)) == list(slow(other))
-    qdrant_local.commit(client, erased=True)
+    qdrant_local.commit(client, purge_deleted=True)
     await client.close()
     kept = {
         (payload["user_id"], payload["item"], payload["entity_id"])

@@ -14,9 +14,13 @@ from grpc import StatusCode
 
 from service.search import indexer
 from service.search.embeddings import RemoteEmbeddings
-from service.search.qdrant import unpack_vector
 from service.search.service import Search
-from service.search.types import InputRejected, SearchMisconfigured, SearchUnavailable
+from service.search.types import (
+    InputRejected,
+    SearchMisconfigured,
+    SearchUnavailable,
+    unpack_vector,
+)
 from tests.search.library import INDEXED, SEMANTIC, Library, comes_true, searchable, settled
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
@@ -143,7 +147,7 @@ async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: 
 async def test_one_text_that_is_refused_holds_no_other_up(
     database_url: str, tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexer, "RETRY_BASE", 0.01)
+    monkeypatch.setattr(indexer, "RETRY_BASE_S", 0.01)
     endpoint.refused = "poison"
     given = {
         "search": "on",

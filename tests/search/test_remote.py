@@ -19,9 +19,8 @@ from qdrant_client import models
 
 from service import doctor
 from service.search import indexer, rebuild
-from service.search.qdrant import unpack_vector
 from service.search.service import Search
-from service.search.types import Point, PointKind
+from service.search.types import Point, PointKind, unpack_vector
 from service.server import Server
 from tests.search.library import (
     HYBRID,
@@ -387,10 +386,10 @@ async def test_the_index_equals_postgres_whatever_happens(
 ) -> None:
     """Any sequence of writes, crashes and outages ends, when all is back, with an index that holds what PostgreSQL holds."""
     # What a crash leaves leased is taken again soon.
-    monkeypatch.setattr(indexer, "LEASE", 2.0)
-    monkeypatch.setattr(indexer, "MARGIN", 1.2)
-    monkeypatch.setattr(indexer, "RECHECK", 0.2)
-    monkeypatch.setattr(rebuild, "LEASE", 2.0)
+    monkeypatch.setattr(indexer, "LEASE_S", 2.0)
+    monkeypatch.setattr(indexer, "LEASE_MARGIN_S", 1.2)
+    monkeypatch.setattr(indexer, "RECHECK_S", 0.2)
+    monkeypatch.setattr(rebuild, "LEASE_S", 2.0)
 
     async def run(steps: Sequence[str]) -> None:
         name = await cluster.create_database()

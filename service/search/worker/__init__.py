@@ -1,1 +1,1 @@
-"""The worker process of search: embedded Qdrant and offline embeddings, outside the event loop."""
+"""The search process: embedded Qdrant and offline embeddings, outside the event loop."""

@@ -1,7 +1,9 @@
-"""The child process: the embedded Qdrant and the offline embeddings, which both hold the interpreter while they work.
+"""The search process: the embedded Qdrant and the offline embeddings.
 
-`python -m service.search.worker.child FD` serves the requests that come over the socket FD, one after the other, and ends when its parent does.
-It runs below the parent's priority: indexing must not slow chat down.
+`python -m service.search.worker.child FD` serves the requests that arrive on the socket FD, one at
+a time, and exits when its parent does. It is a process of its own because Qdrant's local mode and
+the embeddings hold the interpreter lock while they work. It runs at the lowest priority, so that
+indexing does not slow chat down.
 """
 
 from __future__ import annotations
@@ -35,73 +37,73 @@ from service.search.worker import framing
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from qdrant_client import AsyncQdrantClient
     from wordllama.inference import WordLlamaInference
 
     from service.search.qdrant import QdrantIndex
 
 NICENESS = 19
-LOCK_PATIENCE = 10.0
-"""Seconds to wait for an earlier child, whose parent was killed, to let go of the folder."""
-_BATCH_CHARACTERS = 65_536
-"""Texts taken apart at a time: a hundred bytes of memory a word."""
+LOCK_TIMEOUT_S = 10.0
+"""How long to wait for the folder's lock while the search process of a killed server exits."""
+_BATCH_CHARS = 65_536
+"""Characters that are tokenized at a time; each word takes about a hundred bytes of memory."""
 
-_BROKEN = (ValueError, EOFError, KeyError, pickle.UnpicklingError, sqlite3.DatabaseError)
-"""What reading an index raises of which a file was cut off."""
+_DAMAGED = (ValueError, EOFError, KeyError, pickle.UnpicklingError, sqlite3.DatabaseError)
+"""Errors that reading an index with a truncated file raises."""
 _WARNINGS = (
     "Payload indexes have no effect in the local Qdrant",
     "Local mode is not recommended for collections",
 )
-"""What qdrant-client says of its embedded mode to programmers; docs/how-to/search.md says it to operators."""
+"""Warnings of qdrant-client about local mode; docs/how-to/search.md states these limits."""
 
-_ERRORS = {
-    "SearchUnavailable": SearchUnavailable,
-    "InputRejected": InputRejected,
-    "SearchMisconfigured": SearchMisconfigured,
-}
+Reply = tuple[Any, bytes]
+"""A result that can be encoded as JSON, and raw bytes."""
+Handler = Callable[[Any, bytes], Awaitable[Reply]]
 
-Handler = Callable[[Any, bytes], Awaitable[tuple[Any, bytes]]]
+# Both classes import their packages late: a process that needs only one of them saves the memory.
 
 
-class Offline:
-    """The offline embeddings: `wordllama`, from the files that its package brings."""
+class OfflineModel:
+    """The offline embeddings: `wordllama`, with the model files of its package."""
 
     def __init__(self) -> None:
         self._model: WordLlamaInference | None = None
 
-    async def embed(self, texts: list[str], _blob: bytes) -> tuple[Any, bytes]:
-        """Return one vector a text: the mean of its words', of length 1."""
-        import numpy as np  # noqa: PLC0415 - the child of an index without these embeddings does not pay for them
+    async def embed(self, texts: list[str], _blob: bytes) -> Reply:
+        """Return one vector of length 1 for each text: the mean of its words' vectors."""
+        import numpy as np  # noqa: PLC0415
 
-        # A text of which the model knows nothing has no direction.
+        # A text without a word that the model knows has the zero vector.
         vectors = [
             (total / (np.linalg.norm(total) or 1.0)).astype("<f4").tobytes()
             for batch in _batches(texts)
-            for total in self._sums(batch)
+            for total in self._word_sums(batch)
         ]
         return None, b"".join(vectors)
 
-    async def rerank(
-        self, given: tuple[str, list[tuple[str, str]]], _blob: bytes
-    ) -> tuple[Any, bytes]:
-        """As `Embeddings.nearness`."""
-        import numpy as np  # noqa: PLC0415 - as above
+    async def rerank(self, argument: tuple[str, list[tuple[str, str]]], _blob: bytes) -> Reply:
+        """Implement `Embeddings.rerank`."""
+        import numpy as np  # noqa: PLC0415
 
-        from service.search import rerank  # noqa: PLC0415 - as above
+        from service.search import rerank  # noqa: PLC0415
 
-        question, texts = given
-        return rerank.scores(question, texts, lambda words: np.stack(list(self._sums(words)))), b""
+        query, texts = argument
+        return rerank.scores(
+            query, texts, lambda words: np.stack(list(self._word_sums(words)))
+        ), b""
 
-    def _sums(self, texts: list[str]) -> Iterator[NDArray[np.float32]]:
-        """Give the sum of each text's words' vectors.
+    def _word_sums(self, texts: list[str]) -> Iterator[NDArray[np.float32]]:
+        """Yield the sum of the word vectors of each text.
 
-        The model's own method pads every text to the longest of its batch and works on the padding; this takes half of its time.
+        The model's own method pads every text to the longest of its batch and computes on the
+        padding. This takes half the time.
         """
-        model = self._model = self._model or _load()
+        model = self._model = self._model or _load_model()
         for encoded in model.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             yield model.embedding.take(encoded.ids, axis=0, mode="clip").sum(axis=0)
 
 
-def _load() -> WordLlamaInference:
+def _load_model() -> WordLlamaInference:
     import wordllama  # noqa: PLC0415
 
     model = wordllama.WordLlama.load(
@@ -112,125 +114,131 @@ def _load() -> WordLlamaInference:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Cut a list into parts of _BATCH_CHARACTERS, or one text."""
+    """Split texts into batches of up to _BATCH_CHARS; a longer text is a batch of its own."""
     batch: list[str] = []
-    room = _BATCH_CHARACTERS
+    free_chars = _BATCH_CHARS
     for text in texts:
-        if batch and len(text) > room:
+        if batch and len(text) > free_chars:
             yield batch
-            batch, room = [], _BATCH_CHARACTERS
+            batch, free_chars = [], _BATCH_CHARS
         batch.append(text)
-        room -= len(text)
+        free_chars -= len(text)
     if batch:
         yield batch
 
 
-class Local:
-    """The embedded Qdrant, opened by the first request."""
+class LocalIndex:
+    """The embedded Qdrant. Its methods are those of `VectorIndex`, called through frames."""
 
     def __init__(self) -> None:
-        self._client: Any = None
+        self._client: AsyncQdrantClient | None = None
         self._index: QdrantIndex | None = None
 
-    async def setup(self, given: dict[str, Any], _blob: bytes) -> tuple[Any, bytes]:
-        """Open the folder; answer where to one that could not be read was moved, if any was."""
-        from qdrant_client import AsyncQdrantClient  # noqa: PLC0415 - as above
+    async def setup(self, argument: dict[str, Any], _blob: bytes) -> Reply:
+        """Open the folder, once; return where a damaged folder was moved, if one was.
 
+        Raises:
+            SearchMisconfigured: the installed qdrant-client does not fit.
+            SearchUnavailable: another process has the folder open.
+        """
         from service.search.qdrant import QdrantIndex  # noqa: PLC0415
+        from service.search.worker import qdrant_local  # noqa: PLC0415
 
-        if self._index is None:
-            self._client, aside = await _open(AsyncQdrantClient, given["folder"])
-            self._index = QdrantIndex(self._client, given["alias"], given["dimensions"])
-            self._fit()
-            return aside, b""
-        return None, b""
-
-    def _fit(self) -> None:
-        from service.search.worker import qdrant_local  # noqa: PLC0415 - as above
-
-        qdrant_local.fit(self._client)
-
-    def _commit(self, *, erased: bool) -> None:
-        from service.search.worker import qdrant_local  # noqa: PLC0415 - as above
-
-        qdrant_local.commit(self._client, erased=erased)
+        if self._index is not None:
+            return None, b""
+        folder = Path(argument["folder"])
+        client, moved_to = await _open(folder)
+        try:
+            qdrant_local.patch_collections(client)
+        except SearchMisconfigured:
+            # Otherwise the next attempt would find the folder locked by this process.
+            await client.close()
+            raise
+        self._client = client
+        self._index = QdrantIndex(client, argument["alias"], argument["dimensions"])
+        return moved_to, b""
 
     @property
     def index(self) -> QdrantIndex:
-        """The index that was set up."""
+        """The index that `setup` opened."""
         if self._index is None:
             raise SearchUnavailable("the embedded index is not open")
         return self._index
 
-    async def open(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
-        """As `Index.open`."""
+    async def open(self, _argument: Any, _blob: bytes) -> Reply:
         return await self.index.open(), b""
 
-    async def create_collection(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
-        """As `Index.create`."""
+    async def create_collection(self, _argument: Any, _blob: bytes) -> Reply:
+        from service.search.worker import qdrant_local  # noqa: PLC0415
+
         name = await self.index.create_collection()
-        self._fit()
+        assert self._client is not None  # noqa: S101 - set together with the index
+        qdrant_local.patch_collections(self._client)
         return name, b""
 
-    async def live_collection(self, _given: Any, _blob: bytes) -> tuple[Any, bytes]:
-        """As `Index.live`."""
+    async def live_collection(self, _argument: Any, _blob: bytes) -> Reply:
         return await self.index.live_collection(), b""
 
-    async def publish(self, collection: str, _blob: bytes) -> tuple[Any, bytes]:
-        """As `Index.publish`."""
+    async def publish(self, collection: str, _blob: bytes) -> Reply:
         await self.index.publish(collection)
         return None, b""
 
-    async def write(self, given: dict[str, Any], blob: bytes) -> tuple[Any, bytes]:
-        """As `Index.write`."""
+    async def write(self, argument: dict[str, Any], blob: bytes) -> Reply:
         changes = Changes(
-            [PointFilter(*each) for each in given["wipes"]],
-            [Point(*each) for each in given["deletes"]],
-            [Point(*each) for each in given["points"]],
+            [PointFilter(*fields) for fields in argument["delete_filters"]],
+            [Point(*fields) for fields in argument["deletes"]],
+            [Point(*fields) for fields in argument["upserts"]],
             blob,
         )
         try:
-            await self.index.write(changes, given["building"])
+            await self.index.write(changes, argument["building"])
         finally:
-            # What was done before something failed is in memory already, and right.
-            self._commit(erased=bool(changes.wipes or changes.deletes))
+            # Also after a failure: the changes before it are valid and already in memory.
+            self._commit(purge_deleted=bool(changes.delete_filters or changes.deletes))
         return None, b""
 
-    async def search(self, given: Sequence[Any], blob: bytes) -> tuple[Any, bytes]:
-        """As `Index.search`."""
-        return await self.index.search(blob, VectorQuery(*given)), b""
+    def _commit(self, *, purge_deleted: bool) -> None:
+        from service.search.worker import qdrant_local  # noqa: PLC0415
 
-    async def count(self, given: Sequence[Any], _blob: bytes) -> tuple[Any, bytes]:
-        """As `Index.count`."""
-        return await self.index.count(PointFilter(*given)), b""
+        if self._client is not None:
+            qdrant_local.commit(self._client, purge_deleted=purge_deleted)
+
+    async def search(self, argument: Sequence[Any], blob: bytes) -> Reply:
+        return await self.index.search(blob, VectorQuery(*argument)), b""
+
+    async def count(self, argument: Sequence[Any], _blob: bytes) -> Reply:
+        return await self.index.count(PointFilter(*argument)), b""
 
 
-async def _open(kind: Any, folder: str) -> tuple[Any, str | None]:
-    """Open the folder; return the client, and where to a folder that could not be read was moved."""
-    give_up = time.monotonic() + LOCK_PATIENCE
-    aside: str | None = None
+async def _open(folder: Path) -> tuple[AsyncQdrantClient, str | None]:
+    """Open the folder; return the client, and where a damaged folder was moved, if one was."""
+    from qdrant_client import AsyncQdrantClient  # noqa: PLC0415
+
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    moved_to: str | None = None
     while True:
         try:
-            return kind(path=folder), aside
-        except _BROKEN as error:
-            # All of it can be built again from PostgreSQL, which begins when nothing is found here.
-            if isinstance(error, sqlite3.OperationalError) or aside is not None:
+            return AsyncQdrantClient(path=str(folder)), moved_to
+        except _DAMAGED as error:
+            # An empty folder makes the service rebuild the index from PostgreSQL.
+            if isinstance(error, sqlite3.OperationalError) or moved_to is not None:
                 raise
-            aside = _put_aside(Path(folder))
+            moved_to = _move_damaged(folder)
         except RuntimeError as error:
-            # Another child has it: one that is just ending, or one of a server that runs.
-            if time.monotonic() > give_up:
+            # Another search process holds the lock: it is about to exit, or its server runs.
+            if time.monotonic() > deadline:
                 raise SearchUnavailable(
-                    f"another process has the embedded index open ({folder})"
+                    f"another process has the embedded index open ({folder}): stop it, or give "
+                    "this server another CHAT_HISTORY_DATA_DIR, or set QDRANT_URL"
                 ) from error
             await asyncio.sleep(0.1)
 
 
-def _put_aside(folder: Path) -> str:
-    """Move a folder away, unless a process has it open.
+def _move_damaged(folder: Path) -> str:
+    """Rename a damaged folder, unless a process has it open, and return its new name.
 
     Raises:
-        OSError: one has.
+        OSError: a process has it open.
     """
     with (folder / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -249,41 +257,51 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 
 async def serve(connection: socket.socket) -> None:
-    """Answer requests until the parent is gone. There is nothing to do meanwhile, so waiting may block."""
-    local, offline = Local(), Offline()
-    handlers: dict[str, Handler] = {
-        "embed": offline.embed, "rerank": offline.rerank, "setup": local.setup, "open": local.open, "create_collection": local.create_collection, "live_collection": local.live_collection,
-        "publish": local.publish, "write": local.write, "search": local.search, "count": local.count,
-    }  # fmt: skip
+    """Answer requests until the parent closes the socket.
+
+    Nothing else runs on this event loop, so that blocking reads do no harm.
+    """
+    handlers = _handlers()
     with suppress(EOFError, ConnectionError):
         while True:
-            header_size, blob_size = framing.lengths(_receive(connection, framing.HEAD_BYTES))
-            frame = framing.decode(
-                _receive(connection, header_size), _receive(connection, blob_size)
+            header_bytes, blob_bytes = framing.decode_lengths(
+                _receive(connection, framing.PREFIX_BYTES)
             )
-            number, operation, given = frame.header
-            try:
-                result, blob = await handlers[operation](given, frame.blob)
-                answer = framing.encode([number, None, result], blob)
-            except Exception as error:  # noqa: BLE001 - the parent decides what it means
-                name = type(error).__name__
-                if operation in framing.OF_TEXTS and isinstance(
-                    error, (ValueError, TypeError, OverflowError)
-                ):
-                    # The text's fault, which another try would not mend.
-                    error, name = InputRejected("the model does not take it"), "InputRejected"
-                words = (
-                    str(error)
-                    if name in _ERRORS
-                    else f"{operation} failed in the child process ({name})"
-                )
-                answer = framing.encode([number, name, words])
-            connection.sendall(answer)
+            frame = framing.decode(
+                _receive(connection, header_bytes), _receive(connection, blob_bytes)
+            )
+            connection.sendall(await _answer(handlers, frame))
+
+
+def _handlers() -> dict[str, Handler]:
+    model, index = OfflineModel(), LocalIndex()
+    methods: list[Handler] = [model.embed, model.rerank, index.setup, index.open]
+    methods += [index.create_collection, index.live_collection, index.publish, index.write]
+    methods += [index.search, index.count]
+    return {method.__name__: method for method in methods}
+
+
+async def _answer(handlers: dict[str, Handler], frame: framing.Frame) -> bytes:
+    number, operation, argument = frame.header
+    try:
+        result, blob = await handlers[operation](argument, frame.blob)
+        return framing.encode([number, None, result], blob)
+    except Exception as error:  # noqa: BLE001 - the parent decides what follows
+        if operation in framing.EMBEDDING_OPERATIONS and isinstance(
+            error, (ValueError, TypeError, OverflowError)
+        ):
+            # The text causes these errors, so that a retry cannot succeed.
+            error = InputRejected("the model refuses the text")
+        name = type(error).__name__
+        is_known = name in framing.ERRORS
+        message = str(error) if is_known else f"{operation} failed in the search process ({name})"
+        return framing.encode([number, name, message])
 
 
 def main() -> None:
-    """Serve the parent."""
-    # The parent ends us, by closing the socket: a Ctrl-C goes to both, and what is under way is finished first.
+    """Serve the parent process."""
+    # The parent ends this process by closing the socket. Ctrl-C signals both processes, and the
+    # request in progress must finish first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     for message in _WARNINGS:
@@ -292,7 +310,7 @@ def main() -> None:
         os.nice(NICENESS)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         asyncio.run(serve(connection))
-    # Nothing is left to flush, and tearing the libraries down takes longer than all of this.
+    # Every write is committed already, and unloading the libraries takes longer than all else here.
     os._exit(0)
 
 

@@ -1,6 +1,7 @@
-"""What passes between the serving process and its child: frames of a JSON header and raw bytes.
+"""The frames between the serving process and the search process: a JSON header and raw bytes.
 
-No pickle and no third party: both sides are this package in one version, and vectors pass as they are, without a number being made.
+No pickle and no third-party format: both sides run the same version of this package, and vectors
+pass as raw bytes without conversion to Python numbers.
 """
 
 from __future__ import annotations
@@ -9,33 +10,40 @@ import json
 import struct
 from typing import Any, NamedTuple
 
-_LENGTHS = struct.Struct("<II")
-HEAD_BYTES = _LENGTHS.size
-"""Bytes that come first and say how long the rest is."""
+from service.search.types import InputRejected, SearchMisconfigured, SearchUnavailable
 
-OF_TEXTS = ("embed", "rerank")
-"""Operations of the embeddings, which need no index."""
+_LENGTHS = struct.Struct("<II")
+PREFIX_BYTES = _LENGTHS.size
+"""Bytes of the prefix, which holds the lengths of header and blob."""
+
+EMBEDDING_OPERATIONS = ("embed", "rerank")
+"""Operations that need no index."""
+
+ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error for error in (SearchUnavailable, InputRejected, SearchMisconfigured)
+}
+"""Errors that pass from the search process to the serving process under their own names."""
 
 
 class Frame(NamedTuple):
-    """One request or answer."""
+    """A request (number, operation, argument) or a reply (number, error name, result)."""
 
     header: Any
     blob: bytes
 
 
 def encode(header: Any, blob: bytes = b"") -> bytes:
-    """Make a frame."""
+    """Encode a frame."""
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return _LENGTHS.pack(len(text), len(blob)) + text + blob
 
 
-def lengths(head: bytes) -> tuple[int, int]:
-    """Return how many bytes of header and blob follow."""
-    header, blob = _LENGTHS.unpack(head)
-    return header, blob
+def decode_lengths(prefix: bytes) -> tuple[int, int]:
+    """Return the lengths of header and blob in bytes."""
+    header_bytes, blob_bytes = _LENGTHS.unpack(prefix)
+    return header_bytes, blob_bytes
 
 
 def decode(header: bytes, blob: bytes) -> Frame:
-    """Make a frame of its parts."""
+    """Decode a frame from its parts."""
     return Frame(json.loads(header), blob)

@@ -1,4 +1,4 @@
-"""The parent's side of the child process: it is started when it is needed, and again when it has died."""
+"""The serving process's side of the search process: starts and restarts it, and sends requests."""
 
 from __future__ import annotations
 
@@ -16,35 +16,27 @@ import structlog
 
 from service.search.types import (
     Changes,
-    InputRejected,
     Point,
     PointFilter,
     ScoredPoint,
-    SearchMisconfigured,
     SearchUnavailable,
     VectorQuery,
 )
 from service.search.worker import framing
 
-TIMEOUT = 60.0
-"""Seconds after which a child that does not answer is taken for stuck, and ended."""
-_ENDING = 3.0
-"""Seconds that the child gets to end."""
-# One thread each: what computes in the child shares the machine with the database and with those who chat.
+REPLY_TIMEOUT_S = 60.0
+"""After this time without a reply the process counts as stuck and is killed."""
+_EXIT_TIMEOUT_S = 3.0
+# One thread each: the search process shares its cores with the database and with chat.
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
 )
-_KNOWN = {
-    "SearchUnavailable": SearchUnavailable,
-    "InputRejected": InputRejected,
-    "SearchMisconfigured": SearchMisconfigured,
-}
 
 _log = structlog.get_logger(__name__)
 
 
-class _Run:
-    """One life of the child."""
+class _Connection:
+    """One running search process and its socket."""
 
     def __init__(
         self,
@@ -53,162 +45,171 @@ class _Run:
         writer: asyncio.StreamWriter,
     ) -> None:
         self.process = process
-        self.reader = reader
         self.writer = writer
-        self.waiting: dict[int, asyncio.Future[framing.Frame]] = {}
-        self.listening = asyncio.get_running_loop().create_task(self._listen())
-        self.ready = False
-        self.is_set_up = False
+        self.replies: dict[int, asyncio.Future[framing.Frame]] = {}
+        """Replies that are outstanding, by request number."""
+        self.has_index = False
+        self._reader = reader
+        self._receiver = asyncio.get_running_loop().create_task(self._receive())
 
-    async def _listen(self) -> None:
+    async def _receive(self) -> None:
         try:
             while True:
-                header_size, blob_size = framing.lengths(
-                    await self.reader.readexactly(framing.HEAD_BYTES)
+                header_bytes, blob_bytes = framing.decode_lengths(
+                    await self._reader.readexactly(framing.PREFIX_BYTES)
                 )
                 frame = framing.decode(
-                    await self.reader.readexactly(header_size),
-                    await self.reader.readexactly(blob_size),
+                    await self._reader.readexactly(header_bytes),
+                    await self._reader.readexactly(blob_bytes),
                 )
-                answer = self.waiting.pop(frame.header[0], None)
-                if answer is not None and not answer.done():
-                    answer.set_result(frame)
+                reply = self.replies.pop(frame.header[0], None)
+                if reply is not None and not reply.done():
+                    reply.set_result(frame)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            self.fail()
+            self._fail_outstanding()
 
-    def fail(self) -> None:
-        """Tell those who wait that no answer will come."""
-        for answer in self.waiting.values():
-            if not answer.done():
-                answer.set_exception(SearchUnavailable("the search process has died"))
-        self.waiting.clear()
+    def _fail_outstanding(self) -> None:
+        for reply in self.replies.values():
+            if not reply.done():
+                reply.set_exception(SearchUnavailable("the search process has died"))
+        self.replies.clear()
 
     @property
-    def alive(self) -> bool:
-        return not self.listening.done() and self.process.poll() is None
+    def is_alive(self) -> bool:
+        return not self._receiver.done() and self.process.poll() is None
 
-    async def end(self) -> None:
-        """Close the socket, which ends the child; one that does not end is killed."""
+    async def close(self) -> None:
+        """Close the socket, which ends the process; kill it after _EXIT_TIMEOUT_S."""
         self.writer.close()
-        self.listening.cancel()
+        self._receiver.cancel()
         with suppress(asyncio.CancelledError, ConnectionError):
-            await self.listening
+            await self._receiver
         with suppress(ConnectionError):
             await self.writer.wait_closed()
         try:
-            await asyncio.to_thread(self.process.wait, _ENDING)
+            await asyncio.to_thread(self.process.wait, _EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
 
 
 class SearchProcess:
-    """Runs the child process and passes requests to it, which it works off in order."""
+    """Runs the search process on demand, and restarts it after it died.
+
+    The process handles its requests one at a time, in order.
+    """
 
     def __init__(self) -> None:
-        self.setup: dict[str, Any] | None = None
-        """What the embedded index is opened with, if the child is to have one; set it before the first request to it."""
-        self._run: _Run | None = None
-        self._starting = asyncio.Lock()
+        self.index_options: dict[str, Any] | None = None
+        """Options of the embedded index, if any; set them before the first request to it."""
+        self._connection: _Connection | None = None
+        self._start_lock = asyncio.Lock()
         self._numbers = itertools.count()
         self._closed = False
 
     @property
     def pid(self) -> int | None:
-        """Its process id, while it runs."""
-        return self._run.process.pid if self._run is not None and self._run.alive else None
+        """The process id, while the process runs."""
+        connection = self._connection
+        return connection.process.pid if connection is not None and connection.is_alive else None
 
-    async def call(self, operation: str, given: Any = None, blob: bytes = b"") -> tuple[Any, bytes]:
-        """Have the child do something.
+    async def call(
+        self, operation: str, argument: Any = None, blob: bytes = b""
+    ) -> tuple[Any, bytes]:
+        """Run an operation in the search process and return its result.
 
         Raises:
-            SearchDown, Refused, WrongIndex: as the child says, or because it is gone.
+            SearchUnavailable, InputRejected, SearchMisconfigured: as the operation raised it, or
+                SearchUnavailable because the process died or does not reply.
         """
-        run = await self._ready()
-        if operation not in framing.OF_TEXTS and not run.is_set_up:
-            aside, _ = await self._ask(run, "setup", self.setup)
-            if aside is not None:
+        connection = await self._connect()
+        if operation not in framing.EMBEDDING_OPERATIONS and not connection.has_index:
+            moved_to, _ = await self._request(connection, "setup", self.index_options)
+            if moved_to is not None:
                 _log.warning(
-                    "the embedded index could not be read, and is built anew", moved_to=aside
+                    "the embedded index is damaged and is rebuilt from the database",
+                    moved_to=moved_to,
                 )
-            run.is_set_up = True
-        return await self._ask(run, operation, given, blob)
+            connection.has_index = True
+        return await self._request(connection, operation, argument, blob)
 
-    async def _ask(
-        self, run: _Run, operation: str, given: Any, blob: bytes = b""
+    async def _request(
+        self, connection: _Connection, operation: str, argument: Any, blob: bytes = b""
     ) -> tuple[Any, bytes]:
         number = next(self._numbers)
-        answer = run.waiting[number] = asyncio.get_running_loop().create_future()
+        reply = connection.replies[number] = asyncio.get_running_loop().create_future()
         try:
-            run.writer.write(framing.encode([number, operation, given], blob))
-            async with asyncio.timeout(TIMEOUT):
-                await run.writer.drain()
-                frame = await answer
+            connection.writer.write(framing.encode([number, operation, argument], blob))
+            async with asyncio.timeout(REPLY_TIMEOUT_S):
+                await connection.writer.drain()
+                frame = await reply
         except TimeoutError:
             _log.warning("the search process is stuck and is ended", operation=operation)
-            run.process.kill()
-            raise SearchUnavailable("the search process does not answer") from None
+            connection.process.kill()
+            raise SearchUnavailable("the search process does not respond") from None
         except ConnectionError:
             raise SearchUnavailable("the search process has died") from None
         finally:
-            run.waiting.pop(number, None)
+            connection.replies.pop(number, None)
         _, error, result = frame.header
         if error is not None:
-            raise _KNOWN.get(error, SearchUnavailable)(result)
+            raise framing.ERRORS.get(error, SearchUnavailable)(result)
         return result, frame.blob
 
-    async def _ready(self) -> _Run:
-        run = self._run
-        if run is not None and run.ready and run.alive:
-            return run
-        async with self._starting:
-            run = self._run
-            if run is not None and run.ready and run.alive:
-                return run
+    async def _connect(self) -> _Connection:
+        """Return the connection to the running process; start a process if none runs."""
+        connection = self._connection
+        if connection is not None and connection.is_alive:
+            return connection
+        async with self._start_lock:
+            connection = self._connection
+            if connection is not None and connection.is_alive:
+                return connection
             if self._closed:
                 raise SearchUnavailable("search is shutting down")
-            if run is not None:
-                self._run = None
-                await run.end()
+            if connection is not None:
+                self._connection = None
+                await connection.close()
                 _log.warning(
-                    "the search process has ended and is started again", code=run.process.returncode
+                    "the search process has ended and is started again",
+                    code=connection.process.returncode,
                 )
-            run = self._run = await self._start()
-            run.ready = True
-            return run
+            connection = self._connection = await self._start()
+            return connection
 
     @staticmethod
-    async def _start() -> _Run:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            # An interpreter of its own: nothing of this process's threads, locks and sockets goes with it, as a fork would take.
-            process = subprocess.Popen(  # noqa: ASYNC220, S603 - returns at once; no input of anybody's
-                [sys.executable, "-m", "service.search.worker.child", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+    async def _start() -> _Connection:
+        own_end, child_end = socket.socketpair()
+        with child_end:
+            # A new interpreter instead of a fork, which would copy this process's threads, locks
+            # and sockets.
+            process = subprocess.Popen(  # noqa: ASYNC220, S603 - returns quickly; no external input
+                [sys.executable, "-m", "service.search.worker.child", str(child_end.fileno())],
+                pass_fds=[child_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=os.environ | _ONE_THREAD,
             )
-        ours.setblocking(False)
-        reader, writer = await asyncio.open_connection(sock=ours)
-        return _Run(process, reader, writer)
+        own_end.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=own_end)
+        return _Connection(process, reader, writer)
 
     async def close(self) -> None:
-        """End the child, once what it was asked before is done."""
+        """End the process after the requests that it has received."""
         self._closed = True
-        async with self._starting:
-            run, self._run = self._run, None
-            if run is not None:
-                await run.end()
+        async with self._start_lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                await connection.close()
 
 
 class SearchProcessIndex:
-    """An `Index` that runs in the child process."""
+    """A `VectorIndex` in the search process."""
 
-    def __init__(self, child: SearchProcess) -> None:
-        self._process = child
+    def __init__(self, process: SearchProcess) -> None:
+        self._process = process
 
     async def open(self) -> bool:
         return bool((await self._process.call("open"))[0])
@@ -224,17 +225,20 @@ class SearchProcessIndex:
         await self._process.call("publish", collection)
 
     async def write(self, changes: Changes, building: str | None) -> None:
-        given: dict[str, Sequence[Any] | str | None] = {
-            "wipes": changes.wipes, "deletes": changes.deletes, "points": changes.points, "building": building,
-        }  # fmt: skip
-        await self._process.call("write", given, changes.vectors)
+        argument: dict[str, Sequence[Any] | str | None] = {
+            "delete_filters": changes.delete_filters,
+            "deletes": changes.deletes,
+            "upserts": changes.upserts,
+            "building": building,
+        }
+        await self._process.call("write", argument, changes.vectors)
 
-    async def search(self, vector: bytes, question: VectorQuery) -> list[ScoredPoint]:
-        answer, _ = await self._process.call("search", question, vector)
-        return [ScoredPoint(Point(*point), score) for point, score in answer]
+    async def search(self, vector: bytes, query: VectorQuery) -> list[ScoredPoint]:
+        hits, _ = await self._process.call("search", query, vector)
+        return [ScoredPoint(Point(*fields), score) for fields, score in hits]
 
-    async def count(self, wipe: PointFilter) -> int:
-        return int((await self._process.call("count", wipe))[0])
+    async def count(self, point_filter: PointFilter) -> int:
+        return int((await self._process.call("count", point_filter))[0])
 
     async def close(self) -> None:
         await self._process.close()

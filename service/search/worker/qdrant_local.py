@@ -1,127 +1,155 @@
-"""What makes qdrant-client's embedded mode fit to serve; only the child process imports it.
+"""Replaces two parts of qdrant-client's local mode that are too slow for a service.
 
-The mode commits every point by itself and tests every point of a collection in Python, by a tree of models: 15 to 40 µs each, at every
-search and every delete by a filter. Both are replaced inside its collections; should the package change there, they stay as they are.
+Local mode commits each point in a transaction of its own. It also evaluates a filter in Python for
+every point of a collection, through a tree of models: 15 to 40 µs a point, at every search and
+every delete by a filter. This module replaces both inside the collections, which reaches into
+private attributes of the package. Only the search process imports this module.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
-from qdrant_client import models
+from qdrant_client import AsyncQdrantClient, models
 
-from service.search.types import Point
-
-
-def fit(client: Any) -> None:
-    """Fit a client's collections, those that were made since the last time too."""
-    for collection in _collections(client):
-        connection: Any = getattr(collection, "storage", None)
-        if hasattr(connection, "storage") and not isinstance(connection.storage, _Gathered):
-            connection.storage = _Gathered(connection.storage)
-        if hasattr(collection, "_payload_and_non_deleted_mask") and not isinstance(
-            collection._payload_and_non_deleted_mask,  # noqa: SLF001
-            _Masks,
-        ):
-            collection._payload_and_non_deleted_mask = _Masks(collection)  # noqa: SLF001
+from service.search.types import Point, SearchMisconfigured
 
 
-def commit(client: Any, *, erased: bool) -> None:
-    """Commit what was written since the last time, in one transaction and one flush to the disk.
+def patch_collections(client: AsyncQdrantClient) -> None:
+    """Patch a client's collections, except those that are patched already.
 
-    With `erased`, what was erased is gone from the files too when this returns.
+    Raises:
+        SearchMisconfigured: a collection does not have the internals to replace.
+    """
+    try:
+        for collection in _collections(client):
+            _patch(collection)
+    except (AttributeError, TypeError) as error:
+        raise _changed(str(error)) from error
+
+
+def commit(client: AsyncQdrantClient, *, purge_deleted: bool) -> None:
+    """Commit the writes since the last commit, with one transaction and flush per collection.
+
+    Args:
+        purge_deleted: Whether to truncate the write-ahead log as well, so that deleted data is
+            no longer in any file when this returns.
     """
     for collection in _collections(client):
-        if isinstance(connection := getattr(collection.storage, "storage", None), _Gathered):
-            connection.commit()
-            if erased:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection: _DeferredCommits = collection.storage.storage
+        connection.commit()
+        if purge_deleted:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def _collections(client: Any) -> list[Any]:
-    return list(getattr(getattr(client, "_client", None), "collections", {}).values())
+def _patch(collection: Any) -> None:
+    connection = collection.storage.storage
+    if not isinstance(connection, _DeferredCommits):
+        if not isinstance(connection, sqlite3.Connection):
+            raise _changed(f"a collection's storage is a {type(connection).__name__}")
+        collection.storage.storage = _DeferredCommits(connection)
+    if not isinstance(collection._payload_and_non_deleted_mask, _PayloadMask):  # noqa: SLF001
+        collection._payload_and_non_deleted_mask = _PayloadMask(collection)  # noqa: SLF001
 
 
-class _Gathered:
-    """A collection's SQLite connection that commits when it is told to."""
+def _collections(client: AsyncQdrantClient) -> list[Any]:
+    local: Any = client._client  # noqa: SLF001
+    return list(local.collections.values())
 
-    def __init__(self, connection: Any) -> None:
+
+def _changed(detail: str) -> SearchMisconfigured:
+    return SearchMisconfigured(
+        f"the embedded search index does not work with this build of qdrant-client ({detail}): "
+        "set QDRANT_URL to use a Qdrant server"
+    )
+
+
+class _DeferredCommits:
+    """A collection's SQLite connection that commits only when `commit` is called."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        # What is erased is overwritten, not only forgotten.
+        # Overwrites deleted data with zeros. By default SQLite only marks its pages as free.
         connection.execute("PRAGMA secure_delete = ON")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
 
     def __enter__(self) -> Self:
+        # The package commits by `with connection:`, at every point.
         return self
 
     def __exit__(self, *_error: object) -> None:
         pass
 
 
-class _Masks:
-    """Says which points of a collection a filter means, by one column of numbers a field.
+class _PayloadMask:
+    """Evaluates a filter on a collection's points with one integer column per payload field.
 
-    A point's payload never changes: its id is made of all of it.
+    A column stays valid because the payload of a point never changes: its id is derived from it.
     """
 
     def __init__(self, collection: Any) -> None:
         self._collection = collection
-        self._slow = collection._payload_and_non_deleted_mask  # noqa: SLF001
-        self._known = 0
-        self._numbers: dict[str, dict[Any, int]] = {field: {} for field in Point._fields}
+        self._original = collection._payload_and_non_deleted_mask  # noqa: SLF001
+        self._count = 0
+        self._codes: dict[str, dict[Any, int]] = {field: {} for field in Point._fields}
         self._columns = {field: np.empty(0, dtype=np.int32) for field in Point._fields}
 
     def __call__(self, payload_filter: models.Filter | None, vector_name: str | None = None) -> Any:
-        """Return an array that says of every point whether it is there and meant."""
-        conditions = _conditions(payload_filter)
+        """Return a boolean array: which points exist and match the filter."""
+        conditions = _match_any_conditions(payload_filter)
         if conditions is None:
-            return self._slow(payload_filter, vector_name)
-        self._catch_up()
+            return self._original(payload_filter, vector_name)
+        self._add_new_points()
         mask = self._collection.deleted == 0
         if vector_name is not None:
             mask = mask & (self._collection.deleted_per_vector[vector_name] == 0)
         for field, values in conditions:
-            numbers = [n for value in values if (n := self._numbers[field].get(value)) is not None]
-            mask = mask & np.isin(self._columns[field][: self._known], numbers)
+            codes = [
+                code for value in values if (code := self._codes[field].get(value)) is not None
+            ]
+            mask = mask & np.isin(self._columns[field][: self._count], codes)
         return mask
 
-    def _catch_up(self) -> None:
-        new = self._collection.payload[self._known :]
-        if not new:
+    def _add_new_points(self) -> None:
+        payloads = self._collection.payload[self._count :]
+        if not payloads:
             return
-        count = self._known + len(new)
-        for field, numbers in self._numbers.items():
+        count = self._count + len(payloads)
+        for field, codes in self._codes.items():
             if len(self._columns[field]) < count:
-                # Twice as much as is needed, so that points that come one by one do not copy it every time.
+                # Doubling keeps the cost of copying constant per point, also for single points.
                 self._columns[field] = np.resize(self._columns[field], 2 * count)
-            self._columns[field][self._known : count] = [
-                numbers.setdefault(payload.get(field), len(numbers)) for payload in new
+            self._columns[field][self._count : count] = [
+                codes.setdefault(payload.get(field), len(codes)) for payload in payloads
             ]
-        self._known = count
+        self._count = count
 
 
-def _conditions(payload_filter: models.Filter | None) -> list[tuple[str, Sequence[Any]]] | None:
-    """Take a filter of ours apart: every field any of some values; None for another's."""
+def _match_any_conditions(
+    payload_filter: models.Filter | None,
+) -> list[tuple[str, Sequence[Any]]] | None:
+    """Return the fields and values of a filter as `QdrantIndex` builds it; None for any other."""
     if (
         payload_filter is None
         or payload_filter.model_fields_set != {"must"}
         or not isinstance(payload_filter.must, list)
     ):
         return None
-    found: list[tuple[str, Sequence[Any]]] = []
-    for each in payload_filter.must:
+    conditions: list[tuple[str, Sequence[Any]]] = []
+    for condition in payload_filter.must:
         if (
-            not isinstance(each, models.FieldCondition)
-            or not isinstance(each.match, models.MatchAny)
-            or each.model_fields_set != {"key", "match"}
-            or each.key not in Point._fields
+            not isinstance(condition, models.FieldCondition)
+            or not isinstance(condition.match, models.MatchAny)
+            or condition.model_fields_set != {"key", "match"}
+            or condition.key not in Point._fields
         ):
             return None
-        found.append((each.key, each.match.any))
-    return found
+        conditions.append((condition.key, condition.match.any))
+    return conditions
