@@ -37,7 +37,7 @@ from service.embedded.data_dir import (
     socket_url,
     stop_server,
 )
-from service.embedded.programs import PACKAGE, find_programs, format_versions
+from service.embedded.programs import PACKAGE, environment, find_programs, format_versions
 
 START_TIMEOUT_S = 300.0
 """Seconds in which a started server must become ready. After a crash it first replays its log."""
@@ -288,7 +288,7 @@ class EmbeddedPostgres:
             text=True,
             errors="replace",
             cwd="/",
-            env=_environment(),
+            env=environment(),
             **self._identity(),
         )
         if result.returncode != 0:
@@ -317,7 +317,7 @@ class EmbeddedPostgres:
                     stdout=log,
                     stderr=log,
                     cwd="/",
-                    env=_environment(),
+                    env=environment(),
                     start_new_session=True,
                     **self._identity(),
                 )
@@ -392,17 +392,6 @@ class EmbeddedPostgres:
         if self._account is None:
             return {}
         return {"user": self._account.uid, "group": self._account.gid, "extra_groups": []}
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment without variables that redirect PostgreSQL's programs.
-
-    TZ saves initdb a search for the system's time zone.
-    """
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))
-    }
-    return inherited | {"LC_ALL": "C", "TZ": "UTC"}
 
 
 def _fits(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -43,3 +44,14 @@ def find_programs() -> dict[int, Path]:
 
 def format_versions(programs: dict[int, Path]) -> str:
     return " and ".join(str(version) for version in sorted(programs))
+
+
+def environment() -> dict[str, str]:
+    """Return the environment without variables that redirect PostgreSQL's programs.
+
+    TZ saves initdb a search for the system's time zone.
+    """
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))
+    }
+    return inherited | {"LC_ALL": "C", "TZ": "UTC"}
