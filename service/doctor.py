@@ -14,9 +14,9 @@ import asyncpg
 from sqlalchemy import NullPool, text
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from service.store.db.database import PING_AFTER_IDLE_S
 from service.store.db.db_errors import driver_error, sqlstate
 from service.store.db.dsn import Target
+from service.store.db.engine import PING_AFTER_IDLE_S
 from service.store.outbox.outbox import BACKLOG, Backlog
 from service.store.schema.version import SchemaVersion, schema_version
 from service.store.tables import BUILD, REQUIRED_REVISION

@@ -74,9 +74,9 @@ class Server:
             target,
             pool_size=settings.db_pool_size,
             max_overflow=settings.db_max_overflow,
-            pool_timeout=settings.db_pool_timeout,
-            recycle=settings.db_pool_recycle,
-            connect_timeout=settings.db_connect_timeout,
+            pool_timeout_s=settings.db_pool_timeout,
+            recycle_s=settings.db_pool_recycle,
+            connect_timeout_s=settings.db_connect_timeout,
             hot_pool_size=settings.append_lanes + settings.read_connections,
         )
         self.authenticate = credentials.make_authenticator(

@@ -151,7 +151,7 @@ class Indexer:
                 raise
             except SearchOverloaded:
                 failures += 1
-                wait_s = backoff(failures, base=0.5, cap=30.0) + 0.5
+                wait_s = backoff(failures, base_s=0.5, cap_s=30.0) + 0.5
             except SearchUnavailable as error:
                 # `Search` polls the index until it responds, and then starts this indexer again.
                 self._on_down(str(error))
@@ -160,7 +160,7 @@ class Indexer:
                 if not isinstance(error, (*DATABASE_ERRORS, LeaseLost)):
                     _log.error("indexing failed", error=type(error).__name__, exc_info=True)
                 failures += 1
-                wait_s = backoff(failures, base=0.5, cap=30.0) + 0.1
+                wait_s = backoff(failures, base_s=0.5, cap_s=30.0) + 0.1
             await self._sleep(wait_s)
 
     async def _sleep(self, max_s: float | None) -> None:

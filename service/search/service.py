@@ -133,7 +133,7 @@ class Search:
                 _log.error("search cannot be opened", error=type(error).__name__, exc_info=True)
                 self._mark_down(f"search cannot be opened ({type(error).__name__})")
             attempt += 1
-            await asyncio.sleep(0.2 + backoff(attempt, base=0.2, cap=OPEN_BACKOFF_CAP_S))
+            await asyncio.sleep(0.2 + backoff(attempt, base_s=0.2, cap_s=OPEN_BACKOFF_CAP_S))
 
     async def _open(self) -> None:
         self._down.clear()
@@ -222,7 +222,7 @@ class Search:
                     problem=type(error).__name__,
                     exc_info=not is_expected,
                 )
-                await asyncio.sleep(0.5 + backoff(attempt, base=0.5, cap=30.0))
+                await asyncio.sleep(0.5 + backoff(attempt, base_s=0.5, cap_s=30.0))
 
     def _wake_or_start(self) -> None:
         """Wake the indexer, or start it: the rebuild has created the first collection."""

@@ -43,9 +43,9 @@ async def queued_owners(database: Database, *calls: Awaitable[Any]) -> dict[str,
     permits = database._permits
     async with all_permits_taken(database), asyncio.timeout(20):
         tasks = [asyncio.ensure_future(call) for call in calls]
-        while sum(map(len, permits._waiting.values())) < len(tasks):
+        while sum(map(len, permits._queues.values())) < len(tasks):
             await asyncio.sleep(0.01)
-        queued = {owner_id: len(turns) for owner_id, turns in permits._waiting.items()}
+        queued = {owner_id: len(queue) for owner_id, queue in permits._queues.items()}
     await asyncio.gather(*tasks, return_exceptions=True)
     return queued
 

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import Unavailable
 from service.store.db import database as module
+from service.store.db import engine
 from service.store.db.database import Database
 from service.store.db.dsn import parse
 from tests.support.cluster import Cluster
@@ -58,7 +59,7 @@ def test_the_defaults_fit_what_neon_does() -> None:
     given = settings()
     assert 60 <= given.db_pool_recycle < 300
     assert 10 <= given.db_connect_timeout <= 15
-    assert module.PING_AFTER_IDLE_S == 30
+    assert engine.PING_AFTER_IDLE_S == 30
 
 
 @pytest.mark.parametrize("route", ["on", "off"], ids=["direct", "pooled"])
@@ -81,7 +82,7 @@ async def test_the_last_used_connection_is_used_first_and_the_others_age(databas
 
 
 async def test_an_old_connection_is_replaced(database_url: str) -> None:
-    database = Database(parse(database_url), recycle=3)
+    database = Database(parse(database_url), recycle_s=3)
     first = await database.read(backend, owner_id=OWNER, deadline=soon())
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     await asyncio.sleep(3.2)
@@ -97,7 +98,7 @@ async def test_only_what_has_idled_long_is_tried_before_use(
     sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
     assert [each.sql for each in sent.so_far()] == ["SELECT pg_backend_pid()"]
-    monkeypatch.setattr(module, "PING_AFTER_IDLE_S", 0.0)
+    monkeypatch.setattr(engine, "PING_AFTER_IDLE_S", 0.0)
     await asyncio.sleep(0.05)
     sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
@@ -115,7 +116,7 @@ async def test_connecting_takes_no_longer_than_it_may(
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.block(Direction.TO_CLIENT)
         for address, connect_timeout in ((url, 0.3), (f"{url}&connect_timeout=1", 600.0)):
-            database = Database(parse(address), connect_timeout=connect_timeout)
+            database = Database(parse(address), connect_timeout_s=connect_timeout)
             async with asyncio.timeout(20):
                 with pytest.raises(Unavailable):
                     await database.read(backend, owner_id=OWNER, deadline=soon(60))

@@ -90,7 +90,7 @@ def _busy(server: Server) -> dict[str, int]:
         "streams": server.streams.in_flight,
         "watchers": len(server.watchers),
         "appends waiting": server.appender.queued_count,
-        "driver connections in use": len(driver._busy) + driver._opening + len(driver._waiting),
+        "driver connections in use": len(driver._busy) + driver._opening + len(driver._waiters),
         "permits taken": sum(
             permits.count - permits.free for permits in (database._permits, database._write_permits)
         ),

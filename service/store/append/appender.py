@@ -338,7 +338,7 @@ class _Lane:
             if item.lost_races >= MAX_LOST_RACES or now >= item.give_up:
                 item.fail(final_error(item.key[0], error))
         self._again([item for item in batch if not item.future.done()], check=check)
-        await asyncio.sleep(backoff(batch[0].tries, base=0.002, cap=0.05))
+        await asyncio.sleep(backoff(batch[0].tries, base_s=0.002, cap_s=0.05))
 
     def _again(self, batch: list[Append], *, check: bool = False, run_alone: bool = False) -> None:
         """Put items back at the head of the queue, in order, marked to be looked up first or to run alone."""

@@ -1,9 +1,10 @@
-"""How long a statement waits for more calls to share it.
+"""Decides how long a batch stays open for more calls before its statement is sent.
 
-The cost of a statement hardly grows with the calls in it, but under load few calls are ready at any one moment: most are still on
-their way through gRPC and the event loop, and a statement that leaves as soon as it can takes two or three along. So it waits
-for as long as turns of the loop keep bringing more. A loop with nothing to do turns in some microseconds, a busy one takes as
-long as its work: counting turns tells the two apart without a timer.
+The cost of a statement hardly grows with the calls in it. Under load, however, few calls are ready
+at any one moment: most are still on their way through gRPC and the event loop, and a statement that
+is sent as soon as possible carries two or three. The batch therefore stays open while turns of the
+event loop keep bringing more. An idle loop turns in microseconds, a busy one takes as long as its
+work: counting turns distinguishes the two without a timer.
 """
 
 from __future__ import annotations
@@ -12,32 +13,37 @@ import asyncio
 from collections.abc import Sized
 
 MAX_QUIET_TURNS = 100
-"""Turns of the event loop without anything new after which a statement leaves, at the most."""
+"""Turns of the event loop without a new call after which a batch is closed, at most."""
 QUIET_TURNS_PER_CALL = 8
-"""The same, for each call that the last statement carried."""
+"""The same, for each call in the previous batch."""
 MAX_WAIT_S = 0.01
-"""Seconds after which a statement leaves in any case."""
+"""Seconds after which a batch is closed in any case."""
 
 
 class BatchWindow:
-    """Decides when what waits in a queue leaves together."""
+    """Decides when the calls in a queue are sent as one batch."""
 
-    __slots__ = ("_loop", "last")
+    __slots__ = ("_loop", "last_size")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.last = 1
-        """How many there were the last time."""
+        self.last_size = 1
+        """Calls in the queue when the previous batch was closed."""
 
-    async def wait(self, queue: Sized, enough: int) -> None:
-        """Return when there is enough, or no more to be expected soon: for a call that comes alone after another such, at the next turn."""
-        patience = min(MAX_QUIET_TURNS, QUIET_TURNS_PER_CALL * self.last) if self.last > 1 else 1
-        seen = len(queue)
-        quiet = 0
+    async def wait(self, queue: Sized, max_size: int) -> None:
+        """Return once the queue holds `max_size` calls, or no more are to be expected soon.
+
+        After a batch of one, a call that arrives alone waits for one turn of the event loop only.
+        """
+        quiet_limit = 1
+        if self.last_size > 1:
+            quiet_limit = min(MAX_QUIET_TURNS, QUIET_TURNS_PER_CALL * self.last_size)
+        size = len(queue)
+        quiet_turns = 0
         end = self._loop.time() + MAX_WAIT_S
-        while seen < enough and quiet < patience and self._loop.time() < end:
+        while size < max_size and quiet_turns < quiet_limit and self._loop.time() < end:
             await asyncio.sleep(0)
-            now = len(queue)
-            quiet = 0 if now > seen else quiet + 1
-            seen = now
-        self.last = seen
+            new_size = len(queue)
+            quiet_turns = 0 if new_size > size else quiet_turns + 1
+            size = new_size
+        self.last_size = size

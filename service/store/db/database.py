@@ -1,38 +1,38 @@
-"""The engine: connections, transactions, retries, and the evidence of whether the database answers.
+"""Runs statements and transactions: connections, fairness, retries, and suspicion of an outage.
 
-Three ways in, by what a call needs:
+There are three entry points, by what a call needs:
+
 - `fetch`: one hot statement by the driver itself;
 - `read`: SQLAlchemy statements that change nothing;
-- `write`: a transaction, retried whole, and carried to its end when the caller goes away meanwhile.
+- `write`: a transaction, which is retried as a whole and runs to its end when its caller is
+  cancelled.
 
-A deadline is a time of the running loop's clock (`loop.time()`), in seconds. No work is started that cannot finish by then.
+A deadline is a time of the running loop's clock (`loop.time()`), in seconds. No attempt starts that
+cannot finish by then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import asyncpg
-from sqlalchemy import NullPool, event
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
 from service.store.db.db_errors import Failure, classify, to_service_error
 from service.store.db.dsn import Target
+from service.store.db.engine import pooled_engine, unpooled_engine
 from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
 from service.store.db.hot_pool import (
     LOCK_TIMEOUT_S,
-    DriverConnection,
     HotPool,
-    PoolerConnection,
     Record,
     Statement,
     fetch_in_transaction,
@@ -42,49 +42,52 @@ from service.store.schema.version import SchemaVersion, schema_version
 T = TypeVar("T")
 
 Work = Callable[[AsyncConnection], Awaitable[T]]
-"""Statements to run on one connection; may be called once per attempt."""
+"""Statements to run on one connection; called once for each attempt."""
 
 NO_OWNER = "no owner"
-"""Owner id for work that concerns no single user, such as listing users: it waits in a queue of its own."""
+"""Owner id for work that concerns no single user, such as listing users: a queue of its own."""
 
-PING_AFTER_IDLE_S = 30.0
-"""Seconds after which an idle connection is tried before use."""
-COMMAND_TIMEOUT_S = 60.0
-"""Seconds after which the driver gives any statement up, whatever its caller's deadline."""
 SUSPICIOUS_WAIT_S = 0.5
-"""Seconds that a call waits for the database before its giving up casts doubt on it."""
+"""Seconds that a call has waited for the database for its cancellation to suggest an outage."""
 MAX_ATTEMPTS = 6
-"""Tries of a transaction that meets contention."""
+"""Attempts of a transaction that is rolled back by contention."""
 OUTAGE_TIMEOUT_S = 15.0
-"""Seconds that a call waits at the most for a database that is away."""
+"""Seconds that a call waits for an unavailable database, at most."""
 REPLY_MARGIN_S = 0.25
-"""Seconds before its deadline at which a call that waits for the database is answered, so that the answer arrives."""
+"""Seconds before its deadline at which a waiting call fails, so that the reply still arrives."""
 CLOSE_TIMEOUT_S = 1.0
-"""Seconds that connections get to be closed in good order."""
+"""Seconds in which connections may close gracefully."""
 MIN_OTHER_CONNECTIONS = 2
-"""Connections that are left for all else, where the pool is small, when the hot statements have theirs."""
+"""Connections of a small pool that the hot statements leave for everything else."""
 
-# What the driver, SQLAlchemy and the socket raise when a statement or a connection fails.
 DATABASE_ERRORS = (
-    DBAPIError, PoolTimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError,
-)  # fmt: skip
+    DBAPIError,
+    PoolTimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
+"""The errors of the driver, SQLAlchemy and the socket when a statement or a connection fails."""
 
 
-def backoff(attempt: int, *, base: float = 0.02, cap: float = 1.0) -> float:
-    """Return how long to wait before the next attempt, in seconds: full jitter, so that retries spread out."""
-    return random.uniform(0, min(cap, base * 2**attempt))  # noqa: S311 - spreads load, keeps no secret
+def backoff(attempt: int, *, base_s: float = 0.02, cap_s: float = 1.0) -> float:
+    """Return the seconds to wait before the next attempt: full jitter, so that retries spread."""
+    return random.uniform(0, min(cap_s, base_s * 2**attempt))  # noqa: S311 - not a secret
 
 
 def outage_deadline(deadline: float, now: float) -> float:
-    """Return when a call stops waiting for a database that is away; all are times of the running loop's clock, in seconds."""
+    """Return when a call stops waiting for an unavailable database, on the event loop's clock."""
     return min(deadline - min(REPLY_MARGIN_S, (deadline - now) / 4), now + OUTAGE_TIMEOUT_S)
 
 
 class Database:
-    """One PostgreSQL, reached through one pool.
+    """One PostgreSQL database, reached through one pool of connections.
 
-    The pool's connections are shared out, so that nobody's waits are everybody's: some are for the hot statements alone (`driver`), the
-    rest is given to users in turn, and of that rest a third is never held by transactions, which may wait for locks.
+    The pool is divided so that one kind of call cannot starve another. The hot statements have
+    connections of their own (`hot_pool`). The rest is granted to users in rotation, and
+    transactions, which may wait for locks, hold at most two thirds of it.
     """
 
     def __init__(
@@ -93,280 +96,282 @@ class Database:
         *,
         pool_size: int = 8,
         max_overflow: int = 4,
-        pool_timeout: float = 5.0,
-        recycle: int = 240,
-        connect_timeout: float = 12.0,
+        pool_timeout_s: float = 5.0,
+        recycle_s: int = 240,
+        connect_timeout_s: float = 12.0,
         hot_pool_size: int = 6,
     ) -> None:
+        """Create the engine; it connects when it is first used.
+
+        Args:
+            target: Where the database is.
+            pool_size: Connections that are kept open.
+            max_overflow: Further connections that may be opened and are closed after use.
+            pool_timeout_s: Seconds that a call waits for a connection.
+            recycle_s: Age of a connection in seconds after which it is replaced.
+            connect_timeout_s: Seconds that connecting may take; the URL's own value has precedence.
+            hot_pool_size: Connections for the hot statements; fewer if the pool is small.
+        """
+        self._loop = asyncio.get_running_loop()
         self.target = target
-        args = {
-            "timeout": connect_timeout,
-            "command_timeout": COMMAND_TIMEOUT_S,
-        } | target.connect_args
-        args["connection_class"] = PoolerConnection if target.is_pooled else DriverConnection
-        self.engine: AsyncEngine = create_async_engine(
-            target.url,
-            connect_args=args,
+        self.engine = pooled_engine(
+            target,
             pool_size=pool_size,
             max_overflow=max_overflow,
-            pool_timeout=pool_timeout,
-            pool_recycle=recycle,
-            # The least used connections age and are recycled, and a suspended database loses few.
-            pool_use_lifo=True,
-            hide_parameters=True,
+            pool_timeout_s=pool_timeout_s,
+            recycle_s=recycle_s,
+            connect_timeout_s=connect_timeout_s,
         )
-        _ping_after_idle(self.engine)
-        # Outside a transaction a read costs one round trip instead of three. Behind a transaction pooler each statement of a
-        # driver without prepared statements may meet another server unless BEGIN holds it (SQLAlchemy #12836).
-        self._reader = (
+        # Outside a transaction a read costs one round trip instead of three. Behind a transaction
+        # pooler, BEGIN is needed to keep the statements of a driver without prepared statements on
+        # one server (SQLAlchemy #12836).
+        self._read_engine = (
             self.engine
             if target.is_pooled
             else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
-        # For a question to the database while calls that wait for locks hold the whole pool.
-        self._apart = create_async_engine(
-            target.url, connect_args=args, poolclass=NullPool, hide_parameters=True
-        )
-        self._limit = pool_size + max_overflow
-        hot = max(1, min(hot_pool_size, pool_size, self._limit - MIN_OTHER_CONNECTIONS))
-        self.hot_pool = HotPool(self.engine, hot)
-        rest = max(1, self._limit - hot)
-        self._permits, self._write_permits = FairSemaphore(rest), FairSemaphore(rest - rest // 3)
-        self._pool_timeout = pool_timeout
+        # For probes, while calls that wait for locks hold every connection of the pool.
+        self._probe_engine = unpooled_engine(target, connect_timeout_s=connect_timeout_s)
+        self._max_connections = pool_size + max_overflow
+        hot_size = min(hot_pool_size, pool_size, self._max_connections - MIN_OTHER_CONNECTIONS)
+        self.hot_pool = HotPool(self.engine, max(1, hot_size))
+        permits = max(1, self._max_connections - max(1, hot_size))
+        self._permits = FairSemaphore(permits)
+        self._write_permits = FairSemaphore(permits - permits // 3)
+        self._pool_timeout_s = pool_timeout_s
         self._writes: set[asyncio.Task[Any]] = set()
         self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
         event.listen(
             self.engine.sync_engine,
             "connect",
-            lambda made, _: self._connections.add(made.driver_connection),
+            lambda connection, _: self._connections.add(connection.driver_connection),
         )
-        self._loop = asyncio.get_running_loop()
-        self.hot_pool.on_slow_statement = lambda: self.on_suspected_outage()  # noqa: PLW0108 - it is set later
         self.on_suspected_outage: Callable[[], None] = lambda: None
-        """Called when a call has shown, or suggests, that the database does not answer."""
+        """Called when a call has shown, or suggests, that the database is unavailable."""
+        # Looked up at each call, since the attribute is assigned later.
+        self.hot_pool.on_slow_statement = lambda: self.on_suspected_outage()  # noqa: PLW0108
 
     async def fetch(self, statement: Statement, *args: Any, deadline: float) -> list[Record]:
         """Run one hot statement that only reads, and return its rows.
 
         Raises:
-            Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
+            Unavailable, Conflict, DeadlineExceeded: as `db_errors` maps them.
         """
         try:
             return await self.fetch_once(statement, *args)
         except DATABASE_ERRORS as error:
-            return await self._attempts(
-                lambda _: self.fetch_once(statement, *args), deadline, error
-            )
+            return await self._retry(lambda _: self.fetch_once(statement, *args), deadline, error)
 
     async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
-        """Run one statement by the driver in a transaction of its own, without a retry.
+        """Run one statement by the driver in a transaction of its own, without retries.
 
         Raises:
-            Whatever the driver raises; see `failures.classify`.
+            Any error of the driver; see `db_errors.classify`.
         """
-        kept = await self.hot_pool.acquire()
-        give_back = self.hot_pool.release
+        connection = await self.hot_pool.acquire()
+        release = self.hot_pool.release
         try:
             if not self.target.is_pooled:
-                return await kept.driver.fetch(statement.text, *args)
-            return await fetch_in_transaction(kept.driver, statement, *args)
+                return await connection.driver.fetch(statement.text, *args)
+            return await fetch_in_transaction(connection.driver, statement, *args)
         except (TimeoutError, asyncpg.InternalClientError):
-            # The driver's own limit: the server may be gone without a word, so nobody waits for this connection again. Or the server
-            # has said that it ends this connection, and the end itself has not come yet.
-            kept.driver.terminate()
+            # Either the driver's own timeout has passed, and the server may have disappeared
+            # without closing the connection; or the server has announced that it closes the
+            # connection, and has not done so yet. In both cases no later call may wait for this
+            # connection.
+            connection.driver.terminate()
             raise
         except asyncio.CancelledError:
-            self._suspect(kept.since)
-            give_back = self.hot_pool.release_abandoned
+            self._suspect_outage(connection.used_at)
+            release = self.hot_pool.release_abandoned
             raise
         finally:
-            give_back(kept)
+            release(connection)
 
-    async def read(
-        self,
-        work: Work[T],
-        *,
-        owner_id: str,
-        deadline: float,
-    ) -> T:
+    async def read(self, work: Work[T], *, owner_id: str, deadline: float) -> T:
         """Run statements that change nothing.
 
         Args:
-            work: May run several times, each time on a connection of its own.
-            owner_id: The user in whose turn it waits for a connection: the caller's id, or NO_OWNER.
+            work: Called once for each attempt, each time with a connection.
+            owner_id: The user in whose turn the call waits: the caller, or NO_OWNER.
             deadline: A time of the running loop's clock, in seconds.
 
         Raises:
-            Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
+            Unavailable, Conflict, DeadlineExceeded: as `db_errors` maps them.
+            ServiceError: raised by `work`.
         """
 
-        async def once(give_up: float) -> T:
+        async def attempt(wait_until: float) -> T:
             async with (
-                self._permits.hold(owner_id, self._patience(give_up)),
-                self._reader.connect() as connection,
+                self._permits.hold(owner_id, self._acquire_timeout_s(wait_until)),
+                self._read_engine.connect() as connection,
             ):
                 return await work(connection)
 
-        return await self._attempts(once, deadline)
+        return await self._retry(attempt, deadline)
 
-    async def write(
-        self,
-        work: Work[T],
-        *,
-        owner_id: str,
-        deadline: float,
-    ) -> T:
-        """Run a transaction and commit it; a caller that is cancelled meanwhile does not stop it.
+    async def write(self, work: Work[T], *, owner_id: str, deadline: float) -> T:
+        """Run a transaction and commit it, also when the caller is cancelled before its end.
 
-        `work` may run several times, each time in a transaction of its own; also when the connection was lost during COMMIT, and nobody
-        knows whether that one counts. If the next run is then refused, the refusal may be its own predecessor's doing, so the caller
-        is told to find out.
+        `work` may run several times, each time in a new transaction. One case is a connection that
+        is lost during COMMIT, which leaves unknown whether the transaction was committed. If the
+        next attempt is then refused, the first one may be the cause, so the caller is asked to find
+        out.
+
+        Args:
+            work: Called once for each attempt, each time with a connection in a transaction.
+            owner_id: The user in whose turn the call waits: the caller, or NO_OWNER.
+            deadline: A time of the running loop's clock, in seconds.
 
         Raises:
-            Unavailable, Conflict, DeadlineExceeded: as `failures` maps them.
-            ServiceError: what `work` raises.
+            Unavailable, Conflict, DeadlineExceeded: as `db_errors` maps them.
+            ServiceError: raised by `work`.
         """
-        unknown = False
+        is_outcome_unknown = False
 
-        async def once(give_up: float) -> T:
-            nonlocal unknown
-            give_up -= LOCK_TIMEOUT_S
+        async def attempt(wait_until: float) -> T:
+            nonlocal is_outcome_unknown
+            wait_until -= LOCK_TIMEOUT_S
             async with (
-                self._write_permits.hold(owner_id, self._patience(give_up)),
-                self._permits.hold(owner_id, self._patience(give_up)),
+                self._write_permits.hold(owner_id, self._acquire_timeout_s(wait_until)),
+                self._permits.hold(owner_id, self._acquire_timeout_s(wait_until)),
                 self.engine.connect() as connection,
             ):
                 try:
                     result = await work(connection)
                 except ServiceError as error:
-                    if not unknown:
+                    if not is_outcome_unknown:
                         raise
                     raise Unavailable(
-                        "the database went away before it said whether this was done; read and decide"
+                        "the connection was lost during COMMIT; read whether the change is stored"
                     ) from error
                 try:
                     await connection.commit()
                 except DATABASE_ERRORS as error:
-                    unknown = unknown or classify(error) is Failure.LOST
+                    is_outcome_unknown |= classify(error) is Failure.LOST
                     raise
                 return result
 
-        return await self.shield(self._attempts(once, deadline))
+        return await self.shield(self._retry(attempt, deadline))
 
     async def shield(self, work: Coroutine[Any, Any, T]) -> T:
-        """Carry `work` to its end even when the caller is cancelled; `drain` waits for it."""
+        """Run `work` to its end even when the caller is cancelled; `drain` waits for it."""
         task = self._loop.create_task(work)
         self._writes.add(task)
-        task.add_done_callback(self._forget)
+        task.add_done_callback(self._on_write_done)
         return await asyncio.shield(task)
 
-    def _forget(self, task: asyncio.Task[Any]) -> None:
+    def _on_write_done(self, task: asyncio.Task[Any]) -> None:
         self._writes.discard(task)
         if not task.cancelled():
-            task.exception()  # Seen, also when the caller who would have seen it is gone.
+            # Marks the exception as retrieved: the caller may have been cancelled.
+            task.exception()
 
     async def drain(self) -> None:
-        """Wait for writes whose callers may be gone."""
+        """Wait for the writes in flight, including those of cancelled callers."""
         while self._writes:
             await asyncio.wait(self._writes)
 
-    async def _attempts(
+    async def _retry(
         self,
-        once: Callable[[float], Awaitable[T]],
+        attempt: Callable[[float], Awaitable[T]],
         deadline: float,
         error: BaseException | None = None,
     ) -> T:
-        """Try until it works, the error is final, or the time is up; `error` is what a first try has met already.
+        """Repeat attempts until one succeeds, an error is final, or the time is up.
 
-        `once` is given the time by which it must have what it waits for.
+        Args:
+            attempt: Is passed the time until which it may wait for a connection.
+            deadline: The call's deadline.
+            error: The error of a first attempt that was made already.
         """
-        give_up = outage_deadline(deadline, self._loop.time())
-        attempt = 0
+        wait_until = outage_deadline(deadline, self._loop.time())
+        attempts = 0
         while True:
             if error is not None:
-                await self._pause(error, attempt, give_up)
-                attempt += 1
+                await self._back_off(error, attempts, wait_until)
+                attempts += 1
             started = self._loop.time()
             scope = asyncio.timeout_at(deadline)
             try:
                 async with scope:
-                    return await once(give_up)
+                    return await attempt(wait_until)
             except DATABASE_ERRORS as failed:
                 if scope.expired():
-                    self._suspect(started)
-                    raise DeadlineExceeded("the database did not answer in time") from None
+                    self._suspect_outage(started)
+                    raise DeadlineExceeded("the database did not respond in time") from None
                 if error is None or not isinstance(failed, AcquireTimeout):
-                    error = failed  # Else what it has met before says more.
+                    error = failed  # An earlier error says more than the lack of a permit.
             except asyncio.CancelledError:
-                self._suspect(started)
+                self._suspect_outage(started)
                 raise
 
-    def _patience(self, give_up: float) -> float:
-        """Return how many seconds a call may wait for a connection."""
-        return min(self._pool_timeout, give_up - self._loop.time())
+    def _acquire_timeout_s(self, wait_until: float) -> float:
+        return min(self._pool_timeout_s, wait_until - self._loop.time())
 
-    async def _pause(self, error: BaseException, attempt: int, give_up: float) -> None:
-        """Wait before the next try, or raise what the caller is told when there is none."""
+    async def _back_off(self, error: BaseException, attempts: int, wait_until: float) -> None:
+        """Wait before the next attempt, or raise the caller's error when there is none."""
         failure = classify(error)
         if failure in (Failure.LOST, Failure.REFUSED):
             self.on_suspected_outage()
-        pause = backoff(attempt)
+        pause = backoff(attempts)
         if failure is Failure.LOCKED:
-            give_up -= LOCK_TIMEOUT_S  # The next wait may be in vain too.
-        if self._may_retry(failure, attempt) and self._loop.time() + pause < give_up:
+            wait_until -= LOCK_TIMEOUT_S  # The next attempt may wait for the lock in vain, too.
+        if self._may_retry(failure, attempts) and self._loop.time() + pause < wait_until:
             await asyncio.sleep(pause)
             return
-        known = to_service_error(error)
-        if known is None:
+        service_error = to_service_error(error)
+        if service_error is None:
             raise error
-        raise known from None
+        raise service_error from None
 
     @staticmethod
-    def _may_retry(failure: Failure, attempt: int) -> bool:
+    def _may_retry(failure: Failure, attempts: int) -> bool:
         match failure:
             case Failure.CONTENTION:
-                return attempt + 1 < MAX_ATTEMPTS
+                return attempts + 1 < MAX_ATTEMPTS
             case Failure.LOCKED | Failure.LOST | Failure.REFUSED:
                 return True
             case _:
                 return False
 
-    def _suspect(self, started: float) -> None:
-        """Cast doubt on the database when a call was given up that had waited for it a while."""
+    def _suspect_outage(self, started: float) -> None:
+        """Report a suspected outage if an unsuccessful call has waited for long enough."""
         if self._loop.time() - started > SUSPICIOUS_WAIT_S:
             self.on_suspected_outage()
 
-    async def probe(self, timeout: float) -> SchemaVersion:
-        """Ask the database for its schema's version, on a connection of its own when the pool has none left; one try.
+    async def probe(self, timeout_s: float) -> SchemaVersion:
+        """Read the schema version in one attempt, on an extra connection if the pool is exhausted.
 
         Raises:
-            Whatever connecting or the statement raises, and TimeoutError.
+            Any error of connecting or of the statement, and TimeoutError.
         """
-        full = self.engine.pool.checkedout() >= self._limit  # type: ignore[attr-defined]
+        checked_out = self.engine.pool.checkedout()  # type: ignore[attr-defined]
+        is_exhausted = checked_out >= self._max_connections
         async with (
-            asyncio.timeout(timeout),
-            (self._apart if full else self._reader).connect() as connection,
+            asyncio.timeout(timeout_s),
+            (self._probe_engine if is_exhausted else self._read_engine).connect() as connection,
         ):
             return await schema_version(connection)
 
     def terminate(self) -> None:
-        """Cut every connection, as to a database that does not answer."""
+        """Close every connection without waiting for a response."""
         for connection in list(self._connections):
             connection.terminate()
 
-    async def close(self, patience: float | None = None) -> None:
-        """Wait for writes, those that take longer than `patience` seconds are given up, and close every connection."""
+    async def close(self, timeout_s: float | None = None) -> None:
+        """Wait up to `timeout_s` seconds for the writes in flight, then close every connection."""
         if self._writes:
-            _, left = await asyncio.wait(self._writes, timeout=patience)
-            if left:
+            _, unfinished = await asyncio.wait(self._writes, timeout=timeout_s)
+            if unfinished:
                 self.terminate()
-                for task in left:
+                for task in unfinished:
                     task.cancel()
-                await asyncio.wait(left, timeout=CLOSE_TIMEOUT_S)
+                await asyncio.wait(unfinished, timeout=CLOSE_TIMEOUT_S)
         closing = self._loop.create_task(self._close())
-        _, late = await asyncio.wait((closing,), timeout=CLOSE_TIMEOUT_S)
-        if late:
-            # A database that has gone silent says no goodbye.
+        _, unfinished = await asyncio.wait((closing,), timeout=CLOSE_TIMEOUT_S)
+        if unfinished:
+            # An unresponsive server does not answer the request to close.
             self.terminate()
             await asyncio.wait((closing,), timeout=CLOSE_TIMEOUT_S)
         if closing.done():
@@ -375,23 +380,3 @@ class Database:
     async def _close(self) -> None:
         await self.hot_pool.close()
         await self.engine.dispose()
-
-
-def _ping_after_idle(engine: AsyncEngine) -> None:
-    """Try connections that idled long before they are used; a ping at every checkout would cost up to four round trips."""
-
-    def checked_in(_connection: object, entry: ConnectionPoolEntry) -> None:
-        entry.info["idle_since"] = time.monotonic()
-
-    def checked_out(
-        connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
-    ) -> None:
-        idle_since = entry.info.get("idle_since")
-        if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE_S:
-            try:
-                engine.sync_engine.dialect.do_ping(connection)
-            except Exception as error:
-                raise DisconnectionError("the connection went away while idle") from error
-
-    event.listen(engine.sync_engine, "checkin", checked_in)
-    event.listen(engine.sync_engine, "checkout", checked_out)

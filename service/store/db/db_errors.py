@@ -1,7 +1,8 @@
-"""Which failures of the database are retried, and what the caller is told when that does not help.
+"""Classifies database errors: which are retried, and which error the caller receives in the end.
 
-SQLSTATEs are those of PostgreSQL's appendix A. SQLAlchemy wraps most of them as a plain DBAPIError, and connect errors come as
-bare OSError and TimeoutError, so the code itself decides and not the class.
+SQLSTATEs are those of PostgreSQL's appendix A. SQLAlchemy wraps most of them as a plain DBAPIError,
+and connect errors arrive as bare OSError and TimeoutError. The classification therefore goes by the
+SQLSTATE rather than by the class of the exception.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from service.errors import Conflict, DeadlineExceeded, InvalidArgument, ServiceE
 
 
 class Failure(Enum):
-    """What a database error means for the transaction that met it."""
+    """The meaning of a database error for the transaction in which it occurred."""
 
     CONTENTION = auto()
-    """Rolled back because of others: the same transaction may succeed on a fresh snapshot."""
+    """Rolled back because of a concurrent transaction; may succeed again on a fresh snapshot."""
     LOCKED = auto()
-    """Rolled back as somebody holds what it needs for longer than it was to wait."""
+    """Rolled back because another transaction held a lock for longer than the lock timeout."""
     LOST = auto()
-    """The connection is gone. Nothing was committed unless COMMIT had been sent: then nobody knows."""
+    """The connection was lost. Nothing is committed, or unknown if COMMIT had been sent."""
     REFUSED = auto()
-    """No connection could be made; nothing was sent."""
+    """No connection could be opened, so that no statement was sent."""
     CANCELLED = auto()
-    """The server stopped the statement, as its time was up."""
+    """The server cancelled the statement, because its timeout had passed."""
     BAD_DATA = auto()
-    """A value that PostgreSQL cannot hold, which validation should have refused."""
+    """A value that PostgreSQL cannot store, and that validation should have rejected."""
     FATAL = auto()
-    """Anything else: a defect, or a constraint that the caller knows the meaning of."""
+    """Any other error: a defect, or a violated constraint that the calling code interprets."""
 
 
 _BY_SQLSTATE = {
@@ -50,8 +51,9 @@ _BY_SQLSTATE = {
     "08004": Failure.REFUSED,  # sqlserver_rejected_establishment_of_sqlconnection
 }
 _BY_CLASS = {"08": Failure.LOST, "22": Failure.BAD_DATA}
-# Neon's proxy, while it wakes a suspended compute, and PgBouncer, while its server is away, say so in words only.
-_REFUSED_WORDS = (
+# Neon's proxy, while it wakes a suspended compute, and PgBouncer, while its server is unavailable,
+# report this in the message only.
+_REFUSED_MESSAGES = (
     "couldn't connect to compute node",
     "server_login_retry",
     "server closed the connection",
@@ -60,7 +62,7 @@ _REFUSED_WORDS = (
 
 
 def driver_error(error: BaseException) -> BaseException:
-    """Return the driver's own error under SQLAlchemy's wrapping."""
+    """Return the driver's error that SQLAlchemy has wrapped."""
     while isinstance(error, DBAPIError) and error.orig is not None:
         error = error.orig
     cause = error.__cause__
@@ -70,34 +72,35 @@ def driver_error(error: BaseException) -> BaseException:
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """Return the SQLSTATE of an error, if the server sent one."""
+    """Return the SQLSTATE of an error, or None if the server sent none."""
     state = getattr(driver_error(error), "sqlstate", None)
     return state if isinstance(state, str) else None
 
 
 def constraint(error: BaseException) -> str | None:
-    """Return the name of the violated constraint, or for a NOT NULL the column's."""
+    """Return the name of the violated constraint, or of the column of a NOT NULL violation."""
     cause = driver_error(error)
     name = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
     return name if isinstance(name, str) else None
 
 
 def classify(error: BaseException) -> Failure:
-    """Say what a database error means."""
+    """Return what a database error means for its transaction."""
     cause = driver_error(error)
     if isinstance(cause, asyncpg.InvalidCachedStatementError):
         return Failure.CONTENTION
     state = sqlstate(error)
     if state is not None:
-        words = str(cause).lower()
-        if any(word in words for word in _REFUSED_WORDS):
+        message = str(cause).lower()
+        if any(part in message for part in _REFUSED_MESSAGES):
             return Failure.REFUSED
         return _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.FATAL)
     if isinstance(cause, PoolTimeoutError):
         return Failure.REFUSED
     if isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError):
         return Failure.REFUSED
-    # InternalClientError: the server has ended the connection between two statements, and the driver has not heard the end of it.
+    # InternalClientError: the server closed the connection between two statements, and the driver
+    # has not noticed yet.
     lost = asyncpg.InterfaceError | InterfaceError | asyncpg.InternalClientError
     if isinstance(cause, lost) or getattr(error, "connection_invalidated", False):
         return Failure.LOST
@@ -105,21 +108,23 @@ def classify(error: BaseException) -> Failure:
 
 
 def to_service_error(error: BaseException) -> ServiceError | None:
-    """Return what the caller is told about a database error, or None when it is a defect (INTERNAL)."""
+    """Return the error that the caller receives, or None when it is a defect (INTERNAL)."""
     match classify(error):
         case Failure.CONTENTION | Failure.LOCKED:
             return Conflict(
-                "too many writers at once; try again", reason="CONTENTION", retry_after=0.1
+                "too many concurrent writers; retry", reason="CONTENTION", retry_after=0.1
             )
         case Failure.LOST | Failure.REFUSED:
             return Unavailable(
-                "the database does not answer; try again",
+                "the database does not respond; retry",
                 reason="DATABASE_UNAVAILABLE",
                 retry_after=1.0,
             )
         case Failure.CANCELLED:
-            return DeadlineExceeded("the database did not answer in time")
+            return DeadlineExceeded("the database did not respond in time")
         case Failure.BAD_DATA:
-            return InvalidArgument("a value cannot be stored", reason="MALFORMED_REQUEST")
+            return InvalidArgument(
+                "a value cannot be stored in the database", reason="MALFORMED_REQUEST"
+            )
         case Failure.FATAL:
             return None

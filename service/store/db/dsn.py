@@ -1,4 +1,7 @@
-"""Reads connection strings as libpq, and Neon's console, write them; asyncpg takes neither `sslmode` nor `channel_binding`."""
+"""Parses connection strings in the forms of libpq and of Neon's console.
+
+asyncpg takes neither `sslmode` nor `channel_binding`, among others; they are translated here.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +14,34 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# As it is, in quotes, or as the command that consoles offer: psql 'postgresql://…'.
-_GIVEN = re.compile(r"""(?:psql\s+)?(['"]?)(\S.*?)\1""", re.DOTALL)
+# Bare, in quotes, or as the command that consoles offer: psql 'postgresql://…'.
+_CONNECTION_STRING = re.compile(r"""(?:psql\s+)?(['"]?)(\S.*?)\1""", re.DOTALL)
 _PGBOUNCER_PORT = "6432"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the database is and how to talk to it."""
+    """A database, and how to connect to it."""
 
     url: URL
-    """For SQLAlchemy; holds no option that asyncpg does not know."""
+    """For SQLAlchemy, without options that asyncpg does not know."""
     connect_args: dict[str, Any] = field(repr=False)
-    """For `asyncpg.connect`."""
+    """Arguments of `asyncpg.connect`."""
     is_pooled: bool
-    """Whether a transaction pooler stands between: no start-up parameters, no session state, no prepared statements."""
+    """Behind a transaction pooler: no start-up parameters, session state or prepared statements."""
     ssl_mode: str
-    """The libpq mode in force."""
+    """The libpq mode that applies."""
     notes: tuple[str, ...] = ()
-    """What was changed or left out of the given string, for the log."""
+    """Options of the connection string that were changed or ignored, for the log."""
 
     @property
     def prepared_statements(self) -> bool:
-        """Whether statements are prepared and kept by name."""
+        """Whether the driver prepares statements and caches them by name."""
         return self.connect_args.get("statement_cache_size") != 0
 
     @property
     def location(self) -> str:
-        """Host and database, to be shown."""
+        """Host and database, for messages."""
         host = self.url.host or str(self.url.query.get("host", ""))
         if not host or host.startswith("/"):
             return f"the socket in {host}" if host else "the local socket"
@@ -47,11 +50,11 @@ class Target:
 
     @property
     def is_neon(self) -> bool:
-        """Whether it is one of Neon's, which suspends what is idle."""
+        """Whether it is a Neon database, which is suspended when idle."""
         return _is_neon(self.url.host or "")
 
     def direct(self) -> Target:
-        """Return Neon's direct host for a pooled one, for migrations; others unchanged."""
+        """Return the target with Neon's direct host instead of its pooled one, for migrations."""
         host = self.url.host or ""
         if not (self.is_neon and "-pooler." in host):
             return self
@@ -65,58 +68,66 @@ def _is_neon(host: str) -> bool:
 
 
 def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = "auto") -> Target:
-    """Read a connection string.
+    """Parse a connection string.
 
     Args:
-        text: `postgresql://user:password@host/database?sslmode=require&channel_binding=require` and the like.
+        text: For example `postgresql://user:password@host/database?sslmode=require`.
         ssl_mode: Overrides the string's `sslmode`.
-        prepared_statements: `on`, `off` (a transaction pooler stands between), or `auto` (off when the string shows that it does).
+        prepared_statements: `on`, `off` (behind a transaction pooler), or `auto` (off when the
+            string shows that there is a pooler).
 
     Raises:
-        ValueError: When it is no PostgreSQL connection string; the text does not hold the password.
+        ValueError: it is not a PostgreSQL connection string; the message does not contain the
+            password.
     """
     url, query = _split(text)
     host = url.host or query.get("host", "")
-    bouncer = query.pop("pgbouncer", "") == "true" or _PGBOUNCER_PORT in (
+    is_pgbouncer = query.pop("pgbouncer", "") == "true" or _PGBOUNCER_PORT in (
         str(url.port),
         query.get("port"),
     )
-    pooled = prepared_statements == "off" or bouncer or "-pooler." in host or ".pooler." in host
-    settings, notes = _server_settings(query, pooled=pooled)
-    given = query.pop("sslmode", None)
-    mode = ssl_mode or given or ("require" if _is_neon(host) else "prefer")
+    is_pooled = (
+        prepared_statements == "off" or is_pgbouncer or "-pooler." in host or ".pooler." in host
+    )
+    settings, notes = _server_settings(query, is_pooled=is_pooled)
+    mode = query.pop("sslmode", None)
+    mode = ssl_mode or mode or ("require" if _is_neon(host) else "prefer")
     if query.pop("channel_binding", "") == "require":
         notes.append(
-            "channel_binding=require: the driver has no SCRAM-SHA-256-PLUS; TLS with a verified certificate instead"
+            "channel_binding=require: the driver has no SCRAM-SHA-256-PLUS; the server is "
+            "authenticated by its TLS certificate instead"
             if _is_neon(host) or mode == "verify-full"
-            else "channel_binding=require is not supported and ignored: set sslmode=verify-full to know the server for certain"
+            else "channel_binding=require is not supported and ignored: set sslmode=verify-full to "
+            "authenticate the server"
         )
     args: dict[str, Any] = {"ssl": _ssl(mode, host, query), "server_settings": settings}
     if timeout := _seconds(query.pop("connect_timeout", "0")):
         args["timeout"] = timeout
-    if pooled and prepared_statements != "on":
+    if is_pooled and prepared_statements != "on":
         args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
     keep: dict[str, str] = {key: query.pop(key) for key in ("host", "port") if key in query}
     notes += [f"{key} in the database URL is not supported and ignored" for key in sorted(query)]
     return Target(
-        url.set(drivername="postgresql+asyncpg", query=keep), args, pooled, mode, tuple(notes)
+        url.set(drivername="postgresql+asyncpg", query=keep), args, is_pooled, mode, tuple(notes)
     )
 
 
 def _split(text: str) -> tuple[URL, dict[str, str]]:
-    """Take the string apart, and what libpq allows in either place to its place.
+    """Split a string into its URL, with user, password and database, and the other options.
 
     Raises:
-        ValueError: as `parse`. What stands in the string is not repeated, as it may be a piece of the password.
+        ValueError: as `parse`. The message quotes no part of the string, which may belong to the
+            password.
     """
-    match = _GIVEN.fullmatch(text.strip())
+    match = _CONNECTION_STRING.fullmatch(text.strip())
     try:
         url = make_url(match[2] if match else "")
         backend = url.get_backend_name()
     except (ArgumentError, ValueError):
         raise ValueError(
-            "the database URL is not of the form postgresql://user:password@host/database with one host; in user and password, "
-            "characters such as : / @ # ? % must be written as %3A %2F %40 %23 %3F %25"
+            "the database URL is not of the form postgresql://user:password@host/database with one "
+            "host; in user and password, characters such as : / @ # ? % must be written as "
+            "%3A %2F %40 %23 %3F %25"
         ) from None
     if backend not in ("postgresql", "postgres"):
         raise ValueError(f"the database URL is for {backend}, and only postgresql:// is supported")
@@ -141,33 +152,34 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-def _server_settings(query: dict[str, str], *, pooled: bool) -> tuple[dict[str, str], list[str]]:
-    """Take start-up parameters out of the query; a pooler refuses them."""
+def _server_settings(query: dict[str, str], *, is_pooled: bool) -> tuple[dict[str, str], list[str]]:
+    """Remove the start-up parameters from the query and return those that the server takes."""
     settings: dict[str, str] = {"application_name": query.pop("application_name", "chat-history")}
     notes: list[str] = []
-    # -c name=value, -cname=value or --name=value, and a bare name for Neon's own.
+    # -c name=value, -cname=value or --name=value, or a bare name for Neon's own.
     for word in re.sub(r"(^|\s)-c\s*", " ", query.pop("options", "")).split():
         name, _, value = word.removeprefix("--").partition("=")
         if name in ("endpoint", "project"):
-            continue  # Neon's way to name the compute for clients without SNI; asyncpg sends SNI.
+            continue  # Neon's name of the compute, for clients without SNI; asyncpg sends SNI.
         if name and value:
             settings[name.replace("-", "_")] = value
-    if pooled and len(settings) > 1:
+    if is_pooled and len(settings) > 1:
         notes.append(
-            "options in the database URL are left out: a pooler refuses start-up parameters"
+            "options in the database URL are ignored: a pooler rejects start-up parameters"
         )
         settings = {"application_name": settings["application_name"]}
-    if pooled:
-        # As PostgreSQL spells it: PgBouncer takes asyncpg's own spelling for another encoding, and sets it before each transaction.
+    if is_pooled:
+        # PostgreSQL's own spelling: PgBouncer takes asyncpg's spelling for a different encoding,
+        # and sets that before each transaction.
         settings["client_encoding"] = "UTF8"
     return settings, notes
 
 
 def _ssl(mode: str, host: str, query: dict[str, str]) -> ssl.SSLContext | str | bool:
-    """Build what asyncpg takes for `ssl` from libpq's words, which are taken out of the query.
+    """Return asyncpg's `ssl` argument for libpq's options, which are removed from the query.
 
     Raises:
-        ValueError: for an unknown mode, or a certificate file that cannot be read.
+        ValueError: the mode is unknown, or a certificate file cannot be read.
     """
     if mode not in _SSL_MODES:
         raise ValueError(f"sslmode in the database URL is not one of {', '.join(_SSL_MODES)}")
@@ -185,7 +197,8 @@ def _ssl(mode: str, host: str, query: dict[str, str]) -> ssl.SSLContext | str | 
         raise ValueError(
             f"a certificate file of the database URL cannot be read: {error.strerror}"
         ) from None
-    # libpq's `require` encrypts without looking at the certificate, unless a root is given; on Neon it is always public.
+    # libpq's `require` does not verify the certificate unless there is a root certificate. Neon's
+    # certificates are always public ones, so there they are verified.
     context.check_hostname = (
         verify and mode != "verify-ca" and (mode == "verify-full" or _is_neon(host))
     )

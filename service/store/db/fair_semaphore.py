@@ -1,4 +1,4 @@
-"""So many at once, and in turn: whoever floods waits behind themselves, and not everybody behind them."""
+"""A semaphore that is fair between users: a burst of one user queues behind itself only."""
 
 from __future__ import annotations
 
@@ -9,58 +9,60 @@ from contextlib import asynccontextmanager
 
 
 class AcquireTimeout(TimeoutError):
-    """There was no permit for as long as one could wait."""
+    """No permit became free within the timeout."""
 
 
 class FairSemaphore:
-    """`count` permits. Those who wait get them user by user, one each in turn, and each user's in the order in which they came."""
+    """Permits, granted to owners in rotation, and to one owner's calls in order of arrival."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.free = count
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        """The waiting calls of each owner; the owner in front is next."""
         self._loop = asyncio.get_running_loop()
 
     @asynccontextmanager
-    async def hold(self, owner_id: str, patience: float) -> AsyncIterator[None]:
-        """Hold a permit for a block.
+    async def hold(self, owner_id: str, timeout_s: float) -> AsyncIterator[None]:
+        """Hold a permit during the block.
 
         Args:
-            owner_id: The user for whom it is.
-            patience: Seconds to wait for one at the most.
+            owner_id: The user in whose queue the call waits.
+            timeout_s: Seconds to wait for a permit.
 
         Raises:
-            AcquireTimeout: there was none in that time.
+            AcquireTimeout: no permit became free in that time.
         """
         if self.free:
             self.free -= 1
         else:
-            await self._turn(owner_id, patience)
+            await self._wait_for_permit(owner_id, timeout_s)
         try:
             yield
         finally:
-            self._pass_on()
+            self._release()
 
-    async def _turn(self, owner_id: str, patience: float) -> None:
-        turn = self._loop.create_future()
-        self._waiting.setdefault(owner_id, deque()).append(turn)
+    async def _wait_for_permit(self, owner_id: str, timeout_s: float) -> None:
+        permit = self._loop.create_future()
+        self._queues.setdefault(owner_id, deque()).append(permit)
         try:
-            async with asyncio.timeout(patience):
-                await turn
+            async with asyncio.timeout(timeout_s):
+                await permit
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
-                self._pass_on()  # It was ours already.
+            if permit.done() and not permit.cancelled():
+                self._release()  # It had been granted already.
             if isinstance(error, TimeoutError):
                 raise AcquireTimeout from None
             raise
 
-    def _pass_on(self) -> None:
-        while self._waiting:
-            owner_id, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[owner_id] = turns
-            if not turn.done():  # Else nobody waits for it any more.
-                turn.set_result(None)
+    def _release(self) -> None:
+        """Grant the permit to the next call that still waits, or count it as free."""
+        while self._queues:
+            owner_id, queue = self._queues.popitem(last=False)
+            permit = queue.popleft()
+            if queue:
+                self._queues[owner_id] = queue
+            if not permit.done():
+                permit.set_result(None)
                 return
         self.free += 1

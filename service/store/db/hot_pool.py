@@ -1,15 +1,16 @@
-"""The driver's connections: what they do otherwise than asyncpg's, and those that are kept for the hot statements alone.
+"""Connections that are kept for the hot statements, and the behaviour of every asyncpg connection.
 
-SQLAlchemy compiles the hot statements and owns the pool; the compiled text is run by the asyncpg connection under it, on
-connections that stay checked out while traffic flows. That saves the greenlet, the result wrapping and the reset at every release,
-which together cost more than the statement itself (docs/explanation/performance.md).
+SQLAlchemy compiles the hot statements and owns the pool. The asyncpg connection under it runs the
+compiled text, on connections that stay checked out while traffic flows. This saves the greenlet,
+the wrapping of results and the reset at every release, which together cost more than the statement
+itself (docs/explanation/performance.md).
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import asyncpg
@@ -18,23 +19,23 @@ from sqlalchemy.dialects.postgresql import asyncpg as dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 MAX_IDLE_S = 2.0
-"""How long an unused connection is kept before it goes back to the pool."""
+"""Seconds after which an unused connection goes back to SQLAlchemy's pool."""
 
 SYNC_TIMEOUT_S = 2.0
-"""In which a connection must answer that a caller has left, or it is cut."""
+"""Seconds in which a connection whose caller was cancelled must respond, or it is closed."""
 
 SLOW_STATEMENT_S = 2.0
-"""After which an unanswered statement casts doubt on the database."""
+"""Seconds after which a statement without a result suggests that the database is unavailable."""
 
 LOCK_TIMEOUT_S = 0.2
-"""Seconds that a transaction waits for a lock of somebody else's before it gives its connection back and tries again."""
+"""Seconds that a transaction waits for a lock before it releases its connection and is retried."""
 
 Record = asyncpg.Record
 _DIALECT = dialect.dialect()  # type: ignore[no-untyped-call]
 
 
 class Statement:
-    """A statement compiled once to the driver's own text, with its parameters in order."""
+    """A statement compiled once to the driver's text, with its parameters in order."""
 
     __slots__ = ("names", "text")
 
@@ -45,20 +46,21 @@ class Statement:
 
     @classmethod
     def from_text(cls, text: str) -> Statement:
-        """Take a text that is numbered ($1, $2, …) already."""
+        """Make a statement of SQL whose parameters are numbered already ($1, $2, …)."""
         self = cls.__new__(cls)
         self.text, self.names = text, ()
         return self
 
     def bind(self, **values: Any) -> tuple[Any, ...]:
-        """Put named values in the order of the text."""
+        """Return named values in the order of the text."""
         return tuple(values[name] for name in self.names)
 
 
 class DriverConnection(asyncpg.Connection):
-    """Begins its transactions with a bound on their waits for locks, in the same round trip.
+    """An asyncpg connection that sets a transaction's lock timeout in the same round trip as BEGIN.
 
-    A transaction pooler refuses that bound as a start-up parameter, and a statement of its own would cost each write a round trip.
+    A transaction pooler rejects it as a start-up parameter, and a separate statement would cost
+    each write a round trip.
     """
 
     __slots__ = ()
@@ -70,10 +72,11 @@ class DriverConnection(asyncpg.Connection):
 
 
 class PoolerConnection(DriverConnection):
-    """A connection to a transaction pooler: a statement that nobody waits for any more is left by ending the connection.
+    """A connection to a transaction pooler, which cancels a statement by closing the connection.
 
-    asyncpg would send a request to cancel on a connection of its own, and PgBouncer 1.18 ends itself when such a client goes away too
-    early (github.com/pgbouncer/pgbouncer/issues/801), with the connections of everybody else.
+    asyncpg would send a cancel request on a connection of its own. PgBouncer 1.18 exits when the
+    client of such a request disconnects too early (github.com/pgbouncer/pgbouncer/issues/801),
+    which ends the connections of all its clients.
     """
 
     __slots__ = ()
@@ -82,28 +85,29 @@ class PoolerConnection(DriverConnection):
         self, waiter: asyncio.Future[None], cancel_waiter: asyncio.Future[None] | None = None
     ) -> None:
         self.terminate()
-        for each in (waiter, cancel_waiter):
-            if each is not None and not each.done():
-                each.set_result(None)
+        for future in (waiter, cancel_waiter):
+            if future is not None and not future.done():
+                future.set_result(None)
 
 
 async def fetch_in_transaction(
     driver: asyncpg.Connection, statement: Statement, *args: Any
 ) -> list[Record]:
-    """Run a statement between BEGIN and COMMIT, and leave no transaction open on the connection, whatever happens.
+    """Run a statement between BEGIN and COMMIT, and leave no transaction open on the connection.
 
-    Not by asyncpg's own block: when a caller goes away during its BEGIN, asyncpg takes the next block on the connection for a part of
-    that one, so that it ends in RELEASE SAVEPOINT where COMMIT should be, and what it has stored is lost.
+    asyncpg's own transaction block is not used. When a caller is cancelled during its BEGIN,
+    asyncpg treats the next block on the connection as nested: that one ends in RELEASE SAVEPOINT
+    instead of COMMIT, and its changes are lost.
 
     Raises:
-        Whatever the driver raises; a connection whose state is not known is cut.
+        Any error of the driver. A connection whose state is unknown is closed.
     """
     try:
         await driver.execute("BEGIN;")
         rows = await driver.fetch(statement.text, *args)
         await driver.execute("COMMIT")
     except asyncpg.PostgresError:
-        # The statement has failed, and the connection is sound unless it was ended.
+        # The statement failed. The connection can be used again unless the server has closed it.
         if not driver.is_closed() and driver.is_in_transaction():
             try:
                 await driver.execute("ROLLBACK")
@@ -112,7 +116,7 @@ async def fetch_in_transaction(
                 raise
         raise
     except BaseException:
-        # Nobody waits for the answer: a network that has gone silent would hold up a caller who has gone away.
+        # A ROLLBACK would delay the cancelled caller for as long as an unresponsive network does.
         driver.terminate()
         raise
     return rows
@@ -121,160 +125,162 @@ async def fetch_in_transaction(
 class HotConnection:
     """One connection that is checked out of SQLAlchemy's pool."""
 
-    __slots__ = ("driver", "owner", "since")
+    __slots__ = ("checkout", "driver", "used_at")
 
-    def __init__(self, owner: AsyncConnection, driver: asyncpg.Connection) -> None:
-        self.owner = owner
+    def __init__(self, checkout: AsyncConnection, driver: asyncpg.Connection, now: float) -> None:
+        self.checkout = checkout
         self.driver = driver
-        self.since = 0.0
-        """When it was last taken or given back, on the loop's clock."""
+        self.used_at = now
+        """When it was last acquired or released, on the event loop's clock."""
 
 
 class HotPool:
-    """At most `size` connections, newest used first; callers beyond that wait their turn."""
+    """At most `size` connections; the last used is used first, and further callers wait in line."""
 
     def __init__(self, engine: AsyncEngine, size: int) -> None:
         self._engine = engine
         self._size = size
-        # Kept, as asking for it costs a system call each time before Python 3.12.
+        # Stored, since before Python 3.12 each look-up of the running loop costs a system call.
         self._loop = asyncio.get_running_loop()
         self._idle: list[HotConnection] = []
         self._busy: set[HotConnection] = set()
         self._opening = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._closing: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self.on_slow_statement: Callable[[], None] = lambda: None
-        """Called while a statement has been under way for more than SLOW_STATEMENT_S."""
+        """Called repeatedly while a statement has been in flight for more than SLOW_STATEMENT_S."""
 
     async def acquire(self) -> HotConnection:
-        """Take a connection, opening one when none is idle and the limit allows.
+        """Return a connection, opening one when none is idle and the limit allows.
 
         Raises:
-            Whatever connecting raises; see `failures.classify`.
+            Any error of connecting; see `db_errors.classify`.
         """
         while True:
             while self._idle:
-                kept = self._idle.pop()
-                if not kept.driver.is_closed():
-                    kept.since = self._loop.time()
-                    self._busy.add(kept)
-                    return kept
-                self._discard(kept)
+                connection = self._idle.pop()
+                if not connection.driver.is_closed():
+                    connection.used_at = self._loop.time()
+                    self._busy.add(connection)
+                    return connection
+                self._return_to_engine(connection)
             if len(self._busy) + self._opening < self._size:
                 return await self._open()
-            turn = self._loop.create_future()
-            self._waiting.append(turn)
+            waiter = self._loop.create_future()
+            self._waiters.append(waiter)
             try:
-                await turn
+                await waiter
             except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._wake()  # The turn was ours already: pass it on.
+                if waiter.done() and not waiter.cancelled():
+                    self._wake_next()  # This waiter had been woken: pass its turn on.
                 raise
 
-    def release(self, kept: HotConnection) -> None:
-        """Give a connection back, whatever has become of it."""
-        self._busy.discard(kept)
-        if kept.driver.is_closed() or self._closed:
-            self._discard(kept)
+    def release(self, connection: HotConnection) -> None:
+        """Take a connection back, open or closed."""
+        self._busy.discard(connection)
+        if connection.driver.is_closed() or self._is_closed:
+            self._return_to_engine(connection)
         else:
-            kept.since = self._loop.time()
-            self._idle.append(kept)
-        if self._waiting:
-            self._wake()
+            connection.used_at = self._loop.time()
+            self._idle.append(connection)
+        if self._waiters:
+            self._wake_next()
 
-    def release_abandoned(self, kept: HotConnection) -> None:
-        """Give a connection back that a caller has left in the middle, once the server has ended what was begun.
+    def release_abandoned(self, connection: HotConnection) -> None:
+        """Take a connection of a cancelled caller back, once the server has ended the statement.
 
-        asyncpg only prepares a statement at first, and sends no Sync until it runs. Left in between, the server would keep the locks, and
-        hold up a migration, until the connection's next use.
+        asyncpg prepares a statement first, and sends no Sync until it runs the statement. A
+        connection that is abandoned in between would keep its locks, and block a migration, until
+        its next use.
         """
-        if kept.driver.is_closed():
-            self.release(kept)
+        if connection.driver.is_closed():
+            self.release(connection)
             return
-        task = self._loop.create_task(self._settle(kept))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._start(self._sync_and_release(connection))
 
-    async def _settle(self, kept: HotConnection) -> None:
+    async def _sync_and_release(self, connection: HotConnection) -> None:
         try:
             async with asyncio.timeout(SYNC_TIMEOUT_S):
-                await kept.driver.execute("")
-        except Exception:  # noqa: BLE001 - whatever it is, nobody shall wait for this connection
-            kept.driver.terminate()
+                await connection.driver.execute("")
+        except Exception:  # noqa: BLE001 - whatever failed, the connection cannot be used again
+            connection.driver.terminate()
         finally:
-            self.release(kept)
+            self.release(connection)
 
     def terminate(self) -> None:
-        """Cut every connection, also those in use: what waits on them fails now instead of at its time-out."""
-        for kept in (*self._idle, *self._busy):
-            kept.driver.terminate()
+        """Close every connection now, so that calls on them do not wait for their timeouts."""
+        for connection in (*self._idle, *self._busy):
+            connection.driver.terminate()
         idle, self._idle = self._idle, []
-        for kept in idle:
-            self._discard(kept)
+        for connection in idle:
+            self._return_to_engine(connection)
 
     async def close(self) -> None:
-        """Give every idle connection back to the pool and keep none from now on."""
-        self._closed = True
+        """Return idle connections to SQLAlchemy's pool, and the others when they are released."""
+        self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
-        for kept in self._idle:
-            self._discard(kept)
+        for connection in self._idle:
+            self._return_to_engine(connection)
         self._idle.clear()
-        while self._closing:
-            await asyncio.gather(*self._closing, return_exceptions=True)
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _open(self) -> HotConnection:
         self._opening += 1
         try:
-            owner = await self._engine.connect()
+            checkout = await self._engine.connect()
             try:
-                raw = await owner.get_raw_connection()
+                raw = await checkout.get_raw_connection()
                 driver = raw.driver_connection
                 assert driver is not None  # noqa: S101 - a fresh checkout has one
             except BaseException:
-                await owner.close()
+                await checkout.close()
                 raise
         except BaseException:
             self._opening -= 1
-            self._wake()
+            self._wake_next()
             raise
         self._opening -= 1
-        kept = HotConnection(owner, driver)
-        kept.since = self._loop.time()
-        self._busy.add(kept)
+        connection = HotConnection(checkout, driver, self._loop.time())
+        self._busy.add(connection)
         if self._timer is None:
-            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._tick)
-        return kept
+            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check)
+        return connection
 
-    def _wake(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
+    def _wake_next(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
                 return
 
-    def _tick(self) -> None:
-        """Give back what nobody needs, and notice a statement that is not answered; only while connections are kept."""
+    def _check(self) -> None:
+        """Return long idle connections and report slow statements, while there are connections."""
         now = self._loop.time()
-        stale = [kept for kept in self._idle if now - kept.since >= MAX_IDLE_S]
-        self._idle = [kept for kept in self._idle if now - kept.since < MAX_IDLE_S]
-        for kept in stale:
-            self._discard(kept)
-        if any(now - kept.since > SLOW_STATEMENT_S for kept in self._busy):
+        stale = [item for item in self._idle if now - item.used_at >= MAX_IDLE_S]
+        self._idle = [item for item in self._idle if now - item.used_at < MAX_IDLE_S]
+        for connection in stale:
+            self._return_to_engine(connection)
+        if any(now - item.used_at > SLOW_STATEMENT_S for item in self._busy):
             self.on_slow_statement()
-        again = bool(self._idle or self._busy)
-        self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._tick) if again else None
+        self._timer = None
+        if self._idle or self._busy:
+            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check)
 
-    def _discard(self, kept: HotConnection) -> None:
-        """Hand a connection back to SQLAlchemy's pool, or have the pool forget it when it is closed."""
-        task = self._loop.create_task(self._give_back(kept))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+    def _return_to_engine(self, connection: HotConnection) -> None:
+        """Return a connection to SQLAlchemy's pool, which forgets it if it is closed."""
+        self._start(self._end_checkout(connection))
 
     @staticmethod
-    async def _give_back(kept: HotConnection) -> None:
-        if kept.driver.is_closed():
-            await kept.owner.invalidate()
-        await kept.owner.close()
+    async def _end_checkout(connection: HotConnection) -> None:
+        if connection.driver.is_closed():
+            await connection.checkout.invalidate()
+        await connection.checkout.close()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,9 +1,12 @@
-"""Reads that arrive while a statement is under way share the next one.
+"""Batches reads that arrive while a statement is in flight: the next statement serves all of them.
 
-A round trip costs the driver and the event loop more than the rows do: sixteen pages in one statement take a third of the CPU time of
-sixteen statements. Nothing waits when idle: the first read leaves at once, by itself, and those that come meanwhile leave together.
-A batched statement joins the requests' arguments (`unnest`) with the rows that each of them reads (LATERAL), each under its own
-user's id. The query of a read is written once, as a function of its parameters, next to the code that uses it.
+A round trip costs the driver and the event loop more than the rows do: 16 pages in one statement
+take a third of the CPU time of 16 statements. Without load nothing waits: a read that arrives alone
+is sent alone and immediately.
+
+A batched statement joins the requests' arguments (`unnest`) with the rows that each of them reads
+(LATERAL), each under its own user's id. The query of a read is written once, as a function of its
+parameters, next to the code that uses it.
 """
 
 from __future__ import annotations
@@ -35,22 +38,22 @@ from service.store.db.db_errors import sqlstate
 from service.store.db.hot_pool import Statement
 
 MAX_BATCH_SIZE = 16
-"""Reads in one statement: each may return a page of 3 MiB."""
+"""Reads in one statement; each may return a page of 3 MiB."""
 MAX_IN_FLIGHT = 4
-"""Statements of one kind under way at once, at the most: the second and later ones leave full, or because the first is slow."""
+"""Statements of one kind in flight; more than one only if a batch is full or a statement slow."""
 SLOW_STATEMENT_S = 0.01
-"""Seconds after which those who wait for the statement under way leave in another."""
+"""Seconds after which reads no longer wait for the statement in flight."""
+
+FEATURE_NOT_SUPPORTED = "0A000"
 
 Rows = Sequence[Any]
-"""Each a sequence of columns."""
-
-
+"""Rows, each a sequence of columns."""
 Types = Mapping[str, TypeEngine[Any]]
 """The names and types of a read's parameters."""
 
 
 class Parameters:
-    """The parameters of a query: bind parameters of a single read, or columns of the table of batched requests."""
+    """A query's parameters: bind parameters of a single read, columns of a batch's requests."""
 
     def __init__(
         self, columns: Mapping[str, ColumnElement[Any]], tables: tuple[FromClause, ...] = ()
@@ -81,7 +84,7 @@ class BatchedRead:
 
     def __init__(self, query: Query, types: Types) -> None:
         self.single = Statement(query(Parameters.bound(types)))
-        # In the order of the single statement's arguments, so that a batch is a transposition of them.
+        # In the order of the single statement's arguments: a batch's arguments are their transpose.
         columns: Types = {"request_index": Integer()} | {
             name: types[name] for name in self.single.names
         }
@@ -103,67 +106,76 @@ class BatchedRead:
         )
 
 
-class _Asked(NamedTuple):
+class _Request(NamedTuple):
     arguments: tuple[Any, ...]
-    answer: asyncio.Future[Rows]
+    rows: asyncio.Future[Rows]
 
 
 class ReadBatcher:
-    """The shared reads of one database."""
+    """Batches the reads of one database, each kind of read in a queue of its own."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._lines: dict[BatchedRead, _ReadQueue] = {}
+        self._queues: dict[BatchedRead, _ReadQueue] = {}
 
     async def fetch(self, read: BatchedRead, deadline: float, **values: Any) -> Rows:
-        """Run one read, alone or with others of its kind, and return its rows.
+        """Run one read, alone or in a batch, and return its rows.
+
+        Args:
+            read: The kind of read.
+            deadline: A time of the running loop's clock, in seconds.
+            values: The read's parameters.
 
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `Database.fetch`.
         """
-        line = self._lines.get(read)
-        if line is None:
-            line = self._lines[read] = _ReadQueue(self.database, read)
-        return await line.fetch(read.single.bind(**values), deadline)
+        queue = self._queues.get(read)
+        if queue is None:
+            queue = self._queues[read] = _ReadQueue(self.database, read)
+        return await queue.fetch(read.single.bind(**values), deadline)
 
 
 class _ReadQueue:
-    """Those who wait for reads of one kind."""
+    """The waiting reads of one kind, and the tasks that send them."""
 
     def __init__(self, database: Database, read: BatchedRead) -> None:
         self._database = database
         self._read = read
-        self._queue: deque[_Asked] = deque()
-        self._under_way = 0
+        self._queue: deque[_Request] = deque()
+        self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
-        self._gather = BatchWindow()
-        self._shares = True
-        """False once the database has refused the shared statement: Citus takes no LATERAL … LIMIT over several users."""
+        self._window = BatchWindow()
+        self._is_batching_supported = True
+        """False once the database has rejected the batched statement, as Citus does: it supports no
+        LATERAL with LIMIT over several users."""
 
     async def fetch(self, arguments: tuple[Any, ...], deadline: float) -> Rows:
-        """Leave alone when nothing is under way and nothing was, else with the next shared statement."""
-        if not self._shares or (not self._under_way and self._gather.last <= 1):
-            self._under_way += 1
+        """Send a read alone if none is in flight and the last batch was one read, else queue it."""
+        is_alone = not self._in_flight and self._window.last_size <= 1
+        if is_alone or not self._is_batching_supported:
+            self._in_flight += 1
             try:
-                return await self._database.fetch(self._read.single, *arguments, deadline=deadline)
+                return await self._fetch_single(arguments, deadline)
             finally:
-                self._under_way -= 1
-                self._go_on()
-        asked = _Asked(arguments, self._loop.create_future())
-        self._queue.append(asked)
-        self._go_on()
+                self._in_flight -= 1
+                self._start_batch()
+        request = _Request(arguments, self._loop.create_future())
+        self._queue.append(request)
+        self._start_batch()
         try:
-            return await asked.answer
-        except _RunAlone:
-            return await self._database.fetch(self._read.single, *arguments, deadline=deadline)
+            return await request.rows
+        except _BatchFailed:
+            return await self._fetch_single(arguments, deadline)
 
-    def _go_on(self, *, slow: bool = False) -> None:
-        full = len(self._queue) >= MAX_BATCH_SIZE
-        if self._queue and (
-            not self._under_way or ((full or slow) and self._under_way < MAX_IN_FLIGHT)
-        ):
-            self._under_way += 1
+    async def _fetch_single(self, arguments: tuple[Any, ...], deadline: float) -> Rows:
+        return await self._database.fetch(self._read.single, *arguments, deadline=deadline)
+
+    def _start_batch(self, *, is_slow: bool = False) -> None:
+        """Start a task that empties the queue, unless that can wait for a statement in flight."""
+        is_due = is_slow or len(self._queue) >= MAX_BATCH_SIZE
+        if self._queue and (not self._in_flight or (is_due and self._in_flight < MAX_IN_FLIGHT)):
+            self._in_flight += 1
             task = self._loop.create_task(self._run())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -171,48 +183,52 @@ class _ReadQueue:
     async def _run(self) -> None:
         try:
             while self._queue:
-                await self._gather.wait(self._queue, MAX_BATCH_SIZE)
-                if batch := self._take():
-                    slow = self._loop.call_later(SLOW_STATEMENT_S, lambda: self._go_on(slow=True))
+                await self._window.wait(self._queue, MAX_BATCH_SIZE)
+                if batch := self._take_batch():
+                    timer = self._loop.call_later(
+                        SLOW_STATEMENT_S, lambda: self._start_batch(is_slow=True)
+                    )
                     try:
-                        await self._together(batch)
+                        await self._run_batch(batch)
                     finally:
-                        slow.cancel()
+                        timer.cancel()
         finally:
-            # At once, and not when the task's callbacks run: who comes between must find a place or somebody who will take it along.
-            self._under_way -= 1
+            # Not in a callback of the task, which runs later: a read that arrived in between would
+            # find a statement in flight, and no task that sends the read.
+            self._in_flight -= 1
 
-    def _take(self) -> list[_Asked]:
-        batch: list[_Asked] = []
+    def _take_batch(self) -> list[_Request]:
+        """Remove up to MAX_BATCH_SIZE requests whose callers still wait from the queue."""
+        batch: list[_Request] = []
         while self._queue and len(batch) < MAX_BATCH_SIZE:
-            asked = self._queue.popleft()
-            if not asked.answer.done():  # Else the caller is gone.
-                batch.append(asked)
+            request = self._queue.popleft()
+            if not request.rows.done():
+                batch.append(request)
         return batch
 
-    async def _together(self, batch: list[_Asked]) -> None:
+    async def _run_batch(self, batch: list[_Request]) -> None:
         arguments = [
-            list(column) for column in zip(*(asked.arguments for asked in batch), strict=True)
+            list(column) for column in zip(*(request.arguments for request in batch), strict=True)
         ]
         try:
-            rows = await self._database.fetch_once(
+            records = await self._database.fetch_once(
                 self._read.batched, list(range(len(batch))), *arguments
             )
-        except Exception as error:  # noqa: BLE001 - a defect must fail those who wait, not hang them
-            known = isinstance(error, DATABASE_ERRORS)
-            if known and sqlstate(error) == "0A000":
-                self._shares = False
-            for asked in batch:
-                if not asked.answer.done():
-                    asked.answer.set_exception(_RunAlone() if known else error)
+        except Exception as error:  # noqa: BLE001 - a defect must fail the callers, not hang them
+            is_database_error = isinstance(error, DATABASE_ERRORS)
+            if is_database_error and sqlstate(error) == FEATURE_NOT_SUPPORTED:
+                self._is_batching_supported = False
+            for request in batch:
+                if not request.rows.done():
+                    request.rows.set_exception(_BatchFailed() if is_database_error else error)
             return
-        found: list[list[Sequence[Any]]] = [[] for _ in batch]
-        for row in rows:
-            found[row[0]].append(row[1:])
-        for asked, mine in zip(batch, found, strict=True):
-            if not asked.answer.done():
-                asked.answer.set_result(mine)
+        rows: list[list[Sequence[Any]]] = [[] for _ in batch]
+        for record in records:
+            rows[record[0]].append(record[1:])
+        for request, own_rows in zip(batch, rows, strict=True):
+            if not request.rows.done():
+                request.rows.set_result(own_rows)
 
 
-class _RunAlone(Exception):
-    """The shared statement has failed: each tries again by itself, within its own deadline."""
+class _BatchFailed(Exception):
+    """The batched statement failed: each read is retried alone, within its own deadline."""

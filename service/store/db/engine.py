@@ -1,0 +1,85 @@
+"""Creates SQLAlchemy's engines: with a pool for calls, and without one for probes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy import NullPool, event
+from sqlalchemy.exc import DisconnectionError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+from service.store.db.dsn import Target
+from service.store.db.hot_pool import DriverConnection, PoolerConnection
+
+PING_AFTER_IDLE_S = 30.0
+"""Seconds after which an idle connection is pinged before use."""
+COMMAND_TIMEOUT_S = 60.0
+"""Seconds after which the driver cancels any statement, whatever its caller's deadline."""
+
+
+def pooled_engine(
+    target: Target,
+    *,
+    pool_size: int,
+    max_overflow: int,
+    pool_timeout_s: float,
+    recycle_s: int,
+    connect_timeout_s: float,
+) -> AsyncEngine:
+    """Create an engine that keeps connections open, recycles them, and pings those long idle."""
+    engine = create_async_engine(
+        target.url,
+        connect_args=_connect_args(target, connect_timeout_s),
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        pool_timeout=pool_timeout_s,
+        pool_recycle=recycle_s,
+        # The least used connections age and are recycled, so that few are open when the database is
+        # suspended.
+        pool_use_lifo=True,
+        hide_parameters=True,
+    )
+    _ping_after_idle(engine)
+    return engine
+
+
+def unpooled_engine(target: Target, *, connect_timeout_s: float) -> AsyncEngine:
+    """Create an engine that opens a connection for each use."""
+    return create_async_engine(
+        target.url,
+        connect_args=_connect_args(target, connect_timeout_s),
+        poolclass=NullPool,
+        hide_parameters=True,
+    )
+
+
+def _connect_args(target: Target, connect_timeout_s: float) -> dict[str, Any]:
+    """Return asyncpg's arguments; the target's own, such as a connect timeout, have precedence."""
+    return {
+        "timeout": connect_timeout_s,
+        "command_timeout": COMMAND_TIMEOUT_S,
+        **target.connect_args,
+        "connection_class": PoolerConnection if target.is_pooled else DriverConnection,
+    }
+
+
+def _ping_after_idle(engine: AsyncEngine) -> None:
+    """Ping a connection only after a long idle time: each ping costs up to four round trips."""
+
+    def checked_in(_connection: object, entry: ConnectionPoolEntry) -> None:
+        entry.info["idle_since"] = time.monotonic()
+
+    def checked_out(
+        connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
+    ) -> None:
+        idle_since = entry.info.get("idle_since")
+        if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE_S:
+            try:
+                engine.sync_engine.dialect.do_ping(connection)
+            except Exception as error:
+                raise DisconnectionError("the connection was lost while idle") from error
+
+    event.listen(engine.sync_engine, "checkin", checked_in)
+    event.listen(engine.sync_engine, "checkout", checked_out)
