@@ -1,12 +1,14 @@
-"""What every test stands on: a real PostgreSQL, a fresh database, a server, a stub; and what must hold after every test.
+"""Fixtures for all tests, and the checks that run after every test.
 
 - `cluster`: one PostgreSQL per test process. `database_url`: a fresh, migrated database in it.
-- `server`: the whole service in this process, on that database. `stub`: a stub on a real channel to it.
-- `user_id`: a user in it; `chat`: the service as that user's; `session`: a session of it. `start_process`: servers in processes
-  of their own.
+- `server`: the whole service in this process, on that database. `stub`: a stub on a real channel
+  to it. `start_process`: starts servers in processes of their own.
+- `chat`: the service as a new user calls it. `user_id`: that user's id. `session`: a session of
+  that user. `other`: the service as a second user calls it.
 
-After every test no task is left, the server has let go of all it took, and every statement that PostgreSQL was sent, by whatever
-process, passes the sentinel (tests/support/sentinel.py). Warnings are errors.
+After every test no asyncio task may be left, the server must have released all its resources, and
+every statement that any process sent to PostgreSQL must pass the sentinel
+(tests/support/sentinel.py). Warnings are errors.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from tests.support.servers import AsyncStub, ServerProcess, connected, serving
 
 pytest.register_assert_rewrite("tests.support.failures")
 
-# The database decides how long an example takes, and a shared machine decides that; examples share one database on purpose.
+# No deadline: the time of an example depends on the database and on the load of the machine.
+# Function-scoped fixtures are allowed because examples share one database on purpose.
 hypothesis_settings.register_profile(
     "tests",
     deadline=None,
@@ -51,27 +54,25 @@ StartProcess = Callable[..., Awaitable[ServerProcess]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a run choose how services get to their databases."""
-    parser.addoption(
-        "--through", choices=ROUTES, help="what stands between services and PostgreSQL"
-    )
+    """Add the option that selects how services connect to their databases."""
+    parser.addoption("--through", choices=ROUTES, help="the pooler that services connect through")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep what a developer's shell has set away from the tests."""
+    """Remove the settings of a developer's shell, so that no test depends on them."""
     for name in list(os.environ):
         if name.startswith("CHAT_HISTORY_") or name in ("DATABASE_URL", "NEON_DATABASE_URL"):
             del os.environ[name]
-    if not hasattr(config, "workerinput"):  # Once, and not in each of xdist's workers.
+    if not hasattr(config, "workerinput"):  # Once, and not in every worker of xdist.
         remove_abandoned_clusters()
 
 
 LONG = ("chatbot", "faults", "security")
-"""Folders whose tests `make test-faults` runs, as `make test` is to end within five minutes."""
+"""Folders that `make test-faults` runs, so that `make test` ends within five minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the long folders, but for those that take no time and that no change may get past."""
+    """Mark the tests of the long folders, except the quick ones that must check every change."""
     for item in items:
         if item.path.parent.name in LONG and not item.get_closest_marker("quick"):
             item.add_marker(pytest.mark.faults)
@@ -79,19 +80,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def sentinel() -> Generator[None]:
-    """Fail the test during which a statement was sent that could touch another user's things."""
+    """Fail a test during which a statement was sent that could touch another user's rows."""
     yield
-    if found := checks.complaints(all_new_statements()):
-        pytest.fail("\n\n".join(found), pytrace=False)
+    if complaints := checks.complaints(all_new_statements()):
+        pytest.fail("\n\n".join(complaints), pytrace=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _collector() -> Generator[None]:
-    """Let the garbage collector look at what the tests make, and not again and again at what was imported before them."""
+def _frozen_imports() -> Generator[None]:
+    """Exclude imported modules from garbage collection, which runs after every test."""
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        # A server sets up the collector of a process of its own; in this one there are many, one after the other.
+        # A server freezes and unfreezes the collector of its process. Many servers run in this
+        # process, and they must not undo the freeze above.
         patch.setattr(
             server_module,
             "gc",
@@ -102,8 +104,8 @@ def _collector() -> Generator[None]:
 
 
 @pytest.fixture(autouse=True)
-def tidy(request: pytest.FixtureRequest, sentinel: None) -> None:
-    """Look after an asynchronous test, when all it used has ended, at what it has left."""
+def leftover_check(request: pytest.FixtureRequest, sentinel: None) -> None:
+    """Fail an asynchronous test that leaves tasks behind once its other fixtures have ended."""
     if inspect.iscoroutinefunction(getattr(request, "function", None)):
         request.getfixturevalue("_no_leftovers")
 
@@ -111,19 +113,20 @@ def tidy(request: pytest.FixtureRequest, sentinel: None) -> None:
 @pytest.fixture
 async def _no_leftovers() -> AsyncGenerator[None]:
     yield
-    gc.collect()  # What was left open without an owner says so now, as a warning, and not in some later test.
+    # Objects that were not closed warn when they are collected: now, and not in a later test.
+    gc.collect()
     for _ in range(3):
         await asyncio.sleep(0)
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    assert not left, f"tasks are left: {left}"
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not tasks, f"tasks are left: {tasks}"
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Generator[Cluster]:
-    """Give the PostgreSQL of this test process."""
-    with Cluster() as started:
-        asyncio.run(started.prepare())
-        yield started
+    """Provide the PostgreSQL of this test process."""
+    with Cluster() as cluster:
+        asyncio.run(cluster.prepare())
+        yield cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -134,7 +137,7 @@ def _route(request: pytest.FixtureRequest) -> Generator[None]:
 
 @pytest.fixture
 async def database_url(cluster: Cluster) -> AsyncGenerator[str]:
-    """Give the connection string of a fresh, migrated database."""
+    """Provide the connection string of a fresh, migrated database."""
     name = await cluster.create_database()
     yield cluster.url(name)
     await cluster.drop_database(name)
@@ -142,7 +145,7 @@ async def database_url(cluster: Cluster) -> AsyncGenerator[str]:
 
 @pytest.fixture
 async def empty_database_url(cluster: Cluster) -> AsyncGenerator[str]:
-    """Give the connection string of a database without a schema."""
+    """Provide the connection string of a database without a schema."""
     name = await cluster.create_database(empty=True)
     yield cluster.url(name)
     await cluster.drop_database(name)
@@ -150,46 +153,49 @@ async def empty_database_url(cluster: Cluster) -> AsyncGenerator[str]:
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncGenerator[Server]:
-    """Give the service, ready, in this process."""
-    async with serving(database_url) as started:
-        yield started
+    """Provide a server in this process that is ready."""
+    async with serving(database_url) as server:
+        yield server
 
 
 @pytest.fixture
 async def stub(server: Server) -> AsyncGenerator[AsyncStub]:
-    """Give a stub on a real channel to the server; every caller is a service."""
-    async with connected(server.address) as opened:
-        yield opened
+    """Provide a stub on a real channel to the server; without tokens every caller is a service."""
+    async with connected(server.address) as stub:
+        yield stub
 
 
 @pytest.fixture
 async def chat(stub: AsyncStub) -> Chat:
-    """Give the service as a fresh user's."""
+    """Provide the service as a new user calls it."""
     return await Chat.of_new_user(stub)
 
 
 @pytest.fixture
 async def other(stub: AsyncStub, chat: Chat) -> Chat:
-    """Give the service as another user's."""
+    """Provide the service as a second user calls it."""
     return await Chat.of_new_user(stub)
 
 
 @pytest.fixture
 def user_id(chat: Chat) -> str:
-    """Give a user's id."""
+    """Provide the id of the user of `chat`."""
     return chat.user_id
 
 
 @pytest.fixture
 async def session(chat: Chat) -> session_pb2.Session:
-    """Give an empty session of the user."""
+    """Provide an empty session of the user of `chat`."""
     return await chat.create_session(title="a session")
 
 
 @pytest.fixture
 async def start_process(database_url: str, tmp_path: Path) -> AsyncGenerator[StartProcess]:
-    """Give a way to start servers in processes of their own on the test's database; they are stopped at the end."""
-    async with AsyncExitStack() as started:
+    """Provide a function that starts servers in processes of their own, on the test's database.
+
+    The servers are stopped at the end of the test.
+    """
+    async with AsyncExitStack() as processes:
         count = 0
 
         async def start(
@@ -198,7 +204,7 @@ async def start_process(database_url: str, tmp_path: Path) -> AsyncGenerator[Sta
             nonlocal count
             count += 1
             process = ServerProcess(url, tmp_path / f"server-{count}", **environment)
-            started.push_async_callback(process.stop)
+            processes.push_async_callback(process.stop)
             return await process.start(ready=ready)
 
         yield start
@@ -206,16 +212,17 @@ async def start_process(database_url: str, tmp_path: Path) -> AsyncGenerator[Sta
 
 @pytest.fixture
 def folder() -> Generator[Path]:
-    """Give a working folder for an embedded PostgreSQL; what still runs on data in it is ended.
+    """Provide a working folder for an embedded PostgreSQL; a server on data in it is stopped.
 
-    Under root PostgreSQL runs as another user, to whom pytest's own folders are closed; and every start of pytest closes them again.
+    `tmp_path` does not serve: under root PostgreSQL runs as another user, who has no access to
+    the folders of pytest, and every start of pytest removes that access again.
     """
-    made = Path(tempfile.mkdtemp(prefix="chat-history-folder-")).resolve()
-    made.chmod(0o711)
-    yield made
-    for file in made.rglob("postmaster.pid"):
+    folder = Path(tempfile.mkdtemp(prefix="chat-history-folder-")).resolve()
+    folder.chmod(0o711)
+    yield folder
+    for file in folder.rglob("postmaster.pid"):
         server = Postmaster.read(file.parent)
         if server is not None and server.is_alive():
             with suppress(ProcessLookupError):
                 stop_server(server.pid)
-    shutil.rmtree(made)
+    shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Whom programs run as that refuse to run as root: PostgreSQL's, and PgBouncer."""
+"""The account of programs that refuse to run as root: those of PostgreSQL, and PgBouncer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from service.embedded.account import SYSTEM_USER
 
 
 def unprivileged_user() -> dict[str, Any]:
-    """Return what `subprocess` needs to start such a program: as root, the user that the embedded PostgreSQL has made for itself."""
+    """Return the options with which `subprocess` starts a program as an unprivileged user.
+
+    Under root that is the user that the embedded PostgreSQL has created. Otherwise there are no
+    options: the program runs as the current user.
+    """
     if os.geteuid() != 0:
         return {}
     entry = pwd.getpwnam(SYSTEM_USER)
@@ -23,15 +27,15 @@ def unprivileged_user() -> dict[str, Any]:
 
 
 def give_ownership(path: Path) -> None:
-    """Let such a program have a file or folder."""
-    if who := unprivileged_user():
-        os.chown(path, who["user"], who["group"])
+    """Make the unprivileged user the owner of a file or folder."""
+    if options := unprivileged_user():
+        os.chown(path, options["user"], options["group"])
 
 
 @contextmanager
-def unprivileged_folder(what: str) -> Iterator[Path]:
-    """Give a folder to such a program alone; pytest's own let nobody else pass."""
-    folder = Path(tempfile.mkdtemp(prefix=f"chat-history-{what}-"))
+def unprivileged_folder(program: str) -> Iterator[Path]:
+    """Provide a folder that the unprivileged user owns; it has no access to folders of pytest."""
+    folder = Path(tempfile.mkdtemp(prefix=f"chat-history-{program}-"))
     try:
         give_ownership(folder)
         yield folder

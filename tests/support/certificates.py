@@ -1,4 +1,4 @@
-"""Authorities and certificates for tests, made on the spot."""
+"""Certificate authorities and certificates, generated during a test run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CertificatePair(NamedTuple):
 
 
 class CertificateAuthority:
-    """Signs certificates, for 127.0.0.1 and localhost unless other hosts are named."""
+    """Signs certificates for 127.0.0.1 and localhost, or for the hosts that are named."""
 
     def __init__(self, name: str = "tests") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
@@ -34,7 +34,7 @@ class CertificateAuthority:
         self.pem = self._cert.public_bytes(Encoding.PEM)
 
     def issue(self, name: str = "localhost", hosts: Sequence[str] = ()) -> CertificatePair:
-        """Make a certificate, for `hosts` alone when there are any."""
+        """Issue a certificate, for `hosts` only if there are any."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = [x509.DNSName(host) for host in hosts] or _LOOPBACK
@@ -68,7 +68,7 @@ class CertificateAuthority:
 def write_tls_files(
     folder: Path, pair: CertificatePair, ca: bytes | None = None
 ) -> dict[str, Path]:
-    """Write what a server needs and return its settings."""
+    """Write the TLS files of a server into a folder and return the settings that name them."""
     files = {"tls_cert": (folder / "tls.crt", pair.cert), "tls_key": (folder / "tls.key", pair.key)}
     if ca is not None:
         files["tls_client_ca"] = (folder / "ca.crt", ca)

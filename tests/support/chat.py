@@ -1,4 +1,4 @@
-"""Short ways to call the service in a test."""
+"""Short forms of the calls and messages that most tests need."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ USER, ASSISTANT, SYSTEM, TOOL = (
 
 
 def new_id() -> str:
-    """Return a fresh id, as a client makes it."""
+    """Return a new id, as a client chooses it."""
     return str(uuid.uuid4())
 
 
 def new_message(
     content: str, role: message_pb2.Role.ValueType = USER, **fields: Any
 ) -> message_pb2.Message:
-    """Make a message with an id of its own."""
-    given: dict[str, Any] = {"id": new_id(), "role": role, "content": content} | fields
-    return message_pb2.Message(**given)
+    """Return a message with an id of its own."""
+    defaults: dict[str, Any] = {"id": new_id(), "role": role, "content": content}
+    return message_pb2.Message(**(defaults | fields))
 
 
 def new_messages(count: int, prefix: str = "message") -> list[message_pb2.Message]:
-    """Make several messages."""
+    """Return `count` messages with numbered contents."""
     return [new_message(f"{prefix} {number}") for number in range(1, count + 1)]
 
 
 class Chat:
-    """The service as one user's things; each method is one call, with the user's id filled in."""
+    """The service as one user calls it: the requests carry the user's id.
+
+    Methods whose names have no noun act on messages.
+    """
 
     def __init__(self, stub: AsyncStub, user_id: str) -> None:
         self.stub = stub
@@ -45,11 +48,9 @@ class Chat:
 
     @classmethod
     async def of_new_user(cls, stub: AsyncStub) -> Chat:
-        """Create a user to act for."""
-        made = await stub.CreateUser(
-            user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody"))
-        )
-        return cls(stub, made.user.id)
+        """Create a user and return the service as that user calls it."""
+        request = user_pb2.CreateUserRequest(user=user_pb2.User(name="a user"))
+        return cls(stub, (await stub.CreateUser(request)).user.id)
 
     async def create_session(self, **fields: Any) -> session_pb2.Session:
         request = session_pb2.CreateSessionRequest(
@@ -90,10 +91,10 @@ class Chat:
         )
 
     async def session_pages(self, **fields: Any) -> AsyncIterator[list[session_pb2.Session]]:
-        """Read page after page to the end."""
+        """Iterate over the pages of sessions."""
         token, seen = "", set[str]()
         while True:
-            assert token not in seen, "the pages go round in circles"
+            assert token not in seen, "a page token was returned twice"
             seen.add(token)
             reply = await self.list_sessions(page_token=token, **fields)
             yield list(reply.sessions)
@@ -104,17 +105,18 @@ class Chat:
     async def append(
         self, session_id: str, messages: Iterable[message_pb2.Message] | str, **fields: Any
     ) -> message_pb2.AppendMessagesResponse:
-        """Append messages, or one that says a text."""
-        sent = [new_message(messages)] if isinstance(messages, str) else messages
+        """Append messages, or one message with this content."""
+        if isinstance(messages, str):
+            messages = [new_message(messages)]
         request = message_pb2.AppendMessagesRequest(
-            user_id=self.user_id, session_id=session_id, messages=sent, **fields
+            user_id=self.user_id, session_id=session_id, messages=messages, **fields
         )
         return await self.stub.AppendMessages(request)
 
     async def start(
         self, messages: Iterable[message_pb2.Message] | str = "hello", **fields: Any
     ) -> str:
-        """Start a session by an append and return its id."""
+        """Create a session by an append without a session id, and return its id."""
         return (await self.append("", messages, **fields)).session_id
 
     async def get(self, session_id: str, message_id: str) -> message_pb2.Message:
@@ -131,10 +133,10 @@ class Chat:
     async def pages(
         self, session_id: str, **fields: Any
     ) -> AsyncIterator[list[message_pb2.Message]]:
-        """Read page after page to the end."""
+        """Iterate over the pages of a session's messages."""
         token, seen = "", set[str]()
         while True:
-            assert token not in seen, "the pages go round in circles"
+            assert token not in seen, "a page token was returned twice"
             seen.add(token)
             reply = await self.page(session_id, page_token=token, **fields)
             yield list(reply.messages)
@@ -143,7 +145,7 @@ class Chat:
                 return
 
     async def all(self, session_id: str, **fields: Any) -> list[message_pb2.Message]:
-        """Read a whole session."""
+        """Return all messages of a session."""
         return [message async for page in self.pages(session_id, **fields) for message in page]
 
     async def update(
@@ -170,7 +172,7 @@ class Chat:
         )
 
     def watch(self, session_id: str, after_seq: int = 0, **options: Any) -> Any:
-        """Follow a session: the open call, to iterate over and to cancel."""
+        """Follow a session; return the open call, which can be iterated over and cancelled."""
         request = message_pb2.WatchMessagesRequest(
             user_id=self.user_id, session_id=session_id, after_seq=after_seq
         )

@@ -1,4 +1,4 @@
-"""The example chatbot, served over real HTTP in this process, and browsers to use it with; and a model that says what it is told."""
+"""The example chatbot over real HTTP, HTTP clients for it, and a model with scripted replies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Settings(Settings):
 
 @asynccontextmanager
 async def serving_http(app: ASGIApp, grace: int = 3) -> AsyncGenerator[str]:
-    """Serve an application on a free port and give its address."""
+    """Serve an application on a free port and provide its address."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         config = uvicorn.Config(
             app, log_level="error", timeout_graceful_shutdown=grace, lifespan="on"
@@ -47,27 +47,27 @@ async def serving_http(app: ASGIApp, grace: int = 3) -> AsyncGenerator[str]:
 
 @asynccontextmanager
 async def serving_chatbot(history: str, **settings: Any) -> AsyncGenerator[str]:
-    """Serve the chatbot before a history service, and give its address."""
-    given: dict[str, Any] = {"secret": "of the tests", "history_target": history} | settings
-    async with serving_http(create_app(_Settings(**given))) as address:
+    """Serve the chatbot, with the history service at `history`, and provide its address."""
+    defaults: dict[str, Any] = {"secret": "of the tests", "history_target": history}
+    async with serving_http(create_app(_Settings(**(defaults | settings)))) as address:
         yield address
 
 
 class Browser(httpx.AsyncClient):
-    """Somebody with a cookie jar of their own."""
+    """One visitor: an HTTP client with a cookie jar of its own."""
 
     def __init__(self, address: str) -> None:
         super().__init__(base_url=address, timeout=30, trust_env=False)
 
     async def ask(self, message: str, **fields: Any) -> dict[str, Any]:
-        """Ask and be answered."""
-        reply = await self.post("/chat", json={"message": message, **fields})
-        assert reply.status_code == 200, reply.text
-        found: dict[str, Any] = reply.json()
-        return found
+        """Send a message and return the chatbot's reply."""
+        response = await self.post("/chat", json={"message": message, **fields})
+        assert response.status_code == 200, response.text
+        reply: dict[str, Any] = response.json()
+        return reply
 
     async def read(self, session_uuid: str) -> list[dict[str, Any]]:
-        """Read a whole conversation, page by page."""
+        """Return all messages of a conversation, read page by page."""
         messages: list[dict[str, Any]] = []
         token = ""
         while True:
@@ -83,7 +83,7 @@ class Browser(httpx.AsyncClient):
 
 
 async def server_sent_events(reply: httpx.Response) -> AsyncIterator[tuple[str, Any]]:
-    """Read server-sent events."""
+    """Iterate over the server-sent events of a reply: their names and data."""
     name = ""
     async for line in reply.aiter_lines():
         if line.startswith("event:"):
@@ -93,22 +93,22 @@ async def server_sent_events(reply: httpx.Response) -> AsyncIterator[tuple[str, 
 
 
 class ModelServer:
-    """An OpenAI-compatible endpoint that answers with given words, one at a time."""
+    """An OpenAI-compatible endpoint that streams `words`, one at a time."""
 
     def __init__(self) -> None:
         self.words = ["Herons ", "wade."]
         self.pause = 0.0
         """Seconds before each word but the first."""
         self.breaks_after: int | None = None
-        """Words after which the connection is cut."""
+        """The number of words after which the connection breaks."""
         self.status = 200
         self.prompts: list[list[dict[str, str]]] = []
-        """What it was sent."""
+        """The messages of each request."""
         self.words_sent = 0
 
     @asynccontextmanager
     async def serving(self) -> AsyncGenerator[dict[str, Any]]:
-        """Serve it and give the chatbot's settings for it."""
+        """Serve the endpoint and provide the chatbot's settings for it."""
         app = Starlette(routes=[Route("/v1/chat/completions", self._complete, methods=["POST"])])
         async with serving_http(app, grace=1) as address:
             yield {"model": "heron-1", "openai_base_url": f"{address}/v1", "openai_api_key": "key"}

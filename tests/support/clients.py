@@ -1,4 +1,4 @@
-"""Clients for tests."""
+"""Instances of the asynchronous client for tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from chathistory_client import ChatHistoryClient
 
-# No call may pass through a proxy of the machine's, or wait for an earlier test's broken connection.
+# No call may use the machine's HTTP proxy or wait for the broken connection of an earlier test.
 OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -16,5 +16,5 @@ OPTIONS: list[tuple[str, int | str]] = [
 def client_of(
     address: str, *, options: list[tuple[str, int | str]] | None = None, **settings: Any
 ) -> ChatHistoryClient:
-    """Make a client, to be used as a context manager."""
+    """Return a client, to be used as a context manager."""
     return ChatHistoryClient(address, options=OPTIONS + (options or []), **settings)

@@ -1,4 +1,7 @@
-"""A real PostgreSQL for one test process: a migrated template, a fresh database for each test, and a log of every statement."""
+"""A real PostgreSQL for one test process.
+
+It has a migrated template, a fresh database for each test, and a log of every statement.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,15 @@ from service.store.db.dsn import parse
 from service.store.schema import migrations
 
 TESTS_APPLICATION = "test-support"
-"""The application name of what the tests themselves ask; such statements are not the service's."""
+"""The application name of the tests' own connections, whose statements are not the service's."""
 _FOLDER = "chat-history-tests-"
-_MAKER = "maker"
-"""Names the process that made a folder: it may have stopped its PostgreSQL for a moment only."""
+_OWNER_PID = "owner.pid"
+"""File that holds the id of the process that created a folder. Its PostgreSQL alone does not show
+that the folder is in use, since tests stop and restart it."""
 _TEMPLATE = "template_chat_history"
 
-# Tests outlive no crash of the machine; PostgreSQL itself writes down every statement that any process sends, driver-level ones too.
+# The data need not survive a crash of the machine. PostgreSQL logs every statement that any process
+# sends, including those of the driver.
 _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -39,41 +44,42 @@ _SETTINGS = {
     "log_line_prefix": "<%a|%d> ",
 }
 _LOGGED = re.compile(
-    r"^<(?P<who>[^|\n]*)\|(?P<database>[^>\n]*)> LOG:  (?:statement|execute [^:\n]+): (?P<sql>.*(?:\n\t.*)*)",
+    r"^<(?P<application>[^|\n]*)\|(?P<database>[^>\n]*)> LOG:  "
+    r"(?:statement|execute [^:\n]+): (?P<sql>.*(?:\n\t.*)*)",
     re.MULTILINE,
 )
 
 
-_AT_WORK = """
+_COUNT_BUSY = """
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'chat-history' AND state <> 'idle'
 """
 
 
 class LoggedStatement(NamedTuple):
-    """One statement that PostgreSQL was sent."""
+    """One statement that PostgreSQL received."""
 
-    who: str
+    application: str
     database: str
     sql: str
 
 
 class Cluster:
-    """A PostgreSQL server of our own, as a context manager."""
+    """A PostgreSQL server for tests, as a context manager."""
 
     running: ClassVar[list[Cluster]] = []
-    """Those of this process."""
-    left: ClassVar[list[LoggedStatement]] = []
-    """What was sent to those that have ended, and nobody has looked at."""
+    """The running clusters of this process."""
+    unchecked: ClassVar[list[LoggedStatement]] = []
+    """Statements of stopped clusters that no call of `all_new_statements` has returned yet."""
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
-        """Take settings, by name, beside those that all tests use; only such as need no restart."""
+        """Add `settings`, by name, to those of all tests; none of them may need a restart."""
         self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
-        (self.folder / _MAKER).write_text(str(os.getpid()))
+        (self.folder / _OWNER_PID).write_text(str(os.getpid()))
         self.postgres = EmbeddedPostgres(self.folder, "tests")
         self._settings = _SETTINGS | dict(settings or {})
         self._numbers = itertools.count(1)
-        self._read = 0
+        self._log_offset = 0
 
     def __enter__(self) -> Self:
         self.folder.chmod(0o711)
@@ -90,7 +96,7 @@ class Cluster:
         self.postgres.stop()
         with suppress(ValueError):
             Cluster.running.remove(self)
-        Cluster.left += self.new_statements()
+        Cluster.unchecked += self.new_statements()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
@@ -101,7 +107,7 @@ class Cluster:
 
     @property
     def pgdata(self) -> Path:
-        """The folder of its data, where its socket is too."""
+        """The data directory, which also holds the socket."""
         return self.postgres.pgdata
 
     def url(self, database: str) -> str:
@@ -109,7 +115,7 @@ class Cluster:
         return self.postgres.url.replace("/postgres?", f"/{database}?", 1)
 
     async def prepare(self) -> None:
-        """Set the server up for tests and migrate the template that every test's database is made of."""
+        """Configure the server and migrate the template of the tests' databases."""
         connection = await self.connect()
         try:
             for name, value in self._settings.items():
@@ -118,11 +124,11 @@ class Cluster:
             await connection.execute(f"CREATE DATABASE {_TEMPLATE}")
         finally:
             await connection.close()
-        # A new connection, so that the new settings hold also for the migration.
+        # The migration opens a new connection, to which the new settings apply.
         await migrations.upgrade(parse(self.url(_TEMPLATE)))
 
     async def connect(self, database: str = "postgres") -> asyncpg.Connection:
-        """Open a connection of the tests' own."""
+        """Open a connection for a test's own statements."""
         return await asyncpg.connect(
             self.url(database),
             server_settings={"application_name": TESTS_APPLICATION},
@@ -130,12 +136,12 @@ class Cluster:
         )
 
     async def create_database(self, *, empty: bool = False) -> str:
-        """Make a fresh database, migrated unless `empty`, and return its name."""
+        """Create a database, migrated unless `empty`, and return its name."""
         name = f"test_{next(self._numbers)}"
         template = "template0" if empty else _TEMPLATE
         connection = await self.connect()
         try:
-            # By copying files: faster than through the log, where nothing is synced.
+            # Copying the files is faster than writing them to the log, since fsync is off.
             await connection.execute(
                 f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy"
             )
@@ -144,7 +150,7 @@ class Cluster:
         return name
 
     async def drop_database(self, name: str) -> None:
-        """Drop a database, whoever is connected."""
+        """Drop a database and close all connections to it."""
         connection = await self.connect()
         try:
             await connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
@@ -152,43 +158,42 @@ class Cluster:
             await connection.close()
 
     def new_statements(self) -> list[LoggedStatement]:
-        """Return what was sent since the last call, by whatever process, but for the tests' own statements.
+        """Return the statements of all processes since the last call, except the tests' own.
 
-        PostgreSQL writes a statement down before it runs it, so whatever has been answered is here.
+        PostgreSQL logs a statement before it runs it, so every answered statement is included.
         """
         with self.postgres.log.open("rb") as log:
-            log.seek(self._read)
+            log.seek(self._log_offset)
             raw = log.read()
-        # A line that is being written is left for the next time.
+        # An incomplete last line is left for the next call.
         raw = raw[: raw.rfind(b"\n") + 1]
-        self._read += len(raw)
+        self._log_offset += len(raw)
         return list(statements_in(raw.decode(errors="replace")))
 
 
 def all_new_statements() -> list[LoggedStatement]:
-    """Return what was sent to any cluster of this process since the last call, but for the tests' own statements."""
-    left, Cluster.left = Cluster.left, []
-    return left + [
-        statement for cluster in Cluster.running for statement in cluster.new_statements()
-    ]
+    """Return the new statements of all clusters of this process, except the tests' own."""
+    statements, Cluster.unchecked = Cluster.unchecked, []
+    for cluster in Cluster.running:
+        statements += cluster.new_statements()
+    return statements
 
 
 def statements_in(log: str) -> Iterator[LoggedStatement]:
-    """Find the statements in a log of PostgreSQL, but for the tests' own."""
-    for found in _LOGGED.finditer(log):
-        if found["who"] != TESTS_APPLICATION:
-            yield LoggedStatement(
-                found["who"], found["database"], found["sql"].replace("\n\t", "\n")
-            )
+    """Yield the statements in a log of PostgreSQL, except the tests' own."""
+    for match in _LOGGED.finditer(log):
+        if match["application"] != TESTS_APPLICATION:
+            sql = match["sql"].replace("\n\t", "\n")
+            yield LoggedStatement(match["application"], match["database"], sql)
 
 
 def remove_abandoned_clusters() -> None:
-    """Remove what test processes have left that could not end in good order."""
+    """Stop the servers and remove the folders of test processes that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
         if not (folder / "lock").exists() or owner(folder) is not None:
-            continue  # Somebody's who runs, or is just starting.
-        maker = folder / _MAKER
-        if maker.exists() and psutil.pid_exists(int(maker.read_text() or 0)):
+            continue  # In use, or being created.
+        owner_pid = folder / _OWNER_PID
+        if owner_pid.exists() and psutil.pid_exists(int(owner_pid.read_text() or 0)):
             continue
         server = Postmaster.read(folder / "postgres")
         if server is not None and server.is_alive():
@@ -199,7 +204,7 @@ def remove_abandoned_clusters() -> None:
 
 @asynccontextmanager
 async def connected_to(url: str) -> AsyncGenerator[asyncpg.Connection]:
-    """Open a connection to a database, as the tests themselves."""
+    """Open a connection to a database for a test's own statements."""
     connection = await asyncpg.connect(
         url, server_settings={"application_name": TESTS_APPLICATION}, statement_cache_size=0
     )
@@ -210,13 +215,13 @@ async def connected_to(url: str) -> AsyncGenerator[asyncpg.Connection]:
 
 
 async def fetch(url: str, sql: str, *args: Any) -> list[asyncpg.Record]:
-    """Ask a database, as the tests themselves."""
+    """Run one of a test's own statements on a database and return its rows."""
     async with connected_to(url) as connection:
         return await connection.fetch(sql, *args)
 
 
 async def wait_until_idle(url: str) -> None:
-    """Wait until none of the service's sessions is at work in a database, such whose clients are gone included."""
+    """Wait until no backend runs a statement of the service, whether or not its client is alive."""
     async with asyncio.timeout(60), connected_to(url) as connection:
-        while await connection.fetchval(_AT_WORK):
+        while await connection.fetchval(_COUNT_BUSY):
             await asyncio.sleep(0.01)

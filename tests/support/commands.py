@@ -1,4 +1,4 @@
-"""Commands that are run as their users run them."""
+"""Runs commands as users run them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import subprocess
 from pathlib import Path
 
 TIMEOUT_S = 300
-"""Seconds in which a command has ended: those that build and install fetch packages, on a new machine all of them."""
+"""Limit for one command: on a new machine, builds and installations download every package."""
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command to its end, outside of the environment that the tests run in, and return what it says."""
+    """Run a command outside the tests' environment; return its output, and fail if it fails."""
     unset = ("PYTHONPATH", "VIRTUAL_ENV", "UV_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
-    done = subprocess.run(
+    completed = subprocess.run(
         command,
         cwd=cwd,
         env=environment,
@@ -23,5 +23,5 @@ def run(*command: str | Path, cwd: Path) -> str:
         check=False,
         timeout=TIMEOUT_S,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
+    assert completed.returncode == 0, f"{command}\n{completed.stdout}{completed.stderr}"
+    return completed.stdout

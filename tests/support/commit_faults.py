@@ -1,4 +1,4 @@
-"""Failures of PostgreSQL's own making: a trigger of the tests' that fails at the end of a transaction, when all else is done."""
+"""A deferred trigger with which PostgreSQL itself fails at the commit of a transaction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _INSTALL = (
         fault record;
     BEGIN
         SELECT * INTO fault FROM test_fault;
-        IF coalesce(to_jsonb(NEW)->>'content', '') NOT LIKE fault.content OR nextval('test_faults') >= 0 THEN
+        IF coalesce(to_jsonb(NEW)->>'content', '') NOT LIKE fault.content
+            OR nextval('test_faults') >= 0
+        THEN
             RETURN NULL;
         END IF;
         IF fault.kind = 'terminate' THEN
@@ -28,7 +30,7 @@ _INSTALL = (
 
 
 async def install(database_url: str, table: str = "chat_messages", event: str = "INSERT") -> None:
-    """Put the trigger on a table of a test's database; it does nothing until it is armed."""
+    """Create the trigger on a table of a test's database; it does nothing until it is armed."""
     for statement in (
         *_INSTALL,
         f"DROP TRIGGER IF EXISTS test_fault ON {table}",
@@ -42,11 +44,12 @@ async def install(database_url: str, table: str = "chat_messages", event: str = 
 
 
 async def arm(database_url: str, kind: str, count: int, content: str = "%") -> None:
-    """Have the next `count` transactions that write to the table fail at their commit.
+    """Make the next `count` transactions that write to the table fail at their commit.
 
     Args:
         kind: The SQLSTATE to fail with, or `terminate`: the backend ends itself.
-        content: Only messages whose content is LIKE this.
+        count: The number of transactions.
+        content: Only rows whose content is LIKE this make a transaction fail.
     """
     await fetch(database_url, "UPDATE test_fault SET kind = $1, content = $2", kind, content)
     await fetch(database_url, "SELECT setval('test_faults', $1, false)", -count)

@@ -1,4 +1,4 @@
-"""Users of the client library who talk all the time and notice every error."""
+"""Users of the client library that call it continuously and fail on every error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.record import Place, Record, place, said
 
 
 class Conversation:
-    """One user's session: appends and reads all the time, and somebody who follows it. No error is caught."""
+    """Continuous appends and reads of one user's session, and a follower. No error is caught."""
 
     def __init__(self, client: ChatHistoryClient, record: Record) -> None:
         self.record = record
@@ -20,8 +20,8 @@ class Conversation:
         self._stopping = False
         self._seen: list[Place] = []
 
-    async def talk(self) -> None:
-        """Append and read until `stop`, then until the follower has seen all."""
+    async def run(self) -> None:
+        """Append and read until `stop` is called, then wait until the follower has seen all."""
         begun = time.monotonic()
         following: asyncio.Task[None] | None = None
         try:
@@ -60,12 +60,13 @@ class Conversation:
 
 @asynccontextmanager
 async def conversations(client: ChatHistoryClient, count: int) -> AsyncGenerator[list[Record]]:
-    """Have so many users talk during a block, and give what they do and see."""
-    owners = [(await client.create_user(name="somebody")).id for _ in range(count)]
-    talks = [Conversation(client, Record(owner, owner)) for owner in owners]
+    """Run conversations of `count` users during a block, and provide their records."""
+    user_ids = [(await client.create_user(name="a user")).id for _ in range(count)]
+    # A user's only session has the same id as the user.
+    running = [Conversation(client, Record(user_id, user_id)) for user_id in user_ids]
     async with asyncio.TaskGroup() as group:
-        for talk in talks:
-            group.create_task(talk.talk())
-        yield [talk.record for talk in talks]
-        for talk in talks:
-            talk.stop()
+        for conversation in running:
+            group.create_task(conversation.run())
+        yield [conversation.record for conversation in running]
+        for conversation in running:
+            conversation.stop()

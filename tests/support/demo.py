@@ -1,4 +1,4 @@
-"""`make demo`, in a folder and on ports of a test's own."""
+"""`make demo`, in a test's folder and on free ports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Demo:
-    """What `make demo` runs; ended by Ctrl-C."""
+    """The process that `make demo` runs."""
 
     def __init__(self, folder: Path, ports: tuple[int, int]) -> None:
         folder.mkdir(exist_ok=True)
@@ -41,21 +41,21 @@ class Demo:
                 stderr=output,
             )
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
         return self.log.read_text().count("the chatbot is at") > self._ready
 
 
 @asynccontextmanager
 async def running_demo(folder: Path, ports: tuple[int, int]) -> AsyncGenerator[str]:
-    """Run the demo and give its address."""
-    running = Demo(folder, ports)
+    """Run the demo, provide the chatbot's address, and end the demo as Ctrl-C does."""
+    demo = Demo(folder, ports)
     try:
         async with asyncio.timeout(60):
-            while not running.ready():
+            while not demo.is_ready():
                 await asyncio.sleep(0.1)
         yield f"http://127.0.0.1:{ports[1]}"
     finally:
-        running.process.send_signal(signal.SIGINT)
-        code = await asyncio.to_thread(running.process.wait, 40)
-    assert code == 0, running.log.read_text()
+        demo.process.send_signal(signal.SIGINT)
+        code = await asyncio.to_thread(demo.process.wait, 40)
+    assert code == 0, demo.log.read_text()

@@ -1,4 +1,4 @@
-"""Asserts on failed calls: the status, its details, and that nothing else is in it."""
+"""Assertions on failed calls: the status, its details, and that it carries nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 Detail = TypeVar("Detail", ErrorInfo, BadRequest, RetryInfo)
 DOMAIN = "chathistory.v1"
 
-# The contract's table: which reasons come with which code.
+# The contract's table of the reasons of each status code.
 TABLE: dict[StatusCode, frozenset[str]] = {
     StatusCode.INVALID_ARGUMENT: frozenset(
         {"FIELD_VIOLATION", "BAD_PAGE_TOKEN", "MALFORMED_REQUEST"}
@@ -36,24 +36,24 @@ TABLE: dict[StatusCode, frozenset[str]] = {
     StatusCode.DEADLINE_EXCEEDED: frozenset({"DEADLINE_EXCEEDED"}),
     StatusCode.INTERNAL: frozenset({"INTERNAL"}),
 }
-WAITING_HELPS = {"OVERLOADED", "DATABASE_UNAVAILABLE", "SEARCH_UNAVAILABLE", "DRAINING"}
+REASONS_WITH_RETRY_INFO = {"OVERLOADED", "DATABASE_UNAVAILABLE", "SEARCH_UNAVAILABLE", "DRAINING"}
 
 
 class Failure(NamedTuple):
-    """What a client is told about a call that failed."""
+    """The details that a client receives of a failed call."""
 
     code: StatusCode
     message: str
     reason: str
     metadata: dict[str, str]
     fields: list[str]
-    """Paths of the refused fields, in order."""
+    """Paths of the rejected fields, in order."""
     descriptions: list[str]
     retry_after: float | None
 
 
 def read_failure(error: aio.AioRpcError) -> Failure:
-    """Read the details of a failed call, and check that they are as the contract says of every error."""
+    """Parse the details of a failed call and check them against the contract's rules."""
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
     assert status is not None, f"no google.rpc.Status: {error.code()} {error.details()}"
     assert status.code == error.code().value[0]
@@ -71,10 +71,10 @@ def read_failure(error: aio.AioRpcError) -> Failure:
     reason = info[0].reason
     assert reason in TABLE[error.code()], f"{error.code()} with {reason}: {error.details()}"
     assert len(bad_request) == (reason == "FIELD_VIOLATION"), (
-        "field errors name the fields, and nothing else does"
+        "FIELD_VIOLATION names fields, and no other reason does"
     )
     assert len(retry) <= 1
-    if reason in WAITING_HELPS:
+    if reason in REASONS_WITH_RETRY_INFO:
         assert retry, f"{reason} without RetryInfo"
     violations = bad_request[0].field_violations if bad_request else []
     assert reason != "FIELD_VIOLATION" or violations
@@ -90,33 +90,36 @@ def read_failure(error: aio.AioRpcError) -> Failure:
 
 
 def _unpack(status: Status, kind: type[Detail]) -> list[Detail]:
-    found = []
-    for detail in status.details:
-        unpacked = kind()
-        if detail.Unpack(unpacked):
-            found.append(unpacked)
-    return found
+    details = []
+    for packed in status.details:
+        detail = kind()
+        if packed.Unpack(detail):
+            details.append(detail)
+    return details
 
 
 async def failure_of(call: Awaitable[object]) -> Failure:
-    """Wait for a call that must fail and return how."""
+    """Await a call, assert that it fails, and return its failure."""
     with pytest.raises(aio.AioRpcError) as caught:
         await call
     return read_failure(caught.value)
 
 
 async def assert_fails(call: Awaitable[object], reason: str, **metadata: str | int) -> Failure:
-    """Wait for a call that must fail for this reason; the code follows from the contract's table."""
-    found = await failure_of(call)
-    assert found.reason == reason, found
-    assert {key: found.metadata.get(key) for key in metadata} == {
+    """Assert that a call fails for this reason, with at least this metadata.
+
+    `read_failure` checks that the status code is that of the reason.
+    """
+    failure = await failure_of(call)
+    assert failure.reason == reason, failure
+    assert {key: failure.metadata.get(key) for key in metadata} == {
         key: str(value) for key, value in metadata.items()
     }
-    return found
+    return failure
 
 
 async def assert_field_violations(call: Awaitable[object], *fields: str) -> Failure:
-    """Wait for a call that must be refused for exactly these fields, one entry each, in this order."""
-    found = await assert_fails(call, "FIELD_VIOLATION")
-    assert found.fields == list(fields), found
-    return found
+    """Assert that a call is rejected for exactly these fields, one entry each, in this order."""
+    failure = await assert_fails(call, "FIELD_VIOLATION")
+    assert failure.fields == list(fields), failure
+    return failure

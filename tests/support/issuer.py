@@ -1,4 +1,4 @@
-"""An issuer of tokens for tests: keys of every kind, genuine and forged tokens, and a JWKS endpoint on this machine."""
+"""An issuer of tokens: keys of every kind, genuine and forged tokens, and a JWKS endpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SERVICE = "chathistory.service"
 
 @cache
 def rsa_key(number: int = 0) -> rsa.RSAPrivateKey:
-    """Return a key; another number is another key."""
+    """Return the key with this number; each number has a key of its own."""
     return rsa.generate_private_key(65537, 2048)
 
 
@@ -57,19 +57,20 @@ def private_pem(key: Any) -> str:
 
 
 def claims(subject: str, **changes: Any) -> dict[str, Any]:
-    """Return what a good token says; a change of None leaves a claim out.
+    """Return the claims of a valid token, with changes; a change to None removes the claim.
 
-    It is good for a day: some are made when pytest collects the tests, and a slow machine takes its time to come to the last of them.
+    The token is valid for a day: some are issued when pytest collects the tests, and on a slow
+    machine the last of these tests begins much later.
     """
     now = int(time.time())
-    all_ = {
+    changed = {
         "sub": subject,
         "iss": ISSUER,
         "aud": AUDIENCE,
         "iat": now,
         "exp": now + 86_400,
     } | changes
-    return {name: value for name, value in all_.items() if value is not None}
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 def token(
@@ -80,7 +81,7 @@ def token(
     headers: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> str:
-    """Make a token; by default a good one of the shared secret."""
+    """Issue a token; by default a valid one, signed with the shared secret."""
     return jwt.encode(claims(subject, **changes), key, alg, headers=dict(headers or {}))
 
 
@@ -91,16 +92,16 @@ def service_token(subject: str = "backend", **changes: Any) -> str:
 def assemble_token(
     header: Mapping[str, Any], body: Mapping[str, Any], signature: bytes = b""
 ) -> str:
-    """Put a token together as it is, signed by nobody."""
+    """Join the parts of a token without checking or signing them."""
     return ".".join(
         _b64(part) for part in (json.dumps(header).encode(), json.dumps(body).encode(), signature)
     )
 
 
 def hs256_token(secret: bytes, body: Mapping[str, Any]) -> str:
-    """Sign with any bytes: PyJWT itself refuses a public key as a secret."""
-    start = assemble_token({"alg": "HS256", "typ": "JWT"}, body).rpartition(".")[0]
-    return start + "." + _b64(hmac.digest(secret, start.encode(), hashlib.sha256))
+    """Sign with any bytes, even with a public key, which PyJWT refuses as a secret."""
+    signed = assemble_token({"alg": "HS256", "typ": "JWT"}, body).rpartition(".")[0]
+    return signed + "." + _b64(hmac.digest(secret, signed.encode(), hashlib.sha256))
 
 
 def _b64(data: bytes) -> str:
@@ -108,15 +109,15 @@ def _b64(data: bytes) -> str:
 
 
 def bearer_metadata(value: str) -> list[tuple[str, str]]:
-    """Return the metadata that shows a token."""
+    """Return the call metadata that carries a token."""
     return [("authorization", f"Bearer {value}")]
 
 
 def bad_tokens(subject: str) -> dict[str, str]:
-    """Return tokens of every kind that must be refused where SECRET, ISSUER and AUDIENCE are configured."""
+    """Return tokens that a service configured with SECRET, ISSUER and AUDIENCE must reject."""
     now = int(time.time())
-    good = token(subject)
-    head, body, signature = good.split(".")
+    head, body, signature = token(subject).split(".")
+    elevated = json.dumps(claims(subject, scope=SERVICE)).encode()
     return {
         "empty": "",
         "garbage": "garbage",
@@ -130,7 +131,7 @@ def bad_tokens(subject: str) -> dict[str, str]:
         "signature of another secret": token(
             subject, key="another secret, just as long as the first"
         ),
-        "claims changed": f"{head}.{_b64(json.dumps(claims(subject, scope=SERVICE)).encode())}.{signature}",
+        "claims changed": f"{head}.{_b64(elevated)}.{signature}",
         "RS256": token(subject, key=rsa_key(), alg="RS256"),
         "wrong audience": token(subject, aud="somebody else"),
         "no audience": token(subject, aud=None),
@@ -155,18 +156,18 @@ def bad_tokens(subject: str) -> dict[str, str]:
 
 
 class KeyServer:
-    """A JWKS endpoint; counts who asks."""
+    """A JWKS endpoint that counts its requests."""
 
     def __init__(self) -> None:
         self.keys: list[dict[str, Any]] = []
         self.request_count = 0
         self.authorization_headers: list[str | None] = []
-        """The Authorization header of each question."""
+        """The Authorization header of each request."""
         self.is_failing = False
         self.url = ""
 
     def publish(self, **keys: Any) -> None:
-        """Publish these public keys, by id, and no others."""
+        """Replace the published keys by the public keys of these, named by key id."""
         self.keys = [public_jwk(key) | {"kid": kid} for kid, key in keys.items()]
 
 
@@ -177,13 +178,13 @@ def public_jwk(key: Any) -> dict[str, Any]:
         ed25519.Ed25519PrivateKey: "EdDSA",
     }
     name = next(name for kind, name in kinds.items() if isinstance(key, kind))
-    found: dict[str, Any] = get_default_algorithms()[name].to_jwk(key.public_key(), as_dict=True)
-    return found | {"use": "sig"}
+    jwk: dict[str, Any] = get_default_algorithms()[name].to_jwk(key.public_key(), as_dict=True)
+    return jwk | {"use": "sig"}
 
 
 @contextmanager
 def key_server() -> Generator[KeyServer]:
-    """Serve keys on a free port of this machine."""
+    """Serve keys on a free port of the loopback interface."""
     served = KeyServer()
 
     class Handler(BaseHTTPRequestHandler):
@@ -206,7 +207,10 @@ def key_server() -> Generator[KeyServer]:
 
 @contextmanager
 def endless_key_server() -> Generator[str]:
-    """Serve a key set that comes byte by byte and never ends, until its reader goes; give its URL."""
+    """Serve a key set that is sent byte by byte and never ends; provide its URL.
+
+    The server stops sending once the reader has disconnected.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

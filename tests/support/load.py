@@ -1,4 +1,4 @@
-"""Writers that never give up, a follower, and the judge of what they leave: nothing acknowledged is lost, doubled or moved."""
+"""A write load whose result is checked: nothing acknowledged is lost, duplicated or moved."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ RETRYABLE_CODES = {
     StatusCode.DEADLINE_EXCEEDED,
     StatusCode.RESOURCE_EXHAUSTED,
 }
-"""What a client tries again, with the same ids: the outcome was a refusal, or is not known."""
+"""Codes after which a client retries with the same ids: rejections, and unknown outcomes."""
 CALL_TIMEOUT_S = 5.0
 
 
 class Load:
-    """Several writers to each of several sessions; each sends its request again until it is acknowledged."""
+    """Several writers and a follower for each of several sessions.
+
+    A writer repeats its request until it is acknowledged. A follower resumes after its last message
+    when its stream breaks.
+    """
 
     def __init__(
         self,
@@ -38,22 +42,23 @@ class Load:
         call_timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         self._chat = chat
-        self._call_seconds = call_timeout_s
+        self._call_timeout_s = call_timeout_s
         self._random = random.Random(seed)
         self.session_ids = [new_id() for _ in range(sessions)]
         self._writers = [session_id for session_id in self.session_ids for _ in range(writers)]
-        self.records = {each: Record(chat.user_id, each) for each in self.session_ids}
-        self.seen: dict[str, list[Place]] = {each: [] for each in self.session_ids}
-        """What a follower of each session was sent; it resumes after its last message when its stream breaks."""
+        self.records = {id_: Record(chat.user_id, id_) for id_ in self.session_ids}
+        self.seen: dict[str, list[Place]] = {id_: [] for id_ in self.session_ids}
+        """The messages that the follower of each session has received."""
         self.refusals: dict[str, int] = {}
+        """The number of failed appends by status code."""
         self.count = 0
-        """How many messages have been acknowledged."""
-        self._begun = time.monotonic()
+        """The number of acknowledged messages."""
+        self._started_at = time.monotonic()
         self._stopping = False
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
-        """Write during a block; at its end every request that is under way is carried through."""
+        """Write during a block; at its end, complete every request that is in flight."""
         writing = [asyncio.create_task(self._write(session_id)) for session_id in self._writers]
         following = [
             asyncio.create_task(self._follow(session_id)) for session_id in self.session_ids
@@ -73,7 +78,7 @@ class Load:
             await asyncio.wait([*writing, *following])
 
     async def wait_for_appends(self, count: int) -> None:
-        """Wait until so many more messages have been acknowledged."""
+        """Wait until `count` more messages have been acknowledged."""
         goal = self.count + count
         async with asyncio.timeout(60):
             while self.count < goal:
@@ -99,7 +104,7 @@ class Load:
     ) -> message_pb2.AppendMessagesResponse:
         while True:
             try:
-                return await self._chat.stub.AppendMessages(request, timeout=self._call_seconds)
+                return await self._chat.stub.AppendMessages(request, timeout=self._call_timeout_s)
             except aio.AioRpcError as error:
                 if error.code() not in RETRYABLE_CODES:
                     raise
@@ -115,17 +120,20 @@ class Load:
             await asyncio.sleep(0.05)
 
     async def check(self, database_url: str) -> None:
-        """Assert that what is stored is what was acknowledged, in its place, once, and what followers saw; and nothing else."""
+        """Assert that exactly the acknowledged messages are stored: once, in order, as followed.
+
+        Every request must have been completed.
+        """
         for session_id, record in self.records.items():
-            record.saw_stream(self._begun, 0, self.seen[session_id])
-            found = await read_history(database_url, self._chat.user_id, session_id)
-            assert judge(record, found) == []
-            assert found is not None
-            assert found.last_seq == record.acknowledged, "every request was carried through"
+            record.saw_stream(self._started_at, 0, self.seen[session_id])
+            stored = await read_history(database_url, self._chat.user_id, session_id)
+            assert judge(record, stored) == []
+            assert stored is not None
+            assert stored.last_seq == record.acknowledged, "a request was not completed"
 
 
 def fast_reconnect_options(**options: int) -> dict[str, int]:
-    """Return options of a channel that finds a restarted server soon."""
+    """Return options of a channel that soon reconnects to a restarted server."""
     return {
         "initial_reconnect_backoff_ms": 50,
         "min_reconnect_backoff_ms": 50,

@@ -1,4 +1,4 @@
-"""The build after this one: with one more migration, which it needs."""
+"""A simulated next build of the service, which requires one more migration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from {module} import main
 main()
 """
 _MIGRATION = '''
-"""What the next build needs."""
+"""Migrate to the schema of the next build."""
 
 from alembic import op
 
@@ -40,10 +40,10 @@ def upgrade() -> None:
 
 
 class NextBuild:
-    """Made in a folder of the test's own."""
+    """The next build: the code of this build with an additional migration, in a test's folder."""
 
     def __init__(self, folder: Path, *statements: str) -> None:
-        """Name what its migration runs."""
+        """Write the migration, which runs `statements`."""
         self.revision = tables.BUILD + 1
         self._folder = folder
         self._scripts = folder / "alembic"
@@ -55,26 +55,33 @@ class NextBuild:
 
     @property
     def server_command(self) -> tuple[str, ...]:
-        """What the interpreter runs for a server of it: see `ServerProcess`."""
+        """The interpreter's arguments that start a server of this build (see `ServerProcess`)."""
         return "-c", _PROGRAM.format(module="tests.support.serve"), str(self._scripts)
 
     async def migrate(
         self, database_url: str, on_line: Callable[[str], None] = lambda _line: None
     ) -> None:
-        """Run its `chat-history migrate`, given what the service is given; `on_line` is told what it says."""
-        given = {
+        """Run `chat-history migrate` of this build; call `on_line` with each line of output."""
+        variables = {
             "DATABASE_URL": database_url,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "200",
         }
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _PROGRAM.format(module="service.cli"), str(self._scripts), "migrate",
-            cwd=self._folder, env=os.environ | given, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
+            sys.executable,
+            "-c",
+            _PROGRAM.format(module="service.cli"),
+            str(self._scripts),
+            "migrate",
+            cwd=self._folder,
+            env=os.environ | variables,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
         assert process.stdout is not None
-        said: list[str] = []
+        output: list[str] = []
         async for line in process.stdout:
-            said.append(line.decode())
-            on_line(said[-1])
-        assert await process.wait() == 0, said
+            output.append(line.decode())
+            on_line(output[-1])
+        assert await process.wait() == 0, output

@@ -1,7 +1,8 @@
-"""PgBouncer on the loopback before a PostgreSQL, in transaction mode: each transaction may meet another of its connections.
+"""PgBouncer on the loopback interface, in front of a PostgreSQL, in transaction mode.
 
-Debian's 1.18 passes no prepared statements on, and takes no start-up parameters but the few that it knows. It asks for a password
-(SCRAM), as poolers of others do.
+In this mode each transaction may run on another server connection. Version 1.18, which Debian has,
+does not support prepared statements and rejects the start-up parameters that it does not know. It
+is configured to require a password (SCRAM), as the poolers of hosting providers do.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ _SETTINGS = {
 
 
 def find_program() -> str | None:
-    """Return where PgBouncer is; Debian's stands in a folder that is not in everybody's PATH."""
+    """Return the path of PgBouncer or None; Debian's folder is not in the PATH of every user."""
     return shutil.which(PROGRAM) or shutil.which(PROGRAM, path="/usr/sbin:/usr/local/sbin")
 
 
 class PgBouncer:
-    """One PgBouncer, as a context manager; its address stays when it is started again."""
+    """One PgBouncer, as a context manager; it keeps its address when it is restarted."""
 
     def __init__(
         self,
@@ -49,13 +50,14 @@ class PgBouncer:
         settings: dict[str, str] | None = None,
         files: dict[str, bytes] | None = None,
     ) -> None:
-        """Name what it stands before, which must be ready for its users.
+        """Configure a pooler for the server of `upstream`, which must be running.
 
         Args:
-            upstream: Connection string of any database of that server, by way of its socket, with the user that all connections to it
-                are to be of.
-            settings: By name, beside those that all tests use; `{folder}` in a value is PgBouncer's own folder.
-            files: What to put into that folder, by name.
+            upstream: Connection string of any database of that server through its socket. All
+                server connections use its user.
+            settings: Settings by name, which replace or extend those of all tests. `{folder}` in a
+                value is replaced by PgBouncer's own folder.
+            files: Contents of files to write into that folder, by name.
         """
         self._upstream = make_url(upstream)
         self._settings = _SETTINGS | (settings or {})
@@ -67,15 +69,21 @@ class PgBouncer:
 
     @property
     def log(self) -> Path:
-        """What it writes down."""
+        """The path of its log."""
         return self.folder / "pgbouncer.log"
 
     def url(self, database: str) -> str:
-        """Return the connection string of a database through it."""
-        return URL.create(
-            "postgresql", self._upstream.username or "postgres", PASSWORD, "127.0.0.1", self.port, database,
+        """Return the connection string of a database through the pooler."""
+        url = URL.create(
+            "postgresql",
+            self._upstream.username or "postgres",
+            PASSWORD,
+            "127.0.0.1",
+            self.port,
+            database,
             {"sslmode": "disable", "pgbouncer": "true"},
-        ).render_as_string(hide_password=False)  # fmt: skip
+        )
+        return url.render_as_string(hide_password=False)
 
     def __enter__(self) -> Self:
         self.folder = self._exit.enter_context(unprivileged_folder("pgbouncer"))
@@ -116,31 +124,37 @@ class PgBouncer:
             give_ownership(path)
 
     def start(self) -> None:
-        """Start it and wait until it listens."""
-        found = find_program()
-        assert found is not None, "PgBouncer is not installed"
+        """Start the pooler and wait until it listens."""
+        program = find_program()
+        assert program is not None, "PgBouncer is not installed"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [found, str(self.folder / "pgbouncer.ini")],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **unprivileged_user(),
-            )  # fmt: skip
-        give_up = time.monotonic() + 20
+                [program, str(self.folder / "pgbouncer.ini")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                **unprivileged_user(),
+            )
+        deadline = time.monotonic() + 20
         while True:
             assert self._process.poll() is None, (
                 f"PgBouncer does not start:\n{self.log.read_text()}"
             )
-            assert time.monotonic() < give_up, f"PgBouncer does not listen:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, (
+                f"PgBouncer does not listen:\n{self.log.read_text()}"
+            )
             with socket.socket() as trial:
                 if trial.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Have it end at once, as its SIGTERM does, whoever is connected; does nothing when it has ended."""
+        """Stop the pooler immediately, even with clients, by SIGTERM; a no-op if it is stopped."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill the pooler, as a crash would."""
         self._end(signal.SIGKILL)
 
     def _end(self, number: signal.Signals) -> None:

@@ -1,7 +1,8 @@
-"""A proxy on the loopback that breaks the connections that pass through it, before PostgreSQL or before the service.
+"""A proxy on the loopback interface that can break connections to PostgreSQL or to the service.
 
-What can be done, to all connections and to those that come: `cut` (resets), `refuse` (turns newcomers away too), `hold` (a black hole:
-nothing passes, nothing is closed), `delay`, and a `tap` that sees every piece of data and can break its link at exactly that point.
+It can reset all connections (`reset_connections`), reset new ones too (`refuse_connections`), block
+data without closing anything, as a black hole does (`block`), and delay data (`delay`). A `tap`
+sees every piece of data, and can reset its connection at exactly that point.
 """
 
 from __future__ import annotations
@@ -23,21 +24,19 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Direction(Enum):
-    """Where a piece of data goes."""
+    """The direction of a piece of data."""
 
     TO_SERVER = auto()
-    """To the server."""
     TO_CLIENT = auto()
-    """To the client."""
 
 
 class Link:
-    """One connection through the proxy: the client's half, and the server's once it is there."""
+    """One connection through the proxy: the client's half, and the server's once it is open."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.halves = [client]
         self.passed = {Direction.TO_SERVER: 0, Direction.TO_CLIENT: 0}
-        """Bytes seen, by where they go."""
+        """Bytes received, by direction."""
 
     def reset(self) -> None:
         """Reset both halves."""
@@ -45,35 +44,35 @@ class Link:
             reset_writer(half)
 
     def reset_client(self) -> None:
-        """Reset the client's half only: the server is left with a half-open connection and is told nothing."""
+        """Reset the client's half only; the server's half stays open and receives nothing."""
         reset_writer(self.halves[0])
 
 
 Tap = Callable[[Link, Direction, bytes], bool]
-"""Sees a piece before it passes; False swallows it."""
+"""Called with each piece of data before it is passed on; False discards the piece."""
 
 
 class Proxy:
-    """Listens on a free port of 127.0.0.1; an async context manager."""
+    """A TCP proxy on a free port of 127.0.0.1, as an async context manager."""
 
     def __init__(self, upstream: str) -> None:
-        """Name where connections go: the path of a Unix socket, or `host:port`."""
+        """Take the server's address: the path of a Unix socket, or `host:port`."""
         self.upstream = upstream
         self.tap: Tap = _pass
         self.delay = 0.0
-        """Seconds by which each piece comes later."""
+        """Seconds by which each piece of data is delayed."""
         self.links: set[Link] = set()
         self.accepted = 0
-        """How many connections have come."""
-        self._refusing = False
-        self._open = {way: asyncio.Event() for way in Direction}
+        """The number of connections that clients have opened."""
+        self._is_refusing = False
+        self._gates = {direction: asyncio.Event() for direction in Direction}
         self._pumps: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
 
     @property
     def address(self) -> str:
-        """Where it listens."""
+        """The address on which it listens."""
         return f"127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> Self:
@@ -93,42 +92,43 @@ class Proxy:
         await self._server.wait_closed()
 
     def reset_connections(self) -> None:
-        """Reset every connection; new ones pass."""
+        """Reset every connection; new ones are still accepted."""
         for link in list(self.links):
             link.reset()
 
     def reset_clients(self) -> None:
-        """Reset the clients' halves and leave the server's open, as when a network or a machine has gone away."""
+        """Reset the clients' halves and leave the server's open, as when a client's host fails."""
         for link in list(self.links):
             link.reset_client()
 
     def refuse_connections(self) -> None:
-        """Reset every connection, new ones too, until `accept`."""
-        self._refusing = True
+        """Reset every connection, and new ones too until `accept_connections` is called."""
+        self._is_refusing = True
         self.reset_connections()
 
     def accept_connections(self) -> None:
-        """Take new connections again."""
-        self._refusing = False
+        """Accept new connections again."""
+        self._is_refusing = False
 
-    def block(self, *ways: Direction) -> None:
-        """Let nothing pass, in these directions or in both, and close nothing."""
-        for way in ways or Direction:
-            self._open[way].clear()
+    def block(self, *directions: Direction) -> None:
+        """Stop passing data on, in these directions or in both, without closing anything."""
+        for direction in directions or Direction:
+            self._gates[direction].clear()
 
     def unblock(self) -> None:
-        """Let pass what was held, and what comes."""
-        for gate in self._open.values():
+        """Pass on the blocked data and all later data."""
+        for gate in self._gates.values():
             gate.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
-        if self._refusing:
+        if self._is_refusing:
             reset_writer(writer)
             return
         link = Link(writer)
         self.links.add(link)
-        # The server's own task: it ends with its pumps, and `__aexit__` cancels it.
+        # The task that the asyncio server runs for this connection. It ends with its pumps, or when
+        # `__aexit__` cancels it.
         task = asyncio.current_task()
         assert task is not None
         self._pumps.add(task)
@@ -154,23 +154,27 @@ class Proxy:
         return await asyncio.open_connection(host, int(port), limit=_PIECE)
 
     async def _pump(
-        self, link: Link, way: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        link: Link,
+        direction: Direction,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
         while piece := await reader.read(_PIECE):
-            await self._open[way].wait()
+            await self._gates[direction].wait()
             if self.delay:
                 await asyncio.sleep(self.delay)
-            link.passed[way] += len(piece)
-            if not self.tap(link, way, piece):
+            link.passed[direction] += len(piece)
+            if not self.tap(link, direction, piece):
                 continue
             writer.write(piece)
             await writer.drain()
-        await self._open[way].wait()
+        await self._gates[direction].wait()
         writer.close()
 
 
 def reset_writer(writer: asyncio.StreamWriter) -> None:
-    """Close a connection the hard way: the other side gets a reset instead of an end."""
+    """Close a connection so that the peer receives a reset instead of an orderly end."""
     if writer.transport.is_closing():
         return
     peer = writer.get_extra_info("socket")
@@ -179,18 +183,16 @@ def reset_writer(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-def _pass(_link: Link, _way: Direction, _piece: bytes) -> bool:
+def _pass(_link: Link, _direction: Direction, _piece: bytes) -> bool:
     return True
 
 
 @asynccontextmanager
 async def postgres_proxy(database_url: str) -> AsyncGenerator[tuple[Proxy, str]]:
-    """Put a proxy on a service's way to a test's database; give it and the connection string through it."""
+    """Run a proxy to a test's database; provide it and the connection string through it."""
     url = make_url(routed_url(database_url))
     upstream = f"{url.host}:{url.port}" if url.host else f"{url.query['host']}/.s.PGSQL.5432"
     async with Proxy(upstream) as proxy:
-        through = url.set(host="127.0.0.1", port=proxy.port).difference_update_query(["host"])
-        yield (
-            proxy,
-            through.update_query_dict({"sslmode": "disable"}).render_as_string(hide_password=False),
-        )
+        proxied = url.set(host="127.0.0.1", port=proxy.port).difference_update_query(["host"])
+        proxied = proxied.update_query_dict({"sslmode": "disable"})
+        yield proxy, proxied.render_as_string(hide_password=False)

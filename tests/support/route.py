@@ -1,6 +1,7 @@
-"""How the services under test get to their databases: directly, or, with `pytest --through pgbouncer`, by way of a transaction pooler.
+"""The route from the services under test to their databases.
 
-The tests themselves look at a database directly in either case, and migrations run directly, as they should.
+They connect directly, or through a transaction pooler with `pytest --through pgbouncer`. The tests'
+own statements and the migrations always use direct connections.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from tests.support.pgbouncer import PgBouncer, find_program
 from tests.support.tools import skip_or_fail
 
 ROUTES = ("pgbouncer",)
-"""What a run can be asked to go through."""
+"""The choices of `--through`."""
 
 
 class _Poolers:
-    """One pooler for each PostgreSQL, started when it is first asked for."""
+    """One pooler for each PostgreSQL, started on first use."""
 
     def __init__(self) -> None:
         self.exit = ExitStack()
         self._by_socket: dict[str, PgBouncer] = {}
 
-    def before(self, socket_dir: str, database_url: str) -> PgBouncer:
+    def pooler_for(self, socket_dir: str, database_url: str) -> PgBouncer:
         if socket_dir not in self._by_socket:
             self._by_socket[socket_dir] = self.exit.enter_context(PgBouncer(database_url))
         return self._by_socket[socket_dir]
@@ -35,8 +36,8 @@ _poolers: _Poolers | None = None
 
 @contextmanager
 def use_route(through: str | None) -> Iterator[None]:
-    """Have services go this way during a block; None: directly."""
-    global _poolers  # noqa: PLW0603 - a choice of the whole run, which no test passes on
+    """Make services connect through this pooler during a block, or directly if it is None."""
+    global _poolers  # noqa: PLW0603 - one choice for the whole run, not a parameter of each test
     if through is not None and find_program() is None:
         skip_or_fail("pgbouncer is not installed")
     _poolers = _Poolers() if through is not None else None
@@ -49,9 +50,12 @@ def use_route(through: str | None) -> Iterator[None]:
 
 
 def routed_url(database_url: str) -> str:
-    """Return the connection string that a service is given for a test's database. What is no socket is on its way already."""
+    """Return the connection string with which a service connects to a test's database.
+
+    A connection string without a socket already names a proxy or a pooler and is returned as it is.
+    """
     url = make_url(database_url)
     socket_dir = url.query.get("host")
     if _poolers is None or not isinstance(socket_dir, str):
         return database_url
-    return _poolers.before(socket_dir, database_url).url(url.database or "")
+    return _poolers.pooler_for(socket_dir, database_url).url(url.database or "")

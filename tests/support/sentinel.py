@@ -67,7 +67,7 @@ _DDL = (
 def complaints(statements: Iterable[LoggedStatement]) -> list[str]:
     """Return what is wrong with these statements, in words."""
     return [
-        f"{problem}\nin a statement of {statement.who!r} in {statement.database!r}:\n{statement.sql}"
+        f"{problem}\nin a statement of {statement.application!r} in {statement.database!r}:\n{statement.sql}"
         for statement in dict.fromkeys(statements)
         for problem in problems(statement.sql)
     ]

@@ -1,4 +1,4 @@
-"""Serves what `DATABASE_URL` names, in a process of its own, and prints the address when calls are served."""
+"""Program that runs a server on `DATABASE_URL` and prints its address once it is ready."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers to call: in this process, or in one of its own."""
+"""Servers in this process or in processes of their own, and channels to them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceAsyncStub
 
     AsyncStub = ChatHistoryServiceAsyncStub
-else:  # The class is there for type checkers alone.
+else:  # The class exists for type checkers only.
     AsyncStub = ChatHistoryServiceStub
 
 ROOT = Path(__file__).resolve().parents[2]
-# Every test has a server of its own, and no call may pass through a proxy or wait for an earlier test's broken connection.
+# No call may use the machine's HTTP proxy or wait for the broken connection of an earlier test.
 _CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -45,24 +45,20 @@ class _Settings(Settings):
 
 
 def settings(**values: Any) -> Settings:
-    """Return settings for a test: a free port, no delay at the end, nothing read from a file."""
-    # Search has tests of its own (tests/search), which switch it on.
-    given: dict[str, Any] = {
-        "listen": "127.0.0.1:0",
-        "shutdown_grace": 2.0,
-        "search": "off",
-    } | values
-    return _Settings(**given)
+    """Return settings for a test: a free port, a short shutdown, nothing read from a file."""
+    # Tests of search (tests/search) enable it.
+    defaults: dict[str, Any] = {"listen": "127.0.0.1:0", "shutdown_grace": 2.0, "search": "off"}
+    return _Settings(**(defaults | values))
 
 
 def target_of(database_url: str) -> Target:
-    """Return how a service gets to a test's database."""
+    """Return the target with which a service connects to a test's database."""
     return parse(routed_url(database_url))
 
 
 @asynccontextmanager
 async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[Server]:
-    """Run a server in this process; at the end it must have let go of everything that it took."""
+    """Run a server in this process; at the end it must have released all its resources."""
     target = target_of(database_url) if isinstance(database_url, str) else database_url
     server = Server(settings(**values), target)
     await server.start()
@@ -70,19 +66,17 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
         async with asyncio.timeout(30):
             await server.readiness.wait_ready()
         yield server
-        await _comes_true(
-            lambda: _busy(server) == {}, lambda: f"still at work after the test: {_busy(server)}"
-        )
+        await _wait_until_idle(server)
     finally:
-        # Nobody calls any more, and hundreds of tests need not wait for those who do.
+        # Skips the wait for recent callers at shutdown: the test has ended and makes no more calls.
         server.calls.last_finished_at = -math.inf
         await server.stop()
     in_use = server.database.engine.pool.checkedout()  # type: ignore[attr-defined]
-    assert in_use == 0, "connections were not given back to the pool"
+    assert in_use == 0, "connections were not returned to the pool"
 
 
-def _busy(server: Server) -> dict[str, int]:
-    """Return what a server that nobody calls should have none of."""
+def _resources_in_use(server: Server) -> dict[str, int]:
+    """Return the counts, other than zero, of resources that an idle server must not hold."""
     database = server.database
     driver = database.hot_pool
     counts = {
@@ -94,37 +88,37 @@ def _busy(server: Server) -> dict[str, int]:
         "permits taken": sum(
             permits.count - permits.free for permits in (database._permits, database._write_permits)
         ),
-        # Those that the driver keeps for the next hot statement are checked out all the time.
+        # The connections that the driver keeps for hot statements stay checked out of the pool.
         "connections checked out": server.database.engine.pool.checkedout() - len(driver._idle),  # type: ignore[attr-defined]
     }
     return {name: count for name, count in counts.items() if count}
 
 
-async def _comes_true(condition: Any, complaint: Any, seconds: float = 20.0) -> None:
-    give_up = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < give_up, complaint()
+async def _wait_until_idle(server: Server, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while in_use := _resources_in_use(server):
+        assert time.monotonic() < deadline, f"still in use after the test: {in_use}"
         await asyncio.sleep(0.01)
 
 
 def channel(address: str, **options: int) -> aio.Channel:
-    """Open a channel, to be used as a context manager."""
-    return aio.insecure_channel(
-        address, options=_CHANNEL_OPTIONS + [(f"grpc.{k}", v) for k, v in options.items()]
-    )
+    """Return a channel, to be used as a context manager; options are named without `grpc.`."""
+    extra = [(f"grpc.{name}", value) for name, value in options.items()]
+    return aio.insecure_channel(address, options=_CHANNEL_OPTIONS + extra)
 
 
 @asynccontextmanager
 async def connected(address: str) -> AsyncGenerator[AsyncStub]:
-    """Open a channel and give its stub."""
-    async with channel(address) as opened:
-        yield ChatHistoryServiceStub(opened)
+    """Open a channel and provide its stub."""
+    async with channel(address) as connection:
+        yield ChatHistoryServiceStub(connection)
 
 
 class ServerProcess:
-    """A server in a process of its own, as an async context manager; it is ended by its process id alone.
+    """A server in a process of its own, as an async context manager.
 
-    At the end it is asked to stop and must do so with exit code 0, unless the test has ended it itself.
+    At the end it receives SIGTERM and must exit with code 0 and without a traceback, unless the
+    test has sent it a signal.
     """
 
     def __init__(
@@ -135,12 +129,13 @@ class ServerProcess:
         command: Sequence[str] = ("-m", "tests.support.serve"),
         **environment: str,
     ) -> None:
-        """Name what to run.
+        """Configure the process; `start` or `launch` starts it.
 
         Args:
-            database_url: What it serves.
-            folder: Where it runs and writes its log: an empty folder of the test's.
-            command: What the interpreter runs; it prints its address when it serves.
+            database_url: Connection string of its database.
+            folder: Working folder of the process, to which its log is written.
+            command: Arguments of the interpreter. The program must print its address once it is
+                ready.
             environment: Settings by name, such as `CHAT_HISTORY_LISTEN="127.0.0.1:50061"`.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +148,7 @@ class ServerProcess:
             inherited
             | {
                 "DATABASE_URL": routed_url(database_url),
-                # One that another process can take after it.
+                # A fixed port, so that another process can be started on it afterwards.
                 "CHAT_HISTORY_LISTEN": f"127.0.0.1:{free_port()}",
                 "CHAT_HISTORY_SHUTDOWN_GRACE": "3",
                 "CHAT_HISTORY_SEARCH": "off",
@@ -173,22 +168,27 @@ class ServerProcess:
         return self._process.pid
 
     def launch(self) -> None:
-        """Start it."""
+        """Start the process without waiting for it."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
-                cwd=self._folder, env=self._environment,
-            )  # fmt: skip
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=self._folder,
+                env=self._environment,
+            )
 
     async def start(self, *, ready: bool = True) -> Self:
-        """Start it; with `ready` wait until it serves, and know its `address`."""
+        """Start the process, and with `ready` wait until it is ready and set its `address`."""
         self.launch()
         if ready:
             await self.wait_ready()
         return self
 
     async def wait_ready(self) -> str:
-        """Wait until it serves and return its address."""
+        """Wait until the server is ready, and return its address."""
         assert self._process is not None
         assert self._process.stdout is not None
         async with asyncio.timeout(60):
@@ -198,23 +198,23 @@ class ServerProcess:
         return self.address
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal; the test sees to the end of the process itself from now on."""
+        """Send a signal; from now on the test is responsible for the end of the process."""
         self._ended_by_test = True
         assert self._process is not None
         self._process.send_signal(number)
 
     async def wait(self, seconds: float = 30.0) -> int:
-        """Wait for its end and return the exit code; minus the signal's number when a signal has ended it."""
+        """Wait for the process to end; return its exit code, or minus the signal that ended it."""
         assert self._process is not None
         return await asyncio.to_thread(self._process.wait, seconds)
 
     async def kill(self) -> None:
-        """End it at once, as a crash would."""
+        """Kill the process, as a crash would."""
         self.send_signal(signal.SIGKILL)
         await self.wait()
 
     async def stop(self) -> None:
-        """Ask it to stop; it must do so in good order."""
+        """Send SIGTERM and assert that the server shuts down in order."""
         if self._process is None:
             return
         if self._process.poll() is None:

@@ -1,4 +1,4 @@
-"""Debian's PostgreSQL on TCP as Neon has it: TLS with a certificate, a password (SCRAM), and nothing without the two."""
+"""Debian's PostgreSQL on TCP, configured as Neon is: TLS and a password (SCRAM) are required."""
 
 from __future__ import annotations
 
@@ -24,13 +24,20 @@ _HBA = "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n"
 
 
 def find_programs() -> Path | None:
-    """Return the folder of the system's PostgreSQL programs, the newest's, which is not in PATH."""
-    found = [path.parent for path in _DEBIAN.glob("*/bin/initdb")]
-    return max(found, key=lambda each: int(re.sub(r"\D", "", each.parent.name) or 0), default=None)
+    """Return the folder, which is not in PATH, of the newest PostgreSQL that Debian installed."""
+    folders = [path.parent for path in _DEBIAN.glob("*/bin/initdb")]
+    return max(
+        folders,
+        key=lambda folder: int(re.sub(r"\D", "", folder.parent.name) or 0),
+        default=None,
+    )
 
 
 class TlsPostgres:
-    """A PostgreSQL server of our own, as a context manager; nothing of the machine's own clusters is touched."""
+    """A PostgreSQL server in a folder of its own, as a context manager.
+
+    The clusters that Debian manages on the machine are not touched.
+    """
 
     def __init__(self, certificate: CertificatePair) -> None:
         self._certificate = certificate
@@ -40,14 +47,14 @@ class TlsPostgres:
         self.port = 0
 
     def url(self, host: str = "127.0.0.1", **query: str) -> str:
-        """Return the connection string by way of TCP."""
+        """Return the connection string for TCP."""
         return URL.create(
             "postgresql", USER, PASSWORD, host, self.port, DATABASE, query
         ).render_as_string(hide_password=False)
 
     @property
     def local_url(self) -> str:
-        """The connection string by way of the socket, which asks nobody for a password: for the tests' own questions."""
+        """The connection string for the socket, which needs no password, for tests' statements."""
         return f"postgresql://{USER}@/{DATABASE}?host={self.folder}&port={self.port}"
 
     def __enter__(self) -> Self:
@@ -64,15 +71,26 @@ class TlsPostgres:
         self._stop()
 
     def _start(self) -> None:
-        found = find_programs()
-        assert found is not None, "Debian's postgresql is not installed"
+        programs = find_programs()
+        assert programs is not None, "Debian's postgresql is not installed"
         self._write("password", PASSWORD.encode())
         data = self.folder / "data"
         subprocess.run(
-            [found / "initdb", "--pgdata", data, "--username", USER, "--pwfile", self.folder / "password", "--no-sync",
-             "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C"],
-            check=True, capture_output=True, cwd="/", **unprivileged_user(),
-        )  # fmt: skip
+            [
+                programs / "initdb",
+                f"--pgdata={data}",
+                f"--username={USER}",
+                f"--pwfile={self.folder / 'password'}",
+                "--no-sync",
+                "--auth=scram-sha-256",
+                "--encoding=UTF8",
+                "--locale=C",
+            ],
+            check=True,
+            capture_output=True,
+            cwd="/",
+            **unprivileged_user(),
+        )
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(self.port),
@@ -85,29 +103,35 @@ class TlsPostgres:
         }
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [found / "postgres", "-D", data, *(f"--{name}={value}" for name, value in settings.items())],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", **unprivileged_user(),
-            )  # fmt: skip
-        give_up = time.monotonic() + 30
+                [
+                    programs / "postgres",
+                    "-D",
+                    data,
+                    *(f"--{name}={value}" for name, value in settings.items()),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                **unprivileged_user(),
+            )
+        deadline = time.monotonic() + 30
         create: list[str | Path] = [
-            found / "createdb",
-            "--host",
-            self.folder,
-            "--port",
-            str(self.port),
-            "--username",
-            USER,
+            programs / "createdb",
+            f"--host={self.folder}",
+            f"--port={self.port}",
+            f"--username={USER}",
             DATABASE,
         ]
         while subprocess.run(create, check=False, capture_output=True).returncode != 0:
             log_text = (self.folder / "log").read_text()
             assert self._process.poll() is None, f"PostgreSQL does not start:\n{log_text}"
-            assert time.monotonic() < give_up, f"PostgreSQL does not answer:\n{log_text}"
+            assert time.monotonic() < deadline, f"PostgreSQL does not answer:\n{log_text}"
             time.sleep(0.05)
 
     def _stop(self) -> None:
         if self._process is not None:
-            # Without waiting for those who are connected, as SIGTERM would.
+            # SIGINT does not wait for clients to disconnect, as SIGTERM would.
             self._process.send_signal(signal.SIGINT)
             self._process.wait(30)
         self._exit.close()

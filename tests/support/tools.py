@@ -1,4 +1,4 @@
-"""What the tests need of the machine."""
+"""Checks for programs that tests need and that a machine may lack."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 
 
 def require_program(program: str) -> str:
-    """Return the path of a program; a test that lacks it is skipped, and under CI it fails."""
-    found = shutil.which(program)
-    if found is None:
+    """Return the path of a program; without it the test is skipped, and fails under CI."""
+    path = shutil.which(program)
+    if path is None:
         skip_or_fail(f"{program} is not installed")
-    return found
+    return path
 
 
-def skip_or_fail(what: str) -> NoReturn:
-    """Skip a test that cannot run here; under CI it fails, so that nothing goes unnoticed."""
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip a test that cannot run on this machine; under CI fail it, so that it is noticed."""
     if os.environ.get("CI", "").lower() in ("true", "1"):
-        pytest.fail(what)
-    pytest.skip(what)
+        pytest.fail(reason)
+    pytest.skip(reason)

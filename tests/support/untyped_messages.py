@@ -1,4 +1,7 @@
-"""Messages that take a dict where a message or a Struct belongs, as protobuf itself allows and its type stubs do not."""
+"""Message classes typed as Any, which accept a dict for a nested message or a Struct.
+
+Protobuf accepts it, but its type stubs do not.
+"""
 
 from __future__ import annotations
 
