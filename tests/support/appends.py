@@ -221,7 +221,7 @@ class World:
         found.check()
         names = {self.message_id(session, name): name for name in range(NAMES)}
         words = tuple(Word(names[m.id], _variant(m.fingerprint)) for m in found.messages)
-        erased = frozenset(names[m.id] for m in found.messages if m.deleted)
+        erased = frozenset(names[m.id] for m in found.messages if m.is_deleted)
         return found, Content(SessionState(found.state), words, erased)
 
     async def perform(self, store: int, session: int, delay: int, operation: Operation) -> Done:

@@ -1,4 +1,4 @@
-"""What a session holds, read from the tables themselves, and what must be true of every session at any time."""
+"""Stored sessions, read from the tables, and the checks that every session passes at any time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StoredMessage(NamedTuple):
     content: str
     created_us: int
     fingerprint: bytes
-    deleted: bool
+    is_deleted: bool
 
 
 class History(NamedTuple):
@@ -31,20 +31,20 @@ class History(NamedTuple):
     title: str = ""
 
     def check(self) -> None:
-        """Assert what holds of every session: seq 1, 2, 3… without gap or tie, right counts, times that follow seq."""
+        """Check that seqs have no gap and no duplicate, and that counts and times fit them."""
         assert [message.seq for message in self.messages] == list(range(1, self.last_seq + 1))
-        assert self.message_count == sum(not message.deleted for message in self.messages)
+        assert self.message_count == sum(not message.is_deleted for message in self.messages)
         assert len({message.id for message in self.messages}) == len(self.messages)
         times = [message.created_us for message in self.messages]
-        assert times == sorted(times), "create_time goes backwards against seq"
+        assert times == sorted(times), "create_time decreases while seq increases"
 
     def check_contains(self, replies: Iterable[message_pb2.AppendMessagesResponse]) -> None:
-        """Assert that every acknowledged message is there once, where and when its acknowledgement said."""
+        """Check that each acknowledged message is stored once, with that seq and time."""
         self.check()
-        places = {message.id: (message.seq, message.created_us) for message in self.messages}
+        stored = {message.id: (message.seq, message.created_us) for message in self.messages}
         for reply in replies:
             for entry in reply.messages:
-                assert places.get(entry.id) == (entry.seq, entry.create_time.ToMicroseconds()), (
+                assert stored.get(entry.id) == (entry.seq, entry.create_time.ToMicroseconds()), (
                     entry
                 )
 
@@ -53,14 +53,14 @@ _SESSION = (
     "SELECT state, last_seq, message_count, title FROM chat_sessions WHERE user_id = $1 AND id = $2"
 )
 _MESSAGES = """
-SELECT seq, id::text, content, (extract(epoch FROM created_at) * 1000000)::bigint AS created_us, fingerprint,
-       deleted_at IS NOT NULL AS deleted
+SELECT seq, id::text, content, (extract(epoch FROM created_at) * 1000000)::bigint AS created_us,
+       fingerprint, deleted_at IS NOT NULL AS is_deleted
 FROM chat_messages WHERE user_id = $1 AND session_id = $2 ORDER BY seq
 """
 
 
 async def read_history(database_url: str, user_id: str, session_id: str) -> History | None:
-    """Read a session as it is at one moment, or None."""
+    """Read a session in one snapshot; None if there is none."""
     async with (
         connected_to(database_url) as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
@@ -70,15 +70,15 @@ async def read_history(database_url: str, user_id: str, session_id: str) -> Hist
             StoredMessage(*row) for row in await connection.fetch(_MESSAGES, user_id, session_id)
         ]
     if not sessions:
-        assert not messages, "messages without their session"
+        assert not messages, "messages without a session"
         return None
     state, last_seq, message_count, title = sessions[0]
     return History(state, last_seq, message_count, messages, title)
 
 
 async def read_valid_history(database_url: str, user_id: str, session_id: str) -> History:
-    """Read a session that must be there and be sound."""
-    found = await read_history(database_url, user_id, session_id)
-    assert found is not None
-    found.check()
-    return found
+    """Read a session that must exist, and check it."""
+    history = await read_history(database_url, user_id, session_id)
+    assert history is not None
+    history.check()
+    return history

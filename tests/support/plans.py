@@ -1,4 +1,4 @@
-"""How PostgreSQL runs the service's own statements: each one that is sent, with its arguments, is explained."""
+"""Plans of the statements that the service sends, with their arguments."""
 
 from __future__ import annotations
 
@@ -16,52 +16,54 @@ from service.server import Server
 from tests.support.cluster import TESTS_APPLICATION
 
 
-class Sent(NamedTuple):
-    """A statement as the driver sent it."""
+class SentStatement(NamedTuple):
+    """A statement with its arguments, as the driver sent it."""
 
     sql: str
     args: tuple[Any, ...]
 
 
 @asynccontextmanager
-async def recorded(server: Server) -> AsyncGenerator[list[Sent]]:
-    """Record what a server's driver sends, on whatever connection."""
-    sent: list[Sent] = []
+async def recording(server: Server) -> AsyncGenerator[list[SentStatement]]:
+    """Record the statements that a server sends on any of its connections."""
+    sent: list[SentStatement] = []
 
-    def note(query: Any) -> None:
-        sent.append(Sent(query.query, tuple(query.args or ())))
+    def on_driver_query(query: Any) -> None:
+        sent.append(SentStatement(query.query, tuple(query.args or ())))
 
-    def executed(_connection: object, _cursor: object, sql: str, args: Any, *_: object) -> None:
-        sent.append(Sent(sql, tuple(args)))
+    def on_execute(_connection: object, _cursor: object, sql: str, args: Any, *_: object) -> None:
+        sent.append(SentStatement(sql, tuple(args)))
 
     engine, driver = server.database.engine.sync_engine, server.database.hot_pool
-    taken = [await driver.acquire() for _ in range(driver._size)]
-    idle = [kept.driver for kept in taken]
-    for kept in taken:
-        driver.release(kept)
-    # SQLAlchemy's statements are prepared ones, of which the driver does not tell.
-    event.listen(engine, "before_cursor_execute", executed)
-    for connection in idle:
-        connection.add_query_logger(note)
+    acquired = [await driver.acquire() for _ in range(driver._size)]
+    driver_connections = [connection.driver for connection in acquired]
+    for connection in acquired:
+        driver.release(connection)
+    # The driver's query logger does not report SQLAlchemy's statements, which are prepared.
+    event.listen(engine, "before_cursor_execute", on_execute)
+    for driver_connection in driver_connections:
+        driver_connection.add_query_logger(on_driver_query)
     try:
         yield sent
-        for _ in range(3):  # The driver tells of a statement in the loop's next turn.
+        for _ in range(
+            3
+        ):  # The driver reports a statement in the next iteration of the event loop.
             await asyncio.sleep(0)
     finally:
-        event.remove(engine, "before_cursor_execute", executed)
-        for connection in idle:
-            connection.remove_query_logger(note)
+        event.remove(engine, "before_cursor_execute", on_execute)
+        for driver_connection in driver_connections:
+            driver_connection.remove_query_logger(on_driver_query)
 
 
 class Plan:
-    """What `EXPLAIN (ANALYZE)` says of one statement."""
+    """Output of `EXPLAIN (ANALYZE)` for one statement."""
 
-    def __init__(self, found: dict[str, Any]) -> None:
-        self.root: dict[str, Any] = found["Plan"]
-        self.milliseconds: float = found["Execution Time"]
+    def __init__(self, explained: dict[str, Any]) -> None:
+        self.root: dict[str, Any] = explained["Plan"]
+        self.milliseconds: float = explained["Execution Time"]
 
     def nodes(self, node: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield every node."""
+        """Yield every node of the plan, or of the tree below `node`."""
         node = self.root if node is None else node
         yield node
         for inner in node.get("Plans", ()):
@@ -72,7 +74,7 @@ class Plan:
         return [node for node in self.nodes() if node.get("Relation Name") == table]
 
     def rows_read(self, table: str) -> int:
-        """Return how many rows of a table were looked at, kept or not."""
+        """Return the number of rows of a table that were read, including those filtered out."""
         counts = [
             node["Actual Loops"] * (node["Actual Rows"] + node.get("Rows Removed by Filter", 0))
             for node in self.scans(table)
@@ -83,24 +85,30 @@ class Plan:
         return json.dumps(self.root, indent=1)
 
 
-async def explained(url: str, statements: Sequence[Sent], table: str) -> list[Plan]:
-    """Run those of these statements that read a table again and return their plans: each as planned for its arguments, and for any."""
+async def explain(url: str, statements: Sequence[SentStatement], table: str) -> list[Plan]:
+    """Execute those of these statements that use a table again, and return their plans.
+
+    There are two plans of each statement: one for its arguments, and the generic one.
+    """
     plans: list[Plan] = []
     connection = await asyncpg.connect(
         url, server_settings={"application_name": TESTS_APPLICATION}, statement_cache_size=0
     )
     try:
-        for number, (sql, args) in enumerate({repr(each): each for each in statements}.values()):
+        for number, (sql, args) in enumerate(
+            {repr(statement): statement for statement in statements}.values()
+        ):
             if table not in sql:
                 continue
             await connection.execute(f"PREPARE s{number} AS {sql}")
-            given = f"({', '.join(map(_literal, args))})" if args else ""
+            arguments = f"({', '.join(map(_literal, args))})" if args else ""
             for mode in ("force_custom_plan", "force_generic_plan"):
                 await connection.execute(f"SET plan_cache_mode = {mode}")
-                found = await connection.fetchval(
-                    f"EXPLAIN (ANALYZE, TIMING OFF, BUFFERS, FORMAT JSON) EXECUTE s{number}{given}"
+                explained = await connection.fetchval(
+                    f"EXPLAIN (ANALYZE, TIMING OFF, BUFFERS, FORMAT JSON) EXECUTE s{number}"
+                    f"{arguments}"
                 )
-                plans.append(Plan(json.loads(found)[0]))
+                plans.append(Plan(json.loads(explained)[0]))
     finally:
         await connection.close()
     return plans
@@ -115,6 +123,6 @@ def _literal(value: Any) -> str:
         case datetime():
             return f"'{value.isoformat()}'"
         case list():
-            return "'{" + ",".join("NULL" if each is None else f'"{each}"' for each in value) + "}'"
+            return "'{" + ",".join("NULL" if item is None else f'"{item}"' for item in value) + "}'"
         case _:
             return "'" + str(value).replace("'", "''") + "'"

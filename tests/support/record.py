@@ -232,7 +232,7 @@ def _rows(stored: History) -> Iterator[Problem]:
         if earlier.created_us > later.created_us:
             yield Problem("ORDER", f"seq {later.seq} is older than seq {earlier.seq}")
     for message in stored.messages:
-        if not message.deleted and not message.content.startswith(message.id):
+        if not message.is_deleted and not message.content.startswith(message.id):
             yield Problem("MOVED", f"{message.id} has other content")
 
 
@@ -241,7 +241,9 @@ def _counts(stored: History) -> Iterator[Problem]:
     last = stored.messages[-1].seq if stored.messages else 0
     if stored.last_seq != last:
         yield Problem("GAP", f"last_seq is {stored.last_seq}, and the last message's {last}")
-    if stored.message_count != (count := sum(not message.deleted for message in stored.messages)):
+    if stored.message_count != (
+        count := sum(not message.is_deleted for message in stored.messages)
+    ):
         yield Problem("MOVED", f"message_count is {stored.message_count}, and there are {count}")
 
 
@@ -273,17 +275,17 @@ def _erased(record: Record, stored: History) -> Iterator[Problem]:
     erasures = {erasure.id: erasure for erasure in record.erasures}
     for message in stored.messages:
         erasure = erasures.get(message.id)
-        if message.deleted and erasure is None:
+        if message.is_deleted and erasure is None:
             yield Problem("LOST", f"{message.id} is erased, and nobody asked for that")
-        if not message.deleted and erasure is not None and erasure.acknowledged < math.inf:
+        if not message.is_deleted and erasure is not None and erasure.acknowledged < math.inf:
             yield Problem("MOVED", f"{message.id} was erased and is there")
 
 
 def _edited(record: Record, stored: History) -> Iterator[Problem]:
     """Look for changes that were acknowledged and are not there, though none that was under way then or later explains that."""
-    values = {message.id: message.content for message in stored.messages if not message.deleted} | {
-        "": stored.title
-    }
+    values = {
+        message.id: message.content for message in stored.messages if not message.is_deleted
+    } | {"": stored.title}
     by_id: dict[str, list[Edit]] = {}
     for edit in record.edits:
         by_id.setdefault(edit.id, []).append(edit)

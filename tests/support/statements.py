@@ -1,4 +1,4 @@
-"""What PostgreSQL is sent during a test, as its log tells; the sentinel reads the same log by itself."""
+"""Statements that PostgreSQL receives during a test, read from its log."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from tests.support.cluster import Cluster, LoggedStatement, statements_in
 
 
 class SentStatements:
-    """What a database has been sent since this was made, the tests' own statements left out."""
+    """Statements that a database received since this object was created, without the tests' own."""
 
     def __init__(self, cluster: Cluster, database_url: str) -> None:
         self._log = cluster.postgres.log
         self._database = database_name(database_url)
-        self._from = self._log.stat().st_size
+        self._start = self._log.stat().st_size
 
     def so_far(self) -> list[LoggedStatement]:
         """Return the statements."""
         with self._log.open("rb") as log:
-            log.seek(self._from)
+            log.seek(self._start)
             text = log.read().decode(errors="replace")
         return [logged for logged in statements_in(text) if logged.database == self._database]
 
