@@ -85,11 +85,7 @@ class Server:
         self.readiness = Readiness(self.database)
         self.database.on_suspected_outage = self.readiness.request_probe
         self.search = search = self._create_search()
-        self.health = Health(
-            self.database,
-            self.readiness,
-            (lambda: search.is_healthy) if search.is_enabled else None,
-        )
+        self.health = Health(self.database, self.readiness, search)
         self.appender = Appender(
             self.database, settings.append_lanes, search_enabled=search.indexes_messages
         )
@@ -179,7 +175,7 @@ class Server:
         )
         credentials.close_authenticator(self.authenticate)
         await asyncio.gather(
-            _wait_at_most(LAST_WRITES_TIMEOUT_S, "health checks", self.health.finish()),
+            _wait_at_most(LAST_WRITES_TIMEOUT_S, "health checks", self.health.cancel_probes()),
             self.appender.drain(LAST_WRITES_TIMEOUT_S),
             _wait_at_most(SEARCH_STOP_TIMEOUT_S, "search", self.search.stop()),
         )
@@ -205,7 +201,7 @@ class Server:
         from service.search.service import Search  # noqa: PLC0415
 
         search = Search(self.settings, self.database, self.readiness.wait_ready)
-        search.on_change = self.readiness.tell
+        search.on_change = self.readiness.notify
         return search
 
     def _appended(self, user_id: str, session_id: str) -> None:
@@ -293,7 +289,7 @@ class Server:
                 ),
                 "chat_history_ready": (
                     "1 if the service is ready, else 0.",
-                    lambda: self.readiness.ready,
+                    lambda: self.readiness.is_ready,
                 ),
             },
         )

@@ -127,7 +127,7 @@ class TokenVerifier:
             kid = header.get("kid")
         except Exception:  # noqa: BLE001 - every failure to parse means that it is not valid
             raise invalid_token() from None
-        # We support no extension, and a token that requires one must be rejected (RFC 7515, 4.1.11).
+        # We support no extension; a token that requires one must be rejected (RFC 7515, 4.1.11).
         key = None if "crit" in header else await self.keys.find(kid)
         if key is None:
             raise invalid_token()
@@ -167,7 +167,7 @@ def _scopes(value: object) -> list[str]:
 
 
 def load_key(value: str) -> tuple[VerificationKey, list[str]]:
-    """Load a configured key: a shared secret, a public key (PEM), or the name of a file with either.
+    """Load a configured key: a shared secret, a public key (PEM), or the name of its file.
 
     Returns:
         The key, and warnings for the operator.

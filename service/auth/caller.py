@@ -13,7 +13,7 @@ class Caller:
     """The authenticated sender of a call."""
 
     user_id: str | None = None
-    """The user who calls, as canonical UUID text; None for a service, which may act for any user."""
+    """The calling user, as canonical UUID text; None for a service, which may act for any user."""
     expires_at: float | None = None
     """When its token expires, on the running loop's clock; None for never."""
     subject: str = ""

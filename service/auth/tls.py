@@ -48,7 +48,7 @@ class Certificates:
         )
 
     def _changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the files' new content, None if unchanged; gRPC calls it in a thread of its own."""
+        """Return the files' new content, None if unchanged; called in a thread of gRPC."""
         state = self._file_state()
         if state == self._loaded_state:
             return None
@@ -104,8 +104,8 @@ def _check(files: CertificateFiles) -> None:
     except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, ssl.SSLError) else str(error)
         raise ValueError(
-            f"CHAT_HISTORY_TLS_CERT={files.cert} and CHAT_HISTORY_TLS_KEY={files.key} are not a pair "
-            f"of PEM files: {reason}"
+            f"CHAT_HISTORY_TLS_CERT={files.cert} and CHAT_HISTORY_TLS_KEY={files.key} are not a "
+            f"pair of PEM files: {reason}"
         ) from None
     if files.client_ca is None:
         return

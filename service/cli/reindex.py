@@ -32,7 +32,7 @@ def reindex_command(
 
     from service.auth.bearer import make_token
     from service.errors import ServiceError
-    from service.rpc.reindex_client import Tls, rebuild
+    from service.rpc.reindex_client import TlsFiles, reindex
 
     settings, _ = configuration()
     if token is None and settings.auth == "jwt" and settings.jwt_key is not None:
@@ -49,13 +49,13 @@ def reindex_command(
     tls = None
     if root is not None:
         pair = (settings.tls_cert, settings.tls_key) if settings.tls_client_ca else (None, None)
-        tls = Tls(Path(root), *(Path(path) if path else None for path in pair))
+        tls = TlsFiles(Path(root), *(Path(path) if path else None for path in pair))
 
     async def follow() -> None:
         with Progress(transient=True) as progress:
             task = progress.add_task("indexing", total=None)
             failed = 0
-            async for state in rebuild(address or settings.listen, token, tls):
+            async for state in reindex(address or settings.listen, token, tls):
                 progress.update(task, total=state.total, completed=state.done)
                 failed = state.failed
         failures = f"; {failed} items could not be indexed: see the server's log" if failed else ""

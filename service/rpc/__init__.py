@@ -1,1 +1,1 @@
-"""The wire: everything that knows gRPC or the generated code."""
+"""The gRPC interface: one method for each RPC, and the pipeline around them."""

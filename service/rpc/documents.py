@@ -155,7 +155,7 @@ class Documents(Handler):
     async def DeleteDocument(
         self, request: document_pb2.DeleteDocumentRequest, call: Call
     ) -> document_pb2.DeleteDocumentResponse:
-        """Delete a document with its chunks, many chunks in slices; the indexer deletes the vectors."""
+        """Delete a document and its chunks, in slices; the indexer deletes the vectors."""
         document_id = request.document_id.lower()
         was_deleted = False
         try:

@@ -1,7 +1,7 @@
 """The standard health service, and the readiness that it reports.
 
-`Check` of readiness answers from memory, so that probes never wake a suspended database: the traffic's own failures cast doubt, and
-only then the database is asked, every second until it answers again.
+`Check` of readiness answers from memory, so that probes never wake a suspended database. The
+database is probed only after a failed call suggests an outage, every second until it answers.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import structlog
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.search.disabled import AnySearch
 from service.store.db.database import DATABASE_ERRORS, Database
 
 SERVICE = "chathistory.v1.ChatHistoryService"
-PROBE_SECONDS = 1.0
-"""Between two questions to a database that does not answer."""
-PROBE_TIMEOUT = 2.0
-"""How long the database has to answer one, in seconds."""
-ASKED_TIMEOUT = 5.0
-"""The same for a person's question: a suspended database may need a moment."""
-SHARED_SECONDS = 1.0
-"""How long the answer to a person's question serves others."""
+PROBE_INTERVAL_S = 1.0
+"""Pause between two probes of a database that does not answer."""
+PROBE_TIMEOUT_S = 2.0
+DATABASE_CHECK_TIMEOUT_S = 5.0
+"""For checks of the name `database`: a suspended database needs a moment to start."""
+DATABASE_CHECK_TTL_S = 1.0
+"""How long one check of the database answers later ones."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -35,168 +35,177 @@ _log = structlog.get_logger(__name__)
 
 
 class Readiness:
-    """Whether calls can be served, by the latest evidence. Not ready until the database has answered and its schema fits."""
+    """Whether calls can be served, by the latest evidence.
+
+    It starts as not ready, until the database has answered and its schema fits.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.ready = False
-        self.problem = "not asked yet"
-        """Why it is not ready, in words for the log."""
-        self._draining = False
-        self._doubted = False
-        self.prober: asyncio.Task[None] | None = None
-        """Asks the database, while there is doubt."""
-        self._listeners: set[asyncio.Event] = set()
-        self._first = asyncio.Event()
+        self.is_ready = False
+        self.problem = "the database has not been probed yet"
+        """Why it is not ready, for the log."""
+        self._is_draining = False
+        self._probe_requested = False
+        self.probe_task: asyncio.Task[None] | None = None
+        """Probes the database until it answers; None while it is believed to answer."""
+        self._subscriptions: set[asyncio.Event] = set()
+        self._was_ready = asyncio.Event()
 
     def request_probe(self) -> None:
-        """Ask the database, since a call has shown that it may not answer."""
-        self._doubted = True
-        if self.prober is None and not self._draining:
-            self.prober = asyncio.get_running_loop().create_task(self._probe())
+        """Probe the database, since a failed call suggests that it may not answer."""
+        self._probe_requested = True
+        if self.probe_task is None and not self._is_draining:
+            self.probe_task = asyncio.get_running_loop().create_task(self._probe())
 
     async def wait_ready(self) -> None:
-        """Wait for the first time that it is ready."""
-        await self._first.wait()
+        """Wait until it has been ready once."""
+        await self._was_ready.wait()
 
     def drain(self) -> None:
-        """Turn NOT_SERVING for good."""
-        self._draining = True
-        if self.prober is not None:
-            self.prober.cancel()
-        self._set(ready=False, problem="shutting down")
+        """Become NOT_SERVING for good."""
+        self._is_draining = True
+        if self.probe_task is not None:
+            self.probe_task.cancel()
+        self._update(is_ready=False, problem="shutting down")
 
-    def tell(self) -> None:
-        """Have those who listen look again: something else that health reports has changed."""
-        for event in self._listeners:
+    def notify(self) -> None:
+        """Wake the subscribers: readiness, or something else that health reports, has changed."""
+        for event in self._subscriptions:
             event.set()
 
-    def listen(self) -> asyncio.Event:
-        """Return an event that is set at every change; give it back to `unlisten`."""
+    def subscribe(self) -> asyncio.Event:
+        """Return an event that is set at every change; pass it to `unsubscribe` later."""
         event = asyncio.Event()
-        self._listeners.add(event)
+        self._subscriptions.add(event)
         return event
 
-    def unlisten(self, event: asyncio.Event) -> None:
+    def unsubscribe(self, event: asyncio.Event) -> None:
         """Stop setting an event."""
-        self._listeners.discard(event)
+        self._subscriptions.discard(event)
 
     async def _probe(self) -> None:
         try:
-            while self._doubted or not self.ready:
-                self._doubted = False
-                problem = await self._ask()
-                self._set(ready=problem is None, problem=problem or "")
+            while self._probe_requested or not self.is_ready:
+                self._probe_requested = False
+                problem = await self._find_problem()
+                self._update(is_ready=problem is None, problem=problem or "")
                 if problem is not None:
-                    await asyncio.sleep(PROBE_SECONDS)
+                    await asyncio.sleep(PROBE_INTERVAL_S)
         finally:
-            self.prober = None
+            self.probe_task = None
 
-    async def _ask(self) -> str | None:
+    async def _find_problem(self) -> str | None:
         try:
-            return (await self._database.probe(PROBE_TIMEOUT)).problem
+            return (await self._database.probe(PROBE_TIMEOUT_S)).problem
         except TimeoutError:
-            # Gone without a word: what waits on its connections would wait for their own time-outs.
+            # The database vanished without closing its connections: without this, calls that wait
+            # on them would wait for their own timeouts.
             self._database.hot_pool.terminate()
             return "the database does not answer in time"
         except DATABASE_ERRORS as error:
             return f"the database does not answer ({type(error).__name__})"
-        except Exception as error:  # noqa: BLE001 - whatever stands in there: ask again, or it would never be ready
+        except Exception as error:  # noqa: BLE001 - probing must go on, or it would never be ready
             return f"the schema cannot be read ({type(error).__name__})"
 
-    def _set(self, *, ready: bool, problem: str) -> None:
-        if (ready, problem) == (self.ready, self.problem):
+    def _update(self, *, is_ready: bool, problem: str) -> None:
+        if (is_ready, problem) == (self.is_ready, self.problem):
             return
-        if ready:
+        if is_ready:
             _log.info("ready")
-            self._first.set()
+            self._was_ready.set()
         else:
             _log.warning("not ready", problem=problem)
-        changed = ready != self.ready
-        self.ready, self.problem = ready, problem
-        if changed:
-            self.tell()
+        has_changed = is_ready != self.is_ready
+        self.is_ready, self.problem = is_ready, problem
+        if has_changed:
+            self.notify()
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """`grpc.health.v1.Health`, with the names of the contract."""
+    """`grpc.health.v1.Health`: liveness, readiness, the database and search, each by name."""
 
-    def __init__(
-        self, database: Database, readiness: Readiness, search: Callable[[], bool] | None = None
-    ) -> None:
-        """Take what is reported; without `search` that name is not known."""
+    def __init__(self, database: Database, readiness: Readiness, search: AnySearch) -> None:
+        """Take the parts to report on; the name `search` exists only where search is enabled."""
         self._database = database
         self._readiness = readiness
-        self._asked: asyncio.Task[bool] | None = None
-        self._asked_at = 0.0
-        self._closing = False
-        self._names: dict[str, Callable[[], bool]] = {
-            "": lambda: readiness.ready,
-            SERVICE: lambda: readiness.ready,
+        self._database_check: asyncio.Task[bool] | None = None
+        self._database_checked_at = 0.0
+        self._is_closing = False
+        self._is_serving_by_name: dict[str, Callable[[], bool]] = {
+            "": lambda: readiness.is_ready,
+            SERVICE: lambda: readiness.is_ready,
             "liveness": lambda: True,
         }
-        if search is not None:
-            self._names["search"] = search
+        if search.is_enabled:
+            self._is_serving_by_name["search"] = lambda: search.is_healthy
 
     def close(self) -> None:
-        """End every Watch, once it has told how things are: an open stream would eat the whole grace of a shutdown."""
-        self._closing = True
-        self._readiness.tell()
+        """End every Watch after a last status: open streams would use up the shutdown's grace."""
+        self._is_closing = True
+        self._readiness.notify()
 
-    async def finish(self) -> None:
-        """End the questions that are under way, once nobody waits for their answers."""
-        questions = [task for task in (self._asked, self._readiness.prober) if task is not None]
-        for task in questions:
+    async def cancel_probes(self) -> None:
+        """Cancel the probes in flight; called when no caller waits for them any longer."""
+        probes = [
+            task for task in (self._database_check, self._readiness.probe_task) if task is not None
+        ]
+        for task in probes:
             task.cancel()
-        await asyncio.gather(*questions, return_exceptions=True)
+        await asyncio.gather(*probes, return_exceptions=True)
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
-        """Say how a name is now; `database` is asked now, the others answer from memory."""
+        """Return a name's status: `database` by a round trip, all others from memory."""
         status = await self._status(request.service)
         if status == _UNKNOWN:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such name")
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, "health has no service of this name on this server"
+            )
         return health_pb2.HealthCheckResponse(status=status)
 
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[health_pb2.HealthCheckResponse]:
-        """Say how a name is now, and again whenever it changes."""
-        event = self._readiness.listen()
-        last: int | None = None
+        """Send a name's status, and again after every change."""
+        event = self._readiness.subscribe()
+        last_status: int | None = None
         try:
             while True:
                 event.clear()
                 status = await self._status(request.service)
-                if status != last:
+                if status != last_status:
                     yield health_pb2.HealthCheckResponse(status=status)
-                last = status
-                if self._closing:
+                last_status = status
+                if self._is_closing:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "this server is shutting down")
                 await event.wait()
         finally:
-            self._readiness.unlisten(event)
+            self._readiness.unsubscribe(event)
 
     async def _status(self, name: str) -> int:
         if name == "database":
-            return _SERVING if await self._ask_now() else _NOT_SERVING
-        known = self._names.get(name)
-        if known is None:
+            return _SERVING if await self._database_answers() else _NOT_SERVING
+        is_serving = self._is_serving_by_name.get(name)
+        if is_serving is None:
             return _UNKNOWN
-        return _SERVING if known() else _NOT_SERVING
+        return _SERVING if is_serving() else _NOT_SERVING
 
-    async def _ask_now(self) -> bool:
-        """Ask the database; those who ask within a second share the answer."""
-        now = asyncio.get_running_loop().time()
-        if self._asked is None or (self._asked.done() and now - self._asked_at > SHARED_SECONDS):
-            self._asked_at = now
-            self._asked = asyncio.get_running_loop().create_task(self._round_trip())
-        return await asyncio.shield(self._asked)
+    async def _database_answers(self) -> bool:
+        """Return whether the database answers; checks within a second share one round trip."""
+        loop = asyncio.get_running_loop()
+        check = self._database_check
+        if check is None or (
+            check.done() and loop.time() - self._database_checked_at > DATABASE_CHECK_TTL_S
+        ):
+            self._database_checked_at = loop.time()
+            self._database_check = check = loop.create_task(self._round_trip())
+        return await asyncio.shield(check)
 
     async def _round_trip(self) -> bool:
         try:
-            await self._database.probe(ASKED_TIMEOUT)
+            await self._database.probe(DATABASE_CHECK_TIMEOUT_S)
         except DATABASE_ERRORS:
             self._readiness.request_probe()
             return False

@@ -30,7 +30,7 @@ class Messages(Handler):
     async def AppendMessages(
         self, request: message_pb2.AppendMessagesRequest, call: Call
     ) -> message_pb2.AppendMessagesResponse:
-        """Append messages atomically, with consecutive seqs; those already stored keep their seq."""
+        """Append messages atomically with consecutive seqs; those stored before keep theirs."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         new_messages = _new_messages(request)
@@ -186,7 +186,7 @@ class Messages(Handler):
     async def WatchMessages(
         self, request: message_pb2.WatchMessagesRequest, call: Call
     ) -> AsyncGenerator[message_pb2.WatchMessagesResponse]:
-        """Send a session's messages after a seq, then each new one: in order, without gap or repeat."""
+        """Send the messages after a seq, then each new one: in order, no gap, no repetition."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         session = await self.database.read(

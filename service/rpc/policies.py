@@ -1,4 +1,4 @@
-"""The policy of every RPC: who may call it, and what the audit trail records of it.
+"""The policy of every RPC: its callers, and what the audit trail records of it.
 
 The pipeline looks a policy up once, when it wraps the method. Streaming RPCs are admitted as
 streams, all others as calls; the service's descriptor decides which they are.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Access(Enum):
-    """Who may call an RPC."""
+    """The callers that an RPC admits."""
 
     ANY_CALLER = auto()
     """Services for any user, and users for themselves."""

@@ -1,4 +1,4 @@
-"""Asks a running server to rebuild its search index: the other end of `chat-history reindex`."""
+"""The client of `chat-history reindex`: has a running server rebuild its search index."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from grpc import aio
 
 from service.errors import ServiceError
 
-# A running server on this machine is not behind anybody's proxy.
+# The server is on this machine or on the operator's network, so an HTTP proxy would not reach it.
 _OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.keepalive_time_ms", 30_000)]
 
 
-class Tls(NamedTuple):
-    """How to know the server, and what to show it, as files of PEM."""
+class TlsFiles(NamedTuple):
+    """The files (PEM) to verify the server with, and to present to it."""
 
     ca: Path
     certificate: Path | None = None
     key: Path | None = None
 
 
-class Rebuilt(NamedTuple):
-    """How far it is: documents and sessions."""
+class ReindexProgress(NamedTuple):
+    """Counts of documents and sessions."""
 
     total: int
     done: int
     failed: int
 
 
-async def rebuild(address: str, token: str | None, tls: Tls | None) -> AsyncGenerator[Rebuilt]:
-    """Start the work, or follow it when it is under way, and tell how far it is until it is done.
+async def reindex(
+    address: str, token: str | None, tls: TlsFiles | None
+) -> AsyncGenerator[ReindexProgress]:
+    """Start a rebuild, or follow the one in progress, and yield its progress until it is done.
 
     Raises:
-        ServiceError: the server refuses or cannot be reached; the message says why.
+        ServiceError: the server cannot be reached, or rejects the call; the message says why.
     """
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     async with _channel(address, tls) as channel:
@@ -46,12 +48,12 @@ async def rebuild(address: str, token: str | None, tls: Tls | None) -> AsyncGene
         )
         try:
             async for reply in call:
-                yield Rebuilt(reply.total_count, reply.done_count, reply.failed_count)
+                yield ReindexProgress(reply.total_count, reply.done_count, reply.failed_count)
         except aio.AioRpcError as error:
             raise ServiceError(f"{error.code().name}: {error.details()}") from None
 
 
-def _channel(address: str, tls: Tls | None) -> aio.Channel:
+def _channel(address: str, tls: TlsFiles | None) -> aio.Channel:
     if tls is None:
         return aio.insecure_channel(address, options=_OPTIONS)
     credentials = grpc.ssl_channel_credentials(

@@ -1,4 +1,4 @@
-"""The one table: from an error of ours to the status that a client sees."""
+"""The one table that maps our errors to gRPC statuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service import errors
 
 DOMAIN = "chathistory.v1"
 MAX_VIOLATIONS = 20
-"""Details travel in metadata, of which clients take 8 KiB: a long list of violations is cut."""
+"""More violations are left out: details are sent as metadata, of which clients accept 8 KiB."""
 
 CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -31,7 +31,7 @@ CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
 
 
 def of(error: errors.ServiceError) -> tuple[grpc.StatusCode, Status]:
-    """Return the code and the status with its details."""
+    """Return the code and the status of an error, with its details."""
     code = CODES[type(error)]
     details: list[ErrorInfo | BadRequest | RetryInfo] = [
         ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)

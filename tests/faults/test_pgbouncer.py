@@ -192,7 +192,7 @@ async def test_it_ends_under_load_and_comes_back(
             await asyncio.to_thread(end, pooler)
         await load.wait_for_appends(200)
         async with asyncio.timeout(20):
-            while not server.readiness.ready:
+            while not server.readiness.is_ready:
                 await asyncio.sleep(0.05)
     await load.check(database_url)
     assert load.count >= 6 * 100 + 200
