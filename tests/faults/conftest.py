@@ -14,7 +14,7 @@ from tests.support.proxy import Proxy, postgres_proxy
 from tests.support.servers import connected, serving
 
 
-class Broken(NamedTuple):
+class ProxiedService(NamedTuple):
     """A service whose connections to PostgreSQL can be broken."""
 
     server: Server
@@ -22,7 +22,7 @@ class Broken(NamedTuple):
     proxy: Proxy
 
 
-def every_kind(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[object]]]:
+def calls_by_route(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[object]]]:
     """Return a call of every way to the database: through the pool, by the driver, in a transaction, in a shared statement."""
     return {
         "read": lambda: chat.get_session(session_id),
@@ -34,14 +34,14 @@ def every_kind(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[
 
 
 @pytest.fixture
-async def broken(database_url: str) -> AsyncGenerator[Broken]:
+async def proxied(database_url: str) -> AsyncGenerator[ProxiedService]:
     """Give a service behind whose back the database can be cut off."""
     async with (
         postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
         connected(server.address) as stub,
     ):
-        yield Broken(server, await Chat.of_new_user(stub), proxy)
+        yield ProxiedService(server, await Chat.of_new_user(stub), proxy)
         proxy.accept_connections()
         proxy.unblock()
 

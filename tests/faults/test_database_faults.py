@@ -17,7 +17,7 @@ from grpc import StatusCode
 from service.store.db import database
 from service.store.db.dsn import parse
 from service.store.schema.migrations import upgrade
-from tests.faults.conftest import Broken, every_kind
+from tests.faults.conftest import ProxiedService, calls_by_route
 from tests.support import commit_faults, failures
 from tests.support.chat import Chat, new_message, new_messages
 from tests.support.cluster import Cluster, fetch
@@ -44,7 +44,9 @@ async def visible(database_url: str, message_id: str) -> None:
 
 
 @pytest.mark.case(n=6)
-async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -> None:
+async def test_append_is_retried_when_its_backend_ends_before_the_commit(
+    chat: Chat, database_url: str
+) -> None:
     """Twice, and the third time it is committed: the client sees one success, and no replay."""
     await commit_faults.install(database_url)
     session = await chat.create_session()
@@ -63,7 +65,7 @@ async def test_a_backend_ends_before_its_commit(chat: Chat, database_url: str) -
 @pytest.mark.case(n=6)
 @pytest.mark.case(n=13)
 @pytest.mark.parametrize("kind", ["terminate", "40001", "40P01"])
-async def test_a_transaction_fails_at_its_commit_and_is_run_again(
+async def test_transaction_that_fails_at_its_commit_is_retried(
     chat: Chat, database_url: str, kind: str
 ) -> None:
     session = await chat.create_session()
@@ -81,7 +83,7 @@ async def test_a_transaction_fails_at_its_commit_and_is_run_again(
 
 @pytest.mark.case(n=13)
 @pytest.mark.parametrize("kind", ["40001", "40P01"])
-async def test_what_fails_every_time_ends_in_aborted(
+async def test_transaction_that_fails_at_every_commit_is_aborted(
     chat: Chat, database_url: str, kind: str
 ) -> None:
     session = await chat.create_session()
@@ -103,11 +105,11 @@ async def test_what_fails_every_time_ends_in_aborted(
 
 @pytest.mark.case(n=7)
 @pytest.mark.parametrize("starts", [False, True], ids=["session there", "session started"])
-async def test_the_connection_is_cut_after_the_commit_was_sent(
-    broken: Broken, database_url: str, starts: bool
+async def test_append_is_stored_once_when_its_connection_breaks_after_the_commit(
+    proxied: ProxiedService, database_url: str, starts: bool
 ) -> None:
     """The answer is on its way when the connection breaks. The service looks what has become of it: one row, no replay."""
-    chat, proxy = broken.chat, broken.proxy
+    chat, proxy = proxied.chat, proxied.proxy
     session_id = (
         await chat.start()
     )  # And the statement is prepared: the next one is sent in one piece.
@@ -131,9 +133,11 @@ async def test_the_connection_is_cut_after_the_commit_was_sent(
 
 
 @pytest.mark.case(n=7)
-async def test_a_retry_is_a_replay_also_when_the_connection_is_cut(broken: Broken) -> None:
+async def test_retry_of_stored_append_is_a_replay_even_if_its_connection_breaks(
+    proxied: ProxiedService,
+) -> None:
     """The service sends it twice itself, but it had been stored before: the client is told so."""
-    chat, proxy = broken.chat, broken.proxy
+    chat, proxy = proxied.chat, proxied.proxy
     messages = new_messages(2)
     session_id = await chat.start(messages)
     # Whose it is tells its age. What was stored just before the retry came, and within the time that PostgreSQL's answer to that takes,
@@ -153,11 +157,11 @@ async def test_a_retry_is_a_replay_also_when_the_connection_is_cut(broken: Broke
 
 
 @pytest.mark.case(n=7)
-async def test_many_appends_are_cut_off_and_none_is_doubled(
-    broken: Broken, database_url: str
+async def test_concurrent_appends_are_stored_once_when_connections_break(
+    proxied: ProxiedService, database_url: str
 ) -> None:
     """Shared statements: what was under way, and what was waiting, of several sessions and of the same message."""
-    chat, proxy = broken.chat, broken.proxy
+    chat, proxy = proxied.chat, proxied.proxy
     session_ids = [await chat.start() for _ in range(4)]
     same = new_message("the same")
     for turn in range(4):
@@ -180,17 +184,21 @@ async def test_many_appends_are_cut_off_and_none_is_doubled(
 
 
 @pytest.mark.case(n=10)
-async def test_all_idle_backends_are_ended(chat: Chat, database_url: str) -> None:
+async def test_next_call_succeeds_after_all_idle_backends_were_terminated(
+    chat: Chat, database_url: str
+) -> None:
     """As when Neon suspends: the next call of every kind goes through."""
     session_id = await chat.start()
-    for name, call in every_kind(chat, session_id).items():
-        await asyncio.gather(*(other() for other in every_kind(chat, session_id).values()))
+    for name, call in calls_by_route(chat, session_id).items():
+        await asyncio.gather(*(other() for other in calls_by_route(chat, session_id).values()))
         [[ended]] = await fetch(database_url, TERMINATE)
         assert ended > 0, name
         await call()
 
 
-async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) -> None:
+async def test_calls_succeed_while_backends_are_terminated_repeatedly(
+    chat: Chat, database_url: str
+) -> None:
     session_id = await chat.start()
 
     calls: list[asyncio.Future[object]] = []
@@ -208,7 +216,7 @@ async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) ->
         for _ in range(6):
             calls[:] = [
                 asyncio.ensure_future(call())
-                for call in every_kind(chat, session_id).values()
+                for call in calls_by_route(chat, session_id).values()
                 for _ in range(8)
             ]
             await asyncio.gather(*calls)
@@ -219,44 +227,46 @@ async def test_backends_are_ended_all_the_time(chat: Chat, database_url: str) ->
 
 
 @pytest.mark.case(n=11)
-async def test_the_database_refuses_for_some_seconds(broken: Broken) -> None:
+async def test_calls_wait_while_the_database_refuses_connections(proxied: ProxiedService) -> None:
     """Calls that come meanwhile are answered when it is back, within their deadlines; then it is as it was."""
-    session_id = await broken.chat.start()
-    broken.proxy.refuse_connections()
+    session_id = await proxied.chat.start()
+    proxied.proxy.refuse_connections()
     calls = {
         name: asyncio.ensure_future(call())
-        for name, call in every_kind(broken.chat, session_id).items()
+        for name, call in calls_by_route(proxied.chat, session_id).items()
     }
     await asyncio.wait(calls.values(), timeout=5.0)
     assert not any(call.done() for call in calls.values()), calls
-    broken.proxy.accept_connections()
+    proxied.proxy.accept_connections()
     await asyncio.gather(*calls.values())
 
 
-async def test_it_suspends_and_takes_seconds_to_wake(broken: Broken, database_url: str) -> None:
+async def test_calls_wait_while_a_suspended_database_wakes(
+    proxied: ProxiedService, database_url: str
+) -> None:
     """All backends end, and new connections hang before they are answered."""
-    session_id = await broken.chat.start()
+    session_id = await proxied.chat.start()
     await fetch(database_url, TERMINATE)
-    broken.proxy.block()
+    proxied.proxy.block()
     calls = {
         name: asyncio.ensure_future(call())
-        for name, call in every_kind(broken.chat, session_id).items()
+        for name, call in calls_by_route(proxied.chat, session_id).items()
     }
     await asyncio.wait(calls.values(), timeout=3.0)
-    broken.proxy.unblock()
+    proxied.proxy.unblock()
     await asyncio.gather(*calls.values())
 
 
 @pytest.mark.case(n=11)
-async def test_a_database_that_stays_away_is_unavailable(
-    broken: Broken, monkeypatch: pytest.MonkeyPatch
+async def test_calls_fail_as_unavailable_before_their_deadline(
+    proxied: ProxiedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls of every kind are told so, and when to come back, before their deadlines."""
     monkeypatch.setattr(
         database, "REPLY_MARGIN_S", 1.0
     )  # A busy machine takes its time to carry an answer.
-    user_id, session_id, stub = broken.chat.user_id, await broken.chat.start(), broken.chat.stub
-    broken.proxy.refuse_connections()
+    user_id, session_id, stub = proxied.chat.user_id, await proxied.chat.start(), proxied.chat.stub
+    proxied.proxy.refuse_connections()
     owned: Any = {"user_id": user_id, "session_id": session_id}
     request = message_pb2.AppendMessagesRequest(**owned, messages=new_messages(1))
     title = session_pb2.Session(id=session_id, title="new")
@@ -278,7 +288,7 @@ async def test_a_database_that_stays_away_is_unavailable(
         ),
         failures.assert_fails(stub.AppendMessages(request, timeout=5), AWAY),
     )
-    broken.proxy.accept_connections()
+    proxied.proxy.accept_connections()
     reply = await stub.AppendMessages(request)
     assert reply.messages[0].seq == 2
 
@@ -322,14 +332,16 @@ async def _cut_under_load(database_url: str, rounds: int, seed: int) -> None:
         print(f"{load.count} messages, refusals {load.refusals}")
 
 
-async def test_connections_break_under_load(database_url: str) -> None:
+async def test_no_append_is_lost_when_connections_break_under_load(database_url: str) -> None:
     await _cut_under_load(database_url, rounds=8, seed=7)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [1, 2])
-async def test_connections_break_under_load_again_and_again(database_url: str, seed: int) -> None:
+async def test_no_append_is_lost_when_connections_break_under_load_repeatedly(
+    database_url: str, seed: int
+) -> None:
     await _cut_under_load(database_url, rounds=40, seed=seed)
 
 
@@ -353,12 +365,14 @@ async def _postgres_killed_under_load(cluster: Cluster, rounds: int) -> None:
 
 
 @pytest.mark.case(n=16)
-async def test_postgres_is_killed_under_load(own_cluster: Cluster) -> None:
+async def test_no_append_is_lost_when_postgres_is_killed_under_load(own_cluster: Cluster) -> None:
     await _postgres_killed_under_load(own_cluster, rounds=1)
 
 
 @pytest.mark.case(n=16)
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-async def test_postgres_is_killed_under_load_again_and_again(own_cluster: Cluster) -> None:
+async def test_no_append_is_lost_when_postgres_is_killed_under_load_repeatedly(
+    own_cluster: Cluster,
+) -> None:
     await _postgres_killed_under_load(own_cluster, rounds=10)

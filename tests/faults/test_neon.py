@@ -23,7 +23,7 @@ from service.store import tables
 from service.store.db.database import DATABASE_ERRORS
 from service.store.db.dsn import parse
 from service.store.schema import migrations
-from tests.faults.conftest import every_kind
+from tests.faults.conftest import calls_by_route
 from tests.support import pgbouncer, tls_postgres
 from tests.support.certificates import CertificateAuthority
 from tests.support.chat import Chat, new_messages
@@ -111,7 +111,7 @@ def neon(machine: Machine, root: Path, monkeypatch: pytest.MonkeyPatch) -> Gener
         yield Neon(machine.postgres, places)
 
 
-def printed(host: str, query: str = "?sslmode=require&channel_binding=require") -> str:
+def console_url(host: str, query: str = "?sslmode=require&channel_binding=require") -> str:
     return f"postgresql://{USER}:{PASSWORD}@{host}/{DATABASE}{query}"
 
 
@@ -128,22 +128,22 @@ async def proxy(neon: Neon) -> AsyncGenerator[Proxy]:
 @pytest.mark.parametrize(
     ("string", "prepared"),
     [
-        (printed(POOLED), False),
-        (printed(DIRECT), True),
-        (f"psql '{printed(POOLED)}'", False),
-        (printed(POOLED, "?sslmode=require"), False),
-        (printed(POOLED, ""), False),
-        (printed(DIRECT, f"?sslmode=require&options=endpoint%3D{ENDPOINT}"), True),
+        (console_url(POOLED), False),
+        (console_url(DIRECT), True),
+        (f"psql '{console_url(POOLED)}'", False),
+        (console_url(POOLED, "?sslmode=require"), False),
+        (console_url(POOLED, ""), False),
+        (console_url(DIRECT, f"?sslmode=require&options=endpoint%3D{ENDPOINT}"), True),
         (
-            printed(
+            console_url(
                 POOLED, f"?options=endpoint%3D{ENDPOINT}&sslmode=require&channel_binding=require"
             ),
             False,
         ),
-        (printed(POOLED, "?pgbouncer=true&connect_timeout=15&sslmode=require"), False),
+        (console_url(POOLED, "?pgbouncer=true&connect_timeout=15&sslmode=require"), False),
     ],
 )
-async def test_the_consoles_strings_work_as_they_are(
+async def test_connection_strings_of_the_console_work_unchanged(
     neon: Neon, string: str, prepared: bool
 ) -> None:
     target = parse(string)
@@ -152,7 +152,7 @@ async def test_the_consoles_strings_work_as_they_are(
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         for _ in range(3):
-            await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+            await asyncio.gather(*(call() for call in calls_by_route(chat, session_id).values()))
         assert (
             await read_valid_history(neon.postgres.local_url, chat.user_id, session_id)
         ).last_seq == 4
@@ -166,24 +166,24 @@ async def test_the_consoles_strings_work_as_they_are(
     assert PASSWORD not in str(verdicts)
 
 
-async def test_migrations_take_the_direct_host(neon: Neon) -> None:
+async def test_migrations_connect_to_the_direct_host(neon: Neon) -> None:
     """Where the service is given the pooled host; that one is away."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         neon.places[POOLED] = nobody.getsockname()[1]
-        done = await migrations.upgrade(parse(printed(POOLED)))
+        done = await migrations.upgrade(parse(console_url(POOLED)))
         assert done.after == tables.BUILD
         with pytest.raises(OSError, match="Connect call failed"):
-            await doctor.describe(parse(printed(POOLED)), 5.0)
+            await doctor.describe(parse(console_url(POOLED)), 5.0)
 
 
 @pytest.mark.parametrize("host", [DIRECT, POOLED])
-async def test_neon_is_verified_also_with_require(
+async def test_sslmode_require_verifies_the_certificate_of_neon(
     neon: Neon, host: str, other_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neon's certificates are public: one of another authority is somebody else's, whatever the mode says."""
     monkeypatch.setenv("SSL_CERT_FILE", str(other_root))
-    target = parse(printed(host))
+    target = parse(console_url(host))
     with pytest.raises(DATABASE_ERRORS) as refused:
         await doctor.describe(target, 5.0)
     words = doctor.explain(refused.value, target)
@@ -191,7 +191,9 @@ async def test_neon_is_verified_also_with_require(
     assert PASSWORD not in words
 
 
-async def test_the_documented_roles_are_enough_and_no_more(machine: Machine, root: Path) -> None:
+async def test_documented_roles_have_exactly_the_needed_rights(
+    machine: Machine, root: Path
+) -> None:
     """docs/how-to/neon.md: an owner who migrates, and a role for the service, who can change no table."""
     once, before_first = re.findall(
         r"```sql\n(.*?)```", (ROOT / "docs" / "how-to" / "neon.md").read_text(), re.DOTALL
@@ -214,7 +216,7 @@ async def test_the_documented_roles_are_enough_and_no_more(machine: Machine, roo
     async with serving(service) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
-        await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+        await asyncio.gather(*(call() for call in calls_by_route(chat, session_id).values()))
         await chat.delete_session(session_id)
         engine = server.database.engine
         async with engine.connect() as connection:
@@ -250,7 +252,7 @@ RIGHT, WRONG = "the right authority", "another authority"
         ("disable", None, "localhost", "no encryption"),
     ],
 )
-async def test_check_says_what_a_certificate_is_worth(
+async def test_check_reports_whether_the_certificate_is_verified(
     machine: Machine,
     root: Path,
     other_root: Path,
@@ -275,7 +277,7 @@ async def test_check_says_what_a_certificate_is_worth(
     assert "Traceback" not in said
 
 
-async def test_a_wrong_password_is_refused_without_repeating_it(machine: Machine) -> None:
+async def test_error_for_a_wrong_password_does_not_contain_it(machine: Machine) -> None:
     target = parse(
         machine.postgres.url("localhost", sslmode="require").replace(PASSWORD, "npg_wrong")
     )
@@ -291,16 +293,16 @@ async def test_a_wrong_password_is_refused_without_repeating_it(machine: Machine
 
 @pytest.mark.case(n=10)
 @pytest.mark.parametrize("host", [DIRECT, POOLED])
-async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(
+async def test_first_calls_after_a_suspension_wait_until_the_database_wakes(
     neon: Neon, proxy: Proxy, host: str
 ) -> None:
     """All backends have ended, and new connections are answered three seconds later only."""
     proxy.upstream = f"127.0.0.1:{neon.places[host]}"
     neon.places[host] = proxy.port
-    async with serving(parse(printed(host))) as server, connected(server.address) as stub:
+    async with serving(parse(console_url(host))) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
-        await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+        await asyncio.gather(*(call() for call in calls_by_route(chat, session_id).values()))
         [[ended]] = await fetch(neon.postgres.local_url, END_ALL)
         assert ended > 0
         proxy.block()
@@ -308,7 +310,9 @@ async def test_the_first_calls_after_a_suspension_wait_for_the_wake_up(
         request = message_pb2.AppendMessagesRequest(
             user_id=chat.user_id, session_id=session_id, messages=new_messages(1)
         )
-        calls = [asyncio.ensure_future(call()) for call in every_kind(chat, session_id).values()]
+        calls = [
+            asyncio.ensure_future(call()) for call in calls_by_route(chat, session_id).values()
+        ]
         calls.append(asyncio.ensure_future(stub.AppendMessages(request, timeout=10)))
         _, waiting = await asyncio.wait(calls, timeout=3.0)
         assert len(waiting) == len(calls), "nothing is answered, and nothing is refused"

@@ -87,7 +87,7 @@ async def probe(address: str, took: list[float]) -> None:
             await asyncio.sleep(0.05)
 
 
-async def begun_at_once(many: Callers, database_url: str) -> float:
+async def call_concurrently(many: Callers, database_url: str) -> float:
     """Have all of them call, and all be under way in the beginning: else the load is what their own machine lets them send."""
     async with connected_to(database_url) as holder, holder.transaction():
         await holder.execute("LOCK TABLE chat_sessions IN ACCESS EXCLUSIVE MODE")
@@ -99,7 +99,7 @@ async def begun_at_once(many: Callers, database_url: str) -> float:
 
 
 @pytest.mark.case(n=18)
-async def test_four_times_the_load_it_can_carry(
+async def test_overload_is_rejected_while_goodput_and_health_hold(
     start_process: StartProcess, database_url: str
 ) -> None:
     process = await start_process(CHAT_HISTORY_MAX_IN_FLIGHT=str(LIMIT))
@@ -113,7 +113,7 @@ async def test_four_times_the_load_it_can_carry(
         # A machine that others use too: what is compared lies close together, and once is enough. A collapse would show every time.
         while len(shares) < ROUNDS and (not shares or shares[-1] < SHARE):
             before = await fitting.call(SECONDS / 2)
-            goodput = await begun_at_once(many, database_url)
+            goodput = await call_concurrently(many, database_url)
             after = await fitting.call(SECONDS / 2)
             shares.append(goodput / min(before, after))
             print(

@@ -22,7 +22,7 @@ from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.db.hot_pool import Statement
 from service.store.schema import migrations
-from tests.faults.conftest import every_kind
+from tests.faults.conftest import calls_by_route
 from tests.support import pgbouncer
 from tests.support.chat import Chat
 from tests.support.clients import client_of
@@ -73,7 +73,7 @@ async def under_load(url: str, **load: int) -> AsyncGenerator[tuple[Server, Load
 # --- As it is.
 
 
-async def test_few_connections_serve_many_and_no_statement_keeps_a_name(
+async def test_clients_share_few_connections_without_named_statements(
     cluster: Cluster, pooled_url: str, database_url: str
 ) -> None:
     """Each transaction of two services may meet any of the pooler's connections; what one has prepared another does not know."""
@@ -86,7 +86,7 @@ async def test_few_connections_serve_many_and_no_statement_keeps_a_name(
         chats = [chat, Chat(stubs[1], chat.user_id)]
         session_ids = [await chat.start() for _ in range(4)]
         calls = [
-            call for each in chats for s in session_ids for call in every_kind(each, s).values()
+            call for each in chats for s in session_ids for call in calls_by_route(each, s).values()
         ]
         for _ in range(5):
             await asyncio.gather(*(call() for call in calls))
@@ -108,7 +108,7 @@ async def test_few_connections_serve_many_and_no_statement_keeps_a_name(
 
 @pytest.mark.case(n=5)
 @pytest.mark.parametrize("word", [b"BEGIN", b"SELECT 1", b"COMMIT"])
-async def test_who_goes_away_leaves_no_transaction_open(
+async def test_cancelled_call_leaves_no_transaction_open(
     pooler: PgBouncer, pooled_url: str, database_url: str, word: bytes
 ) -> None:
     """A caller is cancelled while the answer to a piece of its transaction is on its way. What is stored next is committed."""
@@ -154,13 +154,13 @@ async def test_who_goes_away_leaves_no_transaction_open(
 # --- It ends and comes back.
 
 
-async def test_all_its_connections_to_postgres_are_ended(
+async def test_calls_succeed_after_all_server_connections_were_terminated(
     pooled_url: str, database_url: str
 ) -> None:
     async with serving(pooled_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
-        for name, call in every_kind(chat, session_id).items():
+        for name, call in calls_by_route(chat, session_id).items():
             [[ended]] = await fetch(
                 database_url,
                 "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
@@ -170,20 +170,20 @@ async def test_all_its_connections_to_postgres_are_ended(
             await call()
 
 
-def _restart(pooler: PgBouncer) -> None:
+def restart(pooler: PgBouncer) -> None:
     pooler.stop()
     pooler.start()
 
 
-def _kill(pooler: PgBouncer) -> None:
+def kill(pooler: PgBouncer) -> None:
     pooler.kill()
     pooler.start()
 
 
 @pytest.mark.case(n=23)
-@pytest.mark.parametrize("end", [_restart, _kill], ids=["restarted", "killed"])
+@pytest.mark.parametrize("end", [restart, kill], ids=["restarted", "killed"])
 @pytest.mark.timeout(300)
-async def test_it_ends_under_load_and_comes_back(
+async def test_no_append_is_lost_when_the_pooler_ends_under_load(
     pooler: PgBouncer, pooled_url: str, database_url: str, end: Callable[[PgBouncer], None]
 ) -> None:
     async with under_load(pooled_url) as (server, load):
@@ -199,14 +199,16 @@ async def test_it_ends_under_load_and_comes_back(
 
 
 @pytest.mark.case(n=23)
-async def test_it_is_away_for_seconds_and_no_client_sees_an_error(
+async def test_calls_wait_while_the_pooler_is_down(
     pooler: PgBouncer, pooled_url: str, database_url: str
 ) -> None:
     async with serving(pooled_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         pooler.stop()
-        calls = [asyncio.ensure_future(call()) for call in every_kind(chat, session_id).values()]
+        calls = [
+            asyncio.ensure_future(call()) for call in calls_by_route(chat, session_id).values()
+        ]
         await asyncio.wait(calls, timeout=3.0)
         await asyncio.to_thread(pooler.start)
         await asyncio.gather(*calls)
@@ -243,16 +245,18 @@ def _statement(number: int, sql: str) -> Callable[[Connection], None]:
     return work
 
 
-async def _ask(chat: Chat, session_id: str, stopping: asyncio.Event) -> int:
+async def _call_until_stopped(chat: Chat, session_id: str, stopping: asyncio.Event) -> int:
     """Call in every way until told to stop; no call may fail. Returns how often all of them were made."""
     rounds = 0
     while not stopping.is_set():
-        await asyncio.gather(*(call() for call in every_kind(chat, session_id).values()))
+        await asyncio.gather(*(call() for call in calls_by_route(chat, session_id).values()))
         rounds += 1
     return rounds
 
 
-async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaitable[None]]) -> None:
+async def _migrate_under_calls(
+    url: str, database_url: str, migrate: Callable[[], Awaitable[None]]
+) -> None:
     """Migrate while clients call in every way, who see no error and need no retry of theirs."""
     stopping = asyncio.Event()
     # Each for as long as a call may take by itself: no deadline of a caller's hides an error, or is one.
@@ -262,7 +266,9 @@ async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaita
     ):
         chat = await Chat.of_new_user(stub)
         session_ids = [await chat.start() for _ in range(6)]
-        asking = [asyncio.create_task(_ask(chat, each, stopping)) for each in session_ids]
+        asking = [
+            asyncio.create_task(_call_until_stopped(chat, each, stopping)) for each in session_ids
+        ]
         try:
             await load.wait_for_appends(100)
             await migrate()
@@ -281,19 +287,21 @@ async def _under_calls(url: str, database_url: str, migrate: Callable[[], Awaita
 
 @pytest.mark.case(n=22)
 @pytest.mark.timeout(300)
-async def test_tables_are_altered_under_load(served_url: str, database_url: str) -> None:
+async def test_calls_succeed_while_tables_are_altered_under_load(
+    served_url: str, database_url: str
+) -> None:
     async def migrate() -> None:
         for n in range(8):
             for sql in EXPAND:
                 await migrations.in_transaction(parse(database_url), _statement(n, sql))
             await asyncio.sleep(0.2)
 
-    await _under_calls(served_url, database_url, migrate)
+    await _migrate_under_calls(served_url, database_url, migrate)
 
 
 @pytest.mark.case(n=22)
 @pytest.mark.timeout(300)
-async def test_the_next_build_migrates_under_load(
+async def test_calls_succeed_while_the_next_build_migrates_under_load(
     served_url: str, database_url: str, tmp_path: Path
 ) -> None:
     build = NextBuild(
@@ -306,7 +314,7 @@ async def test_the_next_build_migrates_under_load(
     async def migrate() -> None:
         await build.migrate(served_url)
 
-    await _under_calls(served_url, database_url, migrate)
+    await _migrate_under_calls(served_url, database_url, migrate)
     [[revision]] = await fetch(database_url, "SELECT version_num FROM alembic_version")
     assert int(revision) == build.revision
 
@@ -316,7 +324,7 @@ BUSY = "other transactions hold the locks"
 
 @pytest.mark.case(n=22)
 @pytest.mark.timeout(300)
-async def test_a_rolling_update_shows_users_no_error(
+async def test_rolling_update_causes_no_client_errors(
     served_url: str, database_url: str, tmp_path: Path
 ) -> None:
     """Migrate, then replace the replicas (docs/how-to/migrations.md), while users of the client library append, read and follow.

@@ -19,14 +19,14 @@ from tests.support.proxy import Direction, Proxy, postgres_proxy
 from tests.support.servers import ServerProcess, channel, connected
 
 
-async def stored(database_url: str, message_id: str) -> None:
+async def wait_until_stored(database_url: str, message_id: str) -> None:
     """Wait until a message is committed."""
     async with asyncio.timeout(20):
         while not await fetch(database_url, "SELECT FROM chat_messages WHERE id = $1", message_id):
             await asyncio.sleep(0.01)
 
 
-async def retried(
+async def assert_retry_is_a_replay(
     database_url: str, folder: Path, request: message_pb2.AppendMessagesRequest
 ) -> None:
     """Send a request again to a new process; it must find what the killed one has stored."""
@@ -39,10 +39,10 @@ async def retried(
         assert found.last_seq == len(request.messages)
 
 
-async def killed_in_mid_call(
+async def kill_during_call(
     process: ServerProcess, call: Any, database_url: str, message_id: str
 ) -> None:
-    await stored(database_url, message_id)
+    await wait_until_stored(database_url, message_id)
     assert not call.done()
     await process.kill()
     with pytest.raises(aio.AioRpcError) as caught:
@@ -50,7 +50,9 @@ async def killed_in_mid_call(
     assert caught.value.code() == StatusCode.UNAVAILABLE
 
 
-async def test_killed_between_the_commit_and_the_reply(database_url: str, tmp_path: Path) -> None:
+async def test_retry_is_a_replay_when_the_service_was_killed_before_its_reply(
+    database_url: str, tmp_path: Path
+) -> None:
     """The reply is held on its way to the client; once the row is there, the process is killed."""
     async with (
         ServerProcess(database_url, tmp_path / "first") as process,
@@ -62,17 +64,19 @@ async def test_killed_between_the_commit_and_the_reply(database_url: str, tmp_pa
         request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
         proxy.block(Direction.TO_CLIENT)
         call = stub.AppendMessages(request)
-        await stored(database_url, messages[0].id)
+        await wait_until_stored(database_url, messages[0].id)
         assert not call.done()
         await process.kill()
         proxy.reset_connections()
         with pytest.raises(aio.AioRpcError) as caught:
             await call
         assert caught.value.code() == StatusCode.UNAVAILABLE
-    await retried(database_url, tmp_path / "second", request)
+    await assert_retry_is_a_replay(database_url, tmp_path / "second", request)
 
 
-async def test_killed_before_it_learns_of_the_commit(database_url: str, tmp_path: Path) -> None:
+async def test_retry_is_a_replay_when_the_service_was_killed_before_it_knew_of_the_commit(
+    database_url: str, tmp_path: Path
+) -> None:
     """PostgreSQL's answer is held on its way to the service; once the row is there, the process is killed."""
     async with (
         postgres_proxy(database_url) as (proxy, url),
@@ -84,13 +88,13 @@ async def test_killed_before_it_learns_of_the_commit(database_url: str, tmp_path
         messages = new_messages(3)
         request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
         proxy.block(Direction.TO_CLIENT)
-        await killed_in_mid_call(
-            process, stub.AppendMessages(request), database_url, messages[0].id
-        )
-    await retried(database_url, tmp_path / "second", request)
+        await kill_during_call(process, stub.AppendMessages(request), database_url, messages[0].id)
+    await assert_retry_is_a_replay(database_url, tmp_path / "second", request)
 
 
-async def test_killed_while_the_statement_runs(database_url: str, tmp_path: Path) -> None:
+async def test_retry_stores_once_when_the_service_was_killed_during_the_statement(
+    database_url: str, tmp_path: Path
+) -> None:
     """PostgreSQL is left with a statement that nobody waits for. Whether it is stored or not, the retry stores it once."""
     async with (
         ServerProcess(database_url, tmp_path / "first") as process,
@@ -140,7 +144,7 @@ async def _settled(call: Any) -> message_pb2.AppendMessagesResponse | None:
     return reply
 
 
-async def _killed_again_and_again(database_url: str, folder: Path, rounds: int) -> None:
+async def _kill_under_load(database_url: str, folder: Path, rounds: int) -> None:
     process = await ServerProcess(database_url, folder / "0").start()
     address = process.address
     async with channel(address, **fast_reconnect_options()) as opened:
@@ -161,18 +165,22 @@ async def _killed_again_and_again(database_url: str, folder: Path, rounds: int) 
 
 
 @pytest.mark.case(n=15)
-async def test_killed_under_load(database_url: str, tmp_path: Path) -> None:
-    await _killed_again_and_again(database_url, tmp_path, rounds=2)
+async def test_no_append_is_lost_when_the_service_is_killed_under_load(
+    database_url: str, tmp_path: Path
+) -> None:
+    await _kill_under_load(database_url, tmp_path, rounds=2)
 
 
 @pytest.mark.case(n=15)
 @pytest.mark.faults
 @pytest.mark.timeout(300)
-async def test_killed_under_load_again_and_again(database_url: str, tmp_path: Path) -> None:
-    await _killed_again_and_again(database_url, tmp_path, rounds=15)
+async def test_no_append_is_lost_when_the_service_is_killed_under_load_repeatedly(
+    database_url: str, tmp_path: Path
+) -> None:
+    await _kill_under_load(database_url, tmp_path, rounds=15)
 
 
-async def test_a_session_is_started_once_though_the_first_server_was_killed(
+async def test_session_is_created_once_when_the_first_server_was_killed(
     database_url: str, tmp_path: Path
 ) -> None:
     """Fifty clients start the same session; half of them hear nothing and ask another server."""

@@ -16,7 +16,7 @@ from tests.soak.tally import Sample, growth
 @pytest.mark.faults
 @pytest.mark.case(n=25)
 @pytest.mark.timeout(300)
-async def test_a_mixed_load_under_faults(tmp_path: Path) -> None:
+async def test_mixed_load_under_faults_has_no_problems(tmp_path: Path) -> None:
     async with Stack() as stack:
         soak = Soak(stack, seed=25, tell=lambda _words: None)
         await soak.run(rounds=3, round_seconds=8)
@@ -43,7 +43,7 @@ def samples(*levels: float) -> list[Sample]:
     return [Sample(n, "one", 1, mib, 0, at_rest=True) for n, mib in enumerate(levels)]
 
 
-def test_memory_that_grows_is_told_from_memory_that_does_not() -> None:
+def test_growth_distinguishes_growing_memory_from_stable_memory() -> None:
     assert growth(samples(80, 100, 101, 99, 100, 102, 100)) == pytest.approx(0.5)
     assert growth(samples(80, 100, 110, 120, 130, 140, 150)) == pytest.approx(40)
     assert growth(samples(80, 100)) is None

@@ -54,7 +54,7 @@ def marks() -> Iterator[tuple[int, str]]:
                 yield ast.literal_eval(node.keywords[0].value), where
 
 
-def test_each_case_has_a_test() -> None:
+def test_every_case_has_a_test() -> None:
     shown = defaultdict(list)
     for number, where in marks():
         shown[number].append(where)

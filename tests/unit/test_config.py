@@ -24,7 +24,7 @@ def url() -> str | None:
     return given.get_secret_value() if given else None
 
 
-def test_nothing_set_means_defaults() -> None:
+def test_load_without_settings_uses_defaults() -> None:
     settings = config.load()
     assert settings.listen == "127.0.0.1:50051"
     assert settings.data_dir == Path(".data")
@@ -42,7 +42,7 @@ def test_nothing_set_means_defaults() -> None:
         ({"DATABASE_URL": ""}, None),
     ],
 )
-def test_the_database_url_has_two_names(
+def test_first_nonempty_database_url_variable_is_used(
     environment: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -50,7 +50,7 @@ def test_the_database_url_has_two_names(
     assert url() == expected
 
 
-def test_a_file_is_read_and_the_environment_goes_before_it(
+def test_environment_overrides_env_file(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (empty_folder / ".env").write_text(
@@ -95,7 +95,7 @@ def test_a_file_is_read_and_the_environment_goes_before_it(
         ("CHAT_HISTORY_DB_PREPARED_STATEMENTS", SECRET, "should be 'auto', 'on' or 'off'"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_setting(
+def test_invalid_value_is_reported_in_one_line_that_names_the_setting(
     name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", f"postgresql://u:{SECRET}@h/d")
@@ -108,7 +108,7 @@ def test_a_mistake_is_one_line_that_names_the_setting(
     assert SECRET not in str(refused.value)
 
 
-def test_every_mistake_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_invalid_values_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHAT_HISTORY_LISTEN", "nowhere")
     monkeypatch.setenv("CHAT_HISTORY_DB_POOL_SIZE", "none")
     with pytest.raises(config.BadConfiguration) as refused:
@@ -116,13 +116,15 @@ def test_every_mistake_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(refused.value.problems) == 2
 
 
-def test_an_unreadable_file_is_told(empty_folder: Path) -> None:
+def test_undecodable_env_file_is_reported(empty_folder: Path) -> None:
     (empty_folder / ".env").write_bytes(b"DATABASE_URL=\xff\xfe")
     with pytest.raises(config.BadConfiguration, match=r"\.env cannot be read"):
         config.load()
 
 
-def test_a_typing_error_is_noticed(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_settings_are_reported_with_suggestions(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (empty_folder / ".env").write_text("CHAT_HISTORY_LISTN=127.0.0.1:1\n")
     monkeypatch.setenv("CHAT_HISTORY_DATABASE_URL", "postgresql://u@h/d")
     monkeypatch.setenv("CHAT_HISTORY_ZZZ", "1")
@@ -133,7 +135,7 @@ def test_a_typing_error_is_noticed(empty_folder: Path, monkeypatch: pytest.Monke
     ]
 
 
-def test_settings_are_frozen_and_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_immutable_and_hide_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", f"postgresql://u:{SECRET}@h/d")
     settings = config.load()
     assert SECRET not in f"{settings!r} {settings}"
@@ -149,5 +151,5 @@ def test_settings_are_frozen_and_show_no_secret(monkeypatch: pytest.MonkeyPatch)
         ("[::1]:50051", ("::1", 50051)),
     ],
 )
-def test_addresses_are_split(address: str, parts: tuple[str, int]) -> None:
+def test_split_address_returns_host_and_port(address: str, parts: tuple[str, int]) -> None:
     assert config.split_address(address) == parts

@@ -57,7 +57,7 @@ def kinds(made: Record, history: History | None) -> set[str]:
     return {problem.kind for problem in judge(made, history)}
 
 
-def test_a_good_history_is_good() -> None:
+def test_history_that_agrees_with_the_record_is_accepted() -> None:
     assert judge(record(), good()) == []
     assert judge(Record("user", "session", [sent(0, None, a=1)]), None) == []
     assert judge(Record("user", "session", [sent(0, None, a=1)]), stored()) == []
@@ -85,12 +85,12 @@ BROKEN: dict[str, tuple[str, Callable[[], History | None]]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_stored_and_should_not_be(name: str) -> None:
+def test_wrong_history_is_reported(name: str) -> None:
     kind, history = BROKEN[name]
     assert kind in kinds(record(), history())
 
 
-def test_an_answer_that_does_not_name_its_messages() -> None:
+def test_reply_without_the_positions_of_its_messages_is_reported() -> None:
     made = record()
     made.sent[1].answers.append((10, {"c": NOWHERE}))
     assert kinds(made, good()) == {"LOST"}
@@ -112,7 +112,7 @@ CHANGED: dict[str, tuple[str | None, str, str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_changes(name: str) -> None:
+def test_stored_edits_must_follow_their_acknowledgements(name: str) -> None:
     kind, content, title = CHANGED[name]
     made = record()
     made.edits = EDITS
@@ -120,20 +120,20 @@ def test_changes(name: str) -> None:
     assert kinds(made, changed) == ({kind} if kind else set())
 
 
-def test_changes_that_overlap_may_end_either_way() -> None:
+def test_overlapping_edits_may_end_in_either_order() -> None:
     made = record()
     made.edits = [Edit("c", "c first", 10, 12), Edit("c", "c second", 11, 13)]
     assert judge(made, replaced(good(), 3, content="c first")) == []
 
 
-def test_one_message_acknowledged_at_two_places() -> None:
+def test_message_acknowledged_with_two_seqs_is_reported() -> None:
     made = record()
     made.sent[1].answers.append((10, {"c": (6, 60)}))
     assert kinds(made, good()) == {"MOVED"}
 
 
 @pytest.mark.parametrize("ids", ["abd", "abcxd"], ids=["half of it", "something between"])
-def test_a_request_that_is_not_whole(ids: str) -> None:
+def test_partially_stored_request_is_reported(ids: str) -> None:
     made = Record(
         "user", "session", [sent(0, 1, a=1, b=2), sent(2, None, c=3, d=4), sent(2, None, x=3)]
     )
@@ -171,14 +171,14 @@ WRONG: dict[str, tuple[str, View]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_shown_and_cannot_be(name: str) -> None:
+def test_impossible_view_is_reported(name: str) -> None:
     kind, view = WRONG[name]
     made = record()
     made.views = [view]
     assert kinds(made, good()) == {kind}
 
 
-def test_a_view_is_not_held_to_what_came_after_it() -> None:
+def test_view_need_not_show_later_messages() -> None:
     made = record()
     made.views = [
         View(4, 4.5, 0, ((1, "a"), (2, "b")), True),

@@ -34,6 +34,6 @@ async def test_queries_raise_search_disabled() -> None:
         search.rebuild()
 
 
-def test_it_has_every_public_method_of_search() -> None:
+def test_search_disabled_has_every_public_method_of_search() -> None:
     methods = {name for name, _ in inspect.getmembers(Search, callable) if not name.startswith("_")}
     assert methods <= set(dir(SearchDisabled))

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from service.server import EXIT_TIMEOUT_S
 from tests.conftest import StartProcess
-from tests.faults.conftest import every_kind
+from tests.faults.conftest import calls_by_route
 from tests.support.chat import Chat, new_message
 from tests.support.issuer import AUDIENCE, ISSUER, service_token
 from tests.support.proxy import Proxy, postgres_proxy
@@ -27,10 +27,10 @@ from tests.support.servers import ServerProcess, channel, connected
 
 pytestmark = [pytest.mark.case(n=17), pytest.mark.timeout(180)]
 
-LONG_GRACE, GRACE = 90, 2
+LONG_GRACE_S, GRACE_S = 90, 2
 
 
-async def ends(process: ServerProcess, seconds: float) -> None:
+async def assert_shuts_down(process: ServerProcess, seconds: float) -> None:
     """Ask a server to stop; it must do so in time and in good order."""
     process.send_signal(signal.SIGTERM)
     try:
@@ -50,7 +50,7 @@ Clients = Callable[[str], AbstractAsyncContextManager[None]]
 
 
 @asynccontextmanager
-async def quiet_connections(address: str) -> AsyncGenerator[None]:
+async def silent_connections(address: str) -> AsyncGenerator[None]:
     """Connections that say nothing, or nothing after a client's first words."""
     host, _, port = address.rpartition(":")
     writers = []
@@ -65,7 +65,7 @@ async def quiet_connections(address: str) -> AsyncGenerator[None]:
 
 
 @asynccontextmanager
-async def requests_that_never_arrive(address: str) -> AsyncGenerator[None]:
+async def calls_without_a_request(address: str) -> AsyncGenerator[None]:
     """Calls that gRPC knows of, and the service does not: such as it takes in the instant in which it is told to stop."""
     async with channel(address) as opened:
         connection: Any = opened
@@ -101,14 +101,14 @@ async def _follow(stack: AsyncExitStack, address: str) -> None:
 
 
 @asynccontextmanager
-async def followers_who_do_not_read(address: str) -> AsyncGenerator[None]:
+async def followers_that_do_not_read(address: str) -> AsyncGenerator[None]:
     async with AsyncExitStack() as stack:
         await _follow(stack, address)
         yield
 
 
 @asynccontextmanager
-async def followers_who_went_without_a_word(address: str) -> AsyncGenerator[None]:
+async def followers_that_vanished(address: str) -> AsyncGenerator[None]:
     async with Proxy(address) as proxy, AsyncExitStack() as stack:
         await _follow(stack, proxy.address)
         proxy.block()
@@ -119,57 +119,63 @@ async def followers_who_went_without_a_word(address: str) -> AsyncGenerator[None
 @pytest.mark.parametrize(
     "clients",
     [
-        quiet_connections,
-        requests_that_never_arrive,
-        followers_who_do_not_read,
-        followers_who_went_without_a_word,
+        silent_connections,
+        calls_without_a_request,
+        followers_that_do_not_read,
+        followers_that_vanished,
     ],
 )
-async def test_clients_do_not_hold_it_up(start_process: StartProcess, clients: Clients) -> None:
-    process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE=str(LONG_GRACE))
+async def test_shutdown_does_not_wait_for_unresponsive_clients(
+    start_process: StartProcess, clients: Clients
+) -> None:
+    process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE=str(LONG_GRACE_S))
     async with clients(process.address):
-        await ends(process, LONG_GRACE / 2)
+        await assert_shuts_down(process, LONG_GRACE_S / 2)
 
 
 # --- Others that say nothing: the grace, and a little.
 
 
 @pytest.mark.parametrize("under_way", [False, True], ids=["idle", "calls under way"])
-async def test_a_silent_database_does_not_hold_it_up(
+async def test_shutdown_ends_on_time_when_the_database_is_silent(
     start_process: StartProcess, database_url: str, under_way: bool
 ) -> None:
     async with postgres_proxy(database_url) as (proxy, url):
-        process = await start_process(url=url, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE))
+        process = await start_process(url=url, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE_S))
         async with connected(process.address) as stub:
             chat = await Chat.of_new_user(stub)
             session_id = await chat.start()
             # Many connections: each could take its time.
-            kinds = every_kind(chat, session_id).values()
+            kinds = calls_by_route(chat, session_id).values()
             await asyncio.gather(*(call() for call in kinds for _ in range(10)))
             proxy.block()
             calls = [asyncio.ensure_future(call()) for call in kinds for _ in range(4 * under_way)]
             await asyncio.sleep(0.5)
-            await ends(process, GRACE + EXIT_TIMEOUT_S)
+            await assert_shuts_down(process, GRACE_S + EXIT_TIMEOUT_S)
             if calls:
                 await asyncio.wait(calls)
                 assert all(call.exception() for call in calls)
 
 
-async def test_a_database_that_never_answered_does_not_hold_it_up(
+async def test_shutdown_ends_on_time_when_the_database_never_answered(
     start_process: StartProcess, database_url: str
 ) -> None:
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.block()
-        process = await start_process(url=url, ready=False, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE))
+        process = await start_process(
+            url=url, ready=False, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE_S)
+        )
         while "not ready" not in (process.log.read_text() if process.log.exists() else ""):
             await asyncio.sleep(0.02)
-        await ends(process, GRACE + EXIT_TIMEOUT_S)
+        await assert_shuts_down(process, GRACE_S + EXIT_TIMEOUT_S)
 
 
-async def test_a_search_process_that_is_stuck_does_not_hold_it_up(
+async def test_shutdown_ends_on_time_when_the_search_process_is_stuck(
     start_process: StartProcess,
 ) -> None:
-    process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE), CHAT_HISTORY_SEARCH="on")
+    process = await start_process(
+        CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE_S), CHAT_HISTORY_SEARCH="on"
+    )
     async with connected(process.address) as stub, channel(process.address) as opened:
         health: Any = health_pb2_grpc.HealthStub(opened)
         chat = await Chat.of_new_user(stub)
@@ -192,28 +198,28 @@ async def test_a_search_process_that_is_stuck_does_not_hold_it_up(
             )
         )
         await asyncio.sleep(0.5)
-        await ends(process, GRACE + EXIT_TIMEOUT_S)
+        await assert_shuts_down(process, GRACE_S + EXIT_TIMEOUT_S)
         await asyncio.wait([asked])
         async with asyncio.timeout(20):
-            while _runs(child):
+            while _is_running(child):
                 await asyncio.sleep(0.02)
 
 
-def _runs(process: psutil.Process) -> bool:
+def _is_running(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-async def test_an_issuer_that_says_nothing_does_not_hold_it_up(start_process: StartProcess) -> None:
+async def test_shutdown_ends_on_time_when_the_issuer_is_silent(start_process: StartProcess) -> None:
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(-1)
         writer.close()
 
     async with await asyncio.start_server(silent, "127.0.0.1", 0) as issuer:
         process = await start_process(
-            CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE),
+            CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE_S),
             CHAT_HISTORY_AUTH="jwt",
             CHAT_HISTORY_JWKS_URL=f"http://127.0.0.1:{issuer.sockets[0].getsockname()[1]}/keys",
             CHAT_HISTORY_JWT_ISSUER=ISSUER,
@@ -226,7 +232,7 @@ async def test_an_issuer_that_says_nothing_does_not_hold_it_up(start_process: St
             )
             asked = asyncio.ensure_future(listing)
             await asyncio.sleep(0.5)
-            await ends(process, GRACE + EXIT_TIMEOUT_S)
+            await assert_shuts_down(process, GRACE_S + EXIT_TIMEOUT_S)
             await asyncio.wait([asked])
 
 
@@ -245,7 +251,7 @@ serve.main()
 """
 
 
-async def test_a_process_that_hangs_at_its_end_is_ended_and_tells_where(
+async def test_hanging_shutdown_is_ended_and_its_stack_logged(
     database_url: str, tmp_path: Path
 ) -> None:
     hanging = ServerProcess(
