@@ -6,7 +6,6 @@ import asyncio
 import errno
 import faulthandler
 import gc
-import importlib.util
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -30,6 +29,7 @@ from service.rpc.pipeline import Pipeline
 from service.rpc.server_options import SERVER_OPTIONS
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 from service.rpc.users import external_id_lookup
+from service.search import packages
 from service.search.disabled import AnySearch, SearchDisabled
 from service.store.append.appender import Appender
 from service.store.db.database import Database
@@ -187,16 +187,8 @@ class Server:
     def _create_search(self) -> AnySearch:
         if self.settings.search == "off":
             return SearchDisabled()
-        packages = ["qdrant_client", "openai"]
-        if self.settings.embeddings_url is None:
-            packages.append("wordllama")
-        for package in packages:
-            if importlib.util.find_spec(package) is None:
-                problem = (
-                    f"search is on but {package} is not installed: "
-                    "pip install 'chathistory-service[search]', or set CHAT_HISTORY_SEARCH=off"
-                )
-                raise BadConfiguration([problem])
+        if problem := packages.find_problem(self.settings):
+            raise BadConfiguration([problem])
         # Imported here so that a service without search does not load its packages.
         from service.search.service import Search  # noqa: PLC0415
 

@@ -13,13 +13,11 @@ import grpc
 import pytest
 from chathistory.v1 import document_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
-from service.search.qdrant import QdrantIndex
 from service.search.service import Search
-from service.search.types import Changes, Point, PointFilter, PointKind, pack_vector, unpack_vector
-from service.search.worker import qdrant_local
+from service.search.types import pack_vector, unpack_vector
 from service.server import Server
+from tests.search.embedded_index import damaged_files, read_payloads
 from tests.search.library import (
     HYBRID,
     INDEXED,
@@ -82,19 +80,8 @@ async def test_questions_in_other_words_find_the_right_chunk(
         hit.document.id for hit in await library.search(QUESTIONS[1][0], limit=100)
     }
     await server.stop()
-    entities = {payload["entity_id"] for payload in scrolled(tmp_path)}
+    entities = {payload["entity_id"] for payload in read_payloads(tmp_path)}
     assert entities == {document.id for document in made.values()} - {gone.id}
-
-
-def scrolled(folder: Path) -> list[dict[str, Any]]:
-    """Read the embedded index, which nobody else has open, from outside."""
-    client = QdrantClient(path=str(folder / "qdrant"))
-    try:
-        (alias,) = client.get_aliases().aliases
-        records, _ = client.scroll(alias.collection_name, limit=10_000)
-        return [record.payload or {} for record in records]
-    finally:
-        client.close()
 
 
 @pytest.mark.case(n=19)
@@ -212,83 +199,6 @@ async def test_a_child_that_dies_is_started_again(server: Server, library: Libra
     assert server.search._process.pid not in (None, pid)
 
 
-def broken(folder: Path) -> list[Path]:
-    """Return the files of indexes that were put aside."""
-    return [path for path in folder.glob("qdrant.broken-*/**/*") if path.is_file()]
-
-
-@pytest.mark.filterwarnings("ignore:Payload indexes have no effect:UserWarning")
-async def test_the_masks_are_those_of_the_package(tmp_path: Path) -> None:
-    client = AsyncQdrantClient(path=str(tmp_path / "qdrant"))
-    index = QdrantIndex(client, "masks", 2)
-    name = await index.create_collection()
-    collection = client._client.collections[name]  # type: ignore[attr-defined]
-    slow = collection._payload_and_non_deleted_mask
-    qdrant_local.patch_collections(client)
-    points = [
-        Point(
-            f"user {n % 3}",
-            (PointKind.CHUNK, PointKind.MESSAGE)[n % 2],
-            f"entity {n % 5}",
-            str(n // 2),
-        )
-        for n in range(60)
-    ]
-
-    async def same() -> int:
-        found = 0
-        for users in (["user 0"], ["user 1", "user 2", "nobody"], ["nobody"], []):
-            for kind in PointKind:
-                for entities in ([], ["entity 3"]):
-                    fields: dict[str, list[str]] = {
-                        "user_id": users,
-                        "kind": [kind],
-                        "entity_id": entities or ["entity 0", "entity 1"],
-                    }
-                    meant = models.Filter(
-                        must=[
-                            models.FieldCondition(
-                                key=field, match=models.MatchAny(any=list(values))
-                            )
-                            for field, values in fields.items()
-                        ]
-                    )
-                    for vector in (None, ""):
-                        ours = list(
-                            map(bool, collection._payload_and_non_deleted_mask(meant, vector))
-                        )
-                        assert ours == list(map(bool, slow(meant, vector)))
-                        found += sum(ours)
-        return found
-
-    for start in range(0, 60, 20):
-        await index.write(
-            Changes((), (), points[start : start + 20], pack_vector([1.0, float(start)]) * 20), None
-        )
-        assert await same()
-    qdrant_local.commit(client, purge_deleted=False)
-    await index.write(
-        Changes([PointFilter("user 1")], points[:5], points[:1], pack_vector([0.5, 1.0])), None
-    )
-    assert await same()
-    assert await index.count(PointFilter("user 1")) == 0
-    # Another's filter goes the package's way.
-    other = models.Filter(
-        must_not=[models.FieldCondition(key="kind", match=models.MatchValue(value=PointKind.CHUNK))]
-    )
-    assert list(collection._payload_and_non_deleted_mask(other)) == list(slow(other))
-    qdrant_local.commit(client, purge_deleted=True)
-    await client.close()
-    kept = {
-        (payload["user_id"], payload["item"], payload["entity_id"])
-        for payload in scrolled(tmp_path)
-    }
-    gone = points[1:5]
-    assert kept == {
-        (p.user_id, p.item, p.entity_id) for p in points if p.user_id != "user 1" and p not in gone
-    }
-
-
 @pytest.mark.parametrize("file", ["meta.json", "storage.sqlite"])
 async def test_an_index_that_cannot_be_read_is_built_anew(
     server: Server, library: Library, database_url: str, tmp_path: Path, file: str
@@ -311,7 +221,9 @@ async def test_an_index_that_cannot_be_read_is_built_anew(
             ]
 
         await comes_true(found, "it is built from PostgreSQL")
-    assert any(each.read_bytes() == b"cut o" for each in broken(tmp_path) if each.name == file)
+    assert any(
+        each.read_bytes() == b"cut o" for each in damaged_files(tmp_path) if each.name == file
+    )
 
 
 async def test_an_index_that_another_process_has_open_is_left_alone(
@@ -333,7 +245,7 @@ async def test_an_index_that_another_process_has_open_is_left_alone(
         await comes_true(told, "it says why")
         assert not second.search.is_healthy
     assert len(await library.search("when is there bread")) == 1
-    assert not broken(tmp_path)
+    assert not damaged_files(tmp_path)
 
 
 @pytest.mark.timeout(300)
@@ -367,7 +279,7 @@ async def test_a_server_that_is_killed_loses_nothing(
         database_url, "SELECT user_id::text, session_id::text FROM chat_messages"
     )
     found = sorted(
-        (payload["user_id"], payload["entity_id"]) for payload in scrolled(tmp_path / "data")
+        (payload["user_id"], payload["entity_id"]) for payload in read_payloads(tmp_path / "data")
     )
     assert found == sorted(tuple(row) for row in [*chunks, *messages])
     assert len(found) == 3 * 8

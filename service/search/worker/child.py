@@ -147,6 +147,7 @@ class LocalIndex:
         if self._index is not None:
             return None, b""
         folder = Path(argument["folder"])
+        qdrant_local.check_package(folder.parent)
         client, moved_to = await _open(folder)
         try:
             qdrant_local.patch_collections(client)

@@ -3,19 +3,75 @@
 Local mode commits each point in a transaction of its own. It also evaluates a filter in Python for
 every point of a collection, through a tree of models: 15 to 40 µs a point, at every search and
 every delete by a filter. This module replaces both inside the collections, which reaches into
-private attributes of the package. Only the search process imports this module.
+private attributes of the package. `packages.py` therefore pins the version, and `check_package`
+tests the replaced parts before an index is opened. Only the search process imports this module.
 """
 
 from __future__ import annotations
 
+import inspect
 import sqlite3
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from qdrant_client import AsyncQdrantClient, models
+from qdrant_client.local.local_collection import LocalCollection
 
-from service.search.types import Point, SearchMisconfigured
+from service.search import packages
+from service.search.types import Point, PointKind, SearchMisconfigured
+
+_MASK_PARAMETERS = ["self", "payload_filter", "vector_name"]
+
+
+def check_package(data_dir: Path) -> None:
+    """Check that the installed qdrant-client has the internals that this module replaces.
+
+    Args:
+        data_dir: Folder for a temporary collection: a container may have no other writable one.
+
+    Raises:
+        SearchMisconfigured: the version was not tested, or an internal is missing or differs.
+    """
+    if problem := packages.find_version_problem():
+        raise SearchMisconfigured(problem)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        signature = inspect.signature(LocalCollection._payload_and_non_deleted_mask)  # noqa: SLF001
+        if list(signature.parameters) != _MASK_PARAMETERS:
+            raise _changed(f"LocalCollection._payload_and_non_deleted_mask{signature}")
+        _ = _collections(AsyncQdrantClient(location=":memory:"))
+        with tempfile.TemporaryDirectory(prefix="qdrant-check-", dir=data_dir) as folder:
+            _check_collection(folder)
+    except (AttributeError, TypeError, LookupError) as error:
+        raise _changed(str(error)) from error
+
+
+def _check_collection(folder: str) -> None:
+    """Check that a patched collection defers its commits and filters its points."""
+    config = models.CreateCollection(
+        vectors=models.VectorParams(size=1, distance=models.Distance.COSINE)
+    )
+    collection: Any = LocalCollection(config, folder)
+    try:
+        _patch(collection)
+        points = [Point(user_id, PointKind.CHUNK, "entity", "0") for user_id in ("a", "b")]
+        collection.upsert(
+            [
+                models.PointStruct(id=point.id, vector=[1.0], payload=point._asdict())
+                for point in points
+            ]
+        )
+        if not collection.storage.storage.in_transaction:
+            raise _changed("CollectionPersistence commits through another attribute")
+        condition = models.FieldCondition(key="user_id", match=models.MatchAny(any=["b"]))
+        mask = collection._payload_and_non_deleted_mask(models.Filter(must=[condition]), "")  # noqa: SLF001
+        if list(mask) != [False, True]:
+            raise _changed("LocalCollection filters points in another way")
+    finally:
+        collection.close()
 
 
 def patch_collections(client: AsyncQdrantClient) -> None:
@@ -63,7 +119,8 @@ def _collections(client: AsyncQdrantClient) -> list[Any]:
 def _changed(detail: str) -> SearchMisconfigured:
     return SearchMisconfigured(
         f"the embedded search index does not work with this build of qdrant-client ({detail}): "
-        "set QDRANT_URL to use a Qdrant server"
+        f"pip install --force-reinstall 'qdrant-client~={packages.QDRANT_CLIENT}.0', "
+        "or set QDRANT_URL to use a Qdrant server"
     )
 
 
