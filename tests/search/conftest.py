@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from service.server import Server
-from tests.search.library import Library, searchable
+from tests.search.library import Library
 from tests.search.qdrant_server import QdrantServer
+from tests.search.waits import wait_until_searchable
 from tests.support.chat import Chat
 from tests.support.servers import serving
 
@@ -19,7 +20,7 @@ from tests.support.servers import serving
 async def server(database_url: str, tmp_path: Path) -> AsyncGenerator[Server]:
     """Give the service with search on."""
     async with serving(database_url, search="on", data_dir=tmp_path) as started:
-        await searchable(started)
+        await wait_until_searchable(started)
         yield started
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from chathistory.v1 import document_pb2, message_pb2
 
-from service.search.service import Search
-from service.server import Server
 from tests.support.chat import Chat
 
 SHARED = document_pb2.DOCUMENT_SCOPE_SHARED
@@ -56,17 +52,17 @@ class Library:
         request = document_pb2.GetDocumentRequest(user_id=self.user_id, document_id=document_id)
         return (await self.stub.GetDocument(request)).document
 
-    async def page(self, **fields: Any) -> document_pb2.ListDocumentsResponse:
+    async def list_page(self, **fields: Any) -> document_pb2.ListDocumentsResponse:
         return await self.stub.ListDocuments(
             document_pb2.ListDocumentsRequest(user_id=self.user_id, **fields)
         )
 
-    async def all(self, **fields: Any) -> list[document_pb2.Document]:
+    async def list_all(self, **fields: Any) -> list[document_pb2.Document]:
         """Read page after page to the end."""
         found: list[document_pb2.Document] = []
         token = ""
         while True:
-            reply = await self.page(page_token=token, **fields)
+            reply = await self.list_page(page_token=token, **fields)
             found += reply.documents
             token = reply.next_page_token
             if not token:
@@ -86,7 +82,7 @@ class Library:
             )
         )
 
-    async def texts(self, document_id: str, page_size: int = 0) -> list[str]:
+    async def read_chunks(self, document_id: str, page_size: int = 0) -> list[str]:
         """Read all chunks of a document."""
         found: list[str] = []
         token = ""
@@ -111,51 +107,10 @@ class Library:
         request = document_pb2.SearchDocumentsRequest(user_id=self.user_id, query=query, **fields)
         return list((await self.stub.SearchDocuments(request)).hits)
 
-    async def said(
+    async def search_messages(
         self, query: str, mode: message_pb2.SearchMode.ValueType = SEMANTIC, **fields: Any
     ) -> list[message_pb2.MessageHit]:
         request = message_pb2.SearchMessagesRequest(
             user_id=self.user_id, query=query, mode=mode, **fields
         )
         return list((await self.stub.SearchMessages(request)).hits)
-
-
-async def comes_true(
-    condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60.0
-) -> None:
-    """Wait for something."""
-    give_up = time.monotonic() + seconds
-    while not await condition():
-        assert time.monotonic() < give_up, f"not within {seconds} s: {what}"
-        await asyncio.sleep(0.02)
-
-
-async def searchable(server: Server) -> None:
-    """Wait until search answers."""
-
-    async def healthy() -> bool:
-        return server.search.is_healthy
-
-    await comes_true(healthy, "search is ready")
-
-
-async def built(server: Server) -> None:
-    """Wait until no index is being built: the first one is, also when search answers already."""
-
-    async def done() -> bool:
-        assert isinstance(server.search, Search)
-        return server.search._rebuild is None or server.search._rebuild.done()
-
-    await comes_true(done, "the index is built")
-
-
-async def settled(server: Server) -> None:
-    """Wait until the index owes nothing that can be done."""
-    assert isinstance(server.search, Search)
-    outbox = server.search._indexer._outbox if server.search._indexer else None
-    assert outbox is not None
-
-    async def nothing() -> bool:
-        return (await outbox.backlog()).pending == 0
-
-    await comes_true(nothing, "everything is indexed")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from chathistory.v1 import document_pb2
+from chathistory.v1 import document_pb2, message_pb2
 
 from service.ids import SYSTEM_USER_ID
 from service.server import Server
@@ -51,7 +51,7 @@ async def test_a_document_keeps_what_it_was_given(library: Library) -> None:
     assert read.user_id == library.user_id
     assert read.status == document_pb2.DOCUMENT_STATUS_PENDING
     assert dict(read.metadata) == {"language": "en"}
-    assert await library.texts(made.id) == ["one", "two"]
+    assert await library.read_chunks(made.id) == ["one", "two"]
 
 
 async def test_a_retry_and_the_same_content_return_what_is_there(library: Library) -> None:
@@ -75,7 +75,7 @@ async def test_chunks_are_added_without_gap_and_a_retry_changes_nothing(library:
     for _ in range(2):
         grown = await library.append(made.id, 1, ["1", "2", "3"])
         assert (grown.chunk_count, grown.etag) == (4, made.etag)
-    assert await library.texts(made.id, page_size=3) == ["0", "1", "2", "3"]
+    assert await library.read_chunks(made.id, page_size=3) == ["0", "1", "2", "3"]
     await refused(
         library.append(made.id, 5, ["gap"]), grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION"
     )
@@ -92,21 +92,21 @@ async def test_large_chunks_come_in_pages_that_a_client_takes(library: Library) 
     made = await library.create(texts[:5])
     for start in range(5, 25, 5):
         await library.append(made.id, start, texts)
-    assert len(await library.texts(made.id, page_size=1000)) == 25
+    assert len(await library.read_chunks(made.id, page_size=1000)) == 25
     too_much = ["x" * 250_000] * 5
     await refused(library.create(too_much), grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION")
 
 
 async def test_lists_are_filtered_and_paged(library: Library) -> None:
     made = [await library.create(source_uri=f"s{n % 2}", mime_type=f"t{n % 3}") for n in range(12)]
-    everything = await library.all(page_size=5)
+    everything = await library.list_all(page_size=5)
     assert [each.id for each in everything] == [each.id for each in reversed(made)]
-    some = await library.all(page_size=1, source_uri="s1", mime_type="t2")
+    some = await library.list_all(page_size=1, source_uri="s1", mime_type="t2")
     assert [each.id for each in some] == [made[11].id, made[5].id]
-    assert await library.all(status=document_pb2.DOCUMENT_STATUS_FAILED) == []
-    token = (await library.page(page_size=1)).next_page_token
+    assert await library.list_all(status=document_pb2.DOCUMENT_STATUS_FAILED) == []
+    token = (await library.list_page(page_size=1)).next_page_token
     await refused(
-        library.page(page_size=1, page_token=token, source_uri="s1"),
+        library.list_page(page_size=1, page_token=token, source_uri="s1"),
         grpc.StatusCode.INVALID_ARGUMENT,
         "BAD_PAGE_TOKEN",
     )
@@ -134,7 +134,7 @@ async def test_erased_documents_are_gone(library: Library) -> None:
     await refused(library.get(made.id), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
     await refused(library.delete(made.id), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
     await library.delete(made.id, allow_missing=True)
-    await refused(library.texts(made.id), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
+    await refused(library.read_chunks(made.id), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
 
 
 async def test_shared_documents_are_everybodys_to_read(
@@ -143,12 +143,12 @@ async def test_shared_documents_are_everybodys_to_read(
     made = await library.create(["for all"], scope=SHARED, title="handbook")
     assert (made.user_id, made.scope) == (SYSTEM_USER_ID, SHARED)
     private = await library.create(["for me"])
-    assert await others.texts(made.id) == ["for all"]
-    assert [each.id for each in await others.all()] == [made.id]
-    assert [each.id for each in await library.all()] == [private.id, made.id]
-    assert [each.id for each in await library.all(scope=document_pb2.DOCUMENT_SCOPE_PRIVATE)] == [
-        private.id
-    ]
+    assert await others.read_chunks(made.id) == ["for all"]
+    assert [each.id for each in await others.list_all()] == [made.id]
+    assert [each.id for each in await library.list_all()] == [private.id, made.id]
+    assert [
+        each.id for each in await library.list_all(scope=document_pb2.DOCUMENT_SCOPE_PRIVATE)
+    ] == [private.id]
     nobody = document_pb2.CreateDocumentRequest(
         document=document_pb2.Document(scope=SHARED), chunks=chunks(["x"])
     )
@@ -162,9 +162,10 @@ async def test_shared_documents_are_everybodys_to_read(
 async def test_without_search_its_calls_say_so(library: Library) -> None:
     off = grpc.StatusCode.FAILED_PRECONDITION
     await refused(library.search("x"), off, "SEARCH_DISABLED")
-    await refused(library.said("x"), off, "SEARCH_DISABLED")
+    await refused(library.search_messages("x"), off, "SEARCH_DISABLED")
     session = await library.chat.start("words are found all the same")
-    assert [hit.message.session_id for hit in await library.said("WORDS", 0)] == [session]  # type: ignore[arg-type]
+    hits = await library.search_messages("WORDS", message_pb2.SEARCH_MODE_UNSPECIFIED)
+    assert [hit.message.session_id for hit in hits] == [session]
 
 
 async def test_without_search_none_of_it_is_imported(start_process: StartProcess) -> None:

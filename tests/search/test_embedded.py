@@ -24,10 +24,8 @@ from tests.search.library import (
     SEMANTIC,
     SHARED,
     Library,
-    comes_true,
-    searchable,
-    settled,
 )
+from tests.search.waits import wait_until, wait_until_indexed, wait_until_searchable
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
 from tests.support.servers import channel, connected, serving, status_code
@@ -65,7 +63,7 @@ async def test_questions_in_other_words_find_the_right_chunk(
         )
     assert len(made) == 10
     assert all(document.chunk_count >= 3 for document in made.values())
-    await settled(server)
+    await wait_until_indexed(server)
     right = 0
     for question, name, heading in QUESTIONS:
         first = (await library.search(question))[0]
@@ -75,7 +73,7 @@ async def test_questions_in_other_words_find_the_right_chunk(
     assert right >= 4
     gone = made["well.md"]
     await library.delete(gone.id)
-    await settled(server)
+    await wait_until_indexed(server)
     assert gone.id not in {
         hit.document.id for hit in await library.search(QUESTIONS[1][0], limit=100)
     }
@@ -94,7 +92,7 @@ async def test_nobody_finds_what_is_anothers(
     # The same ids, for things of the other's own.
     theirs = await others.create(["Nothing about money."], id=mine.id)
     await others.chat.append(session, "nothing of interest", create_if_missing=True)
-    await settled(server)
+    await wait_until_indexed(server)
     assert isinstance(server.search, Search)
     assert server.search._embeddings is not None
     vector = unpack_vector(
@@ -113,7 +111,7 @@ async def test_nobody_finds_what_is_anothers(
         assert not any("treasure" in hit.text for hit in hits)
     for mode in (SEMANTIC, HYBRID):
         for fields in ({}, {"session_id": session}):
-            said = await others.said("buried treasure", mode, **fields)
+            said = await others.search_messages("buried treasure", mode, **fields)
             assert [hit.message.content for hit in said] == ["nothing of interest"]
     assert {hit.document.id for hit in await library.search("opening hours of the museum")} == {
         mine.id,
@@ -132,7 +130,7 @@ async def test_given_vectors_are_taken_and_checked(server: Server, library: Libr
         chunks=[document_pb2.DocumentChunk(text="by hand", vector=vector)],
     )
     made = (await library.stub.CreateDocument(request)).document
-    await settled(server)
+    await wait_until_indexed(server)
     (hit,) = await library.search(vector=vector)
     assert hit.document.id == made.id
     assert hit.score == pytest.approx(1.0)
@@ -164,7 +162,7 @@ async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(
         serving(database_url, search="on", data_dir=tmp_path) as server,
         connected(server.address) as stub,
     ):
-        await searchable(server)
+        await wait_until_searchable(server)
         library = Library(Chat(stub, library.user_id))
         fine = await library.create(["this one is fine"])
 
@@ -176,13 +174,13 @@ async def test_vectors_that_do_not_fit_the_index_are_given_up_and_told(
             rows = await fetch(database_url, asked, made.id)
             return (rows[0][0], rows[0][1]) if rows else (0, "")
 
-        await comes_true(settled_both, "the one is indexed, the other refused")
+        await wait_until(settled_both, "the one is indexed, the other refused")
         assert "dimension 2" in (await outbox())[1]
 
 
 async def test_a_child_that_dies_is_started_again(server: Server, library: Library) -> None:
     await library.create(["The bridge is closed on Sundays."])
-    await settled(server)
+    await wait_until_indexed(server)
     assert isinstance(server.search, Search)
     assert server.search._process is not None
     pid = server.search._process.pid
@@ -193,8 +191,8 @@ async def test_a_child_that_dies_is_started_again(server: Server, library: Libra
     async def indexed() -> bool:
         return (await library.get(made.id)).status == INDEXED
 
-    await comes_true(indexed, "the new child goes on")
-    await searchable(server)
+    await wait_until(indexed, "the new child goes on")
+    await wait_until_searchable(server)
     assert (await library.search("boat at midnight"))[0].document.id == made.id
     assert server.search._process.pid not in (None, pid)
 
@@ -204,7 +202,7 @@ async def test_an_index_that_cannot_be_read_is_built_anew(
     server: Server, library: Library, database_url: str, tmp_path: Path, file: str
 ) -> None:
     made = await library.create(["The bakery opens at five."])
-    await settled(server)
+    await wait_until_indexed(server)
     await server.stop()
     (path,) = (tmp_path / "qdrant").rglob(file)
     path.write_bytes(b"cut o")
@@ -212,7 +210,7 @@ async def test_an_index_that_cannot_be_read_is_built_anew(
         serving(database_url, search="on", data_dir=tmp_path) as again,
         connected(again.address) as stub,
     ):
-        await searchable(again)
+        await wait_until_searchable(again)
         library = Library(Chat(stub, library.user_id))
 
         async def found() -> bool:
@@ -220,7 +218,7 @@ async def test_an_index_that_cannot_be_read_is_built_anew(
                 made.id
             ]
 
-        await comes_true(found, "it is built from PostgreSQL")
+        await wait_until(found, "it is built from PostgreSQL")
     assert any(
         each.read_bytes() == b"cut o" for each in damaged_files(tmp_path) if each.name == file
     )
@@ -234,7 +232,7 @@ async def test_an_index_that_another_process_has_open_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     await library.create(["The bakery opens at five."])
-    await settled(server)
+    await wait_until_indexed(server)
     async with serving(database_url, search="on", data_dir=tmp_path) as second:
         assert isinstance(second.search, Search)
 
@@ -242,7 +240,7 @@ async def test_an_index_that_another_process_has_open_is_left_alone(
             assert isinstance(second.search, Search)
             return "another process" in second.search.problem
 
-        await comes_true(told, "it says why")
+        await wait_until(told, "it says why")
         assert not second.search.is_healthy
     assert len(await library.search("when is there bread")) == 1
     assert not damaged_files(tmp_path)
@@ -270,7 +268,7 @@ async def test_a_server_that_is_killed_loses_nothing(
         return not await fetch(database_url, "SELECT FROM search_outbox")
 
     # What was leased when it was killed is taken again when the lease has ended.
-    await comes_true(done, "the index is caught up", 100)
+    await wait_until(done, "the index is caught up", 100)
     await process.stop()
     chunks = await fetch(
         database_url, "SELECT user_id::text, document_id::text FROM document_chunks"
@@ -302,7 +300,7 @@ async def test_chat_goes_on_while_much_is_indexed(server: Server, library: Libra
             await asyncio.sleep(0.002)
         return sorted(took)[int(len(took) * 0.99)]
 
-    await settled(server)
+    await wait_until_indexed(server)
     quiet = await p99(3)
     text = (
         "The quick brown fox jumps over the lazy dog, and nobody knows why it would do such a thing at all. "

@@ -21,7 +21,8 @@ from service.search.types import (
     SearchUnavailable,
     unpack_vector,
 )
-from tests.search.library import INDEXED, SEMANTIC, Library, comes_true, searchable, settled
+from tests.search.library import INDEXED, SEMANTIC, Library
+from tests.search.waits import wait_until, wait_until_indexed, wait_until_searchable
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
 from tests.support.failures import failure_of
@@ -124,10 +125,10 @@ async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: 
         "EMBEDDINGS_MODEL": "Tiny/Model v1",
     }
     async with serving(database_url, **given) as server, connected(server.address) as stub:
-        await searchable(server)
+        await wait_until_searchable(server)
         library = Library(await Chat.of_new_user(stub))
         made = await library.create(["some text", "other text"])
-        await settled(server)
+        await wait_until_indexed(server)
         hit = (await library.search("other text"))[0]
         assert (hit.document.id, hit.chunk_index) == (made.id, 1)
         assert hit.score == pytest.approx(1.0), "its vectors decide, and nothing else"
@@ -141,7 +142,7 @@ async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: 
         async def indexed() -> bool:
             return (await library.get(late.id)).status == INDEXED
 
-        await comes_true(indexed, "it is caught up")
+        await wait_until(indexed, "it is caught up")
 
 
 async def test_one_text_that_is_refused_holds_no_other_up(
@@ -156,7 +157,7 @@ async def test_one_text_that_is_refused_holds_no_other_up(
         "EMBEDDINGS_MODEL": "tiny",
     }
     async with serving(database_url, **given) as server, connected(server.address) as stub:
-        await searchable(server)
+        await wait_until_searchable(server)
         library = Library(await Chat.of_new_user(stub))
         made = await library.create([f"text {n}" if n != 70 else "poison" for n in range(100)])
         fine = await library.create(["nothing is wrong with this one"])
@@ -167,20 +168,22 @@ async def test_one_text_that_is_refused_holds_no_other_up(
         async def given_up() -> bool:
             return (await library.get(made.id)).status == document_pb2.DOCUMENT_STATUS_FAILED
 
-        await comes_true(given_up, "the document is given up")
-        await settled(server)
+        await wait_until(given_up, "the document is given up")
+        await wait_until_indexed(server)
         document = await library.get(made.id)
         assert "refuses" in document.status_detail
-        assert [each.id for each in (await library.page(status=document.status)).documents] == [
-            made.id
-        ]
+        assert [
+            each.id for each in (await library.list_page(status=document.status)).documents
+        ] == [made.id]
         assert (await library.get(fine.id)).status == INDEXED
         found = {
             hit.chunk_index
             for hit in await library.search("text 99", document_ids=[made.id], limit=100)
         }
         assert found == set(range(100)) - {70}
-        assert {hit.message.content for hit in await library.said("after", SEMANTIC)} == {
+        assert {
+            hit.message.content for hit in await library.search_messages("after", SEMANTIC)
+        } == {
             "before",
             "after",
         }
@@ -191,23 +194,25 @@ async def test_one_text_that_is_refused_holds_no_other_up(
         async def told() -> bool:
             return (search.stats.failed, search.stats.lag_s) == (2, 0.0)
 
-        await comes_true(told, "the figures say so")
+        await wait_until(told, "the figures say so")
         # What comes later is indexed without asking for the rest again.
         asked = len(endpoint.seen)
         await library.chat.append(session, "later")
-        await settled(server)
+        await wait_until_indexed(server)
         assert [sent["input"] for _, sent in endpoint.seen[asked:]] == [["later"]]
-        assert "later" in {hit.message.content for hit in await library.said("later", SEMANTIC)}
+        assert "later" in {
+            hit.message.content for hit in await library.search_messages("later", SEMANTIC)
+        }
     endpoint.refused = "\0"
     async with serving(database_url, **given) as server, connected(server.address) as stub:
-        await searchable(server)
+        await wait_until_searchable(server)
         library = Library(Chat(stub, library.user_id))
 
         async def indexed() -> bool:
             return (await library.get(made.id)).status == INDEXED
 
-        await comes_true(indexed, "the next start tries it again")
-        await settled(server)
+        await wait_until(indexed, "the next start tries it again")
+        await wait_until_indexed(server)
         assert await fetch(database_url, "SELECT FROM search_outbox") == []
 
 
@@ -221,7 +226,7 @@ async def test_an_endpoint_that_takes_no_more_now_is_not_down(
         "EMBEDDINGS_MODEL": "tiny",
     }
     async with serving(database_url, **given) as server, connected(server.address) as stub:
-        await searchable(server)
+        await wait_until_searchable(server)
         library = Library(await Chat.of_new_user(stub))
         endpoint.status = 429
         asked = len(endpoint.seen)
@@ -238,4 +243,4 @@ async def test_an_endpoint_that_takes_no_more_now_is_not_down(
         async def indexed() -> bool:
             return (await library.get(made.id)).status == INDEXED
 
-        await comes_true(indexed, "it is caught up")
+        await wait_until(indexed, "it is caught up")

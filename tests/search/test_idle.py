@@ -9,7 +9,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.server import Server
-from tests.search.library import Library, settled
+from tests.search.library import Library
+from tests.search.waits import wait_until_indexed
 from tests.support.chat import Chat
 from tests.support.cluster import Cluster
 from tests.support.servers import channel
@@ -25,7 +26,7 @@ async def test_an_idle_service_asks_the_database_nothing(
     sent = SentStatements(cluster, database_url)
     session_id = await chat.start("herons wade")
     await library.create(["Herons are wading birds."], title="birds")
-    await settled(server)
+    await wait_until_indexed(server)
     await asyncio.sleep(3)  # The indexer looks once more, and used connections go back to the pool.
     used = len(sent.so_far())
     assert used > 0

@@ -7,7 +7,8 @@ import sys
 
 from service.search.service import Search
 from service.server import Server
-from tests.search.library import Library, settled
+from tests.search.library import Library
+from tests.search.waits import wait_until_indexed
 from tests.support.servers import ROOT
 
 
@@ -25,7 +26,7 @@ async def run(*arguments: str) -> tuple[int, str]:
 
 async def test_the_command_waits_until_the_index_is_built(server: Server, library: Library) -> None:
     made = await library.create(["The lighthouse was built in 1901."])
-    await settled(server)
+    await wait_until_indexed(server)
     assert isinstance(server.search, Search)
     assert server.search._index is not None
     before = await server.search._index.live_collection()

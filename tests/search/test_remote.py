@@ -28,12 +28,14 @@ from tests.search.library import (
     LEXICAL,
     SEMANTIC,
     Library,
-    built,
-    comes_true,
-    searchable,
-    settled,
 )
 from tests.search.qdrant_server import QdrantServer
+from tests.search.waits import (
+    wait_until,
+    wait_until_built,
+    wait_until_indexed,
+    wait_until_searchable,
+)
 from tests.support import sentinel
 from tests.support.chat import Chat, new_id
 from tests.support.cluster import Cluster, all_new_statements, fetch
@@ -50,7 +52,7 @@ FOREIGN = "somebody-elses"
 async def at_work(url: str, remote: dict[str, Any]) -> AsyncGenerator[tuple[Server, Library]]:
     """Give a server with search on, ready, and a new user's library."""
     async with serving(url, **remote) as server, connected(server.address) as stub:
-        await searchable(server)
+        await wait_until_searchable(server)
         yield server, Library(await Chat.of_new_user(stub))
 
 
@@ -76,7 +78,7 @@ async def expected(url: str, server: Server) -> dict[str, bytes]:
 
 
 async def index_equals_postgres(url: str, server: Server, qdrant: QdrantServer) -> None:
-    await settled(server)
+    await wait_until_indexed(server)
     (collection,) = await qdrant.live()
     points = await qdrant.points(collection)
     wanted = await expected(url, server)
@@ -124,7 +126,7 @@ async def test_what_is_written_is_found_and_what_is_erased_is_gone(
             reply.message_count,
             reply.vector_count,
         ) == (1, 1, 1, 2)
-        await settled(server)
+        await wait_until_indexed(server)
         assert await qdrant.points(collection) == {}
         assert await fetch(database_url, "SELECT FROM search_outbox") == []
     assert len(await qdrant.points(FOREIGN)) == 5
@@ -137,7 +139,7 @@ async def test_every_query_names_its_owners(
 ) -> None:
     async with at_work(database_url, remote) as (_server, library):
         await library.search("anything", document_ids=[new_id()])
-        await library.said("anything", SEMANTIC)
+        await library.search_messages("anything", SEMANTIC)
         assert len(qdrant.queries) == 2
         for query in qdrant.queries:
             owners = [c.field for c in query.filter.must if c.field.key == "user_id"]
@@ -151,13 +153,13 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
     async with at_work(database_url, remote) as (server, library):
         session = await library.chat.start("The keys are under the mat")
         doomed = await library.create(["This will be deleted while nobody can tell the index."])
-        await settled(server)
+        await wait_until_indexed(server)
         await qdrant.stop()
         started = time.monotonic()
         for call in (
             library.search("keys"),
-            library.said("keys", SEMANTIC),
-            library.said("keys", HYBRID),
+            library.search_messages("keys", SEMANTIC),
+            library.search_messages("keys", HYBRID),
         ):
             failure = await failure_of(call)
             assert (failure.code, failure.reason) == (
@@ -171,18 +173,20 @@ async def test_an_outage_touches_search_alone_and_everything_is_caught_up(
             ready = await health.Check(health_pb2.HealthCheckRequest())
         assert (search.status, ready.status) == (2, 1)
         await library.chat.append(session, "The spare key is with the neighbour")
-        assert [hit.message.seq for hit in await library.said("spare key", LEXICAL)] == [2]
+        assert [hit.message.seq for hit in await library.search_messages("spare key", LEXICAL)] == [
+            2
+        ]
         await library.delete(doomed.id)
         late = await library.create(["Written during the outage: the cellar is flooded."])
         assert (await library.get(late.id)).status != INDEXED
         assert isinstance(server.search, Search)
         before = server.search.stats.lag_s
         assert before > 0
-        await comes_true(lambda: _lags(server, before + 0.2), "the lag grows")
+        await wait_until(lambda: _lags(server, before + 0.2), "the lag grows")
         await qdrant.start()
-        await searchable(server)
+        await wait_until_searchable(server)
         await index_equals_postgres(database_url, server, qdrant)
-        await comes_true(lambda: _no_lag(server), "the lag is over")
+        await wait_until(lambda: _no_lag(server), "the lag is over")
         assert (await library.get(late.id)).status == INDEXED
         assert (await library.search("water damage downstairs"))[0].document.id == late.id
 
@@ -202,8 +206,8 @@ async def test_an_idle_index_asks_the_database_nothing(
 ) -> None:
     async with at_work(database_url, remote) as (server, library):
         await library.create(["found"])
-        await settled(server)
-        await comes_true(lambda: _no_lag(server), "the indexer has nothing left")
+        await wait_until_indexed(server)
+        await wait_until(lambda: _no_lag(server), "the indexer has nothing left")
         await asyncio.sleep(0.5)
         sent = SentStatements(cluster, database_url)
         await asyncio.sleep(7)
@@ -244,8 +248,8 @@ async def test_rebuilding_under_load(
         for n in range(30):
             await library.create([f"Fact {n} about the moon.", f"Fact {n} about the sun."])
         session = await library.chat.start("the moon is bright tonight")
-        await settled(server)
-        await built(server)  # Else it is the first building that is followed.
+        await wait_until_indexed(server)
+        await wait_until_built(server)  # Else it is the first building that is followed.
         (before,) = await qdrant.live()
         done = asyncio.Event()
 
@@ -280,7 +284,7 @@ async def test_the_statements_that_do_without_an_owner_are_the_named_ones(
     async with at_work(database_url, remote) as (server, library):
         await library.create(["x"])
         await library.chat.start("y")
-        await settled(server)
+        await wait_until_indexed(server)
         await rebuilt(library)
         await doctor.describe(server.database.target, 20.0)
     seen = all_new_statements()
@@ -303,7 +307,7 @@ async def test_a_lost_index_is_built_again_at_the_next_start(
 ) -> None:
     async with at_work(database_url, remote) as (server, library):
         made = await library.create(["Nothing is lost that PostgreSQL has."])
-        await settled(server)
+        await wait_until_indexed(server)
     for name in [each.name for each in (await qdrant.engine.get_collections()).collections]:
         await qdrant.engine.delete_collection(name)
     await qdrant.engine.update_collection_aliases(
@@ -313,8 +317,8 @@ async def test_a_lost_index_is_built_again_at_the_next_start(
         ]
     )
     async with serving(database_url, **remote) as server, connected(server.address) as stub:
-        await searchable(server)
-        await comes_true(
+        await wait_until_searchable(server)
+        await wait_until(
             lambda: _found(Library(Chat(stub, library.user_id)), made.id), "it is found again"
         )
         await index_equals_postgres(database_url, server, qdrant)
@@ -338,7 +342,7 @@ async def test_two_replicas_share_the_work(
         ]
         await asyncio.gather(*made)
         await index_equals_postgres(database_url, one, qdrant)
-        await settled(two)
+        await wait_until_indexed(two)
         assert isinstance(one.search, Search)
         assert isinstance(two.search, Search)
         count = 80
@@ -350,7 +354,7 @@ async def test_two_replicas_share_the_work(
             done()
         ):  # Who comes first may have taken everything; both take their part before long.
             await asyncio.gather(*(each.create(["one more"]) for each in (library, more)))
-            await settled(one)
+            await wait_until_indexed(one)
             count += 2
         assert sum(done()) == len(qdrant.upserted) == len(set(qdrant.upserted)) == count, (
             "each is done once"
@@ -431,7 +435,7 @@ async def _play(
             if not crashed:
                 await qdrant.stop()
                 await qdrant.start()
-                await searchable(server)
+                await wait_until_searchable(server)
                 await index_equals_postgres(url, server, qdrant)
                 return
 
@@ -440,7 +444,7 @@ async def _live(  # noqa: C901, PLR0912 - a table of steps
     server: Server, library: Library, qdrant: QdrantServer, pending: list[str], people: list[str]
 ) -> bool:
     """Take the steps until one is a crash: then the index knows nothing of what was just written."""
-    documents = [document.id for document in await library.all()]
+    documents = [document.id for document in await library.list_all()]
     sessions = [session.id for session in (await library.chat.list_sessions()).sessions]
     while pending:
         step = pending.pop(0)

@@ -10,7 +10,7 @@ from typing import Any
 
 from chathistory.v1 import document_pb2, export_pb2, message_pb2, search_pb2, session_pb2, user_pb2
 
-from tests.search.library import searchable
+from tests.search.waits import wait_until_searchable
 from tests.support import issuer
 from tests.support.chat import Chat, new_id, new_message
 from tests.support.cluster import fetch
@@ -187,7 +187,7 @@ async def test_nothing_is_left_in_the_search_index(database_url: str, tmp_path: 
         serving(database_url, search="on", data_dir=tmp_path) as server,
         connected(server.address) as stub,
     ):
-        await searchable(server)
+        await wait_until_searchable(server)
         chat = await say_the_marker(stub)
         search = message_pb2.SearchMessagesRequest(
             user_id=chat.user_id, query=MARKER, mode=message_pb2.SEARCH_MODE_SEMANTIC
@@ -214,7 +214,7 @@ async def test_a_rebuilding_remembers_nobody(database_url: str, tmp_path: Path) 
         serving(database_url, search="on", data_dir=tmp_path) as server,
         connected(server.address) as stub,
     ):
-        await searchable(server)
+        await wait_until_searchable(server)
         chat = await say_the_marker(stub)
         async for _ in stub.RebuildSearchIndex(search_pb2.RebuildSearchIndexRequest()):
             pass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.server import Server
-from tests.search.library import Library, settled
+from tests.search.library import Library
+from tests.search.waits import wait_until_indexed
 
 TEXTS = Path(__file__).parent / "texts" / "long"
 
@@ -24,7 +25,7 @@ async def test_of_long_and_alike_sections_the_right_one_comes_first(
         await library.create(
             ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]], title=path.stem
         )
-    await settled(server)
+    await wait_until_indexed(server)
     for question, heading in QUESTIONS:
         hits = await library.search(question)
         assert hits[0].text.startswith(f"## {heading}\n"), question
@@ -40,7 +41,7 @@ async def test_texts_and_questions_of_any_kind_are_compared(
 ) -> None:
     texts = ["?!", "ein Wort", "\n\n", "x" * 200_000, "飛行機が空を飛ぶ", "word " * 20_000]
     made = await library.create(texts)
-    await settled(server)
+    await wait_until_indexed(server)
     there = {n for n, text in enumerate(texts) if text.strip()}
     for question in ("word", "... ?", "飛行機", "a b " * 2_000):
         hits = await library.search(question, document_ids=[made.id])

@@ -19,7 +19,7 @@ async def server(database_url: str) -> AsyncGenerator[Server]:
 
 
 async def found(library: Library, query: str, **fields: object) -> set[str]:
-    return {hit.message.content for hit in await library.said(query, LEXICAL, **fields)}
+    return {hit.message.content for hit in await library.search_messages(query, LEXICAL, **fields)}
 
 
 async def test_words_in_any_case_and_language(library: Library) -> None:
@@ -58,7 +58,7 @@ async def test_the_match_is_marked_and_the_rest_escaped(library: Library) -> Non
     await library.chat.start(
         "lorem ipsum " * 50 + "<b>the Zebra & friends</b> " + "dolor sit " * 50
     )
-    (hit,) = await library.said("zebra", LEXICAL)
+    (hit,) = await library.search_messages("zebra", LEXICAL)
     assert "<mark>Zebra</mark> &amp; friends" in hit.snippet
     assert "<b>" not in hit.snippet
     assert len(hit.snippet) < 500
@@ -68,7 +68,7 @@ async def test_better_matches_come_first_and_then_newer_ones(library: Library) -
     session = await library.chat.start("pears and, far away in another clause altogether, apples")
     await library.chat.append(session, "apples pears")
     await library.chat.append(session, "apples pears")
-    hits = await library.said("apples pears", LEXICAL, limit=3)
+    hits = await library.search_messages("apples pears", LEXICAL, limit=3)
     assert [hit.message.seq for hit in hits] == [3, 2, 1]
     assert hits[0].score > hits[2].score
-    assert len(await library.said("apples", LEXICAL, limit=2)) == 2
+    assert len(await library.search_messages("apples", LEXICAL, limit=2)) == 2
