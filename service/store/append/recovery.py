@@ -1,7 +1,7 @@
 """Decides what happens to the items of an append statement that failed.
 
-`decide` is a pure function: the appender describes the failed batch, and executes the action. Its table
-is tested row by row in tests/unit/test_append_recovery.py.
+`decide` is a pure function: the appender describes the failed batch, and executes the action. Its
+table is tested row by row in tests/unit/test_append_recovery.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from service.errors import Conflict, NotFound
 from service.store.db.db_errors import Failure, constraint, sqlstate, to_service_error
 
 MAX_SHARED_ATTEMPTS = 3
-"""Contended attempts of a batch before its sessions run apart: one of them may conflict each time."""
+"""Contended attempts of a batch before its sessions run apart, as one may conflict each time."""
 
 NOT_NULL_VIOLATION = "23502"
 FOREIGN_KEY_VIOLATION = "23503"
@@ -22,7 +22,7 @@ LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Action(Enum):
-    """What the appender does with the items of a failed statement."""
+    """A treatment of the items of a failed statement."""
 
     NOTHING = auto()
     """No caller waits for any of the items."""
@@ -37,7 +37,7 @@ class Action(Enum):
     RUN_SESSIONS_APART = auto()
     """Give each session a lane of its own, so that it neither fails nor delays the others."""
     RUN_ITEMS_ALONE = auto()
-    """Run each item of the one session in a statement of its own, so that only the faulty one fails."""
+    """Run each item of the session in a statement of its own, so that only the faulty one fails."""
     FAIL = auto()
     """Answer the callers with the error."""
 
@@ -69,7 +69,8 @@ def decide(batch: FailedBatch) -> Action:
         return Action.LOOK_UP
     if _is_contention(batch) and (is_single_session or batch.attempts <= MAX_SHARED_ATTEMPTS):
         return Action.RETRY
-    # A session that waits for a lock does so in a lane of its own: here it would delay all that follow.
+    # A session that waits for a lock does so in a lane of its own: here it would delay all that
+    # follow.
     if not is_single_session or (batch.sqlstate == LOCK_NOT_AVAILABLE and not batch.is_apart):
         return Action.RUN_SESSIONS_APART
     if batch.item_count > 1:
@@ -81,8 +82,8 @@ def decide(batch: FailedBatch) -> Action:
 
 def _is_contention(batch: FailedBatch) -> bool:
     """Whether the batch lost to a concurrent writer: also to one that deleted a session."""
-    deleted_meanwhile = batch.sqlstate == NOT_NULL_VIOLATION and batch.constraint == "seq"
-    return deleted_meanwhile or batch.failure is Failure.CONTENTION
+    is_session_deleted = batch.sqlstate == NOT_NULL_VIOLATION and batch.constraint == "seq"
+    return is_session_deleted or batch.failure is Failure.CONTENTION
 
 
 def final_error(user_id: str, error: BaseException) -> BaseException:

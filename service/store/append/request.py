@@ -1,4 +1,4 @@
-"""One caller's append on its way: what it wants stored, what is known of it, and its answer."""
+"""One caller's append: the messages to store, the state of its attempts, and its result."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from service.store.db.hot_pool import Record
 from service.store.tables import SessionState
 
 Key = tuple[str, str]
-"""A user's id and a session's."""
+"""A user's id and a session's id."""
 
 
 class NewMessage(NamedTuple):
-    """A message to store: its columns in their order. `parts` and `metadata` are JSON, or None when empty."""
+    """A message to store: its columns in order. `parts` and `metadata` are JSON, None if empty."""
 
     id: str
     role: int
@@ -33,7 +33,7 @@ class NewMessage(NamedTuple):
 
 
 class NewSession(NamedTuple):
-    """What a session starts with, where an append makes it. `metadata` is JSON, or None when empty."""
+    """The columns of a session that an append creates; `metadata` is JSON, or None if empty."""
 
     title: str = ""
     summary: str = ""
@@ -42,48 +42,49 @@ class NewSession(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where one message stands: its id, its place, when it was stored (microseconds since 1970), and whether it had been before."""
+    """The place of one stored message."""
 
     id: str
     seq: int
     created_us: int
+    """When it was stored, in microseconds since 1970."""
     replayed: bool
+    """Whether it had been stored by an earlier call."""
 
 
 class Appended(NamedTuple):
-    """What an append came to."""
+    """The result of an append."""
 
     session_created: bool
     entries: list[Entry]
 
 
 class Append:
-    """One caller's append: all of it is stored, or none.
+    """One caller's append; all of it is stored, or none.
 
     Args:
         user_id: The owner, as canonical UUID text.
         session_id: The session, as canonical UUID text.
-        messages: What to store; each has an id, and no id comes twice.
-        deadline: On the running loop's clock.
-        may_create: Whether a missing session is made.
-        expected_last_seq: What the session's `last_seq` must be, if anything.
-        new_session: Title, metadata (JSON) and fingerprint of a session that is made.
-        check: Whether to ask first which of the messages are stored: the caller says that this is a retry.
-        loop: The running loop, where the caller has it: asking for it costs a system call before Python 3.12.
+        messages: The messages to store; each has an id, and the ids differ.
+        deadline: A time of the running loop's clock, in seconds.
+        may_create: Whether a missing session is created.
+        expected_last_seq: The `last_seq` that the session must have, or None.
+        new_session: Title, metadata (JSON) and fingerprint of a session that is created.
+        loop: The running loop: looking it up costs a system call before Python 3.12.
     """
 
     __slots__ = (
-        "arrived",
-        "attempted",
-        "check",
-        "creates",
+        "arrived_at",
+        "attempts",
         "deadline",
-        "expected",
+        "expected_last_seq",
         "future",
-        "give_up",
         "key",
+        "look_up_first",
         "lost_races",
         "may_create",
+        "may_have_committed",
+        "may_insert_session",
         "messages",
         "new_session",
         "pending",
@@ -91,7 +92,7 @@ class Append:
         "run_alone",
         "session_created_us",
         "size",
-        "tries",
+        "wait_until",
     )  # fmt: skip
 
     def __init__(
@@ -104,7 +105,6 @@ class Append:
         may_create: bool = False,
         expected_last_seq: int | None = None,
         new_session: NewSession = NewSession(),  # noqa: B008 - an immutable tuple
-        check: bool = False,
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         loop = loop or asyncio.get_running_loop()
@@ -113,58 +113,70 @@ class Append:
         self.pending = messages
         """Those that are not known to be stored."""
         self.replayed: dict[str, Entry] = {}
+        """Those that are known to be stored, by id."""
         self.session_created_us: int | None = None
-        """When the session was made in which those are; no other with its id will do."""
+        """When the session of the replayed messages was created, to distinguish it from a later
+        session with its id; None without replayed messages."""
         self.may_create = may_create
-        self.expected = expected_last_seq
-        self.creates = may_create and not expected_last_seq
-        """Whether its statement may make the session: a missing one counts as empty, and holds nothing to replay."""
+        self.expected_last_seq = expected_last_seq
+        self.may_insert_session = may_create and not expected_last_seq
+        """Whether its statement may create the session. A missing session counts as empty: it has
+        last_seq 0 and no replayed message."""
         self.new_session = new_session
         self.deadline = deadline
-        self.give_up = outage_deadline(deadline, loop.time())
-        self.check = check
-        self.arrived = loop.time()
-        self.attempted = False
-        """Whether a try of our own may have stored it: then finding it is no replay, unless it is older than this item.
+        self.wait_until = outage_deadline(deadline, loop.time())
+        """When it stops waiting for an unavailable database or a locked session."""
+        self.look_up_first = False
+        """Whether its messages may be stored already, and are looked up before the statement."""
+        self.arrived_at = loop.time()
+        self.may_have_committed = False
+        """True once one of its own attempts may have been committed: a stored copy that is newer
+        than this call is then not a replay.
 
-        Ages are compared to within the time that the database's answer takes: a retry that came so soon is not told from a first try.
+        Ages are exact to within the response time of the database. If a retry follows its first
+        call so quickly, its messages may be reported as stored by the retry.
         """
         self.run_alone = False
         """Whether it must be the only item of its statement."""
-        self.tries = 0
+        self.attempts = 0
         self.lost_races = 0
-        """Of its tries, those in which others came first; neither a lock waited for nor a database away is one."""
+        """Attempts that a concurrent writer defeated; not those that a lock or an outage did."""
         self.size = sum(message.size for message in messages)
         self.future: asyncio.Future[Appended] = loop.create_future()
 
     @property
     def is_conditional(self) -> bool:
-        """Whether what is known of the session must still be true: then the statement takes nothing else to that session."""
-        return self.expected is not None or self.session_created_us is not None
+        """Whether it depends on the state of its session, and must be the only item for it."""
+        return self.expected_last_seq is not None or self.session_created_us is not None
 
     @property
     def age_us(self) -> float:
-        """Microseconds since it came."""
-        return (asyncio.get_running_loop().time() - self.arrived) * 1e6
+        """Microseconds since it arrived."""
+        return (asyncio.get_running_loop().time() - self.arrived_at) * 1e6
 
     def fail(self, error: BaseException) -> None:
-        """Answer with an error, unless the caller is gone."""
+        """Answer with an error, unless the caller was cancelled."""
         if not self.future.done():
             self.future.set_exception(error)
 
-    def finish(self, stored: Iterable[Entry], *, created: bool) -> None:
-        """Answer with what is stored, unless the caller is gone."""
+    def finish(self, stored: Iterable[Entry], *, session_created: bool) -> None:
+        """Answer with the new messages and the replayed ones, unless the caller was cancelled."""
         if self.future.done():
             return
         entries = list(stored)
         if self.replayed:
-            known = self.replayed | {entry.id: entry for entry in entries}
-            entries = [known[message.id] for message in self.messages]
-        self.future.set_result(Appended(created, entries))
+            entries_by_id = self.replayed | {entry.id: entry for entry in entries}
+            entries = [entries_by_id[message.id] for message in self.messages]
+        self.future.set_result(Appended(session_created, entries))
 
 
-def note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> None:
-    """Take what is stored out of the item's pending messages."""
+def apply_stored(item: Append, stored: dict[tuple[str, str, str], Record]) -> None:
+    """Move the stored messages of an item from pending to replayed; answer it if none is pending.
+
+    Args:
+        item: The append.
+        stored: Rows of sql.LOOK_UP, by user, session and message id.
+    """
     item.replayed, item.session_created_us, item.pending = {}, None, []
     for message in item.messages:
         row = stored.get((*item.key, message.id))
@@ -173,7 +185,7 @@ def note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
         elif row["fingerprint"] != message.fingerprint:
             item.fail(
                 AlreadyExists(
-                    "a message with this id and other content is stored",
+                    "a message with this id and different content is stored",
                     reason="MESSAGE_ID_REUSED",
                     session_id=item.key[1],
                     message_id=message.id,
@@ -182,21 +194,23 @@ def note_replays(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
             return
         else:
             item.session_created_us = row["session_created_us"]
-            ours = item.attempted and row["age"] <= item.age_us
-            item.replayed[message.id] = Entry(message.id, row["seq"], row["at"], not ours)
-    item.creates = item.may_create and not item.expected and item.session_created_us is None
+            is_own = item.may_have_committed and row["age"] <= item.age_us
+            item.replayed[message.id] = Entry(message.id, row["seq"], row["at"], not is_own)
+    item.may_insert_session = (
+        item.may_create and not item.expected_last_seq and item.session_created_us is None
+    )
     if not item.pending:
         first = item.replayed[item.messages[0].id]
         item.finish(
             (),
-            created=not first.replayed
+            session_created=not first.replayed
             and first.seq == 1
             and first.created_us == item.session_created_us,
         )
 
 
 def refusal_of(item: Append, session: Record | None) -> ServiceError | None:
-    """Say why the statement left an item out, or None when the reason has gone meanwhile."""
+    """Return why the statement left an item out, or None if the reason no longer exists."""
     session_id = item.key[1]
     if session is None and not item.may_create:
         return NotFound.session(session_id)
@@ -205,9 +219,9 @@ def refusal_of(item: Append, session: Record | None) -> ServiceError | None:
             "the session is archived", reason="SESSION_ARCHIVED", session_id=session_id
         )
     last_seq = 0 if session is None else session["last_seq"]
-    if item.expected is not None and last_seq != item.expected:
+    if item.expected_last_seq is not None and last_seq != item.expected_last_seq:
         return Conflict(
-            f"last_seq is {last_seq}, not {item.expected}",
+            f"last_seq is {last_seq}, not {item.expected_last_seq}",
             reason="LAST_SEQ_MISMATCH",
             session_id=session_id,
             last_seq=last_seq,

@@ -1,30 +1,37 @@
-"""The append's statements and their arguments; `append.py` says why they are correct."""
+"""The statements of the append path; appender.py explains why they are correct."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from service.store.append.request import Append
+from service.store.append.request import Append, Key
 from service.store.db.hot_pool import Statement
 from service.store.tables import OPEN_END, OutboxKind, SessionState
 
-# Written out: PostgreSQL reads it as it stands here. The arguments are arrays with one element a session ($1 to $8), one an
-# expectation ($9 to $12), and one a message ($14 on).
-# A session that the statement has made is told by its times: a new one's are the same, and an append to one that was there always sets
-# the second beyond the first, whatever an import has set them to. (That a new row's xmax is 0 is no sign: so is an updated one's when
-# others had locked it.)
-# With messages indexed, the row of each session in the outbox says from which message on the index owes them. A row that says so
-# already is left as it is: only the first append since the indexer took it changes it, in place. The lock that is taken even so keeps
-# the indexer from taking the row before what is appended here can be seen.
+# Written as text: PostgreSQL reads it as it is here. The arguments are arrays with one element for
+# each session ($1 to $8), each expectation ($9 to $12) and each message ($14 and up).
+#
+# A session that the statement has created is recognized by its times. A new session's created_at
+# and updated_at are equal, while an append to an existing one always sets updated_at beyond
+# created_at, even after an import has set them. (xmax = 0 does not mean a new row: an updated one
+# that others had locked has it, too.)
+#
+# If messages are indexed, the session's row in the outbox holds the first message that is pending
+# for the index. A row that holds a lower or equal one is not changed: only the first append after
+# the indexer has leased it updates it, in place. It is locked nevertheless, so that the indexer
+# cannot lease it before this transaction's messages are visible.
 _ENQUEUE = f""", enqueued AS (
     INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
     SELECT {OutboxKind.SESSION:d}, a.user_id, a.id, a.last_seq - i.count + 1, {OPEN_END}
     FROM appended AS a
-    JOIN unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS i (user_id, id, count) ON i.user_id = a.user_id AND i.id = a.id
+    JOIN unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS i (user_id, id, count)
+      ON i.user_id = a.user_id AND i.id = a.id
     ORDER BY a.user_id, a.id
     ON CONFLICT (kind, user_id, entity_id) DO UPDATE SET
-        version = o.version + 1, since = least(o.since, excluded.since), through = greatest(o.through, excluded.through),
+        version = o.version + 1,
+        since = least(o.since, excluded.since),
+        through = greatest(o.through, excluded.through),
         due_at = CASE WHEN o.due_at = 'infinity' THEN excluded.due_at ELSE o.due_at END
     WHERE o.since > excluded.since OR o.through < excluded.through OR o.due_at = 'infinity'
 )"""  # noqa: S608 - nothing but numbers of ours goes in
@@ -34,12 +41,15 @@ def _append(enqueue: str) -> Statement:
     return Statement.from_text(f"""
 WITH appended AS (
     INSERT INTO chat_sessions AS s
-        (user_id, id, title, summary, metadata, last_seq, message_count, created_at, updated_at, fingerprint)
-    SELECT i.user_id, i.id, i.title, i.summary, i.metadata, i.count, i.count, i.at, i.at, i.fingerprint
+        (user_id, id, title, summary, metadata, last_seq, message_count, created_at, updated_at,
+         fingerprint)
+    SELECT i.user_id, i.id, i.title, i.summary, i.metadata, i.count, i.count, i.at, i.at,
+           i.fingerprint
     FROM (
         SELECT i.*, clock_timestamp() AS at
         FROM (SELECT set_config('lock_timeout', $13, true)) AS _,
-             unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::boolean[], $5::text[], $6::text[], $7::jsonb[], $8::bytea[])
+             unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::boolean[], $5::text[], $6::text[],
+                    $7::jsonb[], $8::bytea[])
              AS i (user_id, id, count, may_create, title, summary, metadata, fingerprint)
         WHERE i.may_create
            OR EXISTS (SELECT FROM chat_sessions AS c WHERE c.user_id = i.user_id AND c.id = i.id)
@@ -48,28 +58,34 @@ WITH appended AS (
     ON CONFLICT (user_id, id) DO UPDATE SET
         last_seq = s.last_seq + excluded.last_seq,
         message_count = s.message_count + excluded.message_count,
-        updated_at = greatest(greatest(s.updated_at, s.created_at) + interval '1 microsecond', excluded.updated_at)
+        updated_at = greatest(
+            greatest(s.updated_at, s.created_at) + interval '1 microsecond', excluded.updated_at)
     WHERE s.state = {SessionState.ACTIVE:d}
       AND NOT EXISTS (
-        SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[], $12::bigint[]) AS e (user_id, id, last_seq, session_created_us)
+        SELECT FROM unnest($9::uuid[], $10::uuid[], $11::bigint[], $12::bigint[])
+             AS e (user_id, id, last_seq, session_created_us)
         WHERE e.user_id = s.user_id AND e.id = s.id
-          AND (e.last_seq <> s.last_seq OR e.session_created_us <> (date_part('epoch', s.created_at) * 1e6)::bigint))
+          AND (e.last_seq <> s.last_seq
+               OR e.session_created_us <> (date_part('epoch', s.created_at) * 1e6)::bigint))
     RETURNING s.user_id, s.id, s.last_seq, s.updated_at, s.updated_at = s.created_at AS created
 ), stored AS (
     INSERT INTO chat_messages
-        (user_id, session_id, seq, id, role, content, parts, metadata, token_count, token_estimate, size, author,
-         feedback_score, feedback_comment, created_at, updated_at, fingerprint)
+        (user_id, session_id, seq, id, role, content, parts, metadata, token_count, token_estimate,
+         size, author, feedback_score, feedback_comment, created_at, updated_at, fingerprint)
     SELECT a.user_id, a.id, CASE WHEN m.may_create OR NOT a.created THEN a.last_seq - m.back END,
-           m.id, m.role, m.content, m.parts, m.metadata, m.token_count, m.token_estimate, m.size, m.author,
-           m.feedback_score, m.feedback_comment, a.updated_at, a.updated_at, m.fingerprint
-    FROM unnest($14::uuid[], $15::uuid[], $16::bigint[], $17::boolean[], $18::uuid[], $19::smallint[], $20::text[], $21::jsonb[],
-                $22::jsonb[], $23::integer[], $24::integer[], $25::integer[], $26::text[], $27::double precision[], $28::text[],
+           m.id, m.role, m.content, m.parts, m.metadata, m.token_count, m.token_estimate, m.size,
+           m.author, m.feedback_score, m.feedback_comment, a.updated_at, a.updated_at, m.fingerprint
+    FROM unnest($14::uuid[], $15::uuid[], $16::bigint[], $17::boolean[], $18::uuid[],
+                $19::smallint[], $20::text[], $21::jsonb[], $22::jsonb[], $23::integer[],
+                $24::integer[], $25::integer[], $26::text[], $27::double precision[], $28::text[],
                 $29::bytea[])
-         AS m (user_id, session_id, back, may_create, id, role, content, parts, metadata, token_count, token_estimate, size,
-               author, feedback_score, feedback_comment, fingerprint)
+         AS m (user_id, session_id, back, may_create, id, role, content, parts, metadata,
+               token_count, token_estimate, size, author, feedback_score, feedback_comment,
+               fingerprint)
     JOIN appended AS a ON a.user_id = m.user_id AND a.id = m.session_id
 ){enqueue}
-SELECT user_id::text, id::text AS session_id, last_seq, (date_part('epoch', updated_at) * 1e6)::bigint AS at, created
+SELECT user_id::text, id::text AS session_id, last_seq,
+       (date_part('epoch', updated_at) * 1e6)::bigint AS at, created
 FROM appended
 """)  # noqa: S608 - nothing but a number of ours goes in
 
@@ -77,65 +93,75 @@ FROM appended
 APPEND = _append("")
 APPEND_AND_ENQUEUE = _append(_ENQUEUE)
 
-# One row a wanted message whose session is there, so that both are seen at one moment; `id` is NULL where it is not stored.
+# One row for each message whose session exists, so that one snapshot holds both; `id` is NULL if
+# the message is not stored.
 LOOK_UP = Statement.from_text("""
-SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq, (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us,
+SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq,
+       (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us,
        m.id::text, m.seq, m.fingerprint, (date_part('epoch', m.created_at) * 1e6)::bigint AS at,
        date_part('epoch', clock_timestamp() - m.created_at) * 1e6 AS age
 FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
 JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.session_id
-LEFT JOIN chat_messages AS m ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
+LEFT JOIN chat_messages AS m
+       ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
 """)
 
 
-def in_order(batch: Iterable[Append]) -> list[Append]:
-    """Return the items in the order in which they take their places: within a session, one that may make it comes first."""
-    return sorted(batch, key=lambda item: not item.creates)
+def in_seq_order(batch: Iterable[Append]) -> list[Append]:
+    """Return the items in seq order: in each session, those that may create it come first."""
+    return sorted(batch, key=lambda item: not item.may_insert_session)
 
 
 def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, ...]:
-    """Return the arguments of APPEND; items of one session share its row, and none but a lone one carries an expectation."""
-    items = in_order(batch)
-    counts: dict[tuple[str, str], int] = {}
-    first: dict[tuple[str, str], Append] = {}
+    """Return the arguments of APPEND.
+
+    Args:
+        batch: Items of one session share its row. One with an expectation is alone in its session.
+        lock_timeout: Time to wait for a locked session, with its unit.
+    """
+    items = in_seq_order(batch)
+    counts: dict[Key, int] = {}
+    first: dict[Key, Append] = {}
     for item in items:
         counts[item.key] = counts.get(item.key, 0) + len(item.pending)
         first.setdefault(item.key, item)
-    backs: list[int] = []
-    left = dict(counts)
+    # Each message's distance from the session's new last_seq.
+    distances: list[int] = []
+    remaining = dict(counts)
     for item in items:
-        start = left[item.key] - 1
-        backs.extend(range(start, start - len(item.pending), -1))
-        left[item.key] = start - len(item.pending) + 1
-    expecting = [item for item in items if item.is_conditional]
-    openers = first.values()
+        start = remaining[item.key] - 1
+        distances.extend(range(start, start - len(item.pending), -1))
+        remaining[item.key] = start - len(item.pending) + 1
+    conditional = [item for item in items if item.is_conditional]
     rows = [
-        (item.key, first[item.key].creates, message) for item in items for message in item.pending
+        (item.key, first[item.key].may_insert_session, message)
+        for item in items
+        for message in item.pending
     ]
     messages = [message for _, _, message in rows]
     return (
         [key[0] for key in counts],
         [key[1] for key in counts],
         list(counts.values()),
-        [item.creates for item in openers],
-        [item.new_session.title for item in openers],
-        [item.new_session.summary for item in openers],
-        [item.new_session.metadata for item in openers],
-        [item.new_session.fingerprint for item in openers],
-        [item.key[0] for item in expecting],
-        [item.key[1] for item in expecting],
-        [item.expected for item in expecting],
-        [item.session_created_us for item in expecting],
+        [item.may_insert_session for item in first.values()],
+        [item.new_session.title for item in first.values()],
+        [item.new_session.summary for item in first.values()],
+        [item.new_session.metadata for item in first.values()],
+        [item.new_session.fingerprint for item in first.values()],
+        [item.key[0] for item in conditional],
+        [item.key[1] for item in conditional],
+        [item.expected_last_seq for item in conditional],
+        [item.session_created_us for item in conditional],
         lock_timeout,
         [key[0] for key, _, _ in rows],
         [key[1] for key, _, _ in rows],
-        backs,
-        [may_create for _, may_create, _ in rows],
+        distances,
+        [may_insert for _, may_insert, _ in rows],
         *map(list, zip(*messages, strict=True)),
     )
 
 
 def look_up_arguments(items: Iterable[Append]) -> tuple[list[str], list[str], list[str]]:
-    """Return the arguments of LOOK_UP: every message of these items."""
+    """Return the arguments of LOOK_UP for every message of these items."""
     keys = [(*item.key, message.id) for item in items for message in item.messages]
     return [key[0] for key in keys], [key[1] for key in keys], [key[2] for key in keys]
