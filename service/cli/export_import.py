@@ -13,7 +13,7 @@ from service.config import Settings
 from service.store.db.dsn import Target, parse
 
 if TYPE_CHECKING:
-    from service.portability.transfer import Counts
+    from service.portability.transfer import ItemCounts
 
 
 def export_command(
@@ -23,9 +23,9 @@ def export_command(
     ] = Path("-"),
 ) -> None:
     """Write all data of one user as JSON lines."""
-    from service.portability import transfer
+    from service.portability.exporter import export_to_file
 
-    done = _transfer(lambda _settings, target: transfer.export_to(target, user, output))
+    done = _transfer(lambda _settings, target: export_to_file(target, user, output))
     say(f"exported {done}")
 
 
@@ -42,17 +42,17 @@ def import_command(
 
     Running the command again with the same file changes nothing.
     """
-    from service.portability import transfer
+    from service.portability.importer import import_from_file
 
     done = _transfer(
-        lambda settings, target: transfer.import_from(
-            target, file, user, search=settings.search == "on"
+        lambda settings, target: import_from_file(
+            target, file, user, search_enabled=settings.search == "on"
         )
     )
-    say(f"imported {done} ({done.written} messages were new)")
+    say(f"imported {done} ({done.new_messages} messages were new)")
 
 
-def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
+def _transfer(work: Callable[[Settings, Target], Awaitable[ItemCounts]]) -> ItemCounts:
     """Run an export or import on the configured database, starting an embedded one if needed."""
     from service import doctor
     from service.embedded.data_dir import running_url
@@ -61,7 +61,7 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[Counts]]) -> Counts:
     from service.store.db.database import DATABASE_ERRORS
     from service.telemetry.logs import configure_logging
 
-    def on(target: Target) -> Counts:
+    def on(target: Target) -> ItemCounts:
         try:
             return run(lambda: work(settings, target))
         except DATABASE_ERRORS as error:

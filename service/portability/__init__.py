@@ -1,1 +1,1 @@
-"""Export and import of user data."""
+"""Export and import of users' data as JSON lines."""

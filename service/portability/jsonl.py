@@ -1,7 +1,8 @@
-"""A user's data as lines of JSON: each line is one item of an export, in protobuf's JSON form.
+"""The export format: JSON lines, each of them one item of an export in protobuf's JSON form.
 
-What comes in may also be rows of an existing chatbot's own tables: ids of any kind (each becomes the same UUID every time), roles in the
-words of the model APIs, times as PostgreSQL writes them, messages without a `seq`, in their order.
+An import also accepts rows of another chatbot's tables: ids of any kind, which become the same UUID
+every time; roles as the model APIs name them; times as PostgreSQL writes them; and messages without
+a `seq`, in their order.
 """
 
 from __future__ import annotations
@@ -32,249 +33,268 @@ _ROLES = {
     "function": "tool",
 }
 MAX_SEQ = 10_000_000
-"""Of a session in a file: each place without a message becomes a tombstone, and a mere number must not cost more than a while."""
-CLOCKS_DIFFER = 24 * 3600
-"""Seconds that a time may lie ahead. All that is appended to a session comes after its newest time, so one far ahead would stay."""
-_UNKNOWN = 'holds no item: a line is {"user": …}, {"session": …}, {"message": …}, {"document": …} or {"chunk": …}'
+"""Limit of a session's seqs in a file.
+
+Each seq without a message becomes a tombstone, so without a limit one number could cost hours.
+"""
+MAX_CLOCK_SKEW_S = 24 * 3600
+"""How far in the future a time may be.
+
+Messages that are appended later get times after the session's newest, so a time far in the future
+would stay ahead of the clock.
+"""
+_UNKNOWN_ITEM = (
+    'is not an item: a line is {"user": …}, {"session": …}, {"message": …}, {"document": …} or '
+    '{"chunk": …}'
+)
 
 
-class BadLine(Exception):
-    """A line cannot be read; the text says what is wrong with it."""
+class InvalidLine(Exception):
+    """A line cannot be parsed; the text continues "line N"."""
 
 
-class UserLine(NamedTuple):
+class UserRecord(NamedTuple):
     """A user: the columns of its row."""
 
     values: dict[str, Any]
 
 
-class SessionLine(NamedTuple):
-    """A session: the columns of its row, and what it comes to at its end."""
+class SessionRecord(NamedTuple):
+    """A session: the columns of its row, and its state after its messages are stored."""
 
     values: dict[str, Any]
     last_seq: int
     updated_us: int | None
 
 
-class DocumentLine(NamedTuple):
+class DocumentRecord(NamedTuple):
     """A document: the columns of its row."""
 
     values: dict[str, Any]
 
 
-class ChunkLine(NamedTuple):
-    """A chunk of the document before it."""
+class ChunkRecord(NamedTuple):
+    """A chunk of the preceding document."""
 
-    place: int
+    chunk_index: int
     chunk: Chunk
 
 
-Line = UserLine | SessionLine | ImportedMessage | DocumentLine | ChunkLine
+Record = UserRecord | SessionRecord | ImportedMessage | DocumentRecord | ChunkRecord
 
 
-def write(item: export_pb2.ExportUserDataResponse) -> str:
-    """Return an item as a line."""
-    plain = MessageToDict(item, preserving_proto_field_name=True)
-    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+def format_line(item: export_pb2.ExportUserDataResponse) -> str:
+    """Return an item as a line, without its line break."""
+    body = MessageToDict(item, preserving_proto_field_name=True)
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
 
 
-class Reader:
-    """Reads lines in their order: a session belongs to the user before it, a message to the session before it."""
+class LineParser:
+    """Parses lines in order: sessions follow their user, and messages follow their session."""
 
     def __init__(self, user_id: str | None = None) -> None:
-        """Begin; with `user_id` everything becomes that user's, and the file may hold one user only."""
-        self._only = user_id
-        self._users = 0
+        """Start with the first line.
+
+        Args:
+            user_id: The user who becomes the owner of all items; the file may then have one user
+                only. None keeps the users of the file.
+        """
+        self._only_user_id = user_id
+        self._user_count = 0
         self.user_id = user_id or ""
+        """The owner of the current line's item."""
         self._session_id = ""
         self._seq = 0
         self._validate = protovalidate.Validator().validate
 
-    def read(self, text: str | bytes) -> Line:
-        """Read a line.
+    def parse(self, line: str | bytes) -> Record:
+        """Parse a line.
 
         Raises:
-            BadLine: it is no item, or breaks a rule of the API.
+            InvalidLine: it is not an item, or breaks a rule of the API.
         """
         try:
-            line = json.loads(text)
+            item = json.loads(line)
         except (ValueError, RecursionError):
-            raise BadLine("is no JSON") from None
+            raise InvalidLine("is not valid JSON") from None
         if (
-            not isinstance(line, dict)
-            or len(line) != 1
-            or not isinstance(body := next(iter(line.values())), dict)
+            not isinstance(item, dict)
+            or len(item) != 1
+            or not isinstance(body := next(iter(item.values())), dict)
         ):
-            raise BadLine(_UNKNOWN)
-        kind = next(iter(line))
+            raise InvalidLine(_UNKNOWN_ITEM)
+        kind = next(iter(item))
         body = {name: value for name, value in body.items() if value is not None}
         try:
-            match kind:
-                case "user":
-                    return self._user(body)
-                case "session":
-                    return self._session(body)
-                case "message":
-                    return self._message(body)
-                case "document":
-                    return self._document(body)
-                case "chunk":
-                    return self._chunk(body)
-                case _:
-                    raise BadLine(_UNKNOWN)
+            return self._parse_item(kind, body)
         except InvalidArgument as error:
-            raise BadLine(error.message) from None
+            raise InvalidLine(f"is not a valid {kind}: {error.message}") from None
         except (ParseError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise BadLine(f"is no {kind}: {error}") from None
+            raise InvalidLine(f"is not a valid {kind}: {error}") from None
 
-    def _user(self, body: dict[str, Any]) -> UserLine:
-        self._users += 1
-        if self._only and self._users > 1:
-            raise BadLine("is a second user, and all was to become one user's")
-        old = str(body.pop("id", ""))
-        if not old:
-            raise BadLine("has no id")
-        self.user_id = self._only or _uuid(uuid.NAMESPACE_URL, "chathistory:user", old)
-        if not _is_uuid(old):
-            body.setdefault("external_id", old)
-        user = self._parsed(body, user_pb2.User())
-        created, updated = _times(user)
-        values = convert.user_values(user, self.user_id)
-        return UserLine(
-            values
-            | {"created_at": datetime_from_us(created), "updated_at": datetime_from_us(updated)}
+    def _parse_item(self, kind: str, body: dict[str, Any]) -> Record:
+        match kind:
+            case "user":
+                return self._user(body)
+            case "session":
+                return self._session(body)
+            case "message":
+                return self._message(body)
+            case "document":
+                return self._document(body)
+            case "chunk":
+                return self._chunk(body)
+            case _:
+                raise InvalidLine(_UNKNOWN_ITEM)
+
+    def _user(self, body: dict[str, Any]) -> UserRecord:
+        self._user_count += 1
+        if self._only_user_id and self._user_count > 1:
+            raise InvalidLine("is a second user, and with --user-id a file may have one user only")
+        source_id = str(body.pop("id", ""))
+        if not source_id:
+            raise InvalidLine("has no id, and a user needs one")
+        self.user_id = self._only_user_id or _uuid(
+            uuid.NAMESPACE_URL, "chathistory:user", source_id
         )
+        if not _is_uuid(source_id):
+            body.setdefault("external_id", source_id)
+        user = self._parse_body(body, user_pb2.User())
+        created_us, updated_us = _times_us(user)
+        values = convert.user_values(user, self.user_id)
+        return UserRecord(values | _time_columns(created_us, updated_us))
 
-    def _session(self, body: dict[str, Any]) -> SessionLine:
+    def _session(self, body: dict[str, Any]) -> SessionRecord:
         if not self.user_id:
-            raise BadLine(
-                "comes before its user: begin with a user, or say whose all of it becomes"
+            raise InvalidLine(
+                "comes before its user: start the file with a user, or pass --user-id"
             )
         body.pop("user_id", None)
-        self._session_id = _uuid(uuid.UUID(self.user_id), "session", str(body.pop("id", "")))
+        self._session_id = self._session_uuid(str(body.pop("id", "")))
         self._seq = 0
-        session = self._parsed(body, session_pb2.Session())
-        created, updated = _times(session)
-        last_seq, summarized = _place(session.last_seq), session.summarized_through_seq
-        session.summarized_through_seq = (
-            0  # Of a session that is being created, no message can be summarized yet.
-        )
-        origin = session.forked_from.session_id, session.forked_from.seq
-        values = convert.session_values(session, self._session_id) | {
+        session = self._parse_body(body, session_pb2.Session())
+        created_us, updated_us = _times_us(session)
+        last_seq = _check_seq(session.last_seq)
+        # A session to create must have no summarized messages; it gets them later.
+        summarized_through_seq, session.summarized_through_seq = session.summarized_through_seq, 0
+        forked_from_id, forked_from_seq = session.forked_from.session_id, session.forked_from.seq
+        values = convert.session_values(session, self._session_id)
+        values |= _time_columns(created_us, updated_us) | {
             "user_id": self.user_id,
-            "summarized_through_seq": summarized,
-            "created_at": datetime_from_us(created),
-            "updated_at": datetime_from_us(updated),
+            "summarized_through_seq": summarized_through_seq,
         }
-        if origin[0]:
+        if forked_from_id:
             values |= {
-                "forked_from_id": self._session_uuid(origin[0]),
-                "forked_from_seq": origin[1],
+                "forked_from_id": self._session_uuid(forked_from_id),
+                "forked_from_seq": forked_from_seq,
             }
-        return SessionLine(values, last_seq, updated if "update_time" in body else None)
+        return SessionRecord(values, last_seq, updated_us if "update_time" in body else None)
 
     def _message(self, body: dict[str, Any]) -> ImportedMessage:
         if not self._session_id:
-            raise BadLine("comes before its session")
-        if (given := str(body.pop("session_id", ""))) and self._session_uuid(
-            given
-        ) != self._session_id:
-            raise BadLine("is not of the session before it")
+            raise InvalidLine("comes before its session")
+        session_id = str(body.pop("session_id", ""))
+        if session_id and self._session_uuid(session_id) != self._session_id:
+            raise InvalidLine("is not a message of the session before it")
         if isinstance(role := body.get("role"), str) and not role.startswith("ROLE_"):
             body["role"] = f"ROLE_{_ROLES.get(role.lower(), role).upper()}"
-        seq = _place(int(body.pop("seq", self._seq + 1)))
+        seq = _check_seq(int(body.pop("seq", self._seq + 1)))
         if seq <= self._seq:
-            raise BadLine("comes after a message with its seq or a higher one")
-        session = uuid.UUID(self._session_id)
-        message_id = _uuid(session, "message", str(body.pop("id", f"seq {seq}")))
-        sent = self._parsed(body, message_pb2.Message())
-        created, updated = _times(sent)
-        message = convert.new_message(sent, message_id, "message")
+            raise InvalidLine(f"has seq {seq}, which is not after the previous message's")
+        source_id = str(body.pop("id", f"seq {seq}"))
+        message_id = _uuid(uuid.UUID(self._session_id), "message", source_id)
+        message = self._parse_body(body, message_pb2.Message())
+        created_us, updated_us = _times_us(message)
+        new_message = convert.new_message(message, message_id, "message")
         self._seq = seq
-        return ImportedMessage(seq, created, updated, message)
+        return ImportedMessage(seq, created_us, updated_us, new_message)
 
-    def _session_uuid(self, given: str) -> str:
-        return _uuid(uuid.UUID(self.user_id), "session", given)
+    def _session_uuid(self, source_id: str) -> str:
+        return _uuid(uuid.UUID(self.user_id), "session", source_id)
 
-    def _document(self, body: dict[str, Any]) -> DocumentLine:
+    def _document(self, body: dict[str, Any]) -> DocumentRecord:
         if not self.user_id:
-            raise BadLine("comes before its user")
+            raise InvalidLine(
+                "comes before its user: start the file with a user, or pass --user-id"
+            )
         for name in ("user_id", "scope", "status", "status_detail", "chunk_count"):
             body.pop(name, None)
         document_id = _uuid(uuid.UUID(self.user_id), "document", str(body.pop("id", "")))
-        document = self._parsed(body, document_pb2.Document())
-        created, updated = _times(document)
-        values = convert_documents.document_values(document, (), document_id) | {
-            "user_id": self.user_id,
-            "created_at": datetime_from_us(created),
-            "updated_at": datetime_from_us(updated),
-        }
-        return DocumentLine(values)
+        document = self._parse_body(body, document_pb2.Document())
+        created_us, updated_us = _times_us(document)
+        values = convert_documents.document_values(document, (), document_id)
+        values |= _time_columns(created_us, updated_us) | {"user_id": self.user_id}
+        return DocumentRecord(values)
 
-    def _chunk(self, body: dict[str, Any]) -> ChunkLine:
+    def _chunk(self, body: dict[str, Any]) -> ChunkRecord:
         body.pop("document_id", None)
         index = int(body.pop("index", 0))
-        chunk = self._parsed(body, document_pb2.DocumentChunk())
-        return ChunkLine(index, convert_documents.new_chunk(chunk))
+        chunk = self._parse_body(body, document_pb2.DocumentChunk())
+        return ChunkRecord(index, convert_documents.new_chunk(chunk))
 
-    def _parsed(self, body: dict[str, Any], into: Any) -> Any:
-        """Read a body, and hold it to the rules that a call would be held to."""
+    def _parse_body(self, body: dict[str, Any], resource: Any) -> Any:
+        """Parse a body into a resource, and apply the API's rules to it."""
         for name in ("create_time", "update_time"):
             if name in body:
-                body[name] = _time(body[name])
-        parsed = ParseDict(body, into)
+                body[name] = _rfc3339(body[name])
+        ParseDict(body, resource)
         try:
-            self._validate(parsed)
+            self._validate(resource)
         except protovalidate.ValidationError as error:
-            raise BadLine("; ".join(map(_broken_rule, error.violations))) from None
-        return parsed
+            raise InvalidLine("; ".join(map(_broken_rule, error.violations))) from None
+        return resource
 
 
-def _place(seq: int) -> int:
+def _check_seq(seq: int) -> int:
     if seq > MAX_SEQ:
-        raise BadLine(f"has a place beyond {MAX_SEQ:,}")
+        raise InvalidLine(f"has a seq above {MAX_SEQ:,}")
     return seq
 
 
 def _broken_rule(violation: protovalidate.Violation) -> str:
-    found = violation.proto
-    path = ".".join(element.field_name for element in found.field.elements) if found.field else ""
-    return f"{path}: {found.message or found.rule_id}"
+    proto = violation.proto
+    path = ".".join(element.field_name for element in proto.field.elements) if proto.field else ""
+    return f"{path}: {proto.message or proto.rule_id}"
 
 
-def _times(item: Any) -> tuple[int, int]:
-    """Return when an item was made and changed; what is not said is now, or when it was made.
+def _time_columns(created_us: int, updated_us: int) -> dict[str, datetime]:
+    return {"created_at": datetime_from_us(created_us), "updated_at": datetime_from_us(updated_us)}
+
+
+def _times_us(resource: Any) -> tuple[int, int]:
+    """Return the creation and update time, by default now and the creation time.
 
     Raises:
-        BadLine: a time lies in the future.
+        InvalidLine: a time is in the future.
     """
     now = Timestamp()
     now.GetCurrentTime()
-    created = item.create_time if item.HasField("create_time") else now
-    updated = item.update_time if item.HasField("update_time") else created
-    if max(created.seconds, updated.seconds) > now.seconds + CLOCKS_DIFFER:
-        raise BadLine("has a time that lies in the future")
+    created = resource.create_time if resource.HasField("create_time") else now
+    updated = resource.update_time if resource.HasField("update_time") else created
+    if max(created.seconds, updated.seconds) > now.seconds + MAX_CLOCK_SKEW_S:
+        raise InvalidLine("has a time in the future")
     return created.ToMicroseconds(), updated.ToMicroseconds()
 
 
-def _time(value: object) -> str:
-    """Return a time as protobuf writes it, from any form of ISO 8601; without a zone it is UTC."""
-    found = datetime.fromisoformat(str(value))
-    found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    return found.isoformat().replace("+00:00", "Z")
+def _rfc3339(value: object) -> str:
+    """Return a time as protobuf writes it, from any form of ISO 8601; UTC if it has no offset."""
+    time = datetime.fromisoformat(str(value))
+    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    return time.isoformat().replace("+00:00", "Z")
 
 
 @lru_cache(maxsize=1024)
-def _uuid(namespace: uuid.UUID, kind: str, old: str) -> str:
-    """Return an id as a UUID: the same every time, so that an import can be run again."""
-    if _is_uuid(old):
-        return str(uuid.UUID(old))
-    if not old:
-        raise BadLine(f"has no id, and a {kind} needs one")
-    return str(uuid.uuid5(namespace, f"{kind}:{old}"))
+def _uuid(namespace: uuid.UUID, kind: str, source_id: str) -> str:
+    """Return an id as a UUID, the same every time, so that an import can be repeated."""
+    if _is_uuid(source_id):
+        return str(uuid.UUID(source_id))
+    if not source_id:
+        raise InvalidLine(f"has no id, and a {kind} needs one")
+    return str(uuid.uuid5(namespace, f"{kind}:{source_id}"))
 
 
 def _is_uuid(text: str) -> bool:
+    """Return whether a text is a UUID, also in upper case or without hyphens."""
     try:
         return len(text) in (32, 36) and bool(uuid.UUID(text))
     except ValueError:

@@ -112,7 +112,7 @@ async def test_mistakes_are_told_in_a_line(
     cases: list[tuple[Callable[[], Any], str]] = [
         (
             lambda: command(tmp_path, "export", "me", environment={"DATABASE_URL": database_url}),
-            "'me' is no user id",
+            "'me' is not a user id",
         ),
         (
             lambda: command(
@@ -130,7 +130,7 @@ async def test_mistakes_are_told_in_a_line(
             lambda: command(
                 tmp_path, "import", "bad.jsonl", environment={"DATABASE_URL": database_url}
             ),
-            "line 1 is no JSON",
+            "line 1 is not valid JSON",
         ),
         (
             lambda: command(

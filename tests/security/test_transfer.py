@@ -1,4 +1,4 @@
-"""A user's data leaves and comes back: message for message, with times and order; and another chatbot's tables come in."""
+"""Export and import: a user's data, with times and order, and the tables of another chatbot."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from chathistory.v1 import document_pb2, export_pb2, session_pb2, user_pb2
 
-from service.portability import transfer
-from service.portability.transfer import Counts, TransferError
+from service.portability.exporter import export_user
+from service.portability.importer import import_lines
+from service.portability.transfer import ItemCounts, TransferError
 from service.server import Server
 from service.store.db.dsn import parse
 from tests.support.chat import ASSISTANT, TOOL, Chat, new_id, new_message, new_messages
@@ -31,35 +32,35 @@ async def exported(stub: AsyncStub, user_id: str) -> list[export_pb2.ExportUserD
     ]
 
 
-async def to_lines(database_url: str, user_id: str) -> str:
+async def export_lines(database_url: str, user_id: str) -> str:
     file = io.StringIO()
-    await transfer.export_user(parse(database_url), user_id, file.write, lambda: None)
+    await export_user(parse(database_url), user_id, file.write, lambda: None)
     return file.getvalue()
 
 
-async def take_in(database_url: str, lines: str, user_id: str | None = None) -> Counts:
-    return await transfer.import_lines(
+async def store_lines(database_url: str, lines: str, user_id: str | None = None) -> ItemCounts:
+    return await import_lines(
         parse(database_url),
         io.BytesIO(lines.encode()),
         user_id=user_id,
-        search=False,
-        on_line=lambda _count: None,
+        search_enabled=False,
+        on_line=lambda _byte_count: None,
     )
 
 
-async def lively_user(stub: AsyncStub) -> Chat:
-    """Make a user with everything that a user can have."""
+async def create_full_user(stub: AsyncStub) -> Chat:
+    """Create a user with every kind of data."""
     user = User(
         email="ada@example.com",
         external_id="ada",
         name="Ada ✨",
         metadata={"plan": "pro", "n": [1, None]},
     )
-    made = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user))).user
-    chat = Chat(stub, made.id)
+    created = (await stub.CreateUser(user_pb2.CreateUserRequest(user=user))).user
+    chat = Chat(stub, created.id)
     call = Part(tool_call={"id": "c1", "name": "weather", "arguments": '{"city": "Ulm"}'})
     result = Part(tool_result={"tool_call_id": "c1", "content": "sunny", "is_error": False})
-    every = [
+    messages = [
         new_message(
             "hello\nworld ' \" \\ \u2028 \U0001f600",
             author="Ada",
@@ -69,13 +70,13 @@ async def lively_user(stub: AsyncStub) -> Chat:
         new_message("", TOOL, parts=[result, Part(data={"k": "v"})]),
         new_message("sunny", ASSISTANT, feedback={"score": -0.5, "comment": "meh"}, token_count=7),
     ]
-    first = await chat.start(every, session=Session(title="Weather", metadata={"color": "red"}))
-    gone = [new_message("to be deleted") for _ in range(2)]
-    await chat.append(first, [gone[0], *new_messages(3)])
-    await chat.append(first, [gone[1]])
-    for message in gone:
+    first = await chat.start(messages, session=Session(title="Weather", metadata={"color": "red"}))
+    deleted = [new_message("to be deleted") for _ in range(2)]
+    await chat.append(first, [deleted[0], *new_messages(3)])
+    await chat.append(first, [deleted[1]])
+    for message in deleted:
         await chat.delete(first, message.id)
-    await chat.update(first, every[3].id, ["content"], content="sunny, mostly")
+    await chat.update(first, messages[3].id, ["content"], content="sunny, mostly")
     await chat.update_session(
         ["summary", "summarized_through_seq"],
         id=first,
@@ -102,65 +103,65 @@ async def lively_user(stub: AsyncStub) -> Chat:
 
 async def create_document(chat: Chat, chunks: list[str], **fields: Any) -> None:
     request = document_pb2.CreateDocumentRequest(user_id=chat.user_id, document=Document(**fields))
-    for n, each in enumerate(chunks):
-        request.chunks.add(text=each, vector=[0.5, n] if n % 2 else [])
+    for n, text in enumerate(chunks):
+        request.chunks.add(text=text, vector=[0.5, n] if n % 2 else [])
     await chat.stub.CreateDocument(request)
 
 
 def comparable(items: list[export_pb2.ExportUserDataResponse]) -> list[Any]:
-    """Return items without what is the stored row's own: versions, and the time of a user's or session's last change."""
+    """Return items without the fields that differ between stored copies: owners and etags."""
     for item in items:
-        kind = getattr(item, item.WhichOneof("item") or "")
+        resource = getattr(item, item.WhichOneof("item") or "")
         if not item.HasField("chunk"):
-            kind.ClearField("etag")
+            resource.ClearField("etag")
         if item.HasField("session"):
             item.session.ClearField("user_id")
         if item.HasField("document"):
             item.document.ClearField("user_id")
-            item.document.ClearField("update_time")  # Of its last chunk: that came with the import.
+            item.document.ClearField("update_time")  # Set by its last chunk, at the import.
         if item.HasField("user"):
             item.user.ClearField("id")
     return items
 
 
-async def test_export_is_everything_in_order(stub: AsyncStub) -> None:
-    chat = await lively_user(stub)
-    await lively_other(stub)
+async def test_export_contains_all_data_in_order(stub: AsyncStub) -> None:
+    chat = await create_full_user(stub)
+    await create_other_user(stub)
     items = await exported(stub, chat.user_id)
     assert items[0].user == (await stub.GetUser(user_pb2.GetUserRequest(user_id=chat.user_id))).user
     sessions = [item.session for item in items if item.HasField("session")]
     assert sessions == sorted((await chat.list_sessions()).sessions, key=lambda session: session.id)
     for session in sessions:
-        mine = [
+        messages = [
             item.message
             for item in items
             if item.HasField("message") and item.message.session_id == session.id
         ]
-        assert mine == await chat.all(session.id)
+        assert messages == await chat.all(session.id)
     kinds = [item.WhichOneof("item") for item in items]
     assert kinds[:2] == ["user", "session"]
 
 
-async def lively_other(stub: AsyncStub) -> None:
+async def create_other_user(stub: AsyncStub) -> None:
     other = await Chat.of_new_user(stub)
-    await other.start("somebody else's")
+    await other.start("of another user")
 
 
-async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_url: str) -> None:
-    chat = await lively_user(stub)
+async def test_export_can_be_imported_as_another_user(stub: AsyncStub, database_url: str) -> None:
+    chat = await create_full_user(stub)
     before = comparable(await exported(stub, chat.user_id))
-    lines = await to_lines(database_url, chat.user_id)
+    lines = await export_lines(database_url, chat.user_id)
     histories = {
-        s.id: await read_history(database_url, chat.user_id, s.id)
-        for s in (await chat.list_sessions()).sessions
+        session.id: await read_history(database_url, chat.user_id, session.id)
+        for session in (await chat.list_sessions()).sessions
     }
     await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
-    new = new_id()
-    done = await take_in(database_url, lines, new)
-    assert str(done) == "1 users, 4 sessions, 260 messages, 2 documents, 25 chunks"
-    assert comparable(await exported(stub, new)) == before
+    new_user_id = new_id()
+    counts = await store_lines(database_url, lines, new_user_id)
+    assert str(counts) == "1 users, 4 sessions, 260 messages, 2 documents, 25 chunks"
+    assert comparable(await exported(stub, new_user_id)) == before
     for session_id, old in histories.items():
-        now = await read_history(database_url, new, session_id)
+        now = await read_history(database_url, new_user_id, session_id)
         assert now is not None
         assert old is not None
         now.check()
@@ -169,35 +170,41 @@ async def test_what_left_comes_back_under_a_new_user(stub: AsyncStub, database_u
             old.message_count,
             old.state,
         )
-    # The conversation goes on where it was, and a late retry of what is there is known.
-    again = Chat(stub, new)
+    # The conversation continues after its last seq.
+    again = Chat(stub, new_user_id)
     session_id = next(iter(histories))
     await again.update_session(["state"], id=session_id, state=session_pb2.SESSION_STATE_ACTIVE)
     end = (await again.get_session(session_id)).last_seq
-    assert [each.seq for each in (await again.append(session_id, "on we go")).messages] == [end + 1]
+    assert [message.seq for message in (await again.append(session_id, "on we go")).messages] == [
+        end + 1
+    ]
 
 
-async def test_import_may_be_run_again_and_goes_on_where_it_broke_off(
+async def test_repeated_import_continues_after_the_line_that_failed(
     stub: AsyncStub, database_url: str
 ) -> None:
-    chat = await lively_user(stub)
+    chat = await create_full_user(stub)
     before = comparable(await exported(stub, chat.user_id))
-    lines = await to_lines(database_url, chat.user_id)
+    lines = await export_lines(database_url, chat.user_id)
     await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
-    cut = [line + "\n" for line in lines.split("\n")[:-1]]
-    with pytest.raises(TransferError, match=f"line {len(cut) // 2 + 1} is no JSON"):
-        await take_in(database_url, "".join(cut[: len(cut) // 2]) + '{"message": {"con')
+    all_lines = [line + "\n" for line in lines.split("\n")[:-1]]
+    with pytest.raises(TransferError, match=f"line {len(all_lines) // 2 + 1} is not valid JSON"):
+        await store_lines(
+            database_url, "".join(all_lines[: len(all_lines) // 2]) + '{"message": {"con'
+        )
     total = 0
-    for part in (cut[: len(cut) // 3], cut):
-        total += (await take_in(database_url, "".join(part))).written
+    for part in (all_lines[: len(all_lines) // 3], all_lines):
+        total += (await store_lines(database_url, "".join(part))).new_messages
     assert comparable(await exported(stub, chat.user_id)) == before
-    assert (await take_in(database_url, lines)).written == 0
+    assert (await store_lines(database_url, lines)).new_messages == 0
     assert comparable(await exported(stub, chat.user_id)) == before
 
 
-async def test_import_does_not_mix_with_other_messages(stub: AsyncStub, database_url: str) -> None:
-    chat = await lively_user(stub)
-    lines = await to_lines(database_url, chat.user_id)
+async def test_import_into_a_session_with_other_messages_fails(
+    stub: AsyncStub, database_url: str
+) -> None:
+    chat = await create_full_user(stub)
+    lines = await export_lines(database_url, chat.user_id)
     await stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id))
     other = await Chat.of_new_user(stub)
     session_id = next(
@@ -207,18 +214,20 @@ async def test_import_does_not_mix_with_other_messages(stub: AsyncStub, database
     )
     await other.append(session_id, "mine", create_if_missing=True)
     with pytest.raises(TransferError, match="not written by this import"):
-        await take_in(database_url, lines, other.user_id)
+        await store_lines(database_url, lines, other.user_id)
     assert [message.content for message in await other.all(session_id)] == ["mine"]
 
 
-async def test_unique_values_of_another_user_are_said(stub: AsyncStub, database_url: str) -> None:
-    chat = await lively_user(stub)
-    lines = await to_lines(database_url, chat.user_id)
+async def test_import_fails_when_another_user_has_a_unique_value(
+    stub: AsyncStub, database_url: str
+) -> None:
+    chat = await create_full_user(stub)
+    lines = await export_lines(database_url, chat.user_id)
     with pytest.raises(TransferError, match="another user has this"):
-        await take_in(database_url, lines, new_id())
+        await store_lines(database_url, lines, new_id())
 
 
-async def test_users_of_the_api_export_themselves_only(stub: AsyncStub, chat: Chat) -> None:
+async def test_export_of_an_unknown_user_fails(stub: AsyncStub, chat: Chat) -> None:
     await assert_fails(exported(stub, new_id()), "USER_NOT_FOUND")
 
 
@@ -238,22 +247,22 @@ INSERT INTO old.chat_messages (session_id, role, content, created_at)
 
 
 def documented_query() -> str:
-    """Return the query that the documentation gives, for tables in the schema `old`."""
-    text_ = (
+    """Return the query in the documentation, for tables in the schema `old`."""
+    page = (
         Path(__file__).resolve().parents[2] / "docs" / "how-to" / "import-export.md"
     ).read_text()
     return re.sub(
-        r"\b(FROM|JOIN) (\w)", r"\1 old.\2", text_.partition("```sql\n")[2].partition("```")[0]
+        r"\b(FROM|JOIN) (\w)", r"\1 old.\2", page.partition("```sql\n")[2].partition("```")[0]
     )
 
 
-async def test_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> None:
+async def test_import_of_the_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> None:
     for statement in filter(str.strip, OLD_TABLES.split(";\n")):
         await fetch(database_url, statement)
     lines = "".join(row[0] + "\n" for row in await fetch(database_url, documented_query()))
-    done = await take_in(database_url, lines)
-    assert str(done) == "2 users, 6 sessions, 1800 messages"
-    assert (await take_in(database_url, lines)).written == 0
+    counts = await store_lines(database_url, lines)
+    assert str(counts) == "2 users, 6 sessions, 1800 messages"
+    assert (await store_lines(database_url, lines)).new_messages == 0
     user = (await stub.GetUser(user_pb2.GetUserRequest(external_id="1"))).user
     assert user.email == "old@example.com"
     chat = Chat(stub, user.id)
@@ -274,26 +283,26 @@ async def test_tables_of_another_chatbot(stub: AsyncStub, database_url: str) -> 
 
 @pytest.mark.parametrize("ahead", [0, 600])
 @pytest.mark.parametrize("before", [-1e-6, 0, 1e-6, 60])
-async def test_a_session_goes_on_whatever_times_it_came_with(
+async def test_an_imported_session_accepts_appends_whatever_its_times(
     stub: AsyncStub, database_url: str, ahead: float, before: float
 ) -> None:
-    """Also when it says that it was changed before it was made, or its messages after it, and when all that is yet to come."""
+    """Also if it was updated before its creation, or if its times are in the future."""
     chat = await Chat.of_new_user(stub)
-    session_id, made = new_id(), datetime.now(UTC) + timedelta(seconds=ahead)
-    changed = made - timedelta(seconds=before)
-    body = {"create_time": made.isoformat(), "update_time": changed.isoformat()}
+    created = datetime.now(UTC) + timedelta(seconds=ahead)
+    updated = created - timedelta(seconds=before)
+    body = {"create_time": created.isoformat(), "update_time": updated.isoformat()}
     for last_seq, messages in (
         (0, []),
-        (1, [{"role": "user", "content": "old", "create_time": made.isoformat()}]),
+        (1, [{"role": "user", "content": "old", "create_time": created.isoformat()}]),
     ):
         session_id = new_id()
         lines = [
             {"session": body | {"id": session_id, "last_seq": last_seq}},
-            *({"message": each} for each in messages),
+            *({"message": message} for message in messages),
         ]
-        await take_in(database_url, "\n".join(map(json.dumps, lines)), chat.user_id)
+        await store_lines(database_url, "\n".join(map(json.dumps, lines)), chat.user_id)
         reply = await chat.append(session_id, "on we go")
-        assert [each.seq for each in reply.messages] == [last_seq + 1]
+        assert [message.seq for message in reply.messages] == [last_seq + 1]
         assert not reply.session_created
         again = await chat.append(session_id, "and on", create_if_missing=True)
         assert not again.session_created
@@ -303,28 +312,30 @@ async def test_a_session_goes_on_whatever_times_it_came_with(
 
 
 BAD_LINES = {
-    "[]": "line 1 holds no item",
+    "[]": "line 1 is not an item",
     '{"user": {}}': "has no id",
     '{"user": {"id": "1", "email": "x"}}': "email: ",
     '{"user": {"id": "1", "nick": "x"}}': 'no field named "nick"',
     '{"session": {"id": "1"}}': "comes before its user",
     '{"message": {"content": "x"}}': "comes before its session",
     '{"user": {"id": "1"}}\n{"session": {}}': "line 2 has no id",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "nobody"}}': "line 3 is no message",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "nobody"}}': "line 3 is not a valid message",
     '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "content": "a\\u0000"}}': "content: ",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "create_time": "soon"}}': "line 3 is no",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "session_id": "2"}}': "not of the session",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "create_time": "soon"}}': "line 3 is not a valid message",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "session_id": "2"}}': "not a message of the session",
     '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n'
-    '{"message": {"role": "user", "seq": 2}}\n{"message": {"role": "user", "seq": 2}}': "line 4 comes after",
+    '{"message": {"role": "user", "seq": 2}}\n{"message": {"role": "user", "seq": 2}}': "line 4 has seq 2, which is not after",
     '{"user": {"id": "1"}}\n{"chunk": {"text": "x"}}': "comes before its document",
-    '{"user": {"id": "1", "create_time": "2999-01-01"}}': "lies in the future",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1", "last_seq": "9223372036854775807"}}': "line 2 has a place beyond",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "seq": 1e15}}': "line 3 has a place beyond",
-    '{"user": ' + '{"id":' * 100_000: "is no JSON",
+    '{"user": {"id": "1", "create_time": "2999-01-01"}}': "has a time in the future",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1", "last_seq": "9223372036854775807"}}': "line 2 has a seq above",
+    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "seq": 1e15}}': "line 3 has a seq above",
+    '{"user": ' + '{"id":' * 100_000: "is not valid JSON",
 }
 
 
 @pytest.mark.parametrize("lines", BAD_LINES)
-async def test_bad_lines_are_named(server: Server, database_url: str, lines: str) -> None:
+async def test_invalid_line_is_reported_with_its_number(
+    server: Server, database_url: str, lines: str
+) -> None:
     with pytest.raises(TransferError, match=BAD_LINES[lines]):
-        await take_in(database_url, lines)
+        await store_lines(database_url, lines)
