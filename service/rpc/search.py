@@ -76,7 +76,7 @@ class Searches(Handler):
         if not keys:
             return reply
         matches = await fulltext.read_matches(
-            self.database, user_id, keys, request.query, call.deadline
+            self.reads, user_id, keys, request.query, call.deadline
         )
         for match in matches[:limit]:
             reply.hits.add(
@@ -174,7 +174,7 @@ class Searches(Handler):
         self, user_id: str, query: str, session_id: str, limit: int, call: Call
     ) -> dict[MessageKey, float]:
         matches = await fulltext.search(
-            self.database, user_id, query, session_id or None, limit, call.deadline
+            self.reads, user_id, query, session_id or None, limit, call.deadline
         )
         return {(match.session_id, match.message_id): match.rank for match in matches}
 

@@ -34,8 +34,7 @@ from service.search.types import (
     VectorIndex,
 )
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
-from service.store.outbox import index_source
-from service.store.outbox.index_source import EntityKey, Range
+from service.store.outbox.index_source import EntityKey, IndexSource, Range, split_ranges
 from service.store.outbox.outbox import MAX_ATTEMPTS, Backlog, LeasedRow, Outbox
 from service.store.outbox.reindex_state import ReindexState
 from service.store.tables import DocumentStatus, OutboxKind
@@ -109,6 +108,7 @@ class Indexer:
         self.stats = IndexingStats()
         self._database = database
         self._outbox = Outbox(database)
+        self._source = IndexSource(database)
         self._reindex_state = ReindexState(database, alias)
         self._index = index
         self._changes = ChangeBuilder(embeddings, dimensions)
@@ -254,7 +254,7 @@ class Indexer:
 
     async def _index_entities(self, batch: _Batch, kind: OutboxKind, rows: list[LeasedRow]) -> None:
         by_entity = {(row.user_id, row.entity_id): row for row in rows}
-        item_counts = await index_source.read_item_counts(self._database, kind, list(by_entity))
+        item_counts = await self._source.item_counts(kind, list(by_entity))
         filters = [
             PointFilter(row.user_id, _POINT_KINDS[kind], row.entity_id)
             for entity, row in by_entity.items()
@@ -269,7 +269,7 @@ class Indexer:
             for entity, row in by_entity.items()
             if entity in item_counts
         ]
-        for page in index_source.split_ranges(ranges, PAGE_ITEMS):
+        for page in split_ranges(ranges, PAGE_ITEMS):
             await self._index_page(batch, kind, page, by_entity)
         if kind == OutboxKind.DOCUMENT:
             indexed = {
@@ -277,7 +277,7 @@ class Indexer:
                 for entity, count in item_counts.items()
                 if by_entity[entity] not in batch.rejected
             }
-            await index_source.set_document_status(self._database, indexed, DocumentStatus.INDEXED)
+            await self._source.set_document_status(indexed, DocumentStatus.INDEXED)
 
     async def _index_page(
         self,
@@ -287,7 +287,7 @@ class Indexer:
         by_entity: dict[EntityKey, LeasedRow],
     ) -> None:
         started_at, cpu_started_s = self._loop.time(), time.process_time()
-        items = await index_source.read_items(self._database, kind, page)
+        items = await self._source.items(kind, page)
         changes, rejections = await self._changes.build(_POINT_KINDS[kind], page, items)
         batch.rejected |= {by_entity[entity]: reason for entity, reason in rejections.items()}
         if changes.upserts or changes.deletes:
@@ -343,9 +343,5 @@ class Indexer:
         await self._outbox.release(lease_id, [row], retry_after_s, attempts=1, detail=reason)
         if is_final and row.kind == OutboxKind.DOCUMENT:
             entity = (row.user_id, row.entity_id)
-            chunk_counts = await index_source.read_item_counts(
-                self._database, OutboxKind.DOCUMENT, [entity]
-            )
-            await index_source.set_document_status(
-                self._database, chunk_counts, DocumentStatus.FAILED, reason
-            )
+            chunk_counts = await self._source.item_counts(OutboxKind.DOCUMENT, [entity])
+            await self._source.set_document_status(chunk_counts, DocumentStatus.FAILED, reason)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
-from service.store.db.database import Database
 from service.store.db.hot_pool import Record, Statement
+from service.store.db.read_batching import ReadBatcher
 from service.store.rows import MAX_PAGE_BYTES, MessageRow, message_columns
 from service.store.tables import chat_messages
 
@@ -120,7 +120,7 @@ def wanted_words(query: str) -> tuple[str, bool]:
 
 
 async def search(
-    database: Database,
+    reads: ReadBatcher,
     user_id: str,
     query: str,
     session_id: str | None,
@@ -131,14 +131,16 @@ async def search(
     words, is_any_enough = wanted_words(query)
     arguments = (user_id, query, words, is_any_enough, limit)
     if session_id is None:
-        records = await database.fetch(_SEARCH_USER, *arguments, deadline=deadline)
+        records = await reads.database.fetch(_SEARCH_USER, *arguments, deadline=deadline)
     else:
-        records = await database.fetch(_SEARCH_SESSION, *arguments, session_id, deadline=deadline)
+        records = await reads.database.fetch(
+            _SEARCH_SESSION, *arguments, session_id, deadline=deadline
+        )
     return [Match(*record) for record in records]
 
 
 async def read_matches(
-    database: Database, user_id: str, keys: Sequence[tuple[str, str]], query: str, deadline: float
+    reads: ReadBatcher, user_id: str, keys: Sequence[tuple[str, str]], query: str, deadline: float
 ) -> list[MatchedMessage]:
     """Read messages by (session id, message id), in this order, up to MAX_PAGE_BYTES.
 
@@ -147,7 +149,7 @@ async def read_matches(
     session_ids = [session_id for session_id, _ in keys]
     message_ids = [message_id for _, message_id in keys]
     words, _ = wanted_words(query)
-    records: list[Record] = await database.fetch(
+    records: list[Record] = await reads.database.fetch(
         _READ_MATCHES, user_id, session_ids, message_ids, words, deadline=deadline
     )
     return [

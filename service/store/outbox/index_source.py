@@ -100,26 +100,6 @@ _ITEMS = {OutboxKind.DOCUMENT: _CHUNKS, OutboxKind.SESSION: _MESSAGES}
 EntityKey = tuple[str, str]
 """A document or session: user id, id."""
 
-
-async def read_item_counts(
-    database: Database, kind: OutboxKind, entities: Sequence[EntityKey]
-) -> dict[EntityKey, int]:
-    """Return the chunk count of each document, or the last seq of each session, that exists."""
-    records = await database.fetch_once(
-        _ITEM_COUNTS[kind],
-        [user_id for user_id, _ in entities],
-        [entity_id for _, entity_id in entities],
-    )
-    return {entities[record[0]]: record[1] for record in records}
-
-
-async def read_items(database: Database, kind: OutboxKind, ranges: Sequence[Range]) -> list[Item]:
-    """Read the items of ranges, in order."""
-    columns = map(list, zip(*ranges, strict=True))
-    records = await database.fetch_once(_ITEMS[kind], *columns)
-    return [Item(*record) for record in records]
-
-
 _SET_DOCUMENT_STATUS = Statement.from_text("""
 UPDATE documents AS d SET status = $4, status_detail = $5
 FROM unnest($1::uuid[], $2::uuid[], $3::integer[]) AS w (user_id, id, chunk_count)
@@ -127,25 +107,48 @@ WHERE d.user_id = w.user_id AND d.id = w.id AND d.chunk_count = w.chunk_count
 """)
 
 
-async def set_document_status(
-    database: Database,
-    chunk_counts: dict[EntityKey, int],
-    status: DocumentStatus,
-    detail: str = "",
-) -> None:
-    """Set the status of documents, except of those whose chunk count has changed.
+class IndexSource:
+    """The items to index; each method runs one statement, without retries.
 
-    Args:
-        database: The database.
-        chunk_counts: The documents, with the chunk counts that the status is about.
-        status: The status.
-        detail: The reason of a failure.
+    Raises:
+        Any of `DATABASE_ERRORS`.
     """
-    await database.fetch_once(
-        _SET_DOCUMENT_STATUS,
-        [user_id for user_id, _ in chunk_counts],
-        [document_id for _, document_id in chunk_counts],
-        list(chunk_counts.values()),
-        int(status),
-        detail,
-    )
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def item_counts(
+        self, kind: OutboxKind, entities: Sequence[EntityKey]
+    ) -> dict[EntityKey, int]:
+        """Return the chunk count of each document, or the last seq of each session, that exists."""
+        records = await self._database.fetch_once(
+            _ITEM_COUNTS[kind],
+            [user_id for user_id, _ in entities],
+            [entity_id for _, entity_id in entities],
+        )
+        return {entities[record[0]]: record[1] for record in records}
+
+    async def items(self, kind: OutboxKind, ranges: Sequence[Range]) -> list[Item]:
+        """Read the items of ranges, in order."""
+        columns = map(list, zip(*ranges, strict=True))
+        records = await self._database.fetch_once(_ITEMS[kind], *columns)
+        return [Item(*record) for record in records]
+
+    async def set_document_status(
+        self, chunk_counts: dict[EntityKey, int], status: DocumentStatus, detail: str = ""
+    ) -> None:
+        """Set the status of documents, except of those whose chunk count has changed.
+
+        Args:
+            chunk_counts: The documents, with the chunk counts that the status is about.
+            status: The status.
+            detail: The reason of a failure.
+        """
+        await self._database.fetch_once(
+            _SET_DOCUMENT_STATUS,
+            [user_id for user_id, _ in chunk_counts],
+            [document_id for _, document_id in chunk_counts],
+            list(chunk_counts.values()),
+            int(status),
+            detail,
+        )
