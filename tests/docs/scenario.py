@@ -3,7 +3,7 @@
 The examples of a page run in order, in one scratch folder, and share its environment variables. A
 page with content tabs is followed once for each tab title. The console command, Python and
 PostgreSQL's programs are in PATH, `make` runs the recipe of a target without its installation, and
-a clone of the repository is made from this one. Addresses with a port, such as 127.0.0.1:50051,
+a clone of the repository is a clone of this one, as it is committed. Addresses with a port, such as 127.0.0.1:50051,
 are replaced by free ones, and connection strings by that of a fresh database. The service runs at
 127.0.0.1:50051 if the page names that address and does not start it.
 
@@ -231,7 +231,8 @@ class Scenario:
     def clone(self) -> None:
         """Clone the repository into the scratch folder, with the environment's programs."""
         self._cwd = self._folder / "chathistory"
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self._cwd)], check=True)
+        command = ["git", "clone", "--quiet", str(ROOT), str(self._cwd)]
+        subprocess.run(command, check=True, env=self._environment)
         (self._cwd / ".venv").mkdir()
         (self._cwd / ".venv" / "bin").symlink_to(self._folder / ".bin")
 
@@ -440,9 +441,12 @@ class Scenario:
             "PYTHONDONTWRITEBYTECODE": "1",
             "CHAT_HISTORY_LISTEN": self._replace(SERVICE),
             "CHAT_HISTORY_SHUTDOWN_GRACE": "3",
-            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_COUNT": "2",
             "GIT_CONFIG_KEY_0": f"url.{ROOT}.insteadOf",
             "GIT_CONFIG_VALUE_0": clone,
+            # The checkout may belong to another user than the one who runs the tests.
+            "GIT_CONFIG_KEY_1": "safe.directory",
+            "GIT_CONFIG_VALUE_1": "*",
             # Marks statements of PostgreSQL's own programs as no statements of the service.
             "PGAPPNAME": TESTS_APPLICATION,
         }

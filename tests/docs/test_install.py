@@ -36,7 +36,16 @@ def commands(first_line: str) -> str:
 
 def checkout(folder: Path) -> Path:
     """Copy the files of the repository."""
-    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    files = run(
+        "git",
+        "-c",
+        "safe.directory=*",
+        "ls-files",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        cwd=ROOT,
+    )
     for name in filter(lambda name: (ROOT / name).is_file(), files.splitlines()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
