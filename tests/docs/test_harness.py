@@ -127,7 +127,7 @@ async def test_shell_examples_share_variables_and_the_working_folder(
     [
         ("yaml", "env:\n  - name: A\n    value: 5", "must be a string"),
         ("yaml", "env:\n  - name: A", "needs one of value and valueFrom"),
-        ("yaml", "kind: Deplyoment\nmetadata: {name: a}", "does not know the kind"),
+        ("yaml", "kind: Robot\nmetadata: {name: a}", "does not know the kind"),
         ("yaml", "kind: Pod\napiVersion: v1\nmetadata: {}", "no metadata.name"),
         (
             "yaml",
