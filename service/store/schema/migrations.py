@@ -54,7 +54,7 @@ _LOCKS_HELD = (
 )
 _STATEMENT_TOO_SLOW = (
     "a statement of the migration exceeded its statement_timeout, and the whole migration was"
-    " rolled back: see docs/how-to/migrations.md"
+    " rolled back: see https://chathistory.github.io/chathistory/how-to/migrations/"
 )
 
 
