@@ -78,7 +78,7 @@ class _Pairing:
         self._ordinals: dict[int, int] = {}
         """Position of the message among the paired ones."""
         self._groups: dict[int, Group] = {}
-        self._has_unpaired_result: set[int] = set()
+        self._callers_of_unpaired: set[int] = set()
         """Seqs of messages with a call whose result is in an unpaired message."""
 
     def add(self, row: MessageRow) -> None:
@@ -97,7 +97,7 @@ class _Pairing:
             self._ordinals[row.seq] = len(self._ordinals)
         else:
             self.unpaired.append(row)
-            self._has_unpaired_result |= caller_seqs
+            self._callers_of_unpaired |= caller_seqs
         self._caller_seqs |= dict.fromkeys(calls, row.seq)
 
     def _join(self, row: MessageRow, caller_seqs: set[int]) -> None:
@@ -117,7 +117,7 @@ class _Pairing:
     def eligibility(self, group: Group, *, is_complete: bool) -> Eligibility:
         """Return whether a group may be sent."""
         seqs = [member.seq for member in group.members]
-        if not is_complete and any(seq in self._has_unpaired_result for seq in seqs):
+        if not is_complete and any(seq in self._callers_of_unpaired for seq in seqs):
             return Eligibility.UNDECIDED
         open_seqs = [seq for seq in seqs if self._open_calls[seq]]
         for seq in open_seqs:
