@@ -31,7 +31,7 @@ async def test_the_command_waits_until_the_index_is_built(server: Server, librar
     assert server.search._index is not None
     before = await server.search._index.live_collection()
     code, output = await run("--address", server.address)
-    assert (code, "built anew" in output) == (0, True), output
+    assert (code, "was rebuilt" in output) == (0, True), output
     assert await server.search._index.live_collection() != before
     assert (await library.search("an old tower that shows ships the way"))[0].document.id == made.id
 
