@@ -12,8 +12,8 @@ import grpc
 from grpc import aio
 
 from chathistory_client import errors, tracing
+from chathistory_client.bearer_tokens import TokenCache, TokenSource
 from chathistory_client.channels import DEFAULT_OPTIONS, ChannelPool, Tls, is_local
-from chathistory_client.tokens import TokenCache, TokenSource
 
 if TYPE_CHECKING:
     from chathistory_client.channels import Stub

@@ -27,7 +27,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from service.embedded.account import Account, choose_account, closed_folders, make_readable
 from service.embedded.data_dir import (
     EmbeddedError,
     Lock,
@@ -37,6 +36,7 @@ from service.embedded.data_dir import (
     socket_url,
     stop_server,
 )
+from service.embedded.os_account import Account, choose_account, closed_folders, make_readable
 from service.embedded.programs import PACKAGE, environment, find_programs, format_versions
 
 START_TIMEOUT_S = 300.0

@@ -20,7 +20,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from service.errors import InvalidArgument
 from service.rpc import convert, convert_documents
-from service.store.chunks import Chunk
+from service.store.document_chunks import Chunk
 from service.store.importing import ImportedMessage
 from service.store.rows import datetime_from_us
 

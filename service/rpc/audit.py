@@ -17,7 +17,7 @@ from service.auth.caller import Caller
 from service.errors import PermissionDenied, ServiceError
 from service.ids import is_uuid
 from service.rpc.call import Call, StreamMethod, UnaryMethod
-from service.rpc.policies import AuditRule
+from service.rpc.method_policies import AuditRule
 from service.telemetry.logs import audit
 
 REPEAT_AFTER_S = 3600.0

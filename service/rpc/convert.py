@@ -14,8 +14,8 @@ from google.protobuf.struct_pb2 import Struct
 
 from service.errors import InvalidArgument
 from service.store.append.request import NewMessage
-from service.store.messages import estimate_tokens
 from service.store.rows import MessageRow, SessionRow, UserRow
+from service.store.token_estimate import estimate_tokens
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_MESSAGE_BYTES = 1024 * 1024

@@ -12,7 +12,7 @@ from chathistory.v1 import document_pb2
 
 from service.ids import SYSTEM_USER_ID
 from service.rpc.convert import canonical_fingerprint, parse_json, struct_json, timestamp
-from service.store.chunks import Chunk, ChunkRow
+from service.store.document_chunks import Chunk, ChunkRow
 from service.store.rows import DocumentRow
 
 _OUTPUT_ONLY = (

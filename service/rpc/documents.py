@@ -17,8 +17,8 @@ from service.rpc import field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
 from service.store import documents
-from service.store.chunks import Chunk, ChunkRow
 from service.store.db.database import Work
+from service.store.document_chunks import Chunk, ChunkRow
 from service.store.documents import DocumentCursor
 from service.store.rows import DocumentRow
 

@@ -30,7 +30,7 @@ from service.rpc import status
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
 from service.rpc.call import Call, StreamMethod, UnaryMethod
-from service.rpc.policies import POLICIES, Access
+from service.rpc.method_policies import POLICIES, Access
 from service.store.db.db_errors import to_service_error
 from service.telemetry.metrics import CallObserver
 

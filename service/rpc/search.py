@@ -16,8 +16,8 @@ from service.rpc import convert, convert_documents
 from service.rpc.call import Call
 from service.rpc.handler import Handler
 from service.rpc.paging import MAX_REPLY_BYTES
-from service.store import chunks, fulltext
-from service.store.chunks import ChunkKey
+from service.store import document_chunks, fulltext
+from service.store.document_chunks import ChunkKey
 from service.store.rows import DocumentRow
 
 DEFAULT_LIMIT = 10
@@ -53,7 +53,9 @@ class Searches(Handler):
         if not vector_scores:
             return document_pb2.SearchDocumentsResponse()
         texts = await self.database.read(
-            lambda connection: chunks.find_chunks(connection, owner_ids, list(vector_scores)),
+            lambda connection: document_chunks.find_chunks(
+                connection, owner_ids, list(vector_scores)
+            ),
             owner_id=owner_ids[0],
             deadline=call.deadline,
         )

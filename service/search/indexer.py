@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.search import pacing
-from service.search.changes import ChangeBuilder
 from service.search.embeddings import Embeddings
+from service.search.index_changes import ChangeBuilder
 from service.search.types import (
     Changes,
     IndexingStats,

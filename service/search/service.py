@@ -14,7 +14,7 @@ import structlog
 
 from service.config import Settings
 from service.errors import InvalidArgument, Unavailable
-from service.search import clients
+from service.search import backends
 from service.search.embeddings import Embeddings
 from service.search.indexer import Indexer
 from service.search.rebuild import Rebuild
@@ -163,15 +163,15 @@ class Search:
         """Return the clients, which are created once."""
         settings = self._settings
         if self._embeddings is None:
-            if clients.needs_search_process(settings):
+            if backends.needs_search_process(settings):
                 self._process = SearchProcess()
-            self._embeddings = clients.create_embeddings(settings, self._process)
+            self._embeddings = backends.create_embeddings(settings, self._process)
         if self._index is None:
             self.dimensions = await self._embeddings.dimensions()
             self._alias = alias_name(
                 settings.qdrant_collection, self._embeddings.model, self.dimensions
             )
-            self._index = clients.create_index(
+            self._index = backends.create_index(
                 settings, self._process, self._alias, self.dimensions
             )
         return self._embeddings, self._index

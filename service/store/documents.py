@@ -15,8 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store.chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.db.db_errors import sqlstate
+from service.store.document_chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.outbox import outbox
 from service.store.rows import (
     DOCUMENT_COLUMNS,

@@ -23,22 +23,12 @@ from service.store.rows import (
     row_or_none,
 )
 from service.store.tables import OutboxKind, chat_messages, chat_sessions
+from service.store.token_estimate import estimate_tokens
 
 MAX_SEQ = 2**63 - 1
 """Greater than the `seq` of any message."""
-_BYTES_PER_TOKEN = 4
-"""Average of common tokenizers on English prose."""
 
 _session, _message = chat_sessions.c, chat_messages.c
-
-
-def estimate_tokens(content: str, parts: str | None) -> int:
-    """Estimate how many tokens a message takes in a prompt, for clients that do not count them.
-
-    One token per 4 bytes of the content in UTF-8 and per 4 characters of the parts in JSON, rounded
-    up.
-    """
-    return -(-(len(content.encode()) + len(parts or "")) // _BYTES_PER_TOKEN)
 
 
 PAGE_PARAMETERS = {

@@ -20,7 +20,7 @@ from chathistory_client import (
     message,
     new_id,
 )
-from chathistory_client.tokens import TokenCache
+from chathistory_client.bearer_tokens import TokenCache
 from tests.support import certificates, issuer
 from tests.support.clients import client_of
 from tests.support.ports import UNUSED_ADDRESS
@@ -93,7 +93,7 @@ async def test_watch_resumes_with_a_new_token_when_its_token_expires(
         source = TokenSequence(
             issuer.token(user.id, exp=int(time.time()) + 2), issuer.token(user.id)
         )
-        monkeypatch.setattr("chathistory_client.tokens._expiry", lambda _token: float("inf"))
+        monkeypatch.setattr("chathistory_client.bearer_tokens._expiry", lambda _token: float("inf"))
 
         async def watch(client: ChatHistoryClient) -> None:
             async for item in client.watch_messages(session_id=reply.session_id):

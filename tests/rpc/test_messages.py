@@ -13,7 +13,7 @@ from google.protobuf.struct_pb2 import Struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.store.messages import estimate_tokens
+from service.store.token_estimate import estimate_tokens
 from tests.support.chat import (
     ASSISTANT,
     SYSTEM,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.store import context
-from service.store.messages import estimate_tokens
+from service.store.token_estimate import estimate_tokens
 from tests.support import prompts
 from tests.support.chat import (
     ASSISTANT,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.embedded.account import SYSTEM_USER
+from service.embedded.os_account import SYSTEM_USER
 
 
 def unprivileged_user() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from service.auth.authenticators import trust_all
 from service.rpc import pipeline
 from service.rpc.admission import Admission, StreamAdmission
-from service.rpc.policies import POLICIES, Access, AuditRule
+from service.rpc.method_policies import POLICIES, Access, AuditRule
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 
 RPCS = {method.name for method in DESCRIPTOR.methods}
