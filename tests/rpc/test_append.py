@@ -29,7 +29,7 @@ async def stored(chat: Chat, session_id: str) -> list[str]:
 # --- Order.
 
 
-async def test_seq_is_1_2_3_over_appends_of_any_size(
+async def test_seq_counts_from_1_without_gaps_over_appends_of_any_size(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sizes = [1, 3, 100, 1, 2]
@@ -44,7 +44,7 @@ async def test_seq_is_1_2_3_over_appends_of_any_size(
     assert after.last_seq == after.message_count == sum(sizes)
 
 
-async def test_messages_take_their_places_in_the_requests_order(
+async def test_messages_of_a_request_get_seqs_in_its_order(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sent = new_messages(50)
@@ -54,7 +54,7 @@ async def test_messages_take_their_places_in_the_requests_order(
     assert await stored(chat, session.id) == [message.content for message in sent]
 
 
-async def test_appends_at_once_leave_no_gap_and_keep_each_request_together(chat: Chat) -> None:
+async def test_concurrent_appends_leave_no_gap_and_keep_requests_together(chat: Chat) -> None:
     session_id = await chat.start()
     replies = await asyncio.gather(*(chat.append(session_id, new_messages(3)) for _ in range(30)))
     blocks = sorted([each.seq for each in reply.messages] for reply in replies)
@@ -62,7 +62,7 @@ async def test_appends_at_once_leave_no_gap_and_keep_each_request_together(chat:
     assert [message.seq for message in await chat.all(session_id)] == list(range(1, 92))
 
 
-async def test_sessions_are_numbered_apart(chat: Chat, other: Chat) -> None:
+async def test_each_session_has_its_own_seqs(chat: Chat, other: Chat) -> None:
     session_id = new_id()
     mine, theirs, second = [
         (await each.create_session(id=id_)).id
@@ -80,7 +80,7 @@ async def test_sessions_are_numbered_apart(chat: Chat, other: Chat) -> None:
     )
 
 
-async def test_no_seq_is_used_up_by_what_was_refused(chat: Chat) -> None:
+async def test_rejected_append_uses_no_seq(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(2))
     await assert_fails(
         chat.append(session_id, [new_message("new"), new_message("other", id=sent[0].id)]),
@@ -96,7 +96,7 @@ async def test_no_seq_is_used_up_by_what_was_refused(chat: Chat) -> None:
 # --- Retries.
 
 
-async def test_a_retry_gets_the_same_answer_and_stores_nothing(
+async def test_retry_gets_the_same_reply_and_stores_nothing(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sent = [
@@ -115,7 +115,7 @@ async def test_a_retry_gets_the_same_answer_and_stores_nothing(
 
 
 @pytest.mark.case(n=9)
-async def test_fifty_equal_appends_at_once_store_one(
+async def test_fifty_equal_concurrent_appends_store_one(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sent = new_messages(2)
@@ -129,7 +129,7 @@ async def test_fifty_equal_appends_at_once_store_one(
     assert await stored(chat, session.id) == ["message 1", "message 2"]
 
 
-async def test_the_spelling_of_an_id_and_of_metadata_makes_no_other_message(chat: Chat) -> None:
+async def test_spelling_of_id_and_metadata_makes_no_different_message(chat: Chat) -> None:
     sent = new_message("one", metadata={"a": 1, "b": 2})
     session_id = await chat.start([sent])
     respelled = new_message(
@@ -140,7 +140,7 @@ async def test_the_spelling_of_an_id_and_of_metadata_makes_no_other_message(chat
     assert places(await chat.append(session_id.upper(), [respelled])) == [(1, True)]
 
 
-async def test_what_was_read_may_be_appended_again_as_it_is(chat: Chat) -> None:
+async def test_message_that_was_read_can_be_appended_again_unchanged(chat: Chat) -> None:
     session_id = await chat.start(
         [
             new_message(
@@ -165,7 +165,7 @@ OTHERS: list[dict[str, Any]] = [
 
 @pytest.mark.case(n=8)
 @pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
-async def test_the_same_id_with_another_content_is_refused(
+async def test_reused_id_with_different_content_is_rejected(
     chat: Chat, change: dict[str, Any]
 ) -> None:
     fields: dict[str, Any] = {
@@ -184,7 +184,7 @@ async def test_the_same_id_with_another_content_is_refused(
     assert await stored(chat, session_id) == ["one"]
 
 
-async def test_the_same_id_in_another_session_is_another_message(chat: Chat, other: Chat) -> None:
+async def test_same_id_in_another_session_is_another_message(chat: Chat, other: Chat) -> None:
     sent = new_message("one")
     first = await chat.start([sent])
     second = (await chat.create_session()).id
@@ -198,7 +198,7 @@ async def test_the_same_id_in_another_session_is_another_message(chat: Chat, oth
     )
 
 
-async def test_without_ids_a_retry_is_not_recognised_and_the_server_makes_ids(
+async def test_append_without_ids_gets_new_ids_on_each_retry(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sent = [new_message("one", id=""), new_message("one", id="")]
@@ -210,7 +210,7 @@ async def test_without_ids_a_retry_is_not_recognised_and_the_server_makes_ids(
     assert [message.id for message in await chat.all(session.id)] == ids
 
 
-async def test_an_id_twice_in_one_request_is_refused(
+async def test_duplicate_id_in_one_request_is_rejected(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sent = new_message("one")
@@ -226,7 +226,7 @@ async def test_an_id_twice_in_one_request_is_refused(
 # --- Replays mixed with new ones.
 
 
-async def test_in_a_mix_replays_keep_their_places_and_new_ones_lie_together(
+async def test_mixed_append_keeps_replayed_seqs_and_adds_new_ones_together(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     old, new = new_messages(4, "old"), new_messages(3, "new")
@@ -243,7 +243,7 @@ async def test_in_a_mix_replays_keep_their_places_and_new_ones_lie_together(
     assert [message.seq for message in await chat.all(session.id)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-async def test_a_mix_is_all_or_nothing(chat: Chat, session: session_pb2.Session) -> None:
+async def test_mixed_append_is_atomic(chat: Chat, session: session_pb2.Session) -> None:
     old = new_messages(2, "old")
     await chat.append(session.id, old)
     wrong = new_message("other", id=old[1].id)
@@ -260,7 +260,7 @@ async def test_a_mix_is_all_or_nothing(chat: Chat, session: session_pb2.Session)
     assert (after.last_seq, after.message_count) == (2, 2)
 
 
-async def test_overlapping_requests_at_once_store_each_message_once(
+async def test_overlapping_concurrent_requests_store_each_message_once(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     sent = new_messages(12)
@@ -272,7 +272,7 @@ async def test_overlapping_requests_at_once_store_each_message_once(
     assert {message.id: message.seq for message in await chat.all(session.id)} == seqs
 
 
-async def test_one_bad_append_does_not_fail_those_that_share_its_statement(
+async def test_bad_append_does_not_fail_those_in_its_statement(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     used = new_message("used")
@@ -294,7 +294,7 @@ async def test_one_bad_append_does_not_fail_those_that_share_its_statement(
 # --- Starting a session.
 
 
-async def test_an_append_without_a_session_starts_one_that_the_retry_finds(chat: Chat) -> None:
+async def test_retry_of_append_without_session_finds_the_created_session(chat: Chat) -> None:
     sent = new_messages(2)
     first = await chat.append(
         "", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}}
@@ -317,7 +317,7 @@ async def test_an_append_without_a_session_starts_one_that_the_retry_finds(chat:
     assert len((await chat.list_sessions()).sessions) == 1
 
 
-async def test_equal_starts_at_once_make_one_session(chat: Chat) -> None:
+async def test_equal_concurrent_appends_without_session_create_one_session(chat: Chat) -> None:
     sent = new_messages(2)
     replies = await asyncio.gather(*(chat.append("", sent) for _ in range(30)))
     assert len({reply.session_id for reply in replies}) == 1
@@ -326,17 +326,17 @@ async def test_equal_starts_at_once_make_one_session(chat: Chat) -> None:
     assert len(await chat.all(replies[0].session_id)) == 2
 
 
-async def test_two_users_with_one_message_id_start_two_sessions(chat: Chat, other: Chat) -> None:
+async def test_same_message_id_of_two_users_creates_two_sessions(chat: Chat, other: Chat) -> None:
     sent = new_messages(1)
     assert await chat.start(sent) != await other.start(sent)
 
 
-async def test_without_a_message_id_each_call_starts_another_session(chat: Chat) -> None:
+async def test_append_without_session_and_message_id_always_creates_a_session(chat: Chat) -> None:
     ids = {await chat.start([new_message("one", id="")]) for _ in range(3)}
     assert len(ids) == 3
 
 
-async def test_an_unknown_session_is_made_only_when_that_is_asked_for(chat: Chat) -> None:
+async def test_unknown_session_is_created_only_with_create_if_missing(chat: Chat) -> None:
     session_id, sent = new_id(), new_messages(1)
     await assert_fails(chat.append(session_id, sent), "SESSION_NOT_FOUND", session_id=session_id)
     assert len((await chat.list_sessions()).sessions) == 0
@@ -349,7 +349,7 @@ async def test_an_unknown_session_is_made_only_when_that_is_asked_for(chat: Chat
     assert (await chat.get_session(session_id)).title == "T"
 
 
-async def test_many_first_appends_at_once_make_one_session(chat: Chat) -> None:
+async def test_concurrent_first_appends_create_one_session(chat: Chat) -> None:
     session_id = new_id()
     replies = await asyncio.gather(
         *(chat.append(session_id, new_messages(2), create_if_missing=True) for _ in range(30))
@@ -360,7 +360,7 @@ async def test_many_first_appends_at_once_make_one_session(chat: Chat) -> None:
     assert created.messages[0].seq == 1
 
 
-async def test_a_session_that_an_append_has_made_is_the_one_that_a_create_would_have(
+async def test_session_created_by_append_equals_one_of_create_session(
     chat: Chat,
 ) -> None:
     session_id = new_id()
@@ -371,14 +371,14 @@ async def test_a_session_that_an_append_has_made_is_the_one_that_a_create_would_
     await assert_fails(chat.create_session(id=session_id, title="U"), "ID_TAKEN")
 
 
-async def test_what_is_said_of_a_session_that_is_there_is_ignored(chat: Chat) -> None:
+async def test_session_fields_are_ignored_if_the_session_exists(chat: Chat) -> None:
     session_id = (await chat.create_session(title="kept")).id
     for fields in ({}, {"create_if_missing": True}):
         await chat.append(session_id, "hello", session={"title": "ignored"}, **fields)
     assert (await chat.get_session(session_id)).title == "kept"
 
 
-async def test_a_session_to_make_must_fit_the_request(chat: Chat, other: Chat) -> None:
+async def test_session_to_create_must_match_the_request(chat: Chat, other: Chat) -> None:
     session_id = new_id()
     for session, field in (
         ({"id": new_id()}, "session.id"),
@@ -396,7 +396,7 @@ async def test_a_session_to_make_must_fit_the_request(chat: Chat, other: Chat) -
     ).session_created
 
 
-async def test_a_message_names_its_session_rightly_or_not_at_all(
+async def test_session_id_of_a_message_must_match_the_request(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     await assert_field_violations(
@@ -408,7 +408,7 @@ async def test_a_message_names_its_session_rightly_or_not_at_all(
     ) == [(1, False)]
 
 
-async def test_a_session_needs_its_user(chat: Chat) -> None:
+async def test_append_for_unknown_user_is_not_found(chat: Chat) -> None:
     nobody = Chat(chat.stub, new_id())
     await assert_fails(nobody.append("", new_messages(1)), "USER_NOT_FOUND", user_id=nobody.user_id)
     await assert_fails(
@@ -425,7 +425,7 @@ async def test_a_session_needs_its_user(chat: Chat) -> None:
     )
 
 
-async def test_an_erased_session_can_be_started_again_and_counts_anew(chat: Chat) -> None:
+async def test_deleted_session_can_be_created_again_and_counts_from_1(chat: Chat) -> None:
     sent = new_messages(3)
     session_id = await chat.start(sent)
     await chat.delete_session(session_id)
@@ -440,7 +440,7 @@ async def test_an_erased_session_can_be_started_again_and_counts_anew(chat: Chat
 # --- What is checked, and in which order: session, replay, archived, expected_last_seq.
 
 
-async def test_an_expectation_holds_or_the_current_value_comes_back(
+async def test_append_with_stale_expected_seq_is_aborted_with_the_current_one(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     assert places(await chat.append(session.id, new_messages(2), expected_last_seq=0)) == [
@@ -460,7 +460,7 @@ async def test_an_expectation_holds_or_the_current_value_comes_back(
     assert places(await chat.append(session.id, "x", expected_last_seq=2)) == [(3, False)]
 
 
-async def test_of_appends_with_one_expectation_one_wins(
+async def test_one_of_concurrent_appends_with_equal_expected_seq_succeeds(
     chat: Chat, session: session_pb2.Session
 ) -> None:
     results = await asyncio.gather(
@@ -474,7 +474,7 @@ async def test_of_appends_with_one_expectation_one_wins(
     ]
 
 
-async def test_a_deleted_message_still_counts_for_an_expectation(chat: Chat) -> None:
+async def test_deleted_message_counts_for_expected_seq(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(2))
     await chat.delete(session_id, sent[1].id)
     await assert_fails(
@@ -483,7 +483,7 @@ async def test_a_deleted_message_still_counts_for_an_expectation(chat: Chat) -> 
     assert places(await chat.append(session_id, "x", expected_last_seq=2)) == [(3, False)]
 
 
-async def test_a_session_that_is_to_be_made_counts_as_empty(chat: Chat) -> None:
+async def test_session_to_create_has_expected_seq_0(chat: Chat) -> None:
     session_id = new_id()
     wrong = chat.append(session_id, new_messages(1), create_if_missing=True, expected_last_seq=1)
     await assert_fails(wrong, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
@@ -495,7 +495,7 @@ async def test_a_session_that_is_to_be_made_counts_as_empty(chat: Chat) -> None:
     assert (await chat.append("", new_messages(1), expected_last_seq=0)).session_created
 
 
-async def test_a_missing_session_comes_before_everything(chat: Chat) -> None:
+async def test_missing_session_is_reported_before_other_errors(chat: Chat) -> None:
     elsewhere = await chat.start(sent := new_messages(1))
     await assert_fails(
         chat.append(new_id(), [new_message("other", id=sent[0].id)], expected_last_seq=9),
@@ -504,7 +504,7 @@ async def test_a_missing_session_comes_before_everything(chat: Chat) -> None:
     assert len(await chat.all(elsewhere)) == 1
 
 
-async def test_a_request_of_replays_alone_succeeds_whatever_follows(chat: Chat) -> None:
+async def test_append_of_replays_only_always_succeeds(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(3))
     assert places(await chat.append(session_id, sent[:2], expected_last_seq=0)) == [
         (1, True),
@@ -520,7 +520,7 @@ async def test_a_request_of_replays_alone_succeeds_whatever_follows(chat: Chat) 
     assert places(await chat.append("", sent)) == [(1, True), (2, True), (3, True)]
 
 
-async def test_a_reused_id_comes_before_archived_and_expectation(chat: Chat) -> None:
+async def test_reused_id_is_reported_before_archived_and_expected_seq(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(2))
     wrong = [new_message("new"), new_message("other", id=sent[0].id)]
     await assert_fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
@@ -528,7 +528,7 @@ async def test_a_reused_id_comes_before_archived_and_expectation(chat: Chat) -> 
     await assert_fails(chat.append(session_id, wrong, expected_last_seq=0), "MESSAGE_ID_REUSED")
 
 
-async def test_archived_comes_before_the_expectation(chat: Chat) -> None:
+async def test_archived_is_reported_before_expected_seq(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(2))
     await chat.update_session(id=session_id, state=ARCHIVED)
     for request in ([new_message("new")], [sent[0], new_message("new")]):
@@ -544,7 +544,7 @@ async def test_archived_comes_before_the_expectation(chat: Chat) -> None:
     assert len(await chat.all(session_id)) == 2
 
 
-async def test_the_expectation_holds_for_a_mix_too(chat: Chat) -> None:
+async def test_expected_seq_applies_to_mixed_appends(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(2))
     await assert_fails(
         chat.append(session_id, [sent[1], new_message("new")], expected_last_seq=1),
@@ -562,7 +562,7 @@ async def test_the_expectation_holds_for_a_mix_too(chat: Chat) -> None:
 # --- What is in the database afterwards.
 
 
-async def test_the_sessions_counts_are_those_of_its_messages(chat: Chat, database_url: str) -> None:
+async def test_session_counts_match_its_messages(chat: Chat, database_url: str) -> None:
     session_ids = [await chat.start() for _ in range(3)]
     appends = [
         chat.append(session_id, new_messages(n)) for n in (1, 2, 3) for session_id in session_ids

@@ -10,7 +10,7 @@ from tests.support.chat import Chat
 
 
 @pytest.mark.parametrize("ended", [0, 1, 2])
-async def test_an_append_finds_the_session_under_the_locks_of_others(
+async def test_append_waits_for_the_locks_of_other_transactions(
     chat: Chat, database_url: str, ended: int
 ) -> None:
     session = await chat.create_session()
@@ -36,9 +36,7 @@ async def test_an_append_finds_the_session_under_the_locks_of_others(
     assert not reply.session_created
 
 
-async def test_an_append_that_waits_for_an_erasure_finds_the_session_gone(
-    chat: Chat, database_url: str
-) -> None:
+async def test_append_that_waits_for_a_delete_is_not_found(chat: Chat, database_url: str) -> None:
     """However often it had to ask while the lock was held, which a large erasure holds for longer than the append's patience."""
     session = await chat.create_session()
     eraser = await asyncpg.connect(database_url)

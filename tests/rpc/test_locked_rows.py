@@ -47,7 +47,7 @@ async def held(cluster: Cluster, database_url: str, *session_ids: str) -> AsyncG
         await holder.close()
 
 
-async def test_updates_of_a_held_row_are_nobody_elses_wait(
+async def test_updates_of_a_locked_row_delay_no_other_call(
     busy: Server, cluster: Cluster, database_url: str
 ) -> None:
     async with connected(busy.address) as stub, channel(busy.address) as opened:
@@ -85,7 +85,7 @@ async def test_updates_of_a_held_row_are_nobody_elses_wait(
         assert (await chat.get_session(mine.id)).title in {f"{n}" for n in range(BLOCKED)}
 
 
-async def test_who_waits_for_a_held_row_is_told_before_the_deadline(
+async def test_update_of_a_locked_row_fails_before_the_deadline(
     busy: Server, cluster: Cluster, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -105,7 +105,7 @@ async def test_who_waits_for_a_held_row_is_told_before_the_deadline(
         await chat.update_session(["title"], id=session.id, title="at last")
 
 
-async def test_the_bound_costs_no_round_trip(
+async def test_lock_timeout_costs_no_round_trip(
     busy: Server, cluster: Cluster, database_url: str
 ) -> None:
     async with connected(busy.address) as stub:

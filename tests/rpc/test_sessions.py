@@ -99,7 +99,7 @@ async def test_twenty_equal_creates_at_once_make_one_session(chat: Chat) -> None
     assert len({each.SerializeToString(deterministic=True) for each in made}) == 1
 
 
-async def test_a_session_needs_its_user(chat: Chat) -> None:
+async def test_append_for_unknown_user_is_not_found(chat: Chat) -> None:
     nobody = Chat(chat.stub, new_id())
     await assert_fails(nobody.create_session(), "USER_NOT_FOUND", user_id=nobody.user_id)
     await assert_field_violations(Chat(chat.stub, "").create_session(), "user_id")

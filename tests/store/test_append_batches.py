@@ -91,7 +91,7 @@ async def store(database_url: str) -> AsyncGenerator[Sessions]:
         await opened.appender.drain()
 
 
-async def test_bad_items_do_not_fail_their_neighbours(store: Sessions) -> None:
+async def test_bad_items_in_a_batch_do_not_fail_the_others(store: Sessions) -> None:
     archived, used, short = await store.new(), await store.new(1), await store.new(1)
     taken = (await store.stored(used))[0]
     world = World(store.url, [store.appender.database], store.user_id, [archived, short])
@@ -128,7 +128,7 @@ async def test_bad_items_do_not_fail_their_neighbours(store: Sessions) -> None:
     ]
 
 
-async def test_a_missing_user_fails_alone(store: Sessions, database_url: str) -> None:
+async def test_append_for_missing_user_fails_alone(store: Sessions, database_url: str) -> None:
     good, user_id = await store.new(), store.user_id
     first = store.start(good)
     store.user_id = new_id()
@@ -142,7 +142,9 @@ async def test_a_missing_user_fails_alone(store: Sessions, database_url: str) ->
 
 
 @pytest.mark.parametrize("kind", ["40001", "40P01"])
-async def test_a_session_that_fails_every_time_fails_alone(store: Sessions, kind: str) -> None:
+async def test_session_that_always_fails_does_not_fail_the_batch(
+    store: Sessions, kind: str
+) -> None:
     await install(store.url)
     cursed, good = await store.new(), [await store.new() for _ in range(5)]
     await arm(store.url, kind, 1000, content="content 1")
@@ -160,7 +162,9 @@ async def test_a_session_that_fails_every_time_fails_alone(store: Sessions, kind
     ]
 
 
-async def test_a_locked_session_lets_others_pass(store: Sessions, cluster: Cluster) -> None:
+async def test_locked_session_does_not_delay_other_sessions(
+    store: Sessions, cluster: Cluster
+) -> None:
     """In the order of events, not by the clock: the neighbours are done while the lock is still held."""
     locked, others = await store.new(), [await store.new() for _ in range(5)]
     holder = await cluster.connect(store.appender.database.target.url.database or "")
@@ -178,7 +182,7 @@ async def test_a_locked_session_lets_others_pass(store: Sessions, cluster: Clust
     assert [len(await store.stored(session_id)) for session_id in others] == [3] * 5
 
 
-async def test_a_session_that_stays_locked_is_refused_in_time(
+async def test_append_to_session_that_stays_locked_is_aborted_in_time(
     store: Sessions, cluster: Cluster
 ) -> None:
     locked, other = await store.new(), await store.new()
@@ -198,7 +202,7 @@ async def test_a_session_that_stays_locked_is_refused_in_time(
     assert store.appender.queued_count == 0
 
 
-async def test_what_is_withdrawn_before_it_has_left_is_not_stored(store: Sessions) -> None:
+async def test_append_cancelled_in_the_queue_is_not_stored(store: Sessions) -> None:
     session_id = await store.new()
     under_way = store.start(session_id)
     await asyncio.sleep(0)
@@ -212,7 +216,7 @@ async def test_what_is_withdrawn_before_it_has_left_is_not_stored(store: Session
     assert len(await store.stored(session_id)) == 2
 
 
-async def test_what_has_left_is_stored_though_its_caller_is_gone(
+async def test_append_cancelled_in_flight_is_stored(
     store: Sessions, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(append_module, "LOCK_TIMEOUT", "30s")
@@ -232,7 +236,7 @@ async def test_what_has_left_is_stored_though_its_caller_is_gone(
     assert len(await store.stored(session_id)) == 1
 
 
-async def test_a_retry_meets_its_own_first_try_under_way(database_url: str) -> None:
+async def test_retry_during_its_first_attempt_is_a_replay(database_url: str) -> None:
     """Both stores send the same message before either has committed; the one that comes second finds it by its constraint."""
     async with stores(database_url, database_url) as databases:
         world = World(database_url, databases, await new_user(database_url))
@@ -249,7 +253,7 @@ async def test_a_retry_meets_its_own_first_try_under_way(database_url: str) -> N
 
 
 @pytest.mark.parametrize("comes_back", [False, True], ids=["gone", "made anew"])
-async def test_what_was_found_in_an_erased_session_counts_no_more(
+async def test_messages_found_in_a_deleted_session_are_stored_again(
     database_url: str, comes_back: bool
 ) -> None:
     """The look at what is stored, and the statement, must be about one and the same session."""
@@ -280,7 +284,7 @@ async def test_what_was_found_in_an_erased_session_counts_no_more(
         assert explain(there, content, [done]), (done, content)
 
 
-async def test_a_session_erased_under_a_statement_is_not_made_anew(
+async def test_session_deleted_during_a_statement_is_not_created_again(
     database_url: str, cluster: Cluster
 ) -> None:
     """The statement has seen the session and waits for its row; when it may go on, there is none."""
@@ -302,7 +306,7 @@ async def test_a_session_erased_under_a_statement_is_not_made_anew(
         assert len(await store.stored(good)) == 1
 
 
-async def test_times_follow_seq_though_the_clock_goes_back(store: Sessions) -> None:
+async def test_create_times_follow_seq_when_the_clock_goes_back(store: Sessions) -> None:
     """Another replica's clock, or this one's before it was set right, was an hour ahead."""
     session_id = await store.new(1)
     for column, table in (("updated_at", "chat_sessions"), ("created_at", "chat_messages")):

@@ -17,7 +17,7 @@ AWAY = 4.0
 LANES = 2
 
 
-async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url: str) -> None:
+async def test_lanes_back_off_during_an_outage_and_resume_after_it(database_url: str) -> None:
     user_id = await new_user(database_url)
     async with postgres_proxy(database_url) as (proxy, url), stores(url) as [database]:
         appender = Appender(database, LANES)
@@ -46,7 +46,7 @@ async def test_lanes_ask_ever_less_often_and_go_on_when_it_is_back(database_url:
         await appender.drain()
 
 
-async def test_who_cannot_wait_longer_is_told_though_the_lane_rests(
+async def test_append_times_out_while_its_lane_backs_off(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in time to hear of it, however long the lane would wait before it asks again."""

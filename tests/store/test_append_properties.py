@@ -94,7 +94,7 @@ def _at_length(test: Any) -> Any:
     return pytest.mark.faults(pytest.mark.timeout(900)(test))
 
 
-def test_the_search_finds_what_cannot_be() -> None:
+def test_search_for_an_order_rejects_impossible_answers() -> None:
     """The judge itself: it must refuse a lost message, a gap, a double and an answer that comes too early."""
     word, other = Word(0, 0), Word(1, 0)
     first = Done(Add((word,), may_create=True), ("added", True, ((1, False),)), 0, 1)

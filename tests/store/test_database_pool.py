@@ -54,7 +54,7 @@ async def backends(database: Database, count: int) -> list[int]:
     return held
 
 
-def test_the_defaults_fit_what_neon_does() -> None:
+def test_pool_defaults_fit_neon() -> None:
     """It suspends after five idle minutes, and takes seconds to wake at the worst."""
     given = settings()
     assert 60 <= given.db_pool_recycle < 300
@@ -63,7 +63,7 @@ def test_the_defaults_fit_what_neon_does() -> None:
 
 
 @pytest.mark.parametrize("route", ["on", "off"], ids=["direct", "pooled"])
-async def test_the_service_takes_them(database_url: str, route: str) -> None:
+async def test_service_applies_the_pool_settings(database_url: str, route: str) -> None:
     async with serving(parse(database_url, prepared_statements=route)) as server:
         pool = server.database.engine.pool
         assert pool._recycle == server.settings.db_pool_recycle
@@ -71,7 +71,7 @@ async def test_the_service_takes_them(database_url: str, route: str) -> None:
         assert (pool._pool.maxsize, pool._max_overflow) == (8, 4)  # type: ignore[attr-defined]
 
 
-async def test_the_last_used_connection_is_used_first_and_the_others_age(database_url: str) -> None:
+async def test_pool_uses_the_last_used_connection_first(database_url: str) -> None:
     database = Database(parse(database_url))
     held = await backends(database, 4)
     assert len(set(held)) == 4
@@ -81,7 +81,7 @@ async def test_the_last_used_connection_is_used_first_and_the_others_age(databas
     await database.close()
 
 
-async def test_an_old_connection_is_replaced(database_url: str) -> None:
+async def test_connection_older_than_recycle_is_replaced(database_url: str) -> None:
     database = Database(parse(database_url), recycle_s=3)
     first = await database.read(backend, owner_id=OWNER, deadline=soon())
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
@@ -90,7 +90,7 @@ async def test_an_old_connection_is_replaced(database_url: str) -> None:
     await database.close()
 
 
-async def test_only_what_has_idled_long_is_tried_before_use(
+async def test_only_long_idle_connections_are_pinged(
     database_url: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = Database(parse(database_url))
@@ -108,7 +108,7 @@ async def test_only_what_has_idled_long_is_tried_before_use(
     await database.close()
 
 
-async def test_connecting_takes_no_longer_than_it_may(
+async def test_connecting_stops_at_the_connect_timeout(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody answers the connection attempts; a URL's own time-out goes before the setting."""
@@ -123,7 +123,7 @@ async def test_connecting_takes_no_longer_than_it_may(
             await database.close()
 
 
-async def test_hot_statements_have_connections_of_their_own_whatever_else_is_held(
+async def test_hot_pool_is_available_while_all_permits_are_held(
     database_url: str,
 ) -> None:
     """All that may be held for other things is held, and much more asked for."""

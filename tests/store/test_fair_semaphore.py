@@ -9,7 +9,7 @@ import pytest
 from service.store.db.fair_semaphore import FairSemaphore
 
 
-async def test_users_take_turns_whatever_one_of_them_asks_for() -> None:
+async def test_owners_take_turns_during_a_burst_of_one_of_them() -> None:
     permits = FairSemaphore(1)
     order: list[str] = []
 
@@ -30,7 +30,7 @@ async def test_users_take_turns_whatever_one_of_them_asks_for() -> None:
     assert permits.free == 1
 
 
-async def test_no_more_than_so_many_hold_one() -> None:
+async def test_holders_never_exceed_the_count() -> None:
     permits = FairSemaphore(3)
     most = now = 0
 
@@ -46,7 +46,7 @@ async def test_no_more_than_so_many_hold_one() -> None:
     assert (most, permits.free) == (3, 3)
 
 
-async def test_who_waits_too_long_is_told_and_nothing_is_lost() -> None:
+async def test_acquire_timeout_raises_and_loses_no_permit() -> None:
     permits = FairSemaphore(1)
     async with permits.hold("a", 20):
         with pytest.raises(TimeoutError):
@@ -57,7 +57,7 @@ async def test_who_waits_too_long_is_told_and_nothing_is_lost() -> None:
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
-async def test_who_goes_away_when_the_turn_comes_passes_it_on(turns: int) -> None:
+async def test_permit_granted_to_a_cancelled_waiter_is_passed_on(turns: int) -> None:
     permits = FairSemaphore(1)
 
     async def use() -> None:

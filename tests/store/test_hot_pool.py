@@ -14,7 +14,7 @@ from service.store.db.hot_pool import Statement, fetch_in_transaction
 from tests.support.cluster import connected_to, fetch
 
 
-async def test_a_connection_that_was_cut_meanwhile_tells_the_first_failure(
+async def test_statement_on_a_closed_connection_raises_the_first_error(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pooler has ended it, and somebody else has given it up before that is looked at."""
@@ -39,7 +39,7 @@ WHERE a.datname = current_database() AND relation = 'chat_sessions'::regclass
 """
 
 
-async def test_a_caller_who_leaves_between_preparing_and_running_leaves_no_lock(
+async def test_call_cancelled_between_prepare_and_execute_leaves_no_lock(
     server: Server, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection waits in the pool, and a lock on it would keep a migration out for as long."""
@@ -59,7 +59,7 @@ async def test_a_caller_who_leaves_between_preparing_and_running_leaves_no_lock(
     await server.database.fetch_once(READ)
 
 
-async def test_a_connection_that_does_not_settle_is_cut(
+async def test_abandoned_connection_that_does_not_respond_is_closed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def never(*_: Any, **__: Any) -> NoReturn:

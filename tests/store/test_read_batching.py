@@ -55,7 +55,7 @@ async def ask(reads: ReadBatcher, read: BatchedRead, numbers: range) -> list[int
     return [row[0] for [row] in answers]
 
 
-async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
+async def test_concurrent_reads_share_statements_and_get_their_own_rows(
     database: Counting,
 ) -> None:
     read = BatchedRead(twice, N)
@@ -68,7 +68,7 @@ async def test_reads_at_once_share_statements_and_each_has_its_own_answer(
     assert database.texts[-1] == read.single.text, "one that comes alone leaves alone"
 
 
-async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(
+async def test_unsupported_batched_statement_is_never_sent_again(
     database: Counting,
 ) -> None:
     read = BatchedRead(twice, N)
@@ -82,7 +82,7 @@ async def test_what_the_database_refuses_to_share_runs_alone_from_then_on(
     assert set(database.texts) == {read.single.text}
 
 
-async def test_a_shared_statement_that_fails_fails_nobody_who_succeeds_alone(
+async def test_failed_batch_fails_only_reads_that_fail_alone(
     database: Counting,
 ) -> None:
     read = BatchedRead(tenth, N)
@@ -107,7 +107,7 @@ READS = {
 
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS.keys())
-async def test_single_and_batched_form_return_the_same_rows(
+async def test_single_and_batched_statement_return_the_same_rows(
     server: Server, chat: Chat, other: Chat, read: BatchedRead
 ) -> None:
     requests = []

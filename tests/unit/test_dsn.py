@@ -50,7 +50,7 @@ def context(target: Target) -> ssl.SSLContext:
         f"postgresql://{POOLED}/?user=neondb_owner&password={SECRET}&dbname=neondb&sslmode=require",
     ],
 )
-def test_every_form_of_neons_pooled_string_means_the_same(text: str) -> None:
+def test_every_form_of_neons_pooled_string_gives_the_same_target(text: str) -> None:
     target = parse(text)
     driver = connection(target)
     assert (driver["host"], driver["user"], driver["password"], driver["database"]) == (
@@ -76,7 +76,7 @@ def test_every_form_of_neons_pooled_string_means_the_same(text: str) -> None:
     assert target.location == f"{POOLED}/neondb"
 
 
-def test_neons_direct_string_prepares_statements() -> None:
+def test_direct_neon_string_prepares_statements() -> None:
     target = parse(neon(DIRECT))
     assert not target.is_pooled
     assert target.prepared_statements
@@ -84,7 +84,7 @@ def test_neons_direct_string_prepares_statements() -> None:
     assert target.direct() is target
 
 
-def test_the_direct_host_of_a_pooled_one_keeps_all_else() -> None:
+def test_direct_target_differs_from_the_pooled_one_in_the_host_only() -> None:
     target = parse(neon(POOLED, "?sslmode=verify-full&connect_timeout=7&application_name=mine"))
     direct = target.direct()
     assert direct.url == target.url.set(host=DIRECT)
@@ -95,7 +95,7 @@ def test_the_direct_host_of_a_pooled_one_keeps_all_else() -> None:
     assert direct.connect_args["server_settings"]["application_name"] == "mine"
 
 
-def test_the_driver_without_channel_binding_is_made_known() -> None:
+def test_required_channel_binding_is_noted_as_unsupported() -> None:
     assert any("SCRAM-SHA-256-PLUS" in note for note in parse(neon(DIRECT)).notes)
     assert parse(neon(DIRECT, "?channel_binding=prefer")).notes == ()
 
@@ -111,14 +111,16 @@ def test_the_driver_without_channel_binding_is_made_known() -> None:
         ("postgresql://u@db.internal/d", "off", True),
     ],
 )
-def test_a_pooler_is_recognised(text: str, prepared: str, pooled: bool) -> None:
+def test_pooler_is_recognized_by_host_port_and_options(
+    text: str, prepared: str, pooled: bool
+) -> None:
     target = parse(text, prepared_statements=prepared)
     assert target.is_pooled is pooled
     assert target.prepared_statements is not pooled
     assert target.direct() is target
 
 
-def test_a_pooler_that_carries_prepared_statements_is_still_one() -> None:
+def test_pooler_with_prepared_statements_is_still_pooled() -> None:
     target = parse(neon(POOLED), prepared_statements="on")
     assert target.is_pooled
     assert target.prepared_statements
@@ -128,7 +130,9 @@ def test_a_pooler_that_carries_prepared_statements_is_still_one() -> None:
     ("mode", "expected"),
     [("disable", False), ("allow", "allow"), ("prefer", "prefer"), (None, "prefer")],
 )
-def test_modes_without_a_context_are_the_drivers_own(mode: str | None, expected: object) -> None:
+def test_ssl_modes_without_verification_are_passed_to_the_driver(
+    mode: str | None, expected: object
+) -> None:
     target = parse("postgresql://u@db.internal/d" + (f"?sslmode={mode}" if mode else ""))
     assert target.connect_args["ssl"] == expected
     assert target.ssl_mode == (mode or "prefer")
@@ -142,14 +146,14 @@ def test_modes_without_a_context_are_the_drivers_own(mode: str | None, expected:
         ("verify-full", ssl.CERT_REQUIRED, True),
     ],
 )
-def test_modes_elsewhere_mean_what_libpq_means(
+def test_ssl_modes_verify_as_libpq_does(
     mode: str, verify: ssl.VerifyMode, check_hostname: bool
 ) -> None:
     found = context(parse(f"postgresql://u@db.internal/d?sslmode={mode}"))
     assert (found.verify_mode, found.check_hostname) == (verify, check_hostname)
 
 
-def test_require_with_a_root_verifies_the_chain() -> None:
+def test_require_with_a_root_certificate_verifies_the_chain() -> None:
     root = ssl.get_default_verify_paths().cafile or "system"
     found = context(parse(f"postgresql://u@db.internal/d?sslmode=require&sslrootcert={root}"))
     assert (found.verify_mode, found.check_hostname) == (ssl.CERT_REQUIRED, False)
@@ -157,7 +161,7 @@ def test_require_with_a_root_verifies_the_chain() -> None:
     assert found.check_hostname
 
 
-def test_a_socket_needs_no_tls() -> None:
+def test_unix_socket_uses_no_tls() -> None:
     target = parse("postgresql://postgres@/postgres?host=/run/some%20where&sslmode=require")
     assert connection(target)["host"] == "/run/some where"
     assert target.connect_args["ssl"] is False
@@ -174,7 +178,7 @@ def test_a_socket_needs_no_tls() -> None:
         "endpoint%3Dep-x%20-c%20search_path%3Dchat",
     ],
 )
-def test_start_up_options_pass_on_a_direct_connection_alone(options: str) -> None:
+def test_startup_options_apply_to_direct_connections_only(options: str) -> None:
     target = parse(f"postgresql://u@db.internal/d?options={options}")
     assert target.connect_args["server_settings"] == {
         "application_name": "chat-history",
@@ -185,14 +189,14 @@ def test_start_up_options_pass_on_a_direct_connection_alone(options: str) -> Non
     assert any("options" in note for note in pooled.notes)
 
 
-def test_what_is_not_supported_is_named_without_its_value() -> None:
+def test_unsupported_option_is_noted_without_its_value() -> None:
     target = parse(f"postgresql://u@h/d?sslpassword={SECRET}&gssencmode=disable")
     assert [note.split()[0] for note in target.notes] == ["gssencmode", "sslpassword"]
     assert SECRET not in str(target.notes)
     assert connection(target).keys().isdisjoint({"sslpassword", "gssencmode"})
 
 
-def test_odd_characters_in_a_password_arrive() -> None:
+def test_password_with_escaped_characters_is_decoded() -> None:
     target = parse("postgresql://us%40er:p%40s%2Fs%3Aw%25%23%3F%20@h:5433/d")
     driver = connection(target)
     assert (driver["user"], driver["password"], driver["port"]) == ("us@er", "p@s/s:w%#? ", 5433)
@@ -217,14 +221,14 @@ def test_odd_characters_in_a_password_arrive() -> None:
         f"postgresql://u:{SECRET}@h/d?sslmode=require&sslcert=/nowhere/{SECRET}",
     ],
 )
-def test_a_bad_string_is_refused_without_a_secret(text: str) -> None:
+def test_error_of_a_bad_string_contains_no_secret(text: str) -> None:
     with pytest.raises(ValueError, match="database URL") as refused:
         parse(text)
     assert SECRET not in "".join(traceback.format_exception(refused.value))
     assert "\n" not in str(refused.value)
 
 
-def test_no_repr_holds_the_password(tmp_path: Path) -> None:
+def test_repr_contains_no_password(tmp_path: Path) -> None:
     target = parse(neon(POOLED))
     assert (
         SECRET
