@@ -1,4 +1,4 @@
-"""Tests of documents and search: the embedded index, in a folder of the test's own."""
+"""Fixtures of documents and search. By default the index is embedded, in the test's own folder."""
 
 from __future__ import annotations
 
@@ -18,40 +18,35 @@ from tests.support.servers import serving
 
 @pytest.fixture
 async def server(database_url: str, tmp_path: Path) -> AsyncGenerator[Server]:
-    """Give the service with search on."""
-    async with serving(database_url, search="on", data_dir=tmp_path) as started:
-        await wait_until_searchable(started)
-        yield started
+    """Yield a server with search on."""
+    async with serving(database_url, search="on", data_dir=tmp_path) as server:
+        await wait_until_searchable(server)
+        yield server
 
 
 @pytest.fixture
 def library(chat: Chat) -> Library:
-    """Give documents and search as the user's."""
+    """Return documents and search of the user."""
     return Library(chat)
 
 
 @pytest.fixture
 def others(other: Chat) -> Library:
-    """Give documents and search as another user's."""
+    """Return documents and search of another user."""
     return Library(other)
 
 
 @pytest.fixture
 async def qdrant() -> AsyncGenerator[QdrantServer]:
-    """Give a Qdrant to be reached over gRPC."""
-    served = QdrantServer()
-    await served.start()
-    yield served
-    await served.stop()
-    await served.engine.close()
+    """Yield a Qdrant that serves gRPC."""
+    qdrant = QdrantServer()
+    await qdrant.start()
+    yield qdrant
+    await qdrant.stop()
+    await qdrant.engine.close()
 
 
 @pytest.fixture
 def remote(qdrant: QdrantServer) -> dict[str, Any]:
-    """Give the settings of a service that uses it."""
-    return {
-        "search": "on",
-        "QDRANT_URL": qdrant.url,
-        "qdrant_grpc_port": qdrant.port,
-        "search_timeout": 3.0,
-    }
+    """Return the settings of a service that uses this Qdrant."""
+    return qdrant.settings

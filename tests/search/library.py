@@ -1,4 +1,4 @@
-"""Short ways to call documents and search in a test, and to look into an index from outside."""
+"""`Library`: the calls of documents and search, as one user makes them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LEXICAL, SEMANTIC, HYBRID = (
 
 
 def chunks(texts: Sequence[str]) -> list[document_pb2.DocumentChunk]:
-    """Make chunks of texts."""
+    """Return a chunk for each text."""
     return [document_pb2.DocumentChunk(text=text) for text in texts]
 
 
 class Library:
-    """Documents and search as one user's; each method is one call, with the user's id filled in."""
+    """One user's documents and search. Each method makes one call, with the user's id filled in."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -58,15 +58,15 @@ class Library:
         )
 
     async def list_all(self, **fields: Any) -> list[document_pb2.Document]:
-        """Read page after page to the end."""
-        found: list[document_pb2.Document] = []
+        """Read all pages of a list."""
+        documents: list[document_pb2.Document] = []
         token = ""
         while True:
             reply = await self.list_page(page_token=token, **fields)
-            found += reply.documents
+            documents += reply.documents
             token = reply.next_page_token
             if not token:
-                return found
+                return documents
 
     async def update(self, mask: Sequence[str] = (), **fields: Any) -> document_pb2.Document:
         request = document_pb2.UpdateDocumentRequest(
@@ -83,8 +83,8 @@ class Library:
         )
 
     async def read_chunks(self, document_id: str, page_size: int = 0) -> list[str]:
-        """Read all chunks of a document."""
-        found: list[str] = []
+        """Read the texts of all chunks of a document, and check their indexes."""
+        texts: list[str] = []
         token = ""
         while True:
             reply = await self.stub.ListDocumentChunks(
@@ -95,13 +95,12 @@ class Library:
                     page_token=token,
                 )
             )
-            assert [chunk.index for chunk in reply.chunks] == list(
-                range(len(found), len(found) + len(reply.chunks))
-            )
-            found += [chunk.text for chunk in reply.chunks]
+            expected = list(range(len(texts), len(texts) + len(reply.chunks)))
+            assert [chunk.index for chunk in reply.chunks] == expected
+            texts += [chunk.text for chunk in reply.chunks]
             token = reply.next_page_token
             if not token:
-                return found
+                return texts
 
     async def search(self, query: str = "", **fields: Any) -> list[document_pb2.DocumentHit]:
         request = document_pb2.SearchDocumentsRequest(user_id=self.user_id, query=query, **fields)

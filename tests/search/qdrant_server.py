@@ -1,6 +1,7 @@
-"""Qdrant's gRPC interface in front of qdrant-client's own local engine: for transport, outages and deadlines.
+"""`QdrantServer`: Qdrant's gRPC interface in front of qdrant-client's local engine.
 
-It answers what this project asks, by the package's own stubs and conversions; what a point, a filter or an alias means is the engine's.
+Transport, outages and timeouts are real; points, filters and aliases are those of the engine. It
+serves the requests that this project sends, with the package's own stubs and conversions.
 `python -m tests.search.qdrant_server PORT` serves in a process of its own and prints its port.
 """
 
@@ -22,27 +23,37 @@ from tests.support.ports import free_port
 
 
 class QdrantServer:
-    """One Qdrant, which can be stopped and started again with its data, and slowed down."""
+    """A Qdrant that can be stopped, started again with its data, and slowed down."""
 
     def __init__(self) -> None:
         self.engine = AsyncQdrantClient(location=":memory:")
-        self.delay = 0.0
-        """Seconds that every answer takes longer."""
+        self.delay_s = 0.0
+        """Delay of every reply."""
         self.indexes: dict[tuple[str, str], Any] = {}
         """Payload indexes by collection and field."""
         self.queries: list[q.QueryPoints] = []
         self.upserted: list[str] = []
-        """Ids of points, in the order of their writing."""
+        """Ids of upserted points, in order."""
         self.port = 0
         self._server: aio.Server | None = None
 
     @property
     def url(self) -> str:
-        """What the service is given; its REST port is served by nobody."""
+        """The URL of the REST interface, which does not exist: the service must use gRPC."""
         return "http://127.0.0.1:1"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of a service that uses this Qdrant."""
+        return {
+            "search": "on",
+            "QDRANT_URL": self.url,
+            "qdrant_grpc_port": self.port,
+            "search_timeout": 3.0,
+        }
+
     async def start(self, port: int = 0) -> None:
-        """Serve, on the port of before."""
+        """Serve on a port; 0: on the port of the previous start, if any."""
         server = aio.server(options=[("grpc.so_reuseport", 0)])
         collections_grpc.add_CollectionsServicer_to_server(_Collections(self), server)  # type: ignore[no-untyped-call]
         points_grpc.add_PointsServicer_to_server(_Points(self), server)  # type: ignore[no-untyped-call]
@@ -51,29 +62,38 @@ class QdrantServer:
         self._server = server
 
     async def stop(self) -> None:
-        """Be away."""
+        """Stop serving, and keep the data."""
         if self._server is not None:
             await self._server.stop(0)
             self._server = None
 
     async def points(self, collection: str) -> dict[str, tuple[dict[str, Any], list[float]]]:
-        """Scroll a whole collection: payload and vector by id."""
-        found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+        """Return payload and vector of all points of a collection, by id."""
+        points: dict[str, tuple[dict[str, Any], list[float]]] = {}
         offset: Any = None
         while True:
             records, offset = await self.engine.scroll(
                 collection, limit=1000, offset=offset, with_payload=True, with_vectors=True
             )
-            found |= {str(each.id): (each.payload or {}, each.vector) for each in records}  # type: ignore[misc]
+            for record in records:
+                points[str(record.id)] = record.payload or {}, record.vector  # type: ignore[assignment]
             if offset is None:
-                return found
+                return points
 
-    async def live(self) -> list[str]:
-        """Return the collections that an alias stands for."""
-        return [each.collection_name for each in (await self.engine.get_aliases()).aliases]
+    async def live_collections(self) -> list[str]:
+        """Return the collections that an alias points to."""
+        return [alias.collection_name for alias in (await self.engine.get_aliases()).aliases]
+
+    async def collections(self) -> list[str]:
+        """Return the names of all collections."""
+        return [
+            description.name for description in (await self.engine.get_collections()).collections
+        ]
 
 
-class _Base:
+class _Servicer:
+    """Delays every method, and translates the engine's errors into a gRPC status."""
+
     def __init__(self, server: QdrantServer) -> None:
         self._server = server
         self._engine = server.engine
@@ -83,25 +103,26 @@ class _Base:
         if name not in type(self).__dict__ or name.startswith("_"):
             return method
 
-        async def served(request: Any, context: Any) -> Any:
-            await asyncio.sleep(self._server.delay)
+        async def serve(request: Any, context: Any) -> Any:
+            await asyncio.sleep(self._server.delay_s)
             try:
                 return await method(request, context)
             except ValueError as error:
-                known = "not found" in str(error)
+                is_missing = "not found" in str(error)
                 await context.abort(
-                    grpc.StatusCode.NOT_FOUND if known else grpc.StatusCode.INVALID_ARGUMENT,
+                    grpc.StatusCode.NOT_FOUND if is_missing else grpc.StatusCode.INVALID_ARGUMENT,
                     str(error),
                 )
 
-        return served
+        return serve
 
 
-class _Collections(_Base, collections_grpc.CollectionsServicer):
+class _Collections(_Servicer, collections_grpc.CollectionsServicer):
     async def List(self, request: Any, context: Any) -> Any:
-        names = [each.name for each in (await self._engine.get_collections()).collections]
         return q.ListCollectionsResponse(
-            collections=[q.CollectionDescription(name=name) for name in names]
+            collections=[
+                q.CollectionDescription(name=name) for name in await self._server.collections()
+            ]
         )
 
     async def Get(self, request: Any, context: Any) -> Any:
@@ -119,7 +140,7 @@ class _Collections(_Base, collections_grpc.CollectionsServicer):
         )
 
     async def UpdateAliases(self, request: Any, context: Any) -> Any:
-        operations = [GrpcToRest.convert_alias_operations(each) for each in request.actions]
+        operations = [GrpcToRest.convert_alias_operations(action) for action in request.actions]
         return q.CollectionOperationResponse(
             result=await self._engine.update_collection_aliases(operations)
         )
@@ -127,11 +148,11 @@ class _Collections(_Base, collections_grpc.CollectionsServicer):
     async def ListAliases(self, request: Any, context: Any) -> Any:
         aliases = (await self._engine.get_aliases()).aliases
         return q.ListAliasesResponse(
-            aliases=[RestToGrpc.convert_alias_description(each) for each in aliases]
+            aliases=[RestToGrpc.convert_alias_description(alias) for alias in aliases]
         )
 
 
-class _Points(_Base, points_grpc.PointsServicer):
+class _Points(_Servicer, points_grpc.PointsServicer):
     async def CreateFieldIndex(self, request: Any, context: Any) -> Any:
         self._server.indexes[request.collection_name, request.field_name] = (
             request.field_index_params
@@ -139,8 +160,8 @@ class _Points(_Base, points_grpc.PointsServicer):
         return _completed()
 
     async def Upsert(self, request: Any, context: Any) -> Any:
-        points = [GrpcToRest.convert_point_struct(each) for each in request.points]
-        self._server.upserted += [str(each.id) for each in points]
+        points = [GrpcToRest.convert_point_struct(point) for point in request.points]
+        self._server.upserted += [str(point.id) for point in points]
         await self._engine.upsert(request.collection_name, points)
         return _completed()
 
@@ -160,14 +181,14 @@ class _Points(_Base, points_grpc.PointsServicer):
             with_payload=True,
         )
         return q.QueryResponse(
-            result=[RestToGrpc.convert_scored_point(each) for each in reply.points]
+            result=[RestToGrpc.convert_scored_point(point) for point in reply.points]
         )
 
     async def Count(self, request: Any, context: Any) -> Any:
-        count = await self._engine.count(
+        reply = await self._engine.count(
             request.collection_name, GrpcToRest.convert_filter(request.filter)
         )
-        return q.CountResponse(result=q.CountResult(count=count.count))
+        return q.CountResponse(result=q.CountResult(count=reply.count))
 
 
 def _completed() -> Any:

@@ -1,4 +1,4 @@
-"""Documents: created, grown, listed, changed and erased."""
+"""Documents: create, append, list, update and delete."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
-import grpc
 import pytest
 from chathistory.v1 import document_pb2, message_pb2
 
@@ -14,161 +13,154 @@ from service.ids import SYSTEM_USER_ID
 from service.server import Server
 from tests.search.library import SHARED, Library, chunks
 from tests.support.chat import new_id
-from tests.support.failures import failure_of
+from tests.support.failures import assert_fails
 from tests.support.servers import AsyncStub, ServerProcess, connected, serving
 
-SHA = "ab" * 32
-
+SHA256 = "ab" * 32
 
 StartProcess = Callable[..., Awaitable[ServerProcess]]
 
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncGenerator[Server]:
-    """Give the service without search: documents are kept all the same."""
-    async with serving(database_url) as started:
-        yield started
+    """Yield a server with search off, which stores documents too."""
+    async with serving(database_url) as server:
+        yield server
 
 
-async def refused(call: Awaitable[object], code: grpc.StatusCode, reason: str) -> None:
-    failure = await failure_of(call)
-    assert (failure.code, failure.reason) == (code, reason)
-
-
-async def test_a_document_keeps_what_it_was_given(library: Library) -> None:
-    made = await library.create(
-        ["one", "two"], title="Tales", source_uri="file:///tales.md", mime_type="text/markdown", content_sha256=SHA.upper(),
-        size_bytes=7, metadata={"language": "en"},
-    )  # fmt: skip
-    read = await library.get(made.id)
-    assert read == made
-    assert (read.title, read.chunk_count, read.content_sha256, read.size_bytes) == (
-        "Tales",
-        2,
-        SHA,
-        7,
+async def test_created_document_is_returned_with_all_its_fields(library: Library) -> None:
+    created = await library.create(
+        ["one", "two"],
+        title="Tales",
+        source_uri="file:///tales.md",
+        mime_type="text/markdown",
+        content_sha256=SHA256.upper(),
+        size_bytes=7,
+        metadata={"language": "en"},
     )
-    assert read.user_id == library.user_id
-    assert read.status == document_pb2.DOCUMENT_STATUS_PENDING
-    assert dict(read.metadata) == {"language": "en"}
-    assert await library.read_chunks(made.id) == ["one", "two"]
+    document = await library.get(created.id)
+    assert document == created
+    assert (document.title, document.chunk_count) == ("Tales", 2)
+    assert (document.content_sha256, document.size_bytes) == (SHA256, 7)
+    assert document.user_id == library.user_id
+    assert document.status == document_pb2.DOCUMENT_STATUS_PENDING
+    assert dict(document.metadata) == {"language": "en"}
+    assert await library.read_chunks(document.id) == ["one", "two"]
 
 
-async def test_a_retry_and_the_same_content_return_what_is_there(library: Library) -> None:
+async def test_create_with_a_known_id_or_content_returns_the_stored_document(
+    library: Library,
+) -> None:
     id_ = new_id()
-    first, again = [await library.create(["one"], id=id_, title="T") for _ in range(2)]
-    assert first == again
-    await refused(
-        library.create(["other"], id=id_, title="T"), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN"
-    )
-    made = await library.create(["text"], content_sha256=SHA, source_uri="a")
-    assert (await library.create(["text"], content_sha256=SHA, source_uri="a")).id == made.id
-    assert (await library.create(["text"], content_sha256=SHA, source_uri="b")).id != made.id
-    at_once = await asyncio.gather(
+    first, retried = [await library.create(["one"], id=id_, title="T") for _ in range(2)]
+    assert first == retried
+    await assert_fails(library.create(["other"], id=id_, title="T"), "ID_TAKEN")
+    document = await library.create(["text"], content_sha256=SHA256, source_uri="a")
+    same = await library.create(["text"], content_sha256=SHA256, source_uri="a")
+    elsewhere = await library.create(["text"], content_sha256=SHA256, source_uri="b")
+    assert same.id == document.id
+    assert elsewhere.id != document.id
+    concurrent = await asyncio.gather(
         *(library.create(["x"], content_sha256="cd" * 32) for _ in range(20))
     )
-    assert len({each.id for each in at_once}) == 1
+    assert len({document.id for document in concurrent}) == 1
 
 
-async def test_chunks_are_added_without_gap_and_a_retry_changes_nothing(library: Library) -> None:
-    made = await library.create(["0", "1"])
+async def test_append_allows_no_gap_and_a_retry_changes_nothing(library: Library) -> None:
+    document = await library.create(["0", "1"])
     for _ in range(2):
-        grown = await library.append(made.id, 1, ["1", "2", "3"])
-        assert (grown.chunk_count, grown.etag) == (4, made.etag)
-    assert await library.read_chunks(made.id, page_size=3) == ["0", "1", "2", "3"]
-    await refused(
-        library.append(made.id, 5, ["gap"]), grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION"
+        appended = await library.append(document.id, 1, ["1", "2", "3"])
+        assert (appended.chunk_count, appended.etag) == (4, document.etag)
+    assert await library.read_chunks(document.id, page_size=3) == ["0", "1", "2", "3"]
+    await assert_fails(library.append(document.id, 5, ["gap"]), "FIELD_VIOLATION")
+    await assert_fails(library.append(document.id, 3, ["other"]), "ID_TAKEN")
+    await assert_fails(library.append(new_id(), 0, ["x"]), "DOCUMENT_NOT_FOUND")
+    concurrent = await asyncio.gather(
+        *(library.append(document.id, 4, ["4", "5"]) for _ in range(20))
     )
-    await refused(library.append(made.id, 3, ["other"]), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN")
-    await refused(
-        library.append(new_id(), 0, ["x"]), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND"
-    )
-    at_once = [library.append(made.id, 4, ["4", "5"]) for _ in range(20)]
-    assert {each.chunk_count for each in await asyncio.gather(*at_once)} == {6}
+    assert {document.chunk_count for document in concurrent} == {6}
 
 
-async def test_large_chunks_come_in_pages_that_a_client_takes(library: Library) -> None:
+async def test_pages_of_large_chunks_stay_within_the_message_limit(library: Library) -> None:
     texts = [f"{n}" * 200_000 for n in range(5)]
-    made = await library.create(texts[:5])
+    document = await library.create(texts)
     for start in range(5, 25, 5):
-        await library.append(made.id, start, texts)
-    assert len(await library.read_chunks(made.id, page_size=1000)) == 25
-    too_much = ["x" * 250_000] * 5
-    await refused(library.create(too_much), grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION")
+        await library.append(document.id, start, texts)
+    assert len(await library.read_chunks(document.id, page_size=1000)) == 25
+    await assert_fails(library.create(["x" * 250_000] * 5), "FIELD_VIOLATION")
 
 
 async def test_lists_are_filtered_and_paged(library: Library) -> None:
-    made = [await library.create(source_uri=f"s{n % 2}", mime_type=f"t{n % 3}") for n in range(12)]
-    everything = await library.list_all(page_size=5)
-    assert [each.id for each in everything] == [each.id for each in reversed(made)]
-    some = await library.list_all(page_size=1, source_uri="s1", mime_type="t2")
-    assert [each.id for each in some] == [made[11].id, made[5].id]
+    documents = [
+        await library.create(source_uri=f"s{n % 2}", mime_type=f"t{n % 3}") for n in range(12)
+    ]
+    listed = await library.list_all(page_size=5)
+    assert [document.id for document in listed] == [document.id for document in documents[::-1]]
+    filtered = await library.list_all(page_size=1, source_uri="s1", mime_type="t2")
+    assert [document.id for document in filtered] == [documents[11].id, documents[5].id]
     assert await library.list_all(status=document_pb2.DOCUMENT_STATUS_FAILED) == []
     token = (await library.list_page(page_size=1)).next_page_token
-    await refused(
-        library.list_page(page_size=1, page_token=token, source_uri="s1"),
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "BAD_PAGE_TOKEN",
-    )
+    with_other_filter = library.list_page(page_size=1, page_token=token, source_uri="s1")
+    await assert_fails(with_other_filter, "BAD_PAGE_TOKEN")
 
 
-async def test_updates_need_the_etag_and_may_not_take_another_documents_place(
+async def test_update_with_a_stale_etag_or_another_documents_source_fails(
     library: Library,
 ) -> None:
-    made = await library.create(title="old", source_uri="a", content_sha256=SHA)
-    other = await library.create(source_uri="b", content_sha256=SHA)
-    changed = await library.update(id=made.id, title="new", etag=made.etag)
-    assert (changed.title, changed.source_uri) == ("new", "a")
-    stale = library.update(id=made.id, title="newer", etag=made.etag)
-    await refused(stale, grpc.StatusCode.ABORTED, "ETAG_MISMATCH")
-    await refused(
-        library.update(id=other.id, source_uri="a"), grpc.StatusCode.ALREADY_EXISTS, "ID_TAKEN"
-    )
-    wrong = library.update(["status"], id=made.id)
-    await refused(wrong, grpc.StatusCode.INVALID_ARGUMENT, "FIELD_VIOLATION")
+    document = await library.create(title="old", source_uri="a", content_sha256=SHA256)
+    other = await library.create(source_uri="b", content_sha256=SHA256)
+    updated = await library.update(id=document.id, title="new", etag=document.etag)
+    assert (updated.title, updated.source_uri) == ("new", "a")
+    stale = library.update(id=document.id, title="newer", etag=document.etag)
+    await assert_fails(stale, "ETAG_MISMATCH")
+    await assert_fails(library.update(id=other.id, source_uri="a"), "ID_TAKEN")
+    await assert_fails(library.update(["status"], id=document.id), "FIELD_VIOLATION")
 
 
-async def test_erased_documents_are_gone(library: Library) -> None:
-    made = await library.create(["x"])
-    await library.delete(made.id)
-    await refused(library.get(made.id), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
-    await refused(library.delete(made.id), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
-    await library.delete(made.id, allow_missing=True)
-    await refused(library.read_chunks(made.id), grpc.StatusCode.NOT_FOUND, "DOCUMENT_NOT_FOUND")
+async def test_deleted_document_is_not_found(library: Library) -> None:
+    document = await library.create(["x"])
+    await library.delete(document.id)
+    await assert_fails(library.get(document.id), "DOCUMENT_NOT_FOUND")
+    await assert_fails(library.delete(document.id), "DOCUMENT_NOT_FOUND")
+    await library.delete(document.id, allow_missing=True)
+    await assert_fails(library.read_chunks(document.id), "DOCUMENT_NOT_FOUND")
 
 
-async def test_shared_documents_are_everybodys_to_read(
-    library: Library, others: Library, stub: AsyncStub, server: Server
+async def test_shared_document_is_readable_by_every_user(
+    library: Library, others: Library, stub: AsyncStub
 ) -> None:
-    made = await library.create(["for all"], scope=SHARED, title="handbook")
-    assert (made.user_id, made.scope) == (SYSTEM_USER_ID, SHARED)
+    shared = await library.create(["for all"], scope=SHARED, title="handbook")
+    assert (shared.user_id, shared.scope) == (SYSTEM_USER_ID, SHARED)
     private = await library.create(["for me"])
-    assert await others.read_chunks(made.id) == ["for all"]
-    assert [each.id for each in await others.list_all()] == [made.id]
-    assert [each.id for each in await library.list_all()] == [private.id, made.id]
-    assert [
-        each.id for each in await library.list_all(scope=document_pb2.DOCUMENT_SCOPE_PRIVATE)
-    ] == [private.id]
-    nobody = document_pb2.CreateDocumentRequest(
+    assert await others.read_chunks(shared.id) == ["for all"]
+    assert [document.id for document in await others.list_all()] == [shared.id]
+    assert [document.id for document in await library.list_all()] == [private.id, shared.id]
+    only_private = await library.list_all(scope=document_pb2.DOCUMENT_SCOPE_PRIVATE)
+    assert [document.id for document in only_private] == [private.id]
+    without_user = document_pb2.CreateDocumentRequest(
         document=document_pb2.Document(scope=SHARED), chunks=chunks(["x"])
     )
-    assert (await stub.CreateDocument(nobody)).document.user_id == SYSTEM_USER_ID
-    # An id is unique for its owner only: one's own comes first.
-    own = await others.create(["mine"], id=made.id)
-    assert (await others.get(made.id)).user_id == others.user_id
-    assert (await library.get(own.id)).scope == SHARED
+    assert (await stub.CreateDocument(without_user)).document.user_id == SYSTEM_USER_ID
 
 
-async def test_without_search_its_calls_say_so(library: Library) -> None:
-    off = grpc.StatusCode.FAILED_PRECONDITION
-    await refused(library.search("x"), off, "SEARCH_DISABLED")
-    await refused(library.search_messages("x"), off, "SEARCH_DISABLED")
-    session = await library.chat.start("words are found all the same")
+async def test_own_document_hides_a_shared_one_with_the_same_id(
+    library: Library, others: Library
+) -> None:
+    shared = await library.create(["for all"], scope=SHARED)
+    await others.create(["mine"], id=shared.id)
+    assert (await others.get(shared.id)).user_id == others.user_id
+    assert (await library.get(shared.id)).scope == SHARED
+
+
+async def test_search_off_disables_semantic_search_only(library: Library) -> None:
+    await assert_fails(library.search("x"), "SEARCH_DISABLED")
+    await assert_fails(library.search_messages("x"), "SEARCH_DISABLED")
+    session = await library.chat.start("words match without an index")
     hits = await library.search_messages("WORDS", message_pb2.SEARCH_MODE_UNSPECIFIED)
     assert [hit.message.session_id for hit in hits] == [session]
 
 
-async def test_without_search_none_of_it_is_imported(start_process: StartProcess) -> None:
+async def test_search_off_loads_no_package_of_search(start_process: StartProcess) -> None:
     process = await start_process()
     async with connected(process.address):
         maps = await asyncio.to_thread(Path(f"/proc/{process.pid}/maps").read_text)

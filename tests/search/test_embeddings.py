@@ -1,16 +1,14 @@
-"""Embeddings by an OpenAI-compatible endpoint: a local stand-in that answers what the client sends."""
+"""Embeddings by an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chathistory.v1 import document_pb2
-from grpc import StatusCode
 
 from service.search import indexer
 from service.search.embeddings import RemoteEmbeddings
@@ -18,229 +16,164 @@ from service.search.service import Search
 from service.search.types import (
     InputRejected,
     SearchMisconfigured,
+    SearchOverloaded,
     SearchUnavailable,
     unpack_vector,
 )
+from tests.search.embeddings_endpoint import EmbeddingsEndpoint
+from tests.search.index_check import searchable
 from tests.search.library import INDEXED, SEMANTIC, Library
 from tests.search.waits import wait_until, wait_until_indexed, wait_until_searchable
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
-from tests.support.failures import failure_of
+from tests.support.failures import assert_fails
 from tests.support.servers import connected, serving
 
-
-class Endpoint:
-    """`POST /v1/embeddings`: a vector of four numbers made of each text's hash."""
-
-    def __init__(self) -> None:
-        self.status = 200
-        self.refused = "\0"
-        """Any request with this in a text is answered 400."""
-        self.seen: list[tuple[str, dict[str, object]]] = []
-        self.url = ""
-
-    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        length = next(
-            int(line.split(":")[1])
-            for line in head.lower().splitlines()
-            if line.startswith("content-length")
-        )
-        sent = json.loads(await reader.readexactly(length))
-        self.seen.append((head, sent))
-        status = 400 if any(self.refused in text for text in sent["input"]) else self.status
-        data = [
-            {
-                "object": "embedding",
-                "index": n,
-                "embedding": [byte / 255 for byte in hashlib.sha256(text.encode()).digest()[:4]],
-            }
-            for n, text in enumerate(sent["input"])
-        ]
-        # In another order than asked: the index says which is which.
-        reply = {
-            "object": "list",
-            "data": data[::-1],
-            "model": sent["model"],
-            "usage": {"prompt_tokens": 1, "total_tokens": 1},
-        }
-        body = json.dumps(reply if status == 200 else {"error": {"message": "no"}}).encode()
-        writer.write(
-            f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n".encode()
-            + body
-        )
-        await writer.drain()
-        writer.close()
-        await writer.wait_closed()
+FAILED = document_pb2.DOCUMENT_STATUS_FAILED
 
 
 @pytest.fixture
-async def endpoint() -> AsyncGenerator[Endpoint]:
-    """Give an endpoint."""
-    served = Endpoint()
-    server = await asyncio.start_server(served.answer, "127.0.0.1", 0)
-    served.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    yield served
-    server.close()
-    await server.wait_closed()
+async def endpoint() -> AsyncGenerator[EmbeddingsEndpoint]:
+    """Yield an endpoint."""
+    endpoint = EmbeddingsEndpoint()
+    await endpoint.start()
+    yield endpoint
+    await endpoint.stop()
 
 
-async def test_vectors_come_back_in_order(endpoint: Endpoint) -> None:
-    made = RemoteEmbeddings(endpoint.url, "tiny", "key-of-mine", None, 2.0)
-    assert await made.dimensions() == 4
-    both, one = await made.embed(["a", "b"]), await made.embed(["b"])
-    assert unpack_vector(both)[4:] == unpack_vector(one)
-    head, sent = endpoint.seen[-1]
-    assert "authorization: bearer key-of-mine" in head.lower()
-    assert sent["model"] == "tiny"
-    await made.close()
-
-
-async def test_what_goes_wrong_is_told_apart(endpoint: Endpoint) -> None:
-    made = RemoteEmbeddings(endpoint.url, "tiny", None, 5, 2.0)
-    with pytest.raises(SearchMisconfigured, match="EMBEDDINGS_DIMENSIONS is 5"):
-        await made.dimensions()
-    for status, kind in (
-        (400, InputRejected),
-        (401, SearchUnavailable),
-        (429, SearchUnavailable),
-        (500, SearchUnavailable),
-    ):
-        endpoint.status = status
-        with pytest.raises(kind):
-            await made.embed(["a"])
-    await made.close()
-    nobody = RemoteEmbeddings("http://127.0.0.1:1/v1", "tiny", None, None, 2.0)
-    with pytest.raises(SearchUnavailable):
-        await nobody.embed(["a"])
-    await nobody.close()
-
-
-async def test_the_service_uses_it(database_url: str, tmp_path: Path, endpoint: Endpoint) -> None:
-    given = {
+@pytest.fixture
+def remote_embeddings(endpoint: EmbeddingsEndpoint, tmp_path: Path) -> dict[str, Any]:
+    """Return the settings of a service that uses the endpoint."""
+    return {
         "search": "on",
         "data_dir": tmp_path,
         "EMBEDDINGS_URL": endpoint.url,
         "EMBEDDINGS_MODEL": "Tiny/Model v1",
     }
-    async with serving(database_url, **given) as server, connected(server.address) as stub:
-        await wait_until_searchable(server)
-        library = Library(await Chat.of_new_user(stub))
-        made = await library.create(["some text", "other text"])
+
+
+async def wait_for_status(
+    library: Library, document_id: str, status: document_pb2.DocumentStatus.ValueType
+) -> None:
+    async def has_status() -> bool:
+        return (await library.get(document_id)).status == status
+
+    await wait_until(has_status, f"the document has status {status}")
+
+
+async def message_texts(library: Library, query: str) -> set[str]:
+    hits = await library.search_messages(query, SEMANTIC)
+    return {hit.message.content for hit in hits}
+
+
+async def test_vectors_are_in_the_order_of_the_texts(endpoint: EmbeddingsEndpoint) -> None:
+    embeddings = RemoteEmbeddings(endpoint.url, "tiny", "key-of-mine", None, 2.0)
+    assert await embeddings.dimensions() == 4
+    both, second = await embeddings.embed(["a", "b"]), await embeddings.embed(["b"])
+    assert unpack_vector(both)[4:] == unpack_vector(second)
+    head, request = endpoint.requests[-1]
+    assert "authorization: bearer key-of-mine" in head.lower()
+    assert request["model"] == "tiny"
+    await embeddings.close()
+
+
+async def test_each_failure_of_the_endpoint_raises_its_error(endpoint: EmbeddingsEndpoint) -> None:
+    embeddings = RemoteEmbeddings(endpoint.url, "tiny", None, 5, 2.0)
+    with pytest.raises(SearchMisconfigured, match="EMBEDDINGS_DIMENSIONS is 5"):
+        await embeddings.dimensions()
+    for status, error in (
+        (400, InputRejected),
+        (401, SearchUnavailable),
+        (429, SearchOverloaded),
+        (500, SearchUnavailable),
+    ):
+        endpoint.status = status
+        with pytest.raises(error):
+            await embeddings.embed(["a"])
+    await embeddings.close()
+    unreachable = RemoteEmbeddings("http://127.0.0.1:1/v1", "tiny", None, None, 2.0)
+    with pytest.raises(SearchUnavailable):
+        await unreachable.embed(["a"])
+    await unreachable.close()
+
+
+async def test_service_searches_by_the_endpoints_vectors(
+    database_url: str, endpoint: EmbeddingsEndpoint, remote_embeddings: dict[str, Any]
+) -> None:
+    async with searchable(database_url, remote_embeddings) as (server, library):
+        document = await library.create(["some text", "other text"])
         await wait_until_indexed(server)
         hit = (await library.search("other text"))[0]
-        assert (hit.document.id, hit.chunk_index) == (made.id, 1)
-        assert hit.score == pytest.approx(1.0), "its vectors decide, and nothing else"
+        assert (hit.document.id, hit.chunk_index) == (document.id, 1)
+        assert hit.score == pytest.approx(1.0), "the cosine, without reranking"
         assert isinstance(server.search, Search)
         assert server.search._alias == "chathistory_tiny-model-v1_4"
         endpoint.status = 503
         late = await library.create(["late text"])
         await asyncio.sleep(0.3)
         endpoint.status = 200
-
-        async def indexed() -> bool:
-            return (await library.get(late.id)).status == INDEXED
-
-        await wait_until(indexed, "it is caught up")
+        await wait_for_status(library, late.id, INDEXED)
 
 
-async def test_one_text_that_is_refused_holds_no_other_up(
-    database_url: str, tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+async def test_rejected_text_fails_alone_and_is_retried_at_the_next_start(
+    database_url: str,
+    endpoint: EmbeddingsEndpoint,
+    remote_embeddings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(indexer, "RETRY_BASE_S", 0.01)
-    endpoint.refused = "poison"
-    given = {
-        "search": "on",
-        "data_dir": tmp_path,
-        "EMBEDDINGS_URL": endpoint.url,
-        "EMBEDDINGS_MODEL": "tiny",
-    }
-    async with serving(database_url, **given) as server, connected(server.address) as stub:
-        await wait_until_searchable(server)
-        library = Library(await Chat.of_new_user(stub))
-        made = await library.create([f"text {n}" if n != 70 else "poison" for n in range(100)])
-        fine = await library.create(["nothing is wrong with this one"])
+    endpoint.rejected_text = "poison"
+    async with searchable(database_url, remote_embeddings) as (server, library):
+        rejected = await library.create([f"text {n}" if n != 70 else "poison" for n in range(100)])
+        valid = await library.create(["nothing is wrong with this one"])
         session = await library.chat.start("before")
         for text in ("poison", "after"):
             await library.chat.append(session, text)
-
-        async def given_up() -> bool:
-            return (await library.get(made.id)).status == document_pb2.DOCUMENT_STATUS_FAILED
-
-        await wait_until(given_up, "the document is given up")
+        await wait_for_status(library, rejected.id, FAILED)
         await wait_until_indexed(server)
-        document = await library.get(made.id)
-        assert "refuses" in document.status_detail
-        assert [
-            each.id for each in (await library.list_page(status=document.status)).documents
-        ] == [made.id]
-        assert (await library.get(fine.id)).status == INDEXED
-        found = {
-            hit.chunk_index
-            for hit in await library.search("text 99", document_ids=[made.id], limit=100)
-        }
-        assert found == set(range(100)) - {70}
-        assert {
-            hit.message.content for hit in await library.search_messages("after", SEMANTIC)
-        } == {
-            "before",
-            "after",
-        }
+        assert "refuses" in (await library.get(rejected.id)).status_detail
+        failed = (await library.list_page(status=FAILED)).documents
+        assert [document.id for document in failed] == [rejected.id]
+        assert (await library.get(valid.id)).status == INDEXED
+        hits = await library.search("text 99", document_ids=[rejected.id], limit=100)
+        assert {hit.chunk_index for hit in hits} == set(range(100)) - {70}
+        assert await message_texts(library, "after") == {"before", "after"}
         search = server.search
-        assert isinstance(search, Search)
         assert search.is_healthy
 
-        async def told() -> bool:
+        async def has_two_dead_letters() -> bool:
             return (search.stats.failed, search.stats.lag_s) == (2, 0.0)
 
-        await wait_until(told, "the figures say so")
-        # What comes later is indexed without asking for the rest again.
-        asked = len(endpoint.seen)
+        await wait_until(has_two_dead_letters, "document and session are dead letters")
+        # A new message is embedded without the earlier ones of its session.
+        request_count = len(endpoint.requests)
         await library.chat.append(session, "later")
         await wait_until_indexed(server)
-        assert [sent["input"] for _, sent in endpoint.seen[asked:]] == [["later"]]
-        assert "later" in {
-            hit.message.content for hit in await library.search_messages("later", SEMANTIC)
-        }
-    endpoint.refused = "\0"
-    async with serving(database_url, **given) as server, connected(server.address) as stub:
+        requests = [request["input"] for _, request in endpoint.requests[request_count:]]
+        assert requests == [["later"]]
+        assert "later" in await message_texts(library, "later")
+    endpoint.rejected_text = "\0"
+    async with (
+        serving(database_url, **remote_embeddings) as server,
+        connected(server.address) as stub,
+    ):
         await wait_until_searchable(server)
-        library = Library(Chat(stub, library.user_id))
-
-        async def indexed() -> bool:
-            return (await library.get(made.id)).status == INDEXED
-
-        await wait_until(indexed, "the next start tries it again")
+        await wait_for_status(Library(Chat(stub, library.user_id)), rejected.id, INDEXED)
         await wait_until_indexed(server)
         assert await fetch(database_url, "SELECT FROM search_outbox") == []
 
 
-async def test_an_endpoint_that_takes_no_more_now_is_not_down(
-    database_url: str, tmp_path: Path, endpoint: Endpoint
+async def test_overloaded_endpoint_is_retried_with_back_off_and_stays_healthy(
+    database_url: str, endpoint: EmbeddingsEndpoint, remote_embeddings: dict[str, Any]
 ) -> None:
-    given = {
-        "search": "on",
-        "data_dir": tmp_path,
-        "EMBEDDINGS_URL": endpoint.url,
-        "EMBEDDINGS_MODEL": "tiny",
-    }
-    async with serving(database_url, **given) as server, connected(server.address) as stub:
-        await wait_until_searchable(server)
-        library = Library(await Chat.of_new_user(stub))
+    async with searchable(database_url, remote_embeddings) as (server, library):
         endpoint.status = 429
-        asked = len(endpoint.seen)
-        made = await library.create(["some text"])
-        failed = await failure_of(library.search("anything"))
-        assert (failed.code, failed.reason) == (StatusCode.UNAVAILABLE, "SEARCH_UNAVAILABLE")
+        request_count = len(endpoint.requests)
+        document = await library.create(["some text"])
+        await assert_fails(library.search("anything"), "SEARCH_UNAVAILABLE")
         await asyncio.sleep(2.0)
-        assert isinstance(server.search, Search)
         assert server.search.is_healthy
-        assert 2 <= len(endpoint.seen) - asked <= 6, "asked again, and more and more seldom"
+        assert 2 <= len(endpoint.requests) - request_count <= 6
         assert server.search.stats.lag_s > 1.0
         endpoint.status = 200
-
-        async def indexed() -> bool:
-            return (await library.get(made.id)).status == INDEXED
-
-        await wait_until(indexed, "it is caught up")
+        await wait_for_status(library, document.id, INDEXED)

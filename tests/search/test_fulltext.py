@@ -1,4 +1,4 @@
-"""SearchMessages by words, on PostgreSQL alone."""
+"""SearchMessages in LEXICAL mode, which uses PostgreSQL alone."""
 
 from __future__ import annotations
 
@@ -13,48 +13,51 @@ from tests.support.servers import serving
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncGenerator[Server]:
-    """Give the service without search by meaning."""
-    async with serving(database_url) as started:
-        yield started
+    """Yield a server with search off."""
+    async with serving(database_url) as server:
+        yield server
 
 
-async def found(library: Library, query: str, **fields: object) -> set[str]:
-    return {hit.message.content for hit in await library.search_messages(query, LEXICAL, **fields)}
+async def search(library: Library, query: str, **fields: object) -> set[str]:
+    hits = await library.search_messages(query, LEXICAL, **fields)
+    return {hit.message.content for hit in hits}
 
 
-async def test_words_in_any_case_and_language(library: Library) -> None:
+async def test_words_match_in_any_case_and_language(library: Library) -> None:
     session = await library.chat.start("Der Zug nach Zürich fährt um 9:15")
     await library.chat.append(session, "the train leaves at nine")
     await library.chat.append(session, "100% of _users_ like C:\\temp")
-    assert await found(library, "zürich") == {"Der Zug nach Zürich fährt um 9:15"}
-    assert await found(library, "TRAIN nine") == {"the train leaves at nine"}
-    assert await found(library, "trai") == set()
-    assert await found(library, '"leaves at nine"') == {"the train leaves at nine"}
-    assert await found(library, '"nine at"') == set()
-    assert await found(library, "zug or train") == {
+    assert await search(library, "zürich") == {"Der Zug nach Zürich fährt um 9:15"}
+    assert await search(library, "TRAIN nine") == {"the train leaves at nine"}
+    assert await search(library, "trai") == set()
+    assert await search(library, '"leaves at nine"') == {"the train leaves at nine"}
+    assert await search(library, '"nine at"') == set()
+    assert await search(library, "zug or train") == {
         "Der Zug nach Zürich fährt um 9:15",
         "the train leaves at nine",
     }
-    assert await found(library, "the -nine") == set()
-    assert await found(library, "100% _users_") == {"100% of _users_ like C:\\temp"}
-    assert await found(library, "'; DROP TABLE users --") == set()
+    assert await search(library, "the -nine") == set()
+    assert await search(library, "100% _users_") == {"100% of _users_ like C:\\temp"}
+    assert await search(library, "'; DROP TABLE users --") == set()
 
 
 @pytest.mark.case(n=19)
-async def test_only_ones_own_and_only_what_is_there(library: Library, others: Library) -> None:
+async def test_only_current_texts_of_the_own_messages_match(
+    library: Library, others: Library
+) -> None:
     session = await library.chat.start("a secret word: zebra")
     (message,) = await library.chat.all(session)
     await others.chat.start("no animals here")
-    assert await found(others, "zebra") == set()
-    assert await found(others, "zebra", session_id=session) == set()
-    assert await found(library, "zebra", session_id=session) == {"a secret word: zebra"}
+    assert await search(others, "zebra") == set()
+    assert await search(others, "zebra", session_id=session) == set()
+    assert await search(library, "zebra", session_id=session) == {"a secret word: zebra"}
     await library.chat.update(session, message.id, content="a secret word: giraffe")
-    assert await found(library, "zebra") == set()
+    assert await search(library, "zebra") == set()
     await library.chat.delete(session, message.id)
-    assert await found(library, "giraffe") == set()
+    assert await search(library, "giraffe") == set()
 
 
-async def test_the_match_is_marked_and_the_rest_escaped(library: Library) -> None:
+async def test_snippet_marks_the_match_and_escapes_html(library: Library) -> None:
     await library.chat.start(
         "lorem ipsum " * 50 + "<b>the Zebra & friends</b> " + "dolor sit " * 50
     )
@@ -64,7 +67,7 @@ async def test_the_match_is_marked_and_the_rest_escaped(library: Library) -> Non
     assert len(hit.snippet) < 500
 
 
-async def test_better_matches_come_first_and_then_newer_ones(library: Library) -> None:
+async def test_hits_are_sorted_by_rank_then_newest_first(library: Library) -> None:
     session = await library.chat.start("pears and, far away in another clause altogether, apples")
     await library.chat.append(session, "apples pears")
     await library.chat.append(session, "apples pears")

@@ -1,16 +1,14 @@
-"""Which of several long, alike chunks comes first with the offline embeddings."""
+"""The order of long, similar chunks with the offline embeddings."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from service.server import Server
 from tests.search.library import Library
+from tests.search.sections import TEXTS, sections
 from tests.search.waits import wait_until_indexed
 
-TEXTS = Path(__file__).parent / "texts" / "long"
-
-# In other words than the texts'; by the vectors of whole sections, another one comes first each time.
+# Questions in other words than the texts', with the heading of the section that answers them. By
+# the vectors of whole sections alone, another section comes first for each of them.
 QUESTIONS = [
     ("how do I apply to get in and how long do I wait for an apartment", "Joining"),
     ("how early do I have to cancel my lease", "Moving out"),
@@ -18,13 +16,11 @@ QUESTIONS = [
 ]
 
 
-async def test_of_long_and_alike_sections_the_right_one_comes_first(
+async def test_right_one_of_long_similar_sections_comes_first(
     server: Server, library: Library
 ) -> None:
-    for path in sorted(TEXTS.glob("*.md")):
-        await library.create(
-            ["## " + part.strip() for part in path.read_text().split("\n## ")[1:]], title=path.stem
-        )
+    for path in sorted((TEXTS / "long").glob("*.md")):
+        await library.create(sections(path), title=path.stem)
     await wait_until_indexed(server)
     for question, heading in QUESTIONS:
         hits = await library.search(question)
@@ -32,19 +28,17 @@ async def test_of_long_and_alike_sections_the_right_one_comes_first(
         scores = [hit.score for hit in hits]
         assert scores == sorted(scores, reverse=True)
         assert 0 <= scores[-1] < scores[0] <= 1
-        (only,) = await library.search(question, limit=1)
-        assert only == hits[0]
+        (only_hit,) = await library.search(question, limit=1)
+        assert only_hit == hits[0]
 
 
-async def test_texts_and_questions_of_any_kind_are_compared(
-    server: Server, library: Library
-) -> None:
+async def test_unusual_texts_and_queries_are_reranked(server: Server, library: Library) -> None:
     texts = ["?!", "ein Wort", "\n\n", "x" * 200_000, "飛行機が空を飛ぶ", "word " * 20_000]
-    made = await library.create(texts)
+    document = await library.create(texts)
     await wait_until_indexed(server)
-    there = {n for n, text in enumerate(texts) if text.strip()}
-    for question in ("word", "... ?", "飛行機", "a b " * 2_000):
-        hits = await library.search(question, document_ids=[made.id])
-        assert {hit.chunk_index for hit in hits} == there
+    not_blank = {index for index, text in enumerate(texts) if text.strip()}
+    for query in ("word", "... ?", "飛行機", "a b " * 2_000):
+        hits = await library.search(query, document_ids=[document.id])
+        assert {hit.chunk_index for hit in hits} == not_blank
         assert all(-1 <= hit.score <= 1.001 for hit in hits)
     assert (await library.search("das Wort"))[0].text == "ein Wort"

@@ -1,4 +1,4 @@
-"""Waits for the state of a server's search."""
+"""Waits for a condition, and for the state of a server's search."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ from collections.abc import Awaitable, Callable
 from service.search.service import Search
 from service.server import Server
 
+POLL_S = 0.02
+
 
 async def wait_until(
-    condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60.0
+    condition: Callable[[], Awaitable[bool]], description: str, timeout_s: float = 60.0
 ) -> None:
-    """Wait for something."""
-    give_up = time.monotonic() + seconds
+    """Wait until a condition is true; fail with its description after a timeout."""
+    deadline = time.monotonic() + timeout_s
     while not await condition():
-        assert time.monotonic() < give_up, f"not within {seconds} s: {what}"
-        await asyncio.sleep(0.02)
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {description}"
+        await asyncio.sleep(POLL_S)
 
 
 async def wait_until_searchable(server: Server) -> None:
-    """Wait until search answers."""
+    """Wait until search responds."""
 
-    async def healthy() -> bool:
+    async def is_healthy() -> bool:
         return server.search.is_healthy
 
-    await wait_until(healthy, "search is ready")
+    await wait_until(is_healthy, "search is ready")
 
 
 async def wait_until_built(server: Server) -> None:
-    """Wait until no index is being built: the first one is, also when search answers already."""
+    """Wait until no rebuild runs. The first one runs on while search responds already."""
+    search = server.search
+    assert isinstance(search, Search)
 
-    async def done() -> bool:
-        assert isinstance(server.search, Search)
-        return server.search._rebuild is None or server.search._rebuild.done()
+    async def is_built() -> bool:
+        return search._rebuild is None or search._rebuild.done()
 
-    await wait_until(done, "the index is built")
+    await wait_until(is_built, "the index is built")
 
 
 async def wait_until_indexed(server: Server) -> None:
-    """Wait until the index owes nothing that can be done."""
-    assert isinstance(server.search, Search)
-    outbox = server.search._indexer._outbox if server.search._indexer else None
-    assert outbox is not None
+    """Wait until no row of the outbox is pending; dead letters do not count."""
+    search = server.search
+    assert isinstance(search, Search)
+    assert search._indexer is not None
+    outbox = search._indexer._outbox
 
-    async def nothing() -> bool:
+    async def is_empty() -> bool:
         return (await outbox.backlog()).pending == 0
 
-    await wait_until(nothing, "everything is indexed")
+    await wait_until(is_empty, "everything is indexed")
