@@ -1,4 +1,4 @@
-"""AppendMessages: numbered without gap, all or none, once whatever the retries, checked in the contract's order."""
+"""AppendMessages: gapless seqs, atomic, idempotent, with errors in the contract's order."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.support.failures import assert_fails, assert_field_violations
 ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_ARCHIVED
 
 
-def places(reply: message_pb2.AppendMessagesResponse) -> list[tuple[int, bool]]:
-    """Return each message's seq, and whether it was there before."""
-    return [(each.seq, each.replayed) for each in reply.messages]
+def seqs_and_replays(reply: message_pb2.AppendMessagesResponse) -> list[tuple[int, bool]]:
+    """Return the seq of each message, and whether it is a replay."""
+    return [(entry.seq, entry.replayed) for entry in reply.messages]
 
 
 async def stored(chat: Chat, session_id: str) -> list[str]:
@@ -36,9 +36,9 @@ async def test_seq_counts_from_1_without_gaps_over_appends_of_any_size(
     seen: list[int] = []
     for size in sizes:
         reply = await chat.append(session.id, new_messages(size))
-        assert len({each.create_time.ToMicroseconds() for each in reply.messages}) == 1
+        assert len({entry.create_time.ToMicroseconds() for entry in reply.messages}) == 1
         assert not reply.session_created
-        seen += [each.seq for each in reply.messages]
+        seen += [entry.seq for entry in reply.messages]
     assert seen == list(range(1, sum(sizes) + 1))
     after = await chat.get_session(session.id)
     assert after.last_seq == after.message_count == sum(sizes)
@@ -49,15 +49,15 @@ async def test_messages_of_a_request_get_seqs_in_its_order(
 ) -> None:
     sent = new_messages(50)
     reply = await chat.append(session.id, sent)
-    assert [each.id for each in reply.messages] == [message.id for message in sent]
-    assert [each.seq for each in reply.messages] == list(range(1, 51))
+    assert [entry.id for entry in reply.messages] == [message.id for message in sent]
+    assert [entry.seq for entry in reply.messages] == list(range(1, 51))
     assert await stored(chat, session.id) == [message.content for message in sent]
 
 
 async def test_concurrent_appends_leave_no_gap_and_keep_requests_together(chat: Chat) -> None:
     session_id = await chat.start()
     replies = await asyncio.gather(*(chat.append(session_id, new_messages(3)) for _ in range(30)))
-    blocks = sorted([each.seq for each in reply.messages] for reply in replies)
+    blocks = sorted([entry.seq for entry in reply.messages] for reply in replies)
     assert [seq for block in blocks for seq in block] == list(range(2, 92))
     assert [message.seq for message in await chat.all(session_id)] == list(range(1, 92))
 
@@ -65,17 +65,17 @@ async def test_concurrent_appends_leave_no_gap_and_keep_requests_together(chat: 
 async def test_each_session_has_its_own_seqs(chat: Chat, other: Chat) -> None:
     session_id = new_id()
     mine, theirs, second = [
-        (await each.create_session(id=id_)).id
-        for each, id_ in ((chat, session_id), (other, session_id), (chat, ""))
+        (await user.create_session(id=id_)).id
+        for user, id_ in ((chat, session_id), (other, session_id), (chat, ""))
     ]
     replies = await asyncio.gather(
         *(
-            each.append(id_, new_messages(2))
+            user.append(id_, new_messages(2))
             for _ in range(5)
-            for each, id_ in ((chat, mine), (other, theirs), (chat, second))
+            for user, id_ in ((chat, mine), (other, theirs), (chat, second))
         )
     )
-    assert sorted(each.seq for reply in replies for each in reply.messages) == sorted(
+    assert sorted(entry.seq for reply in replies for entry in reply.messages) == sorted(
         [*range(1, 11)] * 3
     )
 
@@ -90,7 +90,7 @@ async def test_rejected_append_uses_no_seq(chat: Chat) -> None:
     await assert_field_violations(
         chat.append(session_id, [new_message("a\0")]), "messages[0].content"
     )
-    assert places(await chat.append(session_id, "next")) == [(3, False)]
+    assert seqs_and_replays(await chat.append(session_id, "next")) == [(3, False)]
 
 
 # --- Retries.
@@ -106,10 +106,10 @@ async def test_retry_gets_the_same_reply_and_stores_nothing(
     first = await chat.append(session.id, sent)
     await chat.append(session.id, "between")
     again = await chat.append(session.id, sent)
-    assert places(first) == [(1, False), (2, False)]
-    assert places(again) == [(1, True), (2, True)]
-    assert [each.create_time for each in again.messages] == [
-        each.create_time for each in first.messages
+    assert seqs_and_replays(first) == [(1, False), (2, False)]
+    assert seqs_and_replays(again) == [(1, True), (2, True)]
+    assert [entry.create_time for entry in again.messages] == [
+        entry.create_time for entry in first.messages
     ]
     assert len(await chat.all(session.id)) == 3
 
@@ -120,9 +120,9 @@ async def test_fifty_equal_concurrent_appends_store_one(
 ) -> None:
     sent = new_messages(2)
     replies = await asyncio.gather(*(chat.append(session.id, sent) for _ in range(50)))
-    assert {tuple(each.seq for each in reply.messages) for reply in replies} == {(1, 2)}
+    assert {tuple(entry.seq for entry in reply.messages) for reply in replies} == {(1, 2)}
     assert (
-        len({each.create_time.ToMicroseconds() for reply in replies for each in reply.messages})
+        len({entry.create_time.ToMicroseconds() for reply in replies for entry in reply.messages})
         == 1
     )
     assert sorted(reply.messages[0].replayed for reply in replies) == [False] + [True] * 49
@@ -137,7 +137,7 @@ async def test_spelling_of_id_and_metadata_makes_no_different_message(chat: Chat
     )
     respelled.seq, respelled.etag = 7, "anything"
     respelled.create_time.seconds = 1
-    assert places(await chat.append(session_id.upper(), [respelled])) == [(1, True)]
+    assert seqs_and_replays(await chat.append(session_id.upper(), [respelled])) == [(1, True)]
 
 
 async def test_message_that_was_read_can_be_appended_again_unchanged(chat: Chat) -> None:
@@ -149,7 +149,7 @@ async def test_message_that_was_read_can_be_appended_again_unchanged(chat: Chat)
         ]
     )
     read = await chat.all(session_id)
-    assert places(await chat.append(session_id, read)) == [(1, True)]
+    assert seqs_and_replays(await chat.append(session_id, read)) == [(1, True)]
 
 
 OTHERS: list[dict[str, Any]] = [
@@ -189,8 +189,12 @@ async def test_same_id_in_another_session_is_another_message(chat: Chat, other: 
     first = await chat.start([sent])
     second = (await chat.create_session()).id
     theirs = (await other.create_session(id=first)).id
-    assert places(await chat.append(second, [new_message("two", id=sent.id)])) == [(1, False)]
-    assert places(await other.append(theirs, [new_message("three", id=sent.id)])) == [(1, False)]
+    assert seqs_and_replays(await chat.append(second, [new_message("two", id=sent.id)])) == [
+        (1, False)
+    ]
+    assert seqs_and_replays(await other.append(theirs, [new_message("three", id=sent.id)])) == [
+        (1, False)
+    ]
     assert (await stored(chat, first), await stored(chat, second), await stored(other, theirs)) == (
         ["one"],
         ["two"],
@@ -203,10 +207,10 @@ async def test_append_without_ids_gets_new_ids_on_each_retry(
 ) -> None:
     sent = [new_message("one", id=""), new_message("one", id="")]
     replies = [await chat.append(session.id, sent) for _ in range(2)]
-    assert [seq for reply in replies for seq, _ in places(reply)] == [1, 2, 3, 4]
-    ids = [each.id for reply in replies for each in reply.messages]
+    assert [seq for reply in replies for seq, _ in seqs_and_replays(reply)] == [1, 2, 3, 4]
+    ids = [entry.id for reply in replies for entry in reply.messages]
     assert len(set(ids)) == 4
-    assert all(uuid.UUID(each).version == 7 for each in ids)
+    assert all(uuid.UUID(id_).version == 7 for id_ in ids)
     assert [message.id for message in await chat.all(session.id)] == ids
 
 
@@ -223,7 +227,7 @@ async def test_duplicate_id_in_one_request_is_rejected(
     assert await stored(chat, session.id) == []
 
 
-# --- Replays mixed with new ones.
+# --- Replays mixed with new messages.
 
 
 async def test_mixed_append_keeps_replayed_seqs_and_adds_new_ones_together(
@@ -232,8 +236,8 @@ async def test_mixed_append_keeps_replayed_seqs_and_adds_new_ones_together(
     old, new = new_messages(4, "old"), new_messages(3, "new")
     await chat.append(session.id, old)
     reply = await chat.append(session.id, [new[0], old[2], new[1], old[0], new[2]])
-    assert places(reply) == [(5, False), (3, True), (6, False), (1, True), (7, False)]
-    assert [each.id for each in reply.messages] == [
+    assert seqs_and_replays(reply) == [(5, False), (3, True), (6, False), (1, True), (7, False)]
+    assert [entry.id for entry in reply.messages] == [
         new[0].id,
         old[2].id,
         new[1].id,
@@ -266,8 +270,8 @@ async def test_overlapping_concurrent_requests_store_each_message_once(
     sent = new_messages(12)
     requests = [sent[start : start + 5] for start in range(8)] * 3
     replies = await asyncio.gather(*(chat.append(session.id, request) for request in requests))
-    seqs = {each.id: each.seq for reply in replies for each in reply.messages}
-    assert all(seqs[each.id] == each.seq for reply in replies for each in reply.messages)
+    seqs = {entry.id: entry.seq for reply in replies for entry in reply.messages}
+    assert all(seqs[entry.id] == entry.seq for reply in replies for entry in reply.messages)
     assert sorted(seqs.values()) == list(range(1, 13))
     assert {message.id: message.seq for message in await chat.all(session.id)} == seqs
 
@@ -291,7 +295,7 @@ async def test_bad_append_does_not_fail_those_in_its_statement(
     ) == list(range(2, 22))
 
 
-# --- Starting a session.
+# --- Creating a session.
 
 
 async def test_retry_of_append_without_session_finds_the_created_session(chat: Chat) -> None:
@@ -304,7 +308,7 @@ async def test_retry_of_append_without_session_finds_the_created_session(chat: C
     again = await chat.append(
         "", sent, session={"title": "T", "summary": "S", "metadata": {"k": 1}}
     )
-    assert (again.session_id, again.session_created, places(again)) == (
+    assert (again.session_id, again.session_created, seqs_and_replays(again)) == (
         first.session_id,
         False,
         [(1, True), (2, True)],
@@ -322,7 +326,7 @@ async def test_equal_concurrent_appends_without_session_create_one_session(chat:
     replies = await asyncio.gather(*(chat.append("", sent) for _ in range(30)))
     assert len({reply.session_id for reply in replies}) == 1
     assert sum(reply.session_created for reply in replies) == 1
-    assert sum(each.replayed for reply in replies for each in reply.messages) == 58
+    assert sum(entry.replayed for reply in replies for entry in reply.messages) == 58
     assert len(await chat.all(replies[0].session_id)) == 2
 
 
@@ -340,12 +344,16 @@ async def test_unknown_session_is_created_only_with_create_if_missing(chat: Chat
     session_id, sent = new_id(), new_messages(1)
     await assert_fails(chat.append(session_id, sent), "SESSION_NOT_FOUND", session_id=session_id)
     assert len((await chat.list_sessions()).sessions) == 0
-    made = await chat.append(
+    created = await chat.append(
         session_id.upper(), sent, create_if_missing=True, session={"title": "T"}
     )
-    assert (made.session_id, made.session_created, places(made)) == (session_id, True, [(1, False)])
+    assert (created.session_id, created.session_created, seqs_and_replays(created)) == (
+        session_id,
+        True,
+        [(1, False)],
+    )
     again = await chat.append(session_id, sent, create_if_missing=True, session={"title": "U"})
-    assert (again.session_created, places(again)) == (False, [(1, True)])
+    assert (again.session_created, seqs_and_replays(again)) == (False, [(1, True)])
     assert (await chat.get_session(session_id)).title == "T"
 
 
@@ -355,7 +363,7 @@ async def test_concurrent_first_appends_create_one_session(chat: Chat) -> None:
         *(chat.append(session_id, new_messages(2), create_if_missing=True) for _ in range(30))
     )
     assert sum(reply.session_created for reply in replies) == 1
-    assert sorted(each.seq for reply in replies for each in reply.messages) == list(range(1, 61))
+    assert sorted(entry.seq for reply in replies for entry in reply.messages) == list(range(1, 61))
     created = next(reply for reply in replies if reply.session_created)
     assert created.messages[0].seq == 1
 
@@ -390,9 +398,9 @@ async def test_session_to_create_must_match_the_request(chat: Chat, other: Chat)
         await assert_field_violations(
             chat.append(session_id, "hello", create_if_missing=True, session=session), field
         )
-    made = {"id": session_id.upper(), "user_id": chat.user_id, "state": ACTIVE}
+    created = {"id": session_id.upper(), "user_id": chat.user_id, "state": ACTIVE}
     assert (
-        await chat.append(session_id, "hello", create_if_missing=True, session=made)
+        await chat.append(session_id, "hello", create_if_missing=True, session=created)
     ).session_created
 
 
@@ -403,19 +411,21 @@ async def test_session_id_of_a_message_must_match_the_request(
         chat.append(session.id, [new_message("a"), new_message("b", session_id=new_id())]),
         "messages[1].session_id",
     )
-    assert places(
+    assert seqs_and_replays(
         await chat.append(session.id, [new_message("a", session_id=session.id.upper())])
     ) == [(1, False)]
 
 
 async def test_append_for_unknown_user_is_not_found(chat: Chat) -> None:
-    nobody = Chat(chat.stub, new_id())
-    await assert_fails(nobody.append("", new_messages(1)), "USER_NOT_FOUND", user_id=nobody.user_id)
+    unknown_user = Chat(chat.stub, new_id())
     await assert_fails(
-        nobody.append(new_id(), new_messages(1), create_if_missing=True), "USER_NOT_FOUND"
+        unknown_user.append("", new_messages(1)), "USER_NOT_FOUND", user_id=unknown_user.user_id
     )
     await assert_fails(
-        nobody.append(session_id := new_id(), new_messages(1)),
+        unknown_user.append(new_id(), new_messages(1), create_if_missing=True), "USER_NOT_FOUND"
+    )
+    await assert_fails(
+        unknown_user.append(session_id := new_id(), new_messages(1)),
         "SESSION_NOT_FOUND",
         session_id=session_id,
     )
@@ -430,34 +440,36 @@ async def test_deleted_session_can_be_created_again_and_counts_from_1(chat: Chat
     session_id = await chat.start(sent)
     await chat.delete_session(session_id)
     again = await chat.append("", sent[:1])
-    assert (again.session_id, again.session_created, places(again)) == (
+    assert (again.session_id, again.session_created, seqs_and_replays(again)) == (
         session_id,
         True,
         [(1, False)],
     )
 
 
-# --- What is checked, and in which order: session, replay, archived, expected_last_seq.
+# --- The order of checks: session, replay, archived, expected_last_seq.
 
 
 async def test_append_with_stale_expected_seq_is_aborted_with_the_current_one(
     chat: Chat, session: session_pb2.Session
 ) -> None:
-    assert places(await chat.append(session.id, new_messages(2), expected_last_seq=0)) == [
+    assert seqs_and_replays(
+        await chat.append(session.id, new_messages(2), expected_last_seq=0)
+    ) == [
         (1, False),
         (2, False),
     ]
-    found = await assert_fails(
+    failure = await assert_fails(
         chat.append(session.id, "x", expected_last_seq=0),
         "LAST_SEQ_MISMATCH",
         session_id=session.id,
         last_seq=2,
     )
-    assert found.retry_after is None
+    assert failure.retry_after is None
     await assert_fails(
         chat.append(session.id, "x", expected_last_seq=3), "LAST_SEQ_MISMATCH", last_seq=2
     )
-    assert places(await chat.append(session.id, "x", expected_last_seq=2)) == [(3, False)]
+    assert seqs_and_replays(await chat.append(session.id, "x", expected_last_seq=2)) == [(3, False)]
 
 
 async def test_one_of_concurrent_appends_with_equal_expected_seq_succeeds(
@@ -470,7 +482,7 @@ async def test_one_of_concurrent_appends_with_equal_expected_seq_succeeds(
     won = [result for result in results if isinstance(result, message_pb2.AppendMessagesResponse)]
     assert len(won) == 1
     assert [message.id for message in await chat.all(session.id)] == [
-        each.id for each in won[0].messages
+        entry.id for entry in won[0].messages
     ]
 
 
@@ -480,7 +492,7 @@ async def test_deleted_message_counts_for_expected_seq(chat: Chat) -> None:
     await assert_fails(
         chat.append(session_id, "x", expected_last_seq=1), "LAST_SEQ_MISMATCH", last_seq=2
     )
-    assert places(await chat.append(session_id, "x", expected_last_seq=2)) == [(3, False)]
+    assert seqs_and_replays(await chat.append(session_id, "x", expected_last_seq=2)) == [(3, False)]
 
 
 async def test_session_to_create_has_expected_seq_0(chat: Chat) -> None:
@@ -488,10 +500,10 @@ async def test_session_to_create_has_expected_seq_0(chat: Chat) -> None:
     wrong = chat.append(session_id, new_messages(1), create_if_missing=True, expected_last_seq=1)
     await assert_fails(wrong, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
     await assert_fails(chat.get_session(session_id), "SESSION_NOT_FOUND")
-    made = await chat.append(
+    created = await chat.append(
         session_id, new_messages(1), create_if_missing=True, expected_last_seq=0
     )
-    assert made.session_created
+    assert created.session_created
     assert (await chat.append("", new_messages(1), expected_last_seq=0)).session_created
 
 
@@ -506,18 +518,22 @@ async def test_missing_session_is_reported_before_other_errors(chat: Chat) -> No
 
 async def test_append_of_replays_only_always_succeeds(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(3))
-    assert places(await chat.append(session_id, sent[:2], expected_last_seq=0)) == [
+    assert seqs_and_replays(await chat.append(session_id, sent[:2], expected_last_seq=0)) == [
         (1, True),
         (2, True),
     ]
     await chat.update_session(id=session_id, state=ARCHIVED)
-    assert places(await chat.append(session_id, sent)) == [(1, True), (2, True), (3, True)]
-    assert places(await chat.append(session_id, sent, expected_last_seq=77)) == [
+    assert seqs_and_replays(await chat.append(session_id, sent)) == [
         (1, True),
         (2, True),
         (3, True),
     ]
-    assert places(await chat.append("", sent)) == [(1, True), (2, True), (3, True)]
+    assert seqs_and_replays(await chat.append(session_id, sent, expected_last_seq=77)) == [
+        (1, True),
+        (2, True),
+        (3, True),
+    ]
+    assert seqs_and_replays(await chat.append("", sent)) == [(1, True), (2, True), (3, True)]
 
 
 async def test_reused_id_is_reported_before_archived_and_expected_seq(chat: Chat) -> None:
@@ -551,7 +567,7 @@ async def test_expected_seq_applies_to_mixed_appends(chat: Chat) -> None:
         "LAST_SEQ_MISMATCH",
         last_seq=2,
     )
-    assert places(
+    assert seqs_and_replays(
         await chat.append(session_id, [sent[1], new_message("new")], expected_last_seq=2)
     ) == [
         (2, True),
@@ -559,7 +575,7 @@ async def test_expected_seq_applies_to_mixed_appends(chat: Chat) -> None:
     ]
 
 
-# --- What is in the database afterwards.
+# --- The stored rows.
 
 
 async def test_session_counts_match_its_messages(chat: Chat, database_url: str) -> None:
@@ -570,7 +586,9 @@ async def test_session_counts_match_its_messages(chat: Chat, database_url: str) 
     await asyncio.gather(*appends)
     rows = await fetch(
         database_url,
-        """SELECT s.last_seq, s.message_count, count(m), min(m.seq), max(m.seq), max(m.created_at) = s.updated_at AS at
-           FROM chat_sessions AS s JOIN chat_messages AS m ON m.session_id = s.id GROUP BY s.user_id, s.id""",
+        """SELECT s.last_seq, s.message_count, count(m), min(m.seq), max(m.seq),
+                  max(m.created_at) = s.updated_at AS at
+           FROM chat_sessions AS s JOIN chat_messages AS m ON m.session_id = s.id
+           GROUP BY s.user_id, s.id""",
     )
     assert [tuple(row) for row in rows] == [(7, 7, 7, 1, 7, True)] * 3

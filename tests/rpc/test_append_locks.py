@@ -1,4 +1,4 @@
-"""Weak locks of others on a session's row, as every foreign key check takes them, do not make the session look new."""
+"""Appends to sessions whose rows other transactions hold: with weak locks, or to delete them."""
 
 import asyncio
 
@@ -10,9 +10,10 @@ from tests.support.chat import Chat
 
 
 @pytest.mark.parametrize("ended", [0, 1, 2])
-async def test_append_waits_for_the_locks_of_other_transactions(
+async def test_append_under_key_share_locks_reports_no_created_session(
     chat: Chat, database_url: str, ended: int
 ) -> None:
+    """Each foreign key check takes such a lock, which must not make the session look new."""
     session = await chat.create_session()
     connections = [await asyncpg.connect(database_url) for _ in range(2)]
     held = []
@@ -32,22 +33,22 @@ async def test_append_waits_for_the_locks_of_other_transactions(
         await transaction.rollback()
     for connection in connections:
         await connection.close()
-    assert [each.seq for each in reply.messages] == [1]
+    assert [entry.seq for entry in reply.messages] == [1]
     assert not reply.session_created
 
 
 async def test_append_that_waits_for_a_delete_is_not_found(chat: Chat, database_url: str) -> None:
-    """However often it had to ask while the lock was held, which a large erasure holds for longer than the append's patience."""
+    """A large delete holds the lock for longer than an attempt waits: there are many attempts."""
     session = await chat.create_session()
-    eraser = await asyncpg.connect(database_url)
-    async with eraser.transaction():
-        await eraser.execute(
+    deleter = await asyncpg.connect(database_url)
+    async with deleter.transaction():
+        await deleter.execute(
             "DELETE FROM chat_sessions WHERE user_id = $1 AND id = $2", chat.user_id, session.id
         )
         waiting = [
             asyncio.create_task(failures.failure_of(chat.append(session.id, f"{n}")))
             for n in range(3)
         ]
-        await asyncio.sleep(2)  # Each try waits for the lock for 75 ms.
-    await eraser.close()
-    assert {found.reason for found in await asyncio.gather(*waiting)} == {"SESSION_NOT_FOUND"}
+        await asyncio.sleep(2)  # Each attempt waits 75 ms for the lock.
+    await deleter.close()
+    assert {failure.reason for failure in await asyncio.gather(*waiting)} == {"SESSION_NOT_FOUND"}

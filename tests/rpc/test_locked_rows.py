@@ -1,4 +1,4 @@
-"""Somebody holds a row: those who need it wait in turn and are told in time, and nobody else waits for them."""
+"""A transaction holds a row: calls that need it fail in time, and no other call waits for them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.support.servers import channel, connected, serving
 from tests.support.statements import SentStatements, database_name
 
 BLOCKED = 40
-SECONDS = 10.0
-"""In which a call that need not wait for the row must be answered: much more than it takes, and less than the row is held."""
+TIMEOUT_S = 10.0
+"""For calls that do not need the row: much longer than they take, shorter than the row is held."""
 
 
 @pytest.fixture(params=["direct", "pooled"])
 async def busy(database_url: str, request: pytest.FixtureRequest) -> AsyncGenerator[Server]:
-    """Give a server, as it works with PostgreSQL itself and as it does with a transaction pooler."""
+    """Give a server, connected to PostgreSQL directly and as through a transaction pooler."""
     target = parse(database_url, prepared_statements="off" if request.param == "pooled" else "on")
     async with serving(target) as server:
         yield server
@@ -35,7 +35,7 @@ async def busy(database_url: str, request: pytest.FixtureRequest) -> AsyncGenera
 
 @asynccontextmanager
 async def held(cluster: Cluster, database_url: str, *session_ids: str) -> AsyncGenerator[Any]:
-    """Hold the rows of sessions for a block."""
+    """Lock the rows of sessions during the block."""
     holder = await cluster.connect(database_name(database_url))
     try:
         async with holder.transaction():
@@ -61,7 +61,7 @@ async def test_updates_of_a_locked_row_delay_no_other_call(
                 for n in range(BLOCKED)
             ]
             for turn in range(8):
-                async with asyncio.timeout(SECONDS):
+                async with asyncio.timeout(TIMEOUT_S):
                     await other.append(theirs, f"{turn}")
                     await other.append("", "a new session")
                     await other.page(theirs)
@@ -74,7 +74,8 @@ async def test_updates_of_a_locked_row_delay_no_other_call(
                         reply = await health.Check(health_pb2.HealthCheckRequest(service=name))
                         assert reply.status == health_pb2.HealthCheckResponse.SERVING
                 used = await holder.fetchval(
-                    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'chat-history'"
+                    "SELECT count(*) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND application_name = 'chat-history'"
                 )
                 assert used <= busy.settings.db_pool_size + busy.settings.db_max_overflow
                 await asyncio.sleep(0.1)
@@ -88,9 +89,8 @@ async def test_updates_of_a_locked_row_delay_no_other_call(
 async def test_update_of_a_locked_row_fails_before_the_deadline(
     busy: Server, cluster: Cluster, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        database, "REPLY_MARGIN_S", 1.0
-    )  # A busy machine takes its time to carry forty answers.
+    # A busy machine needs time to deliver 40 replies.
+    monkeypatch.setattr(database, "REPLY_MARGIN_S", 1.0)
     async with connected(busy.address) as stub:
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()
@@ -98,10 +98,10 @@ async def test_update_of_a_locked_row_fails_before_the_deadline(
         async with held(cluster, database_url, session.id):
             calls = [stub.UpdateSession(request, timeout=5) for _ in range(BLOCKED)]
             for call in calls:
-                found = await failures.failure_of(call)
-                # Who is in a queue of forty may be told that the time is up while it still waits for its turn.
-                assert found.reason in ("CONTENTION", "DATABASE_UNAVAILABLE"), found
-                assert found.retry_after
+                failure = await failures.failure_of(call)
+                # In a queue of 40, a call may time out while it still waits for a connection.
+                assert failure.reason in ("CONTENTION", "DATABASE_UNAVAILABLE"), failure
+                assert failure.retry_after
         await chat.update_session(["title"], id=session.id, title="at last")
 
 
@@ -113,5 +113,5 @@ async def test_lock_timeout_costs_no_round_trip(
         session = await chat.create_session()
         sent = SentStatements(cluster, database_url)
         await chat.update_session(["title"], id=session.id, title="new")
-        found = [each.sql.split()[0].rstrip(";") for each in sent.so_far()]
-    assert found == ["BEGIN", "SELECT", "UPDATE", "COMMIT"]
+        commands = [statement.sql.split()[0].rstrip(";") for statement in sent.so_far()]
+    assert commands == ["BEGIN", "SELECT", "UPDATE", "COMMIT"]

@@ -21,7 +21,14 @@ from tests.soak.tally import OWN, Tally
 from tests.support.chat import new_id
 from tests.support.clients import client_of
 from tests.support.load import RETRYABLE_CODES, fast_reconnect_options
-from tests.support.record import Erasure, Place, Record, Sent, place, said
+from tests.support.record import (
+    Erasure,
+    Record,
+    SeenMessage,
+    Sent,
+    new_marked_message,
+    seen_message,
+)
 from tests.support.servers import AsyncStub, channel
 
 USERS = 12
@@ -237,7 +244,8 @@ class Traffic:
 
     def _messages(self, least: int, most: int) -> list[message_pb2.Message]:
         return [
-            said(self._chance.randint(40, 600)) for _ in range(self._chance.randint(least, most))
+            new_marked_message(self._chance.randint(40, 600))
+            for _ in range(self._chance.randint(least, most))
         ]
 
     async def _append(self, talk: Talk) -> None:
@@ -479,12 +487,12 @@ class Traffic:
         replica: Replica = self._chance.choice(self._stack.replicas)
         self._tally.calls["WatchMessages"] += 1
         request = message_pb2.WatchMessagesRequest(after_seq=after, **talk.record.name)
-        seen: list[Place] = []
+        seen: list[SeenMessage] = []
         try:
             async for reply in self._stubs[replica.name].WatchMessages(
                 request, timeout=self._chance.uniform(0.2, 8)
             ):
-                seen.append(place(reply.message))  # noqa: PERF401 - what has come counts also when it ends in an error
+                seen.append(seen_message(reply.message))  # noqa: PERF401 - what has come counts also when it ends in an error
         except aio.AioRpcError as error:
             if error.code() != StatusCode.DEADLINE_EXCEEDED:
                 self._tally.failure("WatchMessages", error)
@@ -498,7 +506,7 @@ class Traffic:
         self.talks.append(talk)
         record = talk.record
         follower: asyncio.Task[None] | None = None
-        seen: list[Place] = []
+        seen: list[SeenMessage] = []
         begun = time.monotonic()
         while not self._stopping or follower is None:
             messages = self._messages(1, 2)
@@ -539,11 +547,11 @@ class Traffic:
             raise
 
     @staticmethod
-    async def _follow(library: ChatHistoryClient, record: Record, seen: list[Place]) -> None:
+    async def _follow(library: ChatHistoryClient, record: Record, seen: list[SeenMessage]) -> None:
         async for message in library.watch_messages(**record.name):
-            seen.append(place(message))  # noqa: PERF401 - others read it meanwhile
+            seen.append(seen_message(message))  # noqa: PERF401 - others read it meanwhile
 
-    async def _catch_up(self, record: Record, seen: list[Place]) -> None:
+    async def _catch_up(self, record: Record, seen: list[SeenMessage]) -> None:
         """Wait until a follower has seen all that was acknowledged."""
         give_up = time.monotonic() + CARRY_ON_SECONDS
         while not seen or seen[-1][0] < record.last_seq:

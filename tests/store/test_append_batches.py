@@ -1,4 +1,4 @@
-"""Appends that share a statement: none of them pays for another, and races that chance would meet once in a long while."""
+"""Appends in one statement do not affect each other, also in races that rarely happen."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from tests.support.history import read_history, read_valid_history
 
 
 class Interrupted(Database):
-    """A database where something happens between two statements of an append."""
+    """A database that runs other code between two statements of an append."""
 
     before: Callable[[str], Awaitable[None]]
-    """Is told the text of each hot statement, and awaited, before it leaves."""
+    """Awaited before each hot statement, with its text."""
 
     async def fetch_once(self, statement: Any, *args: Any) -> Any:
         await self.before(statement.text)
@@ -45,7 +45,7 @@ class Interrupted(Database):
 
 
 class Sessions:
-    """Sessions of one user, appended to through one lane, so that all that comes together shares a statement."""
+    """Sessions of one user, with one lane, so that concurrent appends share a statement."""
 
     def __init__(self, database: Database, url: str, user_id: str) -> None:
         self.appender = Appender(database, lanes=1)
@@ -63,7 +63,7 @@ class Sessions:
         return asyncio.create_task(self.appender.append(item))
 
     async def new(self, count: int = 0) -> str:
-        """Make a session of so many messages."""
+        """Create a session with `count` messages."""
         session_id = new_id()
         await fetch(
             self.url,
@@ -76,7 +76,7 @@ class Sessions:
         return session_id
 
     async def stored(self, session_id: str) -> list[str]:
-        """Return the ids of what a sound session holds."""
+        """Return the ids of a session's messages, after checking the session."""
         return [
             message.id
             for message in (await read_valid_history(self.url, self.user_id, session_id)).messages
@@ -112,9 +112,18 @@ async def test_bad_items_in_a_batch_do_not_fail_the_others(store: Sessions) -> N
     ]
     answers = await asyncio.gather(*appended, return_exceptions=True)
     assert [type(answer) for answer in answers] == [
-        Appended, FailedPrecondition, Appended, NotFound, AlreadyExists, Appended, Appended, Conflict, Appended, DeadlineExceeded,
         Appended,
-    ]  # fmt: skip
+        FailedPrecondition,
+        Appended,
+        NotFound,
+        AlreadyExists,
+        Appended,
+        Appended,
+        Conflict,
+        Appended,
+        DeadlineExceeded,
+        Appended,
+    ]
     assert [
         len(await store.stored(session_id)) for session_id in (*good, archived, used, short)
     ] == [
@@ -165,7 +174,7 @@ async def test_session_that_always_fails_does_not_fail_the_batch(
 async def test_locked_session_does_not_delay_other_sessions(
     store: Sessions, cluster: Cluster
 ) -> None:
-    """In the order of events, not by the clock: the neighbours are done while the lock is still held."""
+    """The order of events decides, not the clock: the others finish while the lock is held."""
     locked, others = await store.new(), [await store.new() for _ in range(5)]
     holder = await cluster.connect(store.appender.database.target.url.database or "")
     try:
@@ -178,7 +187,7 @@ async def test_locked_session_does_not_delay_other_sessions(
         stored = await asyncio.gather(*waiting)
     finally:
         await holder.close()
-    assert sorted(each.entries[0].seq for each in stored) == [1, 2, 3]
+    assert sorted(appended.entries[0].seq for appended in stored) == [1, 2, 3]
     assert [len(await store.stored(session_id)) for session_id in others] == [3] * 5
 
 
@@ -190,11 +199,11 @@ async def test_append_to_session_that_stays_locked_is_aborted_in_time(
     try:
         async with holder.transaction():
             await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", locked)
-            hopeless = [store.start(locked, seconds=0.7) for _ in range(3)]
-            answers = await asyncio.gather(*hopeless, store.start(other), return_exceptions=True)
+            blocked = [store.start(locked, seconds=0.7) for _ in range(3)]
+            answers = await asyncio.gather(*blocked, store.start(other), return_exceptions=True)
             assert all(isinstance(answer, Conflict | DeadlineExceeded) for answer in answers[:3])
             assert isinstance(answers[3], Appended)
-        # Nothing of it is left: the session takes appends again, together with others.
+        # No state remains: the session takes appends again, in batches with others.
         await asyncio.gather(store.start(locked), store.start(other))
     finally:
         await holder.close()
@@ -204,14 +213,14 @@ async def test_append_to_session_that_stays_locked_is_aborted_in_time(
 
 async def test_append_cancelled_in_the_queue_is_not_stored(store: Sessions) -> None:
     session_id = await store.new()
-    under_way = store.start(session_id)
+    in_flight = store.start(session_id)
     await asyncio.sleep(0)
     withdrawn = [store.start(session_id) for _ in range(3)]
-    kept = store.start(session_id)
+    remaining = store.start(session_id)
     await asyncio.sleep(0)
     for task in withdrawn:
         task.cancel()
-    await asyncio.gather(under_way, kept)
+    await asyncio.gather(in_flight, remaining)
     await store.appender.drain()
     assert len(await store.stored(session_id)) == 2
 
@@ -225,11 +234,11 @@ async def test_append_cancelled_in_flight_is_stored(
     try:
         async with holder.transaction():
             await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", session_id)
-            left = store.start(session_id)
+            in_flight = store.start(session_id)
             while not await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
                 await asyncio.sleep(0.01)
-            left.cancel()
-            await asyncio.wait([left])
+            in_flight.cancel()
+            await asyncio.wait([in_flight])
     finally:
         await holder.close()
     await store.appender.drain()
@@ -237,7 +246,7 @@ async def test_append_cancelled_in_flight_is_stored(
 
 
 async def test_retry_during_its_first_attempt_is_a_replay(database_url: str) -> None:
-    """Both stores send the same message before either has committed; the one that comes second finds it by its constraint."""
+    """Both stores send the message before either commits; a constraint stops the second."""
     async with stores(database_url, database_url) as databases:
         world = World(database_url, databases, await new_user(database_url))
         await world.perform(0, 0, 0, Add((Word(0, 0),), may_create=True))
@@ -246,68 +255,68 @@ async def test_retry_during_its_first_attempt_is_a_replay(database_url: str) -> 
         )
         _, content = await world.content(0)
         assert content == Content(words=(Word(0, 0), Word(1, 0), Word(2, 0)))
-        assert sorted(each.answer for each in done) == (
+        assert sorted(operation.answer for operation in done) == (
             [("added", False, ((2, False), (3, False)))]
             + [("added", False, ((2, True), (3, True)))] * 9
         )
 
 
-@pytest.mark.parametrize("comes_back", [False, True], ids=["gone", "made anew"])
+@pytest.mark.parametrize("is_created_again", [False, True], ids=["deleted", "created again"])
 async def test_messages_found_in_a_deleted_session_are_stored_again(
-    database_url: str, comes_back: bool
+    database_url: str, is_created_again: bool
 ) -> None:
-    """The look at what is stored, and the statement, must be about one and the same session."""
+    """The look-up and the statement must apply to the same session."""
     first, second = Word(0, 0), Word(1, 0)
     database = Interrupted(parse(database_url))
     async with stores(database_url) as [other]:
         world = World(database_url, [database, other], await new_user(database_url))
-        looked = erased = False
+        is_looked_up = is_deleted = False
 
-        async def erase_after_the_look(statement: str) -> None:
-            nonlocal looked, erased
-            if looked and not erased and "INSERT" in statement:
-                erased = True
+        async def delete_after_look_up(statement: str) -> None:
+            nonlocal is_looked_up, is_deleted
+            if is_looked_up and not is_deleted and "INSERT" in statement:
+                is_deleted = True
                 assert (await world.perform(1, 0, 0, EraseSession())).answer == ("erased", True)
-                if comes_back:
+                if is_created_again:
                     await world.perform(1, 0, 0, Add((Word(2, 0), Word(3, 0)), may_create=True))
-            looked = looked or "m.fingerprint" in statement
+            is_looked_up = is_looked_up or "m.fingerprint" in statement
 
-        database.before = erase_after_the_look
+        database.before = delete_after_look_up
         try:
             await world.perform(1, 0, 0, Add((first,), may_create=True))
             done = await world.perform(0, 0, 0, Add((first, second), may_create=True))
             _, content = await world.content(0)
         finally:
             await database.close()
-        assert erased
-        there = Content(words=(Word(2, 0), Word(3, 0))) if comes_back else None
-        assert explain(there, content, [done]), (done, content)
+        assert is_deleted
+        start = Content(words=(Word(2, 0), Word(3, 0))) if is_created_again else None
+        assert explain(start, content, [done]), (done, content)
 
 
 async def test_session_deleted_during_a_statement_is_not_created_again(
     database_url: str, cluster: Cluster
 ) -> None:
-    """The statement has seen the session and waits for its row; when it may go on, there is none."""
+    """The statement sees the session and waits for its row, which is deleted in the meantime."""
     async with stores(database_url) as [database]:
         store = Sessions(database, database_url, await new_user(database_url))
-        doomed, good = await store.new(1), await store.new()
+        deleted, good = await store.new(1), await store.new()
         holder = await cluster.connect(database.target.url.database or "")
         try:
             async with holder.transaction():
-                await holder.execute("DELETE FROM chat_sessions WHERE id = $1", doomed)
-                appended = [store.start(doomed), store.start(good)]
+                await holder.execute("DELETE FROM chat_sessions WHERE id = $1", deleted)
+                appended = [store.start(deleted), store.start(good)]
                 while not await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
                     await asyncio.sleep(0.005)
             answers = await asyncio.gather(*appended, return_exceptions=True)
         finally:
             await holder.close()
         assert isinstance(answers[0], NotFound)
-        assert await read_history(database_url, store.user_id, doomed) is None
+        assert await read_history(database_url, store.user_id, deleted) is None
         assert len(await store.stored(good)) == 1
 
 
 async def test_create_times_follow_seq_when_the_clock_goes_back(store: Sessions) -> None:
-    """Another replica's clock, or this one's before it was set right, was an hour ahead."""
+    """The clock of another replica, or of this one before its correction, was an hour ahead."""
     session_id = await store.new(1)
     for column, table in (("updated_at", "chat_sessions"), ("created_at", "chat_messages")):
         key = "id" if table == "chat_sessions" else "session_id"
@@ -319,5 +328,5 @@ async def test_create_times_follow_seq_when_the_clock_goes_back(store: Sessions)
     ahead = (await read_valid_history(store.url, store.user_id, session_id)).messages[0].created_us
     for _ in range(3):
         await asyncio.gather(*(store.start(session_id) for _ in range(3)))
-    found = await read_valid_history(store.url, store.user_id, session_id)
-    assert [message.created_us >= ahead for message in found.messages] == [True] * 10
+    history = await read_valid_history(store.url, store.user_id, session_id)
+    assert [message.created_us >= ahead for message in history.messages] == [True] * 10

@@ -1,4 +1,4 @@
-"""The database turns connections away: appends wait, and do not storm it meanwhile."""
+"""The database refuses connections: appends wait, and their lanes back off."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.appends import new_message, new_user, stores
 from tests.support.chat import new_id
 from tests.support.proxy import postgres_proxy
 
-AWAY = 4.0
+OUTAGE_S = 4.0
 LANES = 2
 
 
@@ -35,11 +35,11 @@ async def test_lanes_back_off_during_an_outage_and_resume_after_it(database_url:
         before = proxy.accepted
         for _ in range(20):
             waiting.append(begin())
-            await asyncio.sleep(AWAY / 20)
-        asked = proxy.accepted - before
-        assert not any(each.done() for each in waiting)
-        # Full jitter up to a second: about thirteen times each. With pauses of some hundredths it was two hundred.
-        assert LANES <= asked < 30 * LANES, asked
+            await asyncio.sleep(OUTAGE_S / 20)
+        attempts = proxy.accepted - before
+        assert not any(task.done() for task in waiting)
+        # Full jitter up to a second gives about 13 attempts a lane; without back-off it was 200.
+        assert LANES <= attempts < 30 * LANES, attempts
         proxy.accept_connections()
         async with asyncio.timeout(20):
             await asyncio.gather(*waiting)
@@ -49,7 +49,7 @@ async def test_lanes_back_off_during_an_outage_and_resume_after_it(database_url:
 async def test_append_times_out_while_its_lane_backs_off(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each in time to hear of it, however long the lane would wait before it asks again."""
+    """Each append fails before its deadline, however long the lane backs off."""
     monkeypatch.setattr(database_module, "REPLY_MARGIN_S", 1.0)
     user_id = await new_user(database_url)
     async with postgres_proxy(database_url) as (proxy, url), stores(url) as [database]:
@@ -58,16 +58,16 @@ async def test_append_times_out_while_its_lane_backs_off(
         proxy.refuse_connections()
         deadlines = [loop.time() + 4 + n / 10 for n in range(20)]
         items = [
-            Append(user_id, new_id(), [new_message(new_id())], each, may_create=True)
-            for each in deadlines
+            Append(user_id, new_id(), [new_message(new_id())], deadline, may_create=True)
+            for deadline in deadlines
         ]
         answered: list[float] = []
 
-        async def told(item: Append) -> None:
+        async def append(item: Append) -> None:
             answer = await asyncio.gather(appender.append(item), return_exceptions=True)
             answered.append(loop.time())
             assert getattr(answer[0], "reason", "") == "DATABASE_UNAVAILABLE"
 
-        await asyncio.gather(*map(told, items))
+        await asyncio.gather(*map(append, items))
         assert all(at < deadline for at, deadline in zip(answered, deadlines, strict=True))
         await appender.drain()

@@ -1,6 +1,7 @@
-"""Whatever comes together, and whatever breaks meanwhile, the outcome is that of one append after the other, in some order.
+"""Appends are linearizable: the outcome is that of one operation after the other, in some order.
 
-Two stores, each with connections of its own, work on one database; `tests/support/appends.py` says how an outcome is judged.
+Two stores, each with its own connections, work on one database, and connections may break.
+`tests/support/appends.py` judges the outcome.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from tests.support.appends import (
 from tests.support.commit_faults import arm, install
 from tests.support.proxy import Direction, Link, Proxy, postgres_proxy
 
-# --- What Hypothesis draws.
+# --- Strategies.
 
 _words = st.lists(
     st.builds(Word, st.integers(0, NAMES - 1), st.sampled_from([0, 0, 0, 0, 1])),
@@ -71,7 +72,7 @@ def _bursts(
     return st.lists(st.lists(step, min_size=1, max_size=size), min_size=1, max_size=3)
 
 
-# --- Fixtures: the stores live as long as a test, each of its examples has a user of its own.
+# --- Fixtures: a test keeps its stores, and each of its examples has its own user.
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ async def cut_off(database_url: str) -> AsyncGenerator[tuple[list[Database], Cut
         yield opened, Cutter(proxy)
 
 
-# --- The properties: some dozens of examples at every run, and hundreds with -m faults.
+# --- Properties: dozens of examples in every run, hundreds with -m faults.
 
 
 def _at_length(test: Any) -> Any:
@@ -95,7 +96,7 @@ def _at_length(test: Any) -> Any:
 
 
 def test_search_for_an_order_rejects_impossible_answers() -> None:
-    """The judge itself: it must refuse a lost message, a gap, a double and an answer that comes too early."""
+    """`explain` must reject a lost message, a gap, a duplicate and an answer that is too early."""
     word, other = Word(0, 0), Word(1, 0)
     first = Done(Add((word,), may_create=True), ("added", True, ((1, False),)), 0, 1)
     assert explain(None, Content(words=(word,)), [first])
@@ -158,7 +159,7 @@ async def _fails_at_its_commit(
     kind: str,
     counts: list[int],
 ) -> None:
-    """Serialization failures, deadlocks and the end of the backend itself, at the last moment before a commit."""
+    """Serialization failures, deadlocks and ended backends, just before a commit."""
     await install(database_url)
     left = iter(counts)
 
@@ -206,7 +207,7 @@ class Cutter:
     def _tap(self, link: Link, way: Direction, _piece: bytes) -> bool:
         if way is Direction.TO_CLIENT:
             if link in self._doomed:
-                link.reset()  # It is done, and nobody is told.
+                link.reset()  # Committed, and the response is lost.
                 return False
             return True
         self._sent += 1
@@ -217,9 +218,8 @@ class Cutter:
             case "unanswered":
                 self._doomed.add(link)
             case "half":
-                asyncio.get_running_loop().call_soon(
-                    link.reset_client
-                )  # It is under way, with nobody to tell.
+                # The statement runs, and its response will be lost.
+                asyncio.get_running_loop().call_soon(link.reset_client)
         return True
 
 
@@ -235,7 +235,7 @@ async def _lost_on_the_way(
     bursts: list[list[Step]],
     cuts: list[list[Cut]],
 ) -> None:
-    """Connections cut before a statement has left, while it is under way, and after it was committed."""
+    """Connections break before a statement is sent, while it runs, and after its commit."""
     databases, cutter = cut_off
     left = iter(cuts)
 

@@ -1,4 +1,4 @@
-"""The pool as Neon needs it: what is kept, in which order it is used, when it is tried or replaced, and how long connecting may take."""
+"""The pool as Neon needs it: its size and order, pings, recycling and the connect timeout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def backend(connection: AsyncConnection) -> int:
 
 
 async def backends(database: Database, count: int) -> list[int]:
-    """Use so many connections at once, which are given back in this order."""
+    """Use `count` connections concurrently, and return their backends in order of release."""
     turn = asyncio.Semaphore(0)
     held: list[int] = []
 
@@ -55,10 +55,10 @@ async def backends(database: Database, count: int) -> list[int]:
 
 
 def test_pool_defaults_fit_neon() -> None:
-    """It suspends after five idle minutes, and takes seconds to wake at the worst."""
-    given = settings()
-    assert 60 <= given.db_pool_recycle < 300
-    assert 10 <= given.db_connect_timeout <= 15
+    """Neon suspends a database after five idle minutes, and needs up to some seconds to wake it."""
+    defaults = settings()
+    assert 60 <= defaults.db_pool_recycle < 300
+    assert 10 <= defaults.db_connect_timeout <= 15
     assert engine.PING_AFTER_IDLE_S == 30
 
 
@@ -97,13 +97,13 @@ async def test_only_long_idle_connections_are_pinged(
     first = await database.read(backend, owner_id=OWNER, deadline=soon())
     sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
-    assert [each.sql for each in sent.so_far()] == ["SELECT pg_backend_pid()"]
+    assert [statement.sql for statement in sent.so_far()] == ["SELECT pg_backend_pid()"]
     monkeypatch.setattr(engine, "PING_AFTER_IDLE_S", 0.0)
     await asyncio.sleep(0.05)
     sent = SentStatements(cluster, database_url)
     assert await database.read(backend, owner_id=OWNER, deadline=soon()) == first
-    *ping, last = [each.sql for each in sent.so_far()]
-    assert ping, "it was tried"
+    *ping, last = [statement.sql for statement in sent.so_far()]
+    assert ping, "the connection was pinged"
     assert last == "SELECT pg_backend_pid()"
     await database.close()
 
@@ -111,7 +111,7 @@ async def test_only_long_idle_connections_are_pinged(
 async def test_connecting_stops_at_the_connect_timeout(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody answers the connection attempts; a URL's own time-out goes before the setting."""
+    """The server does not respond; a timeout in the URL has precedence over the setting."""
     monkeypatch.setattr(module, "OUTAGE_TIMEOUT_S", 0.1)
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.block(Direction.TO_CLIENT)
@@ -126,14 +126,14 @@ async def test_connecting_stops_at_the_connect_timeout(
 async def test_hot_pool_is_available_while_all_permits_are_held(
     database_url: str,
 ) -> None:
-    """All that may be held for other things is held, and much more asked for."""
+    """Reads and writes hold every permit, and many more wait."""
     database = Database(parse(database_url))
-    turn = asyncio.Event()
+    released = asyncio.Event()
 
     async def hold(connection: AsyncConnection) -> int:
-        found = await backend(connection)
-        await turn.wait()
-        return found
+        pid = await backend(connection)
+        await released.wait()
+        return pid
 
     held = [
         asyncio.create_task(kind(hold, owner_id=f"{n % 5}", deadline=soon(60)))
@@ -142,12 +142,12 @@ async def test_hot_pool_is_available_while_all_permits_are_held(
     ]
     await asyncio.sleep(0.2)
     async with asyncio.timeout(20):
-        kept = [await database.hot_pool.acquire() for _ in range(6)]
+        hot = [await database.hot_pool.acquire() for _ in range(6)]
         while database.engine.pool.checkedout() < 12:  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
-    for each in kept:
-        database.hot_pool.release(each)
+    for connection in hot:
+        database.hot_pool.release(connection)
     assert database.engine.pool.checkedout() == 12  # type: ignore[attr-defined]
-    turn.set()
+    released.set()
     assert len(set(await asyncio.gather(*held))) <= 12
     await database.close()

@@ -1,4 +1,4 @@
-"""Who gets a permit next, and that none is lost."""
+"""FairSemaphore: which owner gets the next permit, and that no permit is lost."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ async def test_owners_take_turns_during_a_burst_of_one_of_them() -> None:
             order.append(owner_id)
             await asyncio.sleep(0)
 
-    async with permits.hold("somebody", 20):
-        flood = [asyncio.create_task(use("flood")) for _ in range(100)]
+    async with permits.hold("holder", 20):
+        burst = [asyncio.create_task(use("burst")) for _ in range(100)]
         await asyncio.sleep(0)
         others = [asyncio.create_task(use(owner_id)) for owner_id in "aabc"]
         await asyncio.sleep(0)
         assert not order
-    await asyncio.gather(*flood, *others)
-    assert order[:8] == ["flood", "a", "b", "c", "flood", "a", "flood", "flood"]
+    await asyncio.gather(*burst, *others)
+    assert order[:8] == ["burst", "a", "b", "c", "burst", "a", "burst", "burst"]
     assert len(order) == 104
     assert permits.free == 1
 
 
 async def test_holders_never_exceed_the_count() -> None:
     permits = FairSemaphore(3)
-    most = now = 0
+    most = current = 0
 
     async def use() -> None:
-        nonlocal most, now
+        nonlocal most, current
         async with permits.hold("", 20):
-            now += 1
-            most = max(most, now)
+            current += 1
+            most = max(most, current)
             await asyncio.sleep(0)
-            now -= 1
+            current -= 1
 
     await asyncio.gather(*(use() for _ in range(20)))
     assert (most, permits.free) == (3, 3)
@@ -51,7 +51,7 @@ async def test_acquire_timeout_raises_and_loses_no_permit() -> None:
     async with permits.hold("a", 20):
         with pytest.raises(TimeoutError):
             async with permits.hold("b", 0.01):
-                pytest.fail("there was none")
+                pytest.fail("a permit was granted that was not free")
     async with permits.hold("c", 0.01):
         pass
 
@@ -64,7 +64,7 @@ async def test_permit_granted_to_a_cancelled_waiter_is_passed_on(turns: int) -> 
         async with permits.hold("a", 20):
             await asyncio.sleep(0)
 
-    async with permits.hold("somebody", 20):
+    async with permits.hold("holder", 20):
         leaving = asyncio.create_task(use())
         staying = asyncio.create_task(use())
         await asyncio.sleep(0)

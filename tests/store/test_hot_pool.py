@@ -1,4 +1,4 @@
-"""The driver's own connections, where they break."""
+"""The hot pool's connections when they break or their callers are cancelled."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.support.cluster import connected_to, fetch
 async def test_statement_on_a_closed_connection_raises_the_first_error(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pooler has ended it, and somebody else has given it up before that is looked at."""
+    """The pooler ended the connection, and other code closed it before the error is handled."""
 
-    async def ended(connection: asyncpg.Connection, *_: Any) -> NoReturn:
+    async def end(connection: asyncpg.Connection, *_: Any) -> NoReturn:
         connection.terminate()
         raise asyncpg.AdminShutdownError("ended")
 
     async with connected_to(database_url) as connection:
         with monkeypatch.context() as patch:
-            patch.setattr(asyncpg.Connection, "fetch", ended)
+            patch.setattr(asyncpg.Connection, "fetch", end)
             with pytest.raises(asyncpg.AdminShutdownError):
                 await fetch_in_transaction(connection, Statement.from_text("SELECT 1"))
 
@@ -42,15 +42,15 @@ WHERE a.datname = current_database() AND relation = 'chat_sessions'::regclass
 async def test_call_cancelled_between_prepare_and_execute_leaves_no_lock(
     server: Server, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connection waits in the pool, and a lock on it would keep a migration out for as long."""
+    """On an idle connection a lock would block a migration until the connection's next use."""
     prepare = asyncpg.Connection._get_statement  # type: ignore[attr-defined]
 
-    async def prepared(self: Any, *args: Any, **options: Any) -> NoReturn:
+    async def prepare_only(self: Any, *args: Any, **options: Any) -> NoReturn:
         await prepare(self, *args, **options)
         raise asyncio.CancelledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(asyncpg.Connection, "_get_statement", prepared)
+        patch.setattr(asyncpg.Connection, "_get_statement", prepare_only)
         with pytest.raises(asyncio.CancelledError):
             await server.database.fetch_once(READ)
     async with asyncio.timeout(20):
@@ -66,14 +66,14 @@ async def test_abandoned_connection_that_does_not_respond_is_closed(
         await asyncio.Event().wait()
         raise AssertionError("unreachable")
 
-    connections = server.database.hot_pool
-    kept = await connections.acquire()
+    pool = server.database.hot_pool
+    connection = await pool.acquire()
     with monkeypatch.context() as patch:
         patch.setattr(hot_pool, "SYNC_TIMEOUT_S", 0.1)
         patch.setattr(asyncpg.Connection, "execute", never)
-        connections.release_abandoned(kept)
+        pool.release_abandoned(connection)
         async with asyncio.timeout(20):
-            while kept in connections._busy:
+            while connection in pool._busy:
                 await asyncio.sleep(0.01)
-    assert kept.driver.is_closed()
+    assert connection.driver.is_closed()
     await server.database.fetch_once(READ)

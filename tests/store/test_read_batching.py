@@ -1,4 +1,4 @@
-"""Reads that share a statement."""
+"""ReadBatcher: concurrent reads share statements, and each gets its own rows."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def tenth(parameters: Parameters) -> Select[Any]:
     return query.correlate(*parameters.tables)
 
 
-class Counting(Database):
-    """A database that keeps the texts of the hot statements."""
+class RecordingDatabase(Database):
+    """A database that records the texts of the hot statements."""
 
     texts: list[str]
 
@@ -42,8 +42,8 @@ class Counting(Database):
 
 
 @pytest.fixture
-async def database(database_url: str) -> AsyncGenerator[Counting]:
-    database = Counting(parse(database_url))
+async def database(database_url: str) -> AsyncGenerator[RecordingDatabase]:
+    database = RecordingDatabase(parse(database_url))
     database.texts = []
     yield database
     await database.close()
@@ -56,7 +56,7 @@ async def ask(reads: ReadBatcher, read: BatchedRead, numbers: range) -> list[int
 
 
 async def test_concurrent_reads_share_statements_and_get_their_own_rows(
-    database: Counting,
+    database: RecordingDatabase,
 ) -> None:
     read = BatchedRead(twice, N)
     reads = ReadBatcher(database)
@@ -65,14 +65,14 @@ async def test_concurrent_reads_share_statements_and_get_their_own_rows(
     database.texts.clear()
     for n in range(5):
         assert await ask(reads, read, range(n, n + 1)) == [2 * n]
-    assert database.texts[-1] == read.single.text, "one that comes alone leaves alone"
+    assert database.texts[-1] == read.single.text, "a read that arrives alone is sent alone"
 
 
 async def test_unsupported_batched_statement_is_never_sent_again(
-    database: Counting,
+    database: RecordingDatabase,
 ) -> None:
     read = BatchedRead(twice, N)
-    # PostgreSQL's own "feature not supported", which is what Citus answers to the shared statement.
+    # PostgreSQL's "feature not supported", with which Citus rejects the batched statement.
     read.batched = Statement.from_text("SELECT 1 UNION SELECT 2 FOR UPDATE")
     reads = ReadBatcher(database)
     assert await ask(reads, read, range(40)) == [2 * n for n in range(40)]
@@ -83,7 +83,7 @@ async def test_unsupported_batched_statement_is_never_sent_again(
 
 
 async def test_failed_batch_fails_only_reads_that_fail_alone(
-    database: Counting,
+    database: RecordingDatabase,
 ) -> None:
     read = BatchedRead(tenth, N)
     reads = ReadBatcher(database)

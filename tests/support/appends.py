@@ -1,8 +1,8 @@
-"""Appends on two stores at once, a sequential model of them, and the search for an order that explains what was answered.
+"""Concurrent appends on two stores, a sequential model of them, and the search for their order.
 
-A *burst* starts many operations in one turn of the loop, so that they share statements and collide. Afterwards `explain` looks for an
-order of them, true to what had ended before what began, in which the model gives every answer that was given, and the tables as
-they are now.
+A *burst* starts many operations in one turn of the event loop, so that they share statements and
+collide. Afterwards `explain` looks for an order of them in which the model gives all the answers
+and the current tables. An operation that ended before another began must come first.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from tests.support.cluster import fetch, wait_until_idle
 from tests.support.history import History, read_history
 
 NAMES = 6
-"""Message ids of a session: few, so that they meet."""
+"""Message ids of a session; few, so that appends collide."""
 
-# --- What is done, and the model of it.
+# --- Operations, and their sequential model.
 
 
 class Word(NamedTuple):
-    """A message: which of its session's ids it has, and which of two contents."""
+    """A message: the number of its id in the session, and which of two contents it has."""
 
     name: int
     variant: int
@@ -56,24 +56,24 @@ class Add:
     expected: int | None = None
     may_create: bool = False
     cancel_after: int | None = None
-    """Turns of the loop after which the caller goes away."""
+    """Turns of the event loop after which the caller is cancelled."""
 
 
 @dataclass(frozen=True)
 class EraseSession:
-    """The session goes, with all that is in it."""
+    """Delete the session with its messages."""
 
 
 @dataclass(frozen=True)
 class EraseMessage:
-    """A message goes and leaves its tombstone."""
+    """Delete a message, which leaves a tombstone."""
 
     name: int
 
 
 @dataclass(frozen=True)
 class SetState:
-    """The session is archived, or taken back."""
+    """Archive the session, or reactivate it."""
 
     state: SessionState
 
@@ -82,22 +82,22 @@ Operation = Add | EraseSession | EraseMessage | SetState
 
 
 class Content(NamedTuple):
-    """A session as the model sees it; a missing one is None."""
+    """A session in the model; a missing one is None."""
 
     state: SessionState = SessionState.ACTIVE
     words: tuple[Word, ...] = ()
     """In order of seq."""
     erased: frozenset[int] = frozenset()
-    """Names of those of which a tombstone is left."""
+    """Names of the tombstones."""
 
 
 Answer = tuple[Any, ...]
-CANCELLED: Answer = ("nobody knows",)
+CANCELLED: Answer = ("unknown",)
 CONTENTION: Answer = ("contention",)
 
 
 def run(content: Content | None, operation: Operation) -> tuple[Content | None, Answer]:
-    """Carry one operation out, alone."""
+    """Apply one operation to the model."""
     match operation:
         case Add():
             return _add(content, operation)
@@ -120,11 +120,11 @@ def _add(content: Content | None, add: Add) -> tuple[Content | None, Answer]:
     if content is None and not add.may_create:
         return None, ("no session",)
     now = content or Content()
-    places = {word.name: (seq, word.variant) for seq, word in enumerate(now.words, 1)}
+    seqs_by_name = {word.name: (seq, word.variant) for seq, word in enumerate(now.words, 1)}
     for word in add.words:
-        if word.name in places and places[word.name][1] != word.variant:
+        if word.name in seqs_by_name and seqs_by_name[word.name][1] != word.variant:
             return content, ("reused", word.name)
-    fresh = tuple(word for word in add.words if word.name not in places)
+    fresh = tuple(word for word in add.words if word.name not in seqs_by_name)
     if fresh and now.state is SessionState.ARCHIVED:
         return content, ("archived",)
     if fresh and add.expected not in (None, len(now.words)):
@@ -134,7 +134,7 @@ def _add(content: Content | None, add: Add) -> tuple[Content | None, Answer]:
     return after, (
         "added",
         created,
-        tuple((seqs[word.name], word.name in places) for word in add.words),
+        tuple((seqs[word.name], word.name in seqs_by_name) for word in add.words),
     )
 
 
@@ -143,7 +143,7 @@ def _add(content: Content | None, add: Add) -> tuple[Content | None, Answer]:
 
 @dataclass
 class Done:
-    """An operation with its answer, and when it began and ended."""
+    """An operation with its answer, and the times of its begin and end."""
 
     operation: Operation
     answer: Answer
@@ -154,9 +154,9 @@ class Done:
 def explain(
     start: Content | None, end: Content | None, done: Sequence[Done], *, flags: bool = True
 ) -> bool:
-    """Say whether some order gives these answers and this end. Without `flags`, `created` and `replayed` are left aside."""
-    # What was refused for contention has done nothing; what nobody knows about may have happened or not.
-    done = [each for each in done if each.answer != CONTENTION]
+    """Whether some order gives these answers and this end; without `flags`, seqs alone count."""
+    # A contended operation changed nothing. One with an unknown outcome may have been applied.
+    done = [operation for operation in done if operation.answer != CONTENTION]
     dead: set[tuple[int, Content | None]] = set()
 
     def search(left: int, content: Content | None) -> bool:
@@ -187,12 +187,12 @@ def _plain(answer: Answer, flags: bool) -> Answer:
     return ("added", tuple(seq for seq, _ in answer[2]))
 
 
-# --- The real thing.
+# --- The service.
 
 
 @dataclass
 class World:
-    """Two stores on one database, and a user's sessions of one example."""
+    """Two stores on one database, and one user's sessions."""
 
     url: str
     databases: list[Database]
@@ -200,7 +200,7 @@ class World:
     session_ids: list[str] = field(default_factory=lambda: [new_id(), new_id()])
     lanes: int = 2
     search_enabled: bool = False
-    """Whether what is appended is noted for the search index, by another statement."""
+    """Whether appends are enqueued for the search index, by another statement."""
 
     def __post_init__(self) -> None:
         self.appenders = [
@@ -214,18 +214,18 @@ class World:
         return self._ids[session][name]
 
     async def content(self, session: int) -> tuple[History | None, Content | None]:
-        """Read a session from the tables, check what holds of every session, and return it as the model sees it."""
-        found = await read_history(self.url, self.user_id, self.session_ids[session])
-        if found is None:
+        """Read a session from the tables, check its invariants, and return it as in the model."""
+        history = await read_history(self.url, self.user_id, self.session_ids[session])
+        if history is None:
             return None, None
-        found.check()
+        history.check()
         names = {self.message_id(session, name): name for name in range(NAMES)}
-        words = tuple(Word(names[m.id], _variant(m.fingerprint)) for m in found.messages)
-        erased = frozenset(names[m.id] for m in found.messages if m.is_deleted)
-        return found, Content(SessionState(found.state), words, erased)
+        words = tuple(Word(names[m.id], _variant(m.fingerprint)) for m in history.messages)
+        erased = frozenset(names[m.id] for m in history.messages if m.is_deleted)
+        return history, Content(SessionState(history.state), words, erased)
 
     async def perform(self, store: int, session: int, delay: int, operation: Operation) -> Done:
-        """Carry an operation out and note its answer."""
+        """Run an operation and record its answer."""
         for _ in range(delay):
             await asyncio.sleep(0)
         began = next(self._clock)
@@ -250,14 +250,14 @@ class World:
                     )
                 case EraseMessage(name):
                     message_id = self.message_id(session, name)
-                    gone = await database.write(
+                    is_deleted = await database.write(
                         lambda connection: messages.delete(
                             connection, self.user_id, session_id, message_id
                         ),
                         owner_id=self.user_id,
                         deadline=deadline,
                     )
-                    return "erased", gone
+                    return "erased", is_deleted
                 case SetState(state):
                     await database.write(
                         lambda connection: sessions.update(
@@ -312,7 +312,7 @@ class World:
 
 
 def new_message(message_id: str, variant: int = 0) -> NewMessage:
-    """Make a message; variants differ in their content."""
+    """Return a message; variants differ in their content."""
     content = f"content {variant}"
     return NewMessage(
         message_id,
@@ -339,7 +339,7 @@ def _variant(fingerprint: bytes) -> int:
 
 
 class Step(NamedTuple):
-    """One operation: by which store, on which session, and how many turns of the loop after the burst's begin."""
+    """One operation, its store, its session, and its delay in turns of the event loop."""
 
     store: int
     session: int
@@ -354,7 +354,7 @@ async def play(
     flags: bool = True,
     prepare: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Run bursts one after the other and look for an order after each; `prepare` is awaited before each."""
+    """Run bursts one after the other and explain each; `prepare` is awaited before each."""
     before: list[Content | None] = [None for _ in world.session_ids]
     for burst in bursts:
         if prepare is not None:
@@ -365,18 +365,22 @@ async def play(
             assert appender.queued_count == 0
         for database in world.databases:
             await database.drain()
-        # A statement whose connection was cut may still be at work.
+        # A statement whose connection was closed may still run.
         await wait_until_idle(world.url)
         for session, start in enumerate(before):
-            mine = [each for step, each in zip(burst, done, strict=True) if step.session == session]
-            found, before[session] = await world.content(session)
+            mine = [
+                operation
+                for step, operation in zip(burst, done, strict=True)
+                if step.session == session
+            ]
+            history, before[session] = await world.content(session)
             if not explain(start, before[session], mine, flags=flags):
-                lines = [f"from {start}", *map(str, mine), f"to {before[session]}: {found}"]
+                lines = [f"from {start}", *map(str, mine), f"to {before[session]}: {history}"]
                 raise AssertionError("no order explains\n" + "\n".join(lines))
 
 
 async def new_user(url: str) -> str:
-    """Make a user in the tables and return its id."""
+    """Insert a user and return its id."""
     user_id = new_id()
     await fetch(url, "INSERT INTO users (id, fingerprint) VALUES ($1, '')", user_id)
     return user_id
@@ -384,7 +388,7 @@ async def new_user(url: str) -> str:
 
 @asynccontextmanager
 async def stores(*urls: str, **options: Any) -> AsyncGenerator[list[Database]]:
-    """Open a store on each of these addresses."""
+    """Open a store on each of these URLs."""
     async with AsyncExitStack() as stack:
         databases = []
         for url in urls:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from chathistory_client import ChatHistoryClient
-from tests.support.record import Place, Record, place, said
+from tests.support.record import Record, SeenMessage, new_marked_message, seen_message
 
 
 class Conversation:
@@ -18,7 +18,7 @@ class Conversation:
         self.record = record
         self._client = client
         self._stopping = False
-        self._seen: list[Place] = []
+        self._seen: list[SeenMessage] = []
 
     async def run(self) -> None:
         """Append and read until `stop` is called, then wait until the follower has seen all."""
@@ -26,7 +26,7 @@ class Conversation:
         following: asyncio.Task[None] | None = None
         try:
             while not self._stopping:
-                messages = [said(200), said(200)]
+                messages = [new_marked_message(200), new_marked_message(200)]
                 sent = self.record.send(messages)
                 sent.acknowledge(
                     await self._client.append_messages(
@@ -55,7 +55,7 @@ class Conversation:
 
     async def _follow(self) -> None:
         async for message in self._client.watch_messages(**self.record.name):
-            self._seen.append(place(message))
+            self._seen.append(seen_message(message))
 
 
 @asynccontextmanager

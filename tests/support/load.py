@@ -13,7 +13,7 @@ from grpc import StatusCode, aio
 
 from tests.support.chat import Chat, new_id
 from tests.support.history import read_history
-from tests.support.record import Place, Record, judge, place, said
+from tests.support.record import Record, SeenMessage, judge, new_marked_message, seen_message
 
 RETRYABLE_CODES = {
     StatusCode.UNAVAILABLE,
@@ -47,7 +47,7 @@ class Load:
         self.session_ids = [new_id() for _ in range(sessions)]
         self._writers = [session_id for session_id in self.session_ids for _ in range(writers)]
         self.records = {id_: Record(chat.user_id, id_) for id_ in self.session_ids}
-        self.seen: dict[str, list[Place]] = {id_: [] for id_ in self.session_ids}
+        self.seen: dict[str, list[SeenMessage]] = {id_: [] for id_ in self.session_ids}
         """The messages that the follower of each session has received."""
         self.refusals: dict[str, int] = {}
         """The number of failed appends by status code."""
@@ -87,7 +87,8 @@ class Load:
     async def _write(self, session_id: str) -> None:
         while not self._stopping:
             messages = [
-                said(self._random.randint(40, 340)) for _ in range(self._random.randint(1, 3))
+                new_marked_message(self._random.randint(40, 340))
+                for _ in range(self._random.randint(1, 3))
             ]
             sent = self.records[session_id].send(messages)
             request = message_pb2.AppendMessagesRequest(
@@ -116,7 +117,7 @@ class Load:
         while True:
             with suppress(aio.AioRpcError):
                 async for reply in self._chat.watch(session_id, seen[-1][0] if seen else 0):
-                    seen.append(place(reply.message))
+                    seen.append(seen_message(reply.message))
             await asyncio.sleep(0.05)
 
     async def check(self, database_url: str) -> None:

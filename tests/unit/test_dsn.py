@@ -1,4 +1,4 @@
-"""Connection strings: every form that Neon's console and others print, and none that gives a password away."""
+"""Connection strings: every form that Neon's console and others print, and no leaked password."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def neon(host: str, query: str = "?sslmode=require&channel_binding=require") -> 
 
 
 def connection(target: Target) -> dict[str, object]:
-    """What the driver is called with."""
+    """Return the keyword arguments of the driver."""
     driver: dict[str, object] = dialect().create_connect_args(target.url)[1]  # type: ignore[no-untyped-call]
     return driver | target.connect_args
 
 
-def context(target: Target) -> ssl.SSLContext:
-    found = target.connect_args["ssl"]
-    assert isinstance(found, ssl.SSLContext)
-    return found
+def tls_context(target: Target) -> ssl.SSLContext:
+    tls = target.connect_args["ssl"]
+    assert isinstance(tls, ssl.SSLContext)
+    return tls
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_every_form_of_neons_pooled_string_gives_the_same_target(text: str) -> N
         "application_name": "chat-history",
         "client_encoding": "UTF8",
     }
-    assert context(target).check_hostname
-    assert context(target).verify_mode is ssl.CERT_REQUIRED
+    assert tls_context(target).check_hostname
+    assert tls_context(target).verify_mode is ssl.CERT_REQUIRED
     assert "not supported" not in " ".join(target.notes)
     assert target.location == f"{POOLED}/neondb"
 
@@ -80,7 +80,7 @@ def test_direct_neon_string_prepares_statements() -> None:
     target = parse(neon(DIRECT))
     assert not target.is_pooled
     assert target.prepared_statements
-    assert context(target).check_hostname
+    assert tls_context(target).check_hostname
     assert target.direct() is target
 
 
@@ -149,16 +149,16 @@ def test_ssl_modes_without_verification_are_passed_to_the_driver(
 def test_ssl_modes_verify_as_libpq_does(
     mode: str, verify: ssl.VerifyMode, check_hostname: bool
 ) -> None:
-    found = context(parse(f"postgresql://u@db.internal/d?sslmode={mode}"))
-    assert (found.verify_mode, found.check_hostname) == (verify, check_hostname)
+    tls = tls_context(parse(f"postgresql://u@db.internal/d?sslmode={mode}"))
+    assert (tls.verify_mode, tls.check_hostname) == (verify, check_hostname)
 
 
 def test_require_with_a_root_certificate_verifies_the_chain() -> None:
     root = ssl.get_default_verify_paths().cafile or "system"
-    found = context(parse(f"postgresql://u@db.internal/d?sslmode=require&sslrootcert={root}"))
-    assert (found.verify_mode, found.check_hostname) == (ssl.CERT_REQUIRED, False)
-    found = context(parse("postgresql://u@db.internal/d?sslmode=verify-full&sslrootcert=system"))
-    assert found.check_hostname
+    tls = tls_context(parse(f"postgresql://u@db.internal/d?sslmode=require&sslrootcert={root}"))
+    assert (tls.verify_mode, tls.check_hostname) == (ssl.CERT_REQUIRED, False)
+    tls = tls_context(parse("postgresql://u@db.internal/d?sslmode=verify-full&sslrootcert=system"))
+    assert tls.check_hostname
 
 
 def test_unix_socket_uses_no_tls() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.history import History, StoredMessage
-from tests.support.record import NOWHERE, Edit, Erasure, Record, Sent, View, judge
+from tests.support.record import MISSING, Edit, Erasure, Record, Sent, View, judge
 
 FOREVER = float("inf")
 
@@ -92,7 +92,7 @@ def test_wrong_history_is_reported(name: str) -> None:
 
 def test_reply_without_the_positions_of_its_messages_is_reported() -> None:
     made = record()
-    made.sent[1].answers.append((10, {"c": NOWHERE}))
+    made.sent[1].answers.append((10, {"c": MISSING}))
     assert kinds(made, good()) == {"LOST"}
 
 
