@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     embeddings_dimensions: PositiveInt | None = Field(
         default=None, validation_alias=AliasChoices("EMBEDDINGS_DIMENSIONS")
     )
-    """Vector length to request from the endpoint. Unset: the model's own length."""
+    """Vector length that the model must have, checked at start. Unset: any length is accepted."""
 
     auth: Literal["none", "jwt"] = "none"
     """How callers are identified. `none`: every caller is a service. `jwt`: by bearer token."""

@@ -65,9 +65,8 @@ class QdrantIndex:
         if dimensions != self._dimensions:
             raise SearchMisconfigured(
                 f"the collection {collection} holds vectors of dimension {dimensions}, and the "
-                f"vectors of the configured model have {self._dimensions}: set "
-                f"EMBEDDINGS_DIMENSIONS to {self._dimensions}, or delete the collection, which is "
-                "then rebuilt"
+                f"vectors of the configured model have {self._dimensions}: delete the collection, "
+                "which is then rebuilt, or set another CHAT_HISTORY_QDRANT_COLLECTION"
             )
         return True
 
