@@ -28,7 +28,7 @@ _SERVICE_CONFIG = {
     "methodConfig": [
         {
             "name": [{"service": _SERVICE}],
-            # Safe for writes too: their IDs are created before the first attempt.
+            # Safe for writes too: their ids are created before the first attempt.
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.1s",

@@ -28,7 +28,7 @@ class ChatHistoryClient(Users, Sessions, Messages, Documents, Health):
 
     Each method is the RPC of the same name. A call waits until the service can be reached, at most
     until its deadline (10 s, or `timeout`). Calls that fail with UNAVAILABLE are retried, up to
-    five attempts, with the same IDs. A final failure raises one of the errors in
+    five attempts, with the same ids. A final failure raises one of the errors in
     `chathistory_client.errors`.
 
     Args:

@@ -43,7 +43,7 @@ class Documents(Connection):
     ) -> Document:
         """Create a document with its chunks, in several requests if they exceed the size of one.
 
-        Retries send the same ID, so the document is created once. If `content_sha256` is set and
+        Retries send the same id, so the document is created once. If `content_sha256` is set and
         the owner has a document with the same `content_sha256` and `source_uri`, that document is
         returned instead.
 
@@ -58,7 +58,7 @@ class Documents(Connection):
 
         Args:
             chunks: The text, as strings or as chunks with vectors of your own.
-            user_id: ID of the owner. Services must set it for a private document; user callers may
+            user_id: Id of the owner. Services must set it for a private document; user callers may
                 leave it empty.
             document_id: UUID of the document. Empty for a new one.
             title: Display title, at most 512 characters.
@@ -74,7 +74,7 @@ class Documents(Connection):
             The stored document.
 
         Raises:
-            AlreadyExists: The owner has another document with this ID, or other chunks are stored
+            AlreadyExists: The owner has another document with this id, or other chunks are stored
                 (ID_TAKEN).
             NotFound: The owner does not exist (USER_NOT_FOUND).
             PermissionDenied: A user caller creates a shared document (SERVICE_ONLY).
@@ -119,10 +119,10 @@ class Documents(Connection):
         """Store further chunks of a document. Chunks that are stored already are not stored again.
 
         Args:
-            document_id: ID of the document.
+            document_id: Id of the document.
             first_index: Index of the first chunk, at most the document's `chunk_count`.
             chunks: 1 to 1000 chunks, at most 1 MiB together.
-            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+            user_id: Id of the user whose own documents the call covers, next to the shared ones.
                 User callers may leave it empty. From services, an empty value covers the shared
                 documents only.
             timeout: Seconds for the call, including retries. None for the client's default.
@@ -131,7 +131,7 @@ class Documents(Connection):
             The stored document.
 
         Raises:
-            NotFound: Neither the user's own documents nor the shared ones have this ID
+            NotFound: Neither the user's own documents nor the shared ones have this id
                 (DOCUMENT_NOT_FOUND).
             AlreadyExists: Another chunk is stored at one of the indexes (ID_TAKEN).
             PermissionDenied: The document is shared, and the caller is a user (SERVICE_ONLY).
@@ -150,17 +150,17 @@ class Documents(Connection):
         """Return one document, without its chunks.
 
         Args:
-            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+            user_id: Id of the user whose own documents the call covers, next to the shared ones.
                 User callers may leave it empty. From services, an empty value covers the shared
                 documents only.
-            document_id: ID of the document.
+            document_id: Id of the document.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
             The stored document.
 
         Raises:
-            NotFound: Neither the user's own documents nor the shared ones have this ID
+            NotFound: Neither the user's own documents nor the shared ones have this id
                 (DOCUMENT_NOT_FOUND).
         """
         request = document_pb2.GetDocumentRequest(user_id=user_id, document_id=document_id)
@@ -188,7 +188,7 @@ class Documents(Connection):
         ['Herons']
 
         Args:
-            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+            user_id: Id of the user whose own documents the call covers, next to the shared ones.
                 User callers may leave it empty. From services, an empty value covers the shared
                 documents only.
             status: Only documents with this status. Unspecified for any.
@@ -234,10 +234,10 @@ class Documents(Connection):
         Fields that are left `UNSET` keep their value; None and empty values clear a field.
 
         Args:
-            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+            user_id: Id of the user whose own documents the call covers, next to the shared ones.
                 User callers may leave it empty. From services, an empty value covers the shared
                 documents only.
-            document_id: ID of the document.
+            document_id: Id of the document.
             title: Display title, at most 512 characters.
             source_uri: Location of the original.
             mime_type: Media type of the original.
@@ -251,7 +251,7 @@ class Documents(Connection):
         Raises:
             ValueError: No field was passed.
             Conflict: `etag` is not that of the stored document (ETAG_MISMATCH).
-            NotFound: Neither the user's own documents nor the shared ones have this ID
+            NotFound: Neither the user's own documents nor the shared ones have this id
                 (DOCUMENT_NOT_FOUND).
             AlreadyExists: Another document has the same content and the new `source_uri`
                 (ID_TAKEN).
@@ -277,15 +277,15 @@ class Documents(Connection):
         """Delete a document permanently, with its chunks and vectors.
 
         Args:
-            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+            user_id: Id of the user whose own documents the call covers, next to the shared ones.
                 User callers may leave it empty. From services, an empty value covers the shared
                 documents only.
-            document_id: ID of the document.
+            document_id: Id of the document.
             allow_missing: True to succeed when the document does not exist.
             timeout: Seconds for the call, including retries. None for 60 s.
 
         Raises:
-            NotFound: Neither the user's own documents nor the shared ones have this ID
+            NotFound: Neither the user's own documents nor the shared ones have this id
                 (DOCUMENT_NOT_FOUND).
             PermissionDenied: The document is shared, and the caller is a user (SERVICE_ONLY).
         """
@@ -313,10 +313,10 @@ class Documents(Connection):
         [(0, 'Herons wade.'), (1, 'They eat fish.')]
 
         Args:
-            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+            user_id: Id of the user whose own documents the call covers, next to the shared ones.
                 User callers may leave it empty. From services, an empty value covers the shared
                 documents only.
-            document_id: ID of the document.
+            document_id: Id of the document.
             page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
             page_token: `next_page_token` of the page to continue after. Empty for the first page.
             timeout: Seconds for each page, including retries. None for the client's default.
@@ -325,7 +325,7 @@ class Documents(Connection):
             A pager: `async for` iterates over all items, `await` returns one page.
 
         Raises:
-            NotFound: Neither the user's own documents nor the shared ones have this ID
+            NotFound: Neither the user's own documents nor the shared ones have this id
                 (DOCUMENT_NOT_FOUND).
         """
 
@@ -352,7 +352,7 @@ class Documents(Connection):
         Exactly one of `query` and `vector` is required.
 
         Args:
-            user_id: ID of the user whose own documents the call covers, next to the shared ones.
+            user_id: Id of the user whose own documents the call covers, next to the shared ones.
                 User callers may leave it empty. From services, an empty value covers the shared
                 documents only.
             query: Text to search for, at most 8 KiB.

@@ -39,7 +39,7 @@ class ChatHistoryError(Exception):
         code: The gRPC status code.
         reason: Stable reason in UPPER_SNAKE, such as `LAST_SEQ_MISMATCH`. Empty if gRPC or a proxy,
             rather than the service, ended the call.
-        metadata: IDs and numbers that the error refers to, such as `last_seq`.
+        metadata: Ids and numbers that the error refers to, such as `last_seq`.
         violations: The rejected fields.
         retry_after: Seconds after which the service asks to retry. None when waiting does not help.
     """
@@ -75,7 +75,7 @@ class NotFound(ChatHistoryError):
 
 
 class AlreadyExists(ChatHistoryError):
-    """Another resource has the ID or another unique value."""
+    """Another resource has the id or another unique value."""
 
 
 class Conflict(ChatHistoryError):
@@ -103,7 +103,7 @@ class Unavailable(ChatHistoryError):
 
 
 class DeadlineExceeded(ChatHistoryError):
-    """The time ran out. A write may have been stored; repeat it with the same IDs."""
+    """The time ran out. A write may have been stored; repeat it with the same ids."""
 
 
 class Internal(ChatHistoryError):

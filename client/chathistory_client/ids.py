@@ -1,6 +1,6 @@
-"""IDs for new resources.
+"""Ids for new resources.
 
-They are created before the first attempt of a call, so every retry sends the same ID and nothing is
+They are created before the first attempt of a call, so every retry sends the same id and nothing is
 stored twice.
 """
 

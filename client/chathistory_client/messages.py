@@ -43,7 +43,7 @@ def message(
     token_count: int | None = None,
     author: str = "",
 ) -> Message:
-    """Create a message with an ID, ready to append.
+    """Create a message with an id, ready to append.
 
     Appending the same message again is a replay and stores nothing.
 
@@ -87,7 +87,7 @@ class Messages(Connection):
     ) -> message_pb2.AppendMessagesResponse:
         """Append messages to a session, all or none. Without `session_id`, create the session.
 
-        Messages without an ID get one before the first attempt, so retries store them once. The
+        Messages without an id get one before the first attempt, so retries store them once. The
         messages passed are not modified.
 
         >>> reply = await client.append_messages(
@@ -108,8 +108,8 @@ class Messages(Connection):
 
         Args:
             messages: 1 to 100 messages.
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session. Empty to create a session.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session. Empty to create a session.
             expected_last_seq: If set, the session's `last_seq` must equal it. 0 expects an empty
                 session.
             create_if_missing: True to create the session with `session_id` if it does not exist.
@@ -117,12 +117,12 @@ class Messages(Connection):
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
-            The session's ID, and the `seq` of each message.
+            The session's id, and the `seq` of each message.
 
         Raises:
             NotFound: The session does not exist and `create_if_missing` is false
                 (SESSION_NOT_FOUND), or its owner does not exist (USER_NOT_FOUND).
-            AlreadyExists: A message with this ID and other content is stored (MESSAGE_ID_REUSED).
+            AlreadyExists: A message with this id and other content is stored (MESSAGE_ID_REUSED).
             Conflict: `expected_last_seq` is not the session's `last_seq` (LAST_SEQ_MISMATCH).
             FailedPrecondition: The session is archived (SESSION_ARCHIVED).
         """
@@ -144,9 +144,9 @@ class Messages(Connection):
         """Return one message.
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
-            message_id: ID of the message.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
+            message_id: Id of the message.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
@@ -181,8 +181,8 @@ class Messages(Connection):
         ['Hi', 'Hello!']
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
             order: Ascending or descending.
             page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
             page_token: `next_page_token` of the page to continue after. Empty for the first page.
@@ -192,7 +192,7 @@ class Messages(Connection):
             A pager: `async for` iterates over all items, `await` returns one page.
 
         Raises:
-            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+            NotFound: The user has no session with this id (SESSION_NOT_FOUND).
         """
 
         async def fetch(token: str) -> message_pb2.ListMessagesResponse:
@@ -234,9 +234,9 @@ class Messages(Connection):
         1.0
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
-            message_id: ID of the message.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
+            message_id: Id of the message.
             content: Text for people, at most 256 KiB.
             parts: Structured content; replaces the stored parts.
             metadata: JSON object of your own; replaces the stored one.
@@ -280,9 +280,9 @@ class Messages(Connection):
         """Erase the content of a message. Its `seq` is not reused, and no message is renumbered.
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
-            message_id: ID of the message.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
+            message_id: Id of the message.
             allow_missing: True to succeed when the message or its session does not exist.
             timeout: Seconds for the call, including retries. None for the client's default.
 
@@ -323,8 +323,8 @@ class Messages(Connection):
         (['Be brief.', 'Two'], 1)
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
             max_messages: Maximum number of messages, up to 1000. 0 means 50.
             max_tokens: Maximum number of tokens. 0 means no limit.
             timeout: Seconds for the call, including retries. None for the client's default.
@@ -333,7 +333,7 @@ class Messages(Connection):
             The session, the messages, the number of omitted messages, and the tokens.
 
         Raises:
-            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+            NotFound: The user has no session with this id (SESSION_NOT_FOUND).
         """
         request = message_pb2.GetContextRequest(
             user_id=user_id, session_id=session_id, max_messages=max_messages, max_tokens=max_tokens
@@ -364,7 +364,7 @@ class Messages(Connection):
 
         Args:
             query: Text to search for, at most 8 KiB.
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
             session_id: Only messages of this session. Empty for all sessions.
             limit: Maximum number of hits, up to 100. 0 means 10.
             mode: How to compare. Unspecified for HYBRID where the service indexes messages, else
@@ -399,8 +399,8 @@ class Messages(Connection):
         1 Hi
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
             after_seq: Last `seq` that is known already. 0 streams the whole session first.
 
         Raises:

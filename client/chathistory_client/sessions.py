@@ -26,7 +26,7 @@ class Sessions(Connection):
     ) -> Session:
         """Create an empty session.
 
-        `append_messages` can create a session as well, in the same call. Retries send the same ID,
+        `append_messages` can create a session as well, in the same call. Retries send the same id,
         so the session is created once.
 
         >>> session = await client.create_session(user_id=user_id, title="Holidays")
@@ -34,7 +34,7 @@ class Sessions(Connection):
         ('Holidays', 0)
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
             session_id: UUID of the session. Empty for a new one.
             title: Display title, at most 512 characters.
             summary: Summary, at most 64 KiB.
@@ -45,7 +45,7 @@ class Sessions(Connection):
             The stored session.
 
         Raises:
-            AlreadyExists: The user has another session with this ID (ID_TAKEN).
+            AlreadyExists: The user has another session with this id (ID_TAKEN).
             NotFound: The owner does not exist (USER_NOT_FOUND).
         """
         session = Session(
@@ -60,15 +60,15 @@ class Sessions(Connection):
         """Return one session.
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
             The stored session.
 
         Raises:
-            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+            NotFound: The user has no session with this id (SESSION_NOT_FOUND).
         """
         request = session_pb2.GetSessionRequest(user_id=user_id, session_id=session_id)
         return (await self._call(self._stub.GetSession, request, timeout)).session
@@ -89,7 +89,7 @@ class Sessions(Connection):
         ['One']
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
             state: Only sessions in this state. Unspecified for any state.
             page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
             page_token: `next_page_token` of the page to continue after. Empty for the first page.
@@ -134,8 +134,8 @@ class Sessions(Connection):
         ('Holidays', 'en')
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
             title: Display title, at most 512 characters.
             summary: Summary of the messages up to `summarized_through_seq`, at most 64 KiB.
             summarized_through_seq: Last `seq` that the summary covers. `get_context` omits the
@@ -151,7 +151,7 @@ class Sessions(Connection):
         Raises:
             ValueError: No field was passed.
             Conflict: `etag` is not that of the stored session (ETAG_MISMATCH).
-            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+            NotFound: The user has no session with this id (SESSION_NOT_FOUND).
         """
         session = Session(id=session_id, etag=etag)
         mask = set_fields(
@@ -178,13 +178,13 @@ class Sessions(Connection):
         """Delete a session permanently, with its messages.
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session.
             allow_missing: True to succeed when the session does not exist.
             timeout: Seconds for the call, including retries. None for 60 s.
 
         Raises:
-            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+            NotFound: The user has no session with this id (SESSION_NOT_FOUND).
         """
         request = session_pb2.DeleteSessionRequest(
             user_id=user_id, session_id=session_id, allow_missing=allow_missing
@@ -203,7 +203,7 @@ class Sessions(Connection):
         """Copy the beginning of a session into a new one.
 
         Use it to regenerate an answer, edit a question, or branch. The copied messages keep their
-        IDs, `seq` and times.
+        ids, `seq` and times.
 
         >>> source = await client.append_messages(
         ...     user_id=user_id, messages=[message("user", "Hi"), message("assistant", "?")]
@@ -215,8 +215,8 @@ class Sessions(Connection):
         (1, True)
 
         Args:
-            user_id: ID of the owner. Services must set it; user callers may leave it empty.
-            session_id: ID of the session to copy from.
+            user_id: Id of the owner. Services must set it; user callers may leave it empty.
+            session_id: Id of the session to copy from.
             through_seq: Last `seq` to copy. 0 copies no message.
             new_session_id: UUID of the new session. Empty for a new one.
             timeout: Seconds for the call, including retries. None for the client's default.
@@ -225,7 +225,7 @@ class Sessions(Connection):
             The new session.
 
         Raises:
-            NotFound: The user has no session with this ID (SESSION_NOT_FOUND).
+            NotFound: The user has no session with this id (SESSION_NOT_FOUND).
             InvalidArgument: `through_seq` exceeds the session's `last_seq` (FIELD_VIOLATION).
             AlreadyExists: The user has another session with `new_session_id` (ID_TAKEN).
         """

@@ -29,7 +29,7 @@ class Users(Connection):
     ) -> User:
         """Create a user.
 
-        Retries send the same ID, so the user is created once. To repeat the call yourself, pass
+        Retries send the same id, so the user is created once. To repeat the call yourself, pass
         `user_id`: the same content returns the stored user.
 
         >>> user = await client.create_user(
@@ -40,7 +40,7 @@ class Users(Connection):
 
         Args:
             user_id: UUID of the user. Empty for a new one.
-            external_id: ID of the user in your own system. Unique when set.
+            external_id: Id of the user in your own system. Unique when set.
             email: E-mail address. Unique when set, compared case-insensitively.
             name: Display name.
             metadata: JSON object of your own, at most 16 KiB.
@@ -50,8 +50,8 @@ class Users(Connection):
             The stored user.
 
         Raises:
-            AlreadyExists: Another user has the e-mail address (EMAIL_TAKEN), the external ID
-                (EXTERNAL_ID_TAKEN) or the ID (ID_TAKEN).
+            AlreadyExists: Another user has the e-mail address (EMAIL_TAKEN), the external id
+                (EXTERNAL_ID_TAKEN) or the id (ID_TAKEN).
             PermissionDenied: The caller is a user (SERVICE_ONLY).
         """
         user = User(
@@ -80,9 +80,9 @@ class Users(Connection):
         True
 
         Args:
-            user_id: ID of the user.
+            user_id: Id of the user.
             email: E-mail address of the user, compared case-insensitively.
-            external_id: External ID of the user.
+            external_id: External id of the user.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
@@ -103,7 +103,7 @@ class Users(Connection):
     def list_users(
         self, *, page_size: int = 0, page_token: str = "", timeout: float | None = None
     ) -> Pager[user_pb2.ListUsersResponse, User]:
-        """List all users, ordered by ID.
+        """List all users, ordered by id.
 
         Args:
             page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
@@ -144,8 +144,8 @@ class Users(Connection):
         'Ada Lovelace'
 
         Args:
-            user_id: ID of the user.
-            external_id: ID of the user in your own system. Written by services only.
+            user_id: Id of the user.
+            external_id: Id of the user in your own system. Written by services only.
             email: E-mail address.
             name: Display name.
             metadata: JSON object of your own; replaces the stored one.
@@ -158,9 +158,9 @@ class Users(Connection):
         Raises:
             ValueError: No field was passed.
             Conflict: `etag` is not that of the stored user (ETAG_MISMATCH).
-            AlreadyExists: Another user has the e-mail address (EMAIL_TAKEN) or the external ID
+            AlreadyExists: Another user has the e-mail address (EMAIL_TAKEN) or the external id
                 (EXTERNAL_ID_TAKEN).
-            NotFound: No user has this ID (USER_NOT_FOUND).
+            NotFound: No user has this id (USER_NOT_FOUND).
         """
         user = User(id=user_id, etag=etag)
         mask = set_fields(user, external_id=external_id, email=email, name=name, metadata=metadata)
@@ -178,7 +178,7 @@ class Users(Connection):
         1
 
         Args:
-            user_id: ID of the user.
+            user_id: Id of the user.
             allow_missing: True to succeed when the user does not exist.
             timeout: Seconds for the call, including retries. None for 60 s.
 
@@ -186,7 +186,7 @@ class Users(Connection):
             The numbers of deleted resources.
 
         Raises:
-            NotFound: No user has this ID (USER_NOT_FOUND).
+            NotFound: No user has this id (USER_NOT_FOUND).
             PermissionDenied: The caller is a user (SERVICE_ONLY).
         """
         request = user_pb2.DeleteUserRequest(user_id=user_id, allow_missing=allow_missing)
@@ -205,11 +205,11 @@ class Users(Connection):
         ['user', 'session', 'message']
 
         Args:
-            user_id: ID of the user. Services must set it; user callers may leave it empty.
+            user_id: Id of the user. Services must set it; user callers may leave it empty.
             timeout: Seconds for the whole export.
 
         Raises:
-            NotFound: No user has this ID, or it was deleted during the export (USER_NOT_FOUND).
+            NotFound: No user has this id, or it was deleted during the export (USER_NOT_FOUND).
         """
         request = export_pb2.ExportUserDataRequest(user_id=user_id)
         token = await self._get_token(self._timeout_s)

@@ -47,7 +47,7 @@ answers `grpc.health.v1` and reflection. Generated Python stubs are in the distr
 - An update mask names writable fields. An empty mask means every field that is set. A path that is
   unknown or output only is a `FIELD_VIOLATION`.
 - A request may have 4 MiB, one message or one list of chunks 1 MiB, and `metadata` 16 KiB, all
-  serialized.
+  serialised.
 - The limits in the tables are the protovalidate rules of the protos. A request that breaks one is
   refused with `INVALID_ARGUMENT`, reason `FIELD_VIOLATION`, and one entry for each field.
 - [Errors](errors.md) lists every reason.
@@ -153,9 +153,7 @@ def _words(rules: Any) -> Iterator[str]:
                 if part.name == "items":
                     yield f"each {', '.join(_words(limit))}"
                 else:
-                    yield {"min_items": "at least {} items", "max_items": "at most {} items"}[
-                        part.name
-                    ].format(limit)
+                    yield _PHRASES[part.name](limit)
         else:
             for part, limit in value.ListFields():
                 yield _PHRASES[part.name](limit)
@@ -172,6 +170,8 @@ _PHRASES: dict[str, Callable[[Any], str]] = {
     "email": lambda _: "an e-mail address",
     "min_len": lambda limit: f"at least {limit} character{'s' * (limit > 1)}",
     "max_len": lambda limit: f"at most {limit} characters",
+    "min_items": lambda limit: f"at least {limit} item{'s' * (limit > 1)}",
+    "max_items": lambda limit: f"at most {limit} items",
     "max_bytes": lambda limit: f"at most {_size(limit)}",
     "not_contains": lambda text: "no NUL" if text == "\0" else f"no `{text}`",
     "pattern": lambda pattern: f"matches `{pattern}`",

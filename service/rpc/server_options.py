@@ -1,4 +1,4 @@
-"""Channel arguments of the gRPC servers: size limits, keepalive and connection behavior."""
+"""Channel arguments of the gRPC servers: size limits, keepalive and connection behaviour."""
 
 from __future__ import annotations
 

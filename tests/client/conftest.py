@@ -20,5 +20,5 @@ async def client(server: Server) -> AsyncGenerator[ChatHistoryClient]:
 
 @pytest.fixture
 async def owner(client: ChatHistoryClient) -> str:
-    """The ID of a new user."""
+    """The id of a new user."""
     return (await client.create_user(name="Ada")).id

@@ -1,4 +1,4 @@
-"""Calls, errors, lists, IDs, health and tracing, against a real server."""
+"""Calls, errors, lists, ids, health and tracing, against a real server."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def count_attempts(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[None
 async def test_append_without_ids_creates_them_and_leaves_the_passed_messages_unchanged(
     client: ChatHistoryClient, owner: str
 ) -> None:
-    bare = Message(role=Role.ROLE_USER, content="no ID")
+    bare = Message(role=Role.ROLE_USER, content="no id")
     first = await client.append_messages(user_id=owner, messages=[bare])
     again = await client.append_messages(
         user_id=owner, session_id=first.session_id, messages=[bare]

@@ -36,17 +36,17 @@ class ChatHistoryServiceStub(object):
 
     Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
     only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
-    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
-    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    A `user_id` of another user fails with `USER_MISMATCH`. Ids of sessions, messages and documents
+    are looked up among the owner's data only, so another user's id fails exactly as an unknown id
     does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
     created, read or deleted.
 
-    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
-    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+    Ids are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an id empty.
 
-    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    Idempotency. A create or append that carries client-chosen ids can be repeated: the service
     compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
-    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    Without client-chosen ids a repeated call stores its content again. A repeated update with an
     `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
     before the reply is sent.
 
@@ -56,7 +56,7 @@ class ChatHistoryServiceStub(object):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    is stable, and `metadata` holds the ids. `FIELD_VIOLATION` adds `BadRequest` with one entry for
     each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
     lists its own reasons. Their codes are:
 
@@ -86,7 +86,7 @@ class ChatHistoryServiceStub(object):
     retries.
     - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
     - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
-    repeat it with the same IDs.
+    repeat it with the same ids.
     - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
     log.
 
@@ -253,17 +253,17 @@ class ChatHistoryServiceServicer(object):
 
     Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
     only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
-    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
-    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    A `user_id` of another user fails with `USER_MISMATCH`. Ids of sessions, messages and documents
+    are looked up among the owner's data only, so another user's id fails exactly as an unknown id
     does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
     created, read or deleted.
 
-    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
-    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+    Ids are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an id empty.
 
-    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    Idempotency. A create or append that carries client-chosen ids can be repeated: the service
     compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
-    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    Without client-chosen ids a repeated call stores its content again. A repeated update with an
     `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
     before the reply is sent.
 
@@ -273,7 +273,7 @@ class ChatHistoryServiceServicer(object):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    is stable, and `metadata` holds the ids. `FIELD_VIOLATION` adds `BadRequest` with one entry for
     each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
     lists its own reasons. Their codes are:
 
@@ -303,7 +303,7 @@ class ChatHistoryServiceServicer(object):
     retries.
     - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
     - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
-    repeat it with the same IDs.
+    repeat it with the same ids.
     - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
     log.
 
@@ -316,14 +316,14 @@ class ChatHistoryServiceServicer(object):
 
         Callers: services only.
 
-        Idempotency: safe to repeat when `user.id` is set. The same ID with the same content returns
+        Idempotency: safe to repeat when `user.id` is set. The same id with the same content returns
         the stored user, also after later updates.
 
         Errors:
 
         - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
-        - `EXTERNAL_ID_TAKEN`: another user has this external ID.
-        - `ID_TAKEN`: a user with this ID was created with other content.
+        - `EXTERNAL_ID_TAKEN`: another user has this external id.
+        - `ID_TAKEN`: a user with this id was created with other content.
         - `SERVICE_ONLY`: the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -331,7 +331,7 @@ class ChatHistoryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetUser(self, request, context):
-        """Returns one user by ID, e-mail address or external ID.
+        """Returns one user by id, e-mail address or external id.
 
         Callers: services and users. A user caller gets itself only, by any of its keys or without a
         key.
@@ -350,7 +350,7 @@ class ChatHistoryServiceServicer(object):
 
         Callers: services only.
 
-        Ordering: by ID, ascending. Users that are created or deleted between two pages do not shift
+        Ordering: by id, ascending. Users that are created or deleted between two pages do not shift
         the others.
 
         Errors:
@@ -372,7 +372,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `USER_NOT_FOUND`: no user has this ID.
+        - `USER_NOT_FOUND`: no user has this id.
         - `ETAG_MISMATCH`: the user was updated since `etag` was read.
         - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
         - `SERVICE_ONLY`: a user caller writes `external_id`.
@@ -393,7 +393,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `USER_NOT_FOUND`: no user has this ID and `allow_missing` is false.
+        - `USER_NOT_FOUND`: no user has this id and `allow_missing` is false.
         - `SERVICE_ONLY`: the caller is a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -407,13 +407,13 @@ class ChatHistoryServiceServicer(object):
 
         Callers: services and users. A user caller exports itself only.
 
-        Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
+        Ordering: sessions and documents by id, messages by `seq`, chunks by index. The export is not
         one snapshot: sessions and documents are exported as they are when the stream reaches them. An
         export that ends with OK is complete.
 
         Errors:
 
-        - `USER_NOT_FOUND`: no user has this ID, or it was deleted during the export.
+        - `USER_NOT_FOUND`: no user has this id, or it was deleted during the export.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -424,13 +424,13 @@ class ChatHistoryServiceServicer(object):
 
         Callers: services and users.
 
-        Idempotency: safe to repeat when `session.id` is set. The same ID with the same content returns
+        Idempotency: safe to repeat when `session.id` is set. The same id with the same content returns
         the stored session, also after later updates and appends.
 
         Errors:
 
         - `USER_NOT_FOUND`: the owner does not exist.
-        - `ID_TAKEN`: the user has a session with this ID that was created with other content.
+        - `ID_TAKEN`: the user has a session with this id that was created with other content.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -443,7 +443,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -454,7 +454,7 @@ class ChatHistoryServiceServicer(object):
 
         Callers: services and users.
 
-        Ordering: by `update_time`, descending, then by ID. A session that becomes active between two
+        Ordering: by `update_time`, descending, then by id. A session that becomes active between two
         pages moves to the front, so later pages omit it.
 
         Errors:
@@ -476,7 +476,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         - `ETAG_MISMATCH`: the session was updated since `etag` was read.
         - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
         """
@@ -497,7 +497,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID and `allow_missing` is false.
+        - `SESSION_NOT_FOUND`: the user has no session with this id and `allow_missing` is false.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -505,7 +505,7 @@ class ChatHistoryServiceServicer(object):
 
     def ForkSession(self, request, context):
         """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-        answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
+        answer, edit a question or branch. The copies keep their ids, `seq` and times. Deleted messages
         stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
         only. The new session is ACTIVE. The source session is not changed.
 
@@ -533,10 +533,10 @@ class ChatHistoryServiceServicer(object):
         Ordering: `seq` is 1, 2, 3… in each session, without gaps or ties, for any number of concurrent
         writers and replicas. It does not depend on a clock.
 
-        Idempotency: safe to repeat when every message has an ID. A message with a stored ID and the
+        Idempotency: safe to repeat when every message has an id. A message with a stored id and the
         same content returns its first `seq` with `replayed` set, also after it was updated or deleted.
         In a request that mixes new and stored messages, the stored ones keep their `seq`, and the new
-        ones are next to each other. A message without an ID is stored again.
+        ones are next to each other. A message without an id is stored again.
 
         The service checks the request in this order: the session exists or may be created, stored
         messages, the session's state, `expected_last_seq`. A request whose messages are all stored
@@ -546,13 +546,13 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID and `create_if_missing` is false.
+        - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
         - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
-        - `MESSAGE_ID_REUSED`: a message with this ID and other content is stored in the session.
+        - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
         - `SESSION_ARCHIVED`: the session is archived.
         - `LAST_SEQ_MISMATCH`: `expected_last_seq` is not the session's `last_seq`, which
         `metadata["last_seq"]` holds.
-        - `FIELD_VIOLATION`: an ID occurs twice in the request, a role is missing, or a message exceeds
+        - `FIELD_VIOLATION`: an id occurs twice in the request, a role is missing, or a message exceeds
         1 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -566,8 +566,8 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
-        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -583,7 +583,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -602,8 +602,8 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
-        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
         - `ETAG_MISMATCH`: the message was updated since `etag` was read.
         - `FIELD_VIOLATION`: `session_id` or `message.id` is missing, or the message exceeds 1 MiB.
         """
@@ -613,7 +613,7 @@ class ChatHistoryServiceServicer(object):
 
     def DeleteMessage(self, request, context):
         """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
-        the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
+        the id, `seq` and fingerprint remains, so that a late retry of the append cannot store the
         message again. Reads skip tombstones. Other messages keep their `seq`. The session's
         `message_count` decreases, its `last_seq` does not.
 
@@ -623,8 +623,8 @@ class ChatHistoryServiceServicer(object):
 
         Errors, unless `allow_missing` is true:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
-        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -634,21 +634,21 @@ class ChatHistoryServiceServicer(object):
         """Selects the messages for the next prompt: the newest ones within the limits, oldest first.
 
         A *group* is one message, or an assistant message with tool calls together with the messages
-        that hold their results. A result belongs to the newest earlier call with its ID. Groups are
+        that hold their results. A result belongs to the newest earlier call with its id. Groups are
         returned completely or not at all. A message with a result whose call is missing is never
         returned. A call that lacks a result is returned only if no message other than its results
         follows.
 
-        Kept first, even above `max_messages` and `max_tokens`: the newest group and the leading SYSTEM
-        messages. Then older groups, newest first, until one does not fit into the limits or into a
-        reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has a
-        summary, except leading SYSTEM messages.
+        The newest group and the leading SYSTEM messages are selected first, even above `max_messages`
+        and `max_tokens`. Older groups follow, newest first, until one does not fit into the limits or
+        into a reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has
+        a summary, except leading SYSTEM messages.
 
         Callers: services and users.
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -670,7 +670,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID, or it was deleted during the
+        - `SESSION_NOT_FOUND`: the user has no session with this id, or it was deleted during the
         stream.
         - `TOKEN_INVALID`: the token expired during the stream.
         - `DRAINING`: this replica is shutting down; open the stream again.
@@ -709,15 +709,15 @@ class ChatHistoryServiceServicer(object):
 
         Callers: services and users. Shared documents are created by services only.
 
-        Idempotency: safe to repeat when `document.id` is set. The same ID with the same document and
+        Idempotency: safe to repeat when `document.id` is set. The same id with the same document and
         first chunks returns the stored document. If `content_sha256` is set and the owner has a
         document with the same `content_sha256` and `source_uri`, that document is returned unchanged,
-        whatever its ID.
+        whatever its id.
 
         Errors:
 
         - `USER_NOT_FOUND`: the owner does not exist.
-        - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
+        - `ID_TAKEN`: the owner has a document with this id that was created with other content.
         - `SERVICE_ONLY`: a user caller creates a shared document.
         - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
         of the search index.
@@ -737,7 +737,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         - `ID_TAKEN`: another chunk is stored at one of the indexes, which `metadata["chunk_index"]`
         holds.
         - `SERVICE_ONLY`: the document is shared, and the caller is a user.
@@ -755,7 +755,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -766,7 +766,7 @@ class ChatHistoryServiceServicer(object):
 
         Callers: services and users. The call covers the documents of `user_id` and the shared ones.
 
-        Ordering: by `create_time`, newest first, then by ID.
+        Ordering: by `create_time`, newest first, then by id.
 
         Errors:
 
@@ -787,7 +787,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         - `ETAG_MISMATCH`: the document was updated since `etag` was read.
         - `ID_TAKEN`: another document of the owner has the same `content_sha256` and the new
         `source_uri`.
@@ -808,7 +808,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID, and
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id, and
         `allow_missing` is false.
         - `SERVICE_ONLY`: the document is shared, and the caller is a user.
         """
@@ -825,7 +825,7 @@ class ChatHistoryServiceServicer(object):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -1035,17 +1035,17 @@ class ChatHistoryService(object):
 
     Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
     only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
-    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
-    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    A `user_id` of another user fails with `USER_MISMATCH`. Ids of sessions, messages and documents
+    are looked up among the owner's data only, so another user's id fails exactly as an unknown id
     does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
     created, read or deleted.
 
-    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
-    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+    Ids are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an id empty.
 
-    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    Idempotency. A create or append that carries client-chosen ids can be repeated: the service
     compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
-    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    Without client-chosen ids a repeated call stores its content again. A repeated update with an
     `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
     before the reply is sent.
 
@@ -1055,7 +1055,7 @@ class ChatHistoryService(object):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    is stable, and `metadata` holds the ids. `FIELD_VIOLATION` adds `BadRequest` with one entry for
     each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
     lists its own reasons. Their codes are:
 
@@ -1085,7 +1085,7 @@ class ChatHistoryService(object):
     retries.
     - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
     - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
-    repeat it with the same IDs.
+    repeat it with the same ids.
     - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
     log.
 

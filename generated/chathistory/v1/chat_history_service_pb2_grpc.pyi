@@ -37,17 +37,17 @@ class ChatHistoryServiceStub:
 
     Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
     only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
-    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
-    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    A `user_id` of another user fails with `USER_MISMATCH`. Ids of sessions, messages and documents
+    are looked up among the owner's data only, so another user's id fails exactly as an unknown id
     does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
     created, read or deleted.
 
-    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
-    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+    Ids are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an id empty.
 
-    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    Idempotency. A create or append that carries client-chosen ids can be repeated: the service
     compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
-    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    Without client-chosen ids a repeated call stores its content again. A repeated update with an
     `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
     before the reply is sent.
 
@@ -57,7 +57,7 @@ class ChatHistoryServiceStub:
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    is stable, and `metadata` holds the ids. `FIELD_VIOLATION` adds `BadRequest` with one entry for
     each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
     lists its own reasons. Their codes are:
 
@@ -87,7 +87,7 @@ class ChatHistoryServiceStub:
       retries.
     - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
     - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
-      repeat it with the same IDs.
+      repeat it with the same ids.
     - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
       log.
 
@@ -104,18 +104,18 @@ class ChatHistoryServiceStub:
 
     Callers: services only.
 
-    Idempotency: safe to repeat when `user.id` is set. The same ID with the same content returns
+    Idempotency: safe to repeat when `user.id` is set. The same id with the same content returns
     the stored user, also after later updates.
 
     Errors:
 
     - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
-    - `EXTERNAL_ID_TAKEN`: another user has this external ID.
-    - `ID_TAKEN`: a user with this ID was created with other content.
+    - `EXTERNAL_ID_TAKEN`: another user has this external id.
+    - `ID_TAKEN`: a user with this id was created with other content.
     - `SERVICE_ONLY`: the caller is a user.
     """
     GetUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.GetUserRequest, _user_pb2.GetUserResponse]
-    """Returns one user by ID, e-mail address or external ID.
+    """Returns one user by id, e-mail address or external id.
 
     Callers: services and users. A user caller gets itself only, by any of its keys or without a
     key.
@@ -130,7 +130,7 @@ class ChatHistoryServiceStub:
 
     Callers: services only.
 
-    Ordering: by ID, ascending. Users that are created or deleted between two pages do not shift
+    Ordering: by id, ascending. Users that are created or deleted between two pages do not shift
     the others.
 
     Errors:
@@ -148,7 +148,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `USER_NOT_FOUND`: no user has this ID.
+    - `USER_NOT_FOUND`: no user has this id.
     - `ETAG_MISMATCH`: the user was updated since `etag` was read.
     - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
     - `SERVICE_ONLY`: a user caller writes `external_id`.
@@ -165,7 +165,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `USER_NOT_FOUND`: no user has this ID and `allow_missing` is false.
+    - `USER_NOT_FOUND`: no user has this id and `allow_missing` is false.
     - `SERVICE_ONLY`: the caller is a user.
     """
     ExportUserData: _grpc.UnaryStreamMultiCallable[_export_pb2.ExportUserDataRequest, _export_pb2.ExportUserDataResponse]
@@ -175,26 +175,26 @@ class ChatHistoryServiceStub:
 
     Callers: services and users. A user caller exports itself only.
 
-    Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
+    Ordering: sessions and documents by id, messages by `seq`, chunks by index. The export is not
     one snapshot: sessions and documents are exported as they are when the stream reaches them. An
     export that ends with OK is complete.
 
     Errors:
 
-    - `USER_NOT_FOUND`: no user has this ID, or it was deleted during the export.
+    - `USER_NOT_FOUND`: no user has this id, or it was deleted during the export.
     """
     CreateSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.CreateSessionResponse]
     """Creates an empty session. AppendMessages can create one as well, which saves this call.
 
     Callers: services and users.
 
-    Idempotency: safe to repeat when `session.id` is set. The same ID with the same content returns
+    Idempotency: safe to repeat when `session.id` is set. The same id with the same content returns
     the stored session, also after later updates and appends.
 
     Errors:
 
     - `USER_NOT_FOUND`: the owner does not exist.
-    - `ID_TAKEN`: the user has a session with this ID that was created with other content.
+    - `ID_TAKEN`: the user has a session with this id that was created with other content.
     """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]
     """Returns one session.
@@ -203,14 +203,14 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     """
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]
     """Lists a user's sessions, newest activity first. A user that does not exist has no sessions.
 
     Callers: services and users.
 
-    Ordering: by `update_time`, descending, then by ID. A session that becomes active between two
+    Ordering: by `update_time`, descending, then by id. A session that becomes active between two
     pages moves to the front, so later pages omit it.
 
     Errors:
@@ -228,7 +228,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     - `ETAG_MISMATCH`: the session was updated since `etag` was read.
     - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
     """
@@ -245,11 +245,11 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID and `allow_missing` is false.
+    - `SESSION_NOT_FOUND`: the user has no session with this id and `allow_missing` is false.
     """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]
     """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-    answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
+    answer, edit a question or branch. The copies keep their ids, `seq` and times. Deleted messages
     stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
     only. The new session is ACTIVE. The source session is not changed.
 
@@ -273,10 +273,10 @@ class ChatHistoryServiceStub:
     Ordering: `seq` is 1, 2, 3… in each session, without gaps or ties, for any number of concurrent
     writers and replicas. It does not depend on a clock.
 
-    Idempotency: safe to repeat when every message has an ID. A message with a stored ID and the
+    Idempotency: safe to repeat when every message has an id. A message with a stored id and the
     same content returns its first `seq` with `replayed` set, also after it was updated or deleted.
     In a request that mixes new and stored messages, the stored ones keep their `seq`, and the new
-    ones are next to each other. A message without an ID is stored again.
+    ones are next to each other. A message without an id is stored again.
 
     The service checks the request in this order: the session exists or may be created, stored
     messages, the session's state, `expected_last_seq`. A request whose messages are all stored
@@ -286,13 +286,13 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID and `create_if_missing` is false.
+    - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
     - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
-    - `MESSAGE_ID_REUSED`: a message with this ID and other content is stored in the session.
+    - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
     - `SESSION_ARCHIVED`: the session is archived.
     - `LAST_SEQ_MISMATCH`: `expected_last_seq` is not the session's `last_seq`, which
       `metadata["last_seq"]` holds.
-    - `FIELD_VIOLATION`: an ID occurs twice in the request, a role is missing, or a message exceeds
+    - `FIELD_VIOLATION`: an id occurs twice in the request, a role is missing, or a message exceeds
       1 MiB.
     """
     GetMessage: _grpc.UnaryUnaryMultiCallable[_message_pb2.GetMessageRequest, _message_pb2.GetMessageResponse]
@@ -302,8 +302,8 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
-    - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
+    - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
     """
     ListMessages: _grpc.UnaryUnaryMultiCallable[_message_pb2.ListMessagesRequest, _message_pb2.ListMessagesResponse]
     """Lists the messages of a session. Deleted messages are not included.
@@ -315,7 +315,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
     """
     UpdateMessage: _grpc.UnaryUnaryMultiCallable[_message_pb2.UpdateMessageRequest, _message_pb2.UpdateMessageResponse]
@@ -330,14 +330,14 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
-    - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
+    - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
     - `ETAG_MISMATCH`: the message was updated since `etag` was read.
     - `FIELD_VIOLATION`: `session_id` or `message.id` is missing, or the message exceeds 1 MiB.
     """
     DeleteMessage: _grpc.UnaryUnaryMultiCallable[_message_pb2.DeleteMessageRequest, _message_pb2.DeleteMessageResponse]
     """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
-    the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
+    the id, `seq` and fingerprint remains, so that a late retry of the append cannot store the
     message again. Reads skip tombstones. Other messages keep their `seq`. The session's
     `message_count` decreases, its `last_seq` does not.
 
@@ -347,28 +347,28 @@ class ChatHistoryServiceStub:
 
     Errors, unless `allow_missing` is true:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
-    - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
+    - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
     """
     GetContext: _grpc.UnaryUnaryMultiCallable[_message_pb2.GetContextRequest, _message_pb2.GetContextResponse]
     """Selects the messages for the next prompt: the newest ones within the limits, oldest first.
 
     A *group* is one message, or an assistant message with tool calls together with the messages
-    that hold their results. A result belongs to the newest earlier call with its ID. Groups are
+    that hold their results. A result belongs to the newest earlier call with its id. Groups are
     returned completely or not at all. A message with a result whose call is missing is never
     returned. A call that lacks a result is returned only if no message other than its results
     follows.
 
-    Kept first, even above `max_messages` and `max_tokens`: the newest group and the leading SYSTEM
-    messages. Then older groups, newest first, until one does not fit into the limits or into a
-    reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has a
-    summary, except leading SYSTEM messages.
+    The newest group and the leading SYSTEM messages are selected first, even above `max_messages`
+    and `max_tokens`. Older groups follow, newest first, until one does not fit into the limits or
+    into a reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has
+    a summary, except leading SYSTEM messages.
 
     Callers: services and users.
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     """
     WatchMessages: _grpc.UnaryStreamMultiCallable[_message_pb2.WatchMessagesRequest, _message_pb2.WatchMessagesResponse]
     """Streams the messages of a session after `after_seq`, then each new message after its append was
@@ -386,7 +386,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID, or it was deleted during the
+    - `SESSION_NOT_FOUND`: the user has no session with this id, or it was deleted during the
       stream.
     - `TOKEN_INVALID`: the token expired during the stream.
     - `DRAINING`: this replica is shutting down; open the stream again.
@@ -417,15 +417,15 @@ class ChatHistoryServiceStub:
 
     Callers: services and users. Shared documents are created by services only.
 
-    Idempotency: safe to repeat when `document.id` is set. The same ID with the same document and
+    Idempotency: safe to repeat when `document.id` is set. The same id with the same document and
     first chunks returns the stored document. If `content_sha256` is set and the owner has a
     document with the same `content_sha256` and `source_uri`, that document is returned unchanged,
-    whatever its ID.
+    whatever its id.
 
     Errors:
 
     - `USER_NOT_FOUND`: the owner does not exist.
-    - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
+    - `ID_TAKEN`: the owner has a document with this id that was created with other content.
     - `SERVICE_ONLY`: a user caller creates a shared document.
     - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
       of the search index.
@@ -441,7 +441,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     - `ID_TAKEN`: another chunk is stored at one of the indexes, which `metadata["chunk_index"]`
       holds.
     - `SERVICE_ONLY`: the document is shared, and the caller is a user.
@@ -455,14 +455,14 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     """
     ListDocuments: _grpc.UnaryUnaryMultiCallable[_document_pb2.ListDocumentsRequest, _document_pb2.ListDocumentsResponse]
     """Lists documents, without their chunks.
 
     Callers: services and users. The call covers the documents of `user_id` and the shared ones.
 
-    Ordering: by `create_time`, newest first, then by ID.
+    Ordering: by `create_time`, newest first, then by id.
 
     Errors:
 
@@ -479,7 +479,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     - `ETAG_MISMATCH`: the document was updated since `etag` was read.
     - `ID_TAKEN`: another document of the owner has the same `content_sha256` and the new
       `source_uri`.
@@ -496,7 +496,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID, and
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id, and
       `allow_missing` is false.
     - `SERVICE_ONLY`: the document is shared, and the caller is a user.
     """
@@ -509,7 +509,7 @@ class ChatHistoryServiceStub:
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
     """
     SearchDocuments: _grpc.UnaryUnaryMultiCallable[_document_pb2.SearchDocumentsRequest, _document_pb2.SearchDocumentsResponse]
@@ -553,17 +553,17 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
     only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
-    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
-    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    A `user_id` of another user fails with `USER_MISMATCH`. Ids of sessions, messages and documents
+    are looked up among the owner's data only, so another user's id fails exactly as an unknown id
     does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
     created, read or deleted.
 
-    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
-    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+    Ids are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an id empty.
 
-    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    Idempotency. A create or append that carries client-chosen ids can be repeated: the service
     compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
-    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    Without client-chosen ids a repeated call stores its content again. A repeated update with an
     `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
     before the reply is sent.
 
@@ -573,7 +573,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    is stable, and `metadata` holds the ids. `FIELD_VIOLATION` adds `BadRequest` with one entry for
     each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
     lists its own reasons. Their codes are:
 
@@ -603,7 +603,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
       retries.
     - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
     - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
-      repeat it with the same IDs.
+      repeat it with the same ids.
     - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
       log.
 
@@ -617,18 +617,18 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Callers: services only.
 
-    Idempotency: safe to repeat when `user.id` is set. The same ID with the same content returns
+    Idempotency: safe to repeat when `user.id` is set. The same id with the same content returns
     the stored user, also after later updates.
 
     Errors:
 
     - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
-    - `EXTERNAL_ID_TAKEN`: another user has this external ID.
-    - `ID_TAKEN`: a user with this ID was created with other content.
+    - `EXTERNAL_ID_TAKEN`: another user has this external id.
+    - `ID_TAKEN`: a user with this id was created with other content.
     - `SERVICE_ONLY`: the caller is a user.
     """
     GetUser: _aio.UnaryUnaryMultiCallable[_user_pb2.GetUserRequest, _user_pb2.GetUserResponse]  # type: ignore[assignment]
-    """Returns one user by ID, e-mail address or external ID.
+    """Returns one user by id, e-mail address or external id.
 
     Callers: services and users. A user caller gets itself only, by any of its keys or without a
     key.
@@ -643,7 +643,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Callers: services only.
 
-    Ordering: by ID, ascending. Users that are created or deleted between two pages do not shift
+    Ordering: by id, ascending. Users that are created or deleted between two pages do not shift
     the others.
 
     Errors:
@@ -661,7 +661,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `USER_NOT_FOUND`: no user has this ID.
+    - `USER_NOT_FOUND`: no user has this id.
     - `ETAG_MISMATCH`: the user was updated since `etag` was read.
     - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
     - `SERVICE_ONLY`: a user caller writes `external_id`.
@@ -678,7 +678,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `USER_NOT_FOUND`: no user has this ID and `allow_missing` is false.
+    - `USER_NOT_FOUND`: no user has this id and `allow_missing` is false.
     - `SERVICE_ONLY`: the caller is a user.
     """
     ExportUserData: _aio.UnaryStreamMultiCallable[_export_pb2.ExportUserDataRequest, _export_pb2.ExportUserDataResponse]  # type: ignore[assignment]
@@ -688,26 +688,26 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Callers: services and users. A user caller exports itself only.
 
-    Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
+    Ordering: sessions and documents by id, messages by `seq`, chunks by index. The export is not
     one snapshot: sessions and documents are exported as they are when the stream reaches them. An
     export that ends with OK is complete.
 
     Errors:
 
-    - `USER_NOT_FOUND`: no user has this ID, or it was deleted during the export.
+    - `USER_NOT_FOUND`: no user has this id, or it was deleted during the export.
     """
     CreateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.CreateSessionResponse]  # type: ignore[assignment]
     """Creates an empty session. AppendMessages can create one as well, which saves this call.
 
     Callers: services and users.
 
-    Idempotency: safe to repeat when `session.id` is set. The same ID with the same content returns
+    Idempotency: safe to repeat when `session.id` is set. The same id with the same content returns
     the stored session, also after later updates and appends.
 
     Errors:
 
     - `USER_NOT_FOUND`: the owner does not exist.
-    - `ID_TAKEN`: the user has a session with this ID that was created with other content.
+    - `ID_TAKEN`: the user has a session with this id that was created with other content.
     """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.GetSessionResponse]  # type: ignore[assignment]
     """Returns one session.
@@ -716,14 +716,14 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     """
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists a user's sessions, newest activity first. A user that does not exist has no sessions.
 
     Callers: services and users.
 
-    Ordering: by `update_time`, descending, then by ID. A session that becomes active between two
+    Ordering: by `update_time`, descending, then by id. A session that becomes active between two
     pages moves to the front, so later pages omit it.
 
     Errors:
@@ -741,7 +741,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     - `ETAG_MISMATCH`: the session was updated since `etag` was read.
     - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
     """
@@ -758,11 +758,11 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID and `allow_missing` is false.
+    - `SESSION_NOT_FOUND`: the user has no session with this id and `allow_missing` is false.
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]  # type: ignore[assignment]
     """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-    answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
+    answer, edit a question or branch. The copies keep their ids, `seq` and times. Deleted messages
     stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
     only. The new session is ACTIVE. The source session is not changed.
 
@@ -786,10 +786,10 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Ordering: `seq` is 1, 2, 3… in each session, without gaps or ties, for any number of concurrent
     writers and replicas. It does not depend on a clock.
 
-    Idempotency: safe to repeat when every message has an ID. A message with a stored ID and the
+    Idempotency: safe to repeat when every message has an id. A message with a stored id and the
     same content returns its first `seq` with `replayed` set, also after it was updated or deleted.
     In a request that mixes new and stored messages, the stored ones keep their `seq`, and the new
-    ones are next to each other. A message without an ID is stored again.
+    ones are next to each other. A message without an id is stored again.
 
     The service checks the request in this order: the session exists or may be created, stored
     messages, the session's state, `expected_last_seq`. A request whose messages are all stored
@@ -799,13 +799,13 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID and `create_if_missing` is false.
+    - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
     - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
-    - `MESSAGE_ID_REUSED`: a message with this ID and other content is stored in the session.
+    - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
     - `SESSION_ARCHIVED`: the session is archived.
     - `LAST_SEQ_MISMATCH`: `expected_last_seq` is not the session's `last_seq`, which
       `metadata["last_seq"]` holds.
-    - `FIELD_VIOLATION`: an ID occurs twice in the request, a role is missing, or a message exceeds
+    - `FIELD_VIOLATION`: an id occurs twice in the request, a role is missing, or a message exceeds
       1 MiB.
     """
     GetMessage: _aio.UnaryUnaryMultiCallable[_message_pb2.GetMessageRequest, _message_pb2.GetMessageResponse]  # type: ignore[assignment]
@@ -815,8 +815,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
-    - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
+    - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
     """
     ListMessages: _aio.UnaryUnaryMultiCallable[_message_pb2.ListMessagesRequest, _message_pb2.ListMessagesResponse]  # type: ignore[assignment]
     """Lists the messages of a session. Deleted messages are not included.
@@ -828,7 +828,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
     """
     UpdateMessage: _aio.UnaryUnaryMultiCallable[_message_pb2.UpdateMessageRequest, _message_pb2.UpdateMessageResponse]  # type: ignore[assignment]
@@ -843,14 +843,14 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
-    - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
+    - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
     - `ETAG_MISMATCH`: the message was updated since `etag` was read.
     - `FIELD_VIOLATION`: `session_id` or `message.id` is missing, or the message exceeds 1 MiB.
     """
     DeleteMessage: _aio.UnaryUnaryMultiCallable[_message_pb2.DeleteMessageRequest, _message_pb2.DeleteMessageResponse]  # type: ignore[assignment]
     """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
-    the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
+    the id, `seq` and fingerprint remains, so that a late retry of the append cannot store the
     message again. Reads skip tombstones. Other messages keep their `seq`. The session's
     `message_count` decreases, its `last_seq` does not.
 
@@ -860,28 +860,28 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors, unless `allow_missing` is true:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
-    - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
+    - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
     """
     GetContext: _aio.UnaryUnaryMultiCallable[_message_pb2.GetContextRequest, _message_pb2.GetContextResponse]  # type: ignore[assignment]
     """Selects the messages for the next prompt: the newest ones within the limits, oldest first.
 
     A *group* is one message, or an assistant message with tool calls together with the messages
-    that hold their results. A result belongs to the newest earlier call with its ID. Groups are
+    that hold their results. A result belongs to the newest earlier call with its id. Groups are
     returned completely or not at all. A message with a result whose call is missing is never
     returned. A call that lacks a result is returned only if no message other than its results
     follows.
 
-    Kept first, even above `max_messages` and `max_tokens`: the newest group and the leading SYSTEM
-    messages. Then older groups, newest first, until one does not fit into the limits or into a
-    reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has a
-    summary, except leading SYSTEM messages.
+    The newest group and the leading SYSTEM messages are selected first, even above `max_messages`
+    and `max_tokens`. Older groups follow, newest first, until one does not fit into the limits or
+    into a reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has
+    a summary, except leading SYSTEM messages.
 
     Callers: services and users.
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID.
+    - `SESSION_NOT_FOUND`: the user has no session with this id.
     """
     WatchMessages: _aio.UnaryStreamMultiCallable[_message_pb2.WatchMessagesRequest, _message_pb2.WatchMessagesResponse]  # type: ignore[assignment]
     """Streams the messages of a session after `after_seq`, then each new message after its append was
@@ -899,7 +899,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `SESSION_NOT_FOUND`: the user has no session with this ID, or it was deleted during the
+    - `SESSION_NOT_FOUND`: the user has no session with this id, or it was deleted during the
       stream.
     - `TOKEN_INVALID`: the token expired during the stream.
     - `DRAINING`: this replica is shutting down; open the stream again.
@@ -930,15 +930,15 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Callers: services and users. Shared documents are created by services only.
 
-    Idempotency: safe to repeat when `document.id` is set. The same ID with the same document and
+    Idempotency: safe to repeat when `document.id` is set. The same id with the same document and
     first chunks returns the stored document. If `content_sha256` is set and the owner has a
     document with the same `content_sha256` and `source_uri`, that document is returned unchanged,
-    whatever its ID.
+    whatever its id.
 
     Errors:
 
     - `USER_NOT_FOUND`: the owner does not exist.
-    - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
+    - `ID_TAKEN`: the owner has a document with this id that was created with other content.
     - `SERVICE_ONLY`: a user caller creates a shared document.
     - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
       of the search index.
@@ -954,7 +954,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     - `ID_TAKEN`: another chunk is stored at one of the indexes, which `metadata["chunk_index"]`
       holds.
     - `SERVICE_ONLY`: the document is shared, and the caller is a user.
@@ -968,14 +968,14 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     """
     ListDocuments: _aio.UnaryUnaryMultiCallable[_document_pb2.ListDocumentsRequest, _document_pb2.ListDocumentsResponse]  # type: ignore[assignment]
     """Lists documents, without their chunks.
 
     Callers: services and users. The call covers the documents of `user_id` and the shared ones.
 
-    Ordering: by `create_time`, newest first, then by ID.
+    Ordering: by `create_time`, newest first, then by id.
 
     Errors:
 
@@ -992,7 +992,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     - `ETAG_MISMATCH`: the document was updated since `etag` was read.
     - `ID_TAKEN`: another document of the owner has the same `content_sha256` and the new
       `source_uri`.
@@ -1009,7 +1009,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID, and
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id, and
       `allow_missing` is false.
     - `SERVICE_ONLY`: the document is shared, and the caller is a user.
     """
@@ -1022,7 +1022,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
 
     Errors:
 
-    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+    - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
     - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
     """
     SearchDocuments: _aio.UnaryUnaryMultiCallable[_document_pb2.SearchDocumentsRequest, _document_pb2.SearchDocumentsResponse]  # type: ignore[assignment]
@@ -1065,17 +1065,17 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Callers. A caller is a *service*, which acts for any user, or a *user*, which acts for itself
     only. The bearer token decides; see the identity guide. A user caller may leave `user_id` empty.
-    A `user_id` of another user fails with `USER_MISMATCH`. IDs of sessions, messages and documents
-    are looked up among the owner's data only, so another user's ID fails exactly as an unknown ID
+    A `user_id` of another user fails with `USER_MISMATCH`. Ids of sessions, messages and documents
+    are looked up among the owner's data only, so another user's id fails exactly as an unknown id
     does. The nil UUID is the system's own user, which owns the shared documents; it cannot be
     created, read or deleted.
 
-    IDs are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
-    lower case. The server creates version 7 UUIDs where the client leaves an ID empty.
+    Ids are UUIDs in the 8-4-4-4-12 hexadecimal form. They are accepted in any case and returned in
+    lower case. The server creates version 7 UUIDs where the client leaves an id empty.
 
-    Idempotency. A create or append that carries client-chosen IDs can be repeated: the service
+    Idempotency. A create or append that carries client-chosen ids can be repeated: the service
     compares a fingerprint of what the client sent, and returns the stored resource when it is equal.
-    Without client-chosen IDs a repeated call stores its content again. A repeated update with an
+    Without client-chosen ids a repeated call stores its content again. A repeated update with an
     `etag` fails with `ETAG_MISMATCH` if the first attempt was applied. Writes are committed durably
     before the reply is sent.
 
@@ -1085,7 +1085,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors. Every error that the service returns carries a `google.rpc.Status` in the
     `grpc-status-details-bin` trailer, with one `ErrorInfo`: `domain` is `chathistory.v1`, `reason`
-    is stable, and `metadata` holds the IDs. `FIELD_VIOLATION` adds `BadRequest` with one entry for
+    is stable, and `metadata` holds the ids. `FIELD_VIOLATION` adds `BadRequest` with one entry for
     each field, at most 20. Where waiting helps, `RetryInfo` holds the delay. The comment of each RPC
     lists its own reasons. Their codes are:
 
@@ -1115,7 +1115,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
       retries.
     - `DRAINING` (UNAVAILABLE, with `RetryInfo`): this replica is shutting down; repeat the call.
     - `DEADLINE_EXCEEDED` (DEADLINE_EXCEEDED): the time ran out. A write may have been committed;
-      repeat it with the same IDs.
+      repeat it with the same ids.
     - `INTERNAL` (INTERNAL): a defect. `metadata["request_id"]` identifies the entry in the service's
       log.
 
@@ -1133,14 +1133,14 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: services only.
 
-        Idempotency: safe to repeat when `user.id` is set. The same ID with the same content returns
+        Idempotency: safe to repeat when `user.id` is set. The same id with the same content returns
         the stored user, also after later updates.
 
         Errors:
 
         - `EMAIL_TAKEN`: another user has this e-mail address, compared case-insensitively.
-        - `EXTERNAL_ID_TAKEN`: another user has this external ID.
-        - `ID_TAKEN`: a user with this ID was created with other content.
+        - `EXTERNAL_ID_TAKEN`: another user has this external id.
+        - `ID_TAKEN`: a user with this id was created with other content.
         - `SERVICE_ONLY`: the caller is a user.
         """
 
@@ -1150,7 +1150,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _user_pb2.GetUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.GetUserResponse, _abc.Awaitable[_user_pb2.GetUserResponse]]:
-        """Returns one user by ID, e-mail address or external ID.
+        """Returns one user by id, e-mail address or external id.
 
         Callers: services and users. A user caller gets itself only, by any of its keys or without a
         key.
@@ -1171,7 +1171,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: services only.
 
-        Ordering: by ID, ascending. Users that are created or deleted between two pages do not shift
+        Ordering: by id, ascending. Users that are created or deleted between two pages do not shift
         the others.
 
         Errors:
@@ -1195,7 +1195,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `USER_NOT_FOUND`: no user has this ID.
+        - `USER_NOT_FOUND`: no user has this id.
         - `ETAG_MISMATCH`: the user was updated since `etag` was read.
         - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
         - `SERVICE_ONLY`: a user caller writes `external_id`.
@@ -1218,7 +1218,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `USER_NOT_FOUND`: no user has this ID and `allow_missing` is false.
+        - `USER_NOT_FOUND`: no user has this id and `allow_missing` is false.
         - `SERVICE_ONLY`: the caller is a user.
         """
 
@@ -1234,13 +1234,13 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: services and users. A user caller exports itself only.
 
-        Ordering: sessions and documents by ID, messages by `seq`, chunks by index. The export is not
+        Ordering: sessions and documents by id, messages by `seq`, chunks by index. The export is not
         one snapshot: sessions and documents are exported as they are when the stream reaches them. An
         export that ends with OK is complete.
 
         Errors:
 
-        - `USER_NOT_FOUND`: no user has this ID, or it was deleted during the export.
+        - `USER_NOT_FOUND`: no user has this id, or it was deleted during the export.
         """
 
     @_abc_1.abstractmethod
@@ -1253,13 +1253,13 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: services and users.
 
-        Idempotency: safe to repeat when `session.id` is set. The same ID with the same content returns
+        Idempotency: safe to repeat when `session.id` is set. The same id with the same content returns
         the stored session, also after later updates and appends.
 
         Errors:
 
         - `USER_NOT_FOUND`: the owner does not exist.
-        - `ID_TAKEN`: the user has a session with this ID that was created with other content.
+        - `ID_TAKEN`: the user has a session with this id that was created with other content.
         """
 
     @_abc_1.abstractmethod
@@ -1274,7 +1274,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         """
 
     @_abc_1.abstractmethod
@@ -1287,7 +1287,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: services and users.
 
-        Ordering: by `update_time`, descending, then by ID. A session that becomes active between two
+        Ordering: by `update_time`, descending, then by id. A session that becomes active between two
         pages moves to the front, so later pages omit it.
 
         Errors:
@@ -1311,7 +1311,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         - `ETAG_MISMATCH`: the session was updated since `etag` was read.
         - `FIELD_VIOLATION`: `summarized_through_seq` exceeds `last_seq`, or `session.id` is missing.
         """
@@ -1334,7 +1334,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID and `allow_missing` is false.
+        - `SESSION_NOT_FOUND`: the user has no session with this id and `allow_missing` is false.
         """
 
     @_abc_1.abstractmethod
@@ -1344,7 +1344,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.ForkSessionResponse, _abc.Awaitable[_session_pb2.ForkSessionResponse]]:
         """Copies the messages 1 to `through_seq` of a session into a new session, to regenerate an
-        answer, edit a question or branch. The copies keep their IDs, `seq` and times. Deleted messages
+        answer, edit a question or branch. The copies keep their ids, `seq` and times. Deleted messages
         stay deleted. Title and metadata are copied too, and the summary if it covers copied messages
         only. The new session is ACTIVE. The source session is not changed.
 
@@ -1374,10 +1374,10 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Ordering: `seq` is 1, 2, 3… in each session, without gaps or ties, for any number of concurrent
         writers and replicas. It does not depend on a clock.
 
-        Idempotency: safe to repeat when every message has an ID. A message with a stored ID and the
+        Idempotency: safe to repeat when every message has an id. A message with a stored id and the
         same content returns its first `seq` with `replayed` set, also after it was updated or deleted.
         In a request that mixes new and stored messages, the stored ones keep their `seq`, and the new
-        ones are next to each other. A message without an ID is stored again.
+        ones are next to each other. A message without an id is stored again.
 
         The service checks the request in this order: the session exists or may be created, stored
         messages, the session's state, `expected_last_seq`. A request whose messages are all stored
@@ -1387,13 +1387,13 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID and `create_if_missing` is false.
+        - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
         - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
-        - `MESSAGE_ID_REUSED`: a message with this ID and other content is stored in the session.
+        - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
         - `SESSION_ARCHIVED`: the session is archived.
         - `LAST_SEQ_MISMATCH`: `expected_last_seq` is not the session's `last_seq`, which
           `metadata["last_seq"]` holds.
-        - `FIELD_VIOLATION`: an ID occurs twice in the request, a role is missing, or a message exceeds
+        - `FIELD_VIOLATION`: an id occurs twice in the request, a role is missing, or a message exceeds
           1 MiB.
         """
 
@@ -1409,8 +1409,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
-        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
         """
 
     @_abc_1.abstractmethod
@@ -1428,7 +1428,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
 
@@ -1449,8 +1449,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
-        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
         - `ETAG_MISMATCH`: the message was updated since `etag` was read.
         - `FIELD_VIOLATION`: `session_id` or `message.id` is missing, or the message exceeds 1 MiB.
         """
@@ -1462,7 +1462,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_message_pb2.DeleteMessageResponse, _abc.Awaitable[_message_pb2.DeleteMessageResponse]]:
         """Erases a message's content, parts, metadata, author, feedback and token count. A tombstone with
-        the ID, `seq` and fingerprint remains, so that a late retry of the append cannot store the
+        the id, `seq` and fingerprint remains, so that a late retry of the append cannot store the
         message again. Reads skip tombstones. Other messages keep their `seq`. The session's
         `message_count` decreases, its `last_seq` does not.
 
@@ -1472,8 +1472,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors, unless `allow_missing` is true:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
-        - `MESSAGE_NOT_FOUND`: the session has no message with this ID, or it was deleted.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
+        - `MESSAGE_NOT_FOUND`: the session has no message with this id, or it was deleted.
         """
 
     @_abc_1.abstractmethod
@@ -1485,21 +1485,21 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """Selects the messages for the next prompt: the newest ones within the limits, oldest first.
 
         A *group* is one message, or an assistant message with tool calls together with the messages
-        that hold their results. A result belongs to the newest earlier call with its ID. Groups are
+        that hold their results. A result belongs to the newest earlier call with its id. Groups are
         returned completely or not at all. A message with a result whose call is missing is never
         returned. A call that lacks a result is returned only if no message other than its results
         follows.
 
-        Kept first, even above `max_messages` and `max_tokens`: the newest group and the leading SYSTEM
-        messages. Then older groups, newest first, until one does not fit into the limits or into a
-        reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has a
-        summary, except leading SYSTEM messages.
+        The newest group and the leading SYSTEM messages are selected first, even above `max_messages`
+        and `max_tokens`. Older groups follow, newest first, until one does not fit into the limits or
+        into a reply of 3 MiB. Messages up to `summarized_through_seq` are omitted when the session has
+        a summary, except leading SYSTEM messages.
 
         Callers: services and users.
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID.
+        - `SESSION_NOT_FOUND`: the user has no session with this id.
         """
 
     @_abc_1.abstractmethod
@@ -1523,7 +1523,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `SESSION_NOT_FOUND`: the user has no session with this ID, or it was deleted during the
+        - `SESSION_NOT_FOUND`: the user has no session with this id, or it was deleted during the
           stream.
         - `TOKEN_INVALID`: the token expired during the stream.
         - `DRAINING`: this replica is shutting down; open the stream again.
@@ -1566,15 +1566,15 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: services and users. Shared documents are created by services only.
 
-        Idempotency: safe to repeat when `document.id` is set. The same ID with the same document and
+        Idempotency: safe to repeat when `document.id` is set. The same id with the same document and
         first chunks returns the stored document. If `content_sha256` is set and the owner has a
         document with the same `content_sha256` and `source_uri`, that document is returned unchanged,
-        whatever its ID.
+        whatever its id.
 
         Errors:
 
         - `USER_NOT_FOUND`: the owner does not exist.
-        - `ID_TAKEN`: the owner has a document with this ID that was created with other content.
+        - `ID_TAKEN`: the owner has a document with this id that was created with other content.
         - `SERVICE_ONLY`: a user caller creates a shared document.
         - `FIELD_VIOLATION`: the chunks exceed 1 MiB together, or a vector does not have the dimension
           of the search index.
@@ -1596,7 +1596,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         - `ID_TAKEN`: another chunk is stored at one of the indexes, which `metadata["chunk_index"]`
           holds.
         - `SERVICE_ONLY`: the document is shared, and the caller is a user.
@@ -1616,7 +1616,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         """
 
     @_abc_1.abstractmethod
@@ -1629,7 +1629,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Callers: services and users. The call covers the documents of `user_id` and the shared ones.
 
-        Ordering: by `create_time`, newest first, then by ID.
+        Ordering: by `create_time`, newest first, then by id.
 
         Errors:
 
@@ -1652,7 +1652,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         - `ETAG_MISMATCH`: the document was updated since `etag` was read.
         - `ID_TAKEN`: another document of the owner has the same `content_sha256` and the new
           `source_uri`.
@@ -1675,7 +1675,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID, and
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id, and
           `allow_missing` is false.
         - `SERVICE_ONLY`: the document is shared, and the caller is a user.
         """
@@ -1694,7 +1694,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this ID.
+        - `DOCUMENT_NOT_FOUND`: neither the user's own documents nor the shared ones have this id.
         - `BAD_PAGE_TOKEN`: the page token was altered or belongs to a request with other fields.
         """
 

@@ -104,7 +104,7 @@ class Document(_message.Message):
     repeat, or leave it empty for a version 7 UUID.
     """
     user_id: _builtins.str
-    """ID of the user that owns the document; the nil UUID for a shared document. In a request it may
+    """Id of the user that owns the document; the nil UUID for a shared document. In a request it may
     be empty, and must otherwise be the owner.
     """
     scope: Global___DocumentScope.ValueType
@@ -135,7 +135,7 @@ class Document(_message.Message):
     """
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Free-form JSON object for the caller's own data, at most 16 KiB serialized. Numbers are
+        """Free-form JSON object for the caller's own data, at most 16 KiB serialised. Numbers are
         doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected. An empty
         object is stored as no metadata.
         """
@@ -243,7 +243,7 @@ class CreateDocumentRequest(_message.Message):
     DOCUMENT_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the document. Required from services for a PRIVATE document, and not
+    """Id of the user that owns the document. Required from services for a PRIVATE document, and not
     used for a SHARED one. User callers may leave it empty, which means themselves.
     """
     @_builtins.property
@@ -252,7 +252,7 @@ class CreateDocumentRequest(_message.Message):
 
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DocumentChunk]:
-        """The first chunks, from index 0: at most 1000, and at most 1 MiB serialized together.
+        """The first chunks, from index 0: at most 1000, and at most 1 MiB serialised together.
         AppendDocumentChunks stores the others.
         """
 
@@ -308,19 +308,19 @@ class AppendDocumentChunksRequest(_message.Message):
     FIRST_INDEX_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user whose own documents the call covers, next to the shared ones. User callers may
+    """Id of the user whose own documents the call covers, next to the shared ones. User callers may
     leave it empty, which means themselves. For services, an empty value and the nil UUID cover the
     shared documents only.
     """
     document_id: _builtins.str
-    """ID of the document."""
+    """Id of the document."""
     first_index: _builtins.int
     """Index of the first chunk of this request: at most the document's `chunk_count`, so that there
     is no gap.
     """
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DocumentChunk]:
-        """1 to 1000 chunks, at most 1 MiB serialized together."""
+        """1 to 1000 chunks, at most 1 MiB serialised together."""
 
     def __init__(
         self,
@@ -371,12 +371,12 @@ class GetDocumentRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     DOCUMENT_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user whose own documents the call covers, next to the shared ones. User callers may
+    """Id of the user whose own documents the call covers, next to the shared ones. User callers may
     leave it empty, which means themselves. For services, an empty value and the nil UUID cover the
     shared documents only.
     """
     document_id: _builtins.str
-    """ID of the document. The user's own documents take precedence over shared ones with the same ID."""
+    """Id of the document. The user's own documents take precedence over shared ones with the same id."""
     def __init__(
         self,
         *,
@@ -429,7 +429,7 @@ class ListDocumentsRequest(_message.Message):
     MIME_TYPE_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user whose own documents the call covers, next to the shared ones. User callers may
+    """Id of the user whose own documents the call covers, next to the shared ones. User callers may
     leave it empty, which means themselves. For services, an empty value and the nil UUID cover the
     shared documents only.
     """
@@ -509,7 +509,7 @@ class UpdateDocumentRequest(_message.Message):
     DOCUMENT_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user whose own documents the call covers, next to the shared ones. User callers may
+    """Id of the user whose own documents the call covers, next to the shared ones. User callers may
     leave it empty, which means themselves. For services, an empty value and the nil UUID cover the
     shared documents only.
     """
@@ -575,12 +575,12 @@ class DeleteDocumentRequest(_message.Message):
     DOCUMENT_ID_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user whose own documents the call covers, next to the shared ones. User callers may
+    """Id of the user whose own documents the call covers, next to the shared ones. User callers may
     leave it empty, which means themselves. For services, an empty value and the nil UUID cover the
     shared documents only.
     """
     document_id: _builtins.str
-    """ID of the document to delete."""
+    """Id of the document to delete."""
     allow_missing: _builtins.bool
     """True to succeed when the document does not exist. False (default) to fail with
     `DOCUMENT_NOT_FOUND`.
@@ -628,12 +628,12 @@ class ListDocumentChunksRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user whose own documents the call covers, next to the shared ones. User callers may
+    """Id of the user whose own documents the call covers, next to the shared ones. User callers may
     leave it empty, which means themselves. For services, an empty value and the nil UUID cover the
     shared documents only.
     """
     document_id: _builtins.str
-    """ID of the document."""
+    """Id of the document."""
     page_size: _builtins.int
     """Maximum number of chunks in the page. 0 means 50, values over 1000 mean 1000, negative values
     are rejected.
@@ -701,7 +701,7 @@ class SearchDocumentsRequest(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     DOCUMENT_IDS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user whose own documents the call covers, next to the shared ones. User callers may
+    """Id of the user whose own documents the call covers, next to the shared ones. User callers may
     leave it empty, which means themselves. For services, an empty value and the nil UUID cover the
     shared documents only.
     """
@@ -715,7 +715,7 @@ class SearchDocumentsRequest(_message.Message):
 
     @_builtins.property
     def document_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Only chunks of these documents, at most 100 IDs. Empty means all documents."""
+        """Only chunks of these documents, at most 100 ids. Empty means all documents."""
 
     def __init__(
         self,

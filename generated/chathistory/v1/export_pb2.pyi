@@ -30,7 +30,7 @@ class ExportUserDataRequest(_message.Message):
 
     USER_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user to export. Required from services. User callers may leave it empty, which means
+    """Id of the user to export. Required from services. User callers may leave it empty, which means
     themselves.
     """
     def __init__(
@@ -109,7 +109,7 @@ class ExportedChunk(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
-    """ID of the document."""
+    """Id of the document."""
     index: _builtins.int
     """Index of the chunk in the document, from 0."""
     text: _builtins.str

@@ -113,7 +113,7 @@ Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
-    """One message of a session, at most 1 MiB serialized."""
+    """One message of a session, at most 1 MiB serialised."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -135,7 +135,7 @@ class Message(_message.Message):
     repeat, or leave it empty for a version 7 UUID.
     """
     session_id: _builtins.str
-    """ID of the session. In a request it may be empty, and must otherwise equal the request's
+    """Id of the session. In a request it may be empty, and must otherwise equal the request's
     `session_id`.
     """
     seq: _builtins.int
@@ -163,7 +163,7 @@ class Message(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Free-form JSON object for the caller's own data, at most 16 KiB serialized. Numbers are
+        """Free-form JSON object for the caller's own data, at most 16 KiB serialised. Numbers are
         doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected. An empty
         object is stored as no metadata.
         """
@@ -275,7 +275,7 @@ class ToolCall(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """ID of the call as the model gave it, 1 to 256 characters. `ToolResult.tool_call_id` refers to
+    """Id of the call as the model gave it, 1 to 256 characters. `ToolResult.tool_call_id` refers to
     it.
     """
     name: _builtins.str
@@ -309,7 +309,7 @@ class ToolResult(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     IS_ERROR_FIELD_NUMBER: _builtins.int
     tool_call_id: _builtins.str
-    """ID of the call that this result answers, 1 to 256 characters."""
+    """Id of the call that this result answers, 1 to 256 characters."""
     content: _builtins.str
     """The result as text, at most 256 KiB."""
     is_error: _builtins.bool
@@ -373,7 +373,7 @@ class Citation(_message.Message):
     CHUNK_INDEX_FIELD_NUMBER: _builtins.int
     QUOTE_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
-    """ID of the document in this service. May be empty. The service does not check that it exists."""
+    """Id of the document in this service. May be empty. The service does not check that it exists."""
     chunk_index: _builtins.int
     """Index of the chunk in the document, from 0."""
     quote: _builtins.str
@@ -432,13 +432,13 @@ class AppendMessagesRequest(_message.Message):
     CREATE_IF_MISSING_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session. Empty creates a session. Its ID is then the version 5 UUID of the first
-    message's ID in the namespace `user_id`, so that a repeated call finds the session; without a
-    message ID it is a version 7 UUID.
+    """Id of the session. Empty creates a session. Its id is then the version 5 UUID of the first
+    message's id in the namespace `user_id`, so that a repeated call finds the session; without a
+    message id it is a version 7 UUID.
     """
     expected_last_seq: _builtins.int
     """If set, the session's `last_seq` must equal this value, or nothing is written and the call
@@ -457,7 +457,7 @@ class AppendMessagesRequest(_message.Message):
     @_builtins.property
     def session(self) -> _session_pb2.Session:
         """Title, summary and metadata for the session if this call creates it. Ignored if the session
-        exists. `session.id` must be empty or equal the ID of the session, and `session.state` must not
+        exists. `session.id` must be empty or equal the id of the session, and `session.state` must not
         be ARCHIVED.
         """
 
@@ -491,7 +491,7 @@ class AppendMessagesResponse(_message.Message):
     SESSION_CREATED_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """ID of the session."""
+    """Id of the session."""
     session_created: _builtins.bool
     """True if this call created the session. False when the messages are replays."""
     @_builtins.property
@@ -524,7 +524,7 @@ class AppendedMessage(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """ID of the message."""
+    """Id of the message."""
     seq: _builtins.int
     """Position in the session."""
     replayed: _builtins.bool
@@ -559,13 +559,13 @@ class GetMessageRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session."""
+    """Id of the session."""
     message_id: _builtins.str
-    """ID of the message."""
+    """Id of the message."""
     def __init__(
         self,
         *,
@@ -617,11 +617,11 @@ class ListMessagesRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     ORDER_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session."""
+    """Id of the session."""
     page_size: _builtins.int
     """Maximum number of messages in the page. 0 means 50, values over 1000 mean 1000, negative values
     are rejected.
@@ -691,11 +691,11 @@ class UpdateMessageRequest(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session. May be empty if `message.session_id` is set; they must match if both are
+    """Id of the session. May be empty if `message.session_id` is set; they must match if both are
     set.
     """
     @_builtins.property
@@ -762,13 +762,13 @@ class DeleteMessageRequest(_message.Message):
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session."""
+    """Id of the session."""
     message_id: _builtins.str
-    """ID of the message to delete."""
+    """Id of the message to delete."""
     allow_missing: _builtins.bool
     """True to succeed when the message or its session does not exist or was deleted. False (default)
     to fail with `MESSAGE_NOT_FOUND` or `SESSION_NOT_FOUND`.
@@ -817,11 +817,11 @@ class GetContextRequest(_message.Message):
     MAX_MESSAGES_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session."""
+    """Id of the session."""
     max_messages: _builtins.int
     """Maximum number of messages, up to 1000. 0 means 50."""
     max_tokens: _builtins.int
@@ -893,11 +893,11 @@ class WatchMessagesRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQ_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session."""
+    """Id of the session."""
     after_seq: _builtins.int
     """Messages after this `seq` are sent. 0 sends the whole session first."""
     def __init__(
@@ -951,7 +951,7 @@ class SearchMessagesRequest(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     query: _builtins.str

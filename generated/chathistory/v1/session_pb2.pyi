@@ -74,7 +74,7 @@ class Session(_message.Message):
     or leave it empty for a version 7 UUID.
     """
     user_id: _builtins.str
-    """ID of the user that owns the session. In a request it may be empty, and must otherwise equal
+    """Id of the user that owns the session. In a request it may be empty, and must otherwise equal
     the request's `user_id`.
     """
     title: _builtins.str
@@ -98,7 +98,7 @@ class Session(_message.Message):
     """
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Free-form JSON object for the caller's own data, at most 16 KiB serialized. Numbers are
+        """Free-form JSON object for the caller's own data, at most 16 KiB serialised. Numbers are
         doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected. An empty
         object is stored as no metadata.
         """
@@ -151,7 +151,7 @@ class ForkedFrom(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """ID of the source session, which may have been deleted since."""
+    """Id of the source session, which may have been deleted since."""
     seq: _builtins.int
     """Last `seq` that was copied."""
     def __init__(
@@ -177,7 +177,7 @@ class CreateSessionRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     @_builtins.property
@@ -231,11 +231,11 @@ class GetSessionRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session."""
+    """Id of the session."""
     def __init__(
         self,
         *,
@@ -285,7 +285,7 @@ class ListSessionsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     page_size: _builtins.int
@@ -355,7 +355,7 @@ class UpdateSessionRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     @_builtins.property
@@ -420,11 +420,11 @@ class DeleteSessionRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session to delete."""
+    """Id of the session to delete."""
     allow_missing: _builtins.bool
     """True to succeed when the session does not exist. False (default) to fail with
     `SESSION_NOT_FOUND`.
@@ -472,11 +472,11 @@ class ForkSessionRequest(_message.Message):
     THROUGH_SEQ_FIELD_NUMBER: _builtins.int
     NEW_SESSION_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user that owns the data. Required from services. User callers may leave it empty,
+    """Id of the user that owns the data. Required from services. User callers may leave it empty,
     which means themselves.
     """
     session_id: _builtins.str
-    """ID of the session to copy from."""
+    """Id of the session to copy from."""
     through_seq: _builtins.int
     """Last `seq` to copy, at most the session's `last_seq`. 0 copies no message."""
     new_session_id: _builtins.str

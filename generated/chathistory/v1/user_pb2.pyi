@@ -40,8 +40,8 @@ class User(_message.Message):
     a version 7 UUID.
     """
     external_id: _builtins.str
-    """ID of the user in the caller's own system, at most 256 characters. Unique when set. Written by
-    services only. With `CHAT_HISTORY_JWT_SUBJECT=external_id`, the subject of a token is this ID.
+    """Id of the user in the caller's own system, at most 256 characters. Unique when set. Written by
+    services only. With `CHAT_HISTORY_JWT_SUBJECT=external_id`, the subject of a token is this id.
     """
     email: _builtins.str
     """E-mail address, at most 320 characters. Unique when set, compared case-insensitively."""
@@ -54,7 +54,7 @@ class User(_message.Message):
     """
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Free-form JSON object for the caller's own data, at most 16 KiB serialized. Numbers are
+        """Free-form JSON object for the caller's own data, at most 16 KiB serialised. Numbers are
         doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected. An empty
         object is stored as no metadata.
         """
@@ -145,11 +145,11 @@ class GetUserRequest(_message.Message):
     EMAIL_FIELD_NUMBER: _builtins.int
     EXTERNAL_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user."""
+    """Id of the user."""
     email: _builtins.str
     """E-mail address of the user, compared case-insensitively."""
     external_id: _builtins.str
-    """External ID of the user, compared exactly."""
+    """External id of the user, compared exactly."""
     def __init__(
         self,
         *,
@@ -259,7 +259,7 @@ class UpdateUserRequest(_message.Message):
     USER_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user to update. Either this or `user.id` may be empty; they must match if both are
+    """Id of the user to update. Either this or `user.id` may be empty; they must match if both are
     set. User callers may leave both empty, which means themselves.
     """
     @_builtins.property
@@ -321,7 +321,7 @@ class DeleteUserRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """ID of the user to delete."""
+    """Id of the user to delete."""
     allow_missing: _builtins.bool
     """True to succeed when the user does not exist. False (default) to fail with `USER_NOT_FOUND`."""
     def __init__(

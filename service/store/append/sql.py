@@ -12,7 +12,7 @@ from service.store.tables import OPEN_END, OutboxKind, SessionState
 # Written as text: PostgreSQL reads it as it is here. The arguments are arrays with one element for
 # each session ($1 to $8), each expectation ($9 to $12) and each message ($14 and up).
 #
-# A session that the statement has created is recognized by its times. A new session's created_at
+# A session that the statement has created is recognised by its times. A new session's created_at
 # and updated_at are equal, while an append to an existing one always sets updated_at beyond
 # created_at, even after an import has set them. (xmax = 0 does not mean a new row: an updated one
 # that others had locked has it, too.)
