@@ -1,7 +1,7 @@
 """`Search`: opens the configured index, keeps it open and up to date, and answers queries.
 
-Chat does not depend on it. Whatever is unavailable is opened again in the background, and only the
-search RPCs report it.
+Chat does not depend on it. An index that becomes unavailable is opened again in the background, and
+only the search RPCs report it.
 """
 
 from __future__ import annotations
