@@ -18,7 +18,7 @@ from tests.support.statements import database_name
 
 
 @pytest.mark.case(n=18)
-async def test_one_users_flood_is_refused_and_others_are_served(
+async def test_flood_of_one_user_is_rejected_and_other_users_are_served(
     database_url: str, cluster: Cluster
 ) -> None:
     """The flood's calls hang, so that they do not make room by being answered; two thousand are beyond what is let in."""
@@ -67,7 +67,7 @@ async def test_one_users_flood_is_refused_and_others_are_served(
         await flooder.get_session(mine.id)
 
 
-async def test_what_is_too_much_for_a_connection_waits_at_the_client(
+async def test_calls_above_the_limit_of_a_connection_wait_at_the_client(
     cluster: Cluster, database_url: str
 ) -> None:
     async with (

@@ -53,7 +53,7 @@ def seqs(reply: Reply) -> list[int]:
     return [entry.seq for entry in reply.messages]
 
 
-def test_the_judge_refuses_what_is_unsound() -> None:
+def test_history_check_rejects_inconsistent_histories() -> None:
     """Most tests here stand on `History.check`: it must refuse a tie, a gap and a clock that goes back."""
 
     def stored(*rows: tuple[int, int]) -> History:
@@ -67,7 +67,7 @@ def test_the_judge_refuses_what_is_unsound() -> None:
 
 
 @pytest.mark.case(n=14)
-async def test_a_hundred_writers_of_one_session(
+async def test_hundred_concurrent_writers_of_one_session_leave_no_gap(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     session = await chats[0].create_session()
@@ -99,7 +99,7 @@ async def test_a_hundred_writers_of_one_session(
     ]
 
 
-async def test_writers_of_many_sessions_do_not_mix_them_up(
+async def test_concurrent_writers_of_many_sessions_keep_them_apart(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     session_ids = [(await chats[0].create_session()).id for _ in range(8)]
@@ -119,7 +119,7 @@ async def test_writers_of_many_sessions_do_not_mix_them_up(
 
 
 @pytest.mark.case(n=9)
-async def test_fifty_identical_appends_store_one(
+async def test_fifty_identical_appends_are_stored_once(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     session = await chats[0].create_session()
@@ -143,7 +143,7 @@ async def test_fifty_identical_appends_store_one(
 
 
 @pytest.mark.case(n=9)
-async def test_fifty_identical_appends_start_one_session(
+async def test_fifty_identical_appends_create_one_session(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     messages = new_messages(3)
@@ -161,7 +161,7 @@ async def test_fifty_identical_appends_start_one_session(
     ).check_contains(replies)
 
 
-async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_message_id_is_written(
+async def test_derived_session_id_ignores_the_case_of_the_message_id(
     chat: Chat,
 ) -> None:
     message = new_message("once")
@@ -173,7 +173,7 @@ async def test_the_id_of_a_session_that_is_started_does_not_depend_on_how_the_me
 
 
 @pytest.mark.case(n=8)
-async def test_one_of_those_who_take_an_id_gets_it(
+async def test_one_of_several_different_messages_with_one_id_is_stored(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     session = await chats[0].create_session()
@@ -191,7 +191,7 @@ async def test_one_of_those_who_take_an_id_gets_it(
     assert (await read_valid_history(database_url, chats[0].user_id, session.id)).last_seq == 1
 
 
-async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str) -> None:
+async def test_overlapping_appends_store_each_message_once(chats: tuple[Chat, Chat], database_url: str) -> None:
     """Windows that slide over one list of messages: each mixes what others have sent already with what is new."""
     session = await chats[0].create_session()
     messages = new_messages(60)
@@ -213,7 +213,7 @@ async def test_requests_that_overlap(chats: tuple[Chat, Chat], database_url: str
         )
 
 
-async def test_one_of_those_who_expect_the_same_last_seq_is_served(
+async def test_one_of_several_appends_with_the_same_expected_seq_is_stored(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     session = await chats[0].create_session()
@@ -229,7 +229,7 @@ async def test_one_of_those_who_expect_the_same_last_seq_is_served(
     (await read_valid_history(database_url, chats[0].user_id, session.id)).check()
 
 
-async def test_a_session_that_is_not_there_counts_as_empty(chat: Chat, database_url: str) -> None:
+async def test_expected_seq_zero_matches_a_session_to_create(chat: Chat, database_url: str) -> None:
     session_id = new_id()
     call = chat.append(session_id, "hello", create_if_missing=True, expected_last_seq=1)
     await failures.assert_fails(call, "LAST_SEQ_MISMATCH", session_id=session_id, last_seq=0)
@@ -238,7 +238,7 @@ async def test_a_session_that_is_not_there_counts_as_empty(chat: Chat, database_
     assert reply.session_created
 
 
-async def test_many_make_the_session_that_is_missing(
+async def test_concurrent_appends_with_create_if_missing_create_one_session(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     session_id = new_id()
@@ -262,7 +262,7 @@ async def test_many_make_the_session_that_is_missing(
     assert found.last_seq == 40
 
 
-async def test_a_live_chat_is_retitled_with_its_etag(
+async def test_concurrent_appends_leave_the_etag_valid(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     session = await chats[0].create_session(title="before")
@@ -277,7 +277,7 @@ async def test_a_live_chat_is_retitled_with_its_etag(
     (await read_valid_history(database_url, chats[0].user_id, session.id)).check_contains(replies)
 
 
-async def test_appends_meet_updates_and_erasures(
+async def test_concurrent_appends_updates_and_deletions_keep_counts_right(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     """Everything that locks the same rows, at once: no deadlock reaches a caller, and the counts stay right."""
@@ -301,7 +301,7 @@ async def test_appends_meet_updates_and_erasures(
         assert (await read_valid_history(database_url, chats[0].user_id, fork.id)).last_seq == 20
 
 
-async def test_sessions_come_and_go_under_appends(
+async def test_appends_during_deletion_of_their_session_are_stored_or_not_found(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
     """Appends that may make the session race with its erasure: each is stored or not, and what is left is sound."""
@@ -324,7 +324,7 @@ async def test_sessions_come_and_go_under_appends(
 
 
 @pytest.mark.parametrize("before", [0.0, 0.5], ids=["with the others", "by themselves before"])
-async def test_a_locked_session_does_not_hold_up_the_others(
+async def test_locked_session_does_not_delay_other_sessions(
     chat: Chat, cluster: Cluster, database_url: str, before: float
 ) -> None:
     """Its neighbours have their answers while the lock is held, and it has its own afterwards, whenever its appends meet the lock."""
@@ -344,7 +344,7 @@ async def test_a_locked_session_does_not_hold_up_the_others(
     (await read_valid_history(database_url, chat.user_id, locked.id)).check_contains(replies)
 
 
-async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(
+async def test_append_to_a_locked_session_fails_at_its_deadline(
     chat: Chat, cluster: Cluster, database_url: str
 ) -> None:
     session = await chat.create_session()
@@ -363,7 +363,7 @@ async def test_a_session_that_stays_locked_is_given_up_by_its_deadline(
     assert seqs(await chat.append(session.id, "afterwards")) == [1]
 
 
-async def test_reads_that_share_a_statement_are_not_mixed_up(chat: Chat, other: Chat) -> None:
+async def test_batched_reads_return_each_reader_its_own_rows(chat: Chat, other: Chat) -> None:
     """Pages and contexts of two users' sessions, of different lengths, all at once: each reader gets its own, in order."""
     owned = [
         (owner_id, await owner_id.start(new_messages(3 + 7 * n, f"{n}")))
@@ -396,7 +396,7 @@ async def test_reads_that_share_a_statement_are_not_mixed_up(chat: Chat, other: 
     assert [each.reason for each in refused] == ["SESSION_NOT_FOUND", "SESSION_NOT_FOUND"]
 
 
-async def test_a_read_sees_what_was_acknowledged_before_it(chats: tuple[Chat, Chat]) -> None:
+async def test_read_sees_every_append_acknowledged_before_it(chats: tuple[Chat, Chat]) -> None:
     """Whoever has taken the append, and however many reads are under way."""
     session = await chats[0].create_session()
 

@@ -106,7 +106,7 @@ PLAIN: dict[str, tuple[Produce, StatusCode, set[str]]] = {
 
 
 @pytest.mark.parametrize("reason", PLAIN)
-async def test_what_the_caller_has_to_mend(chat: Chat, reason: str) -> None:
+async def test_error_of_the_caller_has_its_code_and_no_retry_delay(chat: Chat, reason: str) -> None:
     produce, code, metadata = PLAIN[reason]
     found = await produce(chat)
     assert (found.code, found.reason) == (code, reason)
@@ -115,14 +115,14 @@ async def test_what_the_caller_has_to_mend(chat: Chat, reason: str) -> None:
     assert found.message
 
 
-async def test_bytes_that_are_no_request_are_malformed(server: Server) -> None:
+async def test_invalid_bytes_are_malformed_request(server: Server) -> None:
     async with channel(server.address) as opened:
         method = opened.unary_unary("/chathistory.v1.ChatHistoryService/GetSession")  # type: ignore[call-arg]
         found = await assert_fails(method(b"\xff"), "MALFORMED_REQUEST")
     assert found.code == StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_method_that_is_not_there_is_unimplemented(server: Server) -> None:
+async def test_unknown_method_is_unimplemented(server: Server) -> None:
     async with channel(server.address) as opened:
         with pytest.raises(aio.AioRpcError) as caught:
             await opened.unary_unary("/chathistory.v1.ChatHistoryService/DropEverything")(b"")  # type: ignore[call-arg]
@@ -146,7 +146,7 @@ async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
         await connection.close()
 
 
-async def test_an_append_to_a_session_that_stays_locked_is_contention(
+async def test_append_to_a_session_that_stays_locked_is_contention(
     chat: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -162,7 +162,7 @@ async def test_an_append_to_a_session_that_stays_locked_is_contention(
     assert (await chat.stub.AppendMessages(request)).messages[0].seq == 2
 
 
-async def test_a_locked_session_holds_up_no_other(chat: Chat, database_url: str) -> None:
+async def test_append_to_one_session_succeeds_while_another_is_locked(chat: Chat, database_url: str) -> None:
     held, free = await chat.start(), [await chat.start() for _ in range(8)]
     async with locked(database_url, held):
         waiting = asyncio.create_task(chat.append(held, "later"))
@@ -172,7 +172,7 @@ async def test_a_locked_session_holds_up_no_other(chat: Chat, database_url: str)
     assert (await waiting).messages[0].seq == 2
 
 
-async def test_a_call_without_a_deadline_of_its_own_gets_the_servers(database_url: str) -> None:
+async def test_call_without_a_deadline_gets_the_servers(database_url: str) -> None:
     async with serving(database_url, call_timeout=0.5) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
@@ -181,7 +181,7 @@ async def test_a_call_without_a_deadline_of_its_own_gets_the_servers(database_ur
         assert found.reason in ("CONTENTION", "DEADLINE_EXCEEDED")
 
 
-async def test_a_callers_deadline_ends_its_call(chat: Chat, database_url: str) -> None:
+async def test_call_ends_at_the_clients_deadline(chat: Chat, database_url: str) -> None:
     session_id = await chat.start()
     request = session_pb2.UpdateSessionRequest(
         user_id=chat.user_id, session=session_pb2.Session(id=session_id, title="x")
@@ -192,7 +192,7 @@ async def test_a_callers_deadline_ends_its_call(chat: Chat, database_url: str) -
     assert caught.value.code() == StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -> None:
+async def test_call_above_the_limit_is_overloaded_with_a_retry_delay(database_url: str) -> None:
     async with (
         serving(database_url, max_in_flight=2, max_watches=1) as server,
         connected(server.address) as stub,
@@ -216,7 +216,7 @@ async def test_calls_beyond_the_limit_are_told_to_come_back(database_url: str) -
         watch.cancel()
 
 
-async def test_a_server_that_goes_away_sends_its_callers_elsewhere(
+async def test_call_to_a_draining_server_is_unavailable(
     chat: Chat, server: Server
 ) -> None:
     session_id = await chat.start()
@@ -229,7 +229,7 @@ async def test_a_server_that_goes_away_sends_its_callers_elsewhere(
         assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
 
 
-async def test_a_database_that_is_away_is_told_and_comes_back(
+async def test_call_is_unavailable_during_an_outage_and_served_after_it(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "OUTAGE_TIMEOUT_S", 0.5)
@@ -259,7 +259,7 @@ async def test_a_database_that_is_away_is_told_and_comes_back(
 
 
 @pytest.mark.case(n=4)
-async def test_a_defect_says_nothing_of_itself(
+async def test_internal_error_reveals_no_exception_text(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session_id = await chat.start("a secret message")
@@ -280,7 +280,7 @@ async def test_a_defect_says_nothing_of_itself(
     assert "a secret message" not in written + str(found)
 
 
-async def test_a_statement_that_the_database_refuses_says_nothing_of_itself(
+async def test_internal_error_reveals_no_database_message(
     chat: Chat, database_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session_id = await chat.start("a secret message")
@@ -310,13 +310,13 @@ JWT = {
 }
 
 
-async def test_a_caller_without_a_token_is_not_known(database_url: str) -> None:
+async def test_call_without_a_token_is_unauthenticated(database_url: str) -> None:
     async with serving(database_url, **JWT) as server, connected(server.address) as stub:
         found = await assert_fails(Chat(stub, new_id()).list_sessions(), "TOKEN_INVALID")
     assert found.code == StatusCode.UNAUTHENTICATED
 
 
-async def test_a_user_acts_for_itself_alone_and_does_not_do_what_services_do(
+async def test_user_may_not_act_for_another_user_or_as_a_service(
     database_url: str,
 ) -> None:
     async with serving(database_url, **JWT) as server, connected(server.address) as stub:

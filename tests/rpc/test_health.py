@@ -106,13 +106,13 @@ async def traffic(chat: Chat, timeout: float = 1.0) -> AsyncGenerator[None]:
         await asyncio.wait(tasks)
 
 
-async def test_a_ready_server_says_so(probe: Probe) -> None:
+async def test_ready_server_is_serving(probe: Probe) -> None:
     assert await probe.ready()
     assert await probe.check("liveness") == SERVING
     assert await probe.check("database") == SERVING
 
 
-async def test_a_name_that_is_not_there(probe: Probe) -> None:
+async def test_unknown_name_is_not_found(probe: Probe) -> None:
     with pytest.raises(aio.AioRpcError) as caught:
         await probe.check("chathistory.v1.Nothing")
     assert caught.value.code() == StatusCode.NOT_FOUND
@@ -121,7 +121,7 @@ async def test_a_name_that_is_not_there(probe: Probe) -> None:
     watch.cancel()
 
 
-async def test_it_is_not_ready_before_there_is_a_schema(empty_database_url: str) -> None:
+async def test_not_ready_without_a_schema(empty_database_url: str) -> None:
     async with started(empty_database_url) as (server, probe):
         assert not await probe.ready()
         assert await probe.check("database") == SERVING
@@ -135,7 +135,7 @@ async def test_it_is_not_ready_before_there_is_a_schema(empty_database_url: str)
             await Chat.of_new_user(stub)
 
 
-async def test_it_is_not_ready_with_a_schema_that_is_too_old(database_url: str) -> None:
+async def test_not_ready_with_a_schema_that_is_too_old(database_url: str) -> None:
     older = f"{tables.REQUIRED_REVISION - 1:04d}"
     [now] = await fetch(database_url, "SELECT version_num FROM alembic_version")
     await fetch(database_url, "UPDATE alembic_version SET version_num = $1", older)
@@ -149,7 +149,7 @@ async def test_it_is_not_ready_with_a_schema_that_is_too_old(database_url: str) 
         await probe.becomes(True)
 
 
-async def test_an_old_build_is_ready_with_a_newer_schema_until_it_is_contracted(
+async def test_old_build_is_ready_with_a_newer_schema_until_it_is_contracted(
     database_url: str,
 ) -> None:
     await fetch(database_url, "UPDATE alembic_version SET version_num = '9999'")
@@ -167,7 +167,7 @@ async def test_an_old_build_is_ready_with_a_newer_schema_until_it_is_contracted(
         assert await probe.check("liveness") == SERVING
 
 
-async def test_a_schema_that_is_not_ours_does_not_end_the_asking(database_url: str) -> None:
+async def test_unreadable_schema_does_not_stop_probing(database_url: str) -> None:
     [now] = await fetch(database_url, "SELECT version_num FROM alembic_version")
     await fetch(database_url, "UPDATE alembic_version SET version_num = 'a1b2c3'")
     async with started(database_url) as (server, probe):
@@ -179,7 +179,7 @@ async def test_a_schema_that_is_not_ours_does_not_end_the_asking(database_url: s
         await probe.becomes(True)
 
 
-async def test_it_starts_without_a_database_and_waits_for_it(database_url: str) -> None:
+async def test_server_starts_without_a_database_and_becomes_ready(database_url: str) -> None:
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.refuse_connections()
         async with started(url) as (_, probe):
@@ -190,7 +190,7 @@ async def test_it_starts_without_a_database_and_waits_for_it(database_url: str) 
             await probe.becomes(True)
 
 
-async def test_postgres_is_stopped_and_comes_back_under_traffic() -> None:
+async def test_readiness_follows_a_restart_of_postgres_under_traffic() -> None:
     """The real thing: a PostgreSQL of its own, stopped in good order (57P01 on every connection) and started again."""
     with Cluster() as cluster:
         await cluster.prepare()
@@ -211,7 +211,7 @@ async def test_postgres_is_stopped_and_comes_back_under_traffic() -> None:
 
 
 @pytest.mark.case(n=12)
-async def test_the_database_is_gone_without_a_word_under_traffic(database_url: str) -> None:
+async def test_readiness_follows_a_silent_outage_under_traffic(database_url: str) -> None:
     """A black hole: nothing is refused and nothing answered. Calls end on time, and it recovers by itself."""
     async with (
         postgres_proxy(database_url) as (proxy, url),
@@ -231,7 +231,7 @@ async def test_the_database_is_gone_without_a_word_under_traffic(database_url: s
 
 @pytest.mark.case(n=12)
 @pytest.mark.parametrize("deadline_of", ["client", "server"])
-async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(
+async def test_calls_end_at_their_deadline_during_a_silent_outage(
     database_url: str, deadline_of: str
 ) -> None:
     """By the client's deadline, or by the server's for a client that has set none; and the server does not go on."""
@@ -280,7 +280,7 @@ async def test_calls_end_on_time_when_the_database_is_gone_without_a_word(
                 await asyncio.sleep(0.05)
 
 
-async def test_the_name_database_tells_the_truth_of_an_idle_service(database_url: str) -> None:
+async def test_database_check_of_an_idle_service_makes_a_round_trip(database_url: str) -> None:
     async with (
         postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
@@ -301,7 +301,7 @@ async def test_the_name_database_tells_the_truth_of_an_idle_service(database_url
         await probe.becomes(True)
 
 
-async def test_those_who_ask_for_the_database_together_share_one_answer(
+async def test_concurrent_database_checks_share_one_round_trip(
     probe: Probe, cluster: Cluster, database_url: str
 ) -> None:
     await probe.check("database")
@@ -316,7 +316,7 @@ async def test_those_who_ask_for_the_database_together_share_one_answer(
     assert len(sent.so_far()) == together, "fifty cost as much as one"
 
 
-async def test_watch_tells_every_change(database_url: str) -> None:
+async def test_health_watch_sends_every_change(database_url: str) -> None:
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.refuse_connections()
         async with started(url) as (server, probe), connected(server.address) as stub:
@@ -338,7 +338,7 @@ async def test_watch_tells_every_change(database_url: str) -> None:
             watch.cancel()
 
 
-async def test_a_watch_of_health_does_not_hold_up_the_end(database_url: str) -> None:
+async def test_open_health_watch_does_not_delay_shutdown(database_url: str) -> None:
     """It is told of the end, and is ended: a load balancer that follows health must not eat the whole grace."""
     async with (
         serving(database_url, shutdown_grace=600.0, shutdown_delay=0.3) as server,
@@ -356,7 +356,7 @@ async def test_a_watch_of_health_does_not_hold_up_the_end(database_url: str) -> 
             await stopping
 
 
-async def test_probes_of_an_idle_service_cost_no_statement(
+async def test_probes_of_an_idle_service_send_no_statement(
     probe: Probe, chat: Chat, cluster: Cluster, database_url: str
 ) -> None:
     await probed(probe, chat, SentStatements(cluster, database_url), seconds=3.0)
@@ -364,7 +364,7 @@ async def test_probes_of_an_idle_service_cost_no_statement(
 
 @pytest.mark.faults
 @pytest.mark.timeout(120)
-async def test_a_minute_of_probes_costs_no_statement(
+async def test_probes_for_a_minute_send_no_statement(
     probe: Probe, chat: Chat, cluster: Cluster, database_url: str
 ) -> None:
     await probed(probe, chat, SentStatements(cluster, database_url), seconds=60.0)
@@ -385,7 +385,7 @@ async def probed(probe: Probe, chat: Chat, before: SentStatements, seconds: floa
     watch.cancel()
 
 
-async def test_locked_rows_are_no_outage(database_url: str, cluster: Cluster) -> None:
+async def test_locked_rows_do_not_end_readiness(database_url: str, cluster: Cluster) -> None:
     """Every connection of a small pool waits for a row that somebody holds: slow, but the database is there."""
     async with (
         serving(database_url, db_pool_size=2, db_max_overflow=0, db_pool_timeout=0.5) as server,
@@ -416,7 +416,7 @@ async def test_locked_rows_are_no_outage(database_url: str, cluster: Cluster) ->
             assert not any(task.exception() for task in waiting)
 
 
-async def test_health_is_served_on_a_port_of_its_own_as_well(database_url: str) -> None:
+async def test_health_is_served_on_the_health_port_too(database_url: str) -> None:
     port = free_port()
     async with (
         serving(database_url, health_listen=f"127.0.0.1:{port}"),

@@ -65,7 +65,7 @@ async def exhaust(replies: AsyncIterator[object]) -> None:
 
 
 @pytest.mark.case(n=17)
-async def test_sigterm_under_load_with_a_watch_open(
+async def test_sigterm_under_load_loses_no_acknowledged_append(
     start_process: StartProcess, database_url: str
 ) -> None:
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
@@ -131,7 +131,7 @@ async def test_calls_repeated_during_shutdown_never_end_with_cancelled(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_an_idle_server_ends_at_once(
+async def test_idle_server_stops_immediately(
     start_process: StartProcess, number: signal.Signals
 ) -> None:
     process = await start_process(CHAT_HISTORY_SHUTDOWN_GRACE="60")
@@ -142,7 +142,7 @@ async def test_an_idle_server_ends_at_once(
             assert await process.wait() == 0
 
 
-async def test_a_signal_before_it_is_ready_ends_it_too(
+async def test_signal_before_readiness_stops_the_server(
     empty_database_url: str, tmp_path: Path
 ) -> None:
     async with asyncio.timeout(60):
@@ -155,7 +155,7 @@ async def test_a_signal_before_it_is_ready_ends_it_too(
         await process.stop()
 
 
-async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(
+async def test_calls_in_flight_finish_and_new_calls_are_draining(
     database_url: str, cluster: Cluster
 ) -> None:
     holder = await cluster.connect(database_name(database_url))
@@ -190,7 +190,7 @@ async def test_what_is_under_way_is_finished_and_what_comes_is_sent_away(
 
 
 @pytest.mark.case(n=17)
-async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
+async def test_sequential_caller_gets_draining_at_shutdown(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the end begins, nothing may be under way although the server is in use; gRPC alone would cancel the next call."""
@@ -212,7 +212,7 @@ async def test_a_caller_who_was_between_two_calls_is_sent_away_with_a_reason(
         await stopping
 
 
-async def test_health_says_so_before_calls_are_refused(database_url: str) -> None:
+async def test_health_is_not_serving_before_calls_are_rejected(database_url: str) -> None:
     """Load balancers need a moment to notice: until it is over, calls are served."""
     async with (
         serving(database_url, shutdown_delay=3.0) as server,
@@ -232,7 +232,7 @@ async def test_health_says_so_before_calls_are_refused(database_url: str) -> Non
             await stopping
 
 
-async def test_calls_that_do_not_end_are_cut_off_after_the_grace(
+async def test_calls_that_do_not_end_are_cancelled_after_the_grace(
     database_url: str, cluster: Cluster
 ) -> None:
     holder = await cluster.connect(database_name(database_url))
@@ -260,7 +260,7 @@ async def test_calls_that_do_not_end_are_cut_off_after_the_grace(
         await holder.close()
 
 
-async def test_a_second_server_on_the_port_fails(
+async def test_second_server_on_the_same_port_fails(
     server: Server, database_url: str, tmp_path: Path
 ) -> None:
     second = Server(server_settings(listen=server.address), target_of(database_url))
@@ -276,7 +276,7 @@ async def test_a_second_server_on_the_port_fails(
     assert process.address == ""
 
 
-async def test_a_restart_takes_the_port_at_once(database_url: str, tmp_path: Path) -> None:
+async def test_restart_listens_on_the_same_port_immediately(database_url: str, tmp_path: Path) -> None:
     """Connections of the one before may linger; the next must not wait for them."""
     async with ServerProcess(database_url, tmp_path / "first") as first:
         async with connected(first.address) as stub:
@@ -291,19 +291,19 @@ async def test_a_restart_takes_the_port_at_once(database_url: str, tmp_path: Pat
                 assert (await Chat(stub, chat.user_id).get_session(session_id)).last_seq == 1
 
 
-async def test_starting_and_stopping_leaves_nothing(database_url: str) -> None:
+async def test_repeated_start_and_stop_leaves_nothing_running(database_url: str) -> None:
     for _ in range(3):
         async with serving(database_url) as server, connected(server.address) as stub:
             await Chat.of_new_user(stub)
 
 
-async def test_stopping_right_after_the_start(database_url: str) -> None:
+async def test_stop_directly_after_start_succeeds(database_url: str) -> None:
     server = Server(server_settings(), target_of(database_url))
     await server.start()
     await server.stop()
 
 
-async def test_reflection_tells_the_whole_api(server: Server) -> None:
+async def test_reflection_serves_the_whole_api(server: Server) -> None:
     """A client that has nothing but the address can ask for every message that it needs."""
     async with channel(server.address) as opened:
         connection: Any = opened

@@ -87,7 +87,7 @@ def all_parts() -> list[message_pb2.Part]:
     ]
 
 
-async def test_everything_that_is_sent_comes_back(chat: Chat) -> None:
+async def test_every_field_of_a_message_is_returned(chat: Chat) -> None:
     sent = new_message(
         "content",
         ASSISTANT,
@@ -111,7 +111,7 @@ async def test_everything_that_is_sent_comes_back(chat: Chat) -> None:
     ]
 
 
-async def test_a_message_is_the_same_however_it_is_read(chat: Chat) -> None:
+async def test_message_is_the_same_in_every_read(chat: Chat) -> None:
     sent = new_message(
         "content", ASSISTANT, parts=all_parts()[:2], metadata={"k": 1}, feedback={"score": 1}
     )
@@ -125,7 +125,7 @@ async def test_a_message_is_the_same_however_it_is_read(chat: Chat) -> None:
     watch.cancel()
 
 
-async def test_a_message_may_be_as_good_as_empty(chat: Chat) -> None:
+async def test_message_needs_only_a_role(chat: Chat) -> None:
     for role in (USER, ASSISTANT, SYSTEM, TOOL):
         sent = new_message("", role)
         got = await chat.get(await chat.start([sent]), sent.id)
@@ -133,7 +133,7 @@ async def test_a_message_may_be_as_good_as_empty(chat: Chat) -> None:
         assert not any(got.HasField(name) for name in ("metadata", "token_count", "feedback"))
 
 
-async def test_a_token_count_of_none_and_of_zero_are_told_apart(chat: Chat) -> None:
+async def test_token_count_of_zero_differs_from_none(chat: Chat) -> None:
     sent = [new_message("four words of it"), new_message("four words of it", token_count=0)]
     session_id = await chat.start(sent)
     none, zero = await chat.all(session_id)
@@ -143,7 +143,7 @@ async def test_a_token_count_of_none_and_of_zero_are_told_apart(chat: Chat) -> N
 
 
 @pytest.mark.parametrize("value", INJECTIONS)
-async def test_whatever_a_text_says_is_stored_verbatim(chat: Chat, value: str) -> None:
+async def test_text_is_stored_verbatim(chat: Chat, value: str) -> None:
     sent = new_message(
         value,
         metadata={value: [value, {value: value}]},
@@ -174,7 +174,7 @@ async def test_whatever_a_text_says_is_stored_verbatim(chat: Chat, value: str) -
     assert changed.content == value + value
 
 
-async def test_texts_and_structs_of_any_content_come_back(chat: Chat) -> None:
+async def test_arbitrary_texts_and_structs_are_returned(chat: Chat) -> None:
     loop = asyncio.get_running_loop()
 
     @given(anything, objects, st.lists(st.one_of(anything, objects), max_size=4))
@@ -204,7 +204,7 @@ async def test_texts_and_structs_of_any_content_come_back(chat: Chat) -> None:
     "number",
     [0.1, 1 / 3, -0.0, 1e-320, 1.7976931348623157e308, 5e-324, 2.0**63, 123456789012345680.0, 1e22],
 )
-async def test_a_number_keeps_its_last_bit(chat: Chat, number: float) -> None:
+async def test_number_in_metadata_keeps_its_last_bit(chat: Chat, number: float) -> None:
     sent = new_message("x", metadata={"n": number}, parts=[{"data": {"n": number}}])
     got = await chat.get(await chat.start([sent]), sent.id)
     assert got.metadata["n"] == got.parts[0].data["n"] == number
@@ -213,7 +213,7 @@ async def test_a_number_keeps_its_last_bit(chat: Chat, number: float) -> None:
 # --- Times.
 
 
-async def test_times_are_the_servers_and_rise_with_seq(chat: Chat) -> None:
+async def test_create_time_is_the_servers_and_follows_seq(chat: Chat) -> None:
     sent = new_messages(3)
     sent[1].create_time.seconds = 1
     session_id = await chat.start(sent)
@@ -225,7 +225,7 @@ async def test_times_are_the_servers_and_rise_with_seq(chat: Chat) -> None:
     assert times[0] > 1_700_000_000_000_000
 
 
-async def test_times_never_go_back_even_when_the_clock_does(chat: Chat, database_url: str) -> None:
+async def test_create_time_never_decreases_when_the_clock_does(chat: Chat, database_url: str) -> None:
     session_id = await chat.start(new_messages(2))
     # As if an earlier append had met a clock that ran an hour fast.
     await fetch(
@@ -246,7 +246,7 @@ async def test_times_never_go_back_even_when_the_clock_does(chat: Chat, database
 # --- Reading one.
 
 
-async def test_a_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
+async def test_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
     session_id, elsewhere = await chat.start(), await chat.start(sent := new_messages(1))
     theirs = await other.start(foreign := new_messages(1))
     for missing in (new_id(), sent[0].id, foreign[0].id):
@@ -262,7 +262,7 @@ async def test_a_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
 # --- Updating.
 
 
-async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
+async def test_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
     sent = new_message(
         "before", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], author="Ada"
     )
@@ -285,7 +285,7 @@ async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
     assert await chat.get(session_id, sent.id) == changed
 
 
-async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Chat) -> None:
+async def test_mask_writes_only_its_fields_and_clears_empty_ones(chat: Chat) -> None:
     sent = new_message(
         "c", metadata={"k": 1}, token_count=5, parts=[{"text": "p"}], feedback={"score": 1}
     )
@@ -298,7 +298,7 @@ async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Cha
     assert (await chat.update(session_id, sent.id, ("content",))).content == ""
 
 
-async def test_feedback_of_zero_is_feedback(chat: Chat) -> None:
+async def test_feedback_with_score_zero_is_stored(chat: Chat) -> None:
     session_id = await chat.start([sent := new_message("c")])
     changed = await chat.update(session_id, sent.id, ("feedback",), feedback={})
     assert changed.HasField("feedback")
@@ -309,7 +309,7 @@ async def test_feedback_of_zero_is_feedback(chat: Chat) -> None:
     "path",
     ["id", "session_id", "seq", "role", "author", "create_time", "etag", "feedback.score", "nope"],
 )
-async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
+async def test_mask_with_an_unwritable_field_is_rejected(chat: Chat, path: str) -> None:
     session_id = await chat.start([sent := new_message("c")])
     before = await chat.get(session_id, sent.id)
     await assert_field_violations(
@@ -318,7 +318,7 @@ async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str
     assert await chat.get(session_id, sent.id) == before
 
 
-async def test_an_update_names_its_session_and_message(chat: Chat) -> None:
+async def test_update_requires_session_and_message_id(chat: Chat) -> None:
     session_id = await chat.start([sent := new_message("c")])
 
     def request(**fields: Any) -> message_pb2.UpdateMessageRequest:
@@ -344,7 +344,7 @@ async def test_an_update_names_its_session_and_message(chat: Chat) -> None:
     )
 
 
-async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
+async def test_update_with_stale_etag_is_aborted(
     chat: Chat,
 ) -> None:
     session_id = await chat.start([sent := new_message("first")])
@@ -360,7 +360,7 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
     assert await chat.get(session_id, sent.id) == second
 
 
-async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
+async def test_one_of_concurrent_updates_with_one_etag_succeeds(chat: Chat) -> None:
     session_id = await chat.start([sent := new_message("c")])
     etag = (await chat.get(session_id, sent.id)).etag
     results = await asyncio.gather(
@@ -372,7 +372,7 @@ async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
     assert await chat.get(session_id, sent.id) == won[0]
 
 
-async def test_an_update_estimates_its_tokens_again(chat: Chat) -> None:
+async def test_update_of_content_updates_the_token_estimate(chat: Chat) -> None:
     session_id = await chat.start([sent := new_message("short")])
     for content, parts in (
         ("much longer " * 50, []),
@@ -389,7 +389,7 @@ async def test_an_update_estimates_its_tokens_again(chat: Chat) -> None:
         assert (await chat.context(session_id)).token_count == estimate_tokens(content, as_json)
 
 
-async def test_an_update_leaves_the_session_and_the_retry_of_the_append_alone(chat: Chat) -> None:
+async def test_update_of_a_message_leaves_session_and_replay_unchanged(chat: Chat) -> None:
     session_id = await chat.start([sent := new_message("first"), new_message("second")])
     before = await chat.get_session(session_id)
     await chat.update(session_id, sent.id, content="edited", metadata={"k": 1})
@@ -402,7 +402,7 @@ async def test_an_update_leaves_the_session_and_the_retry_of_the_append_alone(ch
 # --- Erasing.
 
 
-async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumbered(
+async def test_deleted_message_is_in_no_read_and_seqs_stay(
     chat: Chat,
 ) -> None:
     sent = new_messages(5)
@@ -425,7 +425,7 @@ async def test_an_erased_message_is_gone_from_every_read_and_nothing_is_renumber
     assert (await chat.append(session_id, "next")).messages[0].seq == 6
 
 
-async def test_an_erased_message_leaves_no_word_behind(chat: Chat, database_url: str) -> None:
+async def test_deleted_message_leaves_no_content_in_the_database(chat: Chat, database_url: str) -> None:
     sent = new_message(
         "content",
         ASSISTANT,
@@ -449,7 +449,7 @@ async def test_an_erased_message_leaves_no_word_behind(chat: Chat, database_url:
     assert (str(row["id"]), row["seq"], len(row["fingerprint"])) == (sent.id, 1, 16)
 
 
-async def test_a_late_retry_does_not_bring_an_erased_message_back(chat: Chat) -> None:
+async def test_late_retry_does_not_restore_a_deleted_message(chat: Chat) -> None:
     sent = new_messages(3)
     session_id = await chat.start(sent)
     first = (await chat.append(session_id, sent)).messages
@@ -461,7 +461,7 @@ async def test_a_late_retry_does_not_bring_an_erased_message_back(chat: Chat) ->
     assert (await chat.get_session(session_id)).message_count == 2
 
 
-async def test_an_erased_messages_id_stays_taken(chat: Chat) -> None:
+async def test_id_of_a_deleted_message_stays_taken(chat: Chat) -> None:
     session_id = await chat.start([sent := new_message("first"), new_message("second")])
     await chat.delete(session_id, sent.id)
     await assert_fails(
@@ -472,7 +472,7 @@ async def test_an_erased_messages_id_stays_taken(chat: Chat) -> None:
     )
 
 
-async def test_a_missing_message_is_erased_only_if_that_is_allowed(chat: Chat) -> None:
+async def test_deletion_of_a_missing_message_needs_allow_missing(chat: Chat) -> None:
     session_id = await chat.start([sent := new_message("c")])
     await chat.delete(session_id, sent.id)
     await assert_fails(
@@ -490,7 +490,7 @@ async def test_a_missing_message_is_erased_only_if_that_is_allowed(chat: Chat) -
     assert (await chat.get_session(session_id)).message_count == 0
 
 
-async def test_twenty_erasures_of_one_message_at_once_count_once(chat: Chat) -> None:
+async def test_concurrent_deletions_of_one_message_count_once(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(3))
     await asyncio.gather(
         *(chat.delete(session_id, sent[0].id, allow_missing=True) for _ in range(20))
@@ -498,7 +498,7 @@ async def test_twenty_erasures_of_one_message_at_once_count_once(chat: Chat) -> 
     assert (await chat.get_session(session_id)).message_count == 2
 
 
-async def test_a_session_all_of_whose_messages_are_erased_is_empty_and_goes_on(chat: Chat) -> None:
+async def test_session_accepts_appends_after_all_messages_are_deleted(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(3))
     for message in sent:
         await chat.delete(session_id, message.id)
@@ -508,7 +508,7 @@ async def test_a_session_all_of_whose_messages_are_erased_is_empty_and_goes_on(c
     assert (await chat.append(session_id, "next", expected_last_seq=3)).messages[0].seq == 4
 
 
-def test_an_estimate_rises_with_the_length() -> None:
+def test_token_estimate_grows_with_the_length() -> None:
     assert estimate_tokens("", None) == 0
     assert estimate_tokens("a", None) == 1
     assert estimate_tokens("é" * 100, None) > estimate_tokens("e" * 100, None)

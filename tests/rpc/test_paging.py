@@ -32,7 +32,7 @@ async def seqs(chat: Chat, session_id: str, **fields: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 12, 13, 14, 100])
-async def test_pages_meet_without_gap_or_overlap(chat: Chat, page_size: int) -> None:
+async def test_pages_have_no_gap_or_overlap(chat: Chat, page_size: int) -> None:
     session_id = await chat.start(new_messages(13))
     for order, expected in ((ASC, list(range(1, 14))), (DESC, list(range(13, 0, -1)))):
         pages = [
@@ -44,14 +44,14 @@ async def test_pages_meet_without_gap_or_overlap(chat: Chat, page_size: int) -> 
         assert pages[-1]
 
 
-async def test_messages_come_oldest_first_unless_asked_otherwise(chat: Chat) -> None:
+async def test_messages_are_listed_in_ascending_seq_by_default(chat: Chat) -> None:
     session_id = await chat.start(new_messages(3))
     assert await seqs(chat, session_id) == [1, 2, 3]
     assert await seqs(chat, session_id, order=ASC) == [1, 2, 3]
     assert await seqs(chat, session_id, order=DESC) == [3, 2, 1]
 
 
-async def test_pages_pass_over_what_was_erased_and_are_full_all_the_same(chat: Chat) -> None:
+async def test_pages_skip_deleted_messages_and_are_full(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(12))
     for erased in (0, 3, 4, 5, 11):
         await chat.delete(session_id, sent[erased].id)
@@ -64,7 +64,7 @@ async def test_pages_pass_over_what_was_erased_and_are_full_all_the_same(chat: C
         assert pages == [expected[0:3], expected[3:6], expected[6:]]
 
 
-async def test_a_page_that_ends_at_an_erased_message_goes_on_after_it(chat: Chat) -> None:
+async def test_page_token_survives_deletion_of_its_message(chat: Chat) -> None:
     session_id = await chat.start(sent := new_messages(6))
     first = await chat.page(session_id, page_size=2)
     await chat.delete(session_id, sent[1].id)
@@ -73,7 +73,7 @@ async def test_a_page_that_ends_at_an_erased_message_goes_on_after_it(chat: Chat
     assert [each.seq for each in second.messages] == [4, 5]
 
 
-async def test_an_empty_session_has_one_empty_page(chat: Chat) -> None:
+async def test_empty_session_has_one_empty_page(chat: Chat) -> None:
     session = await chat.create_session()
     for order in (ASC, DESC):
         assert await chat.page(session.id, order=order) == message_pb2.ListMessagesResponse()
@@ -81,7 +81,7 @@ async def test_an_empty_session_has_one_empty_page(chat: Chat) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_ten_thousand_messages_are_read_once_each_while_others_append(chat: Chat) -> None:
+async def test_ten_thousand_messages_are_listed_once_during_appends(chat: Chat) -> None:
     session_id = await chat.start(new_messages(1))
     await fill(chat, session_id, 9_999)
     done = asyncio.Event()
@@ -104,7 +104,7 @@ async def test_ten_thousand_messages_are_read_once_each_while_others_append(chat
 # --- How large a page is.
 
 
-async def test_a_page_holds_50_unless_asked_otherwise_and_1000_at_the_most(chat: Chat) -> None:
+async def test_page_size_is_50_by_default_and_1000_at_most(chat: Chat) -> None:
     session_id = await chat.start(new_messages(1))
     await fill(chat, session_id, 1_009)
     for page_size, expected in (
@@ -122,7 +122,7 @@ async def test_a_page_holds_50_unless_asked_otherwise_and_1000_at_the_most(chat:
     assert (await chat.page(session_id, page_size=5)).messages[0].content == "message 1"
 
 
-async def test_lists_of_sessions_and_users_have_the_same_sizes(
+async def test_page_sizes_apply_to_sessions_and_users(
     chat: Chat, database_url: str
 ) -> None:
     insert = "INSERT INTO {} SELECT {} gen_random_uuid(), '' FROM generate_series(1, 1010)"
@@ -139,7 +139,7 @@ async def test_lists_of_sessions_and_users_have_the_same_sizes(
 
 @pytest.mark.case(n=20)
 @pytest.mark.parametrize("page_size", [-1, -(2**31)])
-async def test_a_negative_page_size_is_refused(chat: Chat, page_size: int) -> None:
+async def test_negative_page_size_is_rejected(chat: Chat, page_size: int) -> None:
     session_id = await chat.start()
     await assert_field_violations(chat.page(session_id, page_size=page_size), "page_size")
     await assert_field_violations(chat.list_sessions(page_size=page_size), "page_size")
@@ -154,7 +154,7 @@ def heavy(size: int) -> message_pb2.Message:
     return new_message(quarter, parts=[{"text": quarter} for _ in range(3)])
 
 
-async def test_a_reply_stops_at_3_mib_and_the_next_page_goes_on(chat: Chat) -> None:
+async def test_reply_ends_at_3_mib_and_the_next_page_continues(chat: Chat) -> None:
     session_id = (await chat.create_session()).id
     for _ in range(7):
         await chat.append(session_id, [heavy(MIB - 1000), new_message("small")])
@@ -165,7 +165,7 @@ async def test_a_reply_stops_at_3_mib_and_the_next_page_goes_on(chat: Chat) -> N
         assert 3 <= len(pages) <= 4
 
 
-async def test_a_reply_counts_bytes_and_not_characters(chat: Chat) -> None:
+async def test_reply_size_counts_bytes_not_characters(chat: Chat) -> None:
     session_id = (await chat.create_session()).id
     wide = "語" * (MIB // 3 // 4 - 100)
     for _ in range(6):
@@ -194,7 +194,7 @@ BULKY: dict[str, Callable[[], message_pb2.Message]] = {
 
 
 @pytest.mark.parametrize("kind", BULKY)
-async def test_every_reply_stays_below_what_clients_take(chat: Chat, kind: str) -> None:
+async def test_every_reply_is_below_the_clients_limit(chat: Chat, kind: str) -> None:
     message = BULKY[kind]()
     count = 5 * MIB // message.ByteSize() + 1
     session_id = (await chat.create_session()).id
@@ -213,7 +213,7 @@ async def test_every_reply_stays_below_what_clients_take(chat: Chat, kind: str) 
     assert len(await chat.all(session_id, page_size=1000)) == count
 
 
-async def test_a_list_of_heavy_sessions_stops_too(chat: Chat) -> None:
+async def test_list_of_large_sessions_ends_at_3_mib(chat: Chat) -> None:
     for _ in range(60):
         await chat.create_session(summary="x" * 65_000)
     pages = [page async for page in chat.session_pages(page_size=1000)]
@@ -261,7 +261,7 @@ def tampered(token: str) -> list[str]:
 
 
 @pytest.mark.case(n=20)
-async def test_a_tampered_token_is_refused(chat: Chat) -> None:
+async def test_tampered_page_token_is_rejected(chat: Chat) -> None:
     for token, turn in await lists(chat):
         assert token
         for bad in tampered(token):
@@ -270,12 +270,12 @@ async def test_a_tampered_token_is_refused(chat: Chat) -> None:
         await turn(token)
 
 
-async def test_a_token_too_long_for_a_token_is_refused_by_its_length(chat: Chat) -> None:
+async def test_page_token_above_the_maximum_length_is_rejected(chat: Chat) -> None:
     for _, turn in await lists(chat):
         await assert_field_violations(turn("A" * 1025), "page_token")
 
 
-async def test_a_token_fits_its_own_list_alone(chat: Chat) -> None:
+async def test_page_token_of_another_list_is_rejected(chat: Chat) -> None:
     listed = await lists(chat)
     for token, turn in listed:
         for other_token, _ in listed:
@@ -284,7 +284,7 @@ async def test_a_token_fits_its_own_list_alone(chat: Chat) -> None:
 
 
 @pytest.mark.case(n=19)
-async def test_a_token_does_not_fit_another_session_order_state_or_user(
+async def test_page_token_of_another_request_is_rejected(
     chat: Chat, other: Chat
 ) -> None:
     session_id = await chat.start(new_messages(5))
@@ -307,7 +307,7 @@ async def test_a_token_does_not_fit_another_session_order_state_or_user(
         await assert_fails(call_, "BAD_PAGE_TOKEN")
 
 
-async def test_a_token_fits_another_page_size_and_another_spelling_of_the_ids(chat: Chat) -> None:
+async def test_page_token_allows_another_page_size_and_case_of_ids(chat: Chat) -> None:
     session_id = await chat.start(new_messages(5))
     token = (await chat.page(session_id, page_size=2)).next_page_token
     shouting = Chat(chat.stub, chat.user_id.upper())
@@ -316,7 +316,7 @@ async def test_a_token_fits_another_page_size_and_another_spelling_of_the_ids(ch
     assert page.next_page_token == ""
 
 
-async def test_a_token_can_be_used_again_and_is_the_same_each_time(chat: Chat) -> None:
+async def test_page_token_is_reusable_and_deterministic(chat: Chat) -> None:
     session_id = await chat.start(new_messages(5))
     tokens = {(await chat.page(session_id, page_size=2)).next_page_token for _ in range(2)}
     assert len(tokens) == 1
@@ -326,14 +326,14 @@ async def test_a_token_can_be_used_again_and_is_the_same_each_time(chat: Chat) -
     )
 
 
-async def test_a_token_of_a_list_that_is_gone_says_so(chat: Chat) -> None:
+async def test_page_token_of_a_deleted_session_is_not_found(chat: Chat) -> None:
     session_id = await chat.start(new_messages(5))
     token = (await chat.page(session_id, page_size=2)).next_page_token
     await chat.delete_session(session_id)
     await assert_fails(chat.page(session_id, page_token=token), "SESSION_NOT_FOUND")
 
 
-async def test_a_token_goes_on_where_its_page_ended_when_the_list_has_shrunk(chat: Chat) -> None:
+async def test_page_token_continues_after_deletions(chat: Chat) -> None:
     session_ids = [(await chat.create_session()).id for _ in range(5)]
     first = await chat.list_sessions(page_size=2)
     await chat.delete_session(first.sessions[1].id)

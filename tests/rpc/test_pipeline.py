@@ -63,7 +63,7 @@ async def waiting(holder: Any, count: int = 1) -> None:
 
 
 @pytest.mark.case(n=1)
-async def test_bytes_that_are_no_message_are_refused(server: Server) -> None:
+async def test_invalid_bytes_are_rejected_by_every_method(server: Server) -> None:
     async with channel(server.address) as opened:
         for path, streaming in METHODS:
             for data in (b"\x0a\x7f", b"\xff" * 40):
@@ -73,7 +73,7 @@ async def test_bytes_that_are_no_message_are_refused(server: Server) -> None:
 
 
 @pytest.mark.case(n=1)
-async def test_text_that_is_not_utf8_is_refused(server: Server) -> None:
+async def test_text_that_is_not_utf8_is_rejected(server: Server) -> None:
     """In every text field of every method's request."""
     async with channel(server.address) as opened:
         for (path, streaming), method in zip(METHODS, _SERVICE.methods, strict=True):
@@ -86,7 +86,7 @@ async def test_text_that_is_not_utf8_is_refused(server: Server) -> None:
 
 
 @pytest.mark.case(n=1)
-async def test_the_server_lives_on_after_them(server: Server, chat: Chat) -> None:
+async def test_server_serves_calls_after_malformed_ones(server: Server, chat: Chat) -> None:
     async with channel(server.address) as opened:
         calls = [
             _call(opened, path, streaming=streaming, data=b"\xff" * n)
@@ -98,7 +98,7 @@ async def test_the_server_lives_on_after_them(server: Server, chat: Chat) -> Non
     await chat.start()
 
 
-async def test_a_message_nested_too_deeply_is_refused(server: Server, chat: Chat) -> None:
+async def test_message_nested_too_deeply_is_rejected(server: Server, chat: Chat) -> None:
     value = Value(string_value="deep").SerializeToString()
     for _ in range(200):
         entry = _field(1, b"a") + _field(2, value)
@@ -122,7 +122,7 @@ def _field(number: int, data: bytes) -> bytes:
     return bytes((number << 3 | 2,)) + length + bytes((size,)) + data
 
 
-async def test_a_method_that_is_not_there(server: Server) -> None:
+async def test_unknown_method_of_the_service_is_unimplemented(server: Server) -> None:
     async with channel(server.address) as opened:
         with pytest.raises(aio.AioRpcError) as caught:
             await _call(
@@ -142,7 +142,7 @@ def _large(chat: Chat, session_id: str, size: int) -> message_pb2.AppendMessages
 
 
 @pytest.mark.case(n=3)
-async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
+async def test_request_over_four_mebibytes_is_rejected(chat: Chat) -> None:
     session = await chat.create_session()
     async with asyncio.TaskGroup() as group:
         others = [group.create_task(chat.append(session.id, f"{n}")) for n in range(10)]
@@ -161,7 +161,7 @@ async def test_a_request_over_four_mebibytes_is_refused(chat: Chat) -> None:
     assert (await chat.get_session(session.id)).last_seq == 30
 
 
-async def test_the_largest_request_is_as_large_as_the_limit_says(server: Server) -> None:
+async def test_request_of_exactly_the_limit_is_accepted(server: Server) -> None:
     async with channel(server.address) as opened:
         path = "/chathistory.v1.ChatHistoryService/ListUsers"
         for size, reason in ((4 << 20, "MALFORMED_REQUEST"), ((4 << 20) + 1, "REQUEST_TOO_LARGE")):
@@ -171,7 +171,7 @@ async def test_the_largest_request_is_as_large_as_the_limit_says(server: Server)
 
 
 @pytest.mark.case(n=3)
-async def test_a_request_that_swells_when_it_is_unpacked_is_refused(
+async def test_gzip_bomb_is_rejected(
     database_url: str, tmp_path: Path
 ) -> None:
     """A gzip bomb: some kilobytes on the wire that are 150 MB. The server must not hold what it refuses."""
@@ -203,7 +203,7 @@ async def test_a_request_that_swells_when_it_is_unpacked_is_refused(
 
 
 @pytest.mark.case(n=3)
-async def test_metadata_of_twenty_kilobytes_is_refused(chat: Chat, server: Server) -> None:
+async def test_metadata_of_twenty_kilobytes_is_rejected(chat: Chat, server: Server) -> None:
     # A client of grpc's own would not send what it knows to be too large for the peer: it hears of the limit on connecting.
     async with channel(
         server.address, max_metadata_size=100_000, absolute_max_metadata_size=200_000
@@ -219,7 +219,7 @@ async def test_metadata_of_twenty_kilobytes_is_refused(chat: Chat, server: Serve
 
 
 @pytest.mark.case(n=18)
-async def test_more_calls_than_are_let_in_are_told_to_come_again(
+async def test_calls_above_the_limit_are_overloaded(
     cluster: Cluster, database_url: str
 ) -> None:
     async with serving(database_url, max_in_flight=5) as server, connected(server.address) as stub:
@@ -277,7 +277,7 @@ async def test_a_thousand_clients_share_the_pool(
 # --- What takes too long, and who goes away.
 
 
-async def test_a_call_without_a_deadline_has_one_all_the_same(
+async def test_call_without_a_deadline_ends_at_the_servers_limit(
     cluster: Cluster, database_url: str
 ) -> None:
     async with serving(database_url, call_timeout=0.6) as server, connected(server.address) as stub:
@@ -350,7 +350,7 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
 
 @pytest.mark.case(n=5)
 @pytest.mark.timeout(300)
-async def test_five_hundred_calls_are_cancelled(
+async def test_cancelling_five_hundred_calls_leaks_no_connection(
     chat: Chat, server: Server, cluster: Cluster, database_url: str
 ) -> None:
     """In mid-statement, and as many at any moment: the connections are as many as before, and sound, and nothing is left that the
@@ -407,7 +407,7 @@ async def test_five_hundred_calls_are_cancelled(
     await asyncio.gather(*(chat.get_session(session_id) for _ in range(20)))
 
 
-async def test_a_write_whose_caller_has_gone_is_carried_to_its_end(
+async def test_write_of_a_cancelled_call_is_completed(
     chat: Chat, server: Server, cluster: Cluster, database_url: str
 ) -> None:
     session = await chat.create_session()
@@ -429,7 +429,7 @@ async def test_a_write_whose_caller_has_gone_is_carried_to_its_end(
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
-async def test_a_cancellation_from_within_is_answered(
+async def test_cancellation_inside_a_method_is_answered(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """gRPC itself would send no status, and the client would wait for its deadline."""
@@ -445,7 +445,7 @@ async def test_a_cancellation_from_within_is_answered(
 
 
 @pytest.mark.case(n=4)
-async def test_a_defect_in_the_database_is_not_explained_to_clients(
+async def test_database_error_is_not_described_to_clients(
     start_process: StartProcess, database_url: str
 ) -> None:
     process = await start_process(CHAT_HISTORY_LOG_LEVEL="debug")
@@ -479,7 +479,7 @@ main()
 
 
 @pytest.mark.case(n=4)
-async def test_an_exception_that_holds_a_connection_string_tells_nobody(
+async def test_connection_string_in_an_exception_reaches_no_client_or_log(
     database_url: str, tmp_path: Path
 ) -> None:
     """Nor does the log of the real process, at its most talkative."""

@@ -21,7 +21,7 @@ ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_A
 # --- Creating.
 
 
-async def test_a_created_session_reads_as_it_was_sent(chat: Chat) -> None:
+async def test_created_session_is_returned_as_sent(chat: Chat) -> None:
     made = await chat.create_session(
         title="Plans", summary="so far", metadata={"topic": {"deep": [1, "x", None]}}
     )
@@ -39,17 +39,17 @@ async def test_a_created_session_reads_as_it_was_sent(chat: Chat) -> None:
     assert await chat.get_session(made.id.upper()) == made
 
 
-async def test_a_session_may_be_created_with_nothing_said_of_it(chat: Chat) -> None:
+async def test_session_can_be_created_without_fields(chat: Chat) -> None:
     reply = await chat.stub.CreateSession(session_pb2.CreateSessionRequest(user_id=chat.user_id))
     assert (reply.session.title, reply.session.state) == ("", ACTIVE)
     assert not reply.session.HasField("metadata")
 
 
-async def test_a_session_may_be_created_archived(chat: Chat) -> None:
+async def test_session_can_be_created_archived(chat: Chat) -> None:
     assert (await chat.create_session(state=ARCHIVED)).state == ARCHIVED
 
 
-async def test_a_retry_of_the_same_create_returns_the_session(chat: Chat) -> None:
+async def test_retry_of_create_returns_the_session(chat: Chat) -> None:
     sent: dict[str, Any] = {"id": new_id(), "title": "T", "metadata": {"a": 1, "b": [2]}}
     first = await chat.create_session(**sent)
     assert await chat.create_session(**sent) == first
@@ -64,7 +64,7 @@ async def test_a_retry_of_the_same_create_returns_the_session(chat: Chat) -> Non
     assert len((await chat.list_sessions()).sessions) == 1
 
 
-async def test_a_retry_after_updates_and_appends_returns_the_session_as_it_is_now(
+async def test_retry_of_create_returns_the_current_session(
     chat: Chat,
 ) -> None:
     sent = {"id": new_id(), "title": "before"}
@@ -79,7 +79,7 @@ async def test_a_retry_after_updates_and_appends_returns_the_session_as_it_is_no
 @pytest.mark.parametrize(
     "change", [{"title": "U"}, {"summary": "s"}, {"metadata": {"a": 2}}, {"state": ARCHIVED}]
 )
-async def test_the_same_id_with_another_content_is_taken(
+async def test_create_with_the_same_id_and_other_content_fails(
     chat: Chat, change: dict[str, Any]
 ) -> None:
     sent: dict[str, Any] = {"id": new_id(), "title": "T", "metadata": {"a": 1}}
@@ -87,25 +87,25 @@ async def test_the_same_id_with_another_content_is_taken(
     await assert_fails(chat.create_session(**sent | change), "ID_TAKEN", session_id=sent["id"])
 
 
-async def test_the_order_of_keys_in_metadata_makes_no_other_content(chat: Chat) -> None:
+async def test_retry_of_create_ignores_the_order_of_metadata_keys(chat: Chat) -> None:
     session_id = new_id()
     first = await chat.create_session(id=session_id, metadata={"a": 1, "b": 2, "c": 3})
     assert await chat.create_session(id=session_id, metadata={"c": 3, "b": 2, "a": 1}) == first
 
 
-async def test_twenty_equal_creates_at_once_make_one_session(chat: Chat) -> None:
+async def test_concurrent_equal_creates_create_one_session(chat: Chat) -> None:
     session_id = new_id()
     made = await asyncio.gather(*(chat.create_session(id=session_id, title="T") for _ in range(20)))
     assert len({each.SerializeToString(deterministic=True) for each in made}) == 1
 
 
-async def test_append_for_unknown_user_is_not_found(chat: Chat) -> None:
+async def test_create_session_of_an_unknown_user_fails(chat: Chat) -> None:
     nobody = Chat(chat.stub, new_id())
     await assert_fails(nobody.create_session(), "USER_NOT_FOUND", user_id=nobody.user_id)
     await assert_field_violations(Chat(chat.stub, "").create_session(), "user_id")
 
 
-async def test_an_owner_inside_the_session_must_be_the_requests(chat: Chat, other: Chat) -> None:
+async def test_user_id_inside_a_session_must_match_the_request(chat: Chat, other: Chat) -> None:
     await assert_field_violations(chat.create_session(user_id=other.user_id), "session.user_id")
     made = await chat.create_session(user_id=chat.user_id.upper())
     await assert_field_violations(
@@ -113,7 +113,7 @@ async def test_an_owner_inside_the_session_must_be_the_requests(chat: Chat, othe
     )
 
 
-async def test_a_new_session_has_nothing_that_a_summary_could_cover(chat: Chat) -> None:
+async def test_new_session_with_summarized_through_seq_is_rejected(chat: Chat) -> None:
     await assert_field_violations(
         chat.create_session(summary="s", summarized_through_seq=1), "session.summarized_through_seq"
     )
@@ -122,7 +122,7 @@ async def test_a_new_session_has_nothing_that_a_summary_could_cover(chat: Chat) 
 # --- Whose they are.
 
 
-async def test_two_users_may_have_sessions_with_the_same_id(chat: Chat, other: Chat) -> None:
+async def test_two_users_can_have_sessions_with_the_same_id(chat: Chat, other: Chat) -> None:
     session_id = new_id()
     mine = await chat.create_session(id=session_id, title="mine")
     theirs = await other.create_session(id=session_id, title="theirs")
@@ -133,7 +133,7 @@ async def test_two_users_may_have_sessions_with_the_same_id(chat: Chat, other: C
     assert [message.content for message in await chat.all(session_id)] == ["hello"]
 
 
-async def test_another_users_session_is_missing_exactly_as_one_that_never_was(
+async def test_session_of_another_user_fails_exactly_like_a_missing_one(
     chat: Chat, other: Chat
 ) -> None:
     theirs, never = await other.start(new_messages(2)), new_id()
@@ -170,7 +170,7 @@ async def ids(chat: Chat, **fields: Any) -> list[str]:
     return [session.id async for page in chat.session_pages(**fields) for session in page]
 
 
-async def test_sessions_are_listed_newest_activity_first(chat: Chat) -> None:
+async def test_sessions_are_listed_by_newest_activity(chat: Chat) -> None:
     first, second, third = [(await chat.create_session()).id for _ in range(3)]
     assert await ids(chat) == [third, second, first]
     await chat.append(first, "hello")
@@ -179,14 +179,14 @@ async def test_sessions_are_listed_newest_activity_first(chat: Chat) -> None:
     assert await ids(chat) == [second, first, third]
 
 
-async def test_a_users_list_holds_nobody_elses_sessions(chat: Chat, other: Chat) -> None:
+async def test_list_contains_no_sessions_of_other_users(chat: Chat, other: Chat) -> None:
     mine = [(await chat.create_session()).id for _ in range(2)]
     await other.create_session()
     assert await ids(chat) == mine[::-1]
     assert await ids(Chat(chat.stub, new_id())) == []
 
 
-async def test_a_list_may_hold_one_state_only(chat: Chat) -> None:
+async def test_list_can_be_filtered_by_state(chat: Chat) -> None:
     active = (await chat.create_session()).id
     archived = (await chat.create_session(state=ARCHIVED)).id
     assert await ids(chat, state=ACTIVE) == [active]
@@ -197,7 +197,7 @@ async def test_a_list_may_hold_one_state_only(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 7, 30])
-async def test_pages_meet_without_gap_or_overlap_also_among_sessions_of_one_time(
+async def test_pages_of_sessions_with_equal_times_have_no_gap_or_overlap(
     chat: Chat, database_url: str, page_size: int
 ) -> None:
     await asyncio.gather(*(chat.create_session() for _ in range(15)))
@@ -217,7 +217,7 @@ async def test_pages_meet_without_gap_or_overlap_also_among_sessions_of_one_time
     assert pages[-1]
 
 
-async def test_paging_while_others_append_shows_each_quiet_session_once(chat: Chat) -> None:
+async def test_paging_during_appends_lists_each_inactive_session_once(chat: Chat) -> None:
     quiet = [(await chat.create_session()).id for _ in range(12)]
     busy = [(await chat.create_session()).id for _ in range(4)]
     seen: list[str] = []
@@ -232,7 +232,7 @@ async def test_paging_while_others_append_shows_each_quiet_session_once(chat: Ch
 # --- Updating.
 
 
-async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
+async def test_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
     made = await chat.create_session(title="T", summary="S", metadata={"k": 1})
     changed = await chat.update_session(id=made.id, title="U", state=ARCHIVED)
     assert (changed.title, changed.summary, changed.state) == ("U", "S", ARCHIVED)
@@ -240,7 +240,7 @@ async def test_an_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
     assert await chat.get_session(made.id) == changed
 
 
-async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Chat) -> None:
+async def test_mask_writes_only_its_fields_and_clears_empty_ones(chat: Chat) -> None:
     made = await chat.create_session(title="T", summary="S", metadata={"k": 1})
     changed = await chat.update_session(
         ("summary", "metadata"), id=made.id, title="ignored", state=ARCHIVED
@@ -263,7 +263,7 @@ async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(chat: Cha
         "metadata.k",
     ],
 )
-async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str) -> None:
+async def test_mask_with_an_unwritable_field_is_rejected(chat: Chat, path: str) -> None:
     made = await chat.create_session()
     await assert_field_violations(
         chat.update_session(("title", path), id=made.id, title="U"), "update_mask"
@@ -271,12 +271,12 @@ async def test_a_mask_of_what_cannot_be_written_is_refused(chat: Chat, path: str
     assert await chat.get_session(made.id) == made
 
 
-async def test_a_state_must_be_said_to_be_written(chat: Chat) -> None:
+async def test_update_of_state_to_unspecified_is_rejected(chat: Chat) -> None:
     made = await chat.create_session()
     await assert_field_violations(chat.update_session(("state",), id=made.id), "session.state")
 
 
-async def test_an_update_names_its_session(chat: Chat) -> None:
+async def test_update_requires_a_session_id(chat: Chat) -> None:
     await assert_field_violations(chat.update_session(title="x"), "session.id")
     request = session_pb2.UpdateSessionRequest(
         user_id=chat.user_id, update_mask=FieldMask(paths=["title"])
@@ -284,7 +284,7 @@ async def test_an_update_names_its_session(chat: Chat) -> None:
     await assert_field_violations(chat.stub.UpdateSession(request), "session")
 
 
-async def test_a_summary_covers_at_most_what_was_said(chat: Chat) -> None:
+async def test_summarized_through_seq_above_last_seq_is_rejected(chat: Chat) -> None:
     session_id = await chat.start(new_messages(3))
     await assert_field_violations(
         chat.update_session(id=session_id, summary="s", summarized_through_seq=4),
@@ -294,7 +294,7 @@ async def test_a_summary_covers_at_most_what_was_said(chat: Chat) -> None:
     assert (changed.summary, changed.summarized_through_seq) == ("s", 3)
 
 
-async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
+async def test_update_with_stale_etag_is_aborted(
     chat: Chat,
 ) -> None:
     made = await chat.create_session()
@@ -307,7 +307,7 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
     assert await chat.get_session(made.id) == second
 
 
-async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
+async def test_one_of_concurrent_updates_with_one_etag_succeeds(chat: Chat) -> None:
     made = await chat.create_session()
     results = await asyncio.gather(
         *(chat.update_session(id=made.id, title=f"{n}", etag=made.etag) for n in range(8)),
@@ -318,7 +318,7 @@ async def test_of_two_updates_with_one_etag_one_wins(chat: Chat) -> None:
     assert await chat.get_session(made.id) == won[0]
 
 
-async def test_the_etag_of_an_erased_session_does_not_fit_a_new_one_with_its_id(chat: Chat) -> None:
+async def test_etag_of_a_deleted_session_does_not_match_its_successor(chat: Chat) -> None:
     first = await chat.create_session()
     await chat.delete_session(first.id)
     await chat.create_session(id=first.id)
@@ -327,7 +327,7 @@ async def test_the_etag_of_an_erased_session_does_not_fit_a_new_one_with_its_id(
     )
 
 
-async def test_a_live_chat_is_retitled_with_its_etag_while_it_is_appended_to(chat: Chat) -> None:
+async def test_update_with_etag_succeeds_while_messages_are_appended(chat: Chat) -> None:
     session_id = await chat.start()
     session = await chat.get_session(session_id)
     done = asyncio.Event()
@@ -352,7 +352,7 @@ async def test_a_live_chat_is_retitled_with_its_etag_while_it_is_appended_to(cha
     assert after.last_seq > session.last_seq or session.last_seq == after.last_seq
 
 
-async def test_an_append_moves_counts_and_time_but_not_the_etag(chat: Chat) -> None:
+async def test_append_changes_counts_and_time_but_not_the_etag(chat: Chat) -> None:
     before = await chat.create_session()
     reply = await chat.append(before.id, new_messages(2))
     after = await chat.get_session(before.id)
@@ -361,7 +361,7 @@ async def test_an_append_moves_counts_and_time_but_not_the_etag(chat: Chat) -> N
     assert after.update_time.ToMicroseconds() >= before.update_time.ToMicroseconds()
 
 
-async def test_an_archived_session_reads_changes_and_comes_back(chat: Chat) -> None:
+async def test_archived_session_can_be_read_updated_and_reactivated(chat: Chat) -> None:
     session_id = await chat.start(new_messages(2))
     first = (await chat.all(session_id))[0].id
     await chat.update_session(id=session_id, state=ARCHIVED)
@@ -385,7 +385,7 @@ async def count(url: str, session_id: str) -> int:
 
 
 @pytest.mark.parametrize("slice_size", [sessions.MESSAGES_PER_DELETE, 4])
-async def test_a_session_goes_with_its_messages_and_nothing_else_does(
+async def test_deletion_of_a_session_deletes_its_messages_only(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch, slice_size: int
 ) -> None:
     monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", slice_size)
@@ -401,7 +401,7 @@ async def test_a_session_goes_with_its_messages_and_nothing_else_does(
     assert await count(database_url, gone) == 13
 
 
-async def test_a_missing_session_is_erased_only_if_that_is_allowed(chat: Chat) -> None:
+async def test_deletion_of_a_missing_session_needs_allow_missing(chat: Chat) -> None:
     missing = new_id()
     await assert_fails(chat.delete_session(missing), "SESSION_NOT_FOUND", session_id=missing)
     await chat.delete_session(missing, allow_missing=True)
@@ -410,7 +410,7 @@ async def test_a_missing_session_is_erased_only_if_that_is_allowed(chat: Chat) -
     await assert_fails(chat.delete_session(session_id), "SESSION_NOT_FOUND")
 
 
-async def test_an_erased_sessions_id_may_be_used_again_for_an_empty_one(chat: Chat) -> None:
+async def test_id_of_a_deleted_session_can_be_reused(chat: Chat) -> None:
     sent = new_messages(3)
     session_id = await chat.start(sent)
     await chat.delete_session(session_id)
@@ -424,7 +424,7 @@ async def test_an_erased_sessions_id_may_be_used_again_for_an_empty_one(chat: Ch
     ]
 
 
-async def test_a_session_half_erased_in_slices_still_counts_right_and_can_be_erased(
+async def test_partly_deleted_session_has_right_counts_and_can_be_deleted(
     chat: Chat, database_url: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 4)
@@ -455,7 +455,7 @@ def bare(message: message_pb2.Message) -> message_pb2.Message:
     return copy
 
 
-async def test_a_fork_has_the_messages_up_to_a_seq_with_ids_seq_and_times(chat: Chat) -> None:
+async def test_fork_copies_messages_with_ids_seqs_and_times(chat: Chat) -> None:
     source = await chat.start(
         [
             new_message("be kind", SYSTEM, metadata={"k": [1]}, author="app"),
@@ -486,7 +486,7 @@ async def test_a_fork_has_the_messages_up_to_a_seq_with_ids_seq_and_times(chat: 
     assert await chat.all(source) == original
 
 
-async def test_fork_and_source_go_their_own_ways(chat: Chat) -> None:
+async def test_fork_and_source_are_independent(chat: Chat) -> None:
     source = await chat.start(sent := new_messages(4))
     fork = await chat.fork(source, 2)
     assert (await chat.append(fork.id, "other way")).messages[0].seq == 3
@@ -499,7 +499,7 @@ async def test_fork_and_source_go_their_own_ways(chat: Chat) -> None:
     assert [each.content for each in await chat.all(fork.id)] == ["edited in the fork", "other way"]
 
 
-async def test_a_fork_keeps_what_was_deleted_deleted(chat: Chat) -> None:
+async def test_fork_keeps_tombstones(chat: Chat) -> None:
     sent = new_messages(5)
     source = await chat.start(sent)
     await chat.delete(source, sent[1].id)
@@ -514,7 +514,7 @@ async def test_a_fork_keeps_what_was_deleted_deleted(chat: Chat) -> None:
     assert (await chat.append(fork.id, "next")).messages[0].seq == 5
 
 
-async def test_a_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
+async def test_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
     sent = new_messages(3)
     source = await chat.start(sent)
     fork = await chat.fork(source, 2)
@@ -529,7 +529,7 @@ async def test_a_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
 @pytest.mark.parametrize(
     ("through", "summary", "covered"), [(2, "", 0), (3, "so far", 3), (5, "so far", 3)]
 )
-async def test_a_fork_keeps_a_summary_that_covers_nothing_beyond_it(
+async def test_fork_keeps_a_summary_within_its_messages(
     chat: Chat, through: int, summary: str, covered: int
 ) -> None:
     source = await chat.start(new_messages(5))
@@ -538,7 +538,7 @@ async def test_a_fork_keeps_a_summary_that_covers_nothing_beyond_it(
     assert (fork.summary, fork.summarized_through_seq) == (summary, covered)
 
 
-async def test_a_fork_of_nothing_is_empty_and_one_of_more_than_all_is_refused(chat: Chat) -> None:
+async def test_fork_through_seq_must_be_within_the_source(chat: Chat) -> None:
     source = await chat.start(new_messages(3))
     empty = await chat.fork(source, 0)
     assert (empty.last_seq, empty.message_count, empty.forked_from.session_id) == (0, 0, source)
@@ -548,7 +548,7 @@ async def test_a_fork_of_nothing_is_empty_and_one_of_more_than_all_is_refused(ch
     assert (await chat.fork(source, 3)).message_count == 3
 
 
-async def test_a_fork_with_an_id_of_the_clients_may_be_retried(chat: Chat) -> None:
+async def test_fork_with_a_client_chosen_id_can_be_retried(chat: Chat) -> None:
     source = await chat.start(new_messages(3))
     new = new_id()
     first = await chat.fork(source, 2, new)
@@ -563,7 +563,7 @@ async def test_a_fork_with_an_id_of_the_clients_may_be_retried(chat: Chat) -> No
     await assert_fails(chat.fork(source, 4, new), "ID_TAKEN")
 
 
-async def test_a_retried_fork_outlives_its_source(chat: Chat) -> None:
+async def test_retry_of_a_fork_succeeds_after_deletion_of_the_source(chat: Chat) -> None:
     source = await chat.start(new_messages(3))
     new = new_id()
     first = await chat.fork(source, 2, new)
@@ -572,7 +572,7 @@ async def test_a_retried_fork_outlives_its_source(chat: Chat) -> None:
     await assert_fails(chat.fork(source, 2), "SESSION_NOT_FOUND", session_id=source)
 
 
-async def test_a_retried_fork_of_nothing_leaves_what_has_become_of_it(chat: Chat) -> None:
+async def test_retry_of_an_empty_fork_returns_the_current_session(chat: Chat) -> None:
     source = (await chat.create_session(metadata={"k": "source"})).id
     new = new_id()
     assert dict((await chat.fork(source, 0, new)).metadata) == {"k": "source"}
@@ -590,7 +590,7 @@ async def test_a_retried_fork_of_nothing_leaves_what_has_become_of_it(chat: Chat
     assert [each.seq for each in await chat.all(new)] == list(range(1, 21))
 
 
-async def test_equal_forks_at_once_make_one(chat: Chat) -> None:
+async def test_concurrent_equal_forks_create_one_session(chat: Chat) -> None:
     source = await chat.start(new_messages(5))
     new = new_id()
     made = await asyncio.gather(*(chat.fork(source, 5, new) for _ in range(10)))
@@ -600,7 +600,7 @@ async def test_equal_forks_at_once_make_one(chat: Chat) -> None:
     assert len(await chat.all(new)) == 5
 
 
-async def test_a_fork_taken_while_messages_arrive_is_exact(chat: Chat) -> None:
+async def test_fork_during_appends_copies_exactly_the_requested_messages(chat: Chat) -> None:
     source = await chat.start(new_messages(5))
 
     async def talk() -> None:
@@ -615,7 +615,7 @@ async def test_a_fork_taken_while_messages_arrive_is_exact(chat: Chat) -> None:
         assert [each.seq for each in await chat.all(fork.id)] == [1, 2, 3, 4, 5]
 
 
-async def test_the_next_message_of_a_fork_is_no_older_than_the_last_copied(
+async def test_create_time_in_a_fork_does_not_precede_copied_messages(
     chat: Chat, database_url: str
 ) -> None:
     source = await chat.start(new_messages(2))
@@ -630,7 +630,7 @@ async def test_the_next_message_of_a_fork_is_no_older_than_the_last_copied(
     assert times == sorted(times)
 
 
-async def test_a_session_of_another_user_cannot_be_forked_into_ones_own(
+async def test_session_of_another_user_cannot_be_forked(
     chat: Chat, other: Chat
 ) -> None:
     theirs = await other.start(new_messages(2))

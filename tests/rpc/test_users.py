@@ -52,7 +52,7 @@ async def list_ids(stub: AsyncStub, page_size: int = 0) -> list[str]:
             return ids
 
 
-async def test_a_created_user_reads_as_it_was_sent(stub: AsyncStub) -> None:
+async def test_created_user_is_returned_as_sent(stub: AsyncStub) -> None:
     made = await create(
         stub,
         external_id="crm-7",
@@ -67,13 +67,13 @@ async def test_a_created_user_reads_as_it_was_sent(stub: AsyncStub) -> None:
     assert await get(stub, user_id=made.id) == made
 
 
-async def test_the_server_makes_ids_of_version_7_that_sort_by_time(stub: AsyncStub) -> None:
+async def test_server_ids_are_version_7_and_sort_by_time(stub: AsyncStub) -> None:
     ids = [(await create(stub)).id for _ in range(3)]
     assert [each[14] for each in ids] == ["7", "7", "7"]
     assert ids == sorted(ids)
 
 
-async def test_output_only_fields_are_ignored_in_a_request(stub: AsyncStub) -> None:
+async def test_output_only_fields_in_a_request_are_ignored(stub: AsyncStub) -> None:
     made = await create(
         stub, id=new_id(), etag="mine", create_time={"seconds": 1}, update_time={"seconds": 1}
     )
@@ -81,7 +81,7 @@ async def test_output_only_fields_are_ignored_in_a_request(stub: AsyncStub) -> N
     assert made.create_time.seconds > 1
 
 
-async def test_a_retry_of_the_same_create_returns_the_user(stub: AsyncStub) -> None:
+async def test_retry_of_create_returns_the_user(stub: AsyncStub) -> None:
     sent: dict[str, Any] = {
         "id": new_id(),
         "email": "a@example.com",
@@ -95,13 +95,13 @@ async def test_a_retry_of_the_same_create_returns_the_user(stub: AsyncStub) -> N
     assert await list_ids(stub) == [sent["id"]]
 
 
-async def test_a_retry_that_echoes_output_only_fields_is_still_the_same(stub: AsyncStub) -> None:
+async def test_retry_of_create_ignores_output_only_fields(stub: AsyncStub) -> None:
     first = await create(stub, id=new_id(), name="A")
     again = await stub.CreateUser(user_pb2.CreateUserRequest(user=first))
     assert again.user == first
 
 
-async def test_a_retry_after_an_update_returns_the_user_as_it_is_now(stub: AsyncStub) -> None:
+async def test_retry_of_create_returns_the_current_user(stub: AsyncStub) -> None:
     sent = {"id": new_id(), "name": "before"}
     await create(stub, **sent)
     changed = await update(stub, id=sent["id"], name="after")
@@ -112,7 +112,7 @@ async def test_a_retry_after_an_update_returns_the_user_as_it_is_now(stub: Async
     "change",
     [{"name": "B"}, {"email": "b@example.com"}, {"metadata": {"k": 2}}, {"external_id": "y"}],
 )
-async def test_the_same_id_with_another_content_is_taken(
+async def test_create_with_the_same_id_and_other_content_fails(
     stub: AsyncStub, change: dict[str, Any]
 ) -> None:
     sent: dict[str, Any] = {
@@ -125,14 +125,14 @@ async def test_the_same_id_with_another_content_is_taken(
     await assert_fails(create(stub, **sent | change), "ID_TAKEN", user_id=sent["id"])
 
 
-async def test_twenty_equal_creates_at_once_make_one_user(stub: AsyncStub) -> None:
+async def test_concurrent_equal_creates_create_one_user(stub: AsyncStub) -> None:
     sent = {"id": new_id(), "email": "a@example.com", "external_id": "x"}
     made = await asyncio.gather(*(create(stub, **sent) for _ in range(20)))
     assert len({user.SerializeToString(deterministic=True) for user in made}) == 1
     assert await list_ids(stub) == [sent["id"]]
 
 
-async def test_an_email_address_belongs_to_one_user_whatever_its_case(stub: AsyncStub) -> None:
+async def test_email_is_unique_ignoring_case(stub: AsyncStub) -> None:
     await create(stub, email="ada@example.com")
     await assert_fails(create(stub, email="ADA@Example.COM"), "EMAIL_TAKEN")
     other = await create(stub, email="bob@example.com")
@@ -140,7 +140,7 @@ async def test_an_email_address_belongs_to_one_user_whatever_its_case(stub: Asyn
     assert (await get(stub, user_id=other.id)).email == "bob@example.com"
 
 
-async def test_an_external_id_belongs_to_one_user_and_case_counts(stub: AsyncStub) -> None:
+async def test_external_id_is_unique_respecting_case(stub: AsyncStub) -> None:
     await create(stub, external_id="crm-1")
     await create(stub, external_id="CRM-1")
     await assert_fails(create(stub, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
@@ -148,7 +148,7 @@ async def test_an_external_id_belongs_to_one_user_and_case_counts(stub: AsyncStu
     await assert_fails(update(stub, id=other.id, external_id="crm-1"), "EXTERNAL_ID_TAKEN")
 
 
-async def test_any_number_of_users_have_no_email_address_and_no_external_id(
+async def test_email_and_external_id_may_be_empty_for_many_users(
     stub: AsyncStub,
 ) -> None:
     made = [await create(stub, name="nobody") for _ in range(3)]
@@ -158,7 +158,7 @@ async def test_any_number_of_users_have_no_email_address_and_no_external_id(
     assert len(await list_ids(stub)) == 3
 
 
-async def test_what_a_user_gives_up_another_may_take(stub: AsyncStub) -> None:
+async def test_unique_values_can_be_reused_after_they_are_cleared(stub: AsyncStub) -> None:
     first = await create(stub, email="ada@example.com", external_id="x")
     await update(stub, ("email", "external_id"), id=first.id)
     second = await create(stub, email="ada@example.com", external_id="x")
@@ -166,14 +166,14 @@ async def test_what_a_user_gives_up_another_may_take(stub: AsyncStub) -> None:
     await update(stub, id=first.id, email="ada@example.com", external_id="x")
 
 
-async def test_a_user_is_found_by_each_of_its_keys(stub: AsyncStub) -> None:
+async def test_user_is_found_by_id_email_and_external_id(stub: AsyncStub) -> None:
     made = await create(stub, email="Ada@Example.com", external_id="crm 7/ü")
     assert await get(stub, user_id=made.id.upper()) == made
     assert await get(stub, email="aDA@eXAMPLE.com") == made
     assert await get(stub, external_id="crm 7/ü") == made
 
 
-async def test_a_missing_user_is_not_found_by_any_key(stub: AsyncStub) -> None:
+async def test_missing_user_is_not_found_by_any_key(stub: AsyncStub) -> None:
     missing = new_id()
     await assert_fails(get(stub, user_id=missing), "USER_NOT_FOUND", user_id=missing)
     await assert_fails(get(stub, email="nobody@example.com"), "USER_NOT_FOUND")
@@ -182,14 +182,14 @@ async def test_a_missing_user_is_not_found_by_any_key(stub: AsyncStub) -> None:
     await assert_fails(delete(stub, missing), "USER_NOT_FOUND", user_id=missing)
 
 
-async def test_a_service_names_whom_it_asks_for(stub: AsyncStub) -> None:
+async def test_get_user_by_a_service_requires_a_key(stub: AsyncStub) -> None:
     await assert_field_violations(get(stub), "user_id")
     await assert_field_violations(get(stub, email=""), "user_id")
     await assert_field_violations(get(stub, external_id=""), "user_id")
     await assert_field_violations(update(stub, name="x"), "user_id")
 
 
-async def test_the_systems_own_user_is_nobodys(stub: AsyncStub) -> None:
+async def test_system_user_cannot_be_read_or_changed(stub: AsyncStub) -> None:
     await assert_field_violations(create(stub, id=SYSTEM_USER_ID), "user.id")
     await assert_field_violations(get(stub, user_id=SYSTEM_USER_ID), "user_id")
     await assert_field_violations(update(stub, id=SYSTEM_USER_ID, name="x"), "user_id")
@@ -197,7 +197,7 @@ async def test_the_systems_own_user_is_nobodys(stub: AsyncStub) -> None:
     assert await list_ids(stub) == []
 
 
-async def test_users_are_listed_in_order_of_id_each_once(stub: AsyncStub) -> None:
+async def test_users_are_listed_once_in_order_of_id(stub: AsyncStub) -> None:
     made = sorted(
         (await asyncio.gather(*(create(stub, name=str(n)) for n in range(7)))),
         key=lambda user: user.id,
@@ -208,7 +208,7 @@ async def test_users_are_listed_in_order_of_id_each_once(stub: AsyncStub) -> Non
     assert list(page.users) == made[:2]
 
 
-async def test_an_empty_mask_writes_every_field_that_is_set(stub: AsyncStub) -> None:
+async def test_empty_mask_writes_every_field_that_is_set(stub: AsyncStub) -> None:
     made = await create(stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1})
     changed = await update(stub, id=made.id, name="B", metadata={"k": 2})
     assert (changed.name, changed.metadata["k"]) == ("B", 2)
@@ -216,7 +216,7 @@ async def test_an_empty_mask_writes_every_field_that_is_set(stub: AsyncStub) -> 
     assert await get(stub, user_id=made.id) == changed
 
 
-async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(stub: AsyncStub) -> None:
+async def test_mask_writes_only_its_fields_and_clears_empty_ones(stub: AsyncStub) -> None:
     made = await create(stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1})
     changed = await update(stub, ("email", "metadata"), id=made.id, name="ignored")
     assert (changed.name, changed.external_id) == ("A", "x")
@@ -227,20 +227,20 @@ async def test_a_mask_writes_its_fields_alone_and_clears_what_is_empty(stub: Asy
 @pytest.mark.parametrize(
     "path", ["id", "create_time", "update_time", "etag", "nonsense", "metadata.k", "*", ""]
 )
-async def test_a_mask_of_what_cannot_be_written_is_refused(stub: AsyncStub, path: str) -> None:
+async def test_mask_with_an_unwritable_field_is_rejected(stub: AsyncStub, path: str) -> None:
     made = await create(stub)
     await assert_field_violations(update(stub, ("name", path), id=made.id, name="B"), "update_mask")
     assert await get(stub, user_id=made.id) == made
 
 
-async def test_every_bad_path_of_a_mask_is_named(stub: AsyncStub) -> None:
+async def test_every_unwritable_path_of_a_mask_is_reported(stub: AsyncStub) -> None:
     made = await create(stub)
     found = await assert_field_violations(update(stub, ("id", "nope"), id=made.id), "update_mask")
     assert "'id'" in found.descriptions[0]
     assert "'nope'" in found.descriptions[0]
 
 
-async def test_the_user_of_an_update_may_be_named_in_either_place(stub: AsyncStub) -> None:
+async def test_update_takes_the_user_id_from_request_or_resource(stub: AsyncStub) -> None:
     made = await create(stub)
     for request in (
         user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(name="a")),
@@ -254,7 +254,7 @@ async def test_the_user_of_an_update_may_be_named_in_either_place(stub: AsyncStu
     await assert_field_violations(stub.UpdateUser(both), "user.id")
 
 
-async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits(
+async def test_update_with_stale_etag_is_aborted(
     stub: AsyncStub,
 ) -> None:
     made = await create(stub, name="A")
@@ -268,7 +268,7 @@ async def test_an_etag_changes_with_every_update_and_an_older_one_no_longer_fits
     assert third.etag not in (made.etag, second.etag)
 
 
-async def test_of_two_updates_with_one_etag_one_wins(stub: AsyncStub) -> None:
+async def test_one_of_concurrent_updates_with_one_etag_succeeds(stub: AsyncStub) -> None:
     made = await create(stub)
     results = await asyncio.gather(
         *(update(stub, id=made.id, name=f"{n}", etag=made.etag) for n in range(8)),
@@ -279,7 +279,7 @@ async def test_of_two_updates_with_one_etag_one_wins(stub: AsyncStub) -> None:
     assert (await get(stub, user_id=made.id)) == won[0]
 
 
-async def test_the_etag_of_an_erased_user_does_not_fit_a_new_one_with_its_id(
+async def test_etag_of_a_deleted_user_does_not_match_its_successor(
     stub: AsyncStub,
 ) -> None:
     first = await create(stub, id=new_id())
@@ -288,7 +288,7 @@ async def test_the_etag_of_an_erased_user_does_not_fit_a_new_one_with_its_id(
     await assert_fails(update(stub, id=first.id, name="x", etag=first.etag), "ETAG_MISMATCH")
 
 
-async def test_an_update_of_nothing_changes_nothing(stub: AsyncStub) -> None:
+async def test_update_without_fields_changes_nothing(stub: AsyncStub) -> None:
     made = await create(stub, name="A")
     assert await update(stub, id=made.id) == made
 
@@ -301,7 +301,7 @@ async def rows_of(url: str, user_id: str) -> list[int]:
     ]
 
 
-async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
+async def test_deletion_of_a_user_deletes_its_data_only(
     chat: Chat, other: Chat, database_url: str
 ) -> None:
     for each in (chat, other):
@@ -322,7 +322,7 @@ async def test_erasing_a_user_erases_everything_of_it_and_nothing_of_others(
     )
 
 
-async def test_a_user_of_more_than_a_slice_is_erased_in_slices(
+async def test_large_user_is_deleted_in_slices(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 7)
@@ -337,7 +337,7 @@ async def test_a_user_of_more_than_a_slice_is_erased_in_slices(
     assert len(await other.all(kept)) == 30
 
 
-async def test_things_of_an_erased_user_cannot_come_back(chat: Chat, server: Server) -> None:
+async def test_no_data_can_be_added_to_a_deleted_user(chat: Chat, server: Server) -> None:
     session_id = await chat.start([sent := new_message("hello")])
     await delete(chat.stub, chat.user_id)
     for call in (

@@ -172,14 +172,14 @@ def at_path(request: Message, path: str) -> Any:
 
 
 @pytest.mark.parametrize("name", requests())
-async def test_nothing_is_wrong_with_a_full_request(stub: AsyncStub, name: str) -> None:
+async def test_full_request_breaks_no_rule(stub: AsyncStub, name: str) -> None:
     found = await outcome(stub, name, request_of(name))
     assert found is None or found.code in (StatusCode.NOT_FOUND, StatusCode.ABORTED), found
 
 
 @pytest.mark.case(n=2)
 @pytest.mark.parametrize("name", requests())
-async def test_a_nul_in_any_text_is_refused_by_the_fields_name(stub: AsyncStub, name: str) -> None:
+async def test_nul_in_any_text_is_a_field_violation(stub: AsyncStub, name: str) -> None:
     for path in strings_in(request_of(name)):
         is_struct = isinstance(at_path(request_of(name), path), Struct)
         bad = (
@@ -195,7 +195,7 @@ async def test_a_nul_in_any_text_is_refused_by_the_fields_name(stub: AsyncStub, 
                 assert found.descriptions == ["must not contain NUL"]
 
 
-async def test_a_nul_in_a_mask_is_refused(chat: Chat) -> None:
+async def test_nul_in_a_mask_is_rejected(chat: Chat) -> None:
     session = await chat.create_session()
     await assert_field_violations(chat.update_session(("title\0",), id=session.id), "update_mask")
 
@@ -207,7 +207,7 @@ NOT_UUIDS = [
 
 
 @pytest.mark.parametrize("name", requests())
-async def test_an_id_is_a_uuid(stub: AsyncStub, name: str) -> None:
+async def test_id_must_be_a_uuid(stub: AsyncStub, name: str) -> None:
     ids = [path for path in strings_in(request_of(name)) if at_path(request_of(name), path) == ID]
     for path in ids:
         for bad in NOT_UUIDS:
@@ -237,7 +237,7 @@ REQUIRED = [
 
 
 @pytest.mark.parametrize(("name", "field"), REQUIRED)
-async def test_what_is_required_must_be_there(stub: AsyncStub, name: str, field: str) -> None:
+async def test_missing_required_field_is_rejected(stub: AsyncStub, name: str, field: str) -> None:
     request = request_of(name)
     request.ClearField(field)
     await assert_field_violations(call(stub, name, request), field)
@@ -246,7 +246,7 @@ async def test_what_is_required_must_be_there(stub: AsyncStub, name: str, field:
 @pytest.mark.parametrize(
     "name", [name for name in requests() if "user_id" in requests()[name].DESCRIPTOR.fields_by_name]
 )
-async def test_a_service_names_the_user_it_acts_for(stub: AsyncStub, name: str) -> None:
+async def test_service_must_set_user_id(stub: AsyncStub, name: str) -> None:
     request = request_of(name)
     request.ClearField("user_id")
     if name.startswith("GetUser"):
@@ -285,7 +285,7 @@ LENGTHS: list[tuple[str, str, int, str]] = [
 
 
 @pytest.mark.parametrize(("name", "path", "longest", "unit"), LENGTHS, ids=str)
-async def test_a_text_has_a_greatest_length(
+async def test_text_above_its_maximum_length_is_rejected(
     stub: AsyncStub, name: str, path: str, longest: int, unit: str
 ) -> None:
     letter = "語" if unit == "characters" else "é"
@@ -331,7 +331,7 @@ NUMBERS: list[tuple[str, str, list[Any], list[Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "path", "good", "bad"), NUMBERS, ids=str)
-async def test_a_number_has_its_range(
+async def test_number_outside_its_range_is_rejected(
     stub: AsyncStub, name: str, path: str, good: list[Any], bad: list[Any]
 ) -> None:
     chat = await Chat.of_new_user(stub)
@@ -360,14 +360,14 @@ async def test_a_number_has_its_range(
     "address",
     ["x", "a@", "@b", "a@b@c", "a b@c.example", "a@b..c", "a@-b.example", "<a@b.example>", "a@b\n"],
 )
-async def test_an_email_address_is_one(stub: AsyncStub, address: str) -> None:
+async def test_invalid_email_is_rejected(stub: AsyncStub, address: str) -> None:
     for name in ("CreateUser", "UpdateUser"):
         await assert_field_violations(
             call(stub, name, put(request_of(name), "user.email", address)), "user.email"
         )
 
 
-async def test_an_email_address_may_be_unusual(stub: AsyncStub) -> None:
+async def test_unusual_email_is_accepted(stub: AsyncStub) -> None:
     for address in (
         "a+b.c@x.example",
         "x@localhost",
@@ -399,7 +399,7 @@ STRUCTS = [
         ("UpdateMessage", "message.parts[5].data"),
     ],
 )
-async def test_a_struct_holds_no_number_that_json_has_no_word_for(
+async def test_nan_and_infinity_in_a_struct_are_rejected(
     stub: AsyncStub, name: str, path: str
 ) -> None:
     for number in (math.nan, math.inf, -math.inf):
@@ -422,7 +422,7 @@ def of_size(size: int) -> Struct:
 
 
 @pytest.mark.parametrize(("name", "path"), STRUCTS)
-async def test_metadata_takes_16_kib(stub: AsyncStub, name: str, path: str) -> None:
+async def test_metadata_above_16_kib_is_rejected(stub: AsyncStub, name: str, path: str) -> None:
     for size, taken in ((16 * 1024, True), (16 * 1024 + 1, False)):
         request = request_of(name)
         at_path(request, path).CopyFrom(of_size(size))
@@ -434,7 +434,7 @@ async def test_metadata_takes_16_kib(stub: AsyncStub, name: str, path: str) -> N
             assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
 
 
-async def test_an_empty_value_in_a_struct_is_null(chat: Chat) -> None:
+async def test_unset_value_in_a_struct_is_null(chat: Chat) -> None:
     sent = new_message("x")
     sent.metadata.fields["k"].Clear()
     session_id = await chat.start([sent])
@@ -444,7 +444,7 @@ async def test_an_empty_value_in_a_struct_is_null(chat: Chat) -> None:
 # --- How much.
 
 
-async def test_an_append_takes_1_to_100_messages(chat: Chat) -> None:
+async def test_append_takes_1_to_100_messages(chat: Chat) -> None:
     session = await chat.create_session()
     await assert_field_violations(chat.append(session.id, []), "messages")
     await assert_field_violations(
@@ -455,7 +455,7 @@ async def test_an_append_takes_1_to_100_messages(chat: Chat) -> None:
     )
 
 
-async def test_a_message_takes_64_parts_each_of_a_kind(chat: Chat) -> None:
+async def test_message_takes_64_parts_with_a_kind(chat: Chat) -> None:
     session = await chat.create_session()
     part = {"text": "p"}
     await chat.append(session.id, [new_message("x", parts=[part] * 64)])
@@ -483,7 +483,7 @@ def mebibyte(over: int = 0) -> message_pb2.Message:
     return made
 
 
-async def test_a_message_takes_one_mebibyte_and_comes_back(chat: Chat) -> None:
+async def test_message_of_one_mebibyte_is_stored(chat: Chat) -> None:
     session_id = await chat.start([sent := mebibyte()])
     got = await chat.get(session_id, sent.id)
     assert (got.content, list(got.parts)) == (sent.content, list(sent.parts))
@@ -496,7 +496,7 @@ async def test_a_message_takes_one_mebibyte_and_comes_back(chat: Chat) -> None:
     assert (await chat.get_session(session_id)).last_seq == 1
 
 
-async def test_a_request_beyond_4_mib_is_refused_and_the_next_call_is_served(chat: Chat) -> None:
+async def test_request_above_4_mib_is_rejected_and_the_next_call_served(chat: Chat) -> None:
     session_id = await chat.start()
     with pytest.raises(aio.AioRpcError) as caught:
         await chat.append(session_id, [mebibyte() for _ in range(4)])
@@ -507,7 +507,7 @@ async def test_a_request_beyond_4_mib_is_refused_and_the_next_call_is_served(cha
 # --- Several at once.
 
 
-async def test_every_bad_field_has_one_entry(stub: AsyncStub) -> None:
+async def test_every_invalid_field_has_one_violation(stub: AsyncStub) -> None:
     request = request_of("AppendMessages")
     for path, value in (
         ("user_id", "x"),
@@ -526,12 +526,12 @@ async def test_every_bad_field_has_one_entry(stub: AsyncStub) -> None:
     assert re.fullmatch(r"user_id: .* \(and 3 more\)", found.message)
 
 
-async def test_a_field_that_breaks_two_rules_has_one_entry(stub: AsyncStub) -> None:
+async def test_field_that_breaks_two_rules_has_one_violation(stub: AsyncStub) -> None:
     request = put(request_of("AppendMessages"), "messages[0].content", "\0" * (256 * 1024 + 1))
     await assert_field_violations(call(stub, "AppendMessages", request), "messages[0].content")
 
 
-async def test_a_long_list_of_bad_fields_is_cut(chat: Chat) -> None:
+async def test_violations_are_limited_to_20(chat: Chat) -> None:
     found = await failure_of(
         chat.append(new_id(), [new_message("a\0", author="\0") for _ in range(100)])
     )
@@ -577,7 +577,7 @@ def call_raw(opened: aio.Channel, name: str, data: bytes) -> Any:
 
 
 @pytest.mark.parametrize("name", ["AppendMessages", "GetSession", "WatchMessages"])
-async def test_bytes_that_are_no_request_are_refused_and_the_next_call_is_served(
+async def test_malformed_bytes_are_rejected_and_the_next_call_served(
     server: Server, name: str
 ) -> None:
     async with channel(server.address) as opened:
@@ -588,7 +588,7 @@ async def test_bytes_that_are_no_request_are_refused_and_the_next_call_is_served
         assert user_pb2.ListUsersResponse.FromString(reply).next_page_token == ""
 
 
-async def test_a_struct_nested_beyond_measure_is_refused(server: Server) -> None:
+async def test_struct_nested_too_deeply_is_rejected(server: Server) -> None:
     async with channel(server.address) as opened:
         for depth in (60, 300, 20_000):
             assert (
@@ -596,7 +596,7 @@ async def test_a_struct_nested_beyond_measure_is_refused(server: Server) -> None
             ).reason == "MALFORMED_REQUEST"
 
 
-async def test_fields_of_a_later_version_are_passed_over(server: Server, chat: Chat) -> None:
+async def test_unknown_fields_are_ignored(server: Server, chat: Chat) -> None:
     request = session_pb2.CreateSessionRequest(
         user_id=chat.user_id, session=session_pb2.Session(title="t")
     )
@@ -606,7 +606,7 @@ async def test_fields_of_a_later_version_are_passed_over(server: Server, chat: C
     assert session_pb2.CreateSessionResponse.FromString(reply).session.title == "t"
 
 
-async def test_a_struct_as_deep_as_a_request_may_be_comes_back(chat: Chat) -> None:
+async def test_struct_of_the_maximum_depth_is_stored(chat: Chat) -> None:
     value: list[Any] = []
     for _ in range(45):
         value = [value]
@@ -617,7 +617,7 @@ async def test_a_struct_as_deep_as_a_request_may_be_comes_back(chat: Chat) -> No
     assert await chat.all(session_id) == [got]
 
 
-async def test_numbers_of_a_struct_come_back(chat: Chat) -> None:
+async def test_numbers_in_a_struct_are_stored(chat: Chat) -> None:
     numbers = [0.1, -1.5, 1e308, -1e308, 5e-324, float(2**53), 1 / 3, -0.0]
     sent = new_message("x", metadata={"n": numbers}, parts=[{"data": {"n": numbers}}])
     session_id = await chat.start([sent])

@@ -99,7 +99,7 @@ async def three_followers(chat: Chat, session_id: str) -> AsyncGenerator[failure
         yield ended
 
 
-async def test_two_processes_take_appends_and_every_follower_gets_all(
+async def test_watchers_of_two_processes_receive_every_append(
     start_process: StartProcess, database_url: str
 ) -> None:
     """Followers on both, from the beginning and from the middle, from before the load and out of its midst."""
@@ -138,7 +138,7 @@ async def test_two_processes_take_appends_and_every_follower_gets_all(
             ]
 
 
-async def test_a_long_session_is_replayed_page_by_page(chat: Chat) -> None:
+async def test_watch_replays_a_long_session(chat: Chat) -> None:
     session_id = await chat.start(new_messages(100))
     for _ in range(3):
         await chat.append(session_id, new_messages(100))
@@ -152,7 +152,7 @@ async def test_a_long_session_is_replayed_page_by_page(chat: Chat) -> None:
         ]
 
 
-async def test_erased_and_edited_messages_are_not_sent(chat: Chat) -> None:
+async def test_watch_sends_no_deletions_or_edits(chat: Chat) -> None:
     messages = new_messages(6)
     session_id = await chat.start(messages)
     await chat.delete(session_id, messages[1].id)
@@ -168,7 +168,7 @@ async def test_erased_and_edited_messages_are_not_sent(chat: Chat) -> None:
         assert follower.got[0].content == "message 1"
 
 
-async def test_a_follower_may_be_ahead_of_the_session(chat: Chat) -> None:
+async def test_watch_after_a_future_seq_waits_for_it(chat: Chat) -> None:
     session_id = await chat.start(new_messages(2))
     async with (
         following(chat, session_id, after_seq=4) as ahead,
@@ -182,7 +182,7 @@ async def test_a_follower_may_be_ahead_of_the_session(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("eraser", [0, 1], ids=["same server", "other server"])
-async def test_the_end_of_the_session_ends_it(pair: tuple[Chat, Chat], eraser: int) -> None:
+async def test_deletion_of_the_session_ends_the_watch(pair: tuple[Chat, Chat], eraser: int) -> None:
     session_id = await pair[0].start(new_messages(3))
     async with following(pair[0], session_id) as follower:
         await follower.reaches(3)
@@ -193,7 +193,7 @@ async def test_the_end_of_the_session_ends_it(pair: tuple[Chat, Chat], eraser: i
 
 
 @pytest.mark.parametrize("eraser", [0, 1], ids=["same server", "other server"])
-async def test_a_new_session_of_the_same_id_is_not_followed(
+async def test_watch_ends_when_the_session_is_recreated(
     pair: tuple[Chat, Chat], eraser: int
 ) -> None:
     session_id = await pair[0].start(new_messages(3))
@@ -205,7 +205,7 @@ async def test_a_new_session_of_the_same_id_is_not_followed(
     assert follower.seqs == [1, 2, 3]
 
 
-async def test_a_new_session_of_the_same_id_is_not_followed_for_a_moment(
+async def test_watch_sends_nothing_of_a_session_recreated_between_polls(
     pair: tuple[Chat, Chat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Erased elsewhere and made anew between two looks: what wakes the follower is the new session's first append."""
@@ -219,7 +219,7 @@ async def test_a_new_session_of_the_same_id_is_not_followed_for_a_moment(
     assert follower.seqs == [1, 2, 3]
 
 
-async def test_the_end_of_the_user_ends_it(chat: Chat) -> None:
+async def test_deletion_of_the_user_ends_the_watch(chat: Chat) -> None:
     session_id = await chat.start(new_messages(2))
     async with following(chat, session_id) as follower:
         await follower.reaches(2)
@@ -228,7 +228,7 @@ async def test_the_end_of_the_user_ends_it(chat: Chat) -> None:
 
 
 @pytest.mark.case(n=19)
-async def test_what_is_missing_or_foreign_cannot_be_followed(chat: Chat, other: Chat) -> None:
+async def test_watch_of_a_missing_or_foreign_session_is_not_found(chat: Chat, other: Chat) -> None:
     session_id = await chat.start()
     for owner_id, asked in ((chat, new_id()), (other, session_id)):
         async with following(owner_id, asked) as follower:
@@ -236,7 +236,7 @@ async def test_what_is_missing_or_foreign_cannot_be_followed(chat: Chat, other: 
         assert (ended.reason, ended.metadata) == ("SESSION_NOT_FOUND", {"session_id": asked})
 
 
-async def test_draining_ends_it(database_url: str) -> None:
+async def test_draining_ends_the_watch(database_url: str) -> None:
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start(new_messages(3))
@@ -249,7 +249,7 @@ async def test_draining_ends_it(database_url: str) -> None:
         assert ended.retry_after is not None
 
 
-async def test_too_many_followers_are_refused(database_url: str) -> None:
+async def test_watches_above_the_limit_are_rejected(database_url: str) -> None:
     async with serving(database_url, max_watches=3) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
@@ -262,7 +262,7 @@ async def test_too_many_followers_are_refused(database_url: str) -> None:
             await follower.reaches(2)
 
 
-async def test_followers_leave_room_for_calls_on_their_connection(database_url: str) -> None:
+async def test_watches_leave_room_for_calls_on_their_connection(database_url: str) -> None:
     async with (
         serving(database_url, max_calls_per_connection=6) as server,
         connected(server.address) as stub,
@@ -285,7 +285,7 @@ async def test_followers_leave_room_for_calls_on_their_connection(database_url: 
             await follower.reaches(2)
 
 
-async def test_it_outlives_the_connections_to_the_database(
+async def test_watch_survives_loss_of_the_database_connections(
     chat: Chat, database_url: str, server: Server
 ) -> None:
     session_id = await chat.start(new_messages(2))
@@ -302,7 +302,7 @@ async def test_it_outlives_the_connections_to_the_database(
         assert follower.seqs == [1, 2, 3, 4, 5]
 
 
-async def test_a_slow_reader_holds_up_nobody(chat: Chat, server: Server) -> None:
+async def test_slow_watcher_delays_no_other_call(chat: Chat, server: Server) -> None:
     """It takes its time, the server does not read ahead of it without bound, and in the end it has everything."""
     large = "x" * 100_000
     session_id = await chat.start([new_message(large) for _ in range(20)])
@@ -327,7 +327,7 @@ async def test_a_slow_reader_holds_up_nobody(chat: Chat, server: Server) -> None
         slow.cancel()
 
 
-async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
+async def test_one_poll_serves_all_watches_and_none_is_sent_without_any(
     chat: Chat, server: Server, cluster: Cluster, database_url: str
 ) -> None:
     session_ids = [await chat.start() for _ in range(5)]
@@ -359,7 +359,7 @@ async def test_one_statement_asks_for_all_and_none_when_nobody_follows(
     assert sent.so_far() == []
 
 
-async def test_leaving_while_messages_come_leaves_nothing_behind(
+async def test_cancelled_watches_leave_no_watcher_behind(
     chat: Chat, server: Server
 ) -> None:
     session_id = await chat.start()

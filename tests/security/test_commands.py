@@ -105,7 +105,7 @@ async def test_export_and_import(chat: Chat, database_url: str, tmp_path: Path) 
     assert "audit" in piped.err
 
 
-async def test_mistakes_are_told_in_a_line(
+async def test_mistakes_are_reported_in_one_line(
     stub: AsyncStub, database_url: str, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.jsonl").write_text("nonsense\n")

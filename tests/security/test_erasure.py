@@ -86,7 +86,7 @@ async def provoke(chat: Chat, **call: Any) -> None:
     await failure_of(chat.stub.CreateUser(taken, **call))
 
 
-async def test_nothing_is_left(start_process: Callable[..., Any], database_url: str) -> None:
+async def test_deleted_user_leaves_nothing_in_database_or_log(start_process: Callable[..., Any], database_url: str) -> None:
     server = await start_process(CHAT_HISTORY_LOG_LEVEL="debug", CHAT_HISTORY_SEARCH="off")
     async with connected(server.address) as stub:
         chat = await say_the_marker(stub)
@@ -120,7 +120,7 @@ def trail(log: Path) -> list[dict[str, Any]]:
     ]
 
 
-async def test_the_audit_trail(start_process: Callable[..., Any]) -> None:
+async def test_audit_trail_records_acts_denials_exports_and_erasures(start_process: Callable[..., Any]) -> None:
     server = await start_process(
         CHAT_HISTORY_AUTH="jwt", CHAT_HISTORY_JWT_KEY=issuer.SECRET, CHAT_HISTORY_JWT_AUDIENCE=issuer.AUDIENCE,
         CHAT_HISTORY_LOG_LEVEL="error", CHAT_HISTORY_SEARCH="off",
@@ -182,7 +182,7 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-async def test_nothing_is_left_in_the_search_index(database_url: str, tmp_path: Path) -> None:
+async def test_deleted_user_leaves_nothing_in_the_search_index(database_url: str, tmp_path: Path) -> None:
     async with (
         serving(database_url, search="on", data_dir=tmp_path) as server,
         connected(server.address) as stub,
@@ -208,7 +208,7 @@ async def test_nothing_is_left_in_the_search_index(database_url: str, tmp_path: 
         assert chat.user_id.encode() not in content, path
 
 
-async def test_a_rebuilding_remembers_nobody(database_url: str, tmp_path: Path) -> None:
+async def test_finished_rebuild_keeps_no_user_id(database_url: str, tmp_path: Path) -> None:
     """How far it came is a user's id; it goes when the index is built."""
     async with (
         serving(database_url, search="on", data_dir=tmp_path) as server,

@@ -75,7 +75,7 @@ async def send_generated(stub: AsyncStub, rpc: str, examples: int) -> None:
 
 
 @pytest.mark.parametrize("rpc", METHODS)
-async def test_every_request_has_an_answer_of_the_contract(stub: AsyncStub, rpc: str) -> None:
+async def test_every_generated_request_gets_a_documented_status(stub: AsyncStub, rpc: str) -> None:
     await world(stub)
     await send_generated(stub, rpc, 40)
 
@@ -105,7 +105,7 @@ async def flood(address: str) -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_memory_returns_to_its_baseline(database_url: str, tmp_path: Path) -> None:
+async def test_memory_returns_to_its_baseline_after_a_flood(database_url: str, tmp_path: Path) -> None:
     async with (
         ServerProcess(database_url, tmp_path / "server") as server,
         connected(server.address) as stub,
@@ -184,7 +184,7 @@ async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, wor
 
 @pytest.mark.case(n=20)
 @pytest.mark.parametrize("size", [-1, -(2**31)])
-async def test_negative_page_sizes_are_refused(chat: Chat, size: int) -> None:
+async def test_negative_page_sizes_are_rejected(chat: Chat, size: int) -> None:
     for call in (
         chat.list_sessions(page_size=size),
         chat.stub.ListMessages(
@@ -225,7 +225,7 @@ def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
 
 @pytest.mark.case(n=1)
 @pytest.mark.timeout(180)
-async def test_bytes_of_all_kinds(database_url: str, tmp_path: Path) -> None:
+async def test_fuzzed_bytes_get_a_documented_status(database_url: str, tmp_path: Path) -> None:
     report = await fuzz.run(database_url, tmp_path, cases=3000, seed=1)
     assert not report.problems
     assert report.cases == 3000

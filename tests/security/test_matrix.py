@@ -277,12 +277,12 @@ async def ask(
 
 
 @pytest.mark.quick
-def test_every_rpc_has_its_rows() -> None:
+def test_every_rpc_has_a_row() -> None:
     assert set(ROWS) == set(RPCS)
 
 
 @pytest.mark.quick
-def test_every_request_names_its_user_in_the_same_field() -> None:
+def test_every_request_has_user_id_as_its_first_field() -> None:
     for method in SERVICE.methods:
         if method.name not in NAMES_NOBODY:
             field = method.input_type.fields_by_name["user_id"]
@@ -292,7 +292,7 @@ def test_every_request_names_its_user_in_the_same_field() -> None:
 
 @pytest.mark.case(n=21)
 @pytest.mark.parametrize("rpc", RPCS)
-async def test_without_a_good_token_nothing_is_done_or_told(database_url: str, rpc: str) -> None:
+async def test_call_without_a_valid_token_is_unauthenticated(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
         mine = await make_things(stub)
         answers = set()
@@ -312,7 +312,7 @@ async def test_without_a_good_token_nothing_is_done_or_told(database_url: str, r
 
 @pytest.mark.case(n=19)
 @pytest.mark.parametrize("rpc", RPCS)
-async def test_every_cell(database_url: str, rpc: str) -> None:
+async def test_every_caller_and_user_gets_the_expected_outcome(database_url: str, rpc: str) -> None:
     wrong = {}
     async with service(database_url) as stub:
         for caller in ("A", "B", "service"):
@@ -333,7 +333,7 @@ async def test_every_cell(database_url: str, rpc: str) -> None:
 
 @pytest.mark.case(n=19)
 @pytest.mark.parametrize("rpc", [rpc for rpc in RPCS if ROWS[rpc].missing != OK])
-async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, rpc: str) -> None:
+async def test_resource_of_another_user_fails_like_a_missing_one(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
         mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
         answers = []
@@ -352,7 +352,7 @@ async def test_another_s_thing_is_answered_as_a_missing_one(database_url: str, r
 
 @pytest.mark.case(n=19)
 @pytest.mark.parametrize("rpc", RPCS)
-async def test_no_reply_holds_what_is_another_s(database_url: str, rpc: str) -> None:
+async def test_no_reply_contains_data_of_another_user(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
         mine, theirs = await make_things(stub), await make_things(stub)
         replies: list[Any] = []
@@ -377,7 +377,7 @@ async def test_no_reply_holds_what_is_another_s(database_url: str, rpc: str) -> 
 
 
 @pytest.mark.case(n=19)
-async def test_a_user_is_found_by_its_own_keys_alone(database_url: str) -> None:
+async def test_user_caller_finds_itself_only(database_url: str) -> None:
     async with service(database_url) as stub:
         mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
         shown = bearer_metadata(token(mine.user))
@@ -414,7 +414,7 @@ async def test_a_user_is_found_by_its_own_keys_alone(database_url: str) -> None:
 
 
 @pytest.mark.case(n=19)
-async def test_page_tokens_do_not_travel(database_url: str) -> None:
+async def test_page_tokens_of_another_user_are_rejected(database_url: str) -> None:
     async with service(database_url) as stub:
         mine, theirs = await make_things(stub), await make_things(stub)
         for things in (mine, theirs):
@@ -455,7 +455,7 @@ async def test_page_tokens_do_not_travel(database_url: str) -> None:
         if rpc not in NAMES_NOBODY and not rpc.endswith(("Document", "Documents", "Chunks"))
     ],
 )
-async def test_nobody_is_the_system(database_url: str, rpc: str) -> None:
+async def test_no_caller_can_act_as_the_system_user(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
         things = random_things()
         failed = await ask(stub, rpc, ROWS[rpc].request(NIL, things), SHOWN)
@@ -467,7 +467,7 @@ async def test_nobody_is_the_system(database_url: str, rpc: str) -> None:
 
 
 @pytest.mark.parametrize("rpc", RPCS)
-async def test_rights_come_before_validation(database_url: str, rpc: str) -> None:
+async def test_authorisation_precedes_validation(database_url: str, rpc: str) -> None:
     async with service(database_url) as stub:
         mine = new_id()
         request = ROWS[rpc].request(new_id(), random_things())

@@ -56,7 +56,7 @@ def port_of(address: str) -> str:
     return address.rpartition(":")[2]
 
 
-async def test_tls(database_url: str, tmp_path: Path) -> None:
+async def test_tls_server_is_verified_by_its_certificate(database_url: str, tmp_path: Path) -> None:
     authority = CertificateAuthority()
     async with serving(database_url, **write_tls_files(tmp_path, authority.issue())) as server:
         async with secured(server.address, authority.pem) as stub:
@@ -67,7 +67,7 @@ async def test_tls(database_url: str, tmp_path: Path) -> None:
             await refused(stub)
 
 
-async def test_mutual_tls_may_trust_its_callers_on_any_address(
+async def test_mutual_tls_without_tokens_is_allowed_on_any_address(
     database_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     authority, clients = CertificateAuthority(), CertificateAuthority("clients")
@@ -88,7 +88,7 @@ async def test_mutual_tls_may_trust_its_callers_on_any_address(
             await refused(stub)
 
 
-async def test_health_is_served_in_plaintext_beside_tls(database_url: str, tmp_path: Path) -> None:
+async def test_health_is_served_in_plaintext_on_its_own_port_with_tls(database_url: str, tmp_path: Path) -> None:
     health = f"127.0.0.1:{free_port()}"
     authority = CertificateAuthority()
     files = write_tls_files(tmp_path, authority.issue(), authority.pem)
@@ -101,7 +101,7 @@ async def test_health_is_served_in_plaintext_beside_tls(database_url: str, tmp_p
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_certificates_are_read_again_when_they_change(
+async def test_changed_certificates_are_reloaded(
     database_url: str, tmp_path: Path
 ) -> None:
     old, new = CertificateAuthority("old"), CertificateAuthority("new")
@@ -118,7 +118,7 @@ async def test_certificates_are_read_again_when_they_change(
         await ask(before)  # A connection that stands is left alone.
 
 
-async def test_a_pair_that_does_not_fit_leaves_the_last_good_one(
+async def test_mismatched_pair_keeps_the_last_good_certificates(
     database_url: str, tmp_path: Path
 ) -> None:
     authority = CertificateAuthority()
@@ -138,7 +138,7 @@ async def test_a_pair_that_does_not_fit_leaves_the_last_good_one(
             await ask(stub)
 
 
-async def test_tokens_are_asked_for_beside_mutual_tls(database_url: str, tmp_path: Path) -> None:
+async def test_tokens_are_required_in_addition_to_mutual_tls(database_url: str, tmp_path: Path) -> None:
     authority = CertificateAuthority()
     files = write_tls_files(tmp_path, authority.issue(), authority.pem)
     async with (
@@ -151,7 +151,7 @@ async def test_tokens_are_asked_for_beside_mutual_tls(database_url: str, tmp_pat
         await ask(stub, metadata=issuer.bearer_metadata(issuer.service_token()))
 
 
-async def test_old_protocols_are_refused(database_url: str, tmp_path: Path) -> None:
+async def test_old_tls_versions_are_rejected(database_url: str, tmp_path: Path) -> None:
     authority = CertificateAuthority()
     async with serving(database_url, **write_tls_files(tmp_path, authority.issue())) as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -166,7 +166,7 @@ async def test_old_protocols_are_refused(database_url: str, tmp_path: Path) -> N
                 await asyncio.to_thread(context.wrap_socket, raw)
 
 
-def test_unusable_files_are_named(tmp_path: Path) -> None:
+def test_unusable_certificate_files_are_reported(tmp_path: Path) -> None:
     authority = CertificateAuthority()
     files = write_tls_files(tmp_path, authority.issue(), authority.pem)
 

@@ -47,7 +47,7 @@ def list_sessions(stub: Any, shown: list[tuple[str, str]], user_id: str = "") ->
 
 
 @pytest.mark.case(n=21)
-async def test_no_bad_token_is_told_why(database_url: str) -> None:
+async def test_every_invalid_token_gets_the_same_error(database_url: str) -> None:
     answers: dict[str, Failure] = {}
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         await list_sessions(stub, bearer_metadata(token(USER)))
@@ -69,7 +69,7 @@ async def test_no_bad_token_is_told_why(database_url: str) -> None:
     assert len(set(map(str, answers.values()))) == 1, "an answer says more than others"
 
 
-async def test_user_is_the_token_s_subject(database_url: str) -> None:
+async def test_user_id_is_the_tokens_subject(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         made = await stub.CreateUser(
             user_pb2.CreateUserRequest(user=User()), metadata=bearer_metadata(service_token())
@@ -97,7 +97,7 @@ async def test_user_is_the_token_s_subject(database_url: str) -> None:
         {"scp": "chathistory.service"},
     ],
 )
-async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any]) -> None:
+async def test_scope_in_a_token_makes_the_caller_a_service(database_url: str, changes: dict[str, Any]) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         await stub.ListUsers(
             user_pb2.ListUsersRequest(), metadata=bearer_metadata(token("backend", **changes))
@@ -115,7 +115,7 @@ async def test_scope_makes_a_service(database_url: str, changes: dict[str, Any])
             await assert_fails(call, "SERVICE_ONLY")
 
 
-async def test_a_known_token_ends_with_its_expiry(
+async def test_cached_token_is_rejected_after_its_expiry(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bearer, "LEEWAY_S", 0.0)
@@ -127,7 +127,7 @@ async def test_a_known_token_ends_with_its_expiry(
         await assert_fails(list_sessions(stub, short), "TOKEN_INVALID")
 
 
-async def test_a_watch_ends_with_its_token(
+async def test_watch_ends_when_its_token_expires(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bearer, "LEEWAY_S", 0.0)
@@ -150,7 +150,7 @@ async def _drain(call: Any) -> None:
         pass
 
 
-async def test_external_id_names_a_user_that_exists(
+async def test_external_id_in_a_token_must_belong_to_a_user(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with (
@@ -182,7 +182,7 @@ async def test_external_id_names_a_user_that_exists(
     ("key", "alg"),
     [(rsa_key(), "RS256"), (rsa_key(), "PS512"), (ec_key(), "ES256"), (ed_key(), "EdDSA")],
 )
-async def test_public_key_in_a_file(database_url: str, tmp_path: Path, key: Any, alg: str) -> None:
+async def test_token_is_verified_with_a_public_key_file(database_url: str, tmp_path: Path, key: Any, alg: str) -> None:
     pem = tmp_path / "key.pem"
     pem.write_text(issuer.public_pem(key))
     async with (
@@ -216,7 +216,7 @@ def signed(
     return bearer_metadata(token(subject, key=key, alg=alg, headers={"kid": kid}, **changes))
 
 
-async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
+async def test_token_is_verified_with_keys_from_a_url(database_url: str, served: KeyServer) -> None:
     served.publish(a=rsa_key(), b=ec_key())
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         await asyncio.gather(*(list_sessions(stub, signed("a", rsa_key())) for _ in range(20)))
@@ -233,7 +233,7 @@ async def test_keys_of_a_url(database_url: str, served: KeyServer) -> None:
 
 
 @pytest.mark.case(n=21)
-async def test_flood_of_unknown_keys_asks_once_a_cool_down(
+async def test_flood_of_unknown_key_ids_causes_one_fetch_per_cool_down(
     database_url: str, served: KeyServer
 ) -> None:
     served.publish(a=rsa_key())
@@ -247,7 +247,7 @@ async def test_flood_of_unknown_keys_asks_once_a_cool_down(
         assert served.request_count == 1
 
 
-async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
+async def test_new_key_is_fetched_and_withdrawn_key_is_rejected(
     database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served.publish(a=rsa_key())
@@ -263,7 +263,7 @@ async def test_new_key_is_found_and_withdrawn_key_no_longer_counts(
         await assert_fails(list_sessions(stub, signed("a", rsa_key())), "TOKEN_INVALID")
 
 
-async def test_last_good_keys_are_kept(
+async def test_last_good_keys_are_kept_when_fetches_fail(
     database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwks, "COOL_DOWN_S", 0.0)
@@ -279,7 +279,7 @@ async def test_last_good_keys_are_kept(
         assert served.request_count > 3
 
 
-async def test_before_the_first_key_a_retry_may_help(
+async def test_calls_before_the_first_key_are_unavailable(
     database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served.is_failing = True
@@ -298,7 +298,7 @@ async def test_before_the_first_key_a_retry_may_help(
         await list_sessions(stub, signed("a", rsa_key()))
 
 
-async def test_a_refresh_that_failed_is_tried_again_after_the_cool_down(
+async def test_failed_refresh_is_retried_after_the_cool_down(
     database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not only when the keys would have become old again: a withdrawn key must not live on for that long."""
@@ -331,20 +331,20 @@ async def status_of(call: Any) -> str:
     return "OK"
 
 
-def test_a_key_set_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_key_set_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte by byte, each in time: the thread that reads it must not be lost."""
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
     with issuer.endless_key_server() as url, pytest.raises(TimeoutError):
         jwks.over_http(url)()
 
 
-def test_a_key_set_that_is_too_large_is_given_up(served: KeyServer) -> None:
+def test_key_set_above_the_size_limit_is_rejected(served: KeyServer) -> None:
     served.keys = [{"kid": "x" * jwks.MAX_BYTES}]
     with pytest.raises(ValueError, match="too large"):
         jwks.over_http(served.url)()
 
 
-async def test_kubernetes_service_account(
+async def test_kubernetes_service_account_can_be_a_service(
     database_url: str, served: KeyServer, tmp_path: Path
 ) -> None:
     shown = tmp_path / "token"
@@ -400,14 +400,14 @@ async def test_malformed_bytes_without_a_token_are_unauthenticated(database_url:
             )
 
 
-async def test_authorised_before_validated(database_url: str) -> None:
+async def test_authentication_precedes_validation(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         await assert_fails(
             stub.GetSession(session_pb2.GetSessionRequest(session_id="no id")), "TOKEN_INVALID"
         )
 
 
-async def test_verified_tokens_are_bounded(
+async def test_cache_of_verified_tokens_is_bounded(
     monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
     monkeypatch.setattr("service.auth.authenticators.MAX_CACHED_TOKENS", 3)
@@ -436,7 +436,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_unusable_key_is_said_in_a_line_without_it(case: str) -> None:
+def test_unusable_key_is_reported_without_its_content(case: str) -> None:
     values, words = BAD[case]
     with pytest.raises(BadConfiguration, match=words) as caught:
         credentials.check(settings(**HS | values))
@@ -462,18 +462,18 @@ def test_unusable_key_is_said_in_a_line_without_it(case: str) -> None:
         {"listen": "0.0.0.0:0", "tls_cert": "cert.pem", "tls_key": "key.pem"},
     ],
 )
-def test_contradictions_are_refused(values: dict[str, Any]) -> None:
+def test_contradicting_settings_are_rejected(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"CHAT_HISTORY_|jwks_url") as caught:
         settings(**values)
     assert issuer.SECRET not in str(caught.value)
 
 
-def test_a_secret_may_come_from_a_file(tmp_path: Path) -> None:
+def test_shared_secret_can_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(issuer.SECRET + "\n")
     assert bearer.load_key(str(tmp_path / "secret"))[0].key == issuer.SECRET.encode()
 
 
-def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
+def test_weak_and_unsupported_published_keys_are_skipped() -> None:
     weak = issuer.public_jwk(rsa.generate_private_key(65537, 1024)) | {"kid": "weak"}
     good = issuer.public_jwk(rsa_key()) | {"kid": "good"}
     other = good | {"kid": "other", "use": "enc"}
@@ -487,7 +487,7 @@ def test_weak_and_foreign_keys_of_a_url_are_left_out() -> None:
     assert found["one"].algorithms == ("RS512",)
 
 
-async def test_made_tokens_are_accepted(database_url: str, tmp_path: Path) -> None:
+async def test_tokens_of_the_token_command_are_accepted(database_url: str, tmp_path: Path) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         made = bearer.make_token(
             issuer.SECRET,
