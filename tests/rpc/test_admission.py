@@ -1,4 +1,4 @@
-"""More is asked than can be carried: the excess is told when to come again, and nobody is kept out by somebody else's flood."""
+"""Overload: excess calls get a retry delay, and a flood of one user does not reject others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.statements import database_name
 async def test_flood_of_one_user_is_rejected_and_other_users_are_served(
     database_url: str, cluster: Cluster
 ) -> None:
-    """The flood's calls hang, so that they do not make room by being answered; two thousand are beyond what is let in."""
+    """The flood's calls hang, so that no finished call makes room; 2,000 exceed the limit."""
     limit = 40
     async with (
         serving(database_url, max_in_flight=limit) as server,
@@ -58,12 +58,12 @@ async def test_flood_of_one_user_is_rejected_and_other_users_are_served(
         finally:
             await holder.close()
         done = await asyncio.gather(*flood, return_exceptions=True)
-        refusals = [each for each in done if isinstance(each, BaseException)]
+        refusals = [result for result in done if isinstance(result, BaseException)]
         assert len(done) - len(refusals) == limit
-        for each in refusals:
-            assert isinstance(each, aio.AioRpcError)
-            found = failures.read_failure(each)
-            assert (found.reason, bool(found.retry_after)) == ("OVERLOADED", True)
+        for refusal in refusals:
+            assert isinstance(refusal, aio.AioRpcError)
+            failure = failures.read_failure(refusal)
+            assert (failure.reason, bool(failure.retry_after)) == ("OVERLOADED", True)
         await flooder.get_session(mine.id)
 
 
@@ -89,13 +89,13 @@ async def test_calls_above_the_limit_of_a_connection_wait_at_the_client(
                 for _ in range(20):
                     await asyncio.sleep(0.01)
                     assert server.calls.in_flight == 8
-                # Others have connections of their own.
+                # Other clients have connections of their own.
                 health: Any = health_pb2_grpc.HealthStub(opened)
                 reply = await health.Check(health_pb2.HealthCheckRequest())
                 assert reply.status == health_pb2.HealthCheckResponse.SERVING
         finally:
             await holder.close()
         replies = await asyncio.gather(*sent)
-    found = await read_valid_history(database_url, chat.user_id, session_id)
-    found.check_contains(replies)
-    assert found.last_seq == 41
+    history = await read_valid_history(database_url, chat.user_id, session_id)
+    history.check_contains(replies)
+    assert history.last_seq == 41

@@ -1,4 +1,4 @@
-"""Many writers at once, through two servers on one database: order, replays and conflicts as if they had come one after the other."""
+"""Concurrent writers through two servers: order, replays and conflicts are as if serial."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @pytest.fixture
 async def chats(database_url: str) -> AsyncGenerator[tuple[Chat, Chat]]:
-    """Give one user's things through two servers."""
+    """Yield one user's chat through each of two servers."""
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(serving(database_url)) for _ in range(2)]
         stubs = [await stack.enter_async_context(connected(server.address)) for server in servers]
@@ -35,17 +35,17 @@ async def chats(database_url: str) -> AsyncGenerator[tuple[Chat, Chat]]:
 
 
 async def settle(calls: Iterable[Awaitable[T]]) -> tuple[list[T], list[failures.Failure]]:
-    """Wait for calls; return what those that went well gave, and how the others failed."""
+    """Wait for calls; return the results of the successful ones and the failures of the others."""
     done = await asyncio.gather(*calls, return_exceptions=True)
     good: list[T] = []
     bad: list[failures.Failure] = []
-    for each in done:
-        if isinstance(each, aio.AioRpcError):
-            bad.append(failures.read_failure(each))
-        elif isinstance(each, BaseException):
-            raise each
+    for result in done:
+        if isinstance(result, aio.AioRpcError):
+            bad.append(failures.read_failure(result))
+        elif isinstance(result, BaseException):
+            raise result
         else:
-            good.append(each)
+            good.append(result)
     return good, bad
 
 
@@ -54,7 +54,7 @@ def seqs(reply: Reply) -> list[int]:
 
 
 def test_history_check_rejects_inconsistent_histories() -> None:
-    """Most tests here stand on `History.check`: it must refuse a tie, a gap and a clock that goes back."""
+    """Most tests here rely on `History.check`: it must reject ties, gaps and decreasing times."""
 
     def stored(*rows: tuple[int, int]) -> History:
         messages = [StoredMessage(seq, new_id(), "", at, b"", False) for seq, at in rows]
@@ -83,19 +83,19 @@ async def test_hundred_concurrent_writers_of_one_session_leave_no_gap(
         replies = list(
             itertools.chain.from_iterable(await asyncio.gather(*map(writer, range(100))))
         )
-    found = await read_valid_history(database_url, chats[0].user_id, session.id)
-    found.check_contains(replies)
+    history = await read_valid_history(database_url, chats[0].user_id, session.id)
+    history.check_contains(replies)
     total = sum(len(reply.messages) for reply in replies)
     assert sorted(itertools.chain.from_iterable(map(seqs, replies))) == list(range(1, total + 1))
     for reply in replies:
         first = reply.messages[0].seq
         assert seqs(reply) == list(range(first, first + len(reply.messages))), (
-            "the messages of a request are neighbours"
+            "the messages of a request have consecutive seqs"
         )
         assert not any(entry.replayed for entry in reply.messages)
     listed = await chats[1].all(session.id, page_size=100)
     assert [(m.id, m.seq, m.create_time.ToMicroseconds()) for m in listed] == [
-        (m.id, m.seq, m.created_us) for m in found.messages
+        (m.id, m.seq, m.created_us) for m in history.messages
     ]
 
 
@@ -110,12 +110,14 @@ async def test_concurrent_writers_of_many_sessions_keep_them_apart(
     replies = await asyncio.gather(*(call for _, call in calls))
     for session_id in session_ids:
         mine = [
-            reply for (asked, _), reply in zip(calls, replies, strict=True) if asked == session_id
+            reply
+            for (requested_id, _), reply in zip(calls, replies, strict=True)
+            if requested_id == session_id
         ]
         assert all(reply.session_id == session_id for reply in mine)
-        found = await read_valid_history(database_url, chats[0].user_id, session_id)
-        found.check_contains(mine)
-        assert found.last_seq == 40
+        history = await read_valid_history(database_url, chats[0].user_id, session_id)
+        history.check_contains(mine)
+        assert history.last_seq == 40
 
 
 @pytest.mark.case(n=9)
@@ -137,9 +139,9 @@ async def test_fifty_identical_appends_are_stored_once(
     )
     assert len(answers) == 1
     assert sum(not reply.messages[0].replayed for reply in replies) == 1
-    found = await read_valid_history(database_url, chats[0].user_id, session.id)
-    found.check_contains(replies)
-    assert found.last_seq == 2
+    history = await read_valid_history(database_url, chats[0].user_id, session.id)
+    history.check_contains(replies)
+    assert history.last_seq == 2
 
 
 @pytest.mark.case(n=9)
@@ -185,23 +187,25 @@ async def test_one_of_several_different_messages_with_one_id_is_stored(
     good, bad = await settle(calls)
     assert len(good) == 8, "the winner and its replays"
     assert sum(not reply.messages[0].replayed for reply in good) == 1
-    assert {(each.reason, each.metadata["message_id"]) for each in bad} == {
+    assert {(failure.reason, failure.metadata["message_id"]) for failure in bad} == {
         ("MESSAGE_ID_REUSED", message_id)
     }
     assert (await read_valid_history(database_url, chats[0].user_id, session.id)).last_seq == 1
 
 
-async def test_overlapping_appends_store_each_message_once(chats: tuple[Chat, Chat], database_url: str) -> None:
-    """Windows that slide over one list of messages: each mixes what others have sent already with what is new."""
+async def test_overlapping_appends_store_each_message_once(
+    chats: tuple[Chat, Chat], database_url: str
+) -> None:
+    """Sliding windows over one list of messages: each mixes replays with new messages."""
     session = await chats[0].create_session()
     messages = new_messages(60)
     windows = [messages[start : start + 6] for start in range(0, 55, 2)] * 2
     replies = await asyncio.gather(
         *(chats[n % 2].append(session.id, window) for n, window in enumerate(windows))
     )
-    found = await read_valid_history(database_url, chats[0].user_id, session.id)
-    found.check_contains(replies)
-    assert found.last_seq == len(messages)
+    history = await read_valid_history(database_url, chats[0].user_id, session.id)
+    history.check_contains(replies)
+    assert history.last_seq == len(messages)
     assert Counter(e.id for reply in replies for e in reply.messages if not e.replayed) == Counter(
         m.id for m in messages
     )
@@ -209,7 +213,7 @@ async def test_overlapping_appends_store_each_message_once(chats: tuple[Chat, Ch
         assert [entry.id for entry in reply.messages] == [message.id for message in window]
         fresh = [entry.seq for entry in reply.messages if not entry.replayed]
         assert not fresh or fresh == list(range(fresh[0], fresh[0] + len(fresh))), (
-            "what is new lies next to each other"
+            "new messages have consecutive seqs"
         )
 
 
@@ -223,7 +227,7 @@ async def test_one_of_several_appends_with_the_same_expected_seq_is_stored(
             for n in range(20)
         )
         assert [seqs(reply) for reply in good] == [[last_seq + 1]]
-        assert {(each.reason, each.metadata["last_seq"]) for each in bad} == {
+        assert {(failure.reason, failure.metadata["last_seq"]) for failure in bad} == {
             ("LAST_SEQ_MISMATCH", str(last_seq + 1))
         }
     (await read_valid_history(database_url, chats[0].user_id, session.id)).check()
@@ -257,9 +261,9 @@ async def test_concurrent_appends_with_create_if_missing_create_one_session(
     assert seqs(makers[0]) == [1]
     title = (await chats[0].get_session(session_id)).title
     assert title == f"title {replies.index(makers[0])}"
-    found = await read_valid_history(database_url, chats[0].user_id, session_id)
-    found.check_contains(replies)
-    assert found.last_seq == 40
+    history = await read_valid_history(database_url, chats[0].user_id, session_id)
+    history.check_contains(replies)
+    assert history.last_seq == 40
 
 
 async def test_concurrent_appends_leave_the_etag_valid(
@@ -280,7 +284,7 @@ async def test_concurrent_appends_leave_the_etag_valid(
 async def test_concurrent_appends_updates_and_deletions_keep_counts_right(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
-    """Everything that locks the same rows, at once: no deadlock reaches a caller, and the counts stay right."""
+    """Concurrent operations on the same rows: no deadlock reaches a caller, counts are right."""
     session = await chats[0].create_session()
     first = await chats[0].append(session.id, new_messages(20))
     ids = [entry.id for entry in first.messages]
@@ -295,16 +299,16 @@ async def test_concurrent_appends_updates_and_deletions_keep_counts_right(
     work += [chats[n % 2].fork(session.id, 20) for n in range(6)]
     good, bad = await settle(work)
     assert not bad
-    found = await read_valid_history(database_url, chats[0].user_id, session.id)
-    assert (found.last_seq, found.message_count) == (100, 90)
-    for fork in [each for each in good if isinstance(each, session_pb2.Session)]:
+    history = await read_valid_history(database_url, chats[0].user_id, session.id)
+    assert (history.last_seq, history.message_count) == (100, 90)
+    for fork in [reply for reply in good if isinstance(reply, session_pb2.Session)]:
         assert (await read_valid_history(database_url, chats[0].user_id, fork.id)).last_seq == 20
 
 
 async def test_appends_during_deletion_of_their_session_are_stored_or_not_found(
     chats: tuple[Chat, Chat], database_url: str
 ) -> None:
-    """Appends that may make the session race with its erasure: each is stored or not, and what is left is sound."""
+    """Appends that may create the session race with its deletion; the history stays valid."""
     session_id = new_id()
 
     async def write(number: int) -> None:
@@ -317,17 +321,17 @@ async def test_appends_during_deletion_of_their_session_are_stored_or_not_found(
             )
 
     _, bad = await settle(write(number) for number in range(100))
-    assert {each.reason for each in bad} <= {"SESSION_NOT_FOUND"}
-    found = await read_history(database_url, chats[0].user_id, session_id)
-    if found is not None:
-        found.check()
+    assert {failure.reason for failure in bad} <= {"SESSION_NOT_FOUND"}
+    history = await read_history(database_url, chats[0].user_id, session_id)
+    if history is not None:
+        history.check()
 
 
 @pytest.mark.parametrize("before", [0.0, 0.5], ids=["with the others", "by themselves before"])
 async def test_locked_session_does_not_delay_other_sessions(
     chat: Chat, cluster: Cluster, database_url: str, before: float
 ) -> None:
-    """Its neighbours have their answers while the lock is held, and it has its own afterwards, whenever its appends meet the lock."""
+    """Other sessions are served while the lock is held, and this one afterwards."""
     locked, *others = [await chat.create_session() for _ in range(9)]
     holder = await cluster.connect(database_url.partition("?")[0].rpartition("/")[2])
     try:
@@ -364,11 +368,11 @@ async def test_append_to_a_locked_session_fails_at_its_deadline(
 
 
 async def test_batched_reads_return_each_reader_its_own_rows(chat: Chat, other: Chat) -> None:
-    """Pages and contexts of two users' sessions, of different lengths, all at once: each reader gets its own, in order."""
+    """Concurrent pages and contexts of two users' sessions: each reader gets its own rows."""
     owned = [
-        (owner_id, await owner_id.start(new_messages(3 + 7 * n, f"{n}")))
+        (owner, await owner.start(new_messages(3 + 7 * n, f"{n}")))
         for n in range(6)
-        for owner_id in (chat, other)
+        for owner in (chat, other)
     ]
     descending = message_pb2.MESSAGE_ORDER_DESC
 
@@ -377,27 +381,27 @@ async def test_batched_reads_return_each_reader_its_own_rows(chat: Chat, other: 
     ]:
         return [
             call
-            for owner_id, session_id in owned
+            for owner, session_id in owned
             for call in (
-                owner_id.page(session_id),
-                owner_id.page(session_id, page_size=2),
-                owner_id.page(session_id, page_size=5, order=descending),
-                owner_id.context(session_id, max_messages=4),
+                owner.page(session_id),
+                owner.page(session_id, page_size=2),
+                owner.page(session_id, page_size=5, order=descending),
+                owner.context(session_id, max_messages=4),
             )
         ]
 
     alone = [(await call).SerializeToString() for call in reads()]
     for _ in range(3):
         together = await asyncio.gather(*reads())
-        assert [each.SerializeToString() for each in together] == alone
-    # One user's id with another's session: nothing, however many read it rightly at the same time.
+        assert [reply.SerializeToString() for reply in together] == alone
+    # Another user's session is not found, even in one batch with reads by its owner.
     wrong = [other.page(owned[0][1]), other.context(owned[0][1])]
     _, refused = await settle([*reads(), *wrong, *reads()])
-    assert [each.reason for each in refused] == ["SESSION_NOT_FOUND", "SESSION_NOT_FOUND"]
+    assert [failure.reason for failure in refused] == ["SESSION_NOT_FOUND", "SESSION_NOT_FOUND"]
 
 
 async def test_read_sees_every_append_acknowledged_before_it(chats: tuple[Chat, Chat]) -> None:
-    """Whoever has taken the append, and however many reads are under way."""
+    """Whichever server took the append, and however many reads are in flight."""
     session = await chats[0].create_session()
 
     async def write_and_read(number: int) -> None:

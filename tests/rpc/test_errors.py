@@ -1,4 +1,4 @@
-"""The contract's table of errors: each reason that these methods have is produced here once, with its code and its details."""
+"""The table of errors: each reason is produced once, with its code and details."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ async def external_id_taken(chat: Chat) -> Failure:
 
 
 async def id_taken(chat: Chat) -> Failure:
-    made = await chat.create_session()
-    return await failure_of(chat.create_session(id=made.id, title="other"))
+    session = await chat.create_session()
+    return await failure_of(chat.create_session(id=session.id, title="other"))
 
 
 async def message_id_reused(chat: Chat) -> Failure:
@@ -72,8 +72,8 @@ async def message_id_reused(chat: Chat) -> Failure:
 
 
 async def etag_mismatch(chat: Chat) -> Failure:
-    made = await chat.create_session()
-    return await failure_of(chat.update_session(id=made.id, title="x", etag="old"))
+    session = await chat.create_session()
+    return await failure_of(chat.update_session(id=session.id, title="x", etag="old"))
 
 
 async def last_seq_mismatch(chat: Chat) -> Failure:
@@ -81,8 +81,8 @@ async def last_seq_mismatch(chat: Chat) -> Failure:
 
 
 async def session_archived(chat: Chat) -> Failure:
-    made = await chat.create_session(state=ARCHIVED)
-    return await failure_of(chat.append(made.id, "x"))
+    session = await chat.create_session(state=ARCHIVED)
+    return await failure_of(chat.append(session.id, "x"))
 
 
 PLAIN: dict[str, tuple[Produce, StatusCode, set[str]]] = {
@@ -108,18 +108,18 @@ PLAIN: dict[str, tuple[Produce, StatusCode, set[str]]] = {
 @pytest.mark.parametrize("reason", PLAIN)
 async def test_error_of_the_caller_has_its_code_and_no_retry_delay(chat: Chat, reason: str) -> None:
     produce, code, metadata = PLAIN[reason]
-    found = await produce(chat)
-    assert (found.code, found.reason) == (code, reason)
-    assert set(found.metadata) == metadata
-    assert found.retry_after is None, "waiting would not help"
-    assert found.message
+    failure = await produce(chat)
+    assert (failure.code, failure.reason) == (code, reason)
+    assert set(failure.metadata) == metadata
+    assert failure.retry_after is None, "a retry would not help"
+    assert failure.message
 
 
 async def test_invalid_bytes_are_malformed_request(server: Server) -> None:
     async with channel(server.address) as opened:
         method = opened.unary_unary("/chathistory.v1.ChatHistoryService/GetSession")  # type: ignore[call-arg]
-        found = await assert_fails(method(b"\xff"), "MALFORMED_REQUEST")
-    assert found.code == StatusCode.INVALID_ARGUMENT
+        failure = await assert_fails(method(b"\xff"), "MALFORMED_REQUEST")
+    assert failure.code == StatusCode.INVALID_ARGUMENT
 
 
 async def test_unknown_method_is_unimplemented(server: Server) -> None:
@@ -129,12 +129,12 @@ async def test_unknown_method_is_unimplemented(server: Server) -> None:
     assert caught.value.code() == StatusCode.UNIMPLEMENTED
 
 
-# --- What waiting mends.
+# --- Errors that a retry can resolve.
 
 
 @asynccontextmanager
 async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
-    """Keep a session's row locked, as a long transaction of somebody else's would."""
+    """Keep a session's row locked, as a long transaction would."""
     connection = await asyncpg.connect(url, server_settings={"application_name": TESTS_APPLICATION})
     try:
         async with connection.transaction():
@@ -151,18 +151,20 @@ async def test_append_to_a_session_that_stays_locked_is_contention(
 ) -> None:
     monkeypatch.setattr(
         database, "REPLY_MARGIN_S", 1.0
-    )  # A busy machine takes its time to carry an answer.
+    )  # A busy machine may deliver the answer late.
     session_id = await chat.start()
     request = message_pb2.AppendMessagesRequest(
         user_id=chat.user_id, session_id=session_id, messages=new_messages(1)
     )
     async with locked(database_url, session_id):
-        found = await assert_fails(chat.stub.AppendMessages(request, timeout=5), "CONTENTION")
-    assert (found.code, found.retry_after is not None) == (StatusCode.ABORTED, True)
+        failure = await assert_fails(chat.stub.AppendMessages(request, timeout=5), "CONTENTION")
+    assert (failure.code, failure.retry_after is not None) == (StatusCode.ABORTED, True)
     assert (await chat.stub.AppendMessages(request)).messages[0].seq == 2
 
 
-async def test_append_to_one_session_succeeds_while_another_is_locked(chat: Chat, database_url: str) -> None:
+async def test_append_to_one_session_succeeds_while_another_is_locked(
+    chat: Chat, database_url: str
+) -> None:
     held, free = await chat.start(), [await chat.start() for _ in range(8)]
     async with locked(database_url, held):
         waiting = asyncio.create_task(chat.append(held, "later"))
@@ -177,8 +179,8 @@ async def test_call_without_a_deadline_gets_the_servers(database_url: str) -> No
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         async with locked(database_url, session_id):
-            found = await failure_of(chat.update_session(id=session_id, title="x"))
-        assert found.reason in ("CONTENTION", "DEADLINE_EXCEEDED")
+            failure = await failure_of(chat.update_session(id=session_id, title="x"))
+        assert failure.reason in ("CONTENTION", "DEADLINE_EXCEEDED")
 
 
 async def test_call_ends_at_the_clients_deadline(chat: Chat, database_url: str) -> None:
@@ -188,7 +190,7 @@ async def test_call_ends_at_the_clients_deadline(chat: Chat, database_url: str) 
     )
     async with locked(database_url, session_id):
         with pytest.raises(aio.AioRpcError) as caught:
-            await chat.stub.UpdateSession(request, timeout=0.1)  # Less than it waits for a lock.
+            await chat.stub.UpdateSession(request, timeout=0.1)  # Shorter than the wait for a lock.
     assert caught.value.code() == StatusCode.DEADLINE_EXCEEDED
 
 
@@ -203,8 +205,8 @@ async def test_call_above_the_limit_is_overloaded_with_a_retry_delay(database_ur
             waiting = [asyncio.create_task(chat.append(session_id, "later")) for _ in range(2)]
             while server.calls.in_flight < 2:
                 await asyncio.sleep(0.01)
-            found = await assert_fails(chat.get_session(session_id), "OVERLOADED")
-            assert (found.code, found.retry_after is not None) == (
+            failure = await assert_fails(chat.get_session(session_id), "OVERLOADED")
+            assert (failure.code, failure.retry_after is not None) == (
                 StatusCode.RESOURCE_EXHAUSTED,
                 True,
             )
@@ -216,17 +218,15 @@ async def test_call_above_the_limit_is_overloaded_with_a_retry_delay(database_ur
         watch.cancel()
 
 
-async def test_call_to_a_draining_server_is_unavailable(
-    chat: Chat, server: Server
-) -> None:
+async def test_call_to_a_draining_server_is_unavailable(chat: Chat, server: Server) -> None:
     session_id = await chat.start()
     watch = chat.watch(session_id)
     await watch.read()
     server.calls.is_draining = True
     server.watchers.close()
     for call in (chat.get_session(session_id), chat.append(session_id, "x"), watch.read()):
-        found = await assert_fails(call, "DRAINING")
-        assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
+        failure = await assert_fails(call, "DRAINING")
+        assert (failure.code, failure.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
 
 
 async def test_call_is_unavailable_during_an_outage_and_served_after_it(
@@ -248,14 +248,14 @@ async def test_call_is_unavailable_during_an_outage_and_served_after_it(
             chat.page(session_id),
             chat.context(session_id),
         ):
-            found = await assert_fails(call, "DATABASE_UNAVAILABLE")
-            assert (found.code, found.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
-            assert str(proxy.port) not in str(found)
+            failure = await assert_fails(call, "DATABASE_UNAVAILABLE")
+            assert (failure.code, failure.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
+            assert str(proxy.port) not in str(failure)
         proxy.accept_connections()
         assert (await chat.append(session_id, [sent])).messages[0].seq == 2
 
 
-# --- What is our own fault.
+# --- Internal errors.
 
 
 @pytest.mark.case(n=4)
@@ -264,20 +264,20 @@ async def test_internal_error_reveals_no_exception_text(
 ) -> None:
     session_id = await chat.start("a secret message")
 
-    # A logger of its own: the module's may be bound to what an earlier test had for its standard error.
+    # A new logger: the module's may be bound to the standard error of an earlier test.
     monkeypatch.setattr(pipeline, "_log", structlog.wrap_logger(structlog.PrintLogger(sys.stderr)))
 
     async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("postgresql://somebody:hunter2@db.example/x: a secret message")
 
     monkeypatch.setattr(sessions, "get", broken)
-    found = await assert_fails(chat.get_session(session_id), "INTERNAL")
-    assert (found.code, found.message) == (StatusCode.INTERNAL, "internal error")
-    assert set(found.metadata) == {"request_id"}
+    failure = await assert_fails(chat.get_session(session_id), "INTERNAL")
+    assert (failure.code, failure.message) == (StatusCode.INTERNAL, "internal error")
+    assert set(failure.metadata) == {"request_id"}
     written = "".join(capsys.readouterr())
-    assert found.metadata["request_id"] in written
-    assert "hunter2" not in written + str(found)
-    assert "a secret message" not in written + str(found)
+    assert failure.metadata["request_id"] in written
+    assert "hunter2" not in written + str(failure)
+    assert "a secret message" not in written + str(failure)
 
 
 async def test_internal_error_reveals_no_database_message(
@@ -290,9 +290,9 @@ async def test_internal_error_reveals_no_database_message(
         chat.update_session(id=session_id, title="hunter2"),
         chat.context(session_id),
     ):
-        found = await assert_fails(call, "INTERNAL")
-        assert found.message == "internal error"
-        assert "title" not in str(found)
+        failure = await assert_fails(call, "INTERNAL")
+        assert failure.message == "internal error"
+        assert "title" not in str(failure)
     written = "".join(capsys.readouterr())
     assert "hunter2" not in written
     assert "SELECT" not in written
@@ -300,7 +300,7 @@ async def test_internal_error_reveals_no_database_message(
     assert (await chat.get_session(session_id)).id == session_id
 
 
-# --- Who may do what.
+# --- Permissions.
 
 JWT = {
     "auth": "jwt",
@@ -312,8 +312,8 @@ JWT = {
 
 async def test_call_without_a_token_is_unauthenticated(database_url: str) -> None:
     async with serving(database_url, **JWT) as server, connected(server.address) as stub:
-        found = await assert_fails(Chat(stub, new_id()).list_sessions(), "TOKEN_INVALID")
-    assert found.code == StatusCode.UNAUTHENTICATED
+        failure = await assert_fails(Chat(stub, new_id()).list_sessions(), "TOKEN_INVALID")
+    assert failure.code == StatusCode.UNAUTHENTICATED
 
 
 async def test_user_may_not_act_for_another_user_or_as_a_service(
@@ -321,7 +321,7 @@ async def test_user_may_not_act_for_another_user_or_as_a_service(
 ) -> None:
     async with serving(database_url, **JWT) as server, connected(server.address) as stub:
         service = issuer.bearer_metadata(issuer.service_token())
-        made = [
+        created = [
             (
                 await stub.CreateUser(
                     user_pb2.CreateUserRequest(user=user_pb2.User(email=f"{n}@x.example")),
@@ -330,7 +330,7 @@ async def test_user_may_not_act_for_another_user_or_as_a_service(
             ).user
             for n in range(2)
         ]
-        mine, theirs = (user.id for user in made)
+        mine, theirs = (user.id for user in created)
         me = issuer.bearer_metadata(issuer.token(mine))
         get = user_pb2.GetUserRequest
         for own in (get(), get(user_id=mine), get(email="0@X.example")):
@@ -350,8 +350,8 @@ async def test_user_may_not_act_for_another_user_or_as_a_service(
                 metadata=me,
             ),
         ):
-            found = await assert_fails(call, "USER_MISMATCH")
-            assert found.code == StatusCode.PERMISSION_DENIED
+            failure = await assert_fails(call, "USER_MISMATCH")
+            assert failure.code == StatusCode.PERMISSION_DENIED
         for call_ in (
             stub.CreateUser(user_pb2.CreateUserRequest(user=user_pb2.User()), metadata=me),
             stub.ListUsers(user_pb2.ListUsersRequest(), metadata=me),
@@ -360,7 +360,7 @@ async def test_user_may_not_act_for_another_user_or_as_a_service(
                 user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="x")), metadata=me
             ),
         ):
-            found = await assert_fails(call_, "SERVICE_ONLY")
-            assert found.code == StatusCode.PERMISSION_DENIED
+            failure = await assert_fails(call_, "SERVICE_ONLY")
+            assert failure.code == StatusCode.PERMISSION_DENIED
         changed = user_pb2.UpdateUserRequest(user=user_pb2.User(name="me"))
         assert (await stub.UpdateUser(changed, metadata=me)).user.name == "me"

@@ -1,4 +1,4 @@
-"""Health: ready only while calls can be served, by the evidence of the calls themselves; alive in any case; and never a cost."""
+"""Health: readiness follows the results of calls, liveness is constant, probes cost nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 READY = ("", SERVICE)
 ENOUGH = 20.0
-"""Seconds to wait for what the contract promises within five: a shared machine may stand still for some of them."""
+"""Seconds to wait for what is promised within five: a shared machine may pause for some."""
 
 
 class Probe:
@@ -44,10 +44,10 @@ class Probe:
         return int(reply.status)
 
     async def ready(self) -> bool:
-        """Say whether it is ready; both names must say the same."""
+        """Return whether it is ready; both names must have the same status."""
         for _ in range(5):
             first, second = await asyncio.gather(*map(self.check, READY))
-            if first == second:  # Else it has changed between the two.
+            if first == second:  # Otherwise it changed between the two calls.
                 return first == SERVING
         raise AssertionError("the two names say different things")
 
@@ -55,7 +55,7 @@ class Probe:
         return self._stub.Watch(health_pb2.HealthCheckRequest(service=name))
 
     async def becomes(self, wanted: bool) -> None:
-        """Wait until it is ready, or is not."""
+        """Wait until it is ready, or until it is not."""
         async with asyncio.timeout(ENOUGH):
             while await self.ready() != wanted:
                 assert await self.check("liveness") == SERVING
@@ -82,9 +82,9 @@ async def probe(server: Server) -> AsyncGenerator[Probe]:
 
 @asynccontextmanager
 async def traffic(chat: Chat, timeout: float = 1.0) -> AsyncGenerator[None]:
-    """Call all the time, reads and appends, and never mind what becomes of them."""
+    """Send reads and appends continuously, and ignore their failures."""
 
-    async def again_and_again(call: Callable[[], Awaitable[object]]) -> None:
+    async def call_repeatedly(call: Callable[[], Awaitable[object]]) -> None:
         while True:
             with suppress(aio.AioRpcError, TimeoutError):
                 async with asyncio.timeout(timeout):
@@ -94,9 +94,9 @@ async def traffic(chat: Chat, timeout: float = 1.0) -> AsyncGenerator[None]:
     session_id = new_id()
     await chat.append(session_id, "first", create_if_missing=True)
     tasks = [
-        asyncio.create_task(again_and_again(lambda: chat.append(session_id, "more"))),
-        asyncio.create_task(again_and_again(lambda: chat.page(session_id))),
-        asyncio.create_task(again_and_again(lambda: chat.get_session(session_id))),
+        asyncio.create_task(call_repeatedly(lambda: chat.append(session_id, "more"))),
+        asyncio.create_task(call_repeatedly(lambda: chat.page(session_id))),
+        asyncio.create_task(call_repeatedly(lambda: chat.get_session(session_id))),
     ]
     try:
         yield
@@ -191,7 +191,7 @@ async def test_server_starts_without_a_database_and_becomes_ready(database_url: 
 
 
 async def test_readiness_follows_a_restart_of_postgres_under_traffic() -> None:
-    """The real thing: a PostgreSQL of its own, stopped in good order (57P01 on every connection) and started again."""
+    """A PostgreSQL of its own is stopped (57P01 on every connection) and started again."""
     with Cluster() as cluster:
         await cluster.prepare()
         url = cluster.url(await cluster.create_database())
@@ -212,7 +212,7 @@ async def test_readiness_follows_a_restart_of_postgres_under_traffic() -> None:
 
 @pytest.mark.case(n=12)
 async def test_readiness_follows_a_silent_outage_under_traffic(database_url: str) -> None:
-    """A black hole: nothing is refused and nothing answered. Calls end on time, and it recovers by itself."""
+    """No connection is refused and none is answered; the server recovers automatically."""
     async with (
         postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
@@ -234,7 +234,7 @@ async def test_readiness_follows_a_silent_outage_under_traffic(database_url: str
 async def test_calls_end_at_their_deadline_during_a_silent_outage(
     database_url: str, deadline_of: str
 ) -> None:
-    """By the client's deadline, or by the server's for a client that has set none; and the server does not go on."""
+    """By the client's deadline, else by the server's; and the server stops working on them."""
     of_server, of_client = (0.8, None) if deadline_of == "server" else (30.0, 0.8)
     async with (
         postgres_proxy(database_url) as (proxy, url),
@@ -263,7 +263,7 @@ async def test_calls_end_at_their_deadline_during_a_silent_outage(
                     await getattr(stub, name)(
                         kind(user_id=chat.user_id, **fields), timeout=of_client
                     )
-                # An append is answered a little before its deadline, when it has met that the database is away.
+                # An append that knows of the outage is answered shortly before its deadline.
                 late = (
                     StatusCode.DEADLINE_EXCEEDED,
                     StatusCode.UNAVAILABLE if name == "AppendMessages" else None,
@@ -289,7 +289,7 @@ async def test_database_check_of_an_idle_service_makes_a_round_trip(database_url
         probe = Probe(opened)
         assert await probe.check("database") == SERVING
         proxy.refuse_connections()
-        # Its answer serves for a second; readiness follows what it has found.
+        # Its answer is reused for a second, and readiness follows it.
         async with asyncio.timeout(ENOUGH):
             while await probe.check("database") == SERVING:
                 await asyncio.sleep(0.05)
@@ -305,15 +305,15 @@ async def test_concurrent_database_checks_share_one_round_trip(
     probe: Probe, cluster: Cluster, database_url: str
 ) -> None:
     await probe.check("database")
-    await asyncio.sleep(1.1)  # That answer serves no more.
+    await asyncio.sleep(1.1)  # Its answer is no longer reused.
     sent = SentStatements(cluster, database_url)
     assert set(await asyncio.gather(*(probe.check("database") for _ in range(50)))) == {SERVING}
     together = len(sent.so_far())
-    assert together > 0, "it does ask"
+    assert together > 0, "it sends a statement"
     await asyncio.sleep(1.1)
     sent = SentStatements(cluster, database_url)
     await probe.check("database")
-    assert len(sent.so_far()) == together, "fifty cost as much as one"
+    assert len(sent.so_far()) == together, "fifty checks cost as much as one"
 
 
 async def test_health_watch_sends_every_change(database_url: str) -> None:
@@ -329,17 +329,17 @@ async def test_health_watch_sends_every_change(database_url: str) -> None:
                     proxy.accept_connections()
                     assert (await watch.read()).status == SERVING
                     proxy.refuse_connections()
-                    told = asyncio.ensure_future(watch.read())
-                    while not told.done():
+                    change = asyncio.ensure_future(watch.read())
+                    while not change.done():
                         with suppress(aio.AioRpcError):
                             await stub.CreateUser(_new_user(), timeout=0.5)
-                    assert (await told).status == NOT_SERVING
+                    assert (await change).status == NOT_SERVING
             alive.cancel()
             watch.cancel()
 
 
 async def test_open_health_watch_does_not_delay_shutdown(database_url: str) -> None:
-    """It is told of the end, and is ended: a load balancer that follows health must not eat the whole grace."""
+    """It gets the last status and ends: a load balancer's watch must not use up the grace."""
     async with (
         serving(database_url, shutdown_grace=600.0, shutdown_delay=0.3) as server,
         channel(server.address) as opened,
@@ -371,7 +371,7 @@ async def test_probes_for_a_minute_send_no_statement(
 
 
 async def probed(probe: Probe, chat: Chat, before: SentStatements, seconds: float) -> None:
-    """Use the service, then leave it alone but for a kubelet's and a load balancer's probes."""
+    """Use the service, then send only the probes of a kubelet and a load balancer."""
     await chat.start()
     used = len(before.so_far())
     assert used > 0
@@ -386,7 +386,7 @@ async def probed(probe: Probe, chat: Chat, before: SentStatements, seconds: floa
 
 
 async def test_locked_rows_do_not_end_readiness(database_url: str, cluster: Cluster) -> None:
-    """Every connection of a small pool waits for a row that somebody holds: slow, but the database is there."""
+    """Every connection of a small pool waits for a locked row, but the database answers."""
     async with (
         serving(database_url, db_pool_size=2, db_max_overflow=0, db_pool_timeout=0.5) as server,
         channel(server.address) as opened,

@@ -1,4 +1,4 @@
-"""The end and the beginning of a server: nothing acknowledged is lost, nobody is kept waiting, and one port has one server."""
+"""Start and shutdown: no acknowledged append is lost, no caller hangs, one server has the port."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.statements import database_name
 
 
 class Writer:
-    """Appends one message after the other to a session of its own, and keeps what was acknowledged."""
+    """Appends messages to a session of its own, and records the acknowledged ones."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -51,10 +51,10 @@ class Writer:
                 self.failed.append(error)
                 return
 
-    def check(self, found: History) -> None:
-        """Assert that what was acknowledged is there, and of the rest nothing that was not sent."""
-        found.check_contains(self.acknowledged)
-        stored = [message.id for message in found.messages]
+    def check(self, history: History) -> None:
+        """Assert that all acknowledged messages are stored, and no message that was not sent."""
+        history.check_contains(self.acknowledged)
+        stored = [message.id for message in history.messages]
         assert stored == self.sent[: len(stored)]
         assert len(stored) - len(self.acknowledged) <= 1
 
@@ -78,7 +78,7 @@ async def test_sigterm_under_load_loses_no_acknowledged_append(
         replies = aiter(chat.watch(writers[0].session_id))
         await anext(replies)
         process.send_signal(signal.SIGTERM)
-        # Long before the grace is over: an open stream must not eat it.
+        # Long before the end of the grace: an open stream must not use it up.
         async with asyncio.timeout(30):
             await asyncio.gather(*writing)
             with pytest.raises(aio.AioRpcError) as ended:
@@ -168,10 +168,10 @@ async def test_calls_in_flight_finish_and_new_calls_are_draining(
             session = await chat.create_session()
             async with holder.transaction():
                 await holder.execute("LOCK TABLE chat_sessions IN ACCESS EXCLUSIVE MODE")
-                under_way = [asyncio.create_task(chat.append(session.id, f"{n}")) for n in range(5)]
+                in_flight = [asyncio.create_task(chat.append(session.id, f"{n}")) for n in range(5)]
                 update = chat.update_session(["title"], id=session.id, title="new")
-                under_way.append(asyncio.create_task(update))  # type: ignore[arg-type]
-                while server.calls.in_flight < len(under_way):
+                in_flight.append(asyncio.create_task(update))  # type: ignore[arg-type]
+                while server.calls.in_flight < len(in_flight):
                     await asyncio.sleep(0.01)
                 stopping = asyncio.create_task(server.stop())
                 while not server.calls.is_draining:
@@ -180,11 +180,11 @@ async def test_calls_in_flight_finish_and_new_calls_are_draining(
                     await chat.get_session(session.id)
                 assert refused.value.code() == StatusCode.UNAVAILABLE
                 assert not stopping.done()
-            replies = await asyncio.gather(*under_way)
+            replies = await asyncio.gather(*in_flight)
             await stopping
-            found = await read_valid_history(database_url, chat.user_id, session.id)
-            found.check_contains(replies[:5])
-            assert found.last_seq == 5
+            history = await read_valid_history(database_url, chat.user_id, session.id)
+            history.check_contains(replies[:5])
+            assert history.last_seq == 5
     finally:
         await holder.close()
 
@@ -193,10 +193,10 @@ async def test_calls_in_flight_finish_and_new_calls_are_draining(
 async def test_sequential_caller_gets_draining_at_shutdown(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the end begins, nothing may be under way although the server is in use; gRPC alone would cancel the next call."""
+    """At shutdown a server in use may have no call in flight; gRPC would cancel the next call."""
     monkeypatch.setattr(
         server_module, "REFUSE_BEFORE_CLOSE_S", 1.0
-    )  # The next call of a busy machine's takes a moment.
+    )  # On a busy machine the next call may be late.
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         stopping = asyncio.create_task(server.stop())
@@ -213,7 +213,7 @@ async def test_sequential_caller_gets_draining_at_shutdown(
 
 
 async def test_health_is_not_serving_before_calls_are_rejected(database_url: str) -> None:
-    """Load balancers need a moment to notice: until it is over, calls are served."""
+    """Calls are served during the shutdown delay, in which load balancers see NOT_SERVING."""
     async with (
         serving(database_url, shutdown_delay=3.0) as server,
         channel(server.address) as opened,
@@ -269,15 +269,17 @@ async def test_second_server_on_the_same_port_fails(
     await second.stop()
     process = ServerProcess(database_url, tmp_path / "second", CHAT_HISTORY_LISTEN=server.address)
     await process.start(ready=False)
-    process.send_signal(signal.SIGCONT)  # The test sees to its end.
+    process.send_signal(signal.SIGCONT)  # The fixture kills it.
     async with asyncio.timeout(30):
         assert await process.wait() != 0
     await process.stop()
     assert process.address == ""
 
 
-async def test_restart_listens_on_the_same_port_immediately(database_url: str, tmp_path: Path) -> None:
-    """Connections of the one before may linger; the next must not wait for them."""
+async def test_restart_listens_on_the_same_port_immediately(
+    database_url: str, tmp_path: Path
+) -> None:
+    """Connections of the previous server may remain; the next one must not wait for them."""
     async with ServerProcess(database_url, tmp_path / "first") as first:
         async with connected(first.address) as stub:
             chat = await Chat.of_new_user(stub)
@@ -304,7 +306,7 @@ async def test_stop_directly_after_start_succeeds(database_url: str) -> None:
 
 
 async def test_reflection_serves_the_whole_api(server: Server) -> None:
-    """A client that has nothing but the address can ask for every message that it needs."""
+    """A client that has only the address can read every message type."""
     async with channel(server.address) as opened:
         connection: Any = opened
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(connection)
@@ -319,12 +321,12 @@ async def test_reflection_serves_the_whole_api(server: Server) -> None:
             return reply
 
         services = {
-            each.name for each in (await ask(list_services="")).list_services_response.service
+            service.name for service in (await ask(list_services="")).list_services_response.service
         }
         assert services >= {"chathistory.v1.ChatHistoryService", "grpc.health.v1.Health"}
         files: dict[str, descriptor_pb2.FileDescriptorProto] = {}
-        found = await ask(file_containing_symbol="chathistory.v1.ChatHistoryService")
-        todo = list(found.file_descriptor_response.file_descriptor_proto)
+        history = await ask(file_containing_symbol="chathistory.v1.ChatHistoryService")
+        todo = list(history.file_descriptor_response.file_descriptor_proto)
         while todo:
             file = descriptor_pb2.FileDescriptorProto.FromString(todo.pop())
             files[file.name] = file

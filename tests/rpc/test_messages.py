@@ -1,4 +1,4 @@
-"""Messages: everything that is sent comes back as it was, changes under its etag, and leaves an empty tombstone when it is erased."""
+"""Messages: returned as they were sent, updated with their etag, deleted to a tombstone."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from tests.support.chat import (
 from tests.support.cluster import fetch
 from tests.support.failures import assert_fails, assert_field_violations
 
-# Everything that PostgreSQL's text can hold: no NUL, and no lone surrogates, which UTF-8 cannot hold either.
+# Everything that PostgreSQL's text can store: no NUL, and no lone surrogates, as in UTF-8.
 anything = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=200)
-# PostgreSQL's numbers know no -0, which is equal to 0.
+# PostgreSQL's numbers have no -0, which equals 0.
 finite = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)
 numbers = st.one_of(finite, st.integers(-(2**53), 2**53).map(float))
 json_values = st.recursive(
@@ -58,9 +58,9 @@ INJECTIONS = [
 
 
 def struct(value: dict[str, Any]) -> Struct:
-    made = Struct()
-    made.update(value)
-    return made
+    struct_ = Struct()
+    struct_.update(value)
+    return struct_
 
 
 def part(**kind: Any) -> message_pb2.Part:
@@ -68,7 +68,7 @@ def part(**kind: Any) -> message_pb2.Part:
 
 
 def all_parts() -> list[message_pb2.Part]:
-    """Return one of each kind, full and bare."""
+    """Return a part of each kind, with all fields and with none."""
     return [
         part(text="a text"),
         part(text=""),
@@ -106,8 +106,8 @@ async def test_every_field_of_a_message_is_returned(chat: Chat) -> None:
     for name in ("session_id", "seq", "create_time", "update_time", "etag"):
         got.ClearField(name)
     assert got == sent
-    assert [each.WhichOneof("kind") for each in got.parts] == [
-        each.WhichOneof("kind") for each in sent.parts
+    assert [part.WhichOneof("kind") for part in got.parts] == [
+        part.WhichOneof("kind") for part in sent.parts
     ]
 
 
@@ -193,7 +193,7 @@ async def test_arbitrary_texts_and_structs_are_returned(chat: Chat) -> None:
 
         got = asyncio.run_coroutine_threadsafe(there_and_back(), loop).result(30)
         assert got.content == content
-        # An empty Struct is none; in all else nothing is lost, not even a number's last bit.
+        # An empty Struct becomes unset; nothing else is lost, not even a number's last bit.
         assert got.metadata == sent.metadata
         assert list(got.parts) == list(sent.parts)
 
@@ -225,9 +225,11 @@ async def test_create_time_is_the_servers_and_follows_seq(chat: Chat) -> None:
     assert times[0] > 1_700_000_000_000_000
 
 
-async def test_create_time_never_decreases_when_the_clock_does(chat: Chat, database_url: str) -> None:
+async def test_create_time_never_decreases_when_the_clock_does(
+    chat: Chat, database_url: str
+) -> None:
     session_id = await chat.start(new_messages(2))
-    # As if an earlier append had met a clock that ran an hour fast.
+    # As if the clock had been an hour fast at an earlier append.
     await fetch(
         database_url, "UPDATE chat_sessions SET updated_at = '2100-01-01' WHERE id = $1", session_id
     )
@@ -243,7 +245,7 @@ async def test_create_time_never_decreases_when_the_clock_does(chat: Chat, datab
     assert times == sorted(times)
 
 
-# --- Reading one.
+# --- Reading a message.
 
 
 async def test_missing_message_is_not_found(chat: Chat, other: Chat) -> None:
@@ -353,10 +355,10 @@ async def test_update_with_stale_etag_is_aborted(
     assert second.etag != first.etag
     assert second.update_time.ToMicroseconds() >= first.update_time.ToMicroseconds()
     assert second.create_time == first.create_time
-    found = await assert_fails(
+    failure = await assert_fails(
         chat.update(session_id, sent.id, content="third", etag=first.etag), "ETAG_MISMATCH"
     )
-    assert found.metadata["etag"] == second.etag
+    assert failure.metadata["etag"] == second.etag
     assert await chat.get(session_id, sent.id) == second
 
 
@@ -395,11 +397,11 @@ async def test_update_of_a_message_leaves_session_and_replay_unchanged(chat: Cha
     await chat.update(session_id, sent.id, content="edited", metadata={"k": 1})
     assert await chat.get_session(session_id) == before
     reply = await chat.append(session_id, [sent])
-    assert [(each.seq, each.replayed) for each in reply.messages] == [(1, True)]
+    assert [(message.seq, message.replayed) for message in reply.messages] == [(1, True)]
     assert (await chat.get(session_id, sent.id)).content == "edited"
 
 
-# --- Erasing.
+# --- Deleting.
 
 
 async def test_deleted_message_is_in_no_read_and_seqs_stay(
@@ -410,11 +412,12 @@ async def test_deleted_message_is_in_no_read_and_seqs_stay(
     await chat.delete(session_id, sent[1].id)
     await chat.delete(session_id, sent[4].id.upper())
     left = [1, 3, 4]
-    assert [each.seq for each in await chat.all(session_id)] == left
+    assert [message.seq for message in await chat.all(session_id)] == left
     assert [
-        each.seq for each in await chat.all(session_id, order="MESSAGE_ORDER_DESC", page_size=2)
+        message.seq
+        for message in await chat.all(session_id, order="MESSAGE_ORDER_DESC", page_size=2)
     ] == left[::-1]
-    assert [each.seq for each in (await chat.context(session_id)).messages] == left
+    assert [message.seq for message in (await chat.context(session_id)).messages] == left
     await assert_fails(chat.get(session_id, sent[1].id), "MESSAGE_NOT_FOUND")
     await assert_fails(chat.update(session_id, sent[1].id, content="back"), "MESSAGE_NOT_FOUND")
     session = await chat.get_session(session_id)
@@ -425,7 +428,9 @@ async def test_deleted_message_is_in_no_read_and_seqs_stay(
     assert (await chat.append(session_id, "next")).messages[0].seq == 6
 
 
-async def test_deleted_message_leaves_no_content_in_the_database(chat: Chat, database_url: str) -> None:
+async def test_deleted_message_leaves_no_content_in_the_database(
+    chat: Chat, database_url: str
+) -> None:
     sent = new_message(
         "content",
         ASSISTANT,
@@ -456,8 +461,8 @@ async def test_late_retry_does_not_restore_a_deleted_message(chat: Chat) -> None
     await chat.delete(session_id, sent[1].id)
     again = (await chat.append(session_id, sent)).messages
     assert again == first
-    assert all(each.replayed for each in again)
-    assert [each.seq for each in await chat.all(session_id)] == [1, 3]
+    assert all(message.replayed for message in again)
+    assert [message.seq for message in await chat.all(session_id)] == [1, 3]
     assert (await chat.get_session(session_id)).message_count == 2
 
 

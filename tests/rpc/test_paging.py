@@ -1,4 +1,4 @@
-"""Lists: every entry once and in order whatever happens meanwhile, pages of a bounded size, tokens that fit their request alone."""
+"""Lists: entries once and in order during writes, bounded pages, tokens bound to a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 1024 * 1024
 
 
 async def fill(chat: Chat, session_id: str, count: int) -> None:
-    """Append so many messages, a hundred at a time."""
+    """Append `count` messages, a hundred in each request."""
     for start in range(0, count, 100):
         await chat.append(session_id, new_messages(min(100, count - start)))
 
@@ -36,7 +36,7 @@ async def test_pages_have_no_gap_or_overlap(chat: Chat, page_size: int) -> None:
     session_id = await chat.start(new_messages(13))
     for order, expected in ((ASC, list(range(1, 14))), (DESC, list(range(13, 0, -1)))):
         pages = [
-            [each.seq for each in page]
+            [message.seq for message in page]
             async for page in chat.pages(session_id, page_size=page_size, order=order)
         ]
         assert [seq for page in pages for seq in page] == expected
@@ -58,7 +58,7 @@ async def test_pages_skip_deleted_messages_and_are_full(chat: Chat) -> None:
     left = [2, 3, 7, 8, 9, 10, 11]
     for order, expected in ((ASC, left), (DESC, left[::-1])):
         pages = [
-            [each.seq for each in page]
+            [message.seq for message in page]
             async for page in chat.pages(session_id, page_size=3, order=order)
         ]
         assert pages == [expected[0:3], expected[3:6], expected[6:]]
@@ -70,7 +70,7 @@ async def test_page_token_survives_deletion_of_its_message(chat: Chat) -> None:
     await chat.delete(session_id, sent[1].id)
     await chat.delete(session_id, sent[2].id)
     second = await chat.page(session_id, page_size=2, page_token=first.next_page_token)
-    assert [each.seq for each in second.messages] == [4, 5]
+    assert [message.seq for message in second.messages] == [4, 5]
 
 
 async def test_empty_session_has_one_empty_page(chat: Chat) -> None:
@@ -101,7 +101,7 @@ async def test_ten_thousand_messages_are_listed_once_during_appends(chat: Chat) 
     await asyncio.gather(*talkers)
 
 
-# --- How large a page is.
+# --- Page sizes.
 
 
 async def test_page_size_is_50_by_default_and_1000_at_most(chat: Chat) -> None:
@@ -122,9 +122,7 @@ async def test_page_size_is_50_by_default_and_1000_at_most(chat: Chat) -> None:
     assert (await chat.page(session_id, page_size=5)).messages[0].content == "message 1"
 
 
-async def test_page_sizes_apply_to_sessions_and_users(
-    chat: Chat, database_url: str
-) -> None:
+async def test_page_sizes_apply_to_sessions_and_users(chat: Chat, database_url: str) -> None:
     insert = "INSERT INTO {} SELECT {} gen_random_uuid(), '' FROM generate_series(1, 1010)"
     await fetch(
         database_url,
@@ -149,7 +147,7 @@ async def test_negative_page_size_is_rejected(chat: Chat, page_size: int) -> Non
 
 
 def heavy(size: int) -> message_pb2.Message:
-    """Make a message that is serialized to about so many bytes, of parts and content."""
+    """Return a message of about `size` bytes serialized, half parts and half content."""
     quarter = "x" * (size // 4 - 100)
     return new_message(quarter, parts=[{"text": quarter} for _ in range(3)])
 
@@ -160,8 +158,8 @@ async def test_reply_ends_at_3_mib_and_the_next_page_continues(chat: Chat) -> No
         await chat.append(session_id, [heavy(MIB - 1000), new_message("small")])
     for order in (ASC, DESC):
         pages = [page async for page in chat.pages(session_id, page_size=1000, order=order)]
-        assert sorted(each.seq for page in pages for each in page) == list(range(1, 15))
-        assert all(sum(each.ByteSize() for each in page) <= 3 * MIB for page in pages)
+        assert sorted(message.seq for page in pages for message in page) == list(range(1, 15))
+        assert all(sum(message.ByteSize() for message in page) <= 3 * MIB for page in pages)
         assert 3 <= len(pages) <= 4
 
 
@@ -178,11 +176,11 @@ async def test_reply_size_counts_bytes_not_characters(chat: Chat) -> None:
             ],
         )
     pages = [page async for page in chat.pages(session_id)]
-    assert [each.seq for page in pages for each in page] == [1, 2, 3, 4, 5, 6]
-    assert all(sum(each.ByteSize() for each in page) <= 3 * MIB for page in pages)
+    assert [message.seq for page in pages for message in page] == [1, 2, 3, 4, 5, 6]
+    assert all(sum(message.ByteSize() for message in page) <= 3 * MIB for page in pages)
 
 
-# What takes little room where it is stored, and much on the wire.
+# Messages that are small in the database and large on the wire.
 BULKY: dict[str, Callable[[], message_pb2.Message]] = {
     "numbers": lambda: new_message("x", parts=[{"data": {"n": [1] * 20_000}}]),
     "nulls": lambda: new_message("x", parts=[{"data": {"n": [None] * 10_000}}]),
@@ -201,9 +199,9 @@ async def test_every_reply_is_below_the_clients_limit(chat: Chat, kind: str) -> 
     some = min(count, 3 * MIB // message.ByteSize(), 100)
     for start in range(0, count, some):
         sent = [message_pb2.Message() for _ in range(min(some, count - start))]
-        for each in sent:
-            each.CopyFrom(message)
-            each.id = new_id()
+        for message in sent:
+            message.CopyFrom(message)
+            message.id = new_id()
         await chat.append(session_id, sent)
     listed = await chat.page(session_id, page_size=1000)
     context = await chat.context(session_id, max_messages=1000)
@@ -228,7 +226,7 @@ Turn = Callable[[str], Awaitable[Any]]
 
 
 async def lists(chat: Chat) -> list[tuple[str, Turn]]:
-    """Return the token of each list's second page, and how to ask for a page by a token."""
+    """Return the token of each list's second page, and a function that reads a page by a token."""
     session_id = await chat.start(new_messages(5))
     for _ in range(3):
         await chat.create_session()
@@ -248,16 +246,34 @@ async def lists(chat: Chat) -> list[tuple[str, Turn]]:
 
 
 def tampered(token: str) -> list[str]:
-    """Return tokens that are nearly this one."""
+    """Return tokens that differ slightly from this one."""
     flipped = [
         token[:n] + ("B" if token[n] == "A" else "A") + token[n + 1 :] for n in range(len(token))
     ]
     raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
     longer = base64.urlsafe_b64encode(raw + b"1").decode().rstrip("=")
     return [
-        *flipped, token[:-1], token[1:], token + "A", token + "=", token + "==", " " + token, token + "\n", token * 2, longer,
-        "A", "AAAA", "=", "!", "é", "'; DROP TABLE users; --", "0", "1", new_id(), "A" * 1024,
-    ]  # fmt: skip
+        *flipped,
+        token[:-1],
+        token[1:],
+        token + "A",
+        token + "=",
+        token + "==",
+        " " + token,
+        token + "\n",
+        token * 2,
+        longer,
+        "A",
+        "AAAA",
+        "=",
+        "!",
+        "é",
+        "'; DROP TABLE users; --",
+        "0",
+        "1",
+        new_id(),
+        "A" * 1024,
+    ]
 
 
 @pytest.mark.case(n=20)
@@ -265,8 +281,8 @@ async def test_tampered_page_token_is_rejected(chat: Chat) -> None:
     for token, turn in await lists(chat):
         assert token
         for bad in tampered(token):
-            found = await assert_fails(turn(bad), "BAD_PAGE_TOKEN")
-            assert found.fields == []
+            failure = await assert_fails(turn(bad), "BAD_PAGE_TOKEN")
+            assert failure.fields == []
         await turn(token)
 
 
@@ -284,9 +300,7 @@ async def test_page_token_of_another_list_is_rejected(chat: Chat) -> None:
 
 
 @pytest.mark.case(n=19)
-async def test_page_token_of_another_request_is_rejected(
-    chat: Chat, other: Chat
-) -> None:
+async def test_page_token_of_another_request_is_rejected(chat: Chat, other: Chat) -> None:
     session_id = await chat.start(new_messages(5))
     another = await chat.start(new_messages(5))
     theirs = (await other.create_session(id=session_id)).id
@@ -312,7 +326,7 @@ async def test_page_token_allows_another_page_size_and_case_of_ids(chat: Chat) -
     token = (await chat.page(session_id, page_size=2)).next_page_token
     shouting = Chat(chat.stub, chat.user_id.upper())
     page = await shouting.page(session_id.upper(), page_token=token, page_size=3, order=ASC)
-    assert [each.seq for each in page.messages] == [3, 4, 5]
+    assert [message.seq for message in page.messages] == [3, 4, 5]
     assert page.next_page_token == ""
 
 

@@ -1,4 +1,4 @@
-"""What every call passes: requests that are no requests, too large or too many, and failures whose words must not get out."""
+"""The pipeline: malformed, oversized and excess requests, timeouts, and internal errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECRET = "postgresql://somebody:s3cr3t@db.example/chat"
 
 
 def _call(opened: Any, path: str, *, streaming: bool, data: bytes, **options: Any) -> Any:
-    """Call a method with bytes of our own choice."""
+    """Call a method with arbitrary bytes."""
     if streaming:
         return opened.unary_stream(path)(data, **options).read()
     return opened.unary_unary(path)(data, **options)
@@ -42,7 +42,7 @@ def _call(opened: Any, path: str, *, streaming: bool, data: bytes, **options: An
 
 @asynccontextmanager
 async def locked(cluster: Cluster, database_url: str, *tables: str) -> AsyncGenerator[Any]:
-    """Hold tables, so that whatever reads or writes them waits in the middle of its statement."""
+    """Lock tables, so that every statement that reads or writes them waits."""
     holder = await cluster.connect(database_name(database_url))
     try:
         async with holder.transaction():
@@ -53,13 +53,13 @@ async def locked(cluster: Cluster, database_url: str, *tables: str) -> AsyncGene
 
 
 async def waiting(holder: Any, count: int = 1) -> None:
-    """Wait until so many statements wait for a lock."""
+    """Wait until `count` statements wait for a lock."""
     async with asyncio.timeout(20):
         while await holder.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted") < count:
             await asyncio.sleep(0.01)
 
 
-# --- What is no request.
+# --- Malformed requests.
 
 
 @pytest.mark.case(n=1)
@@ -74,7 +74,7 @@ async def test_invalid_bytes_are_rejected_by_every_method(server: Server) -> Non
 
 @pytest.mark.case(n=1)
 async def test_text_that_is_not_utf8_is_rejected(server: Server) -> None:
-    """In every text field of every method's request."""
+    """It is tried in every text field of every request."""
     async with channel(server.address) as opened:
         for (path, streaming), method in zip(METHODS, _SERVICE.methods, strict=True):
             for field in method.input_type.fields:
@@ -94,7 +94,7 @@ async def test_server_serves_calls_after_malformed_ones(server: Server, chat: Ch
             for path, streaming in METHODS
         ]
         done = await asyncio.gather(*calls, return_exceptions=True)
-    assert all(isinstance(each, aio.AioRpcError) for each in done)
+    assert all(isinstance(result, aio.AioRpcError) for result in done)
     await chat.start()
 
 
@@ -131,7 +131,7 @@ async def test_unknown_method_of_the_service_is_unimplemented(server: Server) ->
     assert caught.value.code() == StatusCode.UNIMPLEMENTED
 
 
-# --- What is too much.
+# --- Oversized and excess requests.
 
 
 def _large(chat: Chat, session_id: str, size: int) -> message_pb2.AppendMessagesRequest:
@@ -146,11 +146,11 @@ async def test_request_over_four_mebibytes_is_rejected(chat: Chat) -> None:
     session = await chat.create_session()
     async with asyncio.TaskGroup() as group:
         others = [group.create_task(chat.append(session.id, f"{n}")) for n in range(10)]
-        found = await failures.assert_fails(
+        failure = await failures.assert_fails(
             chat.stub.AppendMessages(_large(chat, session.id, 5 << 20)), "REQUEST_TOO_LARGE"
         )
-        assert found.code == StatusCode.RESOURCE_EXHAUSTED
-        # Beyond what is read at all: gRPC's own words.
+        assert failure.code == StatusCode.RESOURCE_EXHAUSTED
+        # Above the limit of gRPC itself, which answers without a reason.
         with pytest.raises(aio.AioRpcError) as caught:
             await chat.stub.AppendMessages(_large(chat, session.id, 20 << 20))
         assert caught.value.code() == StatusCode.RESOURCE_EXHAUSTED
@@ -171,10 +171,8 @@ async def test_request_of_exactly_the_limit_is_accepted(server: Server) -> None:
 
 
 @pytest.mark.case(n=3)
-async def test_gzip_bomb_is_rejected(
-    database_url: str, tmp_path: Path
-) -> None:
-    """A gzip bomb: some kilobytes on the wire that are 150 MB. The server must not hold what it refuses."""
+async def test_gzip_bomb_is_rejected(database_url: str, tmp_path: Path) -> None:
+    """Some kilobytes on the wire are 150 MB decompressed, which the server must not keep."""
     async with ServerProcess(database_url, tmp_path / "server") as process:
         status = Path(f"/proc/{process.pid}/status")
 
@@ -204,7 +202,7 @@ async def test_gzip_bomb_is_rejected(
 
 @pytest.mark.case(n=3)
 async def test_metadata_of_twenty_kilobytes_is_rejected(chat: Chat, server: Server) -> None:
-    # A client of grpc's own would not send what it knows to be too large for the peer: it hears of the limit on connecting.
+    # Without these options the client would not send it: it learns the limit when it connects.
     async with channel(
         server.address, max_metadata_size=100_000, absolute_max_metadata_size=200_000
     ) as opened:
@@ -219,9 +217,7 @@ async def test_metadata_of_twenty_kilobytes_is_rejected(chat: Chat, server: Serv
 
 
 @pytest.mark.case(n=18)
-async def test_calls_above_the_limit_are_overloaded(
-    cluster: Cluster, database_url: str
-) -> None:
+async def test_calls_above_the_limit_are_overloaded(cluster: Cluster, database_url: str) -> None:
     async with serving(database_url, max_in_flight=5) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()
@@ -252,7 +248,7 @@ async def test_a_thousand_clients_share_the_pool(
         chat.get_session,
         chat.page,
         chat.context,
-        lambda each: chat.append(each, "more"),
+        lambda session_id: chat.append(session_id, "more"),
     ]
     most = 0
 
@@ -261,7 +257,8 @@ async def test_a_thousand_clients_share_the_pool(
         while True:
             [[now]] = await fetch(
                 database_url,
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'chat-history'",
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name = 'chat-history'",
             )
             most = max(most, now)
             await asyncio.sleep(0.02)
@@ -274,7 +271,7 @@ async def test_a_thousand_clients_share_the_pool(
     assert (await chat.get_session(session_ids[3])).last_seq == 1 + 50
 
 
-# --- What takes too long, and who goes away.
+# --- Timeouts and cancelled calls.
 
 
 async def test_call_without_a_deadline_ends_at_the_servers_limit(
@@ -284,8 +281,8 @@ async def test_call_without_a_deadline_ends_at_the_servers_limit(
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         async with locked(cluster, database_url, "chat_sessions", "chat_messages"):
-            # What waits in a transaction asks again and again: it ends at its last question's answer, or at the deadline. So do reads
-            # behind a pooler.
+            # A write that waits in a transaction repeats its statement: it ends with the last
+            # answer, or at the deadline. So do reads behind a pooler.
             in_time = {"DEADLINE_EXCEEDED"}
             either = in_time | {"CONTENTION"}
             for call, reasons in (
@@ -297,27 +294,29 @@ async def test_call_without_a_deadline_ends_at_the_servers_limit(
                 (chat.update_session(["title"], id=session_id, title="new"), either),
                 (chat.append(session_id, "more"), either),
             ):
-                found = await failures.failure_of(call)
-                assert found.reason in reasons
+                failure = await failures.failure_of(call)
+                assert failure.reason in reasons
         await chat.append(session_id, "more")
 
 
 async def connections_at_rest(server: Server, database_url: str) -> int:
-    """Return how many connections a service keeps that nobody calls any more: it has opened as many as it may once more before."""
+    """Return the number of connections that an idle service keeps, after a full load once more."""
     engine, target = server.database.engine, server.database.target
     pool: Any = engine.pool
 
     async def counted() -> int:
-        if target.is_pooled:  # Those to PostgreSQL are the pooler's.
+        if target.is_pooled:  # The connections to PostgreSQL are the pooler's.
             await wait_until_idle(database_url)
             own = psutil.Process().net_connections("tcp")
             return sum(
-                each.raddr[1:] == (target.url.port,) and each.status == psutil.CONN_ESTABLISHED
-                for each in own
+                connection.raddr[1:] == (target.url.port,)
+                and connection.status == psutil.CONN_ESTABLISHED
+                for connection in own
             )
         [[backends]] = await fetch(
             database_url,
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'chat-history'",
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = 'chat-history'",
         )
         return int(backends)
 
@@ -325,22 +324,18 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
         while server.calls.in_flight or server.streams.in_flight or server.appender.queued_count:
             await asyncio.sleep(0.01)
         await server.database.drain()
-        while (
-            pool.checkedout()
-        ):  # What the driver keeps for hot statements goes back after some seconds.
+        while pool.checkedout():  # The hot pool returns its idle connections after some seconds.
             await asyncio.sleep(0.05)
         async with AsyncExitStack() as all_of_them:
             most = server.settings.db_pool_size + server.settings.db_max_overflow
             opened = [await all_of_them.enter_async_context(engine.connect()) for _ in range(most)]
             assert pool.checkedout() == len(opened)
         assert pool.checkedout() == 0
-        while (
-            await counted() != pool.checkedin()
-        ):  # Those beyond the pool's size take a moment to close.
+        while await counted() != pool.checkedin():  # Overflow connections take a moment to close.
             await asyncio.sleep(0.05)
     [[idle]] = await fetch(
         database_url,
-        # What is active and waits for its client is in a transaction too: a statement was prepared and not run.
+        # An active connection that waits for its client has prepared a statement and not run it.
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         " AND (state LIKE 'idle in%' OR (state = 'active' AND wait_event = 'ClientRead'))",
     )
@@ -353,8 +348,10 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
 async def test_cancelling_five_hundred_calls_leaks_no_connection(
     chat: Chat, server: Server, cluster: Cluster, database_url: str
 ) -> None:
-    """In mid-statement, and as many at any moment: the connections are as many as before, and sound, and nothing is left that the
-    garbage collector would warn of.
+    """Half are cancelled in mid-statement, the others at random moments.
+
+    As many connections as before remain, in a usable state, and the garbage collector has no
+    warning.
     """
     session_id = await chat.start()
     message_id = (await chat.append(session_id, [new_message("changed")])).messages[0].id
@@ -365,7 +362,7 @@ async def test_cancelling_five_hundred_calls_leaks_no_connection(
             async for _ in call:
                 pass
         finally:
-            call.cancel()  # gRPC does that by itself only when it waits for an answer already.
+            call.cancel()  # gRPC does that automatically only while the call waits for an answer.
 
     calls: list[Callable[[], Any]] = [
         lambda: chat.get_session(session_id),
@@ -391,7 +388,7 @@ async def test_cancelling_five_hundred_calls_leaks_no_connection(
             assert all(task.cancelled() for task in begun)
         await (
             server.database.drain()
-        )  # Writes are carried to their end, and would hold what the next calls are to wait for.
+        )  # Writes are completed, and would hold the locks that the next calls wait for.
     moments = random.Random(5)
     for turn in range(10):
         begun = [asyncio.create_task(calls[(turn + n) % len(calls)]()) for n in range(50)]
@@ -425,14 +422,14 @@ async def test_write_of_a_cancelled_call_is_completed(
     assert (await chat.get_session(session.id)).title == "all the same"
 
 
-# --- What goes wrong inside.
+# --- Internal errors.
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
 async def test_cancellation_inside_a_method_is_answered(
     chat: Chat, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """gRPC itself would send no status, and the client would wait for its deadline."""
+    """gRPC alone would send no status, and the client would wait until its deadline."""
     session_id = await chat.start()
 
     async def cancelled(*_args: object, **_options: object) -> None:
@@ -458,11 +455,11 @@ async def test_database_error_is_not_described_to_clients(
             chat.append(session_id, "more"),
             chat.watch(session_id).read(),
         ):
-            found = await failures.assert_fails(call, "INTERNAL")
-            assert found.message == "internal error"
-            assert set(found.metadata) == {"request_id"}
+            failure = await failures.assert_fails(call, "INTERNAL")
+            assert failure.message == "internal error"
+            assert set(failure.metadata) == {"request_id"}
             log = process.log.read_text()
-            assert found.metadata["request_id"] in log
+            assert failure.metadata["request_id"] in log
             assert "s3cr3t" not in log
         await chat.get_session(session_id)
 
@@ -482,25 +479,28 @@ main()
 async def test_connection_string_in_an_exception_reaches_no_client_or_log(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Nor does the log of the real process, at its most talkative."""
+    """The log is that of a server process at level debug."""
     process = ServerProcess(
         database_url, tmp_path / "server", command=("-c", _SABOTAGE), CHAT_HISTORY_LOG_LEVEL="debug"
     )
     async with process, connected(process.address) as stub:
-        made = await stub.CreateUser(
+        created = await stub.CreateUser(
             user_pb2.CreateUserRequest(user=user_pb2.User(name="somebody"))
         )
-        chat = Chat(stub, made.user.id)
+        chat = Chat(stub, created.user.id)
         for call in (chat.get_session(new_id()), chat.watch(new_id()).read()):
             with pytest.raises(aio.AioRpcError) as caught:
                 await call
             error = caught.value
-            found = failures.read_failure(error)
-            assert (found.reason, found.message) == ("INTERNAL", "internal error")
-            sent = f"{error.details()} {error.debug_error_string()} {error.trailing_metadata()} {error.initial_metadata()}"
+            failure = failures.read_failure(error)
+            assert (failure.reason, failure.message) == ("INTERNAL", "internal error")
+            sent = (
+                f"{error.details()} {error.debug_error_string()} "
+                f"{error.trailing_metadata()} {error.initial_metadata()}"
+            )
             assert "s3cr3t" not in sent
             assert "Runtime" not in sent
             log = process.log.read_text()
-            assert found.metadata["request_id"] in log
+            assert failure.metadata["request_id"] in log
             assert "RuntimeError" in log
             assert "s3cr3t" not in log

@@ -1,4 +1,4 @@
-"""Sessions: created once, listed newest activity first, changed under their etag, forked and erased with all that is in them."""
+"""Sessions: created once, listed by activity, updated with their etag, forked and deleted."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ ACTIVE, ARCHIVED = session_pb2.SESSION_STATE_ACTIVE, session_pb2.SESSION_STATE_A
 
 
 async def test_created_session_is_returned_as_sent(chat: Chat) -> None:
-    made = await chat.create_session(
+    session = await chat.create_session(
         title="Plans", summary="so far", metadata={"topic": {"deep": [1, "x", None]}}
     )
-    assert (made.user_id, made.title, made.summary, made.state) == (
+    assert (session.user_id, session.title, session.summary, session.state) == (
         chat.user_id,
         "Plans",
         "so far",
         ACTIVE,
     )
-    assert (made.last_seq, made.message_count, made.summarized_through_seq) == (0, 0, 0)
-    # Each is the database's clock when its column was filled in; a busy machine may do something else in between.
-    assert 0 <= made.update_time.ToMicroseconds() - made.create_time.ToMicroseconds() < 10_000_000
-    assert made.id[14] == "7"
-    assert not made.HasField("forked_from")
-    assert await chat.get_session(made.id.upper()) == made
+    assert (session.last_seq, session.message_count, session.summarized_through_seq) == (0, 0, 0)
+    # Each is the database's clock when its column was filled; a busy machine may pause in between.
+    assert (
+        0
+        <= session.update_time.ToMicroseconds() - session.create_time.ToMicroseconds()
+        < 10_000_000
+    )
+    assert session.id[14] == "7"
+    assert not session.HasField("forked_from")
+    assert await chat.get_session(session.id.upper()) == session
 
 
 async def test_session_can_be_created_without_fields(chat: Chat) -> None:
@@ -95,21 +99,23 @@ async def test_retry_of_create_ignores_the_order_of_metadata_keys(chat: Chat) ->
 
 async def test_concurrent_equal_creates_create_one_session(chat: Chat) -> None:
     session_id = new_id()
-    made = await asyncio.gather(*(chat.create_session(id=session_id, title="T") for _ in range(20)))
-    assert len({each.SerializeToString(deterministic=True) for each in made}) == 1
+    created = await asyncio.gather(
+        *(chat.create_session(id=session_id, title="T") for _ in range(20))
+    )
+    assert len({session.SerializeToString(deterministic=True) for session in created}) == 1
 
 
 async def test_create_session_of_an_unknown_user_fails(chat: Chat) -> None:
-    nobody = Chat(chat.stub, new_id())
-    await assert_fails(nobody.create_session(), "USER_NOT_FOUND", user_id=nobody.user_id)
+    unknown = Chat(chat.stub, new_id())
+    await assert_fails(unknown.create_session(), "USER_NOT_FOUND", user_id=unknown.user_id)
     await assert_field_violations(Chat(chat.stub, "").create_session(), "user_id")
 
 
 async def test_user_id_inside_a_session_must_match_the_request(chat: Chat, other: Chat) -> None:
     await assert_field_violations(chat.create_session(user_id=other.user_id), "session.user_id")
-    made = await chat.create_session(user_id=chat.user_id.upper())
+    session = await chat.create_session(user_id=chat.user_id.upper())
     await assert_field_violations(
-        chat.update_session(id=made.id, user_id=other.user_id, title="x"), "session.user_id"
+        chat.update_session(id=session.id, user_id=other.user_id, title="x"), "session.user_id"
     )
 
 
@@ -119,7 +125,7 @@ async def test_new_session_with_summarized_through_seq_is_rejected(chat: Chat) -
     )
 
 
-# --- Whose they are.
+# --- Owners.
 
 
 async def test_two_users_can_have_sessions_with_the_same_id(chat: Chat, other: Chat) -> None:
@@ -155,10 +161,10 @@ async def test_session_of_another_user_fails_exactly_like_a_missing_one(
         ]
 
     for foreign, missing in zip(calls(theirs), calls(never), strict=True):
-        one = await assert_fails(foreign, "SESSION_NOT_FOUND", session_id=theirs)
+        foreign_failure = await assert_fails(foreign, "SESSION_NOT_FOUND", session_id=theirs)
         two = await assert_fails(missing, "SESSION_NOT_FOUND", session_id=never)
-        assert one == two._replace(metadata=one.metadata)
-        assert set(one.metadata) == set(two.metadata)
+        assert foreign_failure == two._replace(metadata=foreign_failure.metadata)
+        assert set(foreign_failure.metadata) == set(two.metadata)
     assert [message.content for message in await other.all(theirs)] == ["message 1", "message 2"]
     assert (await other.get_session(theirs)).title == ""
 
@@ -201,10 +207,11 @@ async def test_pages_of_sessions_with_equal_times_have_no_gap_or_overlap(
     chat: Chat, database_url: str, page_size: int
 ) -> None:
     await asyncio.gather(*(chat.create_session() for _ in range(15)))
-    # Three times only: most boundaries lie between sessions of the same one.
+    # Three times only, so that most page boundaries are between sessions of the same time.
     await fetch(
         database_url,
-        "UPDATE chat_sessions SET updated_at = '2026-01-01'::timestamptz + (get_byte(uuid_send(id), 15) % 3) * interval '1 us'",
+        "UPDATE chat_sessions SET updated_at = '2026-01-01'::timestamptz"
+        " + (get_byte(uuid_send(id), 15) % 3) * interval '1 us'",
     )
     expected = await fetch(
         database_url, "SELECT id::text FROM chat_sessions ORDER BY updated_at DESC, id DESC"
@@ -212,7 +219,7 @@ async def test_pages_of_sessions_with_equal_times_have_no_gap_or_overlap(
     pages = [
         [session.id for session in page] async for page in chat.session_pages(page_size=page_size)
     ]
-    assert [each for page in pages for each in page] == [row["id"] for row in expected]
+    assert [session_id for page in pages for session_id in page] == [row["id"] for row in expected]
     assert all(len(page) == page_size for page in pages[:-1])
     assert pages[-1]
 
@@ -223,27 +230,29 @@ async def test_paging_during_appends_lists_each_inactive_session_once(chat: Chat
     seen: list[str] = []
     async for page in chat.session_pages(page_size=2):
         seen += [session.id for session in page]
-        await asyncio.gather(*(chat.append(each, "more") for each in busy), chat.create_session())
-    assert [each for each in seen if each in quiet] == quiet[::-1]
-    # One that becomes active moves to the front, before the place where the pages go on.
-    assert all(seen.count(each) <= 1 for each in busy)
+        await asyncio.gather(
+            *(chat.append(session_id, "more") for session_id in busy), chat.create_session()
+        )
+    assert [session_id for session_id in seen if session_id in quiet] == quiet[::-1]
+    # A session that becomes active moves to the front, before the cursor of the next page.
+    assert all(seen.count(session_id) <= 1 for session_id in busy)
 
 
 # --- Updating.
 
 
 async def test_empty_mask_writes_every_field_that_is_set(chat: Chat) -> None:
-    made = await chat.create_session(title="T", summary="S", metadata={"k": 1})
-    changed = await chat.update_session(id=made.id, title="U", state=ARCHIVED)
+    session = await chat.create_session(title="T", summary="S", metadata={"k": 1})
+    changed = await chat.update_session(id=session.id, title="U", state=ARCHIVED)
     assert (changed.title, changed.summary, changed.state) == ("U", "S", ARCHIVED)
     assert changed.metadata["k"] == 1
-    assert await chat.get_session(made.id) == changed
+    assert await chat.get_session(session.id) == changed
 
 
 async def test_mask_writes_only_its_fields_and_clears_empty_ones(chat: Chat) -> None:
-    made = await chat.create_session(title="T", summary="S", metadata={"k": 1})
+    session = await chat.create_session(title="T", summary="S", metadata={"k": 1})
     changed = await chat.update_session(
-        ("summary", "metadata"), id=made.id, title="ignored", state=ARCHIVED
+        ("summary", "metadata"), id=session.id, title="ignored", state=ARCHIVED
     )
     assert (changed.title, changed.summary, changed.state) == ("T", "", ACTIVE)
     assert not changed.HasField("metadata")
@@ -264,16 +273,16 @@ async def test_mask_writes_only_its_fields_and_clears_empty_ones(chat: Chat) -> 
     ],
 )
 async def test_mask_with_an_unwritable_field_is_rejected(chat: Chat, path: str) -> None:
-    made = await chat.create_session()
+    session = await chat.create_session()
     await assert_field_violations(
-        chat.update_session(("title", path), id=made.id, title="U"), "update_mask"
+        chat.update_session(("title", path), id=session.id, title="U"), "update_mask"
     )
-    assert await chat.get_session(made.id) == made
+    assert await chat.get_session(session.id) == session
 
 
 async def test_update_of_state_to_unspecified_is_rejected(chat: Chat) -> None:
-    made = await chat.create_session()
-    await assert_field_violations(chat.update_session(("state",), id=made.id), "session.state")
+    session = await chat.create_session()
+    await assert_field_violations(chat.update_session(("state",), id=session.id), "session.state")
 
 
 async def test_update_requires_a_session_id(chat: Chat) -> None:
@@ -297,25 +306,25 @@ async def test_summarized_through_seq_above_last_seq_is_rejected(chat: Chat) -> 
 async def test_update_with_stale_etag_is_aborted(
     chat: Chat,
 ) -> None:
-    made = await chat.create_session()
-    second = await chat.update_session(id=made.id, title="B", etag=made.etag)
-    assert second.etag != made.etag
-    found = await assert_fails(
-        chat.update_session(id=made.id, title="C", etag=made.etag), "ETAG_MISMATCH"
+    session = await chat.create_session()
+    second = await chat.update_session(id=session.id, title="B", etag=session.etag)
+    assert second.etag != session.etag
+    failure = await assert_fails(
+        chat.update_session(id=session.id, title="C", etag=session.etag), "ETAG_MISMATCH"
     )
-    assert found.metadata["etag"] == second.etag
-    assert await chat.get_session(made.id) == second
+    assert failure.metadata["etag"] == second.etag
+    assert await chat.get_session(session.id) == second
 
 
 async def test_one_of_concurrent_updates_with_one_etag_succeeds(chat: Chat) -> None:
-    made = await chat.create_session()
+    session = await chat.create_session()
     results = await asyncio.gather(
-        *(chat.update_session(id=made.id, title=f"{n}", etag=made.etag) for n in range(8)),
+        *(chat.update_session(id=session.id, title=f"{n}", etag=session.etag) for n in range(8)),
         return_exceptions=True,
     )
     won = [result for result in results if isinstance(result, session_pb2.Session)]
     assert len(won) == 1
-    assert await chat.get_session(made.id) == won[0]
+    assert await chat.get_session(session.id) == won[0]
 
 
 async def test_etag_of_a_deleted_session_does_not_match_its_successor(chat: Chat) -> None:
@@ -376,7 +385,7 @@ async def test_archived_session_can_be_read_updated_and_reactivated(chat: Chat) 
     assert (await chat.append(session_id, "more")).messages[0].seq == 3
 
 
-# --- Erasing.
+# --- Deleting.
 
 
 async def count(url: str, session_id: str) -> int:
@@ -389,16 +398,16 @@ async def test_deletion_of_a_session_deletes_its_messages_only(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch, slice_size: int
 ) -> None:
     monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", slice_size)
-    gone, kept = await chat.start(new_messages(13)), await chat.start(new_messages(13))
-    same_id = (await other.create_session(id=gone)).id
+    deleted, kept = await chat.start(new_messages(13)), await chat.start(new_messages(13))
+    same_id = (await other.create_session(id=deleted)).id
     await other.append(same_id, new_messages(13))
-    await chat.delete(gone, (await chat.all(gone))[5].id)
-    await chat.delete_session(gone)
-    await assert_fails(chat.get_session(gone), "SESSION_NOT_FOUND", session_id=gone)
-    await assert_fails(chat.all(gone), "SESSION_NOT_FOUND")
-    assert [each.id for each in (await chat.list_sessions()).sessions] == [kept]
+    await chat.delete(deleted, (await chat.all(deleted))[5].id)
+    await chat.delete_session(deleted)
+    await assert_fails(chat.get_session(deleted), "SESSION_NOT_FOUND", session_id=deleted)
+    await assert_fails(chat.all(deleted), "SESSION_NOT_FOUND")
+    assert [session.id for session in (await chat.list_sessions()).sessions] == [kept]
     assert len(await chat.all(kept)) == len(await other.all(same_id)) == 13
-    assert await count(database_url, gone) == 13
+    assert await count(database_url, deleted) == 13
 
 
 async def test_deletion_of_a_missing_session_needs_allow_missing(chat: Chat) -> None:
@@ -417,7 +426,7 @@ async def test_id_of_a_deleted_session_can_be_reused(chat: Chat) -> None:
     again = await chat.create_session(id=session_id)
     assert (again.last_seq, again.message_count) == (0, 0)
     reply = await chat.append(session_id, sent)
-    assert [(each.seq, each.replayed) for each in reply.messages] == [
+    assert [(message.seq, message.replayed) for message in reply.messages] == [
         (1, False),
         (2, False),
         (3, False),
@@ -448,7 +457,7 @@ async def test_partly_deleted_session_has_right_counts_and_can_be_deleted(
 
 
 def bare(message: message_pb2.Message) -> message_pb2.Message:
-    """Return a message without what tells a fork's from its source's."""
+    """Return a message without the fields that differ between a fork and its source."""
     copy = message_pb2.Message()
     copy.CopyFrom(message)
     copy.ClearField("session_id")
@@ -480,8 +489,8 @@ async def test_fork_copies_messages_with_ids_seqs_and_times(chat: Chat) -> None:
     assert (fork.forked_from.session_id, fork.forked_from.seq) == (source, 4)
     assert await chat.get_session(fork.id) == fork
     copies = await chat.all(fork.id)
-    assert [bare(each) for each in copies] == [bare(each) for each in original[:4]]
-    assert {each.session_id for each in copies} == {fork.id}
+    assert [bare(message) for message in copies] == [bare(message) for message in original[:4]]
+    assert {message.session_id for message in copies} == {fork.id}
     assert await chat.get_session(source) == before
     assert await chat.all(source) == original
 
@@ -492,11 +501,14 @@ async def test_fork_and_source_are_independent(chat: Chat) -> None:
     assert (await chat.append(fork.id, "other way")).messages[0].seq == 3
     await chat.update(fork.id, sent[0].id, content="edited in the fork")
     await chat.delete(fork.id, sent[1].id)
-    assert [each.content for each in await chat.all(source)] == [
+    assert [message.content for message in await chat.all(source)] == [
         f"message {n}" for n in (1, 2, 3, 4)
     ]
     await chat.delete_session(source)
-    assert [each.content for each in await chat.all(fork.id)] == ["edited in the fork", "other way"]
+    assert [message.content for message in await chat.all(fork.id)] == [
+        "edited in the fork",
+        "other way",
+    ]
 
 
 async def test_fork_keeps_tombstones(chat: Chat) -> None:
@@ -506,10 +518,10 @@ async def test_fork_keeps_tombstones(chat: Chat) -> None:
     await chat.delete(source, sent[3].id)
     fork = await chat.fork(source, 4)
     assert (fork.last_seq, fork.message_count) == (4, 2)
-    assert [each.seq for each in await chat.all(fork.id)] == [1, 3]
+    assert [message.seq for message in await chat.all(fork.id)] == [1, 3]
     await assert_fails(chat.get(fork.id, sent[1].id), "MESSAGE_NOT_FOUND")
     retry = await chat.append(fork.id, [sent[3]])
-    assert [(each.seq, each.replayed) for each in retry.messages] == [(4, True)]
+    assert [(message.seq, message.replayed) for message in retry.messages] == [(4, True)]
     await assert_fails(chat.get(fork.id, sent[3].id), "MESSAGE_NOT_FOUND")
     assert (await chat.append(fork.id, "next")).messages[0].seq == 5
 
@@ -519,7 +531,7 @@ async def test_retry_of_an_append_is_recognised_in_a_fork(chat: Chat) -> None:
     source = await chat.start(sent)
     fork = await chat.fork(source, 2)
     reply = await chat.append(fork.id, sent)
-    assert [(each.seq, each.replayed) for each in reply.messages] == [
+    assert [(message.seq, message.replayed) for message in reply.messages] == [
         (1, True),
         (2, True),
         (3, False),
@@ -556,7 +568,7 @@ async def test_fork_with_a_client_chosen_id_can_be_retried(chat: Chat) -> None:
     await chat.append(new, "more")
     again = await chat.fork(source, 2, new)
     assert (again.last_seq, again.message_count) == (3, 3)
-    assert [each.seq for each in await chat.all(new)] == [1, 2, 3]
+    assert [message.seq for message in await chat.all(new)] == [1, 2, 3]
     await assert_fails(chat.fork(source, 3, new), "ID_TAKEN", session_id=new)
     await assert_fails(chat.fork(source, 2, source), "ID_TAKEN", session_id=source)
     await chat.append(source, "and on")
@@ -587,15 +599,15 @@ async def test_retry_of_an_empty_fork_returns_the_current_session(chat: Chat) ->
     for _ in range(10):
         await chat.fork(source, 0, new)
     await talking
-    assert [each.seq for each in await chat.all(new)] == list(range(1, 21))
+    assert [message.seq for message in await chat.all(new)] == list(range(1, 21))
 
 
 async def test_concurrent_equal_forks_create_one_session(chat: Chat) -> None:
     source = await chat.start(new_messages(5))
     new = new_id()
-    made = await asyncio.gather(*(chat.fork(source, 5, new) for _ in range(10)))
-    assert {each.SerializeToString(deterministic=True) for each in made} == {
-        made[0].SerializeToString(deterministic=True)
+    forks = await asyncio.gather(*(chat.fork(source, 5, new) for _ in range(10)))
+    assert {fork.SerializeToString(deterministic=True) for fork in forks} == {
+        forks[0].SerializeToString(deterministic=True)
     }
     assert len(await chat.all(new)) == 5
 
@@ -612,7 +624,7 @@ async def test_fork_during_appends_copies_exactly_the_requested_messages(chat: C
     await talking
     for fork in forks:
         assert (fork.last_seq, fork.message_count) == (5, 5)
-        assert [each.seq for each in await chat.all(fork.id)] == [1, 2, 3, 4, 5]
+        assert [message.seq for message in await chat.all(fork.id)] == [1, 2, 3, 4, 5]
 
 
 async def test_create_time_in_a_fork_does_not_precede_copied_messages(
@@ -626,18 +638,16 @@ async def test_create_time_in_a_fork_does_not_precede_copied_messages(
     )
     fork = await chat.fork(source, 2)
     await chat.append(fork.id, "next")
-    times = [each.create_time.ToMicroseconds() for each in await chat.all(fork.id)]
+    times = [message.create_time.ToMicroseconds() for message in await chat.all(fork.id)]
     assert times == sorted(times)
 
 
-async def test_session_of_another_user_cannot_be_forked(
-    chat: Chat, other: Chat
-) -> None:
+async def test_session_of_another_user_cannot_be_forked(chat: Chat, other: Chat) -> None:
     theirs = await other.start(new_messages(2))
-    found = await failure_of(chat.fork(theirs, 1))
-    assert found.reason == "SESSION_NOT_FOUND"
+    failure = await failure_of(chat.fork(theirs, 1))
+    assert failure.reason == "SESSION_NOT_FOUND"
     assert await ids(chat) == []
-    # With the same id on both sides each forks its own.
+    # If both users have a session with this id, each forks their own.
     mine = await chat.create_session(id=theirs)
     assert (await chat.fork(mine.id, 0)).message_count == 0
     await assert_field_violations(chat.fork(mine.id, 1), "through_seq")

@@ -1,4 +1,4 @@
-"""Users: created once whatever the retries, unique where they must be, found by each key, changed under their etag, erased whole."""
+"""Users: created once, unique by email and external id, updated with their etag, deleted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def list_ids(stub: AsyncStub, page_size: int = 0) -> list[str]:
     ids: list[str] = []
     token, seen = "", set[str]()
     while True:
-        assert token not in seen, "the pages go round in circles"
+        assert token not in seen, "a page token is repeated"
         seen.add(token)
         reply = await stub.ListUsers(
             user_pb2.ListUsersRequest(page_size=page_size, page_token=token)
@@ -53,32 +53,32 @@ async def list_ids(stub: AsyncStub, page_size: int = 0) -> list[str]:
 
 
 async def test_created_user_is_returned_as_sent(stub: AsyncStub) -> None:
-    made = await create(
+    created = await create(
         stub,
         external_id="crm-7",
         email="Ada@Example.com",
         name="Ada",
         metadata={"plan": "pro", "tags": ["a", None, 1.5]},
     )
-    assert (made.external_id, made.email, made.name) == ("crm-7", "Ada@Example.com", "Ada")
-    assert dict(made.metadata)["plan"] == "pro"
-    assert made.create_time.ToMicroseconds() > 0
-    assert made.etag
-    assert await get(stub, user_id=made.id) == made
+    assert (created.external_id, created.email, created.name) == ("crm-7", "Ada@Example.com", "Ada")
+    assert dict(created.metadata)["plan"] == "pro"
+    assert created.create_time.ToMicroseconds() > 0
+    assert created.etag
+    assert await get(stub, user_id=created.id) == created
 
 
 async def test_server_ids_are_version_7_and_sort_by_time(stub: AsyncStub) -> None:
     ids = [(await create(stub)).id for _ in range(3)]
-    assert [each[14] for each in ids] == ["7", "7", "7"]
+    assert [id_[14] for id_ in ids] == ["7", "7", "7"]
     assert ids == sorted(ids)
 
 
 async def test_output_only_fields_in_a_request_are_ignored(stub: AsyncStub) -> None:
-    made = await create(
+    created = await create(
         stub, id=new_id(), etag="mine", create_time={"seconds": 1}, update_time={"seconds": 1}
     )
-    assert made.etag != "mine"
-    assert made.create_time.seconds > 1
+    assert created.etag != "mine"
+    assert created.create_time.seconds > 1
 
 
 async def test_retry_of_create_returns_the_user(stub: AsyncStub) -> None:
@@ -127,8 +127,8 @@ async def test_create_with_the_same_id_and_other_content_fails(
 
 async def test_concurrent_equal_creates_create_one_user(stub: AsyncStub) -> None:
     sent = {"id": new_id(), "email": "a@example.com", "external_id": "x"}
-    made = await asyncio.gather(*(create(stub, **sent) for _ in range(20)))
-    assert len({user.SerializeToString(deterministic=True) for user in made}) == 1
+    created = await asyncio.gather(*(create(stub, **sent) for _ in range(20)))
+    assert len({user.SerializeToString(deterministic=True) for user in created}) == 1
     assert await list_ids(stub) == [sent["id"]]
 
 
@@ -151,8 +151,8 @@ async def test_external_id_is_unique_respecting_case(stub: AsyncStub) -> None:
 async def test_email_and_external_id_may_be_empty_for_many_users(
     stub: AsyncStub,
 ) -> None:
-    made = [await create(stub, name="nobody") for _ in range(3)]
-    first, second, _ = made
+    created = [await create(stub, name="anonymous") for _ in range(3)]
+    first, second, _ = created
     await update(stub, ("email", "external_id"), id=first.id)
     await update(stub, ("email", "external_id"), id=second.id)
     assert len(await list_ids(stub)) == 3
@@ -167,10 +167,10 @@ async def test_unique_values_can_be_reused_after_they_are_cleared(stub: AsyncStu
 
 
 async def test_user_is_found_by_id_email_and_external_id(stub: AsyncStub) -> None:
-    made = await create(stub, email="Ada@Example.com", external_id="crm 7/ü")
-    assert await get(stub, user_id=made.id.upper()) == made
-    assert await get(stub, email="aDA@eXAMPLE.com") == made
-    assert await get(stub, external_id="crm 7/ü") == made
+    created = await create(stub, email="Ada@Example.com", external_id="crm 7/ü")
+    assert await get(stub, user_id=created.id.upper()) == created
+    assert await get(stub, email="aDA@eXAMPLE.com") == created
+    assert await get(stub, external_id="crm 7/ü") == created
 
 
 async def test_missing_user_is_not_found_by_any_key(stub: AsyncStub) -> None:
@@ -198,27 +198,31 @@ async def test_system_user_cannot_be_read_or_changed(stub: AsyncStub) -> None:
 
 
 async def test_users_are_listed_once_in_order_of_id(stub: AsyncStub) -> None:
-    made = sorted(
+    created = sorted(
         (await asyncio.gather(*(create(stub, name=str(n)) for n in range(7)))),
         key=lambda user: user.id,
     )
     for page_size in (1, 2, 3, 7, 0):
-        assert await list_ids(stub, page_size) == [user.id for user in made]
+        assert await list_ids(stub, page_size) == [user.id for user in created]
     page = await stub.ListUsers(user_pb2.ListUsersRequest(page_size=2))
-    assert list(page.users) == made[:2]
+    assert list(page.users) == created[:2]
 
 
 async def test_empty_mask_writes_every_field_that_is_set(stub: AsyncStub) -> None:
-    made = await create(stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1})
-    changed = await update(stub, id=made.id, name="B", metadata={"k": 2})
+    created = await create(
+        stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1}
+    )
+    changed = await update(stub, id=created.id, name="B", metadata={"k": 2})
     assert (changed.name, changed.metadata["k"]) == ("B", 2)
     assert (changed.email, changed.external_id) == ("a@example.com", "x")
-    assert await get(stub, user_id=made.id) == changed
+    assert await get(stub, user_id=created.id) == changed
 
 
 async def test_mask_writes_only_its_fields_and_clears_empty_ones(stub: AsyncStub) -> None:
-    made = await create(stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1})
-    changed = await update(stub, ("email", "metadata"), id=made.id, name="ignored")
+    created = await create(
+        stub, email="a@example.com", external_id="x", name="A", metadata={"k": 1}
+    )
+    changed = await update(stub, ("email", "metadata"), id=created.id, name="ignored")
     assert (changed.name, changed.external_id) == ("A", "x")
     assert changed.email == ""
     assert not changed.HasField("metadata")
@@ -228,55 +232,61 @@ async def test_mask_writes_only_its_fields_and_clears_empty_ones(stub: AsyncStub
     "path", ["id", "create_time", "update_time", "etag", "nonsense", "metadata.k", "*", ""]
 )
 async def test_mask_with_an_unwritable_field_is_rejected(stub: AsyncStub, path: str) -> None:
-    made = await create(stub)
-    await assert_field_violations(update(stub, ("name", path), id=made.id, name="B"), "update_mask")
-    assert await get(stub, user_id=made.id) == made
+    created = await create(stub)
+    await assert_field_violations(
+        update(stub, ("name", path), id=created.id, name="B"), "update_mask"
+    )
+    assert await get(stub, user_id=created.id) == created
 
 
 async def test_every_unwritable_path_of_a_mask_is_reported(stub: AsyncStub) -> None:
-    made = await create(stub)
-    found = await assert_field_violations(update(stub, ("id", "nope"), id=made.id), "update_mask")
-    assert "'id'" in found.descriptions[0]
-    assert "'nope'" in found.descriptions[0]
+    created = await create(stub)
+    failure = await assert_field_violations(
+        update(stub, ("id", "nope"), id=created.id), "update_mask"
+    )
+    assert "'id'" in failure.descriptions[0]
+    assert "'nope'" in failure.descriptions[0]
 
 
 async def test_update_takes_the_user_id_from_request_or_resource(stub: AsyncStub) -> None:
-    made = await create(stub)
+    created = await create(stub)
     for request in (
-        user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(name="a")),
+        user_pb2.UpdateUserRequest(user_id=created.id, user=user_pb2.User(name="a")),
         user_pb2.UpdateUserRequest(
-            user_id=made.id, user=user_pb2.User(id=made.id.upper(), name="b")
+            user_id=created.id, user=user_pb2.User(id=created.id.upper(), name="b")
         ),
-        user_pb2.UpdateUserRequest(user=user_pb2.User(id=made.id, name="c")),
+        user_pb2.UpdateUserRequest(user=user_pb2.User(id=created.id, name="c")),
     ):
         assert (await stub.UpdateUser(request)).user.name == request.user.name
-    both = user_pb2.UpdateUserRequest(user_id=made.id, user=user_pb2.User(id=new_id(), name="d"))
+    both = user_pb2.UpdateUserRequest(user_id=created.id, user=user_pb2.User(id=new_id(), name="d"))
     await assert_field_violations(stub.UpdateUser(both), "user.id")
 
 
 async def test_update_with_stale_etag_is_aborted(
     stub: AsyncStub,
 ) -> None:
-    made = await create(stub, name="A")
-    second = await update(stub, id=made.id, name="B", etag=made.etag)
-    assert second.etag != made.etag
-    assert second.update_time.ToMicroseconds() >= made.update_time.ToMicroseconds()
-    found = await assert_fails(update(stub, id=made.id, name="C", etag=made.etag), "ETAG_MISMATCH")
-    assert found.metadata["etag"] == second.etag
-    assert (await get(stub, user_id=made.id)) == second
-    third = await update(stub, id=made.id, name="C")
-    assert third.etag not in (made.etag, second.etag)
+    created = await create(stub, name="A")
+    second = await update(stub, id=created.id, name="B", etag=created.etag)
+    assert second.etag != created.etag
+    assert second.update_time.ToMicroseconds() >= created.update_time.ToMicroseconds()
+    failure = await assert_fails(
+        update(stub, id=created.id, name="C", etag=created.etag), "ETAG_MISMATCH"
+    )
+    assert failure.metadata["etag"] == second.etag
+    assert (await get(stub, user_id=created.id)) == second
+    third = await update(stub, id=created.id, name="C")
+    assert third.etag not in (created.etag, second.etag)
 
 
 async def test_one_of_concurrent_updates_with_one_etag_succeeds(stub: AsyncStub) -> None:
-    made = await create(stub)
+    created = await create(stub)
     results = await asyncio.gather(
-        *(update(stub, id=made.id, name=f"{n}", etag=made.etag) for n in range(8)),
+        *(update(stub, id=created.id, name=f"{n}", etag=created.etag) for n in range(8)),
         return_exceptions=True,
     )
     won = [result for result in results if isinstance(result, user_pb2.User)]
     assert len(won) == 1
-    assert (await get(stub, user_id=made.id)) == won[0]
+    assert (await get(stub, user_id=created.id)) == won[0]
 
 
 async def test_etag_of_a_deleted_user_does_not_match_its_successor(
@@ -289,8 +299,8 @@ async def test_etag_of_a_deleted_user_does_not_match_its_successor(
 
 
 async def test_update_without_fields_changes_nothing(stub: AsyncStub) -> None:
-    made = await create(stub, name="A")
-    assert await update(stub, id=made.id) == made
+    created = await create(stub, name="A")
+    assert await update(stub, id=created.id) == created
 
 
 async def rows_of(url: str, user_id: str) -> list[int]:
@@ -304,13 +314,13 @@ async def rows_of(url: str, user_id: str) -> list[int]:
 async def test_deletion_of_a_user_deletes_its_data_only(
     chat: Chat, other: Chat, database_url: str
 ) -> None:
-    for each in (chat, other):
-        first = await each.start(new_messages(5))
-        await each.start(new_messages(3))
-        await each.create_session()
-        await each.delete(first, (await each.all(first))[0].id)
+    for user_chat in (chat, other):
+        first = await user_chat.start(new_messages(5))
+        await user_chat.start(new_messages(3))
+        await user_chat.create_session()
+        await user_chat.delete(first, (await user_chat.all(first))[0].id)
     counts = await delete(chat.stub, chat.user_id)
-    # A deleted message was erased before: it is not counted again.
+    # A message that was deleted before is not counted again.
     assert (counts.session_count, counts.message_count) == (3, 7)
     assert (counts.document_count, counts.chunk_count, counts.vector_count) == (0, 0, 0)
     assert await rows_of(database_url, chat.user_id) == [0, 0, 0]

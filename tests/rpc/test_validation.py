@@ -1,4 +1,4 @@
-"""What is refused before anything is looked at: each limit from both sides, and every bad field by its name."""
+"""Validation: each limit from both sides, and every invalid field by its path."""
 
 from __future__ import annotations
 
@@ -29,8 +29,13 @@ ID = "0192d3a4-0000-7000-8000-000000000001"
 
 def full_user() -> dict[str, Any]:
     return {
-        "id": ID, "external_id": "x", "email": "a@example.com", "name": "n", "metadata": {"k": ["v", {"kk": "vv"}]}, "etag": "e",
-    }  # fmt: skip
+        "id": ID,
+        "external_id": "x",
+        "email": "a@example.com",
+        "name": "n",
+        "metadata": {"k": ["v", {"kk": "vv"}]},
+        "etag": "e",
+    }
 
 
 def full_session() -> dict[str, Any]:
@@ -54,9 +59,16 @@ def full_message() -> dict[str, Any]:
         {"data": {"k": ["v", {"kk": "vv"}]}},
     ]
     return {
-        "id": ID, "session_id": ID, "role": 2, "content": "c", "parts": parts, "metadata": {"k": ["v", {"kk": "vv"}]}, "author": "a",
-        "feedback": {"comment": "c"}, "etag": "e",
-    }  # fmt: skip
+        "id": ID,
+        "session_id": ID,
+        "role": 2,
+        "content": "c",
+        "parts": parts,
+        "metadata": {"k": ["v", {"kk": "vv"}]},
+        "author": "a",
+        "feedback": {"comment": "c"},
+        "etag": "e",
+    }
 
 
 _KEYS = {"user_id": ID, "session_id": ID}
@@ -64,8 +76,8 @@ _MASK = {"paths": ["title"]}
 
 
 def requests() -> dict[str, Message]:
-    """Return a request of each method with every field set, and nothing wrong in any of them."""
-    made: dict[str, tuple[Any, dict[str, Any]]] = {
+    """Return a valid request of each method, with every field set."""
+    created: dict[str, tuple[Any, dict[str, Any]]] = {
         "CreateUser": (user_pb2.CreateUserRequest, {"user": full_user()}),
         "GetUser": (user_pb2.GetUserRequest, {"user_id": ID}),
         "GetUser by email": (user_pb2.GetUserRequest, {"email": "a@example.com"}),
@@ -101,7 +113,7 @@ def requests() -> dict[str, Message]:
         "GetContext": (message_pb2.GetContextRequest, _KEYS | {"max_messages": 1}),
         "WatchMessages": (message_pb2.WatchMessagesRequest, _KEYS),
     }
-    return {name: kind(**fields) for name, (kind, fields) in made.items()}
+    return {name: kind(**fields) for name, (kind, fields) in created.items()}
 
 
 def request_of(name: str) -> Message:
@@ -109,13 +121,13 @@ def request_of(name: str) -> Message:
 
 
 async def call(stub: AsyncStub, name: str, request: Message) -> Any:
-    """Call the method of which this is a request."""
+    """Call the method of a request."""
     started = getattr(stub, name.partition(" ")[0])(request)
     return await (anext(aiter(started)) if name == "WatchMessages" else started)
 
 
 async def outcome(stub: AsyncStub, name: str, request: Message) -> Failure | None:
-    """Return how a call fails, None when it does not."""
+    """Return a call's failure, None if it succeeds."""
     try:
         await call(stub, name, request)
     except aio.AioRpcError as error:
@@ -127,7 +139,7 @@ async def outcome(stub: AsyncStub, name: str, request: Message) -> Failure | Non
 
 
 def strings_in(message: Message, prefix: str = "") -> Iterator[str]:
-    """Yield the path of every string in a message; of a Struct's only the Struct's own."""
+    """Yield the path of every string in a message; for strings in a Struct, the Struct's path."""
     for field, value in message.ListFields():
         path = f"{prefix}{field.name}"
         many = field.is_repeated
@@ -137,15 +149,15 @@ def strings_in(message: Message, prefix: str = "") -> Iterator[str]:
             if not many:
                 yield path
         elif field.cpp_type == field.CPPTYPE_MESSAGE:
-            for n, each in enumerate(value if many else [value]):
-                yield from strings_in(each, f"{path}[{n}]." if many else f"{path}.")
+            for n, item in enumerate(value if many else [value]):
+                yield from strings_in(item, f"{path}[{n}]." if many else f"{path}.")
 
 
 def put(request: Message, path: str, value: Any) -> Message:
     """Set the field at a path."""
-    *way, last = path.split(".")
+    *parents, last = path.split(".")
     at: Any = request
-    for step in way:
+    for step in parents:
         name, _, index = step.partition("[")
         at = getattr(at, name)
         if index:
@@ -173,8 +185,8 @@ def at_path(request: Message, path: str) -> Any:
 
 @pytest.mark.parametrize("name", requests())
 async def test_full_request_breaks_no_rule(stub: AsyncStub, name: str) -> None:
-    found = await outcome(stub, name, request_of(name))
-    assert found is None or found.code in (StatusCode.NOT_FOUND, StatusCode.ABORTED), found
+    failure = await outcome(stub, name, request_of(name))
+    assert failure is None or failure.code in (StatusCode.NOT_FOUND, StatusCode.ABORTED), failure
 
 
 @pytest.mark.case(n=2)
@@ -188,11 +200,11 @@ async def test_nul_in_any_text_is_a_field_violation(stub: AsyncStub, name: str) 
             else ["\0", "a\0b"]
         )
         for value in bad:
-            found = await outcome(stub, name, put(request_of(name), path, value))
-            assert found is not None, f"{path} = {value!r} was taken"
-            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+            failure = await outcome(stub, name, put(request_of(name), path, value))
+            assert failure is not None, f"{path} = {value!r} was accepted"
+            assert (failure.reason, failure.fields) == ("FIELD_VIOLATION", [path])
             if not path.endswith("id") and "email" not in path:
-                assert found.descriptions == ["must not contain NUL"]
+                assert failure.descriptions == ["must not contain NUL"]
 
 
 async def test_nul_in_a_mask_is_rejected(chat: Chat) -> None:
@@ -201,9 +213,18 @@ async def test_nul_in_a_mask_is_rejected(chat: Chat) -> None:
 
 
 NOT_UUIDS = [
-    "x", ID[:-1], ID + "0", ID.replace("-", ""), "{" + ID + "}", "urn:uuid:" + ID, ID.replace("0", "g", 1), " " + ID, ID + "\n",
-    "'; DROP TABLE users; --", "../" + ID,
-]  # fmt: skip
+    "x",
+    ID[:-1],
+    ID + "0",
+    ID.replace("-", ""),
+    "{" + ID + "}",
+    "urn:uuid:" + ID,
+    ID.replace("0", "g", 1),
+    " " + ID,
+    ID + "\n",
+    "'; DROP TABLE users; --",
+    "../" + ID,
+]
 
 
 @pytest.mark.parametrize("name", requests())
@@ -211,9 +232,9 @@ async def test_id_must_be_a_uuid(stub: AsyncStub, name: str) -> None:
     ids = [path for path in strings_in(request_of(name)) if at_path(request_of(name), path) == ID]
     for path in ids:
         for bad in NOT_UUIDS:
-            found = await outcome(stub, name, put(request_of(name), path, bad))
-            assert found is not None, f"{path} = {bad!r} was taken"
-            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+            failure = await outcome(stub, name, put(request_of(name), path, bad))
+            assert failure is not None, f"{path} = {bad!r} was accepted"
+            assert (failure.reason, failure.fields) == ("FIELD_VIOLATION", [path])
 
 
 REQUIRED = [
@@ -256,7 +277,7 @@ async def test_service_must_set_user_id(stub: AsyncStub, name: str) -> None:
     await assert_field_violations(call(stub, name, request), "user_id")
 
 
-# Path, the longest that is taken, and whether bytes or characters count.
+# Path, maximum length, and whether bytes or characters count.
 LENGTHS: list[tuple[str, str, int, str]] = [
     ("CreateUser", "user.external_id", 256, "characters"),
     ("CreateUser", "user.name", 256, "characters"),
@@ -295,12 +316,12 @@ async def test_text_above_its_maximum_length_is_rejected(
         (letter * (count + 1), False),
         ("x" * (longest + 1), False),
     ):
-        found = await outcome(stub, name, put(request_of(name), path, value))
+        failure = await outcome(stub, name, put(request_of(name), path, value))
         if taken:
-            assert found is None or found.reason != "FIELD_VIOLATION", found
+            assert failure is None or failure.reason != "FIELD_VIOLATION", failure
         else:
-            assert found is not None, f"{path} of {len(value)} was taken"
-            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+            assert failure is not None, f"{path} of {len(value)} was accepted"
+            assert (failure.reason, failure.fields) == ("FIELD_VIOLATION", [path])
 
 
 NUMBERS: list[tuple[str, str, list[Any], list[Any]]] = [
@@ -348,11 +369,11 @@ async def test_number_outside_its_range_is_rejected(
                     getattr(request, part).ClearField("etag")
                     if part == "session":
                         request.session.user_id = chat.user_id  # type: ignore[attr-defined]
-            found = await outcome(stub, name, request)
-            refused = found is not None and found.reason == "FIELD_VIOLATION"
-            assert refused is not taken, f"{path} = {value}: {found}"
-            if found is not None and refused:
-                assert found.fields == [path]
+            failure = await outcome(stub, name, request)
+            refused = failure is not None and failure.reason == "FIELD_VIOLATION"
+            assert refused is not taken, f"{path} = {value}: {failure}"
+            if failure is not None and refused:
+                assert failure.fields == [path]
     assert (await chat.get_session(session_id)).last_seq == 1
 
 
@@ -410,15 +431,15 @@ async def test_nan_and_infinity_in_a_struct_are_rejected(
 
 
 def of_size(size: int) -> Struct:
-    """Make a Struct that is serialized to exactly so many bytes."""
-    made = Struct()
-    made["k"] = ""
-    count = size - made.ByteSize()
-    while made.ByteSize() != size:
-        made["k"] = "x" * count
+    """Return a Struct of exactly `size` bytes serialized."""
+    struct_ = Struct()
+    struct_["k"] = ""
+    count = size - struct_.ByteSize()
+    while struct_.ByteSize() != size:
+        struct_["k"] = "x" * count
         count -= 1
-    assert made.ByteSize() == size
-    return made
+    assert struct_.ByteSize() == size
+    return struct_
 
 
 @pytest.mark.parametrize(("name", "path"), STRUCTS)
@@ -426,12 +447,12 @@ async def test_metadata_above_16_kib_is_rejected(stub: AsyncStub, name: str, pat
     for size, taken in ((16 * 1024, True), (16 * 1024 + 1, False)):
         request = request_of(name)
         at_path(request, path).CopyFrom(of_size(size))
-        found = await outcome(stub, name, request)
+        failure = await outcome(stub, name, request)
         if taken:
-            assert found is None or found.reason != "FIELD_VIOLATION", found
+            assert failure is None or failure.reason != "FIELD_VIOLATION", failure
         else:
-            assert found is not None
-            assert (found.reason, found.fields) == ("FIELD_VIOLATION", [path])
+            assert failure is not None
+            assert (failure.reason, failure.fields) == ("FIELD_VIOLATION", [path])
 
 
 async def test_unset_value_in_a_struct_is_null(chat: Chat) -> None:
@@ -441,7 +462,7 @@ async def test_unset_value_in_a_struct_is_null(chat: Chat) -> None:
     assert (await chat.get(session_id, sent.id)).metadata["k"] is None
 
 
-# --- How much.
+# --- Counts and sizes.
 
 
 async def test_append_takes_1_to_100_messages(chat: Chat) -> None:
@@ -462,10 +483,10 @@ async def test_message_takes_64_parts_with_a_kind(chat: Chat) -> None:
     await assert_field_violations(
         chat.append(session.id, [new_message("x", parts=[part] * 65)]), "messages[0].parts"
     )
-    found = await assert_field_violations(
+    failure = await assert_field_violations(
         chat.append(session.id, [new_message("x", parts=[part, {}])]), "messages[0].parts[1].kind"
     )
-    assert found.descriptions
+    assert failure.descriptions
     for name, field in (("tool_call", "id"), ("tool_result", "tool_call_id")):
         await assert_field_violations(
             chat.append(session.id, [new_message("x", parts=[{name: {}}])]),
@@ -474,13 +495,13 @@ async def test_message_takes_64_parts_with_a_kind(chat: Chat) -> None:
 
 
 def mebibyte(over: int = 0) -> message_pb2.Message:
-    """Make a message that is serialized to one MiB, and `over` bytes more."""
+    """Return a message of one MiB plus `over` bytes serialized."""
     quarter = "x" * (256 * 1024)
-    made = new_message(quarter, parts=[{"text": quarter}, {"text": quarter}, {"text": ""}])
-    made.parts[2].text = "x" * (1024 * 1024 - made.ByteSize() + over)
-    made.parts[2].text = made.parts[2].text[made.ByteSize() - 1024 * 1024 - over :]
-    assert made.ByteSize() == 1024 * 1024 + over
-    return made
+    message = new_message(quarter, parts=[{"text": quarter}, {"text": quarter}, {"text": ""}])
+    message.parts[2].text = "x" * (1024 * 1024 - message.ByteSize() + over)
+    message.parts[2].text = message.parts[2].text[message.ByteSize() - 1024 * 1024 - over :]
+    assert message.ByteSize() == 1024 * 1024 + over
+    return message
 
 
 async def test_message_of_one_mebibyte_is_stored(chat: Chat) -> None:
@@ -504,7 +525,7 @@ async def test_request_above_4_mib_is_rejected_and_the_next_call_served(chat: Ch
     assert len((await chat.append(session_id, [mebibyte() for _ in range(3)])).messages) == 3
 
 
-# --- Several at once.
+# --- Several violations.
 
 
 async def test_every_invalid_field_has_one_violation(stub: AsyncStub) -> None:
@@ -516,14 +537,14 @@ async def test_every_invalid_field_has_one_violation(stub: AsyncStub) -> None:
         ("session.title", "\0"),
     ):
         put(request, path, value)
-    found = await assert_fails(call(stub, "AppendMessages", request), "FIELD_VIOLATION")
-    assert sorted(found.fields) == [
+    failure = await assert_fails(call(stub, "AppendMessages", request), "FIELD_VIOLATION")
+    assert sorted(failure.fields) == [
         "messages[0].content",
         "messages[0].feedback.score",
         "session.title",
         "user_id",
     ]
-    assert re.fullmatch(r"user_id: .* \(and 3 more\)", found.message)
+    assert re.fullmatch(r"user_id: .* \(and 3 more\)", failure.message)
 
 
 async def test_field_that_breaks_two_rules_has_one_violation(stub: AsyncStub) -> None:
@@ -532,18 +553,18 @@ async def test_field_that_breaks_two_rules_has_one_violation(stub: AsyncStub) ->
 
 
 async def test_violations_are_limited_to_20(chat: Chat) -> None:
-    found = await failure_of(
+    failure = await failure_of(
         chat.append(new_id(), [new_message("a\0", author="\0") for _ in range(100)])
     )
-    assert found.reason == "FIELD_VIOLATION"
-    assert len(found.fields) == 20
+    assert failure.reason == "FIELD_VIOLATION"
+    assert len(failure.fields) == 20
 
 
-# --- Bytes that are no request.
+# --- Malformed bytes.
 
 
 def nested(depth: int) -> bytes:
-    """Return an AppendMessagesRequest whose metadata is nested so deep."""
+    """Return an AppendMessagesRequest whose metadata is nested `depth` levels."""
 
     def field(number: int, data: bytes) -> bytes:
         length = len(data)
@@ -570,7 +591,7 @@ MALFORMED = {
 
 
 def call_raw(opened: aio.Channel, name: str, data: bytes) -> Any:
-    """Call a method with these bytes, and give the reply's."""
+    """Call a method with these bytes, and return the reply's bytes."""
     method: Any = opened.unary_stream if name == "WatchMessages" else opened.unary_unary
     started = method(f"/chathistory.v1.ChatHistoryService/{name}")(data)
     return anext(aiter(started)) if name == "WatchMessages" else started
@@ -582,8 +603,8 @@ async def test_malformed_bytes_are_rejected_and_the_next_call_served(
 ) -> None:
     async with channel(server.address) as opened:
         for kind, data in MALFORMED.items():
-            found = await failure_of(call_raw(opened, name, data))
-            assert (found.reason, found.fields) == ("MALFORMED_REQUEST", []), kind
+            failure = await failure_of(call_raw(opened, name, data))
+            assert (failure.reason, failure.fields) == ("MALFORMED_REQUEST", []), kind
         reply = await call_raw(opened, "ListUsers", b"")
         assert user_pb2.ListUsersResponse.FromString(reply).next_page_token == ""
 
@@ -623,5 +644,5 @@ async def test_numbers_in_a_struct_are_stored(chat: Chat) -> None:
     session_id = await chat.start([sent])
     got = await chat.get(session_id, sent.id)
     for struct in (got.metadata, got.parts[0].data):
-        # -0.0 is equal to 0.0, which it has become.
+        # -0.0 is stored as 0.0, which is equal.
         assert [value.number_value for value in struct.fields["n"].list_value.values] == numbers

@@ -1,4 +1,4 @@
-"""WatchMessages: what was there, then what comes, once and in order, whoever appends; and every way in which it ends."""
+"""WatchMessages: stored messages, then new ones, once and in order; and how a watch ends."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.support.servers import channel, connected, serving
 from tests.support.statements import SentStatements
 
 ENOUGH = 20.0
-"""Seconds after which what has not come will not come."""
+"""Seconds after which a message that was not received is not expected any more."""
 
 
 class Follower:
-    """A client that follows a session and keeps what it is sent."""
+    """A client that watches a session and records the messages."""
 
     def __init__(self, chat: Chat, session_id: str, after_seq: int = 0) -> None:
         self.after_seq = after_seq
@@ -45,7 +45,7 @@ class Follower:
         return [message.seq for message in self.got]
 
     async def reaches(self, seq: int) -> None:
-        """Wait until a message with this seq, or a later one, has come."""
+        """Wait until a message with this seq or a later one is received."""
         async with asyncio.timeout(ENOUGH):
             while not self.got or self.got[-1].seq < seq:
                 self._came.clear()
@@ -80,7 +80,7 @@ async def following(chat: Chat, session_id: str, after_seq: int = 0) -> AsyncGen
 
 @pytest.fixture
 async def pair(database_url: str) -> AsyncGenerator[tuple[Chat, Chat]]:
-    """Give one user's things through two servers."""
+    """Yield one user's chat through each of two servers."""
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(serving(database_url)) for _ in range(2)]
         stubs = [await stack.enter_async_context(connected(server.address)) for server in servers]
@@ -90,7 +90,7 @@ async def pair(database_url: str) -> AsyncGenerator[tuple[Chat, Chat]]:
 
 @asynccontextmanager
 async def three_followers(chat: Chat, session_id: str) -> AsyncGenerator[failures.Failure]:
-    """Follow a session three times, which is as often as may be, and give what a fourth is told."""
+    """Watch a session three times, which is the limit, and yield the failure of a fourth watch."""
     async with AsyncExitStack() as stack:
         for _ in range(3):
             await (await stack.enter_async_context(following(chat, session_id))).reaches(1)
@@ -102,7 +102,7 @@ async def three_followers(chat: Chat, session_id: str) -> AsyncGenerator[failure
 async def test_watchers_of_two_processes_receive_every_append(
     start_process: StartProcess, database_url: str
 ) -> None:
-    """Followers on both, from the beginning and from the middle, from before the load and out of its midst."""
+    """Watchers on both, from the first message and from the middle, before and during the load."""
     async with AsyncExitStack() as stack:
         processes = await asyncio.gather(start_process(), start_process())
         stubs = [
@@ -161,7 +161,7 @@ async def test_watch_sends_no_deletions_or_edits(chat: Chat) -> None:
         await follower.reaches(5)
         await chat.update(session_id, messages[0].id, ["content"], content="edited")
         await chat.delete(session_id, messages[2].id)
-        await chat.append(session_id, messages[1:2])  # The late retry of an erased one.
+        await chat.append(session_id, messages[1:2])  # A late retry of a deleted message.
         await chat.append(session_id, "live")
         await follower.reaches(7)
         assert follower.seqs == [1, 3, 4, 5, 7]
@@ -172,12 +172,12 @@ async def test_watch_after_a_future_seq_waits_for_it(chat: Chat) -> None:
     session_id = await chat.start(new_messages(2))
     async with (
         following(chat, session_id, after_seq=4) as ahead,
-        following(chat, session_id) as beside,
+        following(chat, session_id) as reader,
     ):
         for n in range(4):
             await chat.append(session_id, f"{n}")
-            await asyncio.sleep(0.2)  # Time for the looks at the database that come on their own.
-        await asyncio.gather(ahead.reaches(6), beside.reaches(6))
+            await asyncio.sleep(0.2)  # Time for several polls.
+        await asyncio.gather(ahead.reaches(6), reader.reaches(6))
         assert ahead.seqs == [5, 6]
 
 
@@ -208,7 +208,7 @@ async def test_watch_ends_when_the_session_is_recreated(
 async def test_watch_sends_nothing_of_a_session_recreated_between_polls(
     pair: tuple[Chat, Chat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Erased elsewhere and made anew between two looks: what wakes the follower is the new session's first append."""
+    """Deleted on another server and created again between two polls; its append wakes the watch."""
     monkeypatch.setattr(watch, "POLL_INTERVAL_S", 600.0)
     session_id = await pair[0].start(new_messages(3))
     async with following(pair[0], session_id) as follower:
@@ -230,10 +230,10 @@ async def test_deletion_of_the_user_ends_the_watch(chat: Chat) -> None:
 @pytest.mark.case(n=19)
 async def test_watch_of_a_missing_or_foreign_session_is_not_found(chat: Chat, other: Chat) -> None:
     session_id = await chat.start()
-    for owner_id, asked in ((chat, new_id()), (other, session_id)):
-        async with following(owner_id, asked) as follower:
+    for owner, requested_id in ((chat, new_id()), (other, session_id)):
+        async with following(owner, requested_id) as follower:
             ended = await follower.ends()
-        assert (ended.reason, ended.metadata) == ("SESSION_NOT_FOUND", {"session_id": asked})
+        assert (ended.reason, ended.metadata) == ("SESSION_NOT_FOUND", {"session_id": requested_id})
 
 
 async def test_draining_ends_the_watch(database_url: str) -> None:
@@ -303,12 +303,12 @@ async def test_watch_survives_loss_of_the_database_connections(
 
 
 async def test_slow_watcher_delays_no_other_call(chat: Chat, server: Server) -> None:
-    """It takes its time, the server does not read ahead of it without bound, and in the end it has everything."""
+    """The server does not read ahead of it without bound, and at the end it has every message."""
     large = "x" * 100_000
     session_id = await chat.start([new_message(large) for _ in range(20)])
     for _ in range(4):
         await chat.append(session_id, [new_message(large) for _ in range(20)])
-    # A channel of its own with a small window, so that what is not read is not taken either.
+    # A channel of its own with a small window, so that flow control stops the server.
     async with channel(
         server.address, **{"http2.lookahead_bytes": 65_536, "http2.bdp_probe": 0}
     ) as narrow:
@@ -321,7 +321,7 @@ async def test_slow_watcher_delays_no_other_call(chat: Chat, server: Server) -> 
         got = [first.message.seq]
         while got[-1] < 101:
             reply = await slow.read()
-            assert isinstance(reply, message_pb2.WatchMessagesResponse), "the stream has ended"
+            assert isinstance(reply, message_pb2.WatchMessagesResponse), "the stream ended"
             got.append(reply.message.seq)
         assert got == list(range(1, 102))
         slow.cancel()
@@ -333,35 +333,33 @@ async def test_one_poll_serves_all_watches_and_none_is_sent_without_any(
     session_ids = [await chat.start() for _ in range(5)]
     async with AsyncExitStack() as stack:
         followers = [
-            await stack.enter_async_context(following(chat, each))
-            for each in session_ids
+            await stack.enter_async_context(following(chat, session_id))
+            for session_id in session_ids
             for _ in range(3)
         ]
         await asyncio.gather(*(follower.reaches(1) for follower in followers))
         sent = SentStatements(cluster, database_url)
         latest: list[str] = []
         async with asyncio.timeout(ENOUGH):
-            # Once all have caught up, nothing is sent but the one look.
+            # Once all have caught up, nothing is sent but the poll.
             while len(latest) < 4 or len(set(latest)) > 1:
                 await asyncio.sleep(0.05)
-                # Behind a pooler the look is a transaction.
+                # Behind a pooler the poll is a transaction.
                 latest = [
-                    each.sql
-                    for each in sent.so_far()
-                    if not each.sql.startswith(("BEGIN", "COMMIT"))
+                    statement.sql
+                    for statement in sent.so_far()
+                    if not statement.sql.startswith(("BEGIN", "COMMIT"))
                 ][-4:]
     while (
         server.streams.in_flight or server.database.hot_pool._busy
-    ):  # The last look may have been under way.
+    ):  # The last poll may have been in flight.
         await asyncio.sleep(0.01)
     sent = SentStatements(cluster, database_url)
-    await asyncio.sleep(1.0)  # Three looks' time.
+    await asyncio.sleep(1.0)  # The time of three polls.
     assert sent.so_far() == []
 
 
-async def test_cancelled_watches_leave_no_watcher_behind(
-    chat: Chat, server: Server
-) -> None:
+async def test_cancelled_watches_leave_no_watcher_behind(chat: Chat, server: Server) -> None:
     session_id = await chat.start()
 
     async def come_and_go() -> None:

@@ -1,7 +1,8 @@
-"""Bytes of all kinds against a server in a process of its own: `make fuzz CASES=100000`.
+"""Fuzzes a server in a process of its own with mutated requests: `make fuzz CASES=100000`.
 
-Recorded requests of every RPC are bent out of shape, some with tokens bent too. Whatever comes: an answer of the contract, never UNKNOWN
-or INTERNAL, no word of the driver's, no accepted token that was not issued, a server that lives, and memory that comes back.
+Recorded requests of every RPC are mutated, some with mutated tokens. Every answer must have a
+documented status other than UNKNOWN and INTERNAL, and no text of the driver. No forged token may be
+accepted, the server must survive, and its memory must return to the baseline.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from tests.support.untyped_messages import Message, Part, Session, User
 SERVICE = DESCRIPTOR.services_by_name["ChatHistoryService"]
 STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
 ROUND = 500
-"""Cases between two new sets of things: the old ones have been erased by then."""
-AT_ONCE = 32
+"""Cases between two new sets of resources: the mutated requests have deleted the old ones."""
+CONCURRENT_CALLS = 32
 WATCH_SECONDS = 0.05
 
 
 @dataclass
 class Report:
-    """What came of a run."""
+    """The results of a run."""
 
     cases: int = 0
     codes: Counter[str] = field(default_factory=Counter)
@@ -51,8 +52,8 @@ class Report:
 
 
 def recorded(things: Things) -> list[tuple[str, bytes]]:
-    """Return requests of every RPC: small ones, and some with everything in them."""
-    found = [
+    """Return requests of every RPC: small ones, and some with all fields."""
+    requests = [
         (rpc, row.request(things.user, things).SerializeToString()) for rpc, row in ROWS.items()
     ]
     parts = [
@@ -62,20 +63,30 @@ def recorded(things: Things) -> list[tuple[str, bytes]]:
         Part(file={"uri": "https://example.com", "size_bytes": 7}),
     ]
     full = Message(
-        id=new_id(), role=message_pb2.ROLE_ASSISTANT, content="all of it", parts=parts, metadata={"k": [True, {"n": 1.5}]},
-        token_count=3, author="me", feedback={"score": 0.5, "comment": "fine"},
-    )  # fmt: skip
+        id=new_id(),
+        role=message_pb2.ROLE_ASSISTANT,
+        content="all of it",
+        parts=parts,
+        metadata={"k": [True, {"n": 1.5}]},
+        token_count=3,
+        author="me",
+        feedback={"score": 0.5, "comment": "fine"},
+    )
     append = message_pb2.AppendMessagesRequest(
-        user_id=things.user, session_id=things.session, messages=[full, Message(role=1, content="b")],
-        expected_last_seq=1, create_if_missing=True, session=Session(title="t", metadata={"a": "b"}),
-    )  # fmt: skip
+        user_id=things.user,
+        session_id=things.session,
+        messages=[full, Message(role=1, content="b")],
+        expected_last_seq=1,
+        create_if_missing=True,
+        session=Session(title="t", metadata={"a": "b"}),
+    )
     user = user_pb2.UpdateUserRequest(
         user_id=things.user, user=User(name="n", email="a@example.com", metadata={"a": 1})
     )
     user.update_mask.paths.extend(["name", "email", "metadata"])
-    # The hot path is bent most.
+    # The hot path is mutated most.
     return [
-        *found,
+        *requests,
         *[("AppendMessages", append.SerializeToString())] * 10,
         ("UpdateUser", user.SerializeToString()),
     ]
@@ -99,7 +110,7 @@ class _Fuzzer:
         )
 
     async def round(self, cases: int) -> None:
-        """Try so many cases on things of their own."""
+        """Run `cases` cases on new resources."""
         known = recorded(await make_things(self._stub))
         todo = []
         for _ in range(cases):
@@ -112,31 +123,31 @@ class _Fuzzer:
                 )
             )
         queue = iter(todo)
-        await asyncio.gather(*(self._work(queue) for _ in range(AT_ONCE)))
+        await asyncio.gather(*(self._work(queue) for _ in range(CONCURRENT_CALLS)))
 
     def _shown(self) -> tuple[str, bool]:
-        """Return a token, and whether it must be refused."""
+        """Return a token, and whether it must be rejected."""
         if self._chance.random() > 0.05:
             return self._good_token, False
         bent = hostile.mutated(self._good_token.encode(), b"eyJhbGciOiJub25lIn0..", self._chance)[
             :4000
         ]
         text = "".join(chr(byte) for byte in bent if 0x20 < byte < 0x7F)
-        return text, text.rstrip("=") != self._good_token  # Padding says nothing.
+        return text, text.rstrip("=") != self._good_token  # Padding is not significant.
 
     async def _work(self, queue: object) -> None:
         for rpc, data, (token, refuse) in queue:  # type: ignore[attr-defined]
-            code = await self._one(rpc, data, token, patience=30 if refuse else WATCH_SECONDS)
+            code = await self._send(rpc, data, token, timeout_s=30 if refuse else WATCH_SECONDS)
             self.report.cases += 1
             self.report.codes[code] += 1
             if refuse and code != "UNAUTHENTICATED":
                 self.report.problems.append(f"{rpc}: {code} with the token {token!r}")
 
-    async def _one(self, rpc: str, data: bytes, token: str, *, patience: float) -> str:
+    async def _send(self, rpc: str, data: bytes, token: str, *, timeout_s: float) -> str:
         call = self._calls[rpc](
             data,
             metadata=issuer.bearer_metadata(token),
-            timeout=patience if rpc == "WatchMessages" else 30,
+            timeout=timeout_s if rpc == "WatchMessages" else 30,
         )
         try:
             if rpc in STREAMS:
@@ -165,12 +176,16 @@ async def run(database_url: str, folder: Path, *, cases: int, seed: int) -> Repo
     """Fuzz a server on a migrated database; it is started in `folder`."""
     started = time.monotonic()
     server = ServerProcess(
-        database_url, folder / "server", CHAT_HISTORY_AUTH="jwt", CHAT_HISTORY_JWT_KEY=issuer.SECRET,
-        CHAT_HISTORY_JWT_AUDIENCE=issuer.AUDIENCE, CHAT_HISTORY_SEARCH="off",
-    )  # fmt: skip
+        database_url,
+        folder / "server",
+        CHAT_HISTORY_AUTH="jwt",
+        CHAT_HISTORY_JWT_KEY=issuer.SECRET,
+        CHAT_HISTORY_JWT_AUDIENCE=issuer.AUDIENCE,
+        CHAT_HISTORY_SEARCH="off",
+    )
     async with server, channel(server.address) as opened:
         fuzzer = _Fuzzer(opened, seed)
-        await fuzzer.round(min(cases, ROUND))  # Pools and caches are filled.
+        await fuzzer.round(min(cases, ROUND))  # Fills pools and caches.
         process = psutil.Process(server.pid)
         before = process.memory_info().rss
         while fuzzer.report.cases < cases:
@@ -197,9 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
-    asked = parser.parse_args()
-    print(f"seed {asked.seed}", flush=True)
-    report = asyncio.run(_whole(asked.cases, asked.seed))
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    report = asyncio.run(_whole(arguments.cases, arguments.seed))
     print(f"{report.cases} cases in {report.seconds:.0f} s: {dict(report.codes.most_common())}")
     print(f"memory grew by {report.grown_mib:.0f} MiB")
     for problem in report.problems[:20]:

@@ -1,4 +1,4 @@
-"""The commands `token`, `export` and `import`, as a person runs them."""
+"""The commands `token`, `export` and `import`, run as processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from tests.support.chat import Chat, new_messages
 from tests.support.servers import ROOT, AsyncStub, connected, serving
 
 IDENTITY: dict[str, str] = {
-    "CHAT_HISTORY_AUTH": "jwt", "CHAT_HISTORY_JWT_KEY": issuer.SECRET, "CHAT_HISTORY_JWT_ISSUER": issuer.ISSUER,
+    "CHAT_HISTORY_AUTH": "jwt",
+    "CHAT_HISTORY_JWT_KEY": issuer.SECRET,
+    "CHAT_HISTORY_JWT_ISSUER": issuer.ISSUER,
     "CHAT_HISTORY_JWT_AUDIENCE": issuer.AUDIENCE,
-}  # fmt: skip
+}
 
 
 class Ran(NamedTuple):
@@ -34,23 +36,31 @@ async def command(
         name: value for name, value in os.environ.items() if not name.startswith("CHAT_HISTORY_")
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "service", *arguments, cwd=folder, stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        env=inherited | {"PYTHONPATH": str(ROOT), "CHAT_HISTORY_SEARCH": "off"} | (environment or {}),
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "service",
+        *arguments,
+        cwd=folder,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=inherited
+        | {"PYTHONPATH": str(ROOT), "CHAT_HISTORY_SEARCH": "off"}
+        | (environment or {}),
+    )
     out, err = await process.communicate(input_)
     return Ran(process.returncode or 0, out.decode(), err.decode())
 
 
 async def test_token(database_url: str, tmp_path: Path) -> None:
-    made = await command(tmp_path, "token", "backend", "--service", environment=IDENTITY)
-    assert made.code == 0, made.err
+    completed = await command(tmp_path, "token", "backend", "--service", environment=IDENTITY)
+    assert completed.code == 0, completed.err
     values: dict[str, Any] = {
         name.removeprefix("CHAT_HISTORY_").lower(): value for name, value in IDENTITY.items()
     }
     async with serving(database_url, **values) as server, connected(server.address) as stub:
         await stub.ListUsers(
-            user_pb2.ListUsersRequest(), metadata=issuer.bearer_metadata(made.out.strip())
+            user_pb2.ListUsersRequest(), metadata=issuer.bearer_metadata(completed.out.strip())
         )
     without = await command(tmp_path, "token", "backend")
     assert without.code == 2

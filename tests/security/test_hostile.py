@@ -1,4 +1,4 @@
-"""Whatever is sent: an answer of the contract, no word of the driver's, and a server that lives."""
+"""Hostile requests get a documented status without driver text, and the server survives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.untyped_messages import Document, Message, Part, Session, Use
 METHODS = {
     method.name: method for method in DESCRIPTOR.services_by_name["ChatHistoryService"].methods
 }
-# Things that every example may be about; made once a database.
+# Ids of resources that every example may use; created once in each database.
 IDS = [f"00000000-0000-4000-8000-00000000000{n}" for n in range(1, 4)]
 
 
@@ -56,8 +56,8 @@ async def answer(stub: AsyncStub, rpc: str, request: Any) -> None:
             return
         failed = read_failure(error)
         assert failed.code not in (StatusCode.INTERNAL, StatusCode.UNKNOWN), (request, failed)
-        said = str(failed).lower()
-        assert not [word for word in hostile.DRIVER_WORDS if word in said], (request, failed)
+        text = str(failed).lower()
+        assert not [word for word in hostile.DRIVER_WORDS if word in text], (request, failed)
     finally:
         call.cancel()
 
@@ -71,7 +71,7 @@ async def send_generated(stub: AsyncStub, rpc: str, examples: int) -> None:
         asyncio.run_coroutine_threadsafe(answer(stub, rpc, request), loop).result(60)
 
     await asyncio.to_thread(run)
-    await stub.ListUsers(user_pb2.ListUsersRequest())  # It lives.
+    await stub.ListUsers(user_pb2.ListUsersRequest())  # The server has survived.
 
 
 @pytest.mark.parametrize("rpc", METHODS)
@@ -81,7 +81,7 @@ async def test_every_generated_request_gets_a_documented_status(stub: AsyncStub,
 
 
 async def flood(address: str) -> None:
-    """Send what is large, or swells, or nests."""
+    """Send large, compressed and deeply nested requests."""
     bomb = message_pb2.AppendMessagesRequest(
         messages=[Message(content="0" * (30 << 20))]
     ).SerializeToString()
@@ -101,11 +101,13 @@ async def flood(address: str) -> None:
                 call(data, compression=how, timeout=60) for data, how in todo[start : start + 4]
             )
             done = await asyncio.gather(*calls, return_exceptions=True)
-            assert all(isinstance(each, aio.AioRpcError) for each in done)
+            assert all(isinstance(result, aio.AioRpcError) for result in done)
 
 
 @pytest.mark.timeout(300)
-async def test_memory_returns_to_its_baseline_after_a_flood(database_url: str, tmp_path: Path) -> None:
+async def test_memory_returns_to_its_baseline_after_a_flood(
+    database_url: str, tmp_path: Path
+) -> None:
     async with (
         ServerProcess(database_url, tmp_path / "server") as server,
         connected(server.address) as stub,
@@ -118,13 +120,13 @@ async def test_memory_returns_to_its_baseline_after_a_flood(database_url: str, t
             for rpc in METHODS:
                 await send_generated(stub, rpc, 10)
 
-        await everything()  # Pools and caches are filled.
+        await everything()  # Fills pools and caches.
         before = process.memory_info().rss
         for _ in range(3):
             await everything()
         for _ in range(
             7
-        ):  # What leaks never comes back; what is kept for the next calls does, sooner or later.
+        ):  # Leaked memory never returns; memory kept for the next calls does at some time.
             if process.memory_info().rss - before < 16 << 20:
                 break
             await everything()
@@ -153,17 +155,17 @@ async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, wor
     )
     session = Session(title=short, metadata={short: short})
     session_id = await chat.start([sent], session=session)
-    (found,) = await chat.all(session_id)
+    (message,) = await chat.all(session_id)
     for name in ("content", "author", "metadata", "parts", "feedback"):
-        assert getattr(found, name) == getattr(sent, name), name
+        assert getattr(message, name) == getattr(sent, name), name
     stored = await chat.get_session(session_id)
     assert (stored.title, stored.metadata) == (short, session.metadata)
     changed = await chat.update_session(["summary"], id=session_id, summary=words)
     assert changed.summary == words
     user = User(name=short, external_id=short, metadata={short: short})
-    made = (await chat.stub.CreateUser(user_pb2.CreateUserRequest(user=user))).user
+    created = (await chat.stub.CreateUser(user_pb2.CreateUserRequest(user=user))).user
     got = (await chat.stub.GetUser(user_pb2.GetUserRequest(external_id=short))).user
-    assert got == made
+    assert got == created
     assert (got.name, got.external_id, got.metadata) == (short, short, user.metadata)
     document = Document(title=short, source_uri=short, metadata={short: short})
     create = document_pb2.CreateDocumentRequest(
@@ -179,7 +181,7 @@ async def test_injections_are_stored_verbatim(chat: Chat, database_url: str, wor
     await chat.stub.SearchMessages(search)
     assert (await fetch(database_url, "SELECT count(*) FROM users"))[0][
         0
-    ] == 3  # With the system's.
+    ] == 3  # Including the system's.
 
 
 @pytest.mark.case(n=20)

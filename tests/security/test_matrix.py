@@ -1,4 +1,7 @@
-"""Every RPC, by every caller, on everybody's ids: the code and reason of every cell. An RPC without its rows fails."""
+"""The outcome of every RPC for every caller and every owner of the ids.
+
+An RPC without rows fails the test.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ NIL = "00000000-0000-0000-0000-000000000000"
 
 
 class Things(NamedTuple):
-    """One user, and what is theirs."""
+    """A user and the ids of its resources."""
 
     user: str
     session: str
@@ -58,7 +61,7 @@ async def make_things(stub: AsyncStub) -> Things:
     return things
 
 
-# What a row says of a call: OK, or the reason of its failure.
+# The outcome of a call: OK, or the reason of its failure.
 OK, MISMATCH, SERVICE_ONLY, VIOLATION = "OK", "USER_MISMATCH", "SERVICE_ONLY", "FIELD_VIOLATION"
 NO_USER, NO_SESSION, NO_MESSAGE, NO_DOCUMENT = (
     f"{what}_NOT_FOUND" for what in ("USER", "SESSION", "MESSAGE", "DOCUMENT")
@@ -66,17 +69,17 @@ NO_USER, NO_SESSION, NO_MESSAGE, NO_DOCUMENT = (
 
 
 class Row(NamedTuple):
-    """How to call an RPC about somebody's things, and what comes of it."""
+    """How to call an RPC, and its expected outcomes."""
 
     request: Callable[[str, Things], Any]
-    """From the request's `user_id` and the things to name."""
+    """Creates the request, given its `user_id` and the resources to name."""
     missing: str = OK
-    """When the user is right and the thing is another's, or nobody's; OK for a call that names no thing."""
+    """For a permitted user and a resource of another user, or none; OK if none is named."""
     no_user: str = ""
-    """When a service names a user who is not there; else as `missing`."""
+    """For a service that names a user who does not exist; by default as `missing`."""
     service_only: bool = False
     unnamed: str = VIOLATION
-    """When a service names no user."""
+    """For a service that names no user."""
 
 
 def _append(user: str, t: Things, **more: Any) -> Any:
@@ -201,7 +204,7 @@ ROWS: dict[str, Row] = {
         NO_DOCUMENT,
         unnamed=NO_DOCUMENT,
     ),
-    # Search is off in these tests: whoever may search is told so.
+    # Search is disabled in these tests.
     "SearchDocuments": Row(
         lambda u, t: document_pb2.SearchDocumentsRequest(
             user_id=u, query="x", document_ids=[t.document]
@@ -213,23 +216,23 @@ ROWS: dict[str, Row] = {
     ),
 }
 ALLOWED = {"SearchDocuments": "SEARCH_DISABLED", "RebuildSearchIndex": "SEARCH_DISABLED"}
-"""What OK is for RPCs that these tests switch off."""
-NAMES_NOBODY = {"CreateUser", "ListUsers", "RebuildSearchIndex"}
+"""The outcome instead of OK, for RPCs that are disabled in these tests."""
+WITHOUT_USER_ID = {"CreateUser", "ListUsers", "RebuildSearchIndex"}
 
 
 class Case(NamedTuple):
-    """Whose id is named as the user, and whose things are."""
+    """The user named in a request, and the owner of the resources named in it."""
 
     user: str
     things: str
 
 
-# "A" and "B" are users; "" names nobody, which means oneself; "?" is somebody who is not there.
+# "A" and "B" are users; "" names none, which means the caller; "?" is a user who does not exist.
 CASES = [Case(u, t) for u in ("A", "B", "", "?") for t in ("A", "B", "?")]
 
 
 def expected(rpc: str, caller: str, case: Case) -> str:
-    """Say what must come of a call: the contract's section on callers, in code."""
+    """Return the outcome of a call that the rules for callers require."""
     row = ROWS[rpc]
     allowed = ALLOWED.get(rpc, OK)
     if caller != "service":
@@ -238,7 +241,7 @@ def expected(rpc: str, caller: str, case: Case) -> str:
         if case.user not in ("", caller):
             return MISMATCH
         return allowed if case.things == caller or row.missing == OK else row.missing
-    if rpc in NAMES_NOBODY:
+    if rpc in WITHOUT_USER_ID:
         return allowed
     if not case.user:
         return row.unnamed
@@ -262,7 +265,7 @@ async def service(database_url: str) -> AsyncGenerator[AsyncStub]:
 async def ask(
     stub: AsyncStub, rpc: str, request: Any, shown: list[tuple[str, str]]
 ) -> Failure | None:
-    """Call an RPC and return how it failed; of a stream, the first reply is enough."""
+    """Call an RPC and return its failure, if any; only the first reply of a stream is read."""
     call = getattr(stub, rpc)(request, metadata=shown, timeout=20)
     try:
         if isinstance(call, Awaitable):
@@ -284,7 +287,7 @@ def test_every_rpc_has_a_row() -> None:
 @pytest.mark.quick
 def test_every_request_has_user_id_as_its_first_field() -> None:
     for method in SERVICE.methods:
-        if method.name not in NAMES_NOBODY:
+        if method.name not in WITHOUT_USER_ID:
             field = method.input_type.fields_by_name["user_id"]
             assert field.number == 1
             assert field.type == field.TYPE_STRING
@@ -325,15 +328,17 @@ async def test_every_caller_and_user_gets_the_expected_outcome(database_url: str
                 shown = SHOWN if caller == "service" else bearer_metadata(token(world[caller].user))
                 user = world[case.user].user if case.user else ""
                 failed = await ask(stub, rpc, ROWS[rpc].request(user, world[case.things]), shown)
-                found = failed.reason if failed else OK
-                if found != expected(rpc, caller, case):
-                    wrong[caller, case] = (found, expected(rpc, caller, case))
+                outcome = failed.reason if failed else OK
+                if outcome != expected(rpc, caller, case):
+                    wrong[caller, case] = (outcome, expected(rpc, caller, case))
     assert not wrong
 
 
 @pytest.mark.case(n=19)
 @pytest.mark.parametrize("rpc", [rpc for rpc in RPCS if ROWS[rpc].missing != OK])
-async def test_resource_of_another_user_fails_like_a_missing_one(database_url: str, rpc: str) -> None:
+async def test_resource_of_another_user_fails_like_a_missing_one(
+    database_url: str, rpc: str
+) -> None:
     async with service(database_url) as stub:
         mine, theirs, nobodys = await make_things(stub), await make_things(stub), random_things()
         answers = []
@@ -345,7 +350,7 @@ async def test_resource_of_another_user_fails_like_a_missing_one(database_url: s
             for name, value in things._asdict().items():
                 answers[-1] = answers[-1].replace(value, name)
         assert answers[0] == answers[1]
-        # And theirs is as it was.
+        # The other user's resource is unchanged.
         for other in ("GetSession", "GetMessage", "GetDocument"):
             assert await ask(stub, other, ROWS[other].request(theirs.user, theirs), SHOWN) is None
 
@@ -370,10 +375,10 @@ async def test_no_reply_contains_data_of_another_user(database_url: str, rpc: st
                         if rpc == "WatchMessages":
                             break
             call.cancel()
-            told = "".join(map(str, replies))
-            assert not [value for value in theirs if value in told]
-        named = rpc not in NAMES_NOBODY and not ROWS[rpc].service_only and rpc not in ALLOWED
-        assert bool(replies) == named, "of one's own things there is an answer"
+            text = "".join(map(str, replies))
+            assert not [value for value in theirs if value in text]
+        named = rpc not in WITHOUT_USER_ID and not ROWS[rpc].service_only and rpc not in ALLOWED
+        assert bool(replies) == named, "the caller's own resources are returned"
 
 
 @pytest.mark.case(n=19)
@@ -452,7 +457,7 @@ async def test_page_tokens_of_another_user_are_rejected(database_url: str) -> No
     [
         rpc
         for rpc in RPCS
-        if rpc not in NAMES_NOBODY and not rpc.endswith(("Document", "Documents", "Chunks"))
+        if rpc not in WITHOUT_USER_ID and not rpc.endswith(("Document", "Documents", "Chunks"))
     ],
 )
 async def test_no_caller_can_act_as_the_system_user(database_url: str, rpc: str) -> None:

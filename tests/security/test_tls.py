@@ -78,17 +78,19 @@ async def test_mutual_tls_without_tokens_is_allowed_on_any_address(
         address = f"127.0.0.1:{port_of(server.address)}"
         async with secured(address, authority.pem, clients.issue("backend")) as stub:
             await ask(stub)
-        told = [line for line in capsys.readouterr().out.splitlines() if " audit " in line]
-        assert len(told) == 1
-        assert "method=ListUsers" in told[0]
-        assert "subject=backend" in told[0]
+        lines = [line for line in capsys.readouterr().out.splitlines() if " audit " in line]
+        assert len(lines) == 1
+        assert "method=ListUsers" in lines[0]
+        assert "subject=backend" in lines[0]
         async with secured(address, authority.pem) as stub:
             await refused(stub)
         async with secured(address, authority.pem, authority.issue("of another authority")) as stub:
             await refused(stub)
 
 
-async def test_health_is_served_in_plaintext_on_its_own_port_with_tls(database_url: str, tmp_path: Path) -> None:
+async def test_health_is_served_in_plaintext_on_its_own_port_with_tls(
+    database_url: str, tmp_path: Path
+) -> None:
     health = f"127.0.0.1:{free_port()}"
     authority = CertificateAuthority()
     files = write_tls_files(tmp_path, authority.issue(), authority.pem)
@@ -101,9 +103,7 @@ async def test_health_is_served_in_plaintext_on_its_own_port_with_tls(database_u
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_changed_certificates_are_reloaded(
-    database_url: str, tmp_path: Path
-) -> None:
+async def test_changed_certificates_are_reloaded(database_url: str, tmp_path: Path) -> None:
     old, new = CertificateAuthority("old"), CertificateAuthority("new")
     async with (
         serving(database_url, **write_tls_files(tmp_path, old.issue(), old.pem)) as server,
@@ -115,7 +115,7 @@ async def test_changed_certificates_are_reloaded(
             await ask(stub)
         async with secured(server.address, new.pem, old.issue("client")) as stub:
             await refused(stub)
-        await ask(before)  # A connection that stands is left alone.
+        await ask(before)  # An open connection is kept.
 
 
 async def test_mismatched_pair_keeps_the_last_good_certificates(
@@ -138,7 +138,9 @@ async def test_mismatched_pair_keeps_the_last_good_certificates(
             await ask(stub)
 
 
-async def test_tokens_are_required_in_addition_to_mutual_tls(database_url: str, tmp_path: Path) -> None:
+async def test_tokens_are_required_in_addition_to_mutual_tls(
+    database_url: str, tmp_path: Path
+) -> None:
     authority = CertificateAuthority()
     files = write_tls_files(tmp_path, authority.issue(), authority.pem)
     async with (

@@ -1,4 +1,4 @@
-"""Bearer tokens: whom they let in, and that nothing else does."""
+"""Bearer tokens: the callers that they authenticate, and the tokens that are rejected."""
 
 from __future__ import annotations
 
@@ -66,24 +66,24 @@ async def test_every_invalid_token_gets_the_same_error(database_url: str) -> Non
         for kind, metadata in shown.items():
             answers[kind] = await assert_fails(list_sessions(stub, metadata), "TOKEN_INVALID")
         await list_sessions(stub, [("authorization", f"bearer  {good}")])
-    assert len(set(map(str, answers.values()))) == 1, "an answer says more than others"
+    assert len(set(map(str, answers.values()))) == 1, "an error reveals more than the others"
 
 
 async def test_user_id_is_the_tokens_subject(database_url: str) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        made = await stub.CreateUser(
+        created = await stub.CreateUser(
             user_pb2.CreateUserRequest(user=User()), metadata=bearer_metadata(service_token())
         )
-        mine = bearer_metadata(token(made.user.id.upper()))
+        mine = bearer_metadata(token(created.user.id.upper()))
         appended = await stub.AppendMessages(
             message_pb2.AppendMessagesRequest(messages=[Message(role=1, content="hi")]),
             metadata=mine,
         )
-        assert [each.id for each in (await list_sessions(stub, mine)).sessions] == [
+        assert [session.id for session in (await list_sessions(stub, mine)).sessions] == [
             appended.session_id
         ]
         await assert_fails(
-            list_sessions(stub, bearer_metadata(token(USER)), made.user.id), "USER_MISMATCH"
+            list_sessions(stub, bearer_metadata(token(USER)), created.user.id), "USER_MISMATCH"
         )
         request = user_pb2.CreateUserRequest(user=User())
         await assert_fails(stub.CreateUser(request, metadata=mine), "SERVICE_ONLY")
@@ -97,7 +97,9 @@ async def test_user_id_is_the_tokens_subject(database_url: str) -> None:
         {"scp": "chathistory.service"},
     ],
 )
-async def test_scope_in_a_token_makes_the_caller_a_service(database_url: str, changes: dict[str, Any]) -> None:
+async def test_scope_in_a_token_makes_the_caller_a_service(
+    database_url: str, changes: dict[str, Any]
+) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
         await stub.ListUsers(
             user_pb2.ListUsersRequest(), metadata=bearer_metadata(token("backend", **changes))
@@ -132,10 +134,10 @@ async def test_watch_ends_when_its_token_expires(
 ) -> None:
     monkeypatch.setattr(bearer, "LEEWAY_S", 0.0)
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        made = await stub.CreateUser(
+        created_user = await stub.CreateUser(
             user_pb2.CreateUserRequest(user=User()), metadata=bearer_metadata(service_token())
         )
-        short = bearer_metadata(token(made.user.id, exp=int(time.time()) + 5))
+        short = bearer_metadata(token(created_user.user.id, exp=int(time.time()) + 5))
         created = await stub.CreateSession(session_pb2.CreateSessionRequest(), metadata=short)
         call = stub.WatchMessages(
             message_pb2.WatchMessagesRequest(session_id=created.session.id),
@@ -161,16 +163,16 @@ async def test_external_id_in_a_token_must_belong_to_a_user(
         await assert_fails(list_sessions(stub, mine), "TOKEN_INVALID")
         await assert_fails(list_sessions(stub, bearer_metadata(token("a\0b"))), "TOKEN_INVALID")
         user = User(external_id="auth0|7")
-        made = await stub.CreateUser(
+        created = await stub.CreateUser(
             user_pb2.CreateUserRequest(user=user), metadata=bearer_metadata(service_token())
         )
         got = await stub.GetUser(user_pb2.GetUserRequest(), metadata=mine)
-        assert got.user.id == made.user.id
+        assert got.user.id == created.user.id
         await assert_fails(
-            list_sessions(stub, bearer_metadata(token(made.user.id))), "TOKEN_INVALID"
+            list_sessions(stub, bearer_metadata(token(created.user.id))), "TOKEN_INVALID"
         )
         await stub.DeleteUser(
-            user_pb2.DeleteUserRequest(user_id=made.user.id),
+            user_pb2.DeleteUserRequest(user_id=created.user.id),
             metadata=bearer_metadata(service_token()),
         )
         ahead = time.time() + 60
@@ -182,7 +184,9 @@ async def test_external_id_in_a_token_must_belong_to_a_user(
     ("key", "alg"),
     [(rsa_key(), "RS256"), (rsa_key(), "PS512"), (ec_key(), "ES256"), (ed_key(), "EdDSA")],
 )
-async def test_token_is_verified_with_a_public_key_file(database_url: str, tmp_path: Path, key: Any, alg: str) -> None:
+async def test_token_is_verified_with_a_public_key_file(
+    database_url: str, tmp_path: Path, key: Any, alg: str
+) -> None:
     pem = tmp_path / "key.pem"
     pem.write_text(issuer.public_pem(key))
     async with (
@@ -289,11 +293,11 @@ async def test_calls_before_the_first_key_are_unavailable(
         ).reason == "KEYS_UNAVAILABLE"
         served.is_failing = False
         served.publish(a=rsa_key())
-        asked = served.request_count
+        request_count = served.request_count
         assert (
             await failure_of(list_sessions(stub, signed("a", rsa_key())))
         ).reason == "KEYS_UNAVAILABLE"
-        assert served.request_count == asked  # Cooling down.
+        assert served.request_count == request_count  # Cooling down.
         monkeypatch.setattr(jwks, "FIRST_COOL_DOWN_S", 0.0)
         await list_sessions(stub, signed("a", rsa_key()))
 
@@ -301,7 +305,7 @@ async def test_calls_before_the_first_key_are_unavailable(
 async def test_failed_refresh_is_retried_after_the_cool_down(
     database_url: str, served: KeyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not only when the keys would have become old again: a withdrawn key must not live on for that long."""
+    """Not only when the keys are old again: a withdrawn key must not be valid for that long."""
     served.publish(a=rsa_key())
     async with serving(database_url, **by_url(served)) as server, connected(server.address) as stub:
         old = signed("a", rsa_key())
@@ -332,7 +336,7 @@ async def status_of(call: Any) -> str:
 
 
 def test_endless_key_set_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Byte by byte, each in time: the thread that reads it must not be lost."""
+    """It arrives byte by byte, each in time; the thread that reads it must not be lost."""
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT_S", 0.3)
     with issuer.endless_key_server() as url, pytest.raises(TimeoutError):
         jwks.over_http(url)()
@@ -479,17 +483,17 @@ def test_weak_and_unsupported_published_keys_are_skipped() -> None:
     other = good | {"kid": "other", "use": "enc"}
     mixed = good | {"kid": "mixed", "alg": "HS256"}
     shared = {"kty": "oct", "k": "c2VjcmV0", "kid": "shared", "alg": "HS256"}
-    one = good | {"kid": "one", "alg": "RS512"}
-    found = jwks.parse_key_set(
-        json.dumps({"keys": [weak, good, other, mixed, shared, one, 7, {"kty": "?"}]}).encode()
+    narrowed = good | {"kid": "narrowed", "alg": "RS512"}
+    keys = jwks.parse_key_set(
+        json.dumps({"keys": [weak, good, other, mixed, shared, narrowed, 7, {"kty": "?"}]}).encode()
     )
-    assert set(found) == {"good", "one"}
-    assert found["one"].algorithms == ("RS512",)
+    assert set(keys) == {"good", "narrowed"}
+    assert keys["narrowed"].algorithms == ("RS512",)
 
 
 async def test_tokens_of_the_token_command_are_accepted(database_url: str, tmp_path: Path) -> None:
     async with serving(database_url, **HS) as server, connected(server.address) as stub:
-        made = bearer.make_token(
+        made_token = bearer.make_token(
             issuer.SECRET,
             "dev",
             lifetime=60,
@@ -498,7 +502,7 @@ async def test_tokens_of_the_token_command_are_accepted(database_url: str, tmp_p
             service=True,
         )
         await Chat(stub, "").stub.ListUsers(
-            user_pb2.ListUsersRequest(), metadata=bearer_metadata(made)
+            user_pb2.ListUsersRequest(), metadata=bearer_metadata(made_token)
         )
     private, public = tmp_path / "private.pem", tmp_path / "public.pem"
     private.write_text(issuer.private_pem(ed_key()))
@@ -507,7 +511,7 @@ async def test_tokens_of_the_token_command_are_accepted(database_url: str, tmp_p
         serving(database_url, **HS | {"jwt_key": str(public)}) as server,
         connected(server.address) as stub,
     ):
-        made = bearer.make_token(
+        made_token = bearer.make_token(
             str(private),
             USER,
             lifetime=60,
@@ -515,4 +519,4 @@ async def test_tokens_of_the_token_command_are_accepted(database_url: str, tmp_p
             audience=issuer.AUDIENCE,
             service=False,
         )
-        await list_sessions(stub, bearer_metadata(made))
+        await list_sessions(stub, bearer_metadata(made_token))

@@ -234,13 +234,19 @@ async def test_export_of_an_unknown_user_fails(stub: AsyncStub, chat: Chat) -> N
 OLD_TABLES = """
 CREATE SCHEMA old;
 CREATE TABLE old.users (id serial PRIMARY KEY, email text, created_at timestamptz DEFAULT now());
-CREATE TABLE old.chat_sessions (id serial PRIMARY KEY, user_id int, title text, created_at timestamp, updated_at timestamp);
-CREATE TABLE old.chat_messages (id serial PRIMARY KEY, session_id int, role text, content text, created_at timestamp);
+CREATE TABLE old.chat_sessions (
+    id serial PRIMARY KEY, user_id int, title text, created_at timestamp, updated_at timestamp
+);
+CREATE TABLE old.chat_messages (
+    id serial PRIMARY KEY, session_id int, role text, content text, created_at timestamp
+);
 INSERT INTO old.users (email) VALUES ('old@example.com'), (NULL);
 INSERT INTO old.chat_sessions (user_id, title, created_at, updated_at)
-    SELECT u, 'chat ' || s, '2021-03-04 05:06:07.891', '2021-03-05' FROM generate_series(1, 2) u, generate_series(1, 3) s;
+    SELECT u, 'chat ' || s, '2021-03-04 05:06:07.891', '2021-03-05'
+    FROM generate_series(1, 2) u, generate_series(1, 3) s;
 INSERT INTO old.chat_messages (session_id, role, content, created_at)
-    SELECT s, CASE WHEN m % 2 = 0 THEN 'assistant' ELSE 'user' END, E'line\\n"' || m || E'" \\\\ ' || s,
+    SELECT s, CASE WHEN m % 2 = 0 THEN 'assistant' ELSE 'user' END,
+           E'line\\n"' || m || E'" \\\\ ' || s,
            timestamp '2021-03-04 05:06:07.891' + m * interval '1 second'
     FROM generate_series(300, 1, -1) m, generate_series(1, 6) s;
 """
@@ -311,24 +317,33 @@ async def test_an_imported_session_accepts_appends_whatever_its_times(
         stored.check()
 
 
+USER = '{"user": {"id": "1"}}'
+SESSION = '{"session": {"id": "1"}}'
 BAD_LINES = {
     "[]": "line 1 is not an item",
     '{"user": {}}': "has no id",
     '{"user": {"id": "1", "email": "x"}}': "email: ",
     '{"user": {"id": "1", "nick": "x"}}': 'no field named "nick"',
-    '{"session": {"id": "1"}}': "comes before its user",
+    SESSION: "comes before its user",
     '{"message": {"content": "x"}}': "comes before its session",
-    '{"user": {"id": "1"}}\n{"session": {}}': "line 2 has no id",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "nobody"}}': "line 3 is not a valid message",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "content": "a\\u0000"}}': "content: ",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "create_time": "soon"}}': "line 3 is not a valid message",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "session_id": "2"}}': "not a message of the session",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n'
-    '{"message": {"role": "user", "seq": 2}}\n{"message": {"role": "user", "seq": 2}}': "line 4 has seq 2, which is not after",
-    '{"user": {"id": "1"}}\n{"chunk": {"text": "x"}}': "comes before its document",
+    f'{USER}\n{{"session": {{}}}}': "line 2 has no id",
+    f'{USER}\n{SESSION}\n{{"message": {{"role": "nobody"}}}}': "line 3 is not a valid message",
+    f'{USER}\n{SESSION}\n{{"message": {{"role": "user", "content": "a\\u0000"}}}}': "content: ",
+    f'{USER}\n{SESSION}\n{{"message": {{"role": "user", "create_time": "soon"}}}}': (
+        "line 3 is not a valid message"
+    ),
+    f'{USER}\n{SESSION}\n{{"message": {{"role": "user", "session_id": "2"}}}}': (
+        "not a message of the session"
+    ),
+    f"{USER}\n{SESSION}\n" + '{"message": {"role": "user", "seq": 2}}\n' * 2: (
+        "line 4 has seq 2, which is not after"
+    ),
+    f'{USER}\n{{"chunk": {{"text": "x"}}}}': "comes before its document",
     '{"user": {"id": "1", "create_time": "2999-01-01"}}': "has a time in the future",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1", "last_seq": "9223372036854775807"}}': "line 2 has a seq above",
-    '{"user": {"id": "1"}}\n{"session": {"id": "1"}}\n{"message": {"role": "user", "seq": 1e15}}': "line 3 has a seq above",
+    f'{USER}\n{{"session": {{"id": "1", "last_seq": "9223372036854775807"}}}}': (
+        "line 2 has a seq above"
+    ),
+    f'{USER}\n{SESSION}\n{{"message": {{"role": "user", "seq": 1e15}}}}': "line 3 has a seq above",
     '{"user": ' + '{"id":' * 100_000: "is not valid JSON",
 }
 
