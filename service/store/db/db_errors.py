@@ -25,9 +25,9 @@ class Failure(Enum):
     LOCKED = auto()
     """Rolled back because another transaction held a lock for longer than the lock timeout."""
     LOST = auto()
-    """The connection was lost. Nothing is committed, or unknown if COMMIT had been sent."""
+    """The connection was lost. If COMMIT had been sent, the outcome is unknown."""
     REFUSED = auto()
-    """No connection could be opened, so that no statement was sent."""
+    """No connection could be opened, or none was free in time: no statement was sent."""
     CANCELLED = auto()
     """The server cancelled the statement, because its timeout had passed."""
     BAD_DATA = auto()
