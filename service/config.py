@@ -296,7 +296,7 @@ def sources() -> dict[str, str]:
     return {name: variables_set[name] for name in _variables() if name in variables_set}
 
 
-def unknown() -> list[str]:
+def unknown_settings() -> list[str]:
     """Return one line for each variable with the prefix that is not a setting.
 
     Such a variable is probably misspelled, and is ignored silently otherwise.

@@ -60,8 +60,8 @@ class Verdict(StrEnum):
 class Finding(NamedTuple):
     """One line of a report."""
 
-    about: str
-    words: str
+    subject: str
+    message: str
     verdict: Verdict = Verdict.OK
 
 
@@ -94,7 +94,7 @@ class Description:
     """None when the schema does not fit this build."""
 
 
-async def describe(target: Target, timeout: float) -> Description:
+async def describe(target: Target, timeout_s: float) -> Description:
     """Connect with the service's options and collect the properties of the database.
 
     Raises:
@@ -102,7 +102,7 @@ async def describe(target: Target, timeout: float) -> Description:
     """
     engine = create_async_engine(
         target.url,
-        connect_args={"timeout": timeout} | target.connect_args,
+        connect_args={"timeout": timeout_s} | target.connect_args,
         poolclass=NullPool,
         hide_parameters=True,
     )
@@ -158,7 +158,7 @@ class Pool(NamedTuple):
     connect_timeout_s: float
 
 
-def findings(description: Description, target: Target, pool: Pool) -> list[Finding]:
+def diagnose(description: Description, target: Target, pool: Pool) -> list[Finding]:
     """Return the findings for a described database, for a service with the given pool."""
     return [
         Finding("database", f"{target.location} as {description.account}"),
@@ -244,76 +244,76 @@ def _describe_statements(target: Target) -> str:
 
 
 def _check_round_trip(description: Description) -> Finding:
-    words = f"{description.round_trip_s * 1000:.1f} ms, the median of {ROUND_TRIP_SAMPLES}"
+    message = f"{description.round_trip_s * 1000:.1f} ms, the median of {ROUND_TRIP_SAMPLES}"
     if description.round_trip_s > SLOW_ROUND_TRIP_S:
         return Finding(
-            "round trip", f"{words}: run the service in the database's region", Verdict.NOTE
+            "round trip", f"{message}: run the service in the database's region", Verdict.NOTE
         )
-    return Finding("round trip", words)
+    return Finding("round trip", message)
 
 
 def _check_schema(schema: SchemaVersion) -> Finding:
     if schema.problem is not None:
         return Finding("schema", schema.problem, Verdict.TODO)
-    words = f"revision {schema.revision:04d}; this build requires {REQUIRED_REVISION:04d}"
+    message = f"revision {schema.revision:04d}; this build requires {REQUIRED_REVISION:04d}"
     if schema.revision < BUILD:
         return Finding(
             "schema",
-            f"{words} and provides {BUILD:04d}: run `chat-history migrate` when convenient",
+            f"{message} and provides {BUILD:04d}: run `chat-history migrate` when convenient",
             Verdict.NOTE,
         )
-    return Finding("schema", f"{words} or newer" if schema.revision > BUILD else words)
+    return Finding("schema", f"{message} or newer" if schema.revision > BUILD else message)
 
 
 def _check_pool_size(description: Description, target: Target, max_connections: int) -> Finding:
-    words = f"up to {max_connections} connections for each process"
+    message = f"up to {max_connections} connections for each process"
     if target.is_pooled:
-        return Finding("pool", f"{words}, to the pooler")
+        return Finding("pool", f"{message}, to the pooler")
     if max_connections >= description.max_connections:
         return Finding(
             "pool",
-            f"{words}, but the database allows {description.max_connections} in total: "
+            f"{message}, but the database allows {description.max_connections} in total: "
             "lower CHAT_HISTORY_DB_POOL_SIZE",
             Verdict.TODO,
         )
-    return Finding("pool", f"{words}; the database allows {description.max_connections} in total")
+    return Finding("pool", f"{message}; the database allows {description.max_connections} in total")
 
 
 def _check_connections(target: Target, pool: Pool) -> Finding:
     timeout_s = target.connect_args.get("timeout", pool.connect_timeout_s)
-    words = (
+    message = (
         f"{pool.size} kept open, most recently used first; checked before use after "
         f"{PING_AFTER_IDLE_S:g} s idle, replaced after {pool.recycle_s:g} s; "
         f"connect timeout {timeout_s:g} s"
     )
     if not target.is_neon:
-        return Finding("connections", words)
+        return Finding("connections", message)
     if pool.recycle_s >= NEON_SUSPEND_S:
-        words += (
+        message += (
             f": Neon suspends after {NEON_SUSPEND_S} s by default, "
             "so set CHAT_HISTORY_DB_POOL_RECYCLE below that"
         )
-        return Finding("connections", words, Verdict.NOTE)
+        return Finding("connections", message, Verdict.NOTE)
     if timeout_s < NEON_WAKE_S:
-        words += f": a suspended Neon database may take longer to wake, so allow {NEON_WAKE_S} s"
-        return Finding("connections", words, Verdict.NOTE)
-    return Finding("connections", f"{words}: suitable for Neon's suspend and wake times")
+        message += f": a suspended Neon database may take longer to wake, so allow {NEON_WAKE_S} s"
+        return Finding("connections", message, Verdict.NOTE)
+    return Finding("connections", f"{message}: suitable for Neon's suspend and wake times")
 
 
 def _check_settings(description: Description) -> list[Finding]:
     lines = []
     if description.synchronous_commit == "off":
-        words = (
+        message = (
             "off: a crash may lose acknowledged messages; "
             "run ALTER DATABASE … SET synchronous_commit = on"
         )
-        lines.append(Finding("synchronous_commit", words, Verdict.TODO))
+        lines.append(Finding("synchronous_commit", message, Verdict.TODO))
     if description.encoding != "UTF8":
-        words = (
+        message = (
             f"{description.encoding} cannot store every text: "
             "create the database with ENCODING 'UTF8'"
         )
-        lines.append(Finding("encoding", words, Verdict.TODO))
+        lines.append(Finding("encoding", message, Verdict.TODO))
     return lines
 
 
@@ -321,12 +321,12 @@ def _check_search(state: IndexState | None) -> list[Finding]:
     if state is None:
         return []
     waiting, failed, age_s = state.backlog.pending, state.backlog.failed, state.backlog.oldest_age_s
-    words = (
+    message = (
         f"{waiting} documents and sessions wait to be indexed, the oldest for {age_s:.0f} s"
         if waiting
         else "the index is up to date"
     )
-    lines = [Finding("search", words, Verdict.NOTE if age_s > INDEX_LAG_NOTE_S else Verdict.OK)]
+    lines = [Finding("search", message, Verdict.NOTE if age_s > INDEX_LAG_NOTE_S else Verdict.OK)]
     if failed:
         more = (
             f"{failed} could not be indexed, for example {state.dead_letter_example}: "
@@ -363,19 +363,19 @@ def explain(error: BaseException, target: Target) -> str:
     return f"{target.location} cannot be used: {type(cause).__name__}"
 
 
-def _explain_certificate(words: str, target: Target) -> str:
-    if "certificate is not valid for" in words:
+def _explain_certificate(message: str, target: Target) -> str:
+    if "certificate is not valid for" in message:
         return (
-            f"the certificate of {target.location} is for another name ({words}): "
+            f"the certificate of {target.location} is for another name ({message}): "
             "use the certificate's name in DATABASE_URL"
         )
     return (
-        f"the certificate of {target.url.host} is not trusted ({words}): "
+        f"the certificate of {target.url.host} is not trusted ({message}): "
         "set its root certificate in the URL with sslrootcert=FILE"
     )
 
 
-def _explain_refusal(code: str, words: str, target: Target) -> str:
+def _explain_refusal(code: str, message: str, target: Target) -> str:
     """Add advice to the server's own message, which may contain names but never the password."""
     advice = {
         "28P01": "check user and password in DATABASE_URL",
@@ -385,6 +385,6 @@ def _explain_refusal(code: str, words: str, target: Target) -> str:
         "53300": "lower CHAT_HISTORY_DB_POOL_SIZE, or use a pooler",
         "57P03": "the server is starting or stopping: retry in a moment",
     }.get(code)
-    return f"{target.location} rejected the connection: {words}" + (
+    return f"{target.location} rejected the connection: {message}" + (
         f" ({advice})" if advice else ""
     )

@@ -24,7 +24,7 @@ def check_command() -> None:
     settings, target = configuration()
     report = [
         _check_configuration(),
-        *(Finding("configuration", line, Verdict.NOTE) for line in config.unknown()),
+        *(Finding("configuration", line, Verdict.NOTE) for line in config.unknown_settings()),
     ]
     report += _check_identity(settings)
     try:
@@ -75,7 +75,7 @@ def _check(settings: Settings, target: Target) -> list[Finding]:
         settings.db_pool_recycle,
         settings.db_connect_timeout,
     )
-    return [*doctor.findings(description, target, pool), *notes]
+    return [*doctor.diagnose(description, target, pool), *notes]
 
 
 def _check_embedded(settings: Settings) -> list[Finding]:
@@ -110,9 +110,12 @@ def _show(report: list[Finding]) -> None:
     todo = sum(finding.verdict == "todo" for finding in report)
     end = f"To do: {todo}." if todo else "No problems."
     if not sys.stdout.isatty():
-        width = max(len(finding.about) for finding in report)
+        width = max(len(finding.subject) for finding in report)
         print(
-            *(f"{verdict:<4}  {subject:<{width}}  {words}" for subject, words, verdict in report),
+            *(
+                f"{verdict:<4}  {subject:<{width}}  {message}"
+                for subject, message, verdict in report
+            ),
             "",
             end,
             sep="\n",
@@ -127,8 +130,8 @@ def _show(report: list[Finding]) -> None:
     for finding in report:
         grid.add_row(
             Text(finding.verdict, colors[finding.verdict]),
-            Text(finding.about, "bold"),
-            Text(finding.words),
+            Text(finding.subject, "bold"),
+            Text(finding.message),
         )
     console = Console(highlight=False)
     console.print(grid, "", Text(end, colors["todo" if todo else "ok"]), sep="\n")

@@ -47,7 +47,7 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Print a message for the operator on standard error, like the log."""
     typer.echo(f"chat-history: {message}", err=True)
 
@@ -77,7 +77,7 @@ def stoppable(interrupted: int = 130) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: is_stop_requested
     except KeyboardInterrupt:
-        say("interrupted")
+        print_message("interrupted")
         raise typer.Exit(interrupted) from None
     finally:
         # The rest takes milliseconds, and another Ctrl-C would change the exit code.

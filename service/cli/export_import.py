@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli.common import configuration, exit_on_embedded_errors, fail, run, say, stoppable
+from service.cli.common import (
+    configuration,
+    exit_on_embedded_errors,
+    fail,
+    print_message,
+    run,
+    stoppable,
+)
 from service.config import Settings
 from service.store.db.dsn import Target, parse
 
@@ -26,7 +33,7 @@ def export_command(
     from service.portability.exporter import export_to_file
 
     done = _transfer(lambda _settings, target: export_to_file(target, user, output))
-    say(f"exported {done}")
+    print_message(f"exported {done}")
 
 
 def import_command(
@@ -49,7 +56,7 @@ def import_command(
             target, file, user, search_enabled=settings.search == "on"
         )
     )
-    say(f"imported {done} ({done.new_messages} messages were new)")
+    print_message(f"imported {done} ({done.new_messages} messages were new)")
 
 
 def _transfer(work: Callable[[Settings, Target], Awaitable[ItemCounts]]) -> ItemCounts:

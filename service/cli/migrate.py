@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from service.cli.common import configuration, exit_on_embedded_errors, fail, run, say, stoppable
+from service.cli.common import (
+    configuration,
+    exit_on_embedded_errors,
+    fail,
+    print_message,
+    run,
+    stoppable,
+)
 from service.store.db.dsn import Target, parse
 
 
@@ -36,12 +43,12 @@ def migrate(target: Target, *, quiet: bool = False) -> None:
     from service.store.schema.migrations import MigrationError, upgrade
 
     try:
-        result = run(lambda: upgrade(target, on_wait=say))
+        result = run(lambda: upgrade(target, on_wait=print_message))
     except MigrationError as error:
         fail(str(error), 1)
     except DATABASE_ERRORS as error:
         fail(doctor.explain(error, target), 1)
     if result.before != result.after or not quiet:
-        say(str(result))
+        print_message(str(result))
     if result.problem is not None:
         fail(result.problem, 1)

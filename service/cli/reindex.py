@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.common import configuration, fail, run, say, stoppable
+from service.cli.common import configuration, fail, print_message, run, stoppable
 
 
 def reindex_command(
@@ -59,7 +59,7 @@ def reindex_command(
                 progress.update(task, total=state.total, completed=state.done)
                 failed = state.failed
         failures = f"; {failed} items could not be indexed: see the server's log" if failed else ""
-        say(f"the search index was rebuilt{failures}")
+        print_message(f"the search index was rebuilt{failures}")
 
     with stoppable():
         try:

@@ -18,8 +18,8 @@ from service.cli.common import (
     exit_on_embedded_errors,
     fail,
     fail_configuration,
+    print_message,
     run,
-    say,
     stoppable,
 )
 from service.cli.migrate import migrate as migrate_schema
@@ -47,7 +47,7 @@ def serve_command(
             _serve(settings, target, f"PostgreSQL at {target.location}", stop_requested)
         else:
             _serve_embedded(settings, stop_requested)
-    say("stopped")
+    print_message("stopped")
 
 
 def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> None:
@@ -61,7 +61,7 @@ def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> N
         EmbeddedPostgres(settings.data_dir, settings.listen) as postgres,
     ):
         for note in postgres.notes:
-            say(note)
+            print_message(note)
         target = parse(postgres.url)
         migrate_schema(target, quiet=True)
         postgres.supervise(report)
@@ -95,8 +95,8 @@ def _serve(
             _print_summary(address, data)
 
     configure_logging(settings.log_level, settings.log_format)
-    for line in config.unknown():
-        say(line)
+    for line in config.unknown_settings():
+        print_message(line)
     try:
         run(lambda: server.run(settings, target, on_ready=on_ready, stop_requested=stop_requested))
     except config.BadConfiguration as error:

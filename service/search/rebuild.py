@@ -89,7 +89,7 @@ class Rebuild:
                 await self._state.release(self._lease_id)
                 return
             collection = await self._index.create_collection()
-            await self._state.begin(self._lease_id, collection, messages=self._messages)
+            await self._state.begin(self._lease_id, collection, indexes_messages=self._messages)
             cursor = RebuildCursor(collection, 0, *_START, 0, 0)
             _log.info("building a search index", collection=collection)
         await self._enqueue_all(cursor, collection)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from service.doctor import Description, Pool, Verdict, describe, explain, findings
+from service.doctor import Description, Pool, Verdict, describe, diagnose, explain
 from service.store.db.dsn import parse
 from service.store.schema.version import SchemaVersion
 from service.store.tables import BUILD
@@ -188,11 +188,11 @@ def test_far_away_the_certificate_matters(
         "18.1", 18, "u", 100, False, "on", "UTF8", tls, 0.001, SchemaVersion(BUILD, 1)
     )
     lines = {
-        line.about: line
-        for line in findings(found, parse(f"postgresql://u@db.example.com/d?{query}"), POOL)
+        line.subject: line
+        for line in diagnose(found, parse(f"postgresql://u@db.example.com/d?{query}"), POOL)
     }
     assert lines["TLS"].verdict is verdict
-    assert words in lines["TLS"].words
+    assert words in lines["TLS"].message
 
 
 def test_what_does_not_fit_is_said_with_what_to_do() -> None:
@@ -200,18 +200,18 @@ def test_what_does_not_fit_is_said_with_what_to_do() -> None:
         "14.9", 14, "u", 100, True, "on", "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1)
     )
     url = "postgresql://u@ep-a-pooler.eu.aws.neon.tech/d"
-    lines = {line.about: line for line in findings(found, parse(url), POOL)}
+    lines = {line.subject: line for line in diagnose(found, parse(url), POOL)}
     todo = {about for about, line in lines.items() if line.verdict is Verdict.TODO}
     assert todo == {"PostgreSQL", "connection", "schema", "encoding"}
-    assert "upgrade to 15 to 18" in lines["PostgreSQL"].words
-    assert "deploy a newer one" in lines["schema"].words
-    assert "in the database's region" in lines["round trip"].words
+    assert "upgrade to 15 to 18" in lines["PostgreSQL"].message
+    assert "deploy a newer one" in lines["schema"].message
+    assert "in the database's region" in lines["round trip"].message
     newer = Description(
         "19.0", 19, "u", 100, False, "on", "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1)
     )
-    lines = {line.about: line for line in findings(newer, parse(url), POOL)}
+    lines = {line.subject: line for line in diagnose(newer, parse(url), POOL)}
     assert {line.verdict for line in lines.values()} <= {Verdict.OK, Verdict.NOTE}
-    assert "migrations connect to ep-a.eu.aws.neon.tech/d" in lines["connection"].words
+    assert "migrations connect to ep-a.eu.aws.neon.tech/d" in lines["connection"].message
 
 
 @pytest.mark.parametrize("host", ["ep-a.eu.aws.neon.tech", "ep-a-pooler.eu.aws.neon.tech"])
@@ -242,11 +242,13 @@ def test_what_does_not_fit_neons_suspending_is_said(
         "18.1", 18, "u", 100, False, "on", "UTF8", "TLSv1.3", 0.001, SchemaVersion(BUILD, 1)
     )
     lines = {
-        line.about: line for line in findings(found, parse(f"postgresql://u@{host}/d{query}"), pool)
+        line.subject: line
+        for line in diagnose(found, parse(f"postgresql://u@{host}/d{query}"), pool)
     }
     assert lines["connections"].verdict is verdict
-    assert words in lines["connections"].words
+    assert words in lines["connections"].message
     elsewhere = {
-        line.about: line for line in findings(found, parse("postgresql://u@db.example.com/d"), pool)
+        line.subject: line
+        for line in diagnose(found, parse("postgresql://u@db.example.com/d"), pool)
     }
     assert elsewhere["connections"].verdict is Verdict.OK

@@ -159,10 +159,10 @@ async def test_connection_strings_of_the_console_work_unchanged(
     found = await doctor.describe(target, 10.0)
     assert found.tls == "TLSv1.3"
     verdicts = {
-        line.about: line for line in doctor.findings(found, target, doctor.Pool(8, 4, 240, 12))
+        line.subject: line for line in doctor.diagnose(found, target, doctor.Pool(8, 4, 240, 12))
     }
-    assert "certificate verified" in verdicts["TLS"].words
-    assert ("through a transaction pooler" in verdicts["connection"].words) is not prepared
+    assert "certificate verified" in verdicts["TLS"].message
+    assert ("through a transaction pooler" in verdicts["connection"].message) is not prepared
     assert PASSWORD not in str(verdicts)
 
 

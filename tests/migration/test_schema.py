@@ -111,7 +111,7 @@ async def test_each_migration_goes_up_down_and_up_again(empty: Target) -> None:
     assert await read_catalog(url) == empty_catalog
     for stage in reversed(stages):
         await migrations.in_transaction(
-            empty, lambda connection: migrations.alembic(connection, "upgrade", "+1")
+            empty, lambda connection: migrations.run_alembic(connection, "upgrade", "+1")
         )
         assert await read_catalog(url) == stage
 

@@ -30,7 +30,7 @@ def test_load_without_settings_uses_defaults() -> None:
     assert settings.data_dir == Path(".data")
     assert settings.database_url is None
     assert config.sources() == {}
-    assert config.unknown() == []
+    assert config.unknown_settings() == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_unknown_settings_are_reported_with_suggestions(
     (empty_folder / ".env").write_text("CHAT_HISTORY_LISTN=127.0.0.1:1\n")
     monkeypatch.setenv("CHAT_HISTORY_DATABASE_URL", "postgresql://u@h/d")
     monkeypatch.setenv("CHAT_HISTORY_ZZZ", "1")
-    assert config.unknown() == [
+    assert config.unknown_settings() == [
         "CHAT_HISTORY_DATABASE_URL in the environment is not a setting; did you mean DATABASE_URL?",
         "CHAT_HISTORY_LISTN in .env is not a setting; did you mean CHAT_HISTORY_LISTEN?",
         "CHAT_HISTORY_ZZZ in the environment is not a setting",

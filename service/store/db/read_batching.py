@@ -41,7 +41,7 @@ MAX_BATCH_SIZE = 16
 """Reads in one statement; each may return a page of 3 MiB."""
 MAX_IN_FLIGHT = 4
 """Statements of one kind in flight; more than one only if a batch is full or a statement slow."""
-SLOW_STATEMENT_S = 0.01
+NEXT_BATCH_AFTER_S = 0.01
 """Seconds after which reads no longer wait for the statement in flight."""
 
 FEATURE_NOT_SUPPORTED = "0A000"
@@ -186,7 +186,7 @@ class _ReadQueue:
                 await self._window.wait(self._queue, MAX_BATCH_SIZE)
                 if batch := self._take_batch():
                     timer = self._loop.call_later(
-                        SLOW_STATEMENT_S, lambda: self._start_batch(is_slow=True)
+                        NEXT_BATCH_AFTER_S, lambda: self._start_batch(is_slow=True)
                     )
                     try:
                         await self._run_batch(batch)

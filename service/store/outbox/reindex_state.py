@@ -140,15 +140,15 @@ class ReindexState:
         records = await self._database.fetch_once(_ACQUIRE, self._alias, lease_id, lease_s)
         return RebuildCursor(*records[0]) if records else None
 
-    async def begin(self, lease_id: str, collection: str, *, messages: bool) -> None:
+    async def begin(self, lease_id: str, collection: str, *, indexes_messages: bool) -> None:
         """Begin to build a collection: from now on, all indexers write to it too.
 
         Args:
             lease_id: The lease.
             collection: The collection.
-            messages: Whether messages are indexed, and so sessions are counted.
+            indexes_messages: Whether messages are indexed, so that sessions are counted, too.
         """
-        await self._database.fetch_once(_BEGIN, self._alias, lease_id, collection, messages)
+        await self._database.fetch_once(_BEGIN, self._alias, lease_id, collection, indexes_messages)
 
     async def enqueue_slice(
         self,

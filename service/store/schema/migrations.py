@@ -114,12 +114,12 @@ async def downgrade(target: Target, revision: str = "base") -> MigrationResult:
         Exception: the connection failed.
     """
     return await _migrate(
-        target.direct(), lambda connection: alembic(connection, "downgrade", revision), _ignore
+        target.direct(), lambda connection: run_alembic(connection, "downgrade", revision), _ignore
     )
 
 
 def _upgrade(connection: Connection) -> None:
-    alembic(connection, "upgrade", "head")
+    run_alembic(connection, "upgrade", "head")
 
 
 async def _migrate(
@@ -228,7 +228,7 @@ async def _with_migrator_lock(
         await engine.dispose()
 
 
-def alembic(connection: Connection, command: str, revision: str) -> None:
+def run_alembic(connection: Connection, command: str, revision: str) -> None:
     """Run a command of Alembic on a connection, in its transaction.
 
     Raises:
