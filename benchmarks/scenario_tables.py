@@ -20,7 +20,10 @@ _ECHO_COLUMNS = (
     "ratio",
     "PostgreSQL µs",
 )
-_CPU_NOTE = "CPU µs: CPU time per call, of the serving process and of all PostgreSQL processes."
+_CPU_NOTE = (
+    "CPU µs: processor time per call of the serving process. PostgreSQL µs: that of all PostgreSQL "
+    "processes."
+)
 
 
 def _compared_with_echo(run: dict[str, Any]) -> list[str]:
