@@ -1,4 +1,4 @@
-"""What the tests of faults stand on: a proxy between the service and PostgreSQL, and a PostgreSQL that may be killed."""
+"""Fixtures for faults: a proxy between service and PostgreSQL, and a PostgreSQL to be killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.servers import connected, serving
 
 
 class ProxiedService(NamedTuple):
-    """A service whose connections to PostgreSQL can be broken."""
+    """A service that connects to PostgreSQL through a proxy, which can break the connections."""
 
     server: Server
     chat: Chat
@@ -23,7 +23,11 @@ class ProxiedService(NamedTuple):
 
 
 def calls_by_route(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaitable[object]]]:
-    """Return a call of every way to the database: through the pool, by the driver, in a transaction, in a shared statement."""
+    """Return a call for each route to the database.
+
+    The routes are a pooled connection, the driver's connections for hot reads, a transaction, and
+    the batches of appends.
+    """
     return {
         "read": lambda: chat.get_session(session_id),
         "hot read": lambda: chat.page(session_id),
@@ -35,7 +39,7 @@ def calls_by_route(chat: Chat, session_id: str) -> dict[str, Callable[[], Awaita
 
 @pytest.fixture
 async def proxied(database_url: str) -> AsyncGenerator[ProxiedService]:
-    """Give a service behind whose back the database can be cut off."""
+    """Provide a service whose connections to the database the test can break."""
     async with (
         postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
@@ -48,6 +52,6 @@ async def proxied(database_url: str) -> AsyncGenerator[ProxiedService]:
 
 @pytest.fixture
 def own_cluster() -> Generator[Cluster]:
-    """Give a PostgreSQL of this test's own, which it may stop, kill and start."""
-    with Cluster() as started:
-        yield started
+    """Provide a PostgreSQL for one test, which it may stop, kill and start."""
+    with Cluster() as cluster:
+        yield cluster

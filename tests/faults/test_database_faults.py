@@ -1,4 +1,7 @@
-"""PostgreSQL goes away, in all the ways it can: calls wait for it as long as they may, and what is stored is stored once."""
+"""Failures of PostgreSQL and of its connections.
+
+Calls wait for the database until their deadlines, and every message is stored at most once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -26,28 +29,28 @@ from tests.support.load import Load, fast_reconnect_options
 from tests.support.proxy import Direction, postgres_proxy
 from tests.support.servers import channel, serving
 
-AWAY = "DATABASE_UNAVAILABLE"
-TERMINATE = """
+UNAVAILABLE = "DATABASE_UNAVAILABLE"
+TERMINATE_BACKENDS = """
 SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'chat-history'
 """
 
 
-async def visible(database_url: str, message_id: str) -> None:
+async def wait_until_stored(database_url: str, message_id: str) -> None:
     """Wait until a message is committed."""
     async with asyncio.timeout(20):
         while not await fetch(database_url, "SELECT FROM chat_messages WHERE id = $1", message_id):
             await asyncio.sleep(0.01)
 
 
-# --- Before the commit.
+# --- Failures before the commit.
 
 
 @pytest.mark.case(n=6)
 async def test_append_is_retried_when_its_backend_ends_before_the_commit(
     chat: Chat, database_url: str
 ) -> None:
-    """Twice, and the third time it is committed: the client sees one success, and no replay."""
+    """The third attempt is committed. The client receives one success and no replay."""
     await commit_faults.install(database_url)
     session = await chat.create_session()
     await commit_faults.arm(database_url, "terminate", 2)
@@ -57,9 +60,9 @@ async def test_append_is_retried_when_its_backend_ends_before_the_commit(
         (2, False),
         (3, False),
     ]
-    found = await read_valid_history(database_url, chat.user_id, session.id)
-    found.check_contains([reply])
-    assert found.last_seq == 3
+    stored = await read_valid_history(database_url, chat.user_id, session.id)
+    stored.check_contains([reply])
+    assert stored.last_seq == 3
 
 
 @pytest.mark.case(n=6)
@@ -71,14 +74,14 @@ async def test_transaction_that_fails_at_its_commit_is_retried(
     session = await chat.create_session()
     await commit_faults.install(database_url, "chat_sessions", "INSERT OR UPDATE")
     await commit_faults.arm(database_url, kind, 2)
-    changed = await chat.update_session(["title"], id=session.id, title="new", etag=session.etag)
-    assert changed.title == "new"
+    updated = await chat.update_session(["title"], id=session.id, title="new", etag=session.etag)
+    assert updated.title == "new"
     await commit_faults.arm(database_url, kind, 2)
-    assert (await chat.create_session(title="made")).title == "made"
+    assert (await chat.create_session(title="created")).title == "created"
     await commit_faults.arm(database_url, kind, 2)
-    made = await chat.append("", new_messages(2))
-    assert made.session_created
-    assert [entry.seq for entry in made.messages] == [1, 2]
+    reply = await chat.append("", new_messages(2))
+    assert reply.session_created
+    assert [entry.seq for entry in reply.messages] == [1, 2]
 
 
 @pytest.mark.case(n=13)
@@ -93,42 +96,44 @@ async def test_transaction_that_fails_at_every_commit_is_aborted(
         chat.append(session.id, "never"),
         chat.update_session(["title"], id=session.id, title="never"),
     ):
-        found = await failures.assert_fails(call, "CONTENTION")
-        assert found.code == StatusCode.ABORTED
-        assert found.retry_after is not None
+        failure = await failures.assert_fails(call, "CONTENTION")
+        assert failure.code == StatusCode.ABORTED
+        assert failure.retry_after is not None
     await commit_faults.arm(database_url, kind, 0)
     assert (await chat.append(session.id, "at last")).messages[0].seq == 1
 
 
-# --- After the commit was sent.
+# --- Failures after the commit was sent.
 
 
 @pytest.mark.case(n=7)
-@pytest.mark.parametrize("starts", [False, True], ids=["session there", "session started"])
+@pytest.mark.parametrize("is_new", [False, True], ids=["existing session", "new session"])
 async def test_append_is_stored_once_when_its_connection_breaks_after_the_commit(
-    proxied: ProxiedService, database_url: str, starts: bool
+    proxied: ProxiedService, database_url: str, is_new: bool
 ) -> None:
-    """The answer is on its way when the connection breaks. The service looks what has become of it: one row, no replay."""
+    """The connection breaks before PostgreSQL's reply arrives.
+
+    The service looks the messages up, and reports one append and no replay.
+    """
     chat, proxy = proxied.chat, proxied.proxy
-    session_id = (
-        await chat.start()
-    )  # And the statement is prepared: the next one is sent in one piece.
+    # This also prepares the statement, so that the next append is sent in one piece.
+    session_id = await chat.start()
     messages = new_messages(2)
     proxy.block(Direction.TO_CLIENT)
-    call = asyncio.ensure_future(chat.append("" if starts else session_id, messages))
-    await visible(database_url, messages[0].id)
+    call = asyncio.ensure_future(chat.append("" if is_new else session_id, messages))
+    await wait_until_stored(database_url, messages[0].id)
     assert not call.done()
     proxy.reset_connections()
     proxy.unblock()
     reply = await call
     assert [(entry.seq, entry.replayed) for entry in reply.messages] == (
-        [(1, False), (2, False)] if starts else [(2, False), (3, False)]
+        [(1, False), (2, False)] if is_new else [(2, False), (3, False)]
     )
-    assert reply.session_created == starts
+    assert reply.session_created == is_new
     (await read_valid_history(database_url, chat.user_id, reply.session_id)).check_contains([reply])
-    again = await chat.append("" if starts else session_id, messages)
-    assert [(entry.seq, entry.replayed) for entry in again.messages] == [
-        (e.seq, True) for e in reply.messages
+    replay = await chat.append("" if is_new else session_id, messages)
+    assert [(entry.seq, entry.replayed) for entry in replay.messages] == [
+        (entry.seq, True) for entry in reply.messages
     ]
 
 
@@ -136,17 +141,17 @@ async def test_append_is_stored_once_when_its_connection_breaks_after_the_commit
 async def test_retry_of_stored_append_is_a_replay_even_if_its_connection_breaks(
     proxied: ProxiedService,
 ) -> None:
-    """The service sends it twice itself, but it had been stored before: the client is told so."""
+    """The service itself runs the statement twice, and still reports that it was stored before."""
     chat, proxy = proxied.chat, proxied.proxy
     messages = new_messages(2)
     session_id = await chat.start(messages)
-    # Whose it is tells its age. What was stored just before the retry came, and within the time that PostgreSQL's answer to that takes,
-    # cannot be told from what the retry itself has stored.
+    # The service decides by the age of a stored message whether its own attempt has stored it. It
+    # cannot decide that for a message that was stored immediately before the retry arrived.
     await asyncio.sleep(2)
-    for again in (session_id, ""):
+    for requested_id in (session_id, ""):
         proxy.block(Direction.TO_CLIENT)
         passed = sum(link.passed[Direction.TO_SERVER] for link in proxy.links)
-        call = asyncio.ensure_future(chat.append(again, messages))
+        call = asyncio.ensure_future(chat.append(requested_id, messages))
         while sum(link.passed[Direction.TO_SERVER] for link in proxy.links) == passed:
             await asyncio.sleep(0.01)
         proxy.reset_connections()
@@ -160,7 +165,7 @@ async def test_retry_of_stored_append_is_a_replay_even_if_its_connection_breaks(
 async def test_concurrent_appends_are_stored_once_when_connections_break(
     proxied: ProxiedService, database_url: str
 ) -> None:
-    """Shared statements: what was under way, and what was waiting, of several sessions and of the same message."""
+    """The appends are running or queued in batches: of several sessions, some of one message."""
     chat, proxy = proxied.chat, proxied.proxy
     session_ids = [await chat.start() for _ in range(4)]
     same = new_message("the same")
@@ -174,25 +179,26 @@ async def test_concurrent_appends_are_stored_once_when_connections_break(
         replies = await asyncio.gather(*calls)
         assert len({reply.messages[0].seq for reply in replies[40:]}) == 1
         for session_id in session_ids:
-            found = await read_valid_history(database_url, chat.user_id, session_id)
-            found.check_contains(reply for reply in replies if reply.session_id == session_id)
+            stored = await read_valid_history(database_url, chat.user_id, session_id)
+            stored.check_contains(reply for reply in replies if reply.session_id == session_id)
     counts = [(await chat.get_session(session_id)).last_seq for session_id in session_ids]
     assert counts == [1 + 4 * 10 + 1, *[1 + 4 * 10] * 3]
 
 
-# --- Away, and back.
+# --- Outages.
 
 
 @pytest.mark.case(n=10)
 async def test_next_call_succeeds_after_all_idle_backends_were_terminated(
     chat: Chat, database_url: str
 ) -> None:
-    """As when Neon suspends: the next call of every kind goes through."""
+    """The next call on every route succeeds, as it must when Neon has suspended the database."""
     session_id = await chat.start()
-    for name, call in calls_by_route(chat, session_id).items():
-        await asyncio.gather(*(other() for other in calls_by_route(chat, session_id).values()))
-        [[ended]] = await fetch(database_url, TERMINATE)
-        assert ended > 0, name
+    calls = calls_by_route(chat, session_id)
+    for name, call in calls.items():
+        await asyncio.gather(*(warm_up() for warm_up in calls.values()))
+        [[terminated]] = await fetch(database_url, TERMINATE_BACKENDS)
+        assert terminated > 0, name
         await call()
 
 
@@ -203,15 +209,16 @@ async def test_calls_succeed_while_backends_are_terminated_repeatedly(
 
     calls: list[asyncio.Future[object]] = []
 
-    async def end_them() -> None:
-        # As often as a call can get through in between: a busy machine needs longer for one than a fixed pause lasts.
+    async def terminate_repeatedly() -> None:
+        # Lets one call complete between two rounds, for which a busy machine may need longer than
+        # any fixed pause.
         while True:
-            await fetch(database_url, TERMINATE)
+            await fetch(database_url, TERMINATE_BACKENDS)
             await asyncio.sleep(0.03)
-            if left := [call for call in calls if not call.done()]:
-                await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+            if pending := [call for call in calls if not call.done()]:
+                await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
 
-    ending = asyncio.create_task(end_them())
+    terminating = asyncio.create_task(terminate_repeatedly())
     try:
         for _ in range(6):
             calls[:] = [
@@ -221,14 +228,14 @@ async def test_calls_succeed_while_backends_are_terminated_repeatedly(
             ]
             await asyncio.gather(*calls)
     finally:
-        ending.cancel()
-        await asyncio.wait([ending])
+        terminating.cancel()
+        await asyncio.wait([terminating])
     assert (await read_valid_history(database_url, chat.user_id, session_id)).last_seq == 1 + 6 * 8
 
 
 @pytest.mark.case(n=11)
 async def test_calls_wait_while_the_database_refuses_connections(proxied: ProxiedService) -> None:
-    """Calls that come meanwhile are answered when it is back, within their deadlines; then it is as it was."""
+    """Calls of the outage are answered after it, within their deadlines."""
     session_id = await proxied.chat.start()
     proxied.proxy.refuse_connections()
     calls = {
@@ -244,15 +251,16 @@ async def test_calls_wait_while_the_database_refuses_connections(proxied: Proxie
 async def test_calls_wait_while_a_suspended_database_wakes(
     proxied: ProxiedService, database_url: str
 ) -> None:
-    """All backends end, and new connections hang before they are answered."""
+    """All backends end, and new connections hang until the database is awake."""
     session_id = await proxied.chat.start()
-    await fetch(database_url, TERMINATE)
+    await fetch(database_url, TERMINATE_BACKENDS)
     proxied.proxy.block()
     calls = {
         name: asyncio.ensure_future(call())
         for name, call in calls_by_route(proxied.chat, session_id).items()
     }
     await asyncio.wait(calls.values(), timeout=3.0)
+    assert not any(call.done() for call in calls.values()), calls
     proxied.proxy.unblock()
     await asyncio.gather(*calls.values())
 
@@ -261,51 +269,42 @@ async def test_calls_wait_while_a_suspended_database_wakes(
 async def test_calls_fail_as_unavailable_before_their_deadline(
     proxied: ProxiedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls of every kind are told so, and when to come back, before their deadlines."""
-    monkeypatch.setattr(
-        database, "REPLY_MARGIN_S", 1.0
-    )  # A busy machine takes its time to carry an answer.
+    """Calls on every route fail with the service's own status, which has a retry delay."""
+    # A long margin, because a busy machine may deliver the reply late.
+    monkeypatch.setattr(database, "REPLY_MARGIN_S", 1.0)
     user_id, session_id, stub = proxied.chat.user_id, await proxied.chat.start(), proxied.chat.stub
     proxied.proxy.refuse_connections()
-    owned: Any = {"user_id": user_id, "session_id": session_id}
-    request = message_pb2.AppendMessagesRequest(**owned, messages=new_messages(1))
-    title = session_pb2.Session(id=session_id, title="new")
-    await asyncio.gather(
-        failures.assert_fails(
-            stub.GetSession(session_pb2.GetSessionRequest(**owned), timeout=5), AWAY
-        ),
-        failures.assert_fails(
-            stub.ListMessages(message_pb2.ListMessagesRequest(**owned), timeout=5), AWAY
-        ),
-        failures.assert_fails(
-            stub.GetContext(message_pb2.GetContextRequest(**owned), timeout=5), AWAY
-        ),
-        failures.assert_fails(
-            stub.UpdateSession(
-                session_pb2.UpdateSessionRequest(user_id=user_id, session=title), timeout=5
-            ),
-            AWAY,
-        ),
-        failures.assert_fails(stub.AppendMessages(request, timeout=5), AWAY),
+    ids: Any = {"user_id": user_id, "session_id": session_id}
+    append = message_pb2.AppendMessagesRequest(**ids, messages=new_messages(1))
+    update = session_pb2.UpdateSessionRequest(
+        user_id=user_id, session=session_pb2.Session(id=session_id, title="new")
     )
+    calls: list[Awaitable[object]] = [
+        stub.GetSession(session_pb2.GetSessionRequest(**ids), timeout=5),
+        stub.ListMessages(message_pb2.ListMessagesRequest(**ids), timeout=5),
+        stub.GetContext(message_pb2.GetContextRequest(**ids), timeout=5),
+        stub.UpdateSession(update, timeout=5),
+        stub.AppendMessages(append, timeout=5),
+    ]
+    await asyncio.gather(*(failures.assert_fails(call, UNAVAILABLE) for call in calls))
     proxied.proxy.accept_connections()
-    reply = await stub.AppendMessages(request)
+    reply = await stub.AppendMessages(append)
     assert reply.messages[0].seq == 2
 
 
 # --- Under load.
 
 
-async def _cut_under_load(database_url: str, rounds: int, seed: int) -> None:
-    """Break the connections to PostgreSQL in ways that are drawn from a seed, again and again."""
-    drawn = random.Random(seed)
+async def break_connections_under_load(database_url: str, rounds: int, seed: int) -> None:
+    """Break the connections to PostgreSQL repeatedly, by faults drawn from a seed."""
+    rng = random.Random(seed)
     print(f"seed {seed}")
     async with (
         postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,
-        channel(server.address, **fast_reconnect_options()) as opened,
+        channel(server.address, **fast_reconnect_options()) as connection,
     ):
-        ways: list[Callable[[], object]] = [
+        faults: list[Callable[[], object]] = [
             proxy.reset_connections,
             proxy.reset_clients,
             proxy.refuse_connections,
@@ -314,15 +313,15 @@ async def _cut_under_load(database_url: str, rounds: int, seed: int) -> None:
             lambda: proxy.block(Direction.TO_CLIENT),
             lambda: setattr(proxy, "delay", 0.05),
         ]
-        load = Load(await Chat.of_new_user(Stub(opened)), seed=seed)
+        load = Load(await Chat.of_new_user(Stub(connection)), seed=seed)
         async with load.running():
             for _ in range(rounds):
                 await load.wait_for_appends(60)
-                drawn.choice(ways)()
-                if drawn.random() < 0.2:
-                    await fetch(database_url, TERMINATE)
-                await asyncio.sleep(drawn.uniform(0.05, 1.5))
-                if drawn.random() < 0.5:
+                rng.choice(faults)()
+                if rng.random() < 0.2:
+                    await fetch(database_url, TERMINATE_BACKENDS)
+                await asyncio.sleep(rng.uniform(0.05, 1.5))
+                if rng.random() < 0.5:
                     proxy.reset_connections()
                 proxy.accept_connections()
                 proxy.unblock()
@@ -333,7 +332,7 @@ async def _cut_under_load(database_url: str, rounds: int, seed: int) -> None:
 
 
 async def test_no_append_is_lost_when_connections_break_under_load(database_url: str) -> None:
-    await _cut_under_load(database_url, rounds=8, seed=7)
+    await break_connections_under_load(database_url, rounds=8, seed=7)
 
 
 @pytest.mark.faults
@@ -342,17 +341,17 @@ async def test_no_append_is_lost_when_connections_break_under_load(database_url:
 async def test_no_append_is_lost_when_connections_break_under_load_repeatedly(
     database_url: str, seed: int
 ) -> None:
-    await _cut_under_load(database_url, rounds=40, seed=seed)
+    await break_connections_under_load(database_url, rounds=40, seed=seed)
 
 
-async def _postgres_killed_under_load(cluster: Cluster, rounds: int) -> None:
+async def kill_postgres_under_load(cluster: Cluster, rounds: int) -> None:
     url = cluster.url("postgres")
     await upgrade(parse(url))
     async with (
         serving(url) as server,
-        channel(server.address, **fast_reconnect_options()) as opened,
+        channel(server.address, **fast_reconnect_options()) as connection,
     ):
-        load = Load(await Chat.of_new_user(Stub(opened)))
+        load = Load(await Chat.of_new_user(Stub(connection)))
         async with load.running():
             for _ in range(rounds):
                 await load.wait_for_appends(100)
@@ -366,7 +365,7 @@ async def _postgres_killed_under_load(cluster: Cluster, rounds: int) -> None:
 
 @pytest.mark.case(n=16)
 async def test_no_append_is_lost_when_postgres_is_killed_under_load(own_cluster: Cluster) -> None:
-    await _postgres_killed_under_load(own_cluster, rounds=1)
+    await kill_postgres_under_load(own_cluster, rounds=1)
 
 
 @pytest.mark.case(n=16)
@@ -375,4 +374,4 @@ async def test_no_append_is_lost_when_postgres_is_killed_under_load(own_cluster:
 async def test_no_append_is_lost_when_postgres_is_killed_under_load_repeatedly(
     own_cluster: Cluster,
 ) -> None:
-    await _postgres_killed_under_load(own_cluster, rounds=10)
+    await kill_postgres_under_load(own_cluster, rounds=10)

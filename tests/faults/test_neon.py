@@ -1,6 +1,7 @@
-"""Neon, as near as one machine comes to it: Debian's PostgreSQL with TLS, a pooler with TLS before it, and the console's own strings.
+"""A local reproduction of Neon: PostgreSQL and a pooler with TLS, and the console's URLs.
 
-A name service of the tests' knows Neon's two hosts; an authority of the tests' stands for the public one that vouches for them.
+The tests patch the resolution of Neon's two host names. A certificate authority of the tests takes
+the place of the public one.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ from tests.support.tools import skip_or_fail
 ENDPOINT = "ep-cool-sun-a1b2c3d4"
 REGION = "eu-central-1.aws.neon.tech"
 DIRECT, POOLED = f"{ENDPOINT}.{REGION}", f"{ENDPOINT}-pooler.{REGION}"
-END_ALL = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid != pg_backend_pid()"
+TERMINATE_BACKENDS = """
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND pid != pg_backend_pid()
+"""
 
 
 class Machine(NamedTuple):
-    """A PostgreSQL that speaks TLS, and who has signed its certificate."""
+    """A PostgreSQL with TLS, and the authority that has signed its certificate."""
 
     postgres: TlsPostgres
     authority: CertificateAuthority
@@ -50,7 +54,7 @@ class Machine(NamedTuple):
 
 @pytest.fixture(scope="module")
 def machine(cluster: object) -> Generator[Machine]:
-    """Give a PostgreSQL whose certificate is for localhost and Neon's hosts, and not for 127.0.0.1."""
+    """Provide a PostgreSQL whose certificate names localhost and Neon's hosts, not 127.0.0.1."""
     if tls_postgres.find_programs() is None:
         skip_or_fail("Debian's postgresql is not installed")
     authority = CertificateAuthority("the tests' public authority")
@@ -61,7 +65,7 @@ def machine(cluster: object) -> Generator[Machine]:
 
 @pytest.fixture
 def root(machine: Machine, tmp_path: Path) -> Path:
-    """Give the file of the right authority."""
+    """Provide the file of the authority that has signed the certificates."""
     file = tmp_path / "root.crt"
     file.write_bytes(machine.authority.pem)
     return file
@@ -69,23 +73,23 @@ def root(machine: Machine, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other_root(tmp_path: Path) -> Path:
-    """Give the file of an authority that has signed nothing of ours."""
+    """Provide the file of an authority that has signed none of the certificates."""
     file = tmp_path / "other.crt"
-    file.write_bytes(CertificateAuthority("somebody else").pem)
+    file.write_bytes(CertificateAuthority("another authority").pem)
     return file
 
 
 class Neon(NamedTuple):
-    """Both hosts of one compute, and where names lead."""
+    """A Neon compute: its PostgreSQL, and the local ports of its two hosts."""
 
     postgres: TlsPostgres
-    places: dict[str, int]
-    """The port of each host on this machine."""
+    ports: dict[str, int]
+    """The port on this machine by host name."""
 
 
 @pytest.fixture
 def neon(machine: Machine, root: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Neon]:
-    """Give a compute with a pooler, its names, and trust in who has signed its certificates."""
+    """Provide a compute with a pooler, whose names resolve and whose authority is trusted."""
     if pgbouncer.find_program() is None:
         skip_or_fail("pgbouncer is not installed")
     certificate = machine.authority.issue(hosts=[f"*.{REGION}"])
@@ -96,19 +100,19 @@ def neon(machine: Machine, root: Path, monkeypatch: pytest.MonkeyPatch) -> Gener
     }
     files = {"tls.crt": certificate.cert, "tls.key": certificate.key}
     with PgBouncer(machine.postgres.local_url, settings, files) as pooler:
-        places = {DIRECT: machine.postgres.port, POOLED: pooler.port}
-        real = socket.getaddrinfo
+        ports = {DIRECT: machine.postgres.port, POOLED: pooler.port}
+        getaddrinfo = socket.getaddrinfo
 
-        def look_up(host: Any, port: Any, *args: Any, **options: Any) -> Any:
-            if host in places:
-                assert port == 5432, "the console's strings name no port"
-                host, port = "127.0.0.1", places[host]
-            return real(host, port, *args, **options)
+        def resolve(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+            if host in ports:
+                assert port == 5432, "the console's URLs name no port"
+                host, port = "127.0.0.1", ports[host]
+            return getaddrinfo(host, port, *args, **options)
 
-        monkeypatch.setattr(socket, "getaddrinfo", look_up)
-        # What the system's store of authorities is for OpenSSL.
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        # OpenSSL reads this file instead of the system's store of authorities.
         monkeypatch.setenv("SSL_CERT_FILE", str(root))
-        yield Neon(machine.postgres, places)
+        yield Neon(machine.postgres, ports)
 
 
 def console_url(host: str, query: str = "?sslmode=require&channel_binding=require") -> str:
@@ -117,16 +121,16 @@ def console_url(host: str, query: str = "?sslmode=require&channel_binding=requir
 
 @pytest.fixture
 async def proxy(neon: Neon) -> AsyncGenerator[Proxy]:
-    """Put a proxy before both hosts."""
-    async with Proxy(f"127.0.0.1:{neon.places[POOLED]}") as opened:
-        yield opened
+    """Provide a proxy that a test puts in front of one of the hosts."""
+    async with Proxy(f"127.0.0.1:{neon.ports[POOLED]}") as proxy:
+        yield proxy
 
 
-# --- The console's strings.
+# --- The console's connection strings.
 
 
 @pytest.mark.parametrize(
-    ("string", "prepared"),
+    ("url", "is_prepared"),
     [
         (console_url(POOLED), False),
         (console_url(DIRECT), True),
@@ -144,10 +148,10 @@ async def proxy(neon: Neon) -> AsyncGenerator[Proxy]:
     ],
 )
 async def test_connection_strings_of_the_console_work_unchanged(
-    neon: Neon, string: str, prepared: bool
+    neon: Neon, url: str, is_prepared: bool
 ) -> None:
-    target = parse(string)
-    assert (target.prepared_statements, target.is_pooled) == (prepared, not prepared)
+    target = parse(url)
+    assert (target.prepared_statements, target.is_pooled) == (is_prepared, not is_prepared)
     async with serving(target) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
@@ -156,23 +160,24 @@ async def test_connection_strings_of_the_console_work_unchanged(
         assert (
             await read_valid_history(neon.postgres.local_url, chat.user_id, session_id)
         ).last_seq == 4
-    found = await doctor.describe(target, 10.0)
-    assert found.tls == "TLSv1.3"
+    description = await doctor.describe(target, 10.0)
+    assert description.tls == "TLSv1.3"
     verdicts = {
-        line.subject: line for line in doctor.diagnose(found, target, doctor.Pool(8, 4, 240, 12))
+        line.subject: line
+        for line in doctor.diagnose(description, target, doctor.Pool(8, 4, 240, 12))
     }
     assert "certificate verified" in verdicts["TLS"].message
-    assert ("through a transaction pooler" in verdicts["connection"].message) is not prepared
+    assert ("through a transaction pooler" in verdicts["connection"].message) is not is_prepared
     assert PASSWORD not in str(verdicts)
 
 
 async def test_migrations_connect_to_the_direct_host(neon: Neon) -> None:
-    """Where the service is given the pooled host; that one is away."""
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        neon.places[POOLED] = nobody.getsockname()[1]
-        done = await migrations.upgrade(parse(console_url(POOLED)))
-        assert done.after == tables.BUILD
+    """The service is configured with the pooled host, which is down."""
+    with socket.socket() as not_listening:
+        not_listening.bind(("127.0.0.1", 0))
+        neon.ports[POOLED] = not_listening.getsockname()[1]
+        migration = await migrations.upgrade(parse(console_url(POOLED)))
+        assert migration.after == tables.BUILD
         with pytest.raises(OSError, match="Connect call failed"):
             await doctor.describe(parse(console_url(POOLED)), 5.0)
 
@@ -181,26 +186,26 @@ async def test_migrations_connect_to_the_direct_host(neon: Neon) -> None:
 async def test_sslmode_require_verifies_the_certificate_of_neon(
     neon: Neon, host: str, other_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neon's certificates are public: one of another authority is somebody else's, whatever the mode says."""
+    """A public authority signs Neon's certificates, so any other certificate is an impostor's."""
     monkeypatch.setenv("SSL_CERT_FILE", str(other_root))
     target = parse(console_url(host))
-    with pytest.raises(DATABASE_ERRORS) as refused:
+    with pytest.raises(DATABASE_ERRORS) as caught:
         await doctor.describe(target, 5.0)
-    words = doctor.explain(refused.value, target)
-    assert f"the certificate of {host} is not trusted" in words
-    assert PASSWORD not in words
+    explanation = doctor.explain(caught.value, target)
+    assert f"the certificate of {host} is not trusted" in explanation
+    assert PASSWORD not in explanation
 
 
 async def test_documented_roles_have_exactly_the_needed_rights(
     machine: Machine, root: Path
 ) -> None:
-    """docs/how-to/neon.md: an owner who migrates, and a role for the service, who can change no table."""
-    once, before_first = re.findall(
+    """docs/how-to/neon.md: an owner for migrations, and a role that cannot change the schema."""
+    role_sql, owner_sql = re.findall(
         r"```sql\n(.*?)```", (ROOT / "docs" / "how-to" / "neon.md").read_text(), re.DOTALL
     )
     local = f"{machine.postgres.local_url}&sslmode=disable"
     await fetch(local, "CREATE DATABASE roles")
-    for statement in _statements(once):
+    for statement in _statements(role_sql):
         await fetch(local.replace(f"/{DATABASE}?", "/roles?"), statement)
     owner, service = (
         machine.postgres.url("localhost", sslmode="verify-full", sslrootcert=str(root))
@@ -208,7 +213,7 @@ async def test_documented_roles_have_exactly_the_needed_rights(
         .replace(f"/{DATABASE}?", "/roles?")
         for role in ("chat_history_owner", "chat_history")
     )
-    for statement in _statements(before_first):
+    for statement in _statements(owner_sql):
         await fetch(
             local.replace(f"/{DATABASE}?", "/roles?").replace(USER, "chat_history_owner"), statement
         )
@@ -226,12 +231,11 @@ async def test_documented_roles_have_exactly_the_needed_rights(
 
 def _statements(sql: str) -> list[str]:
     lines = [line for line in sql.splitlines() if not line.startswith("--")]
-    return [
-        each.strip().replace("…", PASSWORD) for each in "\n".join(lines).split(";") if each.strip()
-    ]
+    statements = "\n".join(lines).replace("…", PASSWORD).split(";")
+    return [statement.strip() for statement in statements if statement.strip()]
 
 
-# --- TLS as libpq means it, asked as an operator asks.
+# --- The modes of TLS that libpq defines, as `check` reports them.
 
 
 RIGHT, WRONG = "the right authority", "another authority"
@@ -265,30 +269,39 @@ async def test_check_reports_whether_the_certificate_is_verified(
     query = {"sslmode": mode}
     if authority is not None:
         query["sslrootcert"] = str(root if authority == RIGHT else other_root)
+    variables = {
+        "DATABASE_URL": machine.postgres.url(host, **query),
+        "PYTHONPATH": str(ROOT),
+    }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "service", "check",
-        cwd=tmp_path, env=os.environ | {"DATABASE_URL": machine.postgres.url(host, **query), "PYTHONPATH": str(ROOT)},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
-    said = (await process.communicate())[0].decode()
-    assert words in said, said
-    assert process.returncode == (0 if words.startswith("TLS") else 1), said
-    assert PASSWORD not in said
-    assert "Traceback" not in said
+        sys.executable,
+        "-m",
+        "service",
+        "check",
+        cwd=tmp_path,
+        env=os.environ | variables,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output = (await process.communicate())[0].decode()
+    assert words in output, output
+    assert process.returncode == (0 if words.startswith("TLS") else 1), output
+    assert PASSWORD not in output
+    assert "Traceback" not in output
 
 
 async def test_error_for_a_wrong_password_does_not_contain_it(machine: Machine) -> None:
     target = parse(
         machine.postgres.url("localhost", sslmode="require").replace(PASSWORD, "npg_wrong")
     )
-    with pytest.raises(DATABASE_ERRORS) as refused:
+    with pytest.raises(DATABASE_ERRORS) as caught:
         await doctor.describe(target, 5.0)
-    words = doctor.explain(refused.value, target)
-    assert "check user and password" in words
-    assert "npg_wrong" not in words
+    explanation = doctor.explain(caught.value, target)
+    assert "check user and password" in explanation
+    assert "npg_wrong" not in explanation
 
 
-# --- Suspended.
+# --- A suspended compute.
 
 
 @pytest.mark.case(n=10)
@@ -296,15 +309,15 @@ async def test_error_for_a_wrong_password_does_not_contain_it(machine: Machine) 
 async def test_first_calls_after_a_suspension_wait_until_the_database_wakes(
     neon: Neon, proxy: Proxy, host: str
 ) -> None:
-    """All backends have ended, and new connections are answered three seconds later only."""
-    proxy.upstream = f"127.0.0.1:{neon.places[host]}"
-    neon.places[host] = proxy.port
+    """All backends have ended, and new connections are answered only after three seconds."""
+    proxy.upstream = f"127.0.0.1:{neon.ports[host]}"
+    neon.ports[host] = proxy.port
     async with serving(parse(console_url(host))) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         await asyncio.gather(*(call() for call in calls_by_route(chat, session_id).values()))
-        [[ended]] = await fetch(neon.postgres.local_url, END_ALL)
-        assert ended > 0
+        [[terminated]] = await fetch(neon.postgres.local_url, TERMINATE_BACKENDS)
+        assert terminated > 0
         proxy.block()
         proxy.reset_connections()
         request = message_pb2.AppendMessagesRequest(
@@ -315,7 +328,7 @@ async def test_first_calls_after_a_suspension_wait_until_the_database_wakes(
         ]
         calls.append(asyncio.ensure_future(stub.AppendMessages(request, timeout=10)))
         _, waiting = await asyncio.wait(calls, timeout=3.0)
-        assert len(waiting) == len(calls), "nothing is answered, and nothing is refused"
+        assert len(waiting) == len(calls), "a call ended before the database was awake"
         proxy.unblock()
         await asyncio.gather(*calls)
         assert (

@@ -1,4 +1,4 @@
-"""A transaction pooler between the service and PostgreSQL: it ends, comes back, shares few connections, and migrations run meanwhile.
+"""A transaction pooler between the service and PostgreSQL: few connections, outages, migrations.
 
 `make test-faults` also runs all of tests/rpc through it (`pytest --through pgbouncer tests/rpc`).
 """
@@ -38,46 +38,50 @@ from tests.support.servers import ServerProcess, channel, connected, serving
 from tests.support.statements import database_name
 from tests.support.tools import skip_or_fail
 
-FEW = 3
-"""Connections to PostgreSQL that all clients of the pooler share."""
+SERVER_CONNECTIONS = 3
+"""The connections to PostgreSQL that all clients of the pooler share."""
 
 
 @pytest.fixture
 def pooler(cluster: Cluster) -> Generator[PgBouncer]:
-    """Give a PgBouncer of this test's own."""
+    """Provide a PgBouncer for one test."""
     if pgbouncer.find_program() is None:
         skip_or_fail("pgbouncer is not installed")
-    with PgBouncer(cluster.url("postgres"), {"default_pool_size": str(FEW)}) as started:
-        yield started
+    settings = {"default_pool_size": str(SERVER_CONNECTIONS)}
+    with PgBouncer(cluster.url("postgres"), settings) as pooler:
+        yield pooler
 
 
 @pytest.fixture
 def pooled_url(pooler: PgBouncer, database_url: str) -> str:
-    """Give the connection string of the test's database through the pooler."""
+    """Provide the connection string of the test's database through the pooler."""
     return pooler.url(database_name(database_url))
 
 
 @asynccontextmanager
-async def under_load(url: str, **load: int) -> AsyncGenerator[tuple[Server, Load]]:
-    """Run a service with writers and followers, who never give up."""
+async def under_load(url: str, **options: int) -> AsyncGenerator[tuple[Server, Load]]:
+    """Run a service with writers and followers that retry until they succeed."""
     async with (
         serving(url) as server,
-        channel(server.address, **fast_reconnect_options()) as opened,
+        channel(server.address, **fast_reconnect_options()) as connection,
     ):
-        running = Load(await Chat.of_new_user(Stub(opened)), **load)
-        async with running.running():
-            yield server, running
-        print(f"{running.count} messages, refusals {running.refusals}")
+        load = Load(await Chat.of_new_user(Stub(connection)), **options)
+        async with load.running():
+            yield server, load
+        print(f"{load.count} messages, refusals {load.refusals}")
 
 
-# --- As it is.
+# --- A pooler that runs.
 
 
 async def test_clients_share_few_connections_without_named_statements(
     cluster: Cluster, pooled_url: str, database_url: str
 ) -> None:
-    """Each transaction of two services may meet any of the pooler's connections; what one has prepared another does not know."""
-    before = cluster.postgres.log.stat().st_size
+    """Each transaction may run on any server connection, so no statement may have a name.
+
+    A named statement would exist on the connection on which it was prepared, and on no other.
+    """
+    log_offset = cluster.postgres.log.stat().st_size
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(serving(pooled_url)) for _ in range(2)]
         assert not any(server.database.target.prepared_statements for server in servers)
@@ -86,7 +90,10 @@ async def test_clients_share_few_connections_without_named_statements(
         chats = [chat, Chat(stubs[1], chat.user_id)]
         session_ids = [await chat.start() for _ in range(4)]
         calls = [
-            call for each in chats for s in session_ids for call in calls_by_route(each, s).values()
+            call
+            for chat in chats
+            for session_id in session_ids
+            for call in calls_by_route(chat, session_id).values()
         ]
         for _ in range(5):
             await asyncio.gather(*(call() for call in calls))
@@ -94,36 +101,40 @@ async def test_clients_share_few_connections_without_named_statements(
             database_url,
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-history'",
         )
-        assert 0 < connections <= FEW
+        assert 0 < connections <= SERVER_CONNECTIONS
     for session_id in session_ids:
         assert (
             await read_valid_history(database_url, chat.user_id, session_id)
         ).last_seq == 1 + 5 * 2
     with cluster.postgres.log.open("rb") as log:
-        log.seek(before)
-        written = log.read().decode()
-    assert set(re.findall(r"LOG:  execute ([^:\n]+):", written)) == {"<unnamed>"}
-    assert "SET client_encoding" not in written, "the pooler sets up each transaction anew"
+        log.seek(log_offset)
+        lines = log.read().decode()
+    assert set(re.findall(r"LOG:  execute ([^:\n]+):", lines)) == {"<unnamed>"}
+    assert "SET client_encoding" not in lines, "the pooler sets up every transaction again"
 
 
 @pytest.mark.case(n=5)
-@pytest.mark.parametrize("word", [b"BEGIN", b"SELECT 1", b"COMMIT"])
+@pytest.mark.parametrize("command", [b"BEGIN", b"SELECT 1", b"COMMIT"])
 async def test_cancelled_call_leaves_no_transaction_open(
-    pooler: PgBouncer, pooled_url: str, database_url: str, word: bytes
+    pooler: PgBouncer, pooled_url: str, database_url: str, command: bytes
 ) -> None:
-    """A caller is cancelled while the answer to a piece of its transaction is on its way. What is stored next is committed."""
+    """A call is cancelled while it waits for the reply to a command of its transaction.
+
+    Later transactions are committed nevertheless.
+    """
     await fetch(database_url, "CREATE TABLE kept (n int)")
     sent = asyncio.Event()
 
-    def see(_link: Link, way: Direction, piece: bytes) -> bool:
-        if way is Direction.TO_SERVER and word in piece:
+    def block_reply(_link: Link, direction: Direction, piece: bytes) -> bool:
+        if direction is Direction.TO_SERVER and command in piece:
             proxy.block(Direction.TO_CLIENT)
             sent.set()
         return True
 
     async with Proxy(f"127.0.0.1:{pooler.port}") as proxy:
         url = make_url(pooled_url).set(port=proxy.port).render_as_string(hide_password=False)
-        # One connection for the hot statements: the next one has the same if that is still good.
+        # One connection for hot statements, so that the next statement uses the same one, if the
+        # service has kept it.
         database = Database(parse(url), hot_pool_size=1)
         try:
             select, insert = (
@@ -131,15 +142,13 @@ async def test_cancelled_call_leaves_no_transaction_open(
                 Statement.from_text("INSERT INTO kept VALUES ($1)"),
             )
             await database.fetch_once(select)
-            proxy.tap = see
-            leaving = asyncio.create_task(database.fetch_once(select))
+            proxy.tap = block_reply
+            call = asyncio.create_task(database.fetch_once(select))
             async with asyncio.timeout(20):
                 await sent.wait()
-            leaving.cancel()
-            await asyncio.wait([leaving], timeout=10)
-            assert leaving.cancelled(), (
-                "who goes away does not wait for a database that says nothing"
-            )
+            call.cancel()
+            await asyncio.wait([call], timeout=10)
+            assert call.cancelled(), "a cancelled call waits for a database that does not reply"
             proxy.tap = lambda *_: True
             proxy.unblock()
             for n in range(3):
@@ -151,7 +160,7 @@ async def test_cancelled_call_leaves_no_transaction_open(
             await database.close()
 
 
-# --- It ends and comes back.
+# --- Outages of the pooler.
 
 
 async def test_calls_succeed_after_all_server_connections_were_terminated(
@@ -161,12 +170,12 @@ async def test_calls_succeed_after_all_server_connections_were_terminated(
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         for name, call in calls_by_route(chat, session_id).items():
-            [[ended]] = await fetch(
+            [[terminated]] = await fetch(
                 database_url,
                 "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid != pg_backend_pid()",
             )
-            assert ended > 0, name
+            assert terminated > 0, name
             await call()
 
 
@@ -181,15 +190,15 @@ def kill(pooler: PgBouncer) -> None:
 
 
 @pytest.mark.case(n=23)
-@pytest.mark.parametrize("end", [restart, kill], ids=["restarted", "killed"])
+@pytest.mark.parametrize("break_pooler", [restart, kill], ids=["restarted", "killed"])
 @pytest.mark.timeout(300)
 async def test_no_append_is_lost_when_the_pooler_ends_under_load(
-    pooler: PgBouncer, pooled_url: str, database_url: str, end: Callable[[PgBouncer], None]
+    pooler: PgBouncer, pooled_url: str, database_url: str, break_pooler: Callable[[PgBouncer], None]
 ) -> None:
     async with under_load(pooled_url) as (server, load):
         for _ in range(6):
             await load.wait_for_appends(100)
-            await asyncio.to_thread(end, pooler)
+            await asyncio.to_thread(break_pooler, pooler)
         await load.wait_for_appends(200)
         async with asyncio.timeout(20):
             while not server.readiness.is_ready:
@@ -210,6 +219,7 @@ async def test_calls_wait_while_the_pooler_is_down(
             asyncio.ensure_future(call()) for call in calls_by_route(chat, session_id).values()
         ]
         await asyncio.wait(calls, timeout=3.0)
+        assert not any(call.done() for call in calls), calls
         await asyncio.to_thread(pooler.start)
         await asyncio.gather(*calls)
         assert (await read_valid_history(database_url, chat.user_id, session_id)).last_seq == 2
@@ -220,7 +230,10 @@ async def test_calls_wait_while_the_pooler_is_down(
 
 @pytest.fixture(params=["pooler", "direct"])
 def served_url(request: pytest.FixtureRequest, database_url: str) -> str:
-    """Give what a service is told: through the pooler, or directly, where statements are prepared and kept."""
+    """Provide the service's connection string: through the pooler, or direct.
+
+    With a direct connection statements are prepared and kept.
+    """
     if request.param == "direct":
         return database_url
     url: str = request.getfixturevalue("pooled_url")
@@ -230,7 +243,7 @@ def served_url(request: pytest.FixtureRequest, database_url: str) -> str:
 EXPAND = (
     "ALTER TABLE chat_messages ADD COLUMN later_{n} text NOT NULL DEFAULT ''",
     "ALTER TABLE chat_sessions ADD COLUMN later_{n} jsonb",
-    # Other types of the results: what is prepared for the old ones is refused by PostgreSQL.
+    # These change the types of results, for which PostgreSQL rejects statements prepared earlier.
     "ALTER TABLE chat_sessions ALTER COLUMN title TYPE varchar({size})",
     "ALTER TABLE chat_messages ALTER COLUMN content TYPE {text}",
 )
@@ -246,7 +259,7 @@ def _statement(number: int, sql: str) -> Callable[[Connection], None]:
 
 
 async def _call_until_stopped(chat: Chat, session_id: str, stopping: asyncio.Event) -> int:
-    """Call in every way until told to stop; no call may fail. Returns how often all of them were made."""
+    """Call on every route in rounds until the event is set; return the rounds. No call may fail."""
     rounds = 0
     while not stopping.is_set():
         await asyncio.gather(*(call() for call in calls_by_route(chat, session_id).values()))
@@ -257,17 +270,18 @@ async def _call_until_stopped(chat: Chat, session_id: str, stopping: asyncio.Eve
 async def _migrate_under_calls(
     url: str, database_url: str, migrate: Callable[[], Awaitable[None]]
 ) -> None:
-    """Migrate while clients call in every way, who see no error and need no retry of theirs."""
+    """Migrate while clients call on every route; no call may fail, so that none needs a retry."""
     stopping = asyncio.Event()
-    # Each for as long as a call may take by itself: no deadline of a caller's hides an error, or is one.
+    # A timeout as long as the service's own, so that no deadline hides or causes an error.
     async with (
         under_load(url, call_timeout_s=30) as (server, load),
         connected(server.address) as stub,
     ):
         chat = await Chat.of_new_user(stub)
         session_ids = [await chat.start() for _ in range(6)]
-        asking = [
-            asyncio.create_task(_call_until_stopped(chat, each, stopping)) for each in session_ids
+        calling = [
+            asyncio.create_task(_call_until_stopped(chat, session_id, stopping))
+            for session_id in session_ids
         ]
         try:
             await load.wait_for_appends(100)
@@ -275,7 +289,7 @@ async def _migrate_under_calls(
             await load.wait_for_appends(100)
         finally:
             stopping.set()
-            rounds = await asyncio.gather(*asking)
+            rounds = await asyncio.gather(*calling)
         assert all(rounds)
     assert load.refusals == {}
     await load.check(database_url)
@@ -319,7 +333,8 @@ async def test_calls_succeed_while_the_next_build_migrates_under_load(
     assert int(revision) == build.revision
 
 
-BUSY = "other transactions hold the locks"
+LOCK_WAIT = "other transactions hold the locks"
+"""In the line that `migrate` prints when it could not take its locks and waits before a retry."""
 
 
 @pytest.mark.case(n=22)
@@ -327,9 +342,11 @@ BUSY = "other transactions hold the locks"
 async def test_rolling_update_causes_no_client_errors(
     served_url: str, database_url: str, tmp_path: Path
 ) -> None:
-    """Migrate, then replace the replicas (docs/how-to/migrations.md), while users of the client library append, read and follow.
+    """Migrate, then replace the replicas, as docs/how-to/migrations.md describes.
 
-    The migration meets somebody who holds what it needs for longer than it waits, and then itself keeps everybody out for a second.
+    Users of the client library append, read and follow all the time. Another transaction holds a
+    lock for longer than the migration waits for it, and the migration then blocks all calls for a
+    second.
     """
     build = NextBuild(
         tmp_path / "next",
@@ -338,29 +355,31 @@ async def test_rolling_update_causes_no_client_errors(
     )
     async with AsyncExitStack() as exits:
 
-        async def start(name: str, *, ready: bool = True, **given: Any) -> ServerProcess:
+        async def start(name: str, *, ready: bool = True, **options: Any) -> ServerProcess:
             process = ServerProcess(
-                served_url, tmp_path / name, CHAT_HISTORY_SHUTDOWN_GRACE="30", **given
+                served_url, tmp_path / name, CHAT_HISTORY_SHUTDOWN_GRACE="30", **options
             )
             exits.push_async_callback(process.stop)
             return await process.start(ready=ready)
 
         old = [await start(f"old {n}") for n in range(2)]
         client = await exits.enter_async_context(
-            client_of("ipv4:" + ",".join(each.address for each in old))
+            client_of("ipv4:" + ",".join(replica.address for replica in old))
         )
-        async with conversations(client, count=6) as talks:
+        async with conversations(client, count=6) as records:
             early = await start("early", ready=False, command=build.server_command)
             serving_early = asyncio.create_task(early.wait_ready())
             await asyncio.sleep(1)
-            async with connected_to(database_url) as other:
-                await other.execute("BEGIN; LOCK TABLE chat_messages IN ACCESS SHARE MODE")
-                waits = asyncio.Event()
+            async with connected_to(database_url) as holder:
+                await holder.execute("BEGIN; LOCK TABLE chat_messages IN ACCESS SHARE MODE")
+                is_waiting = asyncio.Event()
                 migrating = asyncio.create_task(
-                    build.migrate(served_url, lambda line: waits.set() if BUSY in line else None)
+                    build.migrate(
+                        served_url, lambda line: is_waiting.set() if LOCK_WAIT in line else None
+                    )
                 )
                 await asyncio.wait(
-                    [asyncio.create_task(waits.wait()), migrating],
+                    [asyncio.create_task(is_waiting.wait()), migrating],
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 assert not migrating.done()
@@ -375,9 +394,9 @@ async def test_rolling_update_causes_no_client_errors(
                     f"new {n}", command=build.server_command, CHAT_HISTORY_LISTEN=replica.address
                 )
             await asyncio.sleep(1)
-    for record in talks:
+    for record in records:
         assert (
             judge(record, await read_history(database_url, record.user_id, record.session_id)) == []
         )
         assert record.acknowledged > 20
-    print(f"{sum(record.acknowledged for record in talks)} messages")
+    print(f"{sum(record.acknowledged for record in records)} messages")

@@ -1,4 +1,4 @@
-"""The service is killed: what it has acknowledged is there, and what it has not is stored at most once, also when it is sent again."""
+"""The service is killed: acknowledged messages are stored, and retries store no duplicates."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ async def wait_until_stored(database_url: str, message_id: str) -> None:
 async def assert_retry_is_a_replay(
     database_url: str, folder: Path, request: message_pb2.AppendMessagesRequest
 ) -> None:
-    """Send a request again to a new process; it must find what the killed one has stored."""
+    """Send a request to a new process; it must find the messages that the killed one has stored."""
     async with ServerProcess(database_url, folder) as process, connected(process.address) as stub:
         reply = await stub.AppendMessages(request)
         assert [entry.replayed for entry in reply.messages] == [True] * len(request.messages)
         assert not reply.session_created
-        found = await read_valid_history(database_url, request.user_id, reply.session_id)
-        found.check_contains([reply])
-        assert found.last_seq == len(request.messages)
+        stored = await read_valid_history(database_url, request.user_id, reply.session_id)
+        stored.check_contains([reply])
+        assert stored.last_seq == len(request.messages)
 
 
 async def kill_during_call(
@@ -53,7 +53,7 @@ async def kill_during_call(
 async def test_retry_is_a_replay_when_the_service_was_killed_before_its_reply(
     database_url: str, tmp_path: Path
 ) -> None:
-    """The reply is held on its way to the client; once the row is there, the process is killed."""
+    """The reply to the client is blocked; once the row is stored, the process is killed."""
     async with (
         ServerProcess(database_url, tmp_path / "first") as process,
         Proxy(process.address) as proxy,
@@ -77,14 +77,15 @@ async def test_retry_is_a_replay_when_the_service_was_killed_before_its_reply(
 async def test_retry_is_a_replay_when_the_service_was_killed_before_it_knew_of_the_commit(
     database_url: str, tmp_path: Path
 ) -> None:
-    """PostgreSQL's answer is held on its way to the service; once the row is there, the process is killed."""
+    """PostgreSQL's reply is blocked; once the row is stored, the process is killed."""
     async with (
         postgres_proxy(database_url) as (proxy, url),
         ServerProcess(url, tmp_path / "first") as process,
         connected(process.address) as stub,
     ):
         chat = await Chat.of_new_user(stub)
-        await chat.start()  # The statement is prepared: the next one is sent in one piece.
+        # Prepares the statement, so that the next append is sent in one piece.
+        await chat.start()
         messages = new_messages(3)
         request = message_pb2.AppendMessagesRequest(user_id=chat.user_id, messages=messages)
         proxy.block(Direction.TO_CLIENT)
@@ -95,7 +96,7 @@ async def test_retry_is_a_replay_when_the_service_was_killed_before_it_knew_of_t
 async def test_retry_stores_once_when_the_service_was_killed_during_the_statement(
     database_url: str, tmp_path: Path
 ) -> None:
-    """PostgreSQL is left with a statement that nobody waits for. Whether it is stored or not, the retry stores it once."""
+    """PostgreSQL may complete the statement after the kill. The retry stores the messages once."""
     async with (
         ServerProcess(database_url, tmp_path / "first") as process,
         connected(process.address) as stub,
@@ -118,28 +119,28 @@ async def test_retry_stores_once_when_the_service_was_killed_during_the_statemen
         ]
         calls += [chat.stub.AppendMessages(request) for request in requests]
         await asyncio.wait(
-            [asyncio.ensure_future(_settled(call)) for call in calls],
+            [asyncio.ensure_future(_reply_of(call)) for call in calls],
             return_when=asyncio.FIRST_COMPLETED,
         )
         await process.kill()
-        first = [
-            reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None
+        replies = [
+            reply for reply in await asyncio.gather(*map(_reply_of, calls)) if reply is not None
         ]
     async with (
         ServerProcess(database_url, tmp_path / "second") as process,
         connected(process.address) as stub,
     ):
-        again = await asyncio.gather(*map(stub.AppendMessages, requests))
-    (await read_valid_history(database_url, chat.user_id, session_id)).check_contains(
-        [*first, *again]
-    )
+        replies += await asyncio.gather(*map(stub.AppendMessages, requests))
+    stored = await read_valid_history(database_url, chat.user_id, session_id)
+    stored.check_contains(replies)
 
 
-async def _settled(call: Any) -> message_pb2.AppendMessagesResponse | None:
+async def _reply_of(call: Any) -> message_pb2.AppendMessagesResponse | None:
+    """Return the reply of a call, or None if the service was killed."""
     try:
         reply: message_pb2.AppendMessagesResponse = await call
     except aio.AioRpcError as error:
-        assert error.code() == StatusCode.UNAVAILABLE, error  # noqa: PT017 - one of two ways to end
+        assert error.code() == StatusCode.UNAVAILABLE, error  # noqa: PT017 - one of two outcomes
         return None
     return reply
 
@@ -147,8 +148,8 @@ async def _settled(call: Any) -> message_pb2.AppendMessagesResponse | None:
 async def _kill_under_load(database_url: str, folder: Path, rounds: int) -> None:
     process = await ServerProcess(database_url, folder / "0").start()
     address = process.address
-    async with channel(address, **fast_reconnect_options()) as opened:
-        load = Load(await Chat.of_new_user(Stub(opened)))
+    async with channel(address, **fast_reconnect_options()) as connection:
+        load = Load(await Chat.of_new_user(Stub(connection)))
         async with load.running():
             for turn in range(1, rounds + 1):
                 await load.wait_for_appends(200)
@@ -183,8 +184,7 @@ async def test_no_append_is_lost_when_the_service_is_killed_under_load_repeatedl
 async def test_session_is_created_once_when_the_first_server_was_killed(
     database_url: str, tmp_path: Path
 ) -> None:
-    """Fifty clients start the same session; half of them hear nothing and ask another server."""
-    user_messages = new_messages(2)
+    """Of 50 identical appends, 25 go to a server that is killed and 25 to another one."""
     async with (
         ServerProcess(database_url, tmp_path / "first") as process,
         connected(process.address) as stub,
@@ -194,18 +194,18 @@ async def test_session_is_created_once_when_the_first_server_was_killed(
             user_id=chat.user_id,
             session_id=new_id(),
             create_if_missing=True,
-            messages=user_messages,
+            messages=new_messages(2),
         )
         calls = [stub.AppendMessages(request) for _ in range(25)]
         await process.kill()
-        first = [
-            reply for reply in await asyncio.gather(*map(_settled, calls)) if reply is not None
+        replies = [
+            reply for reply in await asyncio.gather(*map(_reply_of, calls)) if reply is not None
         ]
     async with (
         ServerProcess(database_url, tmp_path / "second") as process,
         connected(process.address) as stub,
     ):
-        again = await asyncio.gather(*(stub.AppendMessages(request) for _ in range(25)))
-    found = await read_valid_history(database_url, chat.user_id, request.session_id)
-    found.check_contains([*first, *again])
-    assert found.last_seq == 2
+        replies += await asyncio.gather(*(stub.AppendMessages(request) for _ in range(25)))
+    stored = await read_valid_history(database_url, chat.user_id, request.session_id)
+    stored.check_contains(replies)
+    assert stored.last_seq == 2

@@ -1,4 +1,4 @@
-"""SIGTERM ends the process soon, whatever clients, the database, the issuer of tokens and search do meanwhile."""
+"""SIGTERM ends the process on time, even if a client or a dependency does not respond."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ pytestmark = [pytest.mark.case(n=17), pytest.mark.timeout(180)]
 LONG_GRACE_S, GRACE_S = 90, 2
 
 
-async def assert_shuts_down(process: ServerProcess, seconds: float) -> None:
-    """Ask a server to stop; it must do so in time and in good order."""
+async def assert_shuts_down(process: ServerProcess, timeout_s: float) -> None:
+    """Send SIGTERM and assert that the server shuts down in order.
+
+    After `timeout_s` and some seconds for a busy machine, the process is killed.
+    """
     process.send_signal(signal.SIGTERM)
     try:
         # A process that is late is ended by the watchdog (`EXIT_TIMEOUT_S`), with another code.
-        code = await process.wait(seconds + 20)
+        code = await process.wait(timeout_s + 20)
     except subprocess.TimeoutExpired:
         await process.kill()
         raise
@@ -44,19 +47,19 @@ async def assert_shuts_down(process: ServerProcess, seconds: float) -> None:
     assert "Traceback" not in log
 
 
-# --- Clients that would hold it up for the whole grace.
+# --- Clients that must not delay the shutdown for the whole grace period.
 
 Clients = Callable[[str], AbstractAsyncContextManager[None]]
 
 
 @asynccontextmanager
 async def silent_connections(address: str) -> AsyncGenerator[None]:
-    """Connections that say nothing, or nothing after a client's first words."""
+    """Open connections that send nothing, or nothing after the HTTP/2 preface."""
     host, _, port = address.rpartition(":")
     writers = []
-    for words in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"):
+    for data in (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0"):
         _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(words)
+        writer.write(data)
         writers.append(writer)
     await asyncio.sleep(0.3)
     yield
@@ -66,13 +69,16 @@ async def silent_connections(address: str) -> AsyncGenerator[None]:
 
 @asynccontextmanager
 async def calls_without_a_request(address: str) -> AsyncGenerator[None]:
-    """Calls that gRPC knows of, and the service does not: such as it takes in the instant in which it is told to stop."""
-    async with channel(address) as opened:
-        connection: Any = opened
-        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(connection)
+    """Open calls that gRPC has accepted and that no handler has received yet.
+
+    Such calls also exist when a server receives SIGTERM just after it has accepted a call.
+    """
+    async with channel(address) as connection:
+        untyped: Any = connection
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(untyped)
         calls = [reflection.ServerReflectionInfo()]
         calls += [
-            connection.stream_stream(f"/chathistory.v1.ChatHistoryService/{method}")()
+            untyped.stream_stream(f"/chathistory.v1.ChatHistoryService/{method}")()
             for method in ("GetSession", "AppendMessages", "WatchMessages")
         ]
         for call in calls:
@@ -82,7 +88,7 @@ async def calls_without_a_request(address: str) -> AsyncGenerator[None]:
 
 
 async def _follow(stack: AsyncExitStack, address: str) -> None:
-    """Open streams that have much to send, and read nothing of it."""
+    """Open streams with much data, and read none of it."""
     stub = await stack.enter_async_context(connected(address))
     chat = await Chat.of_new_user(stub)
     session_id = await chat.start()
@@ -133,23 +139,23 @@ async def test_shutdown_does_not_wait_for_unresponsive_clients(
         await assert_shuts_down(process, LONG_GRACE_S / 2)
 
 
-# --- Others that say nothing: the grace, and a little.
+# --- Dependencies that do not respond: the shutdown may use the whole grace period.
 
 
-@pytest.mark.parametrize("under_way", [False, True], ids=["idle", "calls under way"])
+@pytest.mark.parametrize("has_calls", [False, True], ids=["idle", "calls in flight"])
 async def test_shutdown_ends_on_time_when_the_database_is_silent(
-    start_process: StartProcess, database_url: str, under_way: bool
+    start_process: StartProcess, database_url: str, has_calls: bool
 ) -> None:
     async with postgres_proxy(database_url) as (proxy, url):
         process = await start_process(url=url, CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE_S))
         async with connected(process.address) as stub:
             chat = await Chat.of_new_user(stub)
             session_id = await chat.start()
-            # Many connections: each could take its time.
-            kinds = calls_by_route(chat, session_id).values()
-            await asyncio.gather(*(call() for call in kinds for _ in range(10)))
+            # Opens many connections, each of which could delay the shutdown.
+            routes = calls_by_route(chat, session_id).values()
+            await asyncio.gather(*(call() for call in routes for _ in range(10)))
             proxy.block()
-            calls = [asyncio.ensure_future(call()) for call in kinds for _ in range(4 * under_way)]
+            calls = [asyncio.ensure_future(call()) for call in routes for _ in range(4 * has_calls)]
             await asyncio.sleep(0.5)
             await assert_shuts_down(process, GRACE_S + EXIT_TIMEOUT_S)
             if calls:
@@ -176,8 +182,8 @@ async def test_shutdown_ends_on_time_when_the_search_process_is_stuck(
     process = await start_process(
         CHAT_HISTORY_SHUTDOWN_GRACE=str(GRACE_S), CHAT_HISTORY_SEARCH="on"
     )
-    async with connected(process.address) as stub, channel(process.address) as opened:
-        health: Any = health_pb2_grpc.HealthStub(opened)
+    async with connected(process.address) as stub, channel(process.address) as connection:
+        health: Any = health_pb2_grpc.HealthStub(connection)
         chat = await Chat.of_new_user(stub)
         async with asyncio.timeout(60):
             while (await health.Check(health_pb2.HealthCheckRequest(service="search"))).status != 1:
@@ -192,14 +198,14 @@ async def test_shutdown_ends_on_time_when_the_search_process_is_stuck(
                 chunks=[document_pb2.DocumentChunk(text="now")],
             )
         )
-        asked = asyncio.ensure_future(
+        searching = asyncio.ensure_future(
             stub.SearchDocuments(
                 document_pb2.SearchDocumentsRequest(user_id=chat.user_id, query="now")
             )
         )
         await asyncio.sleep(0.5)
         await assert_shuts_down(process, GRACE_S + EXIT_TIMEOUT_S)
-        await asyncio.wait([asked])
+        await asyncio.wait([searching])
         async with asyncio.timeout(20):
             while _is_running(child):
                 await asyncio.sleep(0.02)
@@ -225,18 +231,18 @@ async def test_shutdown_ends_on_time_when_the_issuer_is_silent(start_process: St
             CHAT_HISTORY_JWT_ISSUER=ISSUER,
             CHAT_HISTORY_JWT_AUDIENCE=AUDIENCE,
         )
-        async with channel(process.address) as opened:
+        async with channel(process.address) as connection:
             bearer = (("authorization", f"Bearer {service_token(headers={'kid': 'unknown'})}"),)
-            listing = ChatHistoryServiceStub(opened).ListUsers(
+            call = ChatHistoryServiceStub(connection).ListUsers(
                 user_pb2.ListUsersRequest(), metadata=bearer
             )
-            asked = asyncio.ensure_future(listing)
+            listing = asyncio.ensure_future(call)
             await asyncio.sleep(0.5)
             await assert_shuts_down(process, GRACE_S + EXIT_TIMEOUT_S)
-            await asyncio.wait([asked])
+            await asyncio.wait([listing])
 
 
-# --- Whatever else.
+# --- A shutdown that hangs.
 
 _HANGS = """
 import sys, time

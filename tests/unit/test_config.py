@@ -1,4 +1,4 @@
-"""The configuration: where it comes from, and how a mistake in it is told."""
+"""The configuration: its sources, and the reports of invalid and unknown settings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SECRET = "s3cret"
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder without a `.env`; the environment has no settings (tests/conftest.py)."""
+    """Change to a folder without a `.env`; tests/conftest.py has cleared the environment."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def url() -> str | None:
-    given = config.load().database_url
-    return given.get_secret_value() if given else None
+def loaded_url() -> str | None:
+    url = config.load().database_url
+    return url.get_secret_value() if url else None
 
 
 def test_load_without_settings_uses_defaults() -> None:
@@ -47,7 +47,7 @@ def test_first_nonempty_database_url_variable_is_used(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert url() == expected
+    assert loaded_url() == expected
 
 
 def test_environment_overrides_env_file(
@@ -57,7 +57,7 @@ def test_environment_overrides_env_file(
         "NEON_DATABASE_URL='postgresql://u@h/d?a=b#c'\nCHAT_HISTORY_LISTEN=127.0.0.1:1\n"
     )
     monkeypatch.setenv("CHAT_HISTORY_LISTEN", "127.0.0.1:2")
-    assert url() == "postgresql://u@h/d?a=b#c"
+    assert loaded_url() == "postgresql://u@h/d?a=b#c"
     assert config.load().listen == "127.0.0.1:2"
     assert config.sources() == {
         "CHAT_HISTORY_LISTEN": "the environment",

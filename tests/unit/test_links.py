@@ -37,7 +37,7 @@ def links(page: Path) -> list[str]:
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """Return the ids of a page's headings, as GitHub and the site's toc extension both make them."""
+    """Return the ids of a page's headings, which GitHub and the site's toc extension agree on."""
     slugs: list[str] = []
     text = FENCE.sub("", page.read_text())
     for heading in re.findall(r"^#{1,6} +(.+?) *$", text, re.MULTILINE):
