@@ -1,4 +1,7 @@
-"""What is done to the service, its database and the ways between: each fault ends when what it has broken could work again."""
+"""Faults of the service, its database and the network between them.
+
+A fault ends as soon as the broken component could work again.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from tests.support.pgbouncer import PgBouncer
 from tests.support.proxy import Direction, Proxy
 
 BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'chat-history'"
-TERMINATE = f"SELECT pg_terminate_backend(pid) FROM ({BACKENDS}) AS them"
+TERMINATE_BACKENDS = f"SELECT pg_terminate_backend(pid) FROM ({BACKENDS}) AS them"
 
 Fault = Callable[[], Awaitable[list[Replica]]]
-"""Breaks something for a while, mends it, and returns the replicas that it hit."""
+"""Breaks a component for some seconds, restores it, and returns the affected replicas."""
 
 
 class Faults:
@@ -28,22 +31,22 @@ class Faults:
 
     def __init__(self, stack: Stack, chance: random.Random) -> None:
         self._stack = stack
-        self._chance = chance
+        self._rng = chance
         self._kinds: dict[str, Fault] = {
             "service killed (-9)": self._kill_service,
             "PostgreSQL killed (-9)": self._kill_postgres,
             "a backend killed (-9)": self._kill_backend,
             "PostgreSQL restarted": self._restart_postgres,
-            "all backends ended": self._end_backends,
+            "all backends ended": self._terminate_backends,
             "suspended, 3 s to wake": self._suspend,
-            "database cut off": lambda: self._network("back", self._cut),
-            "database half-open": lambda: self._network("back", self._halve),
-            "database refuses": lambda: self._network("back", self._refuse),
-            "database black-holed": lambda: self._network("back", self._hold),
-            "database slow": lambda: self._network("back", self._delay),
-            "clients cut off": lambda: self._network("front", self._cut),
-            "clients refused": lambda: self._network("front", self._refuse),
-            "clients black-holed": lambda: self._network("front", self._hold),
+            "database cut off": lambda: self._disturb_network("database_proxy", self._reset),
+            "database half-open": lambda: self._disturb_network("database_proxy", self._half_open),
+            "database refuses": lambda: self._disturb_network("database_proxy", self._refuse),
+            "database black-holed": lambda: self._disturb_network("database_proxy", self._block),
+            "database slow": lambda: self._disturb_network("database_proxy", self._delay),
+            "clients cut off": lambda: self._disturb_network("client_proxy", self._reset),
+            "clients refused": lambda: self._disturb_network("client_proxy", self._refuse),
+            "clients black-holed": lambda: self._disturb_network("client_proxy", self._block),
         }
         if stack.pooler is not None:
             self._kinds |= {
@@ -54,22 +57,24 @@ class Faults:
 
     @property
     def kinds(self) -> list[str]:
-        """The names of what can happen."""
+        """The names of all faults."""
         return list(self._kinds)
 
     def draw(self) -> tuple[str, Fault]:
         """Return the next fault and its name."""
         if not self._bag:
             self._bag = self.kinds
-            self._chance.shuffle(self._bag)
+            self._rng.shuffle(self._bag)
         name = self._bag.pop()
         return name, self._kinds[name]
 
     async def _wait(self, least: float, most: float) -> None:
-        await asyncio.sleep(self._chance.uniform(least, most))
+        await asyncio.sleep(self._rng.uniform(least, most))
 
     async def _kill_service(self) -> list[Replica]:
-        replica = self._chance.choice([each for each in self._stack.replicas if not each.spared])
+        replica = self._rng.choice(
+            [replica for replica in self._stack.replicas if not replica.never_killed]
+        )
         await replica.process.kill()
         await replica.process.stop()
         await self._wait(0, 1)
@@ -78,68 +83,68 @@ class Faults:
 
     async def _kill_postgres(self) -> list[Replica]:
         _kill(self._stack.cluster.pid)
-        await self._start_postgres_again()
+        await self._restart_stopped_postgres()
         return self._stack.replicas
 
     async def _kill_backend(self) -> list[Replica]:
-        """Whatever one process may have broken, PostgreSQL ends them all and recovers as after a crash."""
+        """PostgreSQL then ends all backends and recovers as after a crash."""
         for [pid] in await fetch(self._stack.database_url, f"{BACKENDS} LIMIT 1"):
             _kill(pid)
         async with asyncio.timeout(60):
-            while not await self._answers():
+            while not await self._is_answering():
                 await asyncio.sleep(0.02)
         return self._stack.replicas
 
     async def _restart_postgres(self) -> list[Replica]:
-        await self._start_postgres_again()
+        await self._restart_stopped_postgres()
         return self._stack.replicas
 
-    async def _start_postgres_again(self) -> None:
+    async def _restart_stopped_postgres(self) -> None:
         await asyncio.to_thread(self._stack.cluster.postgres.stop)
         await self._wait(0, 1)
         await asyncio.to_thread(self._stack.cluster.postgres.start)
 
     async def _kill_pooler(self) -> list[Replica]:
-        return await self._start_pooler_again(PgBouncer.kill)
+        return await self._restart_stopped_pooler(PgBouncer.kill)
 
     async def _restart_pooler(self) -> list[Replica]:
-        return await self._start_pooler_again(PgBouncer.stop)
+        return await self._restart_stopped_pooler(PgBouncer.stop)
 
-    async def _start_pooler_again(self, end: Callable[[PgBouncer], None]) -> list[Replica]:
+    async def _restart_stopped_pooler(self, end: Callable[[PgBouncer], None]) -> list[Replica]:
         pooler = self._stack.pooler
         assert pooler is not None
         await asyncio.to_thread(end, pooler)
         await self._wait(0, 1)
         await asyncio.to_thread(pooler.start)
-        return [replica for replica in self._stack.replicas if replica.spared]
+        return [replica for replica in self._stack.replicas if replica.never_killed]
 
-    async def _answers(self) -> bool:
+    async def _is_answering(self) -> bool:
         with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             await fetch(self._stack.database_url, "SELECT")
             return True
         return False
 
-    async def _end_backends(self) -> list[Replica]:
-        for _ in range(self._chance.randint(1, 5)):
-            await fetch(self._stack.database_url, TERMINATE)
+    async def _terminate_backends(self) -> list[Replica]:
+        for _ in range(self._rng.randint(1, 5)):
+            await fetch(self._stack.database_url, TERMINATE_BACKENDS)
             await self._wait(0, 0.2)
         return self._stack.replicas
 
     async def _suspend(self) -> list[Replica]:
         for replica in self._stack.replicas:
-            replica.back.block()
-        await fetch(self._stack.database_url, TERMINATE)
+            replica.database_proxy.block()
+        await fetch(self._stack.database_url, TERMINATE_BACKENDS)
         await asyncio.sleep(3)
         for replica in self._stack.replicas:
-            replica.back.unblock()
+            replica.database_proxy.unblock()
         return self._stack.replicas
 
-    async def _network(
+    async def _disturb_network(
         self, side: str, break_it: Callable[[Proxy], Awaitable[None]]
     ) -> list[Replica]:
-        """Break one replica's way, or all of them, and mend it."""
-        replicas = self._chance.choice(
-            [self._stack.replicas, *([each] for each in self._stack.replicas)]
+        """Break the network on one side of one replica or of all replicas, and restore it."""
+        replicas = self._rng.choice(
+            [self._stack.replicas, *([replica] for replica in self._stack.replicas)]
         )
         proxies = [getattr(replica, side) for replica in replicas]
         try:
@@ -151,12 +156,12 @@ class Faults:
                 proxy.delay = 0.0
         return replicas
 
-    async def _cut(self, proxy: Proxy) -> None:
-        for _ in range(self._chance.randint(1, 5)):
+    async def _reset(self, proxy: Proxy) -> None:
+        for _ in range(self._rng.randint(1, 5)):
             proxy.reset_connections()
             await self._wait(0, 0.2)
 
-    async def _halve(self, proxy: Proxy) -> None:
+    async def _half_open(self, proxy: Proxy) -> None:
         proxy.reset_clients()
         await self._wait(0, 0.2)
 
@@ -164,18 +169,18 @@ class Faults:
         proxy.refuse_connections()
         await self._wait(0.1, 4)
 
-    async def _hold(self, proxy: Proxy) -> None:
-        proxy.block(*self._chance.choice([(), (Direction.TO_SERVER,), (Direction.TO_CLIENT,)]))
+    async def _block(self, proxy: Proxy) -> None:
+        proxy.block(*self._rng.choice([(), (Direction.TO_SERVER,), (Direction.TO_CLIENT,)]))
         await self._wait(0.1, 6)
-        if self._chance.random() < 0.5:
+        if self._rng.random() < 0.5:
             proxy.reset_connections()
 
     async def _delay(self, proxy: Proxy) -> None:
-        proxy.delay = self._chance.uniform(0.02, 0.3)
+        proxy.delay = self._rng.uniform(0.02, 0.3)
         await self._wait(1, 4)
 
 
 def _kill(pid: int) -> None:
-    """End a process at once, as a crash would."""
+    """Kill a process, as a crash would."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

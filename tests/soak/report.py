@@ -1,4 +1,4 @@
-"""What a soak prints, and what it leaves in a folder: `report.json` and `memory.svg`."""
+"""The report of a soak: printed tables, and the files `report.json` and `memory.svg`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ def show(tally: Tally, console: Console) -> None:
         levels = [sample.mib for sample in samples]
         if levels:
             console.print(
-                f"memory of the {name} replica, {min(levels):.0f} to {max(levels):.0f} MiB: {_sparkline(levels)}"
+                f"memory of the {name} replica, {min(levels):.0f} to {max(levels):.0f} MiB: "
+                f"{_sparkline(levels)}"
             )
             rest = [f"{sample.mib:.1f}" for sample in samples if sample.at_rest]
-            grown = growth(samples)
+            growth_mib = growth(samples)
             console.print(
                 f"  at rest after each round: {' '.join(rest)} MiB"
-                + ("" if grown is None else f"; growth {grown:+.1f}")
+                + ("" if growth_mib is None else f"; growth {growth_mib:+.1f}")
             )
     for problem in tally.problems[:20]:
         console.print(f"{problem.kind}: {problem.words[:2000]}", style="red", markup=False)
@@ -56,8 +57,8 @@ def _counts(tally: Tally) -> Table:
         "seconds": round(tally.seconds),
         "calls": tally.calls.total(),
         "messages acknowledged": tally.acknowledged,
-        "of them sent again later, and recognised": tally.replays,
-        "appends given up without an answer": tally.abandoned,
+        "of them sent again later and recognised": tally.replays,
+        "appends abandoned without a reply": tally.abandoned,
         "calls cancelled": tally.cancelled,
         "calls that failed": tally.failed,
         "calls of the client library": tally.library_calls,
@@ -65,10 +66,10 @@ def _counts(tally: Tally) -> Table:
         "faults": len(tally.outages),
         "stored messages checked": tally.checked,
         "views checked": tally.views,
-        "lost": tally.of("LOST"),
-        "doubled": tally.of("DOUBLED"),
-        "gaps": tally.of("GAP"),
-        "other problems": len(tally.problems) - tally.of("LOST", "DOUBLED", "GAP"),
+        "lost": tally.count_problems("LOST"),
+        "doubled": tally.count_problems("DOUBLED"),
+        "gaps": tally.count_problems("GAP"),
+        "other problems": len(tally.problems) - tally.count_problems("LOST", "DOUBLED", "GAP"),
     }
     if tally.idle_statements is not None:
         rows |= {
@@ -82,7 +83,8 @@ def _counts(tally: Tally) -> Table:
 
 def _outages(outages: list[Outage]) -> Table:
     table = Table(
-        title="Faults, and seconds from their end to the next acknowledged append through every replica that was hit"
+        title="Faults, and seconds from their end to the next append that every affected replica "
+        "acknowledged"
     )
     table.add_column("fault")
     for name in ("times", "median s", "max s", "longest fault s", "failed calls, median", "max"):
@@ -92,9 +94,14 @@ def _outages(outages: list[Outage]) -> Table:
     ):
         row = figures(list(group))
         table.add_row(
-            kind, str(row["times"]), f"{row['median_s']:.2f}", f"{row['max_s']:.2f}", f"{row['longest_s']:.1f}",
-            f"{row['errors_median']:.0f}", str(row["errors_max"]),
-        )  # fmt: skip
+            kind,
+            str(row["times"]),
+            f"{row['median_s']:.2f}",
+            f"{row['max_s']:.2f}",
+            f"{row['longest_s']:.1f}",
+            f"{row['errors_median']:.0f}",
+            str(row["errors_max"]),
+        )
     return table
 
 
@@ -188,7 +195,7 @@ def _draw(tally: Tally) -> Figure:
         for (name, samples), colour in zip(
             by_replica(tally).items(), ("#bf8700", "#1f6feb"), strict=False
         ):
-            # A line for each process: one that was killed begins anew.
+            # One line per process: a replica that was killed starts again with low memory.
             for number, pid in enumerate(dict.fromkeys(sample.pid for sample in samples)):
                 own = [sample for sample in samples if sample.pid == pid]
                 label = f"{name} replica" if number == 0 else None

@@ -1,4 +1,7 @@
-"""The soak itself: rounds of load under faults, each judged when it is over and once more a round later, and an idle time at the end."""
+"""The soak: rounds of load under faults, and an idle time at the end.
+
+The data of each round is checked when the round is over, and again one round later.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.soak import calm
-from tests.soak.faults import TERMINATE, Faults
+from tests.soak import checks
+from tests.soak.faults import TERMINATE_BACKENDS, Faults
 from tests.soak.stack import Replica, Stack
 from tests.soak.tally import Outage, Sample, Tally, growth
-from tests.soak.traffic import Hopeless, Traffic
+from tests.soak.traffic import SoakAborted, Traffic
 from tests.support.chat import Chat
 from tests.support.cluster import fetch, wait_until_idle
 from tests.support.history import read_history
@@ -25,126 +28,123 @@ from tests.support.record import judge
 from tests.support.servers import channel
 from tests.support.statements import SentStatements
 
-RECOVERY_SECONDS = 60.0
-"""Within which a replica must acknowledge again, without anybody's help."""
-SETTLE_SECONDS = 6.0
-"""After the last call, until what was given up has come to its deadline."""
-SAMPLE_SECONDS = 1.0
+RECOVERY_TIMEOUT_S = 60.0
+"""Limit for a replica to acknowledge an append again, without intervention."""
+SETTLE_S = 6.0
+"""The wait after the last call, during which abandoned calls reach their deadlines."""
+SAMPLE_INTERVAL_S = 1.0
 
-TWICE = "SELECT count(*) - count(DISTINCT (user_id, id)) FROM chat_messages"
-SESSIONS = "SELECT user_id::text, id::text FROM chat_sessions"
+COUNT_DUPLICATES = "SELECT count(*) - count(DISTINCT (user_id, id)) FROM chat_messages"
+SELECT_SESSIONS = "SELECT user_id::text, id::text FROM chat_sessions"
 LOG_ALL = (
     "ALTER SYSTEM SET log_statement = 'all'",
     "ALTER SYSTEM SET log_line_prefix = '<%a|%d> '",
     "SELECT pg_reload_conf()",
 )
 
-Tell = Callable[[str], None]
-"""Is told what goes on just now."""
+OnStatus = Callable[[str], None]
+"""Called with a description of each step."""
 
 
 class Soak:
     """One soak of one stack."""
 
-    def __init__(self, stack: Stack, seed: int, tell: Tell) -> None:
+    def __init__(self, stack: Stack, seed: int, on_status: OnStatus) -> None:
         self.stack = stack
         self.tally = Tally()
         self._seed = seed
-        self._tell = tell
+        self._on_status = on_status
         self.faults = Faults(stack, random.Random(f"{seed} faults"))
-        self._chance = random.Random(f"{seed} pauses")
-        self._before: Traffic | None = None
+        self._rng = random.Random(f"{seed} pauses")
+        self._previous: Traffic | None = None
 
-    async def run(self, rounds: int, round_seconds: float) -> None:
-        """Soak for so many rounds, and judge them."""
+    async def run(self, rounds: int, round_s: float) -> None:
+        """Run rounds of load under faults, and check the data of each."""
         sampling = asyncio.create_task(self._sample())
         try:
             for number in range(1, rounds + 1):
                 traffic = Traffic(self.stack, self.tally, f"{self._seed} traffic {number}")
                 async with traffic.running():
-                    await self._break_things(time.monotonic() + round_seconds)
-                self._tell("judging")
+                    await self._inject_faults(time.monotonic() + round_s)
+                self._on_status("checking the data")
                 await self._settle()
-                self._look_at_memory(at_rest=True)
-                await calm.look(self.stack, self.tally)
+                self._sample_memory(at_rest=True)
+                await checks.check_replicas(self.stack, self.tally)
                 await self._judge(traffic)
-                await self._end_round_before(traffic)
-        except* Hopeless:
-            self._tell("given up")
+                await self._finish_previous_round(traffic)
+        except* SoakAborted:
+            self._on_status("aborted")
         finally:
             sampling.cancel()
             await asyncio.wait([sampling])
-        self._verdict_on_memory()
+        self._check_memory()
 
-    async def _break_things(self, until: float) -> None:
-        """One fault after the other; each is over, and recovered from, before the next."""
+    async def _inject_faults(self, until: float) -> None:
+        """Inject one fault after another, each when the service has recovered from the last one."""
         while time.monotonic() < until:
-            self._tell("all is well")
-            await asyncio.sleep(self._chance.uniform(0.5, 3))
+            self._on_status("no fault")
+            await asyncio.sleep(self._rng.uniform(0.5, 3))
             kind, fault = self.faults.draw()
-            self._tell(kind)
-            began, failed = time.monotonic(), self.tally.failed
-            hit = await fault()
+            self._on_status(kind)
+            began, failed_before = time.monotonic(), self.tally.failed
+            affected = await fault()
             outage = Outage(kind, began, time.monotonic())
             self.tally.outages.append(outage)
-            self._tell(f"recovering from: {kind}")
-            await self._recover(outage, hit)
-            outage.errors = self.tally.failed - failed
+            self._on_status(f"recovering from: {kind}")
+            await self._wait_for_recovery(outage, affected)
+            outage.errors = self.tally.failed - failed_before
 
-    async def _recover(self, outage: Outage, hit: list[Replica]) -> None:
-        heard = self.tally.last_acknowledged
-        give_up = outage.ended + RECOVERY_SECONDS
-        waiting = {replica.name for replica in hit}
+    async def _wait_for_recovery(self, outage: Outage, affected: list[Replica]) -> None:
+        acknowledged_at = self.tally.last_acknowledged
+        deadline = outage.ended + RECOVERY_TIMEOUT_S
+        waiting = {replica.name for replica in affected}
         while waiting:
-            waiting = {name for name in waiting if heard.get(name, 0.0) <= outage.ended}
-            if time.monotonic() > give_up:
-                self.tally.blame(
-                    "STUCK",
-                    f"{outage.kind}: {sorted(waiting)} did not recover in {RECOVERY_SECONDS:.0f} s",
+            waiting = {name for name in waiting if acknowledged_at.get(name, 0.0) <= outage.ended}
+            if time.monotonic() > deadline:
+                names = ", ".join(sorted(waiting))
+                self.tally.add_problem(
+                    "STUCK", f"{outage.kind}: no recovery in {RECOVERY_TIMEOUT_S:.0f} s: {names}"
                 )
                 return
             await asyncio.sleep(0.002)
         outage.recovered = time.monotonic()
 
     async def _settle(self) -> None:
-        """Wait until nothing is under way any more, of what was given up either."""
-        await asyncio.sleep(SETTLE_SECONDS)
+        """Wait until no call is in flight, not even an abandoned one."""
+        await asyncio.sleep(SETTLE_S)
         await wait_until_idle(self.stack.database_url)
 
-    async def _judge(self, traffic: Traffic) -> int:
-        rows = 0
+    async def _judge(self, traffic: Traffic) -> None:
         for record in traffic.records:
-            found = await read_history(self.stack.database_url, record.user_id, record.session_id)
-            self.tally.problems += judge(record, found)
-            rows += len(found.messages) if found else 0
-        return rows
+            stored = await read_history(self.stack.database_url, record.user_id, record.session_id)
+            self.tally.problems += judge(record, stored)
 
-    async def _end_round_before(self, traffic: Traffic) -> None:
-        """Look once more at the round before, which has gone through another round of faults, and erase it."""
-        before, self._before = self._before, traffic
+    async def _finish_previous_round(self, traffic: Traffic) -> None:
+        """Check the previous round again, after another round of faults, and delete its users."""
+        previous, self._previous = self._previous, traffic
         known = {(record.user_id, record.session_id) for record in traffic.records}
-        self.tally.checked += await self._rows(traffic)
+        self.tally.checked += await self._count_messages(traffic)
         self.tally.views += sum(len(record.views) for record in traffic.records)
-        if before is not None:
-            await self._judge(before)
-            known |= {(record.user_id, record.session_id) for record in before.records}
-        [[twice]] = await fetch(self.stack.database_url, TWICE)
-        if twice:
-            self.tally.blame("DOUBLED", f"{twice} messages are stored more than once")
-        there = {(row[0], row[1]) for row in await fetch(self.stack.database_url, SESSIONS)}
-        if strange := there - known:
-            self.tally.blame(
-                "STRANGE", f"sessions that nobody started, or that were erased: {sorted(strange)}"
+        if previous is not None:
+            await self._judge(previous)
+            known |= {(record.user_id, record.session_id) for record in previous.records}
+        [[duplicates]] = await fetch(self.stack.database_url, COUNT_DUPLICATES)
+        if duplicates:
+            self.tally.add_problem("DOUBLED", f"{duplicates} messages are stored more than once")
+        rows = await fetch(self.stack.database_url, SELECT_SESSIONS)
+        if unknown := {(row[0], row[1]) for row in rows} - known:
+            self.tally.add_problem(
+                "STRANGE", f"sessions that were never created, or deleted: {sorted(unknown)}"
             )
-        if before is not None:
-            await before.erase()
+        if previous is not None:
+            await previous.delete_users()
 
-    async def _rows(self, traffic: Traffic) -> int:
-        users = list({record.user_id for record in traffic.records})
+    async def _count_messages(self, traffic: Traffic) -> int:
+        user_ids = list({record.user_id for record in traffic.records})
         [[count]] = await fetch(
             self.stack.database_url,
             "SELECT count(*) FROM chat_messages WHERE user_id = ANY($1::uuid[])",
-            users,
+            user_ids,
         )
         return int(count)
 
@@ -152,13 +152,13 @@ class Soak:
 
     async def _sample(self) -> None:
         while True:
-            self._look_at_memory()
-            await asyncio.sleep(SAMPLE_SECONDS)
+            self._sample_memory()
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
 
-    def _look_at_memory(self, *, at_rest: bool = False) -> None:
+    def _sample_memory(self, *, at_rest: bool = False) -> None:
         for replica in self.stack.replicas:
             mib = replica.rss_mib
-            if mib:  # A process that is about to end has none.
+            if mib:  # A process that is ending has no resident memory.
                 acknowledged = self.tally.acknowledged
                 sample = Sample(
                     self.tally.seconds,
@@ -170,75 +170,80 @@ class Soak:
                 )
                 self.tally.samples.append(sample)
 
-    def _verdict_on_memory(self) -> None:
+    def _check_memory(self) -> None:
         for replica in self.stack.replicas:
-            if replica.spared:
+            if replica.never_killed:
                 samples = [
                     sample for sample in self.tally.samples if sample.replica == replica.name
                 ]
                 if len({sample.pid for sample in samples}) != 1:
-                    self.tally.blame(
-                        "STUCK", f"the {replica.name} replica was to run through and did not"
+                    self.tally.add_problem(
+                        "STUCK", f"the {replica.name} replica did not run without a restart"
                     )
-                grown = growth(samples)
-                if grown is not None and grown > self.tally.allowed_growth:
-                    self.tally.blame(
-                        "MEMORY", f"the {replica.name} replica grew by {grown:.1f} MiB"
+                growth_mib = growth(samples)
+                if growth_mib is not None and growth_mib > self.tally.allowed_growth_mib:
+                    self.tally.add_problem(
+                        "MEMORY", f"the {replica.name} replica grew by {growth_mib:.1f} MiB"
                     )
 
     # --- Idle.
 
     async def idle(self, minutes: float) -> None:
-        """Leave both replicas alone but for probes, and count what PostgreSQL is sent; then end all backends and call."""
+        """Send only probes, and count the statements; then terminate all backends and call."""
         for statement in LOG_ALL:
             await fetch(self.stack.database_url, statement)
-        await asyncio.sleep(5)  # Connections that were used go back to the pool by then.
+        await asyncio.sleep(5)  # Until then all connections have been returned to the pool.
         sent = SentStatements(self.stack.cluster, self.stack.database_url)
-        until = time.monotonic() + minutes * 60
-        while (left := until - time.monotonic()) > 0:
-            self._tell(f"idle for another {left:.0f} s")
+        idle_until = time.monotonic() + minutes * 60
+        while (remaining_s := idle_until - time.monotonic()) > 0:
+            self._on_status(f"idle for another {remaining_s:.0f} s")
             for replica in self.stack.replicas:
-                async with channel(replica.front.address) as opened:
-                    health: Any = health_pb2_grpc.HealthStub(opened)
+                async with channel(replica.client_proxy.address) as connection:
+                    health: Any = health_pb2_grpc.HealthStub(connection)
                     for name in ("", "liveness", "chathistory.v1.ChatHistoryService"):
                         reply = await health.Check(
                             health_pb2.HealthCheckRequest(service=name), timeout=5
                         )
                         self.tally.probes += 1
                         if reply.status != health_pb2.HealthCheckResponse.SERVING:
-                            self.tally.blame("IDLE", f"an idle service is not ready: {name!r}")
-            await asyncio.sleep(min(1.0, left))
+                            self.tally.add_problem(
+                                "IDLE", f"an idle service is not ready: {name!r}"
+                            )
+            await asyncio.sleep(min(1.0, remaining_s))
         self.tally.idle_statements = len(sent.so_far())
         if self.tally.idle_statements:
-            self.tally.blame(
+            self.tally.add_problem(
                 "IDLE",
-                f"an idle service asked the database: {[each.sql for each in sent.so_far()][:5]}",
+                "an idle service sent statements: "
+                f"{[statement.sql for statement in sent.so_far()][:5]}",
             )
         await self._call_after_suspend(sent)
 
     async def _call_after_suspend(self, sent: SentStatements) -> None:
         for replica in self.stack.replicas:
-            await fetch(self.stack.database_url, TERMINATE)
-            async with channel(replica.front.address) as opened:
+            await fetch(self.stack.database_url, TERMINATE_BACKENDS)
+            async with channel(replica.client_proxy.address) as connection:
                 try:
-                    chat = await Chat.of_new_user(ChatHistoryServiceStub(opened))
-                    await fetch(self.stack.database_url, TERMINATE)
+                    chat = await Chat.of_new_user(ChatHistoryServiceStub(connection))
+                    await fetch(self.stack.database_url, TERMINATE_BACKENDS)
                     session_id = await chat.start()
-                    await fetch(self.stack.database_url, TERMINATE)
+                    await fetch(self.stack.database_url, TERMINATE_BACKENDS)
                     await chat.context(session_id)
                 except aio.AioRpcError as error:
-                    self.tally.failure("the first call after all backends had ended", error)
-                    self.tally.blame(
+                    self.tally.count_failure("the first call after all backends ended", error)
+                    self.tally.add_problem(
                         "IDLE", f"the first call failed: {error.code().name} {error.details()}"
                     )
         if not sent.so_far():
-            self.tally.blame("IDLE", "nothing was counted, not even calls")
+            self.tally.add_problem("IDLE", "no statements were counted, not even those of calls")
 
 
-async def logs_of(stack: Stack, tally: Tally) -> None:
-    """Look for what the service should never have to write down."""
+async def check_logs(stack: Stack, tally: Tally) -> None:
+    """Add a problem for every internal error and traceback in the logs."""
     for replica in stack.replicas:
         with suppress(FileNotFoundError):
             for line in replica.process.log.read_text().splitlines():
                 if "internal error" in line or "Traceback" in line:
-                    tally.blame("ERROR", f"the log of the {replica.name} replica: {line[:500]}")
+                    tally.add_problem(
+                        "ERROR", f"the log of the {replica.name} replica: {line[:500]}"
+                    )

@@ -1,4 +1,7 @@
-"""What is soaked: PostgreSQL with durable settings, and two replicas of the service, with a proxy before and behind each of them."""
+"""The system under test: PostgreSQL with durable settings, and two replicas of the service.
+
+A proxy on each side of every replica can break its connections.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,20 @@ from tests.support.servers import ServerProcess
 
 @dataclass
 class Replica:
-    """One process of the service, and its ways to the database and to its clients."""
+    """One process of the service, and the proxies to the database and from the clients."""
 
     name: str
-    back: Proxy
-    front: Proxy
+    database_proxy: Proxy
+    client_proxy: Proxy
     process: ServerProcess
     metrics: str
-    """Where it shows its metrics."""
+    """The address of its metrics."""
     database_url: str
-    spared: bool
-    """Whether it is never killed: its memory tells, and it must recover without a restart."""
+    never_killed: bool
+    """Whether no fault kills it: it must recover without a restart, and its memory is checked."""
 
     async def restart(self) -> None:
-        """Start it again on its port, after it was killed; return before it serves."""
+        """Start a killed replica again on the same port, without waiting until it is ready."""
         address = self.process.address
         folder = self.process.log.parent
         self.process = ServerProcess(
@@ -50,45 +53,46 @@ class Replica:
 
     @property
     def rss_mib(self) -> float | None:
-        """Its resident memory; None while it is not there."""
+        """Its resident memory; None while the process does not exist."""
         with suppress(psutil.NoSuchProcess):
             return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
         return None
 
     @property
     def connections(self) -> int:
-        """How many connections to the database it has open."""
-        found = psutil.Process(self.process.pid).net_connections("tcp")
+        """The number of open connections to the database."""
+        connections = psutil.Process(self.process.pid).net_connections("tcp")
         return sum(
-            each.status == psutil.CONN_ESTABLISHED and each.raddr[1:] == (self.back.port,)
-            for each in found
+            connection.status == psutil.CONN_ESTABLISHED
+            and connection.raddr[1:] == (self.database_proxy.port,)
+            for connection in connections
         )
 
     async def gauges(self) -> dict[str, float]:
-        """Return what its metrics count at this moment, by name."""
+        """Return the current values of its metrics by name."""
         async with httpx.AsyncClient(trust_env=False) as client:
-            shown = (await client.get(f"http://{self.metrics}/metrics")).text
+            text = (await client.get(f"http://{self.metrics}/metrics")).text
         return {
             sample.name: sample.value
-            for family in text_string_to_metric_families(shown)
+            for family in text_string_to_metric_families(text)
             for sample in family.samples
         }
 
 
 class Stack:
-    """All of it, as an async context manager."""
+    """The whole system, as an async context manager."""
 
     def __init__(self) -> None:
         self._exit = AsyncExitStack()
         self.cluster = Cluster()
         self.replicas: list[Replica] = []
         self.pooler: PgBouncer | None = None
-        """In transaction mode, between the second replica and the database; None where it is not installed."""
+        """In front of the database of the second replica; None if PgBouncer is not installed."""
         self.folder = Path()
 
     @property
     def database_url(self) -> str:
-        """The straight way to the database, for the judge."""
+        """The connection string without proxies, for the checks."""
         return self.cluster.url("postgres")
 
     async def __aenter__(self) -> Self:
@@ -101,8 +105,8 @@ class Stack:
             if find_program() is not None:
                 self.pooler = self._exit.enter_context(PgBouncer(self.database_url))
             self.replicas = [
-                await self._start("first", spared=False),
-                await self._start("second", spared=True),
+                await self._start("first", never_killed=False),
+                await self._start("second", never_killed=True),
             ]
         except BaseException:
             await self._exit.aclose()
@@ -112,18 +116,24 @@ class Stack:
     async def __aexit__(self, *_error: object) -> None:
         await self._exit.aclose()
 
-    async def _start(self, name: str, *, spared: bool) -> Replica:
-        if self.pooler is not None and spared:
-            back = await self._exit.enter_async_context(Proxy(f"127.0.0.1:{self.pooler.port}"))
-            url = self.pooler.url("postgres").replace(f":{self.pooler.port}/", f":{back.port}/")
+    async def _start(self, name: str, *, never_killed: bool) -> Replica:
+        if self.pooler is not None and never_killed:
+            database_proxy = await self._exit.enter_async_context(
+                Proxy(f"127.0.0.1:{self.pooler.port}")
+            )
+            url = self.pooler.url("postgres").replace(
+                f":{self.pooler.port}/", f":{database_proxy.port}/"
+            )
         else:
-            back, url = await self._exit.enter_async_context(postgres_proxy(self.database_url))
+            database_proxy, url = await self._exit.enter_async_context(
+                postgres_proxy(self.database_url)
+            )
         metrics = f"127.0.0.1:{free_port()}"
         process = await ServerProcess(
             url, self.folder / name, CHAT_HISTORY_METRICS_LISTEN=metrics
         ).start()
-        front = await self._exit.enter_async_context(Proxy(process.address))
-        replica = Replica(name, back, front, process, metrics, url, spared)
+        client_proxy = await self._exit.enter_async_context(Proxy(process.address))
+        replica = Replica(name, database_proxy, client_proxy, process, metrics, url, never_killed)
         self._exit.push_async_callback(self._stop, replica)
         return replica
 

@@ -1,4 +1,4 @@
-"""What is counted during a soak, and what is made of it."""
+"""The figures and problems that are collected during a soak."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from grpc_status import rpc_status
 from tests.support.failures import read_failure
 from tests.support.record import Problem
 
-OWN = "(gRPC's own)"
-"""The reason of a status that did not come from the service: nobody listened, or the client's deadline was over."""
+GRPC_OWN = "(gRPC's own)"
+"""The reason of a status of gRPC itself: no server listened, or the client's deadline was over."""
 ALLOWED_GROWTH_MIB = 10.0
-"""How much the resident memory may grow between the first rounds and the last."""
+"""Limit for the growth of resident memory between the first rounds and the last."""
 
 
 @dataclass
 class Outage:
-    """One fault and what came of it."""
+    """One fault and the recovery from it."""
 
     kind: str
     began: float
     ended: float
     recovered: float | None = None
-    """When each replica that was hit had acknowledged an append again."""
+    """The time at which every affected replica had acknowledged an append again."""
     errors: int = 0
-    """Calls that failed from its beginning until then."""
+    """The failed calls from the start of the fault to the recovery."""
 
     @property
     def recovery(self) -> float | None:
-        """Seconds from its end to the first append that was acknowledged; None when none was."""
+        """Seconds from the end of the fault to the recovery; None if there was none."""
         return None if self.recovered is None else self.recovered - self.ended
 
 
@@ -48,12 +48,12 @@ class Sample:
     mib: float
     acknowledged: int
     at_rest: bool = False
-    """Whether nobody called just then, and nothing was broken: such samples can be compared."""
+    """Whether there was no load and no fault, so that the sample can be compared with others."""
 
 
 @dataclass
 class Tally:
-    """Everything that is counted."""
+    """All counters, samples and problems of a soak."""
 
     started: float = field(default_factory=time.monotonic)
     calls: Counter[str] = field(default_factory=Counter)
@@ -61,61 +61,62 @@ class Tally:
     """By code and reason."""
     library_calls: int = 0
     library_errors: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """What users of the client library saw of it all."""
+    """Errors that the client library raised, by code and reason."""
     acknowledged: int = 0
     abandoned: int = 0
-    """Appends that were given up without an answer."""
+    """Appends that were abandoned without a reply."""
     replays: int = 0
     cancelled: int = 0
     checked: int = 0
-    """Stored messages that the judge has looked at, each at least once."""
+    """Stored messages that were checked, each at least once."""
     views: int = 0
     outages: list[Outage] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     probes: int = 0
     idle_statements: int | None = None
-    """How many statements an idle service sent; None when there was no idle time."""
-    allowed_growth: float = ALLOWED_GROWTH_MIB
+    """Statements that the idle service sent; None if there was no idle time."""
+    allowed_growth_mib: float = ALLOWED_GROWTH_MIB
     last_acknowledged: dict[str, float] = field(default_factory=dict)
-    """When each replica last acknowledged an append."""
+    """The time of the last acknowledged append by replica."""
 
     @property
     def seconds(self) -> float:
-        """How long it has been going on."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     @property
     def failed(self) -> int:
-        """How many calls have failed."""
+        """The number of failed calls."""
         return self.errors.total()
 
-    def blame(self, kind: str, words: str) -> None:
-        """Note a problem."""
+    def add_problem(self, kind: str, words: str) -> None:
+        """Add a problem, which makes the soak fail."""
         self.problems.append(Problem(kind, words))
 
-    def failure(self, rpc: str, error: aio.AioRpcError) -> str:
-        """Count a failed call and return the reason."""
-        code, reason = error.code().name, OWN
+    def count_failure(self, rpc: str, error: aio.AioRpcError) -> str:
+        """Count a failed call, check its details, and return its reason."""
+        code, reason = error.code().name, GRPC_OWN
         if rpc_status.from_call(error) is not None:  # type: ignore[arg-type]
             try:
                 reason = read_failure(error).reason
             except AssertionError as problem:
-                self.blame("ERROR", f"{rpc}: {problem}")
-        if (code in ("INTERNAL", "UNKNOWN") and reason != OWN) or code == "INVALID_ARGUMENT":
-            self.blame("ERROR", f"{rpc}: {code} {reason} {error.details()}")
+                self.add_problem("ERROR", f"{rpc}: {problem}")
+        if (code in ("INTERNAL", "UNKNOWN") and reason != GRPC_OWN) or code == "INVALID_ARGUMENT":
+            self.add_problem("ERROR", f"{rpc}: {code} {reason} {error.details()}")
         self.errors[code, reason] += 1
         return reason
 
-    def of(self, *kinds: str) -> int:
-        """Return how many problems there are of these kinds."""
+    def count_problems(self, *kinds: str) -> int:
+        """Return the number of problems of these kinds."""
         return sum(problem.kind in kinds for problem in self.problems)
 
 
 def growth(samples: Sequence[Sample]) -> float | None:
-    """Return by how many MiB the memory of one process grew: the median of the last third of its samples at rest beyond that of the first.
+    """Return the growth of one process's memory in MiB, or None if there are too few samples.
 
-    The first sample is left out, as pools and caches were being filled. None when there are too few to tell.
+    It is the difference between the medians of the last and of the first third of the samples at
+    rest. The first of these samples is left out, because pools and caches were still being filled.
     """
     levels = [sample.mib for sample in samples if sample.at_rest][1:]
     third = max(1, len(levels) // 3)

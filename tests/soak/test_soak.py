@@ -1,4 +1,4 @@
-"""The soak, short: `make soak` takes minutes or hours. And what must make it fail."""
+"""A short soak, which `make soak` runs for minutes or hours, and its check of memory growth."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.soak.report import save, show
-from tests.soak.run import Soak, logs_of
+from tests.soak.run import Soak, check_logs
 from tests.soak.stack import Stack
 from tests.soak.tally import Sample, growth
 
@@ -18,10 +18,10 @@ from tests.soak.tally import Sample, growth
 @pytest.mark.timeout(300)
 async def test_mixed_load_under_faults_has_no_problems(tmp_path: Path) -> None:
     async with Stack() as stack:
-        soak = Soak(stack, seed=25, tell=lambda _words: None)
-        await soak.run(rounds=3, round_seconds=8)
+        soak = Soak(stack, seed=25, on_status=lambda _status: None)
+        await soak.run(rounds=3, round_s=8)
         await soak.idle(minutes=0.05)
-        await logs_of(stack, soak.tally)
+        await check_logs(stack, soak.tally)
     tally = soak.tally
     show(tally, Console(width=140))
     save(tally, tmp_path, seed=25)
@@ -32,10 +32,10 @@ async def test_mixed_load_under_faults_has_no_problems(tmp_path: Path) -> None:
     assert tally.cancelled > 0
     assert len(tally.outages) >= 3
     assert tally.idle_statements == 0
-    assert written_to(tmp_path) == {"report.json", "memory.svg"}
+    assert names_in(tmp_path) == {"report.json", "memory.svg"}
 
 
-def written_to(folder: Path) -> set[str]:
+def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 

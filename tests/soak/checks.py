@@ -1,4 +1,4 @@
-"""What must be true of every replica when nothing is broken and nobody calls, and of the first calls that come then."""
+"""Checks after a round: idle replicas hold no resources, and every RPC succeeds immediately."""
 
 from __future__ import annotations
 
@@ -17,60 +17,63 @@ from tests.soak.tally import Tally
 from tests.support.chat import Chat
 from tests.support.servers import channel, settings
 
-CALL_SECONDS = 10.0
-"""Within which a call must have succeeded, at its first try."""
-REST_SECONDS = 20.0
-"""Within which a replica that nobody calls has given back what it took."""
-AT_REST = ("calls_in_flight", "watches_open", "appends_waiting", "connections_in_use")
-"""What a replica that nobody calls has none of, by its metrics."""
+CALL_TIMEOUT_S = 10.0
+"""Limit for a call, which must succeed at the first attempt."""
+RELEASE_TIMEOUT_S = 20.0
+"""Limit for the release of resources after the last call."""
+IDLE_GAUGES = ("calls_in_flight", "watches_open", "appends_waiting", "connections_in_use")
+"""Metrics, without their prefix, that are zero on an idle replica."""
 
 
-async def look(stack: Stack, tally: Tally) -> None:
-    """Look at each replica, then call it in every way; note what should not be."""
+async def check_replicas(stack: Stack, tally: Tally) -> None:
+    """Check that each replica is idle, then call all its RPCs; add problems to the tally."""
     for replica in stack.replicas:
-        await _at_rest(replica, tally)
+        await _check_idle(replica, tally)
     for replica, other in zip(stack.replicas, reversed(stack.replicas), strict=True):
-        async with channel(replica.front.address) as mine, channel(other.front.address) as others:
+        async with (
+            channel(replica.client_proxy.address) as mine,
+            channel(other.client_proxy.address) as others,
+        ):
             await _call(
                 replica, ChatHistoryServiceStub(mine), ChatHistoryServiceStub(others), tally
             )
 
 
-async def _at_rest(replica: Replica, tally: Tally) -> None:
-    """Look for what was taken and is not given back before long."""
-    give_up = time.monotonic() + REST_SECONDS
-    while (found := await _held(replica)) and time.monotonic() < give_up:
+async def _check_idle(replica: Replica, tally: Tally) -> None:
+    """Add a problem for every resource that is not released within the limit."""
+    deadline = time.monotonic() + RELEASE_TIMEOUT_S
+    while (leaks := await _leaks(replica)) and time.monotonic() < deadline:
         await asyncio.sleep(0.2)
-    for words in found:
-        tally.blame("LEAK", f"the {replica.name} replica, at rest: {words}")
+    for leak in leaks:
+        tally.add_problem("LEAK", f"the {replica.name} replica, at rest: {leak}")
 
 
-async def _held(replica: Replica) -> list[str]:
+async def _leaks(replica: Replica) -> list[str]:
     gauges = await replica.gauges()
-    taken = {name: gauges[f"chat_history_{name}"] for name in AT_REST}
-    found = [f"{name} {count:.0f}" for name, count in taken.items() if count]
-    # Those beyond the pool's size end when they are given back.
-    if (connections := replica.connections) > (most := settings().db_pool_size):
-        found.append(f"{connections} connections, and {most} are kept")
-    return found
+    counts = {name: gauges[f"chat_history_{name}"] for name in IDLE_GAUGES}
+    leaks = [f"{name} {count:.0f}" for name, count in counts.items() if count]
+    # Connections beyond the pool's size are closed when they are returned to it.
+    if (connections := replica.connections) > (pool_size := settings().db_pool_size):
+        leaks.append(f"{connections} connections, with a pool of {pool_size}")
+    return leaks
 
 
 async def _call(replica: Replica, stub: Any, others: Any, tally: Tally) -> None:
-    """Call one replica in every way."""
+    """Call the RPCs of one replica; `others` is a stub of the other replica."""
 
     @asynccontextmanager
-    async def trying(what: str) -> AsyncGenerator[None]:
+    async def reporting(rpc: str) -> AsyncGenerator[None]:
         try:
-            async with asyncio.timeout(CALL_SECONDS):
+            async with asyncio.timeout(CALL_TIMEOUT_S):
                 yield
         except (aio.AioRpcError, TimeoutError) as error:
             code = error.code().name if isinstance(error, aio.AioRpcError) else "no answer"
-            tally.blame(
-                "STUCK", f"{what} by the {replica.name} replica, when nothing was broken: {code}"
+            tally.add_problem(
+                "STUCK", f"{rpc} by the {replica.name} replica, without a fault: {code}"
             )
 
     calls: dict[str, Callable[[], Awaitable[object]]] = {}
-    async with trying("CreateUser, CreateSession and AppendMessages"):
+    async with reporting("CreateUser, CreateSession and AppendMessages"):
         chat = await Chat.of_new_user(stub)
         session_id = (await chat.create_session()).id
         message_id = (await chat.append(session_id, "hello")).messages[0].id
@@ -89,15 +92,15 @@ async def _call(replica: Replica, stub: Any, others: Any, tally: Tally) -> None:
             "DeleteSession": lambda: chat.delete_session(session_id),
             "DeleteUser": lambda: stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=chat.user_id)),
         }
-    for what, call in calls.items():
-        async with trying(what):
+    for rpc, call in calls.items():
+        async with reporting(rpc):
             await call()
 
 
 async def _follow(chat: Chat, other: Chat, session_id: str) -> None:
-    """Follow a session to which the other replica appends."""
+    """Follow a session to which a client of the other replica appends."""
     stream = chat.watch(session_id)
     await stream.read()
-    await other.append(session_id, "by way of the other replica")
+    await other.append(session_id, "through the other replica")
     await stream.read()
     stream.cancel()
