@@ -1,8 +1,8 @@
 """Compares two versions of the service, which are loaded in turn, pair by pair.
 
-Each pair loads both versions within seconds of each other, so that other load on the machine affects
-both. The version that goes first changes from pair to pair. The result is the median of the pairs'
-ratios, with a lower bound by bootstrap.
+Each pair loads both versions within seconds of each other, so that other load on the machine
+affects both. The version that goes first changes from pair to pair. The result is the median of the
+pairs' ratios, with a lower bound by bootstrap.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.workload import Session
 KINDS = ("append", "context", "list")
 SESSIONS = 200
 MAX_CALLS_PER_SECOND = 12_000
-"""More than any version answers: an append takes a new message id for each call."""
+"""More than any version answers. Each append needs a body with new message ids."""
 RESAMPLES = 20_000
 CONFIDENCE = 0.95
 
@@ -44,7 +44,7 @@ class Pair:
 
     @property
     def cpu_ratio(self) -> float:
-        """Processor time of the server per call, after divided by before: less sensitive to other load."""
+        """Server CPU time per call, after divided by before; less sensitive to other load."""
         return self.after.cpu_us_per_call / self.before.cpu_us_per_call
 
 
@@ -66,10 +66,10 @@ async def run(
     """Measure `pairs` pairs of each kind of call.
 
     Args:
-        environment: Where both versions run; each has a database of its own.
+        environment: The environment of both versions, each of which has a database of its own.
         before: The source tree of the earlier version.
-        kinds: Some of KINDS.
-        pairs: Measurements of each version and kind.
+        kinds: Kinds of calls to measure, some of KINDS.
+        pairs: Number of measurements of each version and kind.
         load: The load of one measurement.
         on_step: Called after each measurement.
 
@@ -161,7 +161,7 @@ def table(results: dict[str, list[Pair]], load: Load) -> Table:
         "after/s",
         "median",
         "lower 95%",
-        "CPU a call",
+        "CPU per call",
         "ratios",
         title=title,
         title_justify="left",

@@ -94,7 +94,7 @@ def _variants() -> dict[str, Call]:
     caller = _KnownCaller()
     unchecked = pipeline()
     # Leaves the layer out: the check of every method does nothing.
-    unchecked._check = lambda _: lambda *_: None  # type: ignore[method-assign, assignment]  # noqa: SLF001
+    unchecked._request_check = lambda _: lambda *_: None  # type: ignore[method-assign, assignment]  # noqa: SLF001
     return {
         "whole": _unary(pipeline()),
         "telemetry": _unary(pipeline(observe=_observe())),

@@ -115,7 +115,7 @@ class Server:
             self.appender,
             self.watchers,
             self.search,
-            call_timeout=settings.call_timeout,
+            call_timeout_s=settings.call_timeout,
         )
         pipeline = Pipeline(
             self.authenticate,

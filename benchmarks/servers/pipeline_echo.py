@@ -22,7 +22,7 @@ def pipeline(**parts: Any) -> Pipeline:
         "authenticate": trust_all,
         "calls": Admission(1024),
         "streams": StreamAdmission(1024, 128),
-        "call_timeout": 30.0,
+        "call_timeout_s": 30.0,
     }
     return Pipeline(**(arguments | parts))
 

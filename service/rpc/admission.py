@@ -1,4 +1,4 @@
-"""Admission control: bounds the calls and streams in flight, and rejects the others fast."""
+"""Admission control: bounds the calls and streams in flight, and rejects the others quickly."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from service import errors
 FREQUENT_REJECTIONS_PER_S = 200
 """Above this rate of rejections, rejected callers are asked to back off longer."""
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 0.25, 8.0
-"""Bounds of the back-off before jitter of plus or minus a half."""
+"""Bounds of the back-off before jitter, which changes it by up to a half."""
 
 
 class Admission:
     """Bounds the calls in flight, fairly between users.
 
     One user alone may fill the limit. A quarter more is reserved for users with few calls in
-    flight, so that a burst of one user does not keep the others out. The fuller that reserve is,
-    the fewer calls in flight a user may have to be admitted.
+    flight, so that a burst of one user does not keep the others out. As the reserve fills, the
+    number of calls in flight with which a user is still admitted decreases.
 
     Health checks do not pass through admission, so they are answered under overload too.
     """
@@ -80,13 +80,17 @@ class StreamAdmission(Admission):
 
     @contextmanager
     def admitted(self, owner_id: str, peer: str) -> Generator[None]:
-        """Admit a user's stream for a block; `peer` is gRPC's name of the connection.
+        """Admit a user's stream for the duration of a block.
+
+        Args:
+            owner_id: The user.
+            peer: gRPC's name of the connection.
 
         Raises:
-            Unavailable, Overloaded: as `enter`.
-            Overloaded: too many streams are open on this connection.
+            Unavailable: as `enter`.
+            Overloaded: as `enter`, or too many streams are open on this connection.
         """
-        # All connections over a Unix socket have the same name.
+        # Connections over a Unix socket are not capped: all of them have the same name.
         connection = "" if peer.startswith("unix:") else peer
         if connection and self._connections[connection] >= self._per_connection:
             raise errors.Overloaded(

@@ -3,7 +3,7 @@
 Lines carry ids and outcomes, never content. Every erasure and every export is recorded. An act for
 a user is recorded once an hour for each service, user and RPC, and only where callers are
 identified by a token or a certificate. A line for every append would cost more than the append's
-share of the database, and one line an hour answers who worked with whose data when.
+share of the database, and one line an hour shows which service worked with which user's data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.rpc.method_policies import AuditRule
 from service.telemetry.logs import audit
 
 REPEAT_AFTER_S = 3600.0
-"""The same act is recorded again only after this time."""
+"""Minimum time between two lines for the same act."""
 MAX_REMEMBERED_ACTS = 100_000
 """Beyond this number the oldest acts are forgotten, and may be recorded again earlier."""
 
@@ -43,32 +43,32 @@ class AuditTrail:
         self._recorded_at: dict[tuple[str, str, str], float] = {}
 
     def wrap_unary(self, name: str, rule: AuditRule, method: UnaryMethod) -> UnaryMethod:
-        """Return the method with its recording; the method itself if nothing is recorded."""
+        """Return a method that records its calls; the given method if none are recorded."""
         if rule is not AuditRule.ACT:
-            return self._every_unary(name, rule, method)
-        return self._sampled_unary(name, method) if self._callers_are_identified else method
+            return self._wrap_unary_always(name, rule, method)
+        return self._wrap_unary_hourly(name, method) if self._callers_are_identified else method
 
     def wrap_stream(self, name: str, rule: AuditRule, method: StreamMethod) -> StreamMethod:
-        """Return the method with its recording; the method itself if nothing is recorded."""
+        """Return a method that records its calls; the given method if none are recorded."""
         if rule is not AuditRule.ACT:
-            return self._every_stream(name, rule, method)
-        return self._sampled_stream(name, method) if self._callers_are_identified else method
+            return self._wrap_stream_always(name, rule, method)
+        return self._wrap_stream_hourly(name, method) if self._callers_are_identified else method
 
     def record_denial(
         self, name: str, request: Any, caller: Caller, error: PermissionDenied
     ) -> None:
         """Record that a caller was denied an RPC, once an hour for each caller and RPC."""
-        if self._is_new(caller.subject, name, "denied"):
+        if self._is_due(caller.subject, name, "denied"):
             _record("denied", name, request, caller, error.reason)
 
-    def _every_unary(self, name: str, rule: AuditRule, method: UnaryMethod) -> UnaryMethod:
+    def _wrap_unary_always(self, name: str, rule: AuditRule, method: UnaryMethod) -> UnaryMethod:
         async def audited(request: Any, call: Call) -> Any:
             with _outcome_recorded(rule, name, request, call):
                 return await method(request, call)
 
         return audited
 
-    def _every_stream(self, name: str, rule: AuditRule, method: StreamMethod) -> StreamMethod:
+    def _wrap_stream_always(self, name: str, rule: AuditRule, method: StreamMethod) -> StreamMethod:
         async def audited(request: Any, call: Call) -> AsyncGenerator[Any]:
             with _outcome_recorded(rule, name, request, call):
                 async with aclosing(method(request, call)) as replies:
@@ -77,7 +77,7 @@ class AuditTrail:
 
         return audited
 
-    def _sampled_unary(self, name: str, method: UnaryMethod) -> UnaryMethod:
+    def _wrap_unary_hourly(self, name: str, method: UnaryMethod) -> UnaryMethod:
         async def audited(request: Any, call: Call) -> Any:
             if call.caller.user_id is None:
                 self._record_act(name, request, call.caller)
@@ -89,7 +89,7 @@ class AuditTrail:
 
         return audited
 
-    def _sampled_stream(self, name: str, method: StreamMethod) -> StreamMethod:
+    def _wrap_stream_hourly(self, name: str, method: StreamMethod) -> StreamMethod:
         async def audited(request: Any, call: Call) -> AsyncGenerator[Any]:
             if call.caller.user_id is None:
                 self._record_act(name, request, call.caller)
@@ -104,16 +104,17 @@ class AuditTrail:
         return audited
 
     def _record_act(self, name: str, request: Any, caller: Caller) -> None:
-        if self._is_new(caller.subject, name, getattr(request, "user_id", "")):
+        if self._is_due(caller.subject, name, getattr(request, "user_id", "")):
             _record(AuditRule.ACT.value, name, request, caller, "allowed")
 
-    def _is_new(self, subject: str, name: str, user_id: str) -> bool:
+    def _is_due(self, subject: str, name: str, user_id: str) -> bool:
+        """Return whether an act is to be recorded, and remember it if so."""
         now = time.monotonic()
         key = (subject[:_MAX_SUBJECT_CHARS], name, user_id)
         recorded_at = self._recorded_at.get(key)
         if recorded_at is not None and now - recorded_at < REPEAT_AFTER_S:
             return False
-        # Inserted again, so that the oldest is first.
+        # Inserted again, since the dict's order is the order of age.
         self._recorded_at.pop(key, None)
         self._recorded_at[key] = now
         if len(self._recorded_at) > MAX_REMEMBERED_ACTS:

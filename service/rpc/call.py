@@ -1,4 +1,4 @@
-"""`Call`, which an RPC gets together with its request."""
+"""`Call`: the caller and the deadline, which a method gets together with its request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Call:
 
     caller: Caller
     deadline: float
-    """When the reply is due, on the running loop's clock."""
+    """When the reply is due, in seconds on the running loop's clock."""
 
 
 UnaryMethod = Callable[[Any, Call], Awaitable[Any]]

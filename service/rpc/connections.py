@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _SO_ATTACH_FILTER = 26
-"""Of Linux; Python has no name for it."""
+"""A socket option of Linux, for which Python has no constant."""
 _DROP_ALL = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
 """A packet filter of one instruction, return 0 (BPF_RET | BPF_K), which drops every packet."""
 
@@ -25,7 +25,7 @@ def close_connections(port: int) -> None:
     """Close the connections that this process accepted on a TCP port, and accept no others.
 
     Data that was written to them is still delivered. Where a process cannot list its descriptors
-    (/dev/fd), this does nothing, and gRPC closes them in its own way.
+    (/dev/fd), this does nothing, and gRPC closes them with GOAWAY.
     """
     sockets = _duplicate_sockets(port)
     # The listening socket first: gRPC stops listening only a moment later, and clients whose

@@ -19,10 +19,11 @@ from service.store.token_estimate import estimate_tokens
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_MESSAGE_BYTES = 1024 * 1024
+FINGERPRINT_BYTES = 16
 
 _OVERHEAD_BYTES = 192
-"""Output-only fields of a message in a reply: ids, seq, times, etag, and their framing."""
-_MICROS = 1_000_000
+"""Size of a message's output-only fields in a reply: ids, seq, times and etag."""
+_US_PER_S = 1_000_000
 _MESSAGE_OUTPUT_ONLY = ("session_id", "seq", "create_time", "update_time", "etag")
 _SESSION_OUTPUT_ONLY = (
     "user_id",
@@ -38,21 +39,25 @@ _USER_OUTPUT_ONLY = ("create_time", "update_time", "etag")
 
 def timestamp(us: int) -> Any:
     """Return the initial value of a Timestamp field for microseconds since 1970."""
-    return {"seconds": us // _MICROS, "nanos": us % _MICROS * 1000}
+    return {"seconds": us // _US_PER_S, "nanos": us % _US_PER_S * 1000}
 
 
 def canonical_fingerprint(message: ProtoMessage, output_only: Iterable[str], id_: str) -> bytes:
-    """Clear the output-only fields of a resource, set its id, and return its fingerprint."""
+    """Return the fingerprint of a resource, whose output-only fields are cleared and id is set."""
     for name in output_only:
         message.ClearField(name)
     if message.id != id_:  # type: ignore[attr-defined]
         message.id = id_  # type: ignore[attr-defined]
-    return hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16).digest()
+    return hashlib.blake2b(
+        message.SerializeToString(deterministic=True), digest_size=FINGERPRINT_BYTES
+    ).digest()
 
 
 def fork_fingerprint(session_id: str, through_seq: int) -> bytes:
     """Return the fingerprint of a session that a fork creates."""
-    return hashlib.blake2b(f"fork {session_id} {through_seq}".encode(), digest_size=16).digest()
+    return hashlib.blake2b(
+        f"fork {session_id} {through_seq}".encode(), digest_size=FINGERPRINT_BYTES
+    ).digest()
 
 
 def struct_json(struct: Struct, field: str) -> str | None:
@@ -142,8 +147,8 @@ def message(
         session_id: The session of the message.
         create: Creates the empty message; the `add` of a reply's list avoids a copy.
     """
-    # Assigned in place: keyword arguments of the constructor cost more, and a Timestamp passed to
-    # it would be created, copied and discarded.
+    # Fields are assigned in place: keyword arguments of the constructor cost more, and a Timestamp
+    # passed to it would be created, copied and discarded.
     resource = create()
     resource.id = row.id
     resource.session_id = session_id
@@ -152,9 +157,9 @@ def message(
     resource.content = row.content
     resource.etag = row.etag
     time = resource.create_time
-    time.seconds, time.nanos = row.created_us // _MICROS, row.created_us % _MICROS * 1000
+    time.seconds, time.nanos = row.created_us // _US_PER_S, row.created_us % _US_PER_S * 1000
     time = resource.update_time
-    time.seconds, time.nanos = row.updated_us // _MICROS, row.updated_us % _MICROS * 1000
+    time.seconds, time.nanos = row.updated_us // _US_PER_S, row.updated_us % _US_PER_S * 1000
     if row.token_count is not None:
         resource.token_count = row.token_count
     if row.author:
@@ -219,7 +224,7 @@ def parts_json(parts: Iterable[message_pb2.Part], field: str) -> str | None:
     Raises:
         InvalidArgument: a Struct in them cannot be stored.
     """
-    objects = [_part_object(part, f"{field}[{n}]") for n, part in enumerate(parts)]
+    objects = [_part_object(part, f"{field}[{index}]") for index, part in enumerate(parts)]
     return json.dumps(objects, separators=(",", ":"), ensure_ascii=False) if objects else None
 
 
@@ -229,8 +234,8 @@ def _part_object(part: message_pb2.Part, field: str) -> dict[str, Any]:
         return {"text": part.text}
     if kind == "data":
         return {"data": _struct_dict(part.data, f"{field}.data")}
-    # Scalars only, by the names of the protos. A call's `id` and a result's `tool_call_id` are
-    # required, so that store/context.py finds them.
+    # The other kinds have scalar fields only, stored under the names of the protos. A call's `id`
+    # and a result's `tool_call_id` are required, so that store/context.py finds them.
     return {
         kind: {descriptor.name: value for descriptor, value in getattr(part, kind).ListFields()}
     }

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from array import array
 from collections.abc import Iterable
 from typing import Any
 
 from chathistory.v1 import document_pb2
 
 from service.ids import SYSTEM_USER_ID
-from service.rpc.convert import canonical_fingerprint, parse_json, struct_json, timestamp
+from service.rpc.convert import (
+    FINGERPRINT_BYTES,
+    canonical_fingerprint,
+    parse_json,
+    struct_json,
+    timestamp,
+)
+from service.search.types import pack_vector
 from service.store.document_chunks import Chunk, ChunkRow
 from service.store.rows import DocumentRow
 
@@ -60,22 +65,6 @@ def new_chunk(chunk: document_pb2.DocumentChunk) -> Chunk:
     return Chunk(chunk.text, pack_vector(chunk.vector) if chunk.vector else None)
 
 
-def pack_vector(vector: Iterable[float]) -> bytes:
-    """Return a vector as it is stored and searched: 32-bit floats, little-endian."""
-    numbers = array("f", vector)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers.tobytes()
-
-
-def unpack_vector(packed: bytes) -> array[float]:
-    """Return the vector that `pack_vector` has packed."""
-    numbers = array("f", packed)
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
-
-
 def document_values(
     document: document_pb2.Document, chunks: Iterable[document_pb2.DocumentChunk], id_: str
 ) -> dict[str, Any]:
@@ -85,11 +74,11 @@ def document_values(
         InvalidArgument: it breaks a rule that the protos cannot express.
     """
     fingerprint = hashlib.blake2b(
-        canonical_fingerprint(document, _OUTPUT_ONLY, id_), digest_size=16
+        canonical_fingerprint(document, _OUTPUT_ONLY, id_), digest_size=FINGERPRINT_BYTES
     )
     for chunk in chunks:
         serialized = chunk.SerializeToString(deterministic=True)
-        fingerprint.update(hashlib.blake2b(serialized, digest_size=16).digest())
+        fingerprint.update(hashlib.blake2b(serialized, digest_size=FINGERPRINT_BYTES).digest())
     values = document_changes(document, ("title", "source_uri", "mime_type", "metadata"))
     sha256 = bytes.fromhex(document.content_sha256) if document.content_sha256 else None
     return values | {

@@ -25,7 +25,7 @@ from service.store.rows import DocumentRow
 T = TypeVar("T")
 
 MAX_CHUNKS_BYTES = 1024 * 1024
-"""Limit of all chunks of a request, serialized."""
+"""Limit of the serialized chunks of one request, added up."""
 _WRITABLE = ("title", "source_uri", "mime_type", "metadata")
 
 
@@ -47,7 +47,7 @@ class Documents(Handler):
         values = convert.document_values(document, request.chunks, document_id)
         values["user_id"] = user_id
         chunks = self._new_chunks(request.chunks)
-        row = await self._write(
+        row = await self._write_and_wake(
             lambda connection: documents.create(
                 connection, values, chunks, search_enabled=self.search.is_enabled
             ),
@@ -63,7 +63,7 @@ class Documents(Handler):
         document_id = request.document_id.lower()
         chunks = self._new_chunks(request.chunks)
         owner_id = await self._writable_owner_id(request.user_id, document_id, call)
-        row = await self._write(
+        row = await self._write_and_wake(
             lambda connection: documents.append_chunks(
                 connection,
                 [owner_id],
@@ -98,16 +98,14 @@ class Documents(Handler):
         filters = {
             name: value
             for name in ("status", "source_uri", "mime_type")
-            if (value := getattr(request, name))  # Zero and the empty string match any.
+            if (value := getattr(request, name))  # Zero and the empty string do not filter.
         }
-        bound = ("ListDocuments", *owner_ids, request.scope, sorted(filters.items()))
+        list_key = ("ListDocuments", *owner_ids, request.scope, sorted(filters.items()))
         page_size = paging.effective_page_size(request.page_size)
-        cursor = _cursor(paging.read_token(request.page_token, *bound))
+        cursor = _cursor(paging.read_token(request.page_token, *list_key))
         if request.scope:
             is_shared = request.scope == document_pb2.DOCUMENT_SCOPE_SHARED
-            owner_ids = tuple(
-                owner for owner in owner_ids if (owner == SYSTEM_USER_ID) == is_shared
-            )
+            owner_ids = tuple(id_ for id_ in owner_ids if (id_ == SYSTEM_USER_ID) == is_shared)
         rows = (
             await self.database.read(
                 lambda connection: documents.list_page(
@@ -121,7 +119,7 @@ class Documents(Handler):
         )
 
         def token_after(row: DocumentRow) -> str:
-            return paging.make_token(f"{row.created_us} {row.id} {row.user_id}", *bound)
+            return paging.make_token(f"{row.created_us} {row.id} {row.user_id}", *list_key)
 
         page, next_page_token = paging.build_page(
             rows[:page_size], convert.document, token_after, has_more=len(rows) > page_size
@@ -159,17 +157,17 @@ class Documents(Handler):
         document_id = request.document_id.lower()
         was_deleted = False
         try:
-            user_id = await self._writable_owner_id(request.user_id, document_id, call)
+            owner_id = await self._writable_owner_id(request.user_id, document_id, call)
             await self.delete_in_slices(
-                lambda connection: documents.delete_slice(connection, user_id, document_id),
-                user_id,
+                lambda connection: documents.delete_slice(connection, owner_id, document_id),
+                owner_id,
                 call,
             )
-            was_deleted = await self._write(
+            was_deleted = await self._write_and_wake(
                 lambda connection: documents.delete(
-                    connection, user_id, document_id, search_enabled=self.search.is_enabled
+                    connection, owner_id, document_id, search_enabled=self.search.is_enabled
                 ),
-                user_id,
+                owner_id,
                 call,
             )
         except NotFound:
@@ -185,9 +183,9 @@ class Documents(Handler):
         """List a document's chunks in order."""
         owner_ids = call.caller.document_owner_ids(request.user_id)
         document_id = request.document_id.lower()
-        bound = ("ListDocumentChunks", *owner_ids, document_id)
+        list_key = ("ListDocumentChunks", *owner_ids, document_id)
         page_size = paging.effective_page_size(request.page_size)
-        first_index = int(paging.read_token(request.page_token, *bound) or 0)
+        first_index = int(paging.read_token(request.page_token, *list_key) or 0)
         rows, has_more = await self.database.read(
             lambda connection: documents.list_chunks(
                 connection, owner_ids, document_id, first_index, page_size
@@ -197,7 +195,7 @@ class Documents(Handler):
         )
 
         def token_after(row: ChunkRow) -> str:
-            return paging.make_token(str(row.chunk_index + 1), *bound)
+            return paging.make_token(str(row.chunk_index + 1), *list_key)
 
         page, next_page_token = paging.build_page(
             rows, convert.chunk, token_after, has_more=has_more
@@ -215,10 +213,11 @@ class Documents(Handler):
                 "chunks", f"must be at most {MAX_CHUNKS_BYTES} bytes together"
             )
         dimensions = self.search.dimensions
-        for n, chunk in enumerate(chunks):
+        for index, chunk in enumerate(chunks):
             if chunk.vector and dimensions not in (None, len(chunk.vector)):
                 raise InvalidArgument.field(
-                    f"chunks[{n}].vector", f"must have {dimensions} dimensions, as the index has"
+                    f"chunks[{index}].vector",
+                    f"must have {dimensions} dimensions, as the index has",
                 )
         return [convert.new_chunk(chunk) for chunk in chunks]
 
@@ -239,7 +238,7 @@ class Documents(Handler):
             call.caller.require_service()
         return row.user_id
 
-    async def _write(self, work: Work[T], owner_id: str, call: Call) -> T:
+    async def _write_and_wake(self, work: Work[T], owner_id: str, call: Call) -> T:
         """Run a transaction that enqueues work for the indexer, then wake the indexer."""
         result = await self.database.write(work, owner_id=owner_id, deadline=call.deadline)
         self.search.wake()

@@ -1,4 +1,4 @@
-"""ExportUserData, and the export of a user that `chat-history export` writes to a file too."""
+"""The RPC ExportUserData, and `UserExport`, which `chat-history export` also uses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from chathistory.v1 import export_pb2
 from service.rpc import convert, convert_documents
 from service.rpc.call import Call
 from service.rpc.handler import Handler
+from service.search.types import unpack_vector
 from service.store import export, users
 from service.store.db.database import Database, Work
 from service.store.rows import DocumentRow, SessionRow, UserRow
 
 PAGE_SIZE = 100
 CHUNK_PAGE_SIZE = 10
-"""Smaller, since a chunk may have 256 KiB of text and as much of a vector."""
+"""Smaller, since a chunk may have 256 KiB of text and a vector of the same size."""
 
 Item = export_pb2.ExportUserDataResponse
 T = TypeVar("T")
@@ -33,18 +34,18 @@ class Exports(Handler):
     ) -> AsyncGenerator[Item]:
         """Send all data of one user, in order."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        async for item in UserExport(self.database, user_id, self.call_timeout).items():
+        async for item in UserExport(self.database, user_id, self.call_timeout_s).items():
             yield item
 
 
 class UserExport:
     """All data of one user, read page by page."""
 
-    def __init__(self, database: Database, user_id: str, page_timeout: float) -> None:
-        """Prepare the export; each page must be read within `page_timeout` seconds."""
+    def __init__(self, database: Database, user_id: str, page_timeout_s: float) -> None:
+        """Prepare the export; each page must be read within `page_timeout_s`."""
         self._database = database
         self._user_id = user_id
-        self._page_timeout = page_timeout
+        self._page_timeout_s = page_timeout_s
 
     async def items(self) -> AsyncGenerator[Item]:
         """Yield the user, each session with its messages, and each document with its chunks.
@@ -115,7 +116,7 @@ class UserExport:
                 document_id=document.id, index=chunk.chunk_index, text=chunk.text
             )
             if chunk.vector is not None:
-                exported.vector.extend(convert_documents.unpack_vector(chunk.vector))
+                exported.vector.extend(unpack_vector(chunk.vector))
             yield Item(chunk=exported)
 
     async def _rows(
@@ -133,5 +134,5 @@ class UserExport:
             cursor = cursor_after(page[-1])
 
     async def _read(self, work: Work[T]) -> T:
-        deadline = asyncio.get_running_loop().time() + self._page_timeout
+        deadline = asyncio.get_running_loop().time() + self._page_timeout_s
         return await self._database.read(work, owner_id=self._user_id, deadline=deadline)

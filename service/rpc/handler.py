@@ -21,7 +21,7 @@ class Handler:
         watchers: WatchHub,
         search: AnySearch,
         *,
-        call_timeout: float,
+        call_timeout_s: float,
     ) -> None:
         """Take the parts.
 
@@ -30,14 +30,14 @@ class Handler:
             appender: Writes the appended messages.
             watchers: The open WatchMessages streams.
             search: The search index, or its replacement where search is disabled.
-            call_timeout: Seconds for each read of a stream, which may have no deadline.
+            call_timeout_s: Timeout of each read of a stream, since a stream may have no deadline.
         """
         self.database = database
         self.reads = ReadBatcher(database)
         self.appender = appender
         self.watchers = watchers
         self.search = search
-        self.call_timeout = call_timeout
+        self.call_timeout_s = call_timeout_s
 
     async def delete_in_slices(
         self, delete_slice: Work[tuple[int, bool]], owner_id: str, call: Call
@@ -47,7 +47,7 @@ class Handler:
         Args:
             delete_slice: Deletes a slice; returns how many rows it had, and whether more remain.
             owner_id: The user who owns the rows.
-            call: The call.
+            call: The call that deletes; its deadline limits the whole deletion.
 
         Returns:
             The number of deleted rows.

@@ -23,9 +23,9 @@ PROBE_INTERVAL_S = 1.0
 """Pause between two probes of a database that does not answer."""
 PROBE_TIMEOUT_S = 2.0
 DATABASE_CHECK_TIMEOUT_S = 5.0
-"""For checks of the name `database`: a suspended database needs a moment to start."""
+"""Timeout of a check of the name `database`: a suspended database needs time to start."""
 DATABASE_CHECK_TTL_S = 1.0
-"""How long one check of the database answers later ones."""
+"""Time for which the result of one check of the database answers later checks."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -37,7 +37,7 @@ _log = structlog.get_logger(__name__)
 class Readiness:
     """Whether calls can be served, by the latest evidence.
 
-    It starts as not ready, until the database has answered and its schema fits.
+    Calls count as not servable until the database has answered and its schema fits.
     """
 
     def __init__(self, database: Database) -> None:
@@ -48,7 +48,7 @@ class Readiness:
         self._is_draining = False
         self._probe_requested = False
         self.probe_task: asyncio.Task[None] | None = None
-        """Probes the database until it answers; None while it is believed to answer."""
+        """Probes the database until it answers; None while no failure suggests an outage."""
         self._subscriptions: set[asyncio.Event] = set()
         self._was_ready = asyncio.Event()
 
@@ -59,18 +59,18 @@ class Readiness:
             self.probe_task = asyncio.get_running_loop().create_task(self._probe())
 
     async def wait_ready(self) -> None:
-        """Wait until it has been ready once."""
+        """Wait until the service has been ready at least once."""
         await self._was_ready.wait()
 
     def drain(self) -> None:
-        """Become NOT_SERVING for good."""
+        """Report NOT_SERVING until the process ends, and stop probing."""
         self._is_draining = True
         if self.probe_task is not None:
             self.probe_task.cancel()
         self._update(is_ready=False, problem="shutting down")
 
     def notify(self) -> None:
-        """Wake the subscribers: readiness, or something else that health reports, has changed."""
+        """Wake the subscribers, because a status that health reports has changed."""
         for event in self._subscriptions:
             event.set()
 
@@ -99,13 +99,13 @@ class Readiness:
         try:
             return (await self._database.probe(PROBE_TIMEOUT_S)).problem
         except TimeoutError:
-            # The database vanished without closing its connections: without this, calls that wait
-            # on them would wait for their own timeouts.
+            # The database vanished without closing its connections. Terminating them ends the calls
+            # that wait on them, which would otherwise wait for their own timeouts.
             self._database.hot_pool.terminate()
             return "the database does not answer in time"
         except DATABASE_ERRORS as error:
             return f"the database does not answer ({type(error).__name__})"
-        except Exception as error:  # noqa: BLE001 - probing must go on, or it would never be ready
+        except Exception as error:  # noqa: BLE001 - if probing ended, the service would never be ready
             return f"the schema cannot be read ({type(error).__name__})"
 
     def _update(self, *, is_ready: bool, problem: str) -> None:
@@ -141,12 +141,12 @@ class Health(health_pb2_grpc.HealthServicer):
             self._is_serving_by_name["search"] = lambda: search.is_healthy
 
     def close(self) -> None:
-        """End every Watch after a last status: open streams would use up the shutdown's grace."""
+        """End every Watch after a last status; otherwise shutdown would wait for these streams."""
         self._is_closing = True
         self._readiness.notify()
 
     async def cancel_probes(self) -> None:
-        """Cancel the probes in flight; called when no caller waits for them any longer."""
+        """Cancel the probes in flight. Call it when no caller waits for them any more."""
         probes = [
             task for task in (self._database_check, self._readiness.probe_task) if task is not None
         ]

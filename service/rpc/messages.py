@@ -85,9 +85,9 @@ class Messages(Handler):
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         descending = request.order == message_pb2.MESSAGE_ORDER_DESC
-        bound = ("ListMessages", user_id, session_id, descending)
+        list_key = ("ListMessages", user_id, session_id, descending)
         page_size = paging.effective_page_size(request.page_size)
-        cursor = paging.read_token(request.page_token, *bound)
+        cursor = paging.read_token(request.page_token, *list_key)
         seq = int(cursor) if cursor is not None else messages.MAX_SEQ if descending else 0
         rows, has_more = await messages.list_page(
             self.reads,
@@ -102,7 +102,7 @@ class Messages(Handler):
         for row in paging.fitting_messages(rows):
             convert.message(row, session_id, reply.messages.add)
         if has_more or len(reply.messages) < len(rows):
-            reply.next_page_token = paging.make_token(str(reply.messages[-1].seq), *bound)
+            reply.next_page_token = paging.make_token(str(reply.messages[-1].seq), *list_key)
         return reply
 
     async def UpdateMessage(
@@ -200,7 +200,7 @@ class Messages(Handler):
             while True:
                 watcher.arm()
                 remaining_s = self._remaining_s(watcher, call)
-                deadline = loop.time() + self.call_timeout
+                deadline = loop.time() + self.call_timeout_s
                 rows, has_more = await messages.list_since(
                     self.reads,
                     user_id,
@@ -248,11 +248,11 @@ def _new_messages(request: message_pb2.AppendMessagesRequest) -> list[NewMessage
     ids: set[str] = set()
     new_messages: list[NewMessage] = []
     session_id = request.session_id.lower()
-    for n, message in enumerate(request.messages):
-        field = f"messages[{n}]"
+    for index, message in enumerate(request.messages):
+        field = f"messages[{index}]"
         if message.session_id:
             require_same_id(f"{field}.session_id", message.session_id, session_id)
-        # Without an id of the client's: the server's own retries need one too.
+        # The server creates a missing id here, so that its own retries recognize the message.
         message_id = message.id.lower() or new_id()
         if message_id in ids:
             raise InvalidArgument.field(f"{field}.id", "is used twice in this request")

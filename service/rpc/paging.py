@@ -1,4 +1,4 @@
-"""Keyset pagination: page sizes, and opaque page tokens that are bound to their request."""
+"""Keyset pagination: page sizes, and opaque page tokens that are bound to their list."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KEY = b"chathistory.v1 page token"
 
 
 def effective_page_size(requested: int) -> int:
-    """Return the maximum number of entries of a page, given the request's `page_size`."""
+    """Return the maximum number of rows of a page, given the request's `page_size`."""
     return min(requested, MAX_PAGE_SIZE) if requested else DEFAULT_PAGE_SIZE
 
 
@@ -67,24 +67,28 @@ def build_page(
 def fitting_messages(rows: Sequence[MessageRow]) -> Sequence[MessageRow]:
     """Return as many messages as fit into a reply, at least one, by their stored sizes."""
     total_bytes = 0
-    for n, row in enumerate(rows):
+    for index, row in enumerate(rows):
         total_bytes += row.size
-        if total_bytes > MAX_REPLY_BYTES and n:
-            return rows[:n]
+        if total_bytes > MAX_REPLY_BYTES and index:
+            return rows[:index]
     return rows
 
 
-def make_token(cursor: str, *request: object) -> str:
-    """Return the token of the page after `cursor`, valid for requests with the same values."""
+def make_token(cursor: str, *list_key: object) -> str:
+    """Return the token of the page after `cursor`.
+
+    It is valid only for the same list: `list_key` holds the RPC and the fields of the request that
+    determine the list.
+    """
     payload = cursor.encode()
-    return base64.urlsafe_b64encode(_digest(payload, request) + payload).decode().rstrip("=")
+    return base64.urlsafe_b64encode(_digest(payload, list_key) + payload).decode().rstrip("=")
 
 
-def read_token(token: str, *request: object) -> str | None:
+def read_token(token: str, *list_key: object) -> str | None:
     """Return the cursor in a token; None for the first page.
 
     Raises:
-        InvalidArgument: it is not a token of this request (BAD_PAGE_TOKEN).
+        InvalidArgument: it is not a token of this list (BAD_PAGE_TOKEN).
     """
     if not token:
         return None
@@ -95,16 +99,18 @@ def read_token(token: str, *request: object) -> str | None:
     digest, payload = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
     # The text is compared too: base64 has several spellings of one value.
     if (
-        not hmac.compare_digest(digest, _digest(payload, request))
-        or make_token(payload.decode(), *request) != token
+        not hmac.compare_digest(digest, _digest(payload, list_key))
+        or make_token(payload.decode(), *list_key) != token
     ):
         raise _bad_page_token()
     return payload.decode()
 
 
-def _digest(payload: bytes, request: tuple[object, ...]) -> bytes:
-    bound = "\0".join(map(str, request)).encode()
-    return hashlib.blake2b(payload + b"\0" + bound, digest_size=_DIGEST_BYTES, key=_KEY).digest()
+def _digest(payload: bytes, list_key: tuple[object, ...]) -> bytes:
+    list_bytes = "\0".join(map(str, list_key)).encode()
+    return hashlib.blake2b(
+        payload + b"\0" + list_bytes, digest_size=_DIGEST_BYTES, key=_KEY
+    ).digest()
 
 
 def _bad_page_token() -> InvalidArgument:

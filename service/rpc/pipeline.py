@@ -2,7 +2,7 @@
 
 In this order: metrics, error mapping, authentication, admission, authorisation, validation, audit.
 They are composed once for each method, when the server is built. They are not interceptors,
-since each interceptor costs every call an await and a context.
+since every interceptor adds an await and a context to each call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _log = structlog.get_logger(__name__)
 Context = aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
-"""Limit of a request after decompression; larger ones are rejected with REQUEST_TOO_LARGE."""
+"""Limit of a request after decompression. Larger ones are rejected with REQUEST_TOO_LARGE."""
 
 
 class _Unparsed(Enum):
@@ -57,7 +57,7 @@ class Pipeline:
         authenticate: Authenticate,
         calls: Admission,
         streams: StreamAdmission,
-        call_timeout: float,
+        call_timeout_s: float,
         observe: CallObserver | None = None,
         audit: AuditTrail | None = None,
     ) -> None:
@@ -67,14 +67,14 @@ class Pipeline:
             authenticate: Returns the caller of a call.
             calls: Admits unary calls.
             streams: Admits streams.
-            call_timeout: Seconds for a call whose client set no deadline.
+            call_timeout_s: Limit of a call whose client set no deadline.
             observe: Records each finished call in the metrics.
             audit: Records calls in the audit trail.
         """
         self._authenticate = authenticate
         self._calls = calls
         self._streams = streams
-        self._call_timeout = call_timeout
+        self._call_timeout_s = call_timeout_s
         self._observe = observe
         self._audit = audit
         self._validate = protovalidate.Validator().validate
@@ -87,7 +87,7 @@ class Pipeline:
 
         Raises:
             AttributeError: the servicer lacks a method of the service.
-            KeyError: a method has no entry in `policies.POLICIES`.
+            KeyError: a method has no entry in `method_policies.POLICIES`.
         """
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in service.methods:
@@ -105,7 +105,7 @@ class Pipeline:
 
     def _unary(self, name: str, method: UnaryMethod) -> Callable[[Any, Context], Awaitable[Any]]:
         loop = self._loop
-        check = self._check(name)
+        check = self._request_check(name)
         if self._audit is not None:
             method = self._audit.wrap_unary(name, POLICIES[name].audit, method)
 
@@ -134,7 +134,7 @@ class Pipeline:
 
     async def _with_timeout(self, method: UnaryMethod, request: Any, caller: Caller) -> Any:
         """Run a call whose client set no deadline."""
-        deadline = self._loop.time() + self._call_timeout
+        deadline = self._loop.time() + self._call_timeout_s
         scope = asyncio.timeout_at(deadline)
         try:
             async with scope:
@@ -142,13 +142,13 @@ class Pipeline:
         except TimeoutError:
             if scope.expired():
                 raise errors.DeadlineExceeded(
-                    f"the call took longer than {self._call_timeout:g} s, the server's limit for "
+                    f"the call took longer than {self._call_timeout_s:g} s, the server's limit for "
                     "calls without a deadline"
                 ) from None
             raise
 
     def _stream(self, name: str, method: StreamMethod) -> Callable[[Any, Context], Awaitable[None]]:
-        check = self._check(name)
+        check = self._request_check(name)
         if self._audit is not None:
             method = self._audit.wrap_stream(name, POLICIES[name].audit, method)
 
@@ -159,7 +159,9 @@ class Pipeline:
                 owner_id = _owner_id(caller, request)
                 with self._streams.admitted(owner_id, context.peer()):
                     check(request, caller)
-                    deadline = self._loop.time() + (context.time_remaining() or self._call_timeout)
+                    deadline = self._loop.time() + (
+                        context.time_remaining() or self._call_timeout_s
+                    )
                     async with aclosing(method(request, Call(caller, deadline))) as replies:
                         async for reply in replies:
                             await context.write(reply)
@@ -170,10 +172,10 @@ class Pipeline:
 
         return serve
 
-    def _check(self, name: str) -> Callable[[Any, Caller], None]:
-        """Return the check of an RPC's requests: parsed, authorised, valid, in this order."""
+    def _request_check(self, name: str) -> Callable[[Any, Caller], None]:
+        """Return a function that checks a request: that it was parsed, is allowed, and is valid."""
         validate = self._validate
-        authorise = self._authorise(name)
+        authorise = self._authorisation(name)
 
         def check(request: Any, caller: Caller) -> None:
             if isinstance(request, _Unparsed):
@@ -188,8 +190,8 @@ class Pipeline:
 
         return check
 
-    def _authorise(self, name: str) -> Callable[[Any, Caller], None]:
-        """Return the check that a user may send a request: before anything else of it is read."""
+    def _authorisation(self, name: str) -> Callable[[Any, Caller], None]:
+        """Return a function that rejects the requests that a user may not send."""
         is_service_only = POLICIES[name].access is Access.SERVICE_ONLY
 
         def authorise(request: Any, caller: Caller) -> None:
@@ -222,13 +224,13 @@ class Pipeline:
                 raise error
             # The RPC's own code was cancelled, not the call. If this were raised, gRPC would send
             # no status at all, and the client would wait until its deadline (grpc #29248).
-        known = error if isinstance(error, errors.ServiceError) else to_service_error(error)
-        if known is None:
-            known = _internal_error(name, error)
-        code, details = status.of(known)
+        service_error = error if isinstance(error, errors.ServiceError) else to_service_error(error)
+        if service_error is None:
+            service_error = _internal_error(name, error)
+        code, details = status.of(service_error)
         self._record_end(name, code, started)
         await context.abort(
-            code, known.message, (("grpc-status-details-bin", details.SerializeToString()),)
+            code, service_error.message, (("grpc-status-details-bin", details.SerializeToString()),)
         )
 
     def _record_end(self, name: str, code: grpc.StatusCode, started: float) -> None:
@@ -237,14 +239,14 @@ class Pipeline:
 
 
 def _owner_id(caller: Caller, request: Any) -> str:
-    """Return the user to whose share a call counts: the caller, or the user a service acts for."""
+    """Return the user whose fair share a call uses: the caller, or the user a service acts for."""
     return caller.user_id or getattr(request, "user_id", "") or ""
 
 
 def _deserializer(message_class: type[Message]) -> Callable[[bytes], Any]:
     """Return a deserializer that does not raise.
 
-    gRPC answers an exception of a deserializer with UNKNOWN, before any of our code runs.
+    If it raised, gRPC would answer with UNKNOWN before any of our code runs.
     """
     parse = message_class.FromString
 

@@ -1,4 +1,4 @@
-"""The client of `chat-history reindex`: has a running server rebuild its search index."""
+"""The client of `chat-history reindex`, which makes a running server rebuild its search index."""
 
 from __future__ import annotations
 

@@ -16,13 +16,14 @@ from service.rpc import convert, convert_documents
 from service.rpc.call import Call
 from service.rpc.handler import Handler
 from service.rpc.paging import MAX_REPLY_BYTES
+from service.search.types import pack_vector
 from service.store import document_chunks, fulltext
 from service.store.document_chunks import ChunkKey
 from service.store.rows import DocumentRow
 
 DEFAULT_LIMIT = 10
 SPARE_HITS = 10
-"""Hits requested beyond the limit, since rows may have been deleted that are still indexed."""
+"""Hits requested beyond the limit, to replace hits whose rows have been deleted since."""
 MIN_RERANKED_CHUNKS = 30
 """Minimum number of nearest chunks that are reranked by their text."""
 MIN_FUSED_HITS = 50
@@ -36,6 +37,7 @@ RANK_CONSTANT = 60
 MessageKey = tuple[str, str]
 """A message: session id, message id."""
 ChunkTexts = dict[ChunkKey, tuple[DocumentRow, str]]
+"""Each chunk's document and text."""
 
 
 class Searches(Handler):
@@ -61,7 +63,7 @@ class Searches(Handler):
         )
         scores = {key: score for key, score in vector_scores.items() if key in texts}
         if scores and not request.vector:
-            scores = await self._reranked(request.query, scores, texts, call)
+            scores = await self._rerank(request.query, scores, texts, call)
         return _documents_reply(list(scores.items())[:limit], texts)
 
     async def SearchMessages(
@@ -108,28 +110,28 @@ class Searches(Handler):
         call: Call,
     ) -> dict[ChunkKey, float]:
         if request.vector:
-            query: str | bytes = convert_documents.pack_vector(request.vector)
-            candidates = limit + SPARE_HITS
+            query: str | bytes = pack_vector(request.vector)
+            candidate_count = limit + SPARE_HITS
         else:
             query = request.query
-            candidates = max(MIN_RERANKED_CHUNKS, limit + SPARE_HITS)
+            candidate_count = max(MIN_RERANKED_CHUNKS, limit + SPARE_HITS)
         document_ids = [document_id.lower() for document_id in request.document_ids]
         hits = await self.search.search_chunks(
-            owner_ids, query, document_ids, candidates, call.deadline
+            owner_ids, query, document_ids, candidate_count, call.deadline
         )
         return {
             (hit.point.user_id, hit.point.entity_id, int(hit.point.item)): hit.score for hit in hits
         }
 
-    async def _reranked(
+    async def _rerank(
         self, query: str, scores: dict[ChunkKey, float], texts: ChunkTexts, call: Call
     ) -> dict[ChunkKey, float]:
-        """Return the chunks with the scores of their texts, best first."""
+        """Return the rerank scores of chunks, best first; `scores` if there is no reranker."""
         titled_texts = [(texts[key][0].title, texts[key][1]) for key in scores]
-        reranked = await self.search.rerank(query, titled_texts, call.deadline)
-        if reranked is None:
+        text_scores = await self.search.rerank(query, titled_texts, call.deadline)
+        if text_scores is None:
             return scores
-        return dict(sorted(zip(scores, reranked, strict=True), key=lambda item: -item[1]))
+        return dict(sorted(zip(scores, text_scores, strict=True), key=lambda item: -item[1]))
 
     async def _message_scores(
         self, request: message_pb2.SearchMessagesRequest, user_id: str, limit: int, call: Call
@@ -144,16 +146,20 @@ class Searches(Handler):
                     user_id, query, session_id, limit + SPARE_HITS, call
                 )
             case _:
-                candidates = max(MIN_FUSED_HITS, limit)
-                # Semantic first: if the index is unavailable, the lexical search is saved.
-                semantic = await self._semantic_scores(user_id, query, session_id, candidates, call)
-                lexical = await self._lexical_scores(user_id, query, session_id, candidates, call)
+                candidate_count = max(MIN_FUSED_HITS, limit)
+                # Semantic first: if the index is unavailable, no lexical search is run in vain.
+                semantic = await self._semantic_scores(
+                    user_id, query, session_id, candidate_count, call
+                )
+                lexical = await self._lexical_scores(
+                    user_id, query, session_id, candidate_count, call
+                )
                 return reciprocal_rank_fusion((lexical, semantic))
 
     def _effective_mode(
         self, mode: message_pb2.SearchMode.ValueType
     ) -> message_pb2.SearchMode.ValueType:
-        """Return the mode of a search of messages, given the request's.
+        """Return the mode of a message search: the request's, or the default if it has none.
 
         Raises:
             FailedPrecondition: the mode needs an index of messages (SEARCH_DISABLED).
@@ -194,9 +200,9 @@ def _documents_reply(
     reply = document_pb2.SearchDocumentsResponse()
     total_bytes = 0
     for key, score in scores:
-        document, text = texts[key]
+        row, text = texts[key]
         hit = document_pb2.DocumentHit(
-            document=convert_documents.document(document),
+            document=convert_documents.document(row),
             chunk_index=key[2],
             text=text,
             score=score,

@@ -16,4 +16,4 @@ DESCRIPTOR = chat_history_service_pb2.DESCRIPTOR.services_by_name["ChatHistorySe
 
 
 class ChatHistoryServicer(Users, Sessions, Messages, Exports, Documents, Searches):
-    """All RPCs; each takes its request and the `Call` that the pipeline has checked."""
+    """All RPCs. Each takes a request that the pipeline has checked, and its `Call`."""

@@ -50,9 +50,9 @@ class Sessions(Handler):
     ) -> session_pb2.ListSessionsResponse:
         """List a user's sessions, newest activity first."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        bound = ("ListSessions", user_id, request.state)
+        list_key = ("ListSessions", user_id, request.state)
         page_size = paging.effective_page_size(request.page_size)
-        cursor = _cursor(paging.read_token(request.page_token, *bound))
+        cursor = _cursor(paging.read_token(request.page_token, *list_key))
         state = SessionState(request.state) if request.state else None
         rows = await self.database.read(
             lambda connection: sessions.list_page(
@@ -61,11 +61,10 @@ class Sessions(Handler):
             owner_id=user_id,
             deadline=call.deadline,
         )
-
         page, next_page_token = paging.build_page(
             rows[:page_size],
             convert.session,
-            lambda row: paging.make_token(f"{row.updated_us} {row.id}", *bound),
+            lambda row: paging.make_token(f"{row.updated_us} {row.id}", *list_key),
             has_more=len(rows) > page_size,
         )
         return session_pb2.ListSessionsResponse(sessions=page, next_page_token=next_page_token)

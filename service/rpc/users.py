@@ -109,27 +109,27 @@ class Users(Handler):
         chunk_count = await self.delete_in_slices(
             lambda connection: documents.delete_slice(connection, user_id), user_id, call
         )
-        deleted = await self.database.write(
+        counts = await self.database.write(
             lambda connection: users.delete(
                 connection, user_id, search_enabled=self.search.is_enabled
             ),
             owner_id=user_id,
             deadline=call.deadline,
         )
-        if deleted is None:
+        if counts is None:
             if not request.allow_missing:
                 raise NotFound.user(user_id)
             return user_pb2.DeleteUserResponse()
-        message_count += deleted.messages
-        chunk_count += deleted.chunks
+        message_count += counts.messages
+        chunk_count += counts.chunks
         vector_count = 0
         if self.search.is_enabled:
             vector_count = chunk_count + (message_count if self.search.indexes_messages else 0)
             self.search.wake()
         return user_pb2.DeleteUserResponse(
-            session_count=deleted.sessions,
+            session_count=counts.sessions,
             message_count=message_count,
-            document_count=deleted.documents,
+            document_count=counts.documents,
             chunk_count=chunk_count,
             vector_count=vector_count,
         )

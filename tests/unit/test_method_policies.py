@@ -22,7 +22,7 @@ async def test_building_the_pipeline_fails_for_an_rpc_without_policy(
 ) -> None:
     incomplete = {name: policy for name, policy in POLICIES.items() if name != "GetSession"}
     monkeypatch.setattr(pipeline, "POLICIES", incomplete)
-    built = pipeline.Pipeline(trust_all, Admission(1), StreamAdmission(1, 1), call_timeout=1.0)
+    built = pipeline.Pipeline(trust_all, Admission(1), StreamAdmission(1, 1), call_timeout_s=1.0)
     with pytest.raises(KeyError, match="GetSession"):
         built.handlers(DESCRIPTOR, ChatHistoryServicer)
 
