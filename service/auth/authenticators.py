@@ -16,19 +16,19 @@ from service.auth.caller import Caller
 from service.ids import SYSTEM_USER_ID, is_uuid
 
 MAX_CACHED_TOKENS = 10_000
-"""Verified tokens kept; beyond that the least recently used is evicted."""
+"""Verified tokens in the cache; beyond that the least recently used is evicted."""
 USER_ID_TTL_S = 30.0
-"""How long the user of an external id is cached."""
+"""Time for which the user of an external id is cached."""
 LOOK_UP_TIMEOUT_S = 10.0
-"""Limit for looking that user up; the call's own deadline may be earlier."""
+"""Timeout of the look-up of that user; the call's own deadline may be earlier."""
 MAX_LIFETIME_S = 366 * 24 * 3600.0
-"""Later expiries are capped: they are beyond what a timer of the event loop takes."""
+"""Cap of a token's remaining lifetime: the event loop's timers do not accept longer times."""
 
 Authenticate = Callable[["aio.ServicerContext[Any, Any]"], Awaitable[Caller]]
 """Returns the caller of a call, or raises Unauthenticated."""
 
 FindUserId = Callable[[str, float], Awaitable[str | None]]
-"""Returns the id of the user with an external id, None without one; the second is a deadline."""
+"""Returns the id of the user with an external id, or None; takes the id and a deadline."""
 
 _SERVICE = Caller()
 
@@ -67,7 +67,7 @@ class BearerAuthenticator:
 
         Args:
             verifier: Verifies tokens.
-            find_user_id: Finds the user by a token's subject; by default the subject is the id.
+            find_user_id: Finds the user by a token's subject. None if the subject is the user's id.
         """
         self._verifier = verifier
         self._keys = verifier.keys

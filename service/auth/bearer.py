@@ -1,7 +1,7 @@
 """Bearer tokens: verification of their signature and claims, and the keys to verify with.
 
 Nothing in a token is trusted before its signature. The allowed algorithms follow from the type of
-*our* key, so a public key cannot be used as a shared secret, and `none` is the algorithm of no key.
+*our* key, so a public key cannot be used as a shared secret, and no key allows `none`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ MIN_RSA_BITS = 2048
 _NEW_SECRET = "`openssl rand -hex 32`"  # noqa: S105 - a command
 
 _HMAC = {0: "HS256", 48: "HS384", 64: "HS512"}
+"""Algorithms of a shared secret by the minimum number of its bytes."""
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
-# Values that are meant as a file's name. If a mistyped name were used as the shared secret, an
-# attacker could guess it.
+# Matches values that are probably meant as a file's name. An attacker could guess a mistyped name
+# that was used as the shared secret.
 _FILE_NAME = re.compile(r"(~?|\.{1,2})/.*|.*\.(pem|key|pub|crt|txt|secret)", re.DOTALL)
 
 
@@ -276,10 +277,10 @@ def make_token(
     key: str,
     subject: str,
     *,
-    lifetime: float,
+    lifetime_s: float,
     issuer: str | None,
     audience: str | None,
-    service: bool,
+    is_service: bool,
     kid: str | None = None,
 ) -> str:
     """Sign a token for development, with the shared secret or a private key (PEM).
@@ -287,10 +288,10 @@ def make_token(
     Args:
         key: The key, or the name of its file.
         subject: The user's id, or any name for a service.
-        lifetime: Seconds until the token expires.
+        lifetime_s: Seconds until the token expires.
         issuer: The `iss` claim.
         audience: The `aud` claim.
-        service: Whether the token gets the service scope.
+        is_service: Whether the token gets the service scope.
         kid: The id of the key.
 
     Raises:
@@ -299,9 +300,9 @@ def make_token(
     import jwt  # noqa: PLC0415
 
     now = int(time.time())
-    claims: dict[str, Any] = {"sub": subject, "iat": now, "exp": now + int(lifetime)}
+    claims: dict[str, Any] = {"sub": subject, "iat": now, "exp": now + int(lifetime_s)}
     claims |= {name: value for name, value in (("iss", issuer), ("aud", audience)) if value}
-    if service:
+    if is_service:
         claims["scope"] = SERVICE_SCOPE
     signing_key, algorithm = _signing_key(key)
     return jwt.encode(claims, signing_key, algorithm, headers={"kid": kid} if kid else None)

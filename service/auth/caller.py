@@ -1,4 +1,4 @@
-"""`Caller`: who sent a call, and for which users it may act."""
+"""`Caller`: the sender of a call, and the users that it may act for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Caller:
     user_id: str | None = None
     """The calling user, as canonical UUID text; None for a service, which may act for any user."""
     expires_at: float | None = None
-    """When its token expires, on the running loop's clock; None for never."""
+    """When its token expires, in seconds on the running loop's clock; None for never."""
     subject: str = ""
     """The name in its token or certificate, as the issuer wrote it; empty without either."""
 
@@ -25,7 +25,7 @@ class Caller:
         return self.user_id is None
 
     def resolve_user_id(self, user_id: str) -> str:
-        """Return the user that a request is about, given the request's `user_id`.
+        """Return the user that a request acts on, given the request's `user_id`.
 
         Raises:
             PermissionDenied: a user names another user (USER_MISMATCH).
@@ -46,7 +46,7 @@ class Caller:
         return requested
 
     def document_owner_ids(self, user_id: str) -> tuple[str, ...]:
-        """Return the owners whose documents a request may read, in the order of look-up.
+        """Return the owners whose documents a request may read, in order of precedence.
 
         The user's own documents precede the shared ones. A service that names no user, or the
         system's own, means the shared ones only.
@@ -65,4 +65,7 @@ class Caller:
             PermissionDenied: the caller is a user (SERVICE_ONLY).
         """
         if self.user_id is not None:
-            raise PermissionDenied("this is for services only", reason="SERVICE_ONLY")
+            raise PermissionDenied(
+                "only services may do this: the caller's token lacks the scope chathistory.service",
+                reason="SERVICE_ONLY",
+            )

@@ -19,16 +19,16 @@ from service.auth.bearer import VerificationKey, public_key
 from service.errors import Unavailable
 
 COOL_DOWN_S = 30.0
-"""Pause between fetches for unknown key ids: a flood of such ids must not cause as many fetches."""
+"""Minimum time between two fetches, so that a flood of unknown key ids causes few of them."""
 FIRST_COOL_DOWN_S = 2.0
 """The same until the first key: no token can be verified yet, and the issuer may be starting."""
 REFRESH_AFTER_S = 300.0
 """Age at which keys in use are fetched again, so that a withdrawn key is dropped."""
 READ_TIMEOUT_S = 5.0
-"""How long a fetch waits for the issuer's next bytes."""
+"""Time that a fetch waits for the issuer's next bytes."""
 FETCH_TIMEOUT_S = 10.0
 """Limit of a whole fetch."""
-MAX_BYTES = 1024 * 1024
+MAX_KEY_SET_BYTES = 1024 * 1024
 
 Fetch = Callable[[], bytes]
 
@@ -162,7 +162,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _read_body(response: HTTPResponse) -> bytes:
-    """Read a response, with a limit for the whole: each piece may arrive in time without an end.
+    """Read a response within FETCH_TIMEOUT_S, which the timeout of each read alone cannot ensure.
 
     Raises:
         ValueError: it is too large.
@@ -170,10 +170,10 @@ def _read_body(response: HTTPResponse) -> bytes:
     """
     deadline = time.monotonic() + FETCH_TIMEOUT_S
     body = b""
-    while piece := response.read1(MAX_BYTES + 1 - len(body)):
-        body += piece
-        if len(body) > MAX_BYTES:
-            raise ValueError(f"the key set is too large: more than {MAX_BYTES} bytes")
+    while block := response.read1(MAX_KEY_SET_BYTES + 1 - len(body)):
+        body += block
+        if len(body) > MAX_KEY_SET_BYTES:
+            raise ValueError(f"the key set is too large: more than {MAX_KEY_SET_BYTES} bytes")
         if time.monotonic() > deadline:
             raise TimeoutError
     return body

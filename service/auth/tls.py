@@ -1,4 +1,4 @@
-"""`Certificates`: the server's TLS files, loaded again when they change, without a restart."""
+"""`Certificates`: the server's TLS certificates, which are replaced without a restart."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class CertificateFiles(NamedTuple):
     """The server's certificate, followed by the intermediate ones."""
     key: Path
     client_ca: Path | None = None
-    """The authorities that sign the clients' certificates; None for clients without any."""
+    """The authorities that sign the clients' certificates; None if clients present none."""
 
 
 class Certificates:
-    """The certificates as the files currently have them.
+    """The certificates in the files, loaded again when the files change.
 
     If new files do not fit together, the last good certificates stay in use.
     """
@@ -62,7 +62,7 @@ class Certificates:
             self._loaded_state = state
             return None
         if self._file_state() != state:
-            return None  # Being written now: the next connection loads them.
+            return None  # The files are being written; the next connection loads them.
         self._loaded_state, self._configuration = state, configuration
         _log.info("certificates reloaded")
         return configuration

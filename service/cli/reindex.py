@@ -40,8 +40,8 @@ def reindex_command(
             token = make_token(
                 settings.jwt_key.get_secret_value(),
                 "reindex",
-                lifetime=3600,
-                service=True,
+                lifetime_s=3600,
+                is_service=True,
                 issuer=settings.jwt_issuer,
                 audience=settings.jwt_audience,
             )

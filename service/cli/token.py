@@ -39,7 +39,9 @@ def token_command(
     claims = {"issuer": settings.jwt_issuer, "audience": settings.jwt_audience, "kid": kid}
     try:
         print(
-            bearer.make_token(signing_key, subject, lifetime=lifetime, service=as_service, **claims)
+            bearer.make_token(
+                signing_key, subject, lifetime_s=lifetime, is_service=as_service, **claims
+            )
         )
     except ValueError as error:
         fail(str(error), 2)

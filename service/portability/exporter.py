@@ -48,7 +48,7 @@ async def export_user(
 
     Raises:
         TransferError: the user does not exist, or the database's schema does not fit.
-        Errors of the database library: it cannot be connected to.
+        One of `DATABASE_ERRORS`: the database cannot be reached.
     """
     counts = ItemCounts()
     async with (

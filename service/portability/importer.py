@@ -74,23 +74,23 @@ async def import_lines(
     Raises:
         TransferError: a line cannot be parsed or stored. The lines before it are stored, and the
             import may be repeated.
-        Errors of the database library: it cannot be connected to.
+        One of `DATABASE_ERRORS`: the database cannot be reached.
     """
     async with open_database(target) as database:
         importer = _Importer(database, jsonl.LineParser(user_id), search_enabled=search_enabled)
-        number = 0
+        line_number = 0
         try:
             for line in lines:
-                number += 1
+                line_number += 1
                 if line.strip():
                     await importer.add(line)
                 on_line(len(line))
             await importer.finish()
         except jsonl.InvalidLine as error:
             await importer.flush()
-            raise TransferError(f"line {number} {error}") from None
+            raise TransferError(f"line {line_number} {error}") from None
         except ServiceError as error:
-            raise TransferError(f"at line {number}: {error.message}") from None
+            raise TransferError(f"at line {line_number}: {error.message}") from None
         finally:
             for owner_id in sorted(importer.user_ids):
                 audit(act="import", caller="operator", user_id=owner_id)
@@ -120,20 +120,22 @@ class _Importer:
         """Store a line now, or together with the following ones.
 
         Raises:
-            InvalidLine: it cannot be parsed, or is in the wrong place.
+            InvalidLine: it cannot be parsed, or does not follow its session or document.
         """
         record = self._parser.parse(line)
         match record:
             case ImportedMessage():
                 if self._session is None:
-                    raise jsonl.InvalidLine("follows a document instead of its session")
+                    raise jsonl.InvalidLine(
+                        "is a message that follows a document instead of its session"
+                    )
                 self.counts.messages += 1
                 self._messages.append(record)
                 self._last_message = record
                 self._batch_bytes += record.message.size
             case jsonl.ChunkRecord():
                 if self._document is None:
-                    raise jsonl.InvalidLine("comes before its document")
+                    raise jsonl.InvalidLine("is a chunk that comes before its document")
                 self.counts.chunks += 1
                 self._chunks.append(record)
                 self._batch_bytes += len(record.chunk.text) + len(record.chunk.vector or b"")
@@ -176,7 +178,7 @@ class _Importer:
                     owner_id=owner_id,
                     deadline=step_deadline(),
                 )
-                # The same content may be stored under another id, with its chunks.
+                # `create` returns another document if the same content is stored already.
                 self._skips_chunks = row.id != record.values["id"]
 
     async def flush(self) -> None:
@@ -219,7 +221,7 @@ class _Importer:
         )
 
     async def finish(self) -> None:
-        """Store the batch, and set the end of its session."""
+        """Store the batch, then set the `last_seq` and update time of its session."""
         await self.flush()
         if self._session is not None:
             session, last_message = self._session, self._last_message

@@ -1,4 +1,4 @@
-"""The export format: JSON lines, each of them one item of an export in protobuf's JSON form.
+"""The export format: JSON lines, each with one item of an export in protobuf's JSON form.
 
 An import also accepts rows of another chatbot's tables: ids of any kind, which become the same UUID
 every time; roles as the model APIs name them; times as PostgreSQL writes them; and messages without
@@ -24,7 +24,7 @@ from service.store.document_chunks import Chunk
 from service.store.importing import ImportedMessage
 from service.store.rows import datetime_from_us
 
-_ROLES = {
+_ROLES_BY_ALIAS = {
     "human": "user",
     "ai": "assistant",
     "bot": "assistant",
@@ -32,13 +32,14 @@ _ROLES = {
     "developer": "system",
     "function": "tool",
 }
+"""Roles by the names that model APIs and frameworks give them."""
 MAX_SEQ = 10_000_000
 """Limit of a session's seqs in a file.
 
 Each seq without a message becomes a tombstone, so without a limit one number could cost hours.
 """
 MAX_CLOCK_SKEW_S = 24 * 3600
-"""How far in the future a time may be.
+"""Maximum distance of a time in the future.
 
 Messages that are appended later get times after the session's newest, so a time far in the future
 would stay ahead of the clock.
@@ -50,7 +51,7 @@ _UNKNOWN_ITEM = (
 
 
 class InvalidLine(Exception):
-    """A line cannot be parsed; the text continues "line N"."""
+    """A line cannot be parsed. The text continues a sentence that begins with "line N"."""
 
 
 class UserRecord(NamedTuple):
@@ -175,7 +176,7 @@ class LineParser:
         session = self._parse_body(body, session_pb2.Session())
         created_us, updated_us = _times_us(session)
         last_seq = _check_seq(session.last_seq)
-        # A session to create must have no summarized messages; it gets them later.
+        # Set after `session_values`, which rejects a new session with summarized messages.
         summarized_through_seq, session.summarized_through_seq = session.summarized_through_seq, 0
         forked_from_id, forked_from_seq = session.forked_from.session_id, session.forked_from.seq
         values = convert.session_values(session, self._session_id)
@@ -197,7 +198,7 @@ class LineParser:
         if session_id and self._session_uuid(session_id) != self._session_id:
             raise InvalidLine("is not a message of the session before it")
         if isinstance(role := body.get("role"), str) and not role.startswith("ROLE_"):
-            body["role"] = f"ROLE_{_ROLES.get(role.lower(), role).upper()}"
+            body["role"] = f"ROLE_{_ROLES_BY_ALIAS.get(role.lower(), role).upper()}"
         seq = _check_seq(int(body.pop("seq", self._seq + 1)))
         if seq <= self._seq:
             raise InvalidLine(f"has seq {seq}, which is not after the previous message's")
@@ -285,7 +286,7 @@ def _rfc3339(value: object) -> str:
 
 @lru_cache(maxsize=1024)
 def _uuid(namespace: uuid.UUID, kind: str, source_id: str) -> str:
-    """Return an id as a UUID, the same every time, so that an import can be repeated."""
+    """Return a UUID for an id of any kind: always the same, so that an import can be repeated."""
     if _is_uuid(source_id):
         return str(uuid.UUID(source_id))
     if not source_id:

@@ -1,4 +1,4 @@
-"""The parts that export and import share: their errors, counts, database and progress bar."""
+"""Shared by export and import: the error, the counts, the database and the progress bar."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEP_TIMEOUT_S = 60.0
 
 
 class TransferError(Exception):
-    """An export or import failed; the text says why, and where in the file."""
+    """An export or import failed; the text holds the reason, and the line of an import."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ async def open_database(target: Target) -> AsyncGenerator[Database]:
 
     Raises:
         TransferError: its schema does not fit.
-        Errors of the database library: it cannot be connected to.
+        One of `DATABASE_ERRORS`: it cannot be reached.
     """
     database = Database(target, pool_size=2, max_overflow=0, hot_pool_size=1)
     try:

@@ -343,7 +343,7 @@ def test_endless_key_set_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_key_set_above_the_size_limit_is_rejected(served: KeyServer) -> None:
-    served.keys = [{"kid": "x" * jwks.MAX_BYTES}]
+    served.keys = [{"kid": "x" * jwks.MAX_KEY_SET_BYTES}]
     with pytest.raises(ValueError, match="too large"):
         jwks.over_http(served.url)()
 
@@ -496,10 +496,10 @@ async def test_tokens_of_the_token_command_are_accepted(database_url: str, tmp_p
         made_token = bearer.make_token(
             issuer.SECRET,
             "dev",
-            lifetime=60,
+            lifetime_s=60,
             issuer=issuer.ISSUER,
             audience=issuer.AUDIENCE,
-            service=True,
+            is_service=True,
         )
         await Chat(stub, "").stub.ListUsers(
             user_pb2.ListUsersRequest(), metadata=bearer_metadata(made_token)
@@ -514,9 +514,9 @@ async def test_tokens_of_the_token_command_are_accepted(database_url: str, tmp_p
         made_token = bearer.make_token(
             str(private),
             USER,
-            lifetime=60,
+            lifetime_s=60,
             issuer=issuer.ISSUER,
             audience=issuer.AUDIENCE,
-            service=False,
+            is_service=False,
         )
         await list_sessions(stub, bearer_metadata(made_token))
