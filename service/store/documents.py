@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store.db.db_errors import sqlstate
+from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, UNIQUE_VIOLATION, sqlstate
 from service.store.document_chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.outbox import outbox
 from service.store.rows import (
@@ -69,7 +69,7 @@ async def create(
     try:
         row = row_or_none(DocumentRow, (await connection.execute(insertion)).one_or_none())
     except IntegrityError as error:
-        if sqlstate(error) == "23503":
+        if sqlstate(error) == FOREIGN_KEY_VIOLATION:
             raise NotFound.user(user_id) from None
         raise
     if row is None:
@@ -87,7 +87,9 @@ async def create(
 
 
 async def _get_existing(connection: AsyncConnection, values: dict[str, Any]) -> DocumentRow:
-    """Return the document with which an insert of these values conflicted, if it may stand for it.
+    """Return the stored document that answers a create request whose insert conflicted.
+
+    It was created by the same request, or has the same content and source.
 
     Raises:
         AlreadyExists: another document of this owner has the id (ID_TAKEN).
@@ -127,7 +129,7 @@ async def append_chunks(
     *,
     search_enabled: bool,
 ) -> DocumentRow:
-    """Store chunks from `first_index` on; those that are stored already must be the same.
+    """Store chunks from `first_index` on; chunks that are stored already must be equal.
 
     Raises:
         NotFound: none of these owners has such a document.
@@ -255,7 +257,7 @@ async def update(
     try:
         return DocumentRow._make((await connection.execute(statement)).one())
     except IntegrityError as error:
-        if sqlstate(error) == "23505":
+        if sqlstate(error) == UNIQUE_VIOLATION:
             raise AlreadyExists(
                 "another document has this content and source",
                 reason="ID_TAKEN",

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store.db.db_errors import sqlstate
+from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.outbox import outbox
 from service.store.rows import (
     SESSION_COLUMNS,
@@ -52,7 +52,7 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
     try:
         row = row_or_none(SessionRow, (await connection.execute(insertion)).one_or_none())
     except IntegrityError as error:
-        if sqlstate(error) == "23503":
+        if sqlstate(error) == FOREIGN_KEY_VIOLATION:
             raise NotFound.user(values["user_id"]) from None
         raise
     if row is None:
@@ -208,8 +208,8 @@ async def delete_slice(
 ) -> tuple[int, bool]:
     """Delete `MESSAGES_PER_DELETE` messages of a user, or of one session, if there are more.
 
-    Until the session itself is deleted it can be read, without its oldest messages; its
-    `message_count` is kept correct.
+    Until a session itself is deleted it can be read, without its oldest messages. Its
+    `message_count` stays correct, except when all messages of a user are deleted.
 
     Returns:
         The number of deleted messages without tombstones, and whether to call again. False means
@@ -256,7 +256,7 @@ async def fork(
     """
     earlier = await find(connection, user_id, new_id)
     if earlier is not None and earlier.fingerprint == fingerprint:
-        return earlier  # Even if the source was changed or deleted since.
+        return earlier  # A replay succeeds even if the source has changed or was deleted since.
     # KEY SHARE prevents a concurrent delete of the source, and does not block appends.
     lock = (
         sa.select(_session.id)

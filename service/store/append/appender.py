@@ -23,8 +23,8 @@ This is correct under READ COMMITTED, with any number of writers and replicas, f
 - `expected_last_seq` and the archived state are conditions of DO UPDATE, so they hold for the
   locked version. An item that does not meet them has no row in the result, its neighbours are
   stored, and a look-up finds the reason.
-- A connection that is lost during a statement leaves the outcome unknown. The message ids, which
-  every item has by then, decide it.
+- A connection that is lost during a statement leaves the outcome unknown. A look-up of the message
+  ids, which every item has, then finds it out.
 """
 
 from __future__ import annotations
@@ -35,11 +35,18 @@ from collections.abc import Callable, Iterable
 
 from service.errors import Conflict, DeadlineExceeded, Unavailable
 from service.store.append import recovery, sql
-from service.store.append.recovery import LOCK_NOT_AVAILABLE, Action, final_error
-from service.store.append.request import Append, Appended, Entry, Key, apply_stored, refusal_of
+from service.store.append.recovery import Action, final_error
+from service.store.append.request import Append, Appended, Entry, Key, apply_stored, find_refusal
 from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
-from service.store.db.db_errors import Failure, classify, constraint, sqlstate, to_service_error
+from service.store.db.db_errors import (
+    LOCK_NOT_AVAILABLE,
+    Failure,
+    classify,
+    constraint,
+    sqlstate,
+    to_service_error,
+)
 from service.store.db.hot_pool import Record
 
 MAX_BATCH_MESSAGES = 512
@@ -75,7 +82,7 @@ class Appender:
         """Called after each commit, with the user and the session that were appended to."""
 
     async def append(self, item: Append) -> Appended:
-        """Store an item and return the places of its messages.
+        """Store an item and return the seq and time of each message.
 
         Cancelling the call withdraws the item while it is queued. Once its statement is in flight,
         the item is stored nevertheless.
@@ -93,7 +100,7 @@ class Appender:
         return await item.future
 
     def run_apart(self, items: Iterable[Append]) -> None:
-        """Give the session of each item a lane of its own until its queue is empty."""
+        """Give the session of each item a lane of its own until that lane's queue is empty."""
         for item in items:
             lane = self._apart.get(item.key)
             if lane is None:
@@ -191,9 +198,9 @@ class _Lane:
         batch: list[Append] = []
         postponed: list[Append] = []
         groups: dict[Key, list[Append]] = {}
-        messages = size = 0
+        message_count = size_bytes = 0
         queue = self.queue
-        while queue and messages < MAX_BATCH_MESSAGES and size < MAX_BATCH_BYTES:
+        while queue and message_count < MAX_BATCH_MESSAGES and size_bytes < MAX_BATCH_BYTES:
             item = queue.popleft()
             if item.future.done():
                 continue
@@ -210,8 +217,8 @@ class _Lane:
                 continue
             group.append(item)
             batch.append(item)
-            messages += len(item.pending)
-            size += item.size
+            message_count += len(item.pending)
+            size_bytes += item.size_bytes
             if item.run_alone:
                 break
         self._requeue(postponed)
@@ -247,6 +254,15 @@ class _Lane:
                     item.may_have_committed = True
             raise
         sessions = {(row["user_id"], row["session_id"]): row for row in rows}
+        left_out = self._answer(batch, sessions)
+        for user_id, session_id in sessions:
+            self._appender.on_appended(user_id, session_id)
+        if left_out:
+            await self._resolve_left_out(left_out)
+
+    @staticmethod
+    def _answer(batch: list[Append], sessions: dict[Key, Record]) -> list[Append]:
+        """Answer the items of a committed batch, and return those that the statement left out."""
         left_out: list[Append] = []
         last_seqs = {key: row["last_seq"] for key, row in sessions.items()}
         # Backwards, since a session's row holds the seq of the last message of its last item.
@@ -255,18 +271,17 @@ class _Lane:
             if row is None:
                 left_out.append(item)
                 continue
-            last_seq = last_seqs[item.key]
-            start = last_seqs[item.key] = last_seq - len(item.pending)
-            is_created = row["created"] and start == 0
+            first_seq = last_seqs[item.key] - len(item.pending) + 1
+            last_seqs[item.key] = first_seq - 1
             created_us = row["at"]
             item.finish(
-                (Entry(m.id, start + n, created_us, False) for n, m in enumerate(item.pending, 1)),
-                session_created=is_created,
+                (
+                    Entry(message.id, seq, created_us, False)
+                    for seq, message in enumerate(item.pending, first_seq)
+                ),
+                session_created=row["created"] and first_seq == 1,
             )
-        for user_id, session_id in sessions:
-            self._appender.on_appended(user_id, session_id)
-        if left_out:
-            await self._resolve_left_out(left_out[::-1])
+        return left_out[::-1]
 
     async def _resolve_left_out(self, items: list[Append]) -> None:
         """Answer or requeue items whose session was missing, archived or not at the expected seq.
@@ -283,7 +298,7 @@ class _Lane:
             if item.future.done():
                 continue
             item.lost_races += 1
-            refusal = refusal_of(item, sessions.get(item.key))
+            refusal = find_refusal(item, sessions.get(item.key))
             if refusal is not None:
                 item.fail(refusal)
             elif item.lost_races >= MAX_LOST_RACES:
@@ -335,7 +350,7 @@ class _Lane:
     async def _wait_for_database(self, batch: list[Append], error: BaseException) -> None:
         """Requeue a batch to be looked up, and wait before the next statement.
 
-        Items that time out during the wait fail. It ends early when no item is left.
+        Items that time out during the wait fail. The wait ends early when no item is left.
         """
         self._database.on_suspected_outage()
         self._requeue(batch, look_up_first=True)
@@ -378,7 +393,10 @@ class _Lane:
 
 
 def _collides(group: list[Append], item: Append) -> bool:
-    """Whether an item in one statement with others of its session would fail, or let them fail."""
+    """Return whether an item conflicts with items of its session in the same statement.
+
+    An item that repeats a message id of the group is marked to be looked up first.
+    """
     if item.is_conditional or any(other.is_conditional or other.run_alone for other in group):
         return True
     ids = {message.id for other in group for message in other.pending}

@@ -10,15 +10,19 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from service.errors import Conflict, NotFound
-from service.store.db.db_errors import Failure, constraint, sqlstate, to_service_error
+from service.store.db.db_errors import (
+    FOREIGN_KEY_VIOLATION,
+    LOCK_NOT_AVAILABLE,
+    NOT_NULL_VIOLATION,
+    UNIQUE_VIOLATION,
+    Failure,
+    constraint,
+    sqlstate,
+    to_service_error,
+)
 
 MAX_SHARED_ATTEMPTS = 3
 """Contended attempts of a batch before its sessions run apart, as one may conflict each time."""
-
-NOT_NULL_VIOLATION = "23502"
-FOREIGN_KEY_VIOLATION = "23503"
-UNIQUE_VIOLATION = "23505"
-LOCK_NOT_AVAILABLE = "55P03"
 
 
 class Action(Enum):
@@ -53,7 +57,7 @@ class FailedBatch(NamedTuple):
     """Items whose callers still wait."""
     session_count: int
     attempts: int
-    """Attempts of the item that has had the most, this one included."""
+    """The most attempts that any of its items has had, this one included."""
     is_apart: bool
     """Whether its lane serves one session only."""
 
@@ -69,8 +73,8 @@ def decide(batch: FailedBatch) -> Action:
         return Action.LOOK_UP
     if _is_contention(batch) and (is_single_session or batch.attempts <= MAX_SHARED_ATTEMPTS):
         return Action.RETRY
-    # A session that waits for a lock does so in a lane of its own: here it would delay all that
-    # follow.
+    # A session whose row is locked waits in a lane of its own: here it would delay the sessions
+    # that follow it.
     if not is_single_session or (batch.sqlstate == LOCK_NOT_AVAILABLE and not batch.is_apart):
         return Action.RUN_SESSIONS_APART
     if batch.item_count > 1:
@@ -81,7 +85,7 @@ def decide(batch: FailedBatch) -> Action:
 
 
 def _is_contention(batch: FailedBatch) -> bool:
-    """Whether the batch lost to a concurrent writer: also to one that deleted a session."""
+    """Return whether a concurrent writer caused the failure, also by deleting a session."""
     is_session_deleted = batch.sqlstate == NOT_NULL_VIOLATION and batch.constraint == "seq"
     return is_session_deleted or batch.failure is Failure.CONTENTION
 

@@ -42,7 +42,7 @@ class NewSession(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """The place of one stored message."""
+    """One stored message of an append: its id, seq and time."""
 
     id: str
     seq: int
@@ -91,7 +91,7 @@ class Append:
         "replayed",
         "run_alone",
         "session_created_us",
-        "size",
+        "size_bytes",
         "wait_until",
     )  # fmt: skip
 
@@ -111,9 +111,9 @@ class Append:
         self.key: Key = (user_id, session_id)
         self.messages = messages
         self.pending = messages
-        """Those that are not known to be stored."""
+        """The messages that are not known to be stored."""
         self.replayed: dict[str, Entry] = {}
-        """Those that are known to be stored, by id."""
+        """The messages that are known to be stored, by id."""
         self.session_created_us: int | None = None
         """When the session of the replayed messages was created, to distinguish it from a later
         session with its id; None without replayed messages."""
@@ -140,8 +140,8 @@ class Append:
         """Whether it must be the only item of its statement."""
         self.attempts = 0
         self.lost_races = 0
-        """Attempts that a concurrent writer defeated; not those that a lock or an outage did."""
-        self.size = sum(message.size for message in messages)
+        """Attempts that a concurrent writer defeated; lock timeouts and outages do not count."""
+        self.size_bytes = sum(message.size for message in messages)
         self.future: asyncio.Future[Appended] = loop.create_future()
 
     @property
@@ -172,6 +172,8 @@ class Append:
 
 def apply_stored(item: Append, stored: dict[tuple[str, str, str], Record]) -> None:
     """Move the stored messages of an item from pending to replayed; answer it if none is pending.
+
+    The item fails with AlreadyExists if one of its ids is stored with other content.
 
     Args:
         item: The append.
@@ -209,7 +211,7 @@ def apply_stored(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
         )
 
 
-def refusal_of(item: Append, session: Record | None) -> ServiceError | None:
+def find_refusal(item: Append, session: Record | None) -> ServiceError | None:
     """Return why the statement left an item out, or None if the reason no longer exists."""
     session_id = item.key[1]
     if session is None and not item.may_create:

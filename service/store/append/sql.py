@@ -9,13 +9,14 @@ from service.store.append.request import Append, Key
 from service.store.db.hot_pool import Statement
 from service.store.tables import OPEN_END, OutboxKind, SessionState
 
-# Written as text: PostgreSQL reads it as it is here. The arguments are arrays with one element for
-# each session ($1 to $8), each expectation ($9 to $12) and each message ($14 and up).
+# Written as text, so that the statement PostgreSQL receives can be read here. The arguments are
+# arrays with one element for each session ($1 to $8), each expectation ($9 to $12) and each message
+# ($14 to $29); $13 is the lock timeout.
 #
 # A session that the statement has created is recognised by its times. A new session's created_at
 # and updated_at are equal, while an append to an existing one always sets updated_at beyond
-# created_at, even after an import has set them. (xmax = 0 does not mean a new row: an updated one
-# that others had locked has it, too.)
+# created_at, even after an import has set them. (xmax = 0 does not mean a new row: an updated row
+# that other transactions had locked has it, too.)
 #
 # If messages are indexed, the session's row in the outbox holds the first message that is pending
 # for the index. A row that holds a lower or equal one is not changed: only the first append after
@@ -34,10 +35,10 @@ _ENQUEUE = f""", enqueued AS (
         through = greatest(o.through, excluded.through),
         due_at = CASE WHEN o.due_at = 'infinity' THEN excluded.due_at ELSE o.due_at END
     WHERE o.since > excluded.since OR o.through < excluded.through OR o.due_at = 'infinity'
-)"""  # noqa: S608 - nothing but numbers of ours goes in
+)"""  # noqa: S608 - only constants are inserted
 
 
-def _append(enqueue: str) -> Statement:
+def _append_statement(enqueue: str) -> Statement:
     return Statement.from_text(f"""
 WITH appended AS (
     INSERT INTO chat_sessions AS s
@@ -87,11 +88,11 @@ WITH appended AS (
 SELECT user_id::text, id::text AS session_id, last_seq,
        (date_part('epoch', updated_at) * 1e6)::bigint AS at, created
 FROM appended
-""")  # noqa: S608 - nothing but a number of ours goes in
+""")  # noqa: S608 - only constants are inserted
 
 
-APPEND = _append("")
-APPEND_AND_ENQUEUE = _append(_ENQUEUE)
+APPEND = _append_statement("")
+APPEND_AND_ENQUEUE = _append_statement(_ENQUEUE)
 
 # One row for each message whose session exists, so that one snapshot holds both; `id` is NULL if
 # the message is not stored.
@@ -116,25 +117,19 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
     """Return the arguments of APPEND.
 
     Args:
-        batch: Items of one session share its row. One with an expectation is alone in its session.
+        batch: The items. Those of one session share its row. A conditional item is the only one of
+            its session.
         lock_timeout: Time to wait for a locked session, with its unit.
     """
     items = in_seq_order(batch)
     counts: dict[Key, int] = {}
-    first: dict[Key, Append] = {}
+    first_items: dict[Key, Append] = {}
     for item in items:
         counts[item.key] = counts.get(item.key, 0) + len(item.pending)
-        first.setdefault(item.key, item)
-    # Each message's distance from the session's new last_seq.
-    distances: list[int] = []
-    remaining = dict(counts)
-    for item in items:
-        start = remaining[item.key] - 1
-        distances.extend(range(start, start - len(item.pending), -1))
-        remaining[item.key] = start - len(item.pending) + 1
+        first_items.setdefault(item.key, item)
     conditional = [item for item in items if item.is_conditional]
     rows = [
-        (item.key, first[item.key].may_insert_session, message)
+        (item.key, first_items[item.key].may_insert_session, message)
         for item in items
         for message in item.pending
     ]
@@ -143,11 +138,11 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         [key[0] for key in counts],
         [key[1] for key in counts],
         list(counts.values()),
-        [item.may_insert_session for item in first.values()],
-        [item.new_session.title for item in first.values()],
-        [item.new_session.summary for item in first.values()],
-        [item.new_session.metadata for item in first.values()],
-        [item.new_session.fingerprint for item in first.values()],
+        [item.may_insert_session for item in first_items.values()],
+        [item.new_session.title for item in first_items.values()],
+        [item.new_session.summary for item in first_items.values()],
+        [item.new_session.metadata for item in first_items.values()],
+        [item.new_session.fingerprint for item in first_items.values()],
         [item.key[0] for item in conditional],
         [item.key[1] for item in conditional],
         [item.expected_last_seq for item in conditional],
@@ -155,10 +150,21 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         lock_timeout,
         [key[0] for key, _, _ in rows],
         [key[1] for key, _, _ in rows],
-        distances,
+        _distances(items, counts),
         [may_insert for _, may_insert, _ in rows],
         *map(list, zip(*messages, strict=True)),
     )
+
+
+def _distances(items: Sequence[Append], counts: dict[Key, int]) -> list[int]:
+    """Return the distance of each pending message from the new last_seq of its session."""
+    distances: list[int] = []
+    remaining = dict(counts)
+    for item in items:
+        end = remaining[item.key]
+        remaining[item.key] = end - len(item.pending)
+        distances.extend(range(end - 1, remaining[item.key] - 1, -1))
+    return distances
 
 
 def look_up_arguments(items: Iterable[Append]) -> tuple[list[str], list[str], list[str]]:

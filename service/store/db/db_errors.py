@@ -16,6 +16,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.errors import Conflict, DeadlineExceeded, InvalidArgument, ServiceError, Unavailable
 
+NOT_NULL_VIOLATION = "23502"
+FOREIGN_KEY_VIOLATION = "23503"
+UNIQUE_VIOLATION = "23505"
+LOCK_NOT_AVAILABLE = "55P03"
+FEATURE_NOT_SUPPORTED = "0A000"
+
 
 class Failure(Enum):
     """The meaning of a database error for the transaction in which it occurred."""
@@ -33,13 +39,13 @@ class Failure(Enum):
     BAD_DATA = auto()
     """A value that PostgreSQL cannot store, and that validation should have rejected."""
     FATAL = auto()
-    """Any other error: a defect, or a violated constraint that the calling code interprets."""
+    """Any other error: a defect, or a violated constraint that the calling code handles first."""
 
 
 _BY_SQLSTATE = {
     "40001": Failure.CONTENTION,  # serialization_failure
     "40P01": Failure.CONTENTION,  # deadlock_detected
-    "55P03": Failure.LOCKED,  # lock_not_available
+    LOCK_NOT_AVAILABLE: Failure.LOCKED,
     "57014": Failure.CANCELLED,  # query_canceled
     "57P01": Failure.LOST,  # admin_shutdown: also how Neon suspends
     "57P02": Failure.LOST,  # crash_shutdown
@@ -50,7 +56,7 @@ _BY_SQLSTATE = {
     "08001": Failure.REFUSED,  # sqlclient_unable_to_establish_sqlconnection
     "08004": Failure.REFUSED,  # sqlserver_rejected_establishment_of_sqlconnection
 }
-_BY_CLASS = {"08": Failure.LOST, "22": Failure.BAD_DATA}
+_BY_SQLSTATE_CLASS = {"08": Failure.LOST, "22": Failure.BAD_DATA}
 # Neon's proxy, while it wakes a suspended compute, and PgBouncer, while its server is unavailable,
 # report this in the message only.
 _REFUSED_MESSAGES = (
@@ -94,15 +100,15 @@ def classify(error: BaseException) -> Failure:
         message = str(cause).lower()
         if any(part in message for part in _REFUSED_MESSAGES):
             return Failure.REFUSED
-        return _BY_SQLSTATE.get(state) or _BY_CLASS.get(state[:2], Failure.FATAL)
+        return _BY_SQLSTATE.get(state) or _BY_SQLSTATE_CLASS.get(state[:2], Failure.FATAL)
     if isinstance(cause, PoolTimeoutError):
         return Failure.REFUSED
     if isinstance(cause, OSError | TimeoutError | asyncio.IncompleteReadError):
         return Failure.REFUSED
     # InternalClientError: the server closed the connection between two statements, and the driver
     # has not noticed yet.
-    lost = asyncpg.InterfaceError | InterfaceError | asyncpg.InternalClientError
-    if isinstance(cause, lost) or getattr(error, "connection_invalidated", False):
+    lost_errors = asyncpg.InterfaceError | InterfaceError | asyncpg.InternalClientError
+    if isinstance(cause, lost_errors) or getattr(error, "connection_invalidated", False):
         return Failure.LOST
     return Failure.FATAL
 

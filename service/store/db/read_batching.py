@@ -34,7 +34,7 @@ from sqlalchemy.types import TypeEngine
 
 from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database
-from service.store.db.db_errors import sqlstate
+from service.store.db.db_errors import FEATURE_NOT_SUPPORTED, sqlstate
 from service.store.db.hot_pool import Statement
 
 MAX_BATCH_SIZE = 16
@@ -43,8 +43,6 @@ MAX_IN_FLIGHT = 4
 """Statements of one kind in flight; more than one only if a batch is full or a statement slow."""
 NEXT_BATCH_AFTER_S = 0.01
 """Seconds after which reads no longer wait for the statement in flight."""
-
-FEATURE_NOT_SUPPORTED = "0A000"
 
 Rows = Sequence[Any]
 """Rows, each a sequence of columns."""
@@ -151,7 +149,10 @@ class _ReadQueue:
         LATERAL with LIMIT over several users."""
 
     async def fetch(self, arguments: tuple[Any, ...], deadline: float) -> Rows:
-        """Send a read alone if none is in flight and the last batch was one read, else queue it."""
+        """Send a read alone if none is in flight and the last batch was one read, else queue it.
+
+        Without support for batches, every read is sent alone.
+        """
         is_alone = not self._in_flight and self._window.last_size <= 1
         if is_alone or not self._is_batching_supported:
             self._in_flight += 1
