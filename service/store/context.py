@@ -8,11 +8,11 @@ their results. Groups are selected by these rules:
    missing is never sent. A group with a call that lacks a result is sent only when nothing but its
    own results follows the call, apart from messages that are never sent. Model APIs reject prompts
    that break these rules.
-3. Always kept, even above `max_messages` and `max_tokens`: the newest group, and then the leading
-   SYSTEM messages from the first on. Only `max_bytes` cuts them, in the reverse of this order. Of a
-   newest group that is too large itself, its beginning is kept.
-4. Then older groups follow, newest first, while all limits hold. The first group that does not fit
-   ends the selection.
+3. The newest group and the leading SYSTEM messages are mandatory: they are selected even above
+   `max_messages` and `max_tokens`. Only `max_bytes` cuts them: first the last of the leading SYSTEM
+   messages, then the end of the newest group.
+4. Then older groups are added, newest first, while all limits hold. The first group that does not
+   fit ends the selection.
 5. When the session has a summary, the messages that it covers are left out. Leading SYSTEM messages
    are not.
 6. All reads use an index. The search for older messages ends at LOOK_BACK_MESSAGES messages and
@@ -43,7 +43,7 @@ from service.store.tool_groups import Eligibility, form_groups
 LOOK_BACK_MESSAGES = 1000
 """Messages read beyond `max_messages`, at most, to decide about the selected ones."""
 LOOK_BACK_BYTES = 8 * MAX_PAGE_BYTES
-"""Bytes of messages after which no older ones are read; they are held in memory."""
+"""Bytes of messages, which are held in memory, after which no older ones are read."""
 MAX_LEADING_SYSTEM = 1000
 """Leading SYSTEM messages read, at most."""
 MIN_OLDER_READ = 50
@@ -51,7 +51,7 @@ MIN_OLDER_READ = 50
 
 
 class Context(NamedTuple):
-    """The messages of a prompt, oldest first, and how many messages were left out."""
+    """The messages of a prompt, oldest first, their tokens, and the count of omitted messages."""
 
     session: SessionRow
     messages: list[MessageRow]
@@ -93,12 +93,12 @@ async def get(
     is_complete = _reached_start(newest, limits.max_messages)
     max_rows = limits.max_messages + LOOK_BACK_MESSAGES
     while (selected := select_messages(system, newest, limits, is_complete=is_complete)) is None:
-        count = min(max(MIN_OLDER_READ, len(newest)), max_rows - len(newest))
-        records = await reads.fetch(_OLDER_READ, deadline, **ids, seq=newest[-1].seq, limit=count)
+        limit = min(max(MIN_OLDER_READ, len(newest)), max_rows - len(newest))
+        records = await reads.fetch(_OLDER_READ, deadline, **ids, seq=newest[-1].seq, limit=limit)
         older = [MessageRow._make(record) for record in records]
         newest += older
         is_too_far = len(newest) >= max_rows or _size_bytes(newest) >= LOOK_BACK_BYTES
-        is_complete = is_too_far or _reached_start(older, count)
+        is_complete = is_too_far or _reached_start(older, limit)
     omitted_count = max(0, session.message_count - len(selected))
     return Context(session, selected, omitted_count, sum(row.prompt_tokens for row in selected))
 
@@ -156,58 +156,72 @@ def select_messages(
     """
     leading_seqs = {row.seq for row in system}
     rows = [row for row in newest if row.seq not in leading_seqs] if leading_seqs else newest
-    if rows and not any(row.parts for row in rows):
-        # The usual case: no tool calls, so that each message is a group, and all of them fit. The
-        # general way below takes four times as long.
-        total = _Total().plus(system).plus(rows)
-        if limits.allow(total) and (is_complete or not limits.allow(total.plus_one_message())):
-            return sorted([*system, *rows], key=_by_seq)
-    kept: list[MessageRow] | None = None
+    if _are_all_selected(system, rows, limits, is_complete=is_complete):
+        return sorted([*system, *rows], key=_by_seq)
+    selected: list[MessageRow] | None = None
     total = _Total()
     for group in form_groups(rows, is_complete=is_complete):
-        if kept is not None and not limits.allow(total.plus_one_message()):
+        if selected is not None and not limits.allow(total.plus_one_message()):
             break
         if group.eligibility is Eligibility.UNDECIDED:
             return None
-        if kept is None:
-            kept = _always_kept(system, group.members, limits.max_bytes)
-            total = total.plus(kept)
+        if selected is None:
+            selected = _select_mandatory(system, group.members, limits.max_bytes)
+            total = total.plus(selected)
             if total.messages < len(system) + len(group.members):
-                break  # Bytes have cut what is always kept: nothing else is added.
+                break  # The byte limit has cut the mandatory messages: no older group fits.
             continue
         total = total.plus(group.members)
         if not limits.allow(total):
             break
-        kept += group.members
+        selected += group.members
     else:
-        if not is_complete and (kept is None or limits.allow(total.plus_one_message())):
+        if not is_complete and (selected is None or limits.allow(total.plus_one_message())):
             return None
-    return sorted(_longest_prefix(system, limits.max_bytes) if kept is None else kept, key=_by_seq)
+    if selected is None:
+        selected = _longest_prefix(system, limits.max_bytes)
+    return sorted(selected, key=_by_seq)
 
 
-def _always_kept(
+def _are_all_selected(
+    system: Sequence[MessageRow], rows: Sequence[MessageRow], limits: Limits, *, is_complete: bool
+) -> bool:
+    """Return whether all these messages are known to be selected: none has parts, and all fit.
+
+    This is the usual case. Without parts, each message is a group; forming the groups takes four
+    times as long.
+    """
+    if not rows or any(row.parts for row in rows):
+        return False
+    total = _Total().plus(system).plus(rows)
+    return limits.allow(total) and (is_complete or not limits.allow(total.plus_one_message()))
+
+
+def _select_mandatory(
     system: Sequence[MessageRow], newest_group: list[MessageRow], max_bytes: int
 ) -> list[MessageRow]:
     """Return the newest group and the leading SYSTEM messages (rule 3), cut by bytes alone."""
-    kept = _longest_prefix(newest_group, max_bytes)
-    if len(kept) < len(newest_group):
+    members = _longest_prefix(newest_group, max_bytes)
+    if len(members) < len(newest_group):
         # Calls may lack results now. Shorten until rule 2 holds again.
-        while sum(len(group.members) for group in form_groups(kept[::-1], is_complete=True)) < len(
-            kept
-        ):
-            kept.pop()
-    return kept + _longest_prefix(system, max_bytes - _size_bytes(kept))
+        while _count_eligible(members) < len(members):
+            members.pop()
+    return members + _longest_prefix(system, max_bytes - _size_bytes(members))
+
+
+def _count_eligible(messages: list[MessageRow]) -> int:
+    return sum(len(group.members) for group in form_groups(messages[::-1], is_complete=True))
 
 
 def _longest_prefix(rows: Iterable[MessageRow], max_bytes: int) -> list[MessageRow]:
     """Return the rows before the first one that exceeds `max_bytes` in total."""
-    kept: list[MessageRow] = []
+    prefix: list[MessageRow] = []
     for row in rows:
         max_bytes -= row.size
         if max_bytes < 0:
             break
-        kept.append(row)
-    return kept
+        prefix.append(row)
+    return prefix
 
 
 _session, _message = chat_sessions.c, chat_messages.c

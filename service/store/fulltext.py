@@ -4,8 +4,8 @@ It needs no index, and so costs the append path nothing; docs/explanation/search
 measurements.
 
 Words are compared as written, ignoring case, in any language (PostgreSQL's `simple` configuration).
-Users write several languages, often in one session, and a stemmer for the wrong language finds less
-than none. Semantic search finds other forms of a word.
+Users write several languages, often in one session, and the stemmer of a wrong language finds fewer
+matches than no stemmer. Semantic search finds other forms of a word.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MATCH_START, MATCH_END = "\ue000", "\ue001"
 """Marks of a match in a snippet: private use characters, which text does not contain."""
 
 MAX_CANDIDATES = 2000
-"""Number of messages with the words that are ranked, newest first."""
+"""Messages that contain the words and are ranked, at most: the newest ones."""
 MAX_TEXT_CHARS = 32_768
 """Characters of a message, from its beginning, that are ranked and that snippets are taken from."""
 _SNIPPET_OPTIONS = (
@@ -112,7 +112,10 @@ ORDER BY f.n
 
 
 def wanted_words(query: str) -> tuple[str, bool]:
-    """Return a query without its excluded terms, and whether one of the others is enough (`or`)."""
+    """Return a query without its excluded terms, and whether any one of the others is enough.
+
+    The latter is true if the query contains the word `or`.
+    """
     positive = _EXCLUDED_TERM.sub(" ", query)
     if "or" not in _PHRASE.sub(" ", positive).lower().split():
         return positive, False

@@ -1,6 +1,6 @@
 """Writes exported data unchanged, with its `seq` numbers and times. Only operators can do this.
 
-Every step accepts what an earlier run has written, so that an interrupted import can be repeated.
+Every step accepts the rows of an earlier run, so that an interrupted import can be repeated.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ async def import_messages(
     """
     await sessions.get(connection, user_id, session_id, lock=True)
     first_seq, last_seq = messages[0].seq, messages[-1].seq
-    stored_ids = await _free_gaps(connection, user_id, session_id, messages)
+    stored_ids = await _free_filled_gaps(connection, user_id, session_id, messages)
     for imported in messages:
         if stored_ids.get(imported.seq, imported.message.id) != imported.message.id:
             raise _seq_taken(session_id, imported.seq)
@@ -113,16 +113,15 @@ async def import_messages(
     return len(new)
 
 
-async def _free_gaps(
+async def _free_filled_gaps(
     connection: AsyncConnection,
     user_id: str,
     session_id: str,
     messages: Sequence[ImportedMessage],
 ) -> dict[int, str]:
-    """Return the ids of the messages stored in the range of seqs, by seq.
+    """Delete the tombstones of gaps that these messages fill, and return the stored ids by seq.
 
-    An earlier run with a shorter file has taken the messages that it lacked for deleted ones. Its
-    tombstones at the seqs of these messages are removed.
+    An earlier run, with a file that lacked some of these messages, took them for deleted ones.
     """
     in_range = (
         _message.user_id == user_id,
@@ -173,12 +172,12 @@ async def finish_session(
         connection: The connection, in a transaction.
         user_id: Owner of the session.
         session_id: The session.
-        last_seq: The last seq.
-        updated_us: Time of the last activity in microseconds since 1970; None leaves it.
+        last_seq: The `last_seq` to set.
+        updated_us: Time of the last activity in microseconds since 1970; None keeps the stored one.
     """
     session = await sessions.get(connection, user_id, session_id, lock=True)
     if session.last_seq > last_seq:
-        return  # An earlier run has finished it, and it was written to since.
+        return  # An earlier run has finished the session, and messages were appended since.
     await _fill_gaps(connection, user_id, session_id, last_seq, session.created_us)
     newest_at = (
         sa.select(sa.func.max(_message.created_at))

@@ -30,13 +30,13 @@ MAX_SEQ = 2**63 - 1
 
 _session, _message = chat_sessions.c, chat_messages.c
 
-
 PAGE_PARAMETERS = {
     "user_id": _message.user_id.type,
     "session_id": _message.session_id.type,
     "seq": sa.BigInteger(),
     "limit": sa.Integer(),
 }
+"""The parameters of a read of messages, with their types."""
 
 
 def select_bounded(
@@ -247,14 +247,14 @@ async def update(
     if not values:
         return row
     updated = row._replace(**values)
-    as_json = {
+    json_values = {
         name: json.loads(values[name] or "null") for name in ("parts", "metadata") if name in values
     }
     statement = (
         sa.update(chat_messages)
         .where(*_has_id(user_id, session_id, message_id))
         .values(
-            **values | as_json,
+            **values | json_values,
             token_estimate=estimate_tokens(updated.content, updated.parts),
             size=measure_bytes(updated),
             revision=_message.revision + 1,

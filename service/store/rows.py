@@ -85,7 +85,7 @@ class SessionRow(NamedTuple):
 
 
 class MessageRow(NamedTuple):
-    """A message that is no tombstone, as selected by MESSAGE_COLUMNS."""
+    """A message that is not a tombstone, as selected by MESSAGE_COLUMNS."""
 
     id: str
     seq: int

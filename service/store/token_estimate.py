@@ -7,9 +7,9 @@ _BYTES_PER_TOKEN = 4
 
 
 def estimate_tokens(content: str, parts: str | None) -> int:
-    """Estimate how many tokens a message takes in a prompt, for clients that do not count them.
+    """Estimate how many tokens a message takes in a prompt.
 
-    One token per 4 bytes of the content in UTF-8 and per 4 characters of the parts in JSON, rounded
-    up.
+    The estimate is one token for every 4 bytes of the content in UTF-8 and of the parts in JSON,
+    rounded up. Characters of the parts are counted, not bytes.
     """
     return -(-(len(content.encode()) + len(parts or "")) // _BYTES_PER_TOKEN)

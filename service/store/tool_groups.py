@@ -51,7 +51,7 @@ def form_groups(newest: Sequence[MessageRow], *, is_complete: bool) -> list[Grou
     for group in groups:
         group.eligibility = pairing.eligibility(group, is_complete=is_complete)
     if not is_complete:
-        # Their calls may be further back.
+        # The calls of their results may be in older messages.
         groups += [Group([row], Eligibility.UNDECIDED) for row in pairing.unpaired]
     return sorted(
         (group for group in groups if group.eligibility is not Eligibility.EXCLUDED),
@@ -123,10 +123,10 @@ class _Pairing:
         for seq in open_seqs:
             later_count = len(self._ordinals) - 1 - self._ordinals[seq]
             if self._result_counts[seq] < later_count:
-                return Eligibility.EXCLUDED  # A message that is no result of it follows.
+                return Eligibility.EXCLUDED  # A message follows that holds no result of its calls.
         newest_unpaired_seq = self.unpaired[-1].seq if self.unpaired else 0
         if not is_complete and open_seqs and newest_unpaired_seq > open_seqs[0]:
-            return Eligibility.UNDECIDED  # A message follows that may be sent or not.
+            return Eligibility.UNDECIDED  # Older messages decide whether the one after is sent.
         return Eligibility.ELIGIBLE
 
 

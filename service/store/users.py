@@ -17,7 +17,7 @@ from service.store.outbox import outbox
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
 from service.store.tables import chat_sessions, users
 
-_REASON_BY_CONSTRAINT = {
+_CONFLICT_BY_CONSTRAINT = {
     "users_email_key": ("EMAIL_TAKEN", "another user has this e-mail address"),
     "users_external_id_key": ("EXTERNAL_ID_TAKEN", "another user has this external id"),
 }
@@ -48,8 +48,11 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
 
 def _already_exists(error: IntegrityError) -> Exception:
     """Return the error for a violated unique constraint, or `error` itself for any other one."""
-    reason = _REASON_BY_CONSTRAINT.get(constraint(error) or "")
-    return AlreadyExists(reason[1], reason=reason[0]) if reason else error
+    conflict = _CONFLICT_BY_CONSTRAINT.get(constraint(error) or "")
+    if conflict is None:
+        return error
+    reason, message = conflict
+    return AlreadyExists(message, reason=reason)
 
 
 async def get(connection: AsyncConnection, user_id: str) -> UserRow:
@@ -94,7 +97,7 @@ async def _find(
 
 
 async def list_page(connection: AsyncConnection, cursor: str | None, limit: int) -> list[UserRow]:
-    """Read up to `limit` users in the order of their ids, those after the id `cursor`."""
+    """Read up to `limit` users after the id `cursor`, in the order of ids."""
     query = (
         sa.select(*USER_COLUMNS)
         .where(users.c.id > (cursor or SYSTEM_USER_ID))

@@ -45,7 +45,7 @@ class Watcher:
         self.known_seq = seq
         """The highest `last_seq` for which a poll has woken this watcher."""
         self.session_deleted = False
-        """Whether the session was deleted."""
+        """True once the session was deleted: the stream must end."""
         self._woken = asyncio.Event()
 
     def __enter__(self) -> Self:
@@ -56,7 +56,7 @@ class Watcher:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._hub.remove(self)
 
@@ -86,7 +86,7 @@ class WatchHub:
         self._watchers: dict[SessionKey, set[Watcher]] = {}
         self._poller: asyncio.Task[None] | None = None
         self.is_closing = False
-        """Whether the watchers must end, because the server drains."""
+        """True once the server drains: the streams must end."""
 
     def __len__(self) -> int:
         return sum(map(len, self._watchers.values()))
@@ -113,13 +113,13 @@ class WatchHub:
             watcher.wake()
 
     def session_deleted(self, user_id: str, session_id: str) -> None:
-        """Let the watchers of a session end that this process has deleted."""
+        """End the watchers of a session that this process has deleted."""
         for watcher in self._watchers.get((user_id, session_id), ()):
             watcher.session_deleted = True
             watcher.wake()
 
     def close(self) -> None:
-        """Let all watchers end."""
+        """End all watchers."""
         self.is_closing = True
         self._wake_all()
 

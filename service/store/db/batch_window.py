@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sized
 
-MAX_QUIET_TURNS = 100
-"""Turns of the event loop without a new call after which a batch is closed, at most."""
 QUIET_TURNS_PER_CALL = 8
-"""The same, for each call in the previous batch."""
+"""Turns of the event loop without a new call after which a batch is closed, for each call in the
+previous batch."""
+MAX_QUIET_TURNS = 100
+"""Upper limit of these turns, however large the previous batch was."""
 MAX_WAIT_S = 0.01
 """Seconds after which a batch is closed in any case."""
 
@@ -31,7 +32,7 @@ class BatchWindow:
         """Calls in the queue when the previous batch was closed."""
 
     async def wait(self, queue: Sized, max_size: int) -> None:
-        """Return once the queue holds `max_size` calls, or no more are to be expected soon.
+        """Return once the queue holds `max_size` calls, or no further call is expected soon.
 
         After a batch of one, a call that arrives alone waits for one turn of the event loop only.
         """
@@ -40,8 +41,8 @@ class BatchWindow:
             quiet_limit = min(MAX_QUIET_TURNS, QUIET_TURNS_PER_CALL * self.last_size)
         size = len(queue)
         quiet_turns = 0
-        end = self._loop.time() + MAX_WAIT_S
-        while size < max_size and quiet_turns < quiet_limit and self._loop.time() < end:
+        closes_at = self._loop.time() + MAX_WAIT_S
+        while size < max_size and quiet_turns < quiet_limit and self._loop.time() < closes_at:
             await asyncio.sleep(0)
             new_size = len(queue)
             quiet_turns = 0 if new_size > size else quiet_turns + 1

@@ -1,14 +1,15 @@
 """Runs statements and transactions: connections, fairness, retries, and suspicion of an outage.
 
-There are three entry points, by what a call needs:
+There are four entry points:
 
-- `fetch`: one hot statement by the driver itself;
+- `fetch`: one hot statement that only reads, run by the driver itself;
+- `fetch_once`: one statement run by the driver, without retries;
 - `read`: SQLAlchemy statements that change nothing;
 - `write`: a transaction, which is retried as a whole and runs to its end when its caller is
   cancelled.
 
-A deadline is a time of the running loop's clock (`loop.time()`), in seconds. No attempt starts that
-cannot finish by then.
+A deadline is a time of the running loop's clock (`loop.time()`), in seconds. An attempt in flight
+is cancelled then, and retries end shortly before, so that the error still reaches the client.
 """
 
 from __future__ import annotations
@@ -133,11 +134,12 @@ class Database:
         # For probes, while calls that wait for locks hold every connection of the pool.
         self._probe_engine = unpooled_engine(target, connect_timeout_s=connect_timeout_s)
         self._max_connections = pool_size + max_overflow
-        hot_size = min(hot_pool_size, pool_size, self._max_connections - MIN_OTHER_CONNECTIONS)
-        self.hot_pool = HotPool(self.engine, max(1, hot_size))
-        permits = max(1, self._max_connections - max(1, hot_size))
-        self._permits = FairSemaphore(permits)
-        self._write_permits = FairSemaphore(permits - permits // 3)
+        max_hot_size = self._max_connections - MIN_OTHER_CONNECTIONS
+        hot_size = max(1, min(hot_pool_size, pool_size, max_hot_size))
+        self.hot_pool = HotPool(self.engine, hot_size)
+        permit_count = max(1, self._max_connections - hot_size)
+        self._permits = FairSemaphore(permit_count)
+        self._write_permits = FairSemaphore(permit_count - permit_count // 3)
         self._pool_timeout_s = pool_timeout_s
         self._writes: set[asyncio.Task[Any]] = set()
         self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
@@ -283,7 +285,7 @@ class Database:
         Args:
             attempt: Is passed the time until which it may wait for a connection.
             deadline: The call's deadline.
-            error: The error of a first attempt that was made already.
+            error: The error of a first attempt by the caller, if there was one.
         """
         wait_until = outage_deadline(deadline, self._loop.time())
         attempts = 0
@@ -291,19 +293,20 @@ class Database:
             if error is not None:
                 await self._back_off(error, attempts, wait_until)
                 attempts += 1
-            started = self._loop.time()
+            started_at = self._loop.time()
             scope = asyncio.timeout_at(deadline)
             try:
                 async with scope:
                     return await attempt(wait_until)
-            except DATABASE_ERRORS as failed:
+            except DATABASE_ERRORS as attempt_error:
                 if scope.expired():
-                    self._suspect_outage(started)
+                    self._suspect_outage(started_at)
                     raise DeadlineExceeded("the database did not respond in time") from None
-                if error is None or not isinstance(failed, AcquireTimeout):
-                    error = failed  # An earlier error says more than the lack of a permit.
+                # An earlier error says more about the cause than the lack of a permit.
+                if error is None or not isinstance(attempt_error, AcquireTimeout):
+                    error = attempt_error
             except asyncio.CancelledError:
-                self._suspect_outage(started)
+                self._suspect_outage(started_at)
                 raise
 
     def _acquire_timeout_s(self, wait_until: float) -> float:
@@ -335,9 +338,9 @@ class Database:
             case _:
                 return False
 
-    def _suspect_outage(self, started: float) -> None:
+    def _suspect_outage(self, started_at: float) -> None:
         """Report a suspected outage if an unsuccessful call has waited for long enough."""
-        if self._loop.time() - started > SUSPICIOUS_WAIT_S:
+        if self._loop.time() - started_at > SUSPICIOUS_WAIT_S:
             self.on_suspected_outage()
 
     async def probe(self, timeout_s: float) -> SchemaVersion:

@@ -105,10 +105,17 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
         args["timeout"] = timeout
     if is_pooled and prepared_statements != "on":
         args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
-    keep: dict[str, str] = {key: query.pop(key) for key in ("host", "port") if key in query}
+    # SQLAlchemy passes these two on, such as the folder of a socket.
+    address_options: dict[str, str] = {
+        key: query.pop(key) for key in ("host", "port") if key in query
+    }
     notes += [f"{key} in the database URL is not supported and ignored" for key in sorted(query)]
     return Target(
-        url.set(drivername="postgresql+asyncpg", query=keep), args, is_pooled, mode, tuple(notes)
+        url.set(drivername="postgresql+asyncpg", query=address_options),
+        args,
+        is_pooled,
+        mode,
+        tuple(notes),
     )
 
 
@@ -157,8 +164,8 @@ def _server_settings(query: dict[str, str], *, is_pooled: bool) -> tuple[dict[st
     settings: dict[str, str] = {"application_name": query.pop("application_name", "chat-history")}
     notes: list[str] = []
     # -c name=value, -cname=value or --name=value, or a bare name for Neon's own.
-    for word in re.sub(r"(^|\s)-c\s*", " ", query.pop("options", "")).split():
-        name, _, value = word.removeprefix("--").partition("=")
+    for option in re.sub(r"(^|\s)-c\s*", " ", query.pop("options", "")).split():
+        name, _, value = option.removeprefix("--").partition("=")
         if name in ("endpoint", "project"):
             continue  # Neon's name of the compute, for clients without SNI; asyncpg sends SNI.
         if name and value:
@@ -188,7 +195,7 @@ def _ssl(mode: str, host: str, query: dict[str, str]) -> ssl.SSLContext | str | 
     if mode in ("allow", "prefer"):
         return mode
     root = query.pop("sslrootcert", None)
-    verify = mode in ("verify-ca", "verify-full") or root is not None or _is_neon(host)
+    is_verified = mode in ("verify-ca", "verify-full") or root is not None or _is_neon(host)
     try:
         context = ssl.create_default_context(cafile=None if root == "system" else root)
         if "sslcert" in query:
@@ -200,8 +207,8 @@ def _ssl(mode: str, host: str, query: dict[str, str]) -> ssl.SSLContext | str | 
     # libpq's `require` does not verify the certificate unless there is a root certificate. Neon's
     # certificates are always public ones, so there they are verified.
     context.check_hostname = (
-        verify and mode != "verify-ca" and (mode == "verify-full" or _is_neon(host))
+        is_verified and mode != "verify-ca" and (mode == "verify-full" or _is_neon(host))
     )
-    if not verify:
+    if not is_verified:
         context.verify_mode = ssl.CERT_NONE
     return context

@@ -13,7 +13,7 @@ class AcquireTimeout(TimeoutError):
 
 
 class FairSemaphore:
-    """Permits, granted to owners in rotation, and to one owner's calls in order of arrival."""
+    """Grants permits to owners in rotation, and to the calls of one owner in order of arrival."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -135,7 +135,7 @@ class HotConnection:
 
 
 class HotPool:
-    """At most `size` connections; the last used is used first, and further callers wait in line."""
+    """A pool of at most `size` connections, last in, first out; further callers wait for one."""
 
     def __init__(self, engine: AsyncEngine, size: int) -> None:
         self._engine = engine
@@ -198,7 +198,7 @@ class HotPool:
         if connection.driver.is_closed():
             self.release(connection)
             return
-        self._start(self._sync_and_release(connection))
+        self._start_task(self._sync_and_release(connection))
 
     async def _sync_and_release(self, connection: HotConnection) -> None:
         try:
@@ -247,7 +247,7 @@ class HotPool:
         connection = HotConnection(checkout, driver, self._loop.time())
         self._busy.add(connection)
         if self._timer is None:
-            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check)
+            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check_connections)
         return connection
 
     def _wake_next(self) -> None:
@@ -257,22 +257,24 @@ class HotPool:
                 waiter.set_result(None)
                 return
 
-    def _check(self) -> None:
+    def _check_connections(self) -> None:
         """Return long idle connections and report slow statements, while there are connections."""
         now = self._loop.time()
-        stale = [item for item in self._idle if now - item.used_at >= MAX_IDLE_S]
-        self._idle = [item for item in self._idle if now - item.used_at < MAX_IDLE_S]
-        for connection in stale:
-            self._return_to_engine(connection)
-        if any(now - item.used_at > SLOW_STATEMENT_S for item in self._busy):
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            if now - connection.used_at < MAX_IDLE_S:
+                self._idle.append(connection)
+            else:
+                self._return_to_engine(connection)
+        if any(now - connection.used_at > SLOW_STATEMENT_S for connection in self._busy):
             self.on_slow_statement()
         self._timer = None
         if self._idle or self._busy:
-            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check)
+            self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check_connections)
 
     def _return_to_engine(self, connection: HotConnection) -> None:
         """Return a connection to SQLAlchemy's pool, which forgets it if it is closed."""
-        self._start(self._end_checkout(connection))
+        self._start_task(self._end_checkout(connection))
 
     @staticmethod
     async def _end_checkout(connection: HotConnection) -> None:
@@ -280,7 +282,7 @@ class HotPool:
             await connection.checkout.invalidate()
         await connection.checkout.close()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

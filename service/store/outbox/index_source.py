@@ -25,17 +25,17 @@ class Range(NamedTuple):
 def split_ranges(ranges: Iterable[Range], size: int) -> Iterator[list[Range]]:
     """Split ranges into pages of at most `size` items each, so that a read stays small."""
     page: list[Range] = []
-    room = size
+    free_count = size
     for range_ in ranges:
         since = range_.since
         while since <= range_.through:
-            part = range_._replace(since=since, through=min(range_.through, since + room - 1))
+            part = range_._replace(since=since, through=min(range_.through, since + free_count - 1))
             page.append(part)
-            room -= part.through - since + 1
+            free_count -= part.through - since + 1
             since = part.through + 1
-            if not room:
+            if not free_count:
                 yield page
-                page, room = [], size
+                page, free_count = [], size
     if page:
         yield page
 

@@ -88,22 +88,21 @@ async def enqueue(
         "through": literal(through, _outbox.through.type),
         "wipe": literal(wipe, Boolean),
     }
-    row = select(*values.values())
+    source = select(*values.values())
     if not search_enabled:
-        row = row.where(exists(select(search_indexes.c.alias)))
-    new = insert(search_outbox).from_select(list(values), row)
+        source = source.where(exists(select(search_indexes.c.alias)))
+    insertion = insert(search_outbox).from_select(list(values), source)
+    new = insertion.excluded
     await connection.execute(
-        new.on_conflict_do_update(
+        insertion.on_conflict_do_update(
             index_elements=list(_KEY),
             set_={
                 "version": _outbox.version + 1,
-                "since": func.least(_outbox.since, new.excluded.since),
-                "through": func.greatest(_outbox.through, new.excluded.through),
-                "wipe": _outbox.wipe | new.excluded.wipe,
+                "since": func.least(_outbox.since, new.since),
+                "through": func.greatest(_outbox.through, new.through),
+                "wipe": _outbox.wipe | new.wipe,
                 # A dead letter becomes due again when its entity changes.
-                "due_at": case(
-                    (_outbox.due_at == _NEVER, new.excluded.due_at), else_=_outbox.due_at
-                ),
+                "due_at": case((_outbox.due_at == _NEVER, new.due_at), else_=_outbox.due_at),
             },
         )
     )
@@ -112,7 +111,8 @@ async def enqueue(
 async def enqueue_user(connection: AsyncConnection, user_id: str, *, search_enabled: bool) -> None:
     """Enqueue the deletion of all points of a user.
 
-    Rows of the user's documents and sessions that are leased at this time will not count as done.
+    The rows of the user's documents and sessions change, too, so that an indexer that has leased
+    one of them cannot finish it.
     """
     rows = update(search_outbox).where(_outbox.user_id == user_id)
     await connection.execute(
@@ -139,7 +139,7 @@ class LeasedRow(NamedTuple):
 
 
 class Backlog(NamedTuple):
-    """Numbers of the rows in the outbox."""
+    """Counts and times of the rows in the outbox."""
 
     pending: int
     failed: int
@@ -274,8 +274,8 @@ class Outbox:
         """Delete rows, or release those that have changed since the claim.
 
         Returns:
-            The keys of the rows that this was done for. The others were locked, or the lease on
-            them is lost.
+            The keys of the deleted and released rows. The others were locked, or the lease on them
+            is lost.
         """
         return _keys(await self._database.fetch_once(_FINISH, *_arguments(rows), lease_id))
 
@@ -285,7 +285,7 @@ class Outbox:
         """Extend the lease on rows by `lease_s` seconds from now, and store their `since`.
 
         Returns:
-            The keys of the rows for which it was extended.
+            The keys of the rows whose lease was extended.
         """
         return _keys(await self._database.fetch_once(_RENEW, *_arguments(rows), lease_id, lease_s))
 
@@ -313,7 +313,7 @@ class Outbox:
         )
 
     async def backlog(self) -> Backlog:
-        """Count the rows."""
+        """Count the pending rows and the dead letters."""
         return Backlog(*(await self._database.fetch_once(BACKLOG))[0])
 
     async def retry_failed(self) -> None:

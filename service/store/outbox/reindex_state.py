@@ -1,7 +1,7 @@
-"""The state of a rebuild of a search index: the collection that is built, and how far it is.
+"""The state of a rebuild of a search index: the collection that is built, and its progress.
 
-A rebuild enqueues all documents and all sessions in slices, and all indexers write to both the live
-and the new collection while it lasts. So changes during the rebuild reach the new collection too.
+A rebuild enqueues all documents and all sessions in slices. Until it ends, all indexers write to
+both the live and the new collection, so changes during the rebuild reach the new collection, too.
 When all enqueued rows are processed, the new collection replaces the live one.
 """
 

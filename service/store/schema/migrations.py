@@ -143,7 +143,7 @@ async def _migrate(
             elif (
                 failure is Failure.REFUSED
                 and loop.time() < start_timeout_at
-                and not _is_final(error)
+                and not _is_permanent(error)
             ):
                 on_wait(f"{target.location} does not answer yet: retrying")
                 await asyncio.sleep(1.0)
@@ -153,8 +153,8 @@ async def _migrate(
                 raise
 
 
-def _is_final(error: BaseException) -> bool:
-    """Return whether waiting cannot help: the host's name or its certificate is wrong."""
+def _is_permanent(error: BaseException) -> bool:
+    """Return whether waiting cannot help: the host's name is wrong, or TLS fails."""
     cause = driver_error(error)
     return isinstance(cause, socket.gaierror | ssl.SSLError) or "rejected SSL upgrade" in str(cause)
 
@@ -164,7 +164,7 @@ async def _attempt(
 ) -> MigrationResult:
     async def step(connection: AsyncConnection) -> MigrationResult:
         before = await schema_version(connection)
-        # Avoid the import of Alembic, whose memory would stay in use until the process ends.
+        # Without this, Alembic would be imported, and use memory until the process ends.
         if work is _upgrade and before.revision >= tables.BUILD:
             return MigrationResult(before, before)
         await connection.run_sync(work)
@@ -204,14 +204,7 @@ async def _with_migrator_lock(
         async with engine.connect() as connection:
             while True:
                 async with connection.begin():
-                    # A transaction lock: a session lock would be lost behind a pooler.
-                    lock = select(func.pg_try_advisory_xact_lock(ADVISORY_LOCK_KEY))
-                    if await connection.scalar(lock):
-                        for name, value in (
-                            ("lock_timeout", LOCK_TIMEOUT),
-                            ("statement_timeout", STATEMENT_TIMEOUT),
-                        ):
-                            await connection.execute(text(f"SET LOCAL {name} = '{value}'"))
+                    if await _acquire_lock(connection):
                         return await step(connection)
                 # Wait outside of the transaction: CREATE INDEX CONCURRENTLY of the other migrator
                 # would wait for the snapshot of this one.
@@ -226,6 +219,17 @@ async def _with_migrator_lock(
                 await asyncio.sleep(MIGRATOR_POLL_INTERVAL_S)
     finally:
         await engine.dispose()
+
+
+async def _acquire_lock(connection: AsyncConnection) -> bool:
+    """Acquire the migrators' lock for the transaction and set its timeouts, or return False."""
+    # A transaction lock: a session lock would be lost behind a pooler.
+    lock = select(func.pg_try_advisory_xact_lock(ADVISORY_LOCK_KEY))
+    if not await connection.scalar(lock):
+        return False
+    for name, value in (("lock_timeout", LOCK_TIMEOUT), ("statement_timeout", STATEMENT_TIMEOUT)):
+        await connection.execute(text(f"SET LOCAL {name} = '{value}'"))
+    return True
 
 
 def run_alembic(connection: Connection, command: str, revision: str) -> None:

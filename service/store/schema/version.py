@@ -24,7 +24,7 @@ class SchemaVersion:
 
     @property
     def problem(self) -> str | None:
-        """Return why this build cannot use the schema and what to do about it; None if it can."""
+        """Why this build cannot use the schema, and what to do about it; None if it can."""
         if self.revision < tables.REQUIRED_REVISION:
             return (
                 f"the schema is at revision {self.revision:04d} and this build needs"
@@ -39,7 +39,7 @@ class SchemaVersion:
 
 
 async def schema_version(connection: AsyncConnection) -> SchemaVersion:
-    """Read the version of the schema; all zero when there is none."""
+    """Read the version of the schema; revision 0 and build 0 when there is no schema."""
     has_schema = await connection.scalar(
         text(
             "SELECT to_regclass('alembic_version') IS NOT NULL"
