@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SearchDisabled:
     """Search without an index: no change is enqueued, and every query raises SEARCH_DISABLED.
 
-    Importing it loads neither the index's client nor the embeddings.
+    Importing this module loads neither the index's client nor the embeddings.
     """
 
     is_enabled = False

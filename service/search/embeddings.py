@@ -1,4 +1,4 @@
-"""Embeddings: turn texts into vectors (32-bit floats, little-endian), offline or by an endpoint."""
+"""Embeddings: vectors of texts (32-bit floats, little-endian), from a local model or an endpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Embeddings(Protocol):
         """
 
     async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
-        """Return the rerank score of each text, 0 to 1; None: keep the order by vectors.
+        """Return the rerank score of each text, 0 to 1, or None to keep the order by vectors.
 
         Args:
             texts: Pairs of a document's title and the text.
@@ -58,7 +58,7 @@ class Embeddings(Protocol):
         """
 
     async def close(self) -> None:
-        """Close connections."""
+        """Close the connections to the model, or the search process."""
 
 
 class OfflineEmbeddings:
@@ -78,8 +78,8 @@ class OfflineEmbeddings:
 
     async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
         max_chars = min(_MAX_TEXT_CHARS, _MAX_TOTAL_CHARS // len(texts)) if texts else 0
-        cut = [(title, text[:max_chars]) for title, text in texts]
-        scores: list[float] | None = (await self._process.call("rerank", (query, cut)))[0]
+        truncated = [(title, text[:max_chars]) for title, text in texts]
+        scores: list[float] | None = (await self._process.call("rerank", (query, truncated)))[0]
         return scores
 
     async def close(self) -> None:
@@ -125,8 +125,10 @@ class RemoteEmbeddings:
                     f"the embeddings endpoint refuses the text (HTTP {error.status_code})"
                 ) from error
             is_overloaded = error.status_code == _TOO_MANY_REQUESTS
-            kind = SearchOverloaded if is_overloaded else SearchUnavailable
-            raise kind(f"the embeddings endpoint answers HTTP {error.status_code}") from error
+            error_class = SearchOverloaded if is_overloaded else SearchUnavailable
+            raise error_class(
+                f"the embeddings endpoint answers HTTP {error.status_code}"
+            ) from error
         except self._openai.OpenAIError as error:
             raise SearchUnavailable(
                 f"the embeddings endpoint does not respond ({type(error).__name__})"

@@ -82,7 +82,7 @@ class ChangeBuilder:
     async def _embed(self, texts: Sequence[str]) -> list[bytes | _Rejection]:
         """Return the vector or the rejection of each text.
 
-        The model rejects a batch as a whole: halving it finds the text that is at fault.
+        The model rejects a batch as a whole. Halving the batch isolates the text at fault.
         """
         if not texts:
             return []
@@ -96,4 +96,6 @@ class ChangeBuilder:
         vector_bytes = self._dimensions * FLOAT_BYTES
         if len(vectors) != vector_bytes * len(texts):
             raise SearchUnavailable("the embeddings have another dimension than the index")
-        return [vectors[n : n + vector_bytes] for n in range(0, len(vectors), vector_bytes)]
+        return [
+            vectors[start : start + vector_bytes] for start in range(0, len(vectors), vector_bytes)
+        ]

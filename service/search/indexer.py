@@ -44,18 +44,22 @@ CLAIM_LIMIT = 256
 PAGE_ITEMS = 128
 """Items that are read, embedded and written at a time: a search waits for at most one such page."""
 LEASE_S = 60.0
+"""Lease of a batch; renewed when less than LEASE_MARGIN_S remains at a write."""
 LEASE_MARGIN_S = 30.0
 """Time that must remain of the lease when a write starts: longer than a write can take."""
 RETRY_BASE_S, RETRY_CAP_S = 1.0, 60.0
+"""First and longest pause before a rejected row is processed again."""
 RECHECK_S = 5.0
 """Minimum time between two counts of the backlog while other processes hold rows of it."""
 BATCH_WINDOW_S = 0.02
-"""How long to wait after a commit for further ones, which are then indexed in the same batch."""
+"""Batching window: time after a commit in which further commits join the same batch."""
 BUSY_BATCH_WINDOW_S = 0.25
-"""The same during constant commits: a growing session is then processed a few times a second."""
+"""Batching window between batches under constant commits, so that a session that keeps growing
+is processed a few times a second only."""
 BUSY_MAX_LAG_S = 2.0
-"""Above this lag no batch waits for BUSY_BATCH_WINDOW_S."""
+"""Lag above which batches follow each other without BUSY_BATCH_WINDOW_S."""
 FINISH_ATTEMPTS = 6
+"""Attempts to delete finished rows, with pauses that double from 5 ms."""
 
 _POINT_KINDS = {OutboxKind.DOCUMENT: PointKind.CHUNK, OutboxKind.SESSION: PointKind.MESSAGE}
 
@@ -91,7 +95,7 @@ class Indexer:
         alias: str,
         *,
         dimensions: int,
-        messages: bool,
+        indexes_messages: bool,
         on_down: Callable[[str], None],
     ) -> None:
         """Create a stopped indexer.
@@ -102,7 +106,7 @@ class Indexer:
             embeddings: The embeddings.
             alias: The alias of the index.
             dimensions: Dimensions of the index's vectors.
-            messages: Whether messages are indexed, in addition to documents.
+            indexes_messages: Whether messages are indexed, in addition to documents.
             on_down: Called with the reason when the indexer stops because search is unavailable.
         """
         self.stats = IndexingStats()
@@ -112,7 +116,7 @@ class Indexer:
         self._reindex_state = ReindexState(database, alias)
         self._index = index
         self._changes = ChangeBuilder(embeddings, dimensions)
-        self._messages = messages
+        self._indexes_messages = indexes_messages
         self._on_down = on_down
         self._loop = asyncio.get_running_loop()
         self._wakeup = asyncio.Event()
@@ -127,7 +131,7 @@ class Indexer:
             self._task = self._loop.create_task(self._run())
 
     async def stop(self) -> None:
-        """Stop and release the rows of the current batch; rows stay for the next start."""
+        """Stop, and release the rows of the current batch for the next start."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -164,7 +168,7 @@ class Indexer:
             await self._sleep(wait_s)
 
     async def _sleep(self, max_s: float | None) -> None:
-        """Wait for a commit, for at most `max_s` seconds; None: without a limit."""
+        """Wait for a commit, for at most `max_s` seconds; None for no limit."""
         with suppress(TimeoutError):
             async with asyncio.timeout(max_s):
                 await self._wakeup.wait()
@@ -199,17 +203,17 @@ class Indexer:
         return backlog
 
     async def _process_batch(self) -> bool:
-        """Claim and process rows; return False when none was due."""
+        """Claim and process a batch of due rows; return False if none was due."""
         batch = _Batch(str(uuid.uuid4()), self._loop.time() + LEASE_S, [])
         batch.rows = await self._outbox.claim(batch.lease_id, LEASE_S, CLAIM_LIMIT)
         if not batch.rows:
             return False
-        claimed_oldest = time.monotonic() - max(row.age_s for row in batch.rows)
+        oldest_claimed_at = time.monotonic() - max(row.age_s for row in batch.rows)
         # After a failed batch older rows are still pending, and may not be among the claimed ones.
-        known_oldest = self.stats.oldest_pending_at
-        if known_oldest is not None and not self._last_batch_finished:
-            claimed_oldest = min(known_oldest, claimed_oldest)
-        self.stats.oldest_pending_at = claimed_oldest
+        oldest_known_at = self.stats.oldest_pending_at
+        if oldest_known_at is not None and not self._last_batch_finished:
+            oldest_claimed_at = min(oldest_known_at, oldest_claimed_at)
+        self.stats.oldest_pending_at = oldest_claimed_at
         self._last_batch_finished = False
         try:
             # Read after the claim: a rebuild that begins later enqueues every row again.
@@ -262,7 +266,7 @@ class Indexer:
         ]
         if filters:
             await self._write(batch, Changes(delete_filters=filters))
-        if kind == OutboxKind.SESSION and not self._messages:
+        if kind == OutboxKind.SESSION and not self._indexes_messages:
             return
         ranges = [
             Range(*entity, row.since, min(row.through, item_counts[entity]))
@@ -320,12 +324,12 @@ class Indexer:
         unfinished = [row for row in batch.rows if row not in batch.rejected]
         for attempt in range(FINISH_ATTEMPTS):
             if unfinished:
-                reached = await self._outbox.finish(batch.lease_id, unfinished)
-                unfinished = [row for row in unfinished if row[:3] not in reached]
+                finished_keys = await self._outbox.finish(batch.lease_id, unfinished)
+                unfinished = [row for row in unfinished if row[:3] not in finished_keys]
             if not unfinished:
                 break
-            # Appends have locked these rows. If they stay locked, the lease expires and the rows
-            # are processed again.
+            # Appends have locked the remaining rows. If they stay locked, the lease expires and the
+            # rows are processed again.
             await asyncio.sleep(0.005 * 2**attempt)
         for row, reason in batch.rejected.items():
             await self._release_rejected(batch.lease_id, row, reason)

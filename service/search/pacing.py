@@ -7,11 +7,11 @@ import os
 REST_FACTOR = 3.0
 """Rest after a batch, as a multiple of its duration, while this process uses a whole core.
 
-It falls linearly to 0 at half a core. The search process takes a core from chat, so that a busy
-small machine indexes for a quarter of the time.
+The factor falls linearly to 0 at half a core. At 3, a busy small machine indexes for a quarter of
+the time, since the search process takes a core from chat.
 """
 SMALL_MACHINE_CORES = 3
-"""Up to this number of cores the indexer rests; with more, one core less does not matter."""
+"""Maximum number of cores with which the indexer rests. With more, chat can spare one core."""
 
 
 def usable_cores() -> int:

@@ -15,13 +15,13 @@ QDRANT_CLIENT = "1.20"
 
 
 def find_problem(settings: Settings) -> str | None:
-    """Return which package is missing or has the wrong version, and what to do; or None."""
-    needed = {
+    """Return the message about a missing or wrong package, None if search can run."""
+    is_needed_by_name = {
         "wordllama": settings.embeddings_url is None,
         "qdrant_client": True,
         "openai": True,
     }
-    for name, is_needed in needed.items():
+    for name, is_needed in is_needed_by_name.items():
         if is_needed and importlib.util.find_spec(name) is None:
             return (
                 f"search is on but {name} is not installed: "
@@ -33,7 +33,7 @@ def find_problem(settings: Settings) -> str | None:
 def find_version_problem() -> str | None:
     """Return why the installed qdrant-client cannot serve the embedded index, or None.
 
-    With a Qdrant server any version does, because only the client's public interface is used.
+    A Qdrant server works with any version, because only the client's public interface is used.
     """
     installed = importlib.metadata.version("qdrant-client")
     if installed.split(".")[:2] == QDRANT_CLIENT.split("."):

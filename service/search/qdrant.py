@@ -45,7 +45,7 @@ _REJECTED_GRPC_CODES = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION
 
 
 class QdrantIndex:
-    """A `VectorIndex` in a Qdrant, reached by its asynchronous client."""
+    """A `VectorIndex` in Qdrant, a server or the local mode of its client."""
 
     def __init__(
         self, client: AsyncQdrantClient, alias: str, dimensions: int, timeout_s: float = 10.0
@@ -54,7 +54,7 @@ class QdrantIndex:
         self._alias = alias
         self._dimensions = dimensions
         self._timeout_s = timeout_s
-        self._own_name = re.compile(re.escape(alias) + r"_[0-9a-f]{16}")
+        self._collection_name = re.compile(re.escape(alias) + r"_[0-9a-f]{16}")
 
     async def open(self) -> bool:
         collection = await self.live_collection()
@@ -96,7 +96,7 @@ class QdrantIndex:
             await self._set_alias(collection, replace=live is not None)
         reply = await self._request(self._client.get_collections())
         for name in [description.name for description in reply.collections]:
-            if name != collection and self._own_name.fullmatch(name):
+            if name != collection and self._collection_name.fullmatch(name):
                 await self._request(self._client.delete_collection(name))
 
     async def _set_alias(self, collection: str, *, replace: bool) -> None:
@@ -111,8 +111,8 @@ class QdrantIndex:
 
     async def write(self, changes: Changes, building: str | None) -> None:
         points = self._points(changes)
-        # The new collection first: it may replace the live one at any time, and must then have had
-        # every change that the alias received.
+        # The new collection first: it may replace the live one at any time, and must then
+        # hold every change that the live one holds.
         if building is not None:
             live = await self.live_collection()
             await self._write(building, changes, points)

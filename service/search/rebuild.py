@@ -21,14 +21,16 @@ from service.store.tables import OutboxKind
 SLICE_ENTITIES = 256
 """Documents or sessions that are enqueued at a time."""
 MAX_PENDING = 1000
-"""Entities of the rebuild in the outbox, so that changes by users need not wait for long."""
+"""Maximum pending entities of a rebuild, so that changes by users do not wait long behind them."""
 LEASE_S = 30.0
+"""Lease of the process that rebuilds; it is renewed at every slice and every poll."""
 POLL_S = 0.2
 """Time between two reads of the progress."""
 TAKEOVER_POLL_S = 1.0
 """Time between two attempts to take over a rebuild that another process runs."""
 
 _START = (SYSTEM_USER_ID, SYSTEM_USER_ID)
+"""A (user id, entity id) before all others: the system's id is the nil UUID."""
 
 _log = structlog.get_logger(__name__)
 
@@ -42,7 +44,7 @@ class Rebuild:
         index: VectorIndex,
         alias: str,
         *,
-        messages: bool,
+        indexes_messages: bool,
         wake: Callable[[], None],
     ) -> None:
         """Prepare rebuilds.
@@ -51,22 +53,22 @@ class Rebuild:
             database: The database.
             index: The index.
             alias: The alias of the index.
-            messages: Whether messages are indexed, in addition to documents.
+            indexes_messages: Whether messages are indexed, in addition to documents.
             wake: Wakes the indexer, which fills the collection.
         """
         self._state = ReindexState(database, alias)
         self._index = index
-        self._messages = messages
+        self._indexes_messages = indexes_messages
         self._wake = wake
         self._lease_id = str(uuid.uuid4())
 
     async def run(self, *, force: bool) -> None:
-        """Build a collection, or continue an unfinished build; return when it is live.
+        """Build a collection, or continue an unfinished build. Return when the collection is live.
 
-        If another process builds one, wait for it, and continue its work if it dies.
+        While another process builds one, wait. If that process dies, continue its build.
 
         Args:
-            force: Whether to build although a collection exists.
+            force: Whether to build although a live collection exists.
 
         Raises:
             SearchUnavailable: the index does not respond.
@@ -89,7 +91,9 @@ class Rebuild:
                 await self._state.release(self._lease_id)
                 return
             collection = await self._index.create_collection()
-            await self._state.begin(self._lease_id, collection, indexes_messages=self._messages)
+            await self._state.begin(
+                self._lease_id, collection, indexes_messages=self._indexes_messages
+            )
             cursor = RebuildCursor(collection, 0, *_START, 0, 0)
             _log.info("building a search index", collection=collection)
         await self._enqueue_all(cursor, collection)
@@ -101,7 +105,7 @@ class Rebuild:
     async def _enqueue_all(self, cursor: RebuildCursor, collection: str) -> None:
         """Enqueue all documents and sessions after a cursor, in slices."""
         for kind in (OutboxKind.DOCUMENT, OutboxKind.SESSION):
-            if kind < cursor.kind or (kind == OutboxKind.SESSION and not self._messages):
+            if kind < cursor.kind or (kind == OutboxKind.SESSION and not self._indexes_messages):
                 continue
             after: tuple[str, str] | None = (
                 (cursor.user_id, cursor.entity_id) if kind == cursor.kind else _START

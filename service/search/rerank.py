@@ -47,7 +47,9 @@ def scores(
         word for words in (query_words, *headings, *bodies) for word in words
     )
     rows = {word: row for row, word in enumerate(vocabulary)}
-    stems = {stem: n for n, stem in enumerate(dict.fromkeys(word[:STEM_CHARS] for word in rows))}
+    stems = {
+        stem: index for index, stem in enumerate(dict.fromkeys(word[:STEM_CHARS] for word in rows))
+    }
     stem_of_row = np.array([stems[word[:STEM_CHARS]] for word in rows])
     body_rows = [_rows(rows, body) for body in bodies]
     rarity = _rarity([stem_of_row[body] for body in body_rows], len(stems))

@@ -37,12 +37,13 @@ from service.store.outbox.outbox import Outbox
 from service.store.outbox.reindex_state import RebuildProgress, ReindexState
 
 STABLE_AFTER_S = 30.0
-"""Uptime after which the back-off starts from the beginning again."""
+"""Uptime after which the back-off starts again at its first delay."""
 OPEN_BACKOFF_CAP_S = 5.0
 """Longest back-off between two attempts to open search."""
 REPLY_MARGIN_S = 0.1
 """A query times out this long before its deadline, so that the error reply still arrives."""
 PROGRESS_POLL_S = 0.3
+"""Time between two reads of a rebuild's progress."""
 
 _log = structlog.get_logger(__name__)
 
@@ -66,8 +67,8 @@ class Search:
         """Whether messages are indexed, in addition to documents."""
         self.is_healthy = False
         """Whether the index responded to the latest request."""
-        self.problem = "not asked yet"
-        """Why it did not."""
+        self.problem = "search has not been opened yet"
+        """Why the index is not healthy; empty while it is."""
         self.on_change: Callable[[], None] = lambda: None
         """Called when `is_healthy` changes."""
         self.dimensions: int | None = None
@@ -148,19 +149,19 @@ class Search:
                 embeddings,
                 self._alias,
                 dimensions=self.dimensions or 0,
-                messages=self.indexes_messages,
+                indexes_messages=self.indexes_messages,
                 on_down=self._mark_down,
             )
             await Outbox(self._database).retry_failed()
         progress = await ReindexState(self._database, self._alias).progress()
         if not has_collection or progress is None or progress.collection is not None:
-            # The first start, a lost index, or an unfinished rebuild.
+            # This is the first start, or the index was lost, or a rebuild is unfinished.
             self._start_rebuild(force=False)
         if has_collection:
             self._mark_up()
 
     async def _connect(self) -> tuple[Embeddings, VectorIndex]:
-        """Return the clients, which are created once."""
+        """Return the embeddings and the index; create them at the first call."""
         settings = self._settings
         if self._embeddings is None:
             if backends.needs_search_process(settings):
@@ -200,13 +201,13 @@ class Search:
             self._rebuild = asyncio.get_running_loop().create_task(self._run_rebuild(force=force))
 
     async def _run_rebuild(self, *, force: bool) -> None:
-        """Rebuild the index, and retry until it is built."""
+        """Rebuild the index; retry with a back-off until it is built."""
         assert self._index is not None  # noqa: S101 - callers run after `_open`
         rebuild = Rebuild(
             self._database,
             self._index,
             self._alias,
-            messages=self.indexes_messages,
+            indexes_messages=self.indexes_messages,
             wake=self._wake_or_start,
         )
         attempt = 0
@@ -225,7 +226,7 @@ class Search:
                 await asyncio.sleep(0.5 + backoff(attempt, base_s=0.5, cap_s=30.0))
 
     def _wake_or_start(self) -> None:
-        """Wake the indexer, or start it: the rebuild has created the first collection."""
+        """Wake the indexer; start it if the rebuild has just created the first collection."""
         if not self.is_healthy and not self._down.is_set():
             self._mark_up()
         self.wake()
@@ -248,7 +249,7 @@ class Search:
             task = self._rebuild
             progress = await state.progress()
             runs_here = task is not None and not task.done()
-            # Another process may run it.
+            # True also if another process runs it.
             runs_anywhere = progress is not None and progress.collection is not None
             if progress is not None and (runs_anywhere or not runs_here):
                 yield progress
@@ -271,7 +272,7 @@ class Search:
         Args:
             owner_ids: Owners whose documents are searched.
             query: The text, or a vector as 32-bit floats, little-endian.
-            document_ids: Documents to search; empty: all.
+            document_ids: Documents to search. Empty for all.
             limit: Maximum number of chunks.
             deadline: Deadline of the call on the event loop's clock.
 
@@ -290,7 +291,7 @@ class Search:
         Args:
             user_id: The user.
             query: The text.
-            session_id: Session to search; empty: all.
+            session_id: Session to search. Empty for all.
             limit: Maximum number of messages.
             deadline: Deadline of the call on the event loop's clock.
 
@@ -304,7 +305,7 @@ class Search:
     async def rerank(
         self, query: str, texts: Sequence[tuple[str, str]], deadline: float
     ) -> list[float] | None:
-        """Return the rerank score of each text, 0 to 1; None: keep the order by vectors.
+        """Return the rerank score of each text, 0 to 1, or None to keep the order by vectors.
 
         Args:
             query: The query text.
@@ -335,7 +336,7 @@ class Search:
 
     @asynccontextmanager
     async def _translating_errors(self, deadline: float) -> AsyncIterator[None]:
-        """Limit a query's time, and translate its errors into those that callers receive."""
+        """Limit the time of a query, and translate the errors of search into service errors."""
         timeout_at = min(
             deadline - REPLY_MARGIN_S,
             asyncio.get_running_loop().time() + self._settings.search_timeout,

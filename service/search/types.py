@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 FLOAT_BYTES = 4
 _NAMESPACE = uuid.UUID("5d2bd0a5-5d04-5c1e-9d4e-4f0a3a3f2b11")
+"""Namespace of the points' ids. Changing it orphans all points that are stored."""
 
 
 class PointKind(StrEnum):
@@ -66,12 +67,12 @@ class Changes(NamedTuple):
 
 
 class VectorQuery(NamedTuple):
-    """The condition of a nearest-neighbour search: only these owners' points of one kind."""
+    """The conditions of a nearest-neighbour search, which returns only points that meet them."""
 
     kind: str
     owner_ids: Sequence[str]
     entity_ids: Sequence[str]
-    """Documents or sessions to search; empty: all."""
+    """Documents or sessions to search. Empty for all."""
     limit: int
 
 
@@ -85,7 +86,7 @@ class ScoredPoint(NamedTuple):
 class SearchUnavailable(Exception):
     """The index or the embeddings do not respond.
 
-    The input is not at fault, so that a retry may succeed.
+    The input is not at fault, so a retry may succeed.
     """
 
 
@@ -159,7 +160,7 @@ class IndexingStats:
 
     @property
     def lag_s(self) -> float:
-        """Age of that change in seconds; it keeps growing while the index does not respond."""
+        """Seconds since the oldest pending change; they grow while the index does not respond."""
         if self.oldest_pending_at is None:
             return 0.0
         return max(0.0, time.monotonic() - self.oldest_pending_at)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 NICENESS = 19
 LOCK_TIMEOUT_S = 10.0
-"""How long to wait for the folder's lock while the search process of a killed server exits."""
+"""Time to wait for the folder's lock while the search process of a killed server exits."""
 _BATCH_CHARS = 65_536
 """Characters that are tokenized at a time; each word takes about a hundred bytes of memory."""
 
@@ -60,7 +60,7 @@ Reply = tuple[Any, bytes]
 """A result that can be encoded as JSON, and raw bytes."""
 Handler = Callable[[Any, bytes], Awaitable[Reply]]
 
-# Both classes import their packages late: a process that needs only one of them saves the memory.
+# Both classes import their packages late, so that a process that needs only one saves memory.
 
 
 class OfflineModel:
@@ -236,7 +236,7 @@ async def _open(folder: Path) -> tuple[AsyncQdrantClient, str | None]:
 
 
 def _move_damaged(folder: Path) -> str:
-    """Rename a damaged folder, unless a process has it open, and return its new name.
+    """Rename a damaged folder, unless a process has it open, and return its new path.
 
     Raises:
         OSError: a process has it open.
@@ -287,7 +287,7 @@ async def _answer(handlers: dict[str, Handler], frame: framing.Frame) -> bytes:
     try:
         result, blob = await handlers[operation](argument, frame.blob)
         return framing.encode([number, None, result], blob)
-    except Exception as error:  # noqa: BLE001 - the parent decides what follows
+    except Exception as error:  # noqa: BLE001 - the parent raises it again
         if operation in framing.EMBEDDING_OPERATIONS and isinstance(
             error, (ValueError, TypeError, OverflowError)
         ):

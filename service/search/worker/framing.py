@@ -1,7 +1,7 @@
 """The frames between the serving process and the search process: a JSON header and raw bytes.
 
-No pickle and no third-party format: both sides run the same version of this package, and vectors
-pass as raw bytes without conversion to Python numbers.
+JSON suffices, since both sides run the same version of this package. Vectors are sent as raw bytes,
+without conversion to Python numbers.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from service.search.worker import framing
 REPLY_TIMEOUT_S = 60.0
 """After this time without a reply the process counts as stuck and is killed."""
 _EXIT_TIMEOUT_S = 3.0
-# One thread each: the search process shares its cores with the database and with chat.
+# One thread for each library: the search process shares its cores with the database and with chat.
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
 )
@@ -47,8 +47,9 @@ class _Connection:
         self.process = process
         self.writer = writer
         self.replies: dict[int, asyncio.Future[framing.Frame]] = {}
-        """Replies that are outstanding, by request number."""
+        """Outstanding replies by request number."""
         self.has_index = False
+        """Whether the process has opened the embedded index."""
         self._reader = reader
         self._receiver = asyncio.get_running_loop().create_task(self._receive())
 
@@ -96,7 +97,7 @@ class _Connection:
 
 
 class SearchProcess:
-    """Runs the search process on demand, and restarts it after it died.
+    """Runs the search process on demand, and starts it again if it dies.
 
     The process handles its requests one at a time, in order.
     """
@@ -121,8 +122,8 @@ class SearchProcess:
         """Run an operation in the search process and return its result.
 
         Raises:
-            SearchUnavailable, InputRejected, SearchMisconfigured: as the operation raised it, or
-                SearchUnavailable because the process died or does not reply.
+            SearchUnavailable: the process died or does not reply, or the operation raised it.
+            InputRejected, SearchMisconfigured: the operation raised it.
         """
         connection = await self._connect()
         if operation not in framing.EMBEDDING_OPERATIONS and not connection.has_index:
