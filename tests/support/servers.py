@@ -78,18 +78,18 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
 def _resources_in_use(server: Server) -> dict[str, int]:
     """Return the counts, other than zero, of resources that an idle server must not hold."""
     database = server.database
-    driver = database.hot_pool
+    hot_pool = database.hot_pool
     counts = {
         "calls": server.calls.in_flight,
         "streams": server.streams.in_flight,
         "watchers": len(server.watchers),
         "appends waiting": server.appender.queued_count,
-        "driver connections in use": len(driver._busy) + driver._opening + len(driver._waiters),
+        "hot connections in use": len(hot_pool._busy) + hot_pool._opening + len(hot_pool._waiters),
         "permits taken": sum(
             permits.count - permits.free for permits in (database._permits, database._write_permits)
         ),
-        # The connections that the driver keeps for hot statements stay checked out of the pool.
-        "connections checked out": server.database.engine.pool.checkedout() - len(driver._idle),  # type: ignore[attr-defined]
+        # The connections of the hot pool stay checked out of the pool.
+        "connections checked out": database.engine.pool.checkedout() - len(hot_pool._idle),  # type: ignore[attr-defined]
     }
     return {name: count for name, count in counts.items() if count}
 
