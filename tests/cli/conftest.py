@@ -1,4 +1,4 @@
-"""Commands to run, in a folder."""
+"""The fixture `start`, which runs `chat-history` commands in a folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 60.0
-"""Seconds in which a command has begun, or has ended: more than `serve` may take for its end."""
+TIMEOUT_S = 60.0
+"""Seconds in which a command must start, or end: more than a shutdown of `serve` may take."""
 
 
 class Command:
-    """A `chat-history` that runs in a folder, in a process group of its own, with its output in files."""
+    """A `chat-history` process in a folder, in a process group of its own, with output in files."""
 
     def __init__(
         self,
@@ -26,36 +26,46 @@ class Command:
         **environment: str,
     ) -> None:
         self.folder = folder
-        # Of its own also where another one of the same name still writes.
+        # An earlier command with the same arguments may still be writing to its files.
         name = f"{arguments[0]}-{len([*folder.glob('*.out')])}"
-        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        with self.out.open("wb") as out, self.err.open("wb") as err:
+        self._stdout_file = folder / f"{name}.out"
+        self._stderr_file = folder / f"{name}.err"
+        with self._stdout_file.open("wb") as stdout, self._stderr_file.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", *program, *arguments],
-                cwd=folder, env=os.environ | {"CHAT_HISTORY_LISTEN": "127.0.0.1:0"} | environment,
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-            )  # fmt: skip
-
-    def wait(self, timeout: float = PATIENCE) -> int:
-        """Wait for its end and return the exit code."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"it has not ended:\n{self.said}") from None
-
-    def wait_for(self, words: str, timeout: float = PATIENCE) -> str:
-        """Wait until it has said something on standard output, and return all of that."""
-        give_up = time.monotonic() + timeout
-        while words not in (said := self.out.read_text()):
-            assert self.process.poll() is None, self.err.read_text()
-            assert time.monotonic() < give_up, self.err.read_text()
-            time.sleep(0.02)
-        return said
+                cwd=folder,
+                env=os.environ | {"CHAT_HISTORY_LISTEN": "127.0.0.1:0"} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
 
     @property
-    def said(self) -> str:
-        """What it has said on standard error."""
-        return self.err.read_text()
+    def stdout(self) -> str:
+        """The standard output so far."""
+        return self._stdout_file.read_text()
+
+    @property
+    def stderr(self) -> str:
+        """The standard error so far."""
+        return self._stderr_file.read_text()
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
+        """Wait for the end of the process and return its exit code."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the command has not ended:\n{self.stderr}") from None
+
+    def wait_for(self, words: str, timeout_s: float = TIMEOUT_S) -> str:
+        """Wait until standard output contains the words, and return all of it."""
+        deadline = time.monotonic() + timeout_s
+        while words not in (output := self.stdout):
+            assert self.process.poll() is None, self.stderr
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.02)
+        return output
 
 
 Start = Callable[..., Command]
@@ -63,17 +73,17 @@ Start = Callable[..., Command]
 
 @pytest.fixture
 def start(folder: Path) -> Generator[Start]:
-    """Give a way to start commands; those that still run at the end are killed."""
-    started: list[Command] = []
+    """Provide a function that starts a command; commands that run at the end are killed."""
+    commands: list[Command] = []
 
-    def run(
+    def start_command(
         *arguments: str, program: Sequence[str] = ("-m", "service"), **environment: str
     ) -> Command:
-        started.append(Command(folder, *arguments, program=program, **environment))
-        return started[-1]
+        commands.append(Command(folder, *arguments, program=program, **environment))
+        return commands[-1]
 
-    yield run
-    for command in started:
+    yield start_command
+    for command in commands:
         if command.process.poll() is None:
             command.process.kill()
             command.process.wait()

@@ -1,4 +1,4 @@
-"""The `chat-history` command, as a person meets it."""
+"""The `chat-history` command, run as a process: output, exit codes and signals."""
 
 from __future__ import annotations
 
@@ -24,48 +24,53 @@ from tests.support.cluster import fetch
 
 SECRET = "s3cret"
 READY = "Ctrl-C"
-IDLE_MEGABYTES = 130
+MAX_IDLE_RESIDENT_KB = 130_000
 
 
-def address(command: Command) -> str:
-    found = re.search(r"gRPC +(\S+)", command.wait_for(READY))
-    assert found
-    return found[1]
+def address_of(command: Command) -> str:
+    """Wait until the server is ready, and return the address that it printed."""
+    match = re.search(r"gRPC +(\S+)", command.wait_for(READY))
+    assert match
+    return match[1]
 
 
-def healthy(at: str) -> bool:
-    with grpc.insecure_channel(at) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+def is_serving(address: str) -> bool:
+    with grpc.insecure_channel(address) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
             health_pb2.HealthCheckRequest(service=""), timeout=5
         )
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def stub_call(at: str, email: str, *, create: bool) -> str:
-    """Create a user or find it, and return its id."""
-    with grpc.insecure_channel(at) as channel:
+def create_user(address: str, email: str) -> str:
+    """Create a user and return its id."""
+    with grpc.insecure_channel(address) as channel:
         stub = chat_history_service_pb2_grpc.ChatHistoryServiceStub(channel)
-        if create:
-            return stub.CreateUser(
-                user_pb2.CreateUserRequest(user=user_pb2.User(email=email)), timeout=5
-            ).user.id
+        request = user_pb2.CreateUserRequest(user=user_pb2.User(email=email))
+        return stub.CreateUser(request, timeout=5).user.id
+
+
+def get_user(address: str, email: str) -> str:
+    """Return the id of the user with this email."""
+    with grpc.insecure_channel(address) as channel:
+        stub = chat_history_service_pb2_grpc.ChatHistoryServiceStub(channel)
         return stub.GetUser(user_pb2.GetUserRequest(email=email), timeout=5).user.id
 
 
-def postmaster(folder: Path) -> Postmaster:
-    found = Postmaster.read(folder / ".data" / "postgres")
-    assert found is not None
-    return found
+def postmaster_of(folder: Path) -> Postmaster:
+    postmaster = Postmaster.read(folder / ".data" / "postgres")
+    assert postmaster is not None
+    return postmaster
 
 
-def test_the_version_is_told(start: Start) -> None:
+def test_version_option_prints_the_version(start: Start) -> None:
     command = start("--version")
     assert command.wait() == 0
-    assert command.out.read_text() == f"chat-history {service.__version__}\n"
+    assert command.stdout == f"chat-history {service.__version__}\n"
 
 
 @pytest.mark.parametrize(
-    ("command", "environment", "words"),
+    ("name", "environment", "problems"),
     [
         (
             "serve",
@@ -90,26 +95,28 @@ def test_the_version_is_told(start: Start) -> None:
         ),
     ],
 )
-def test_bad_configuration_is_told_before_anything_starts(
-    start: Start, folder: Path, command: str, environment: dict[str, str], words: list[str]
+def test_bad_configuration_is_reported_before_anything_starts(
+    start: Start, folder: Path, name: str, environment: dict[str, str], problems: list[str]
 ) -> None:
-    run = start(command, **environment)
-    assert run.wait() == 2
-    lines = run.said.splitlines()
-    assert len(lines) == len(words)
-    for line, expected in zip(lines, words, strict=True):
+    command = start(name, **environment)
+    assert command.wait() == 2
+    lines = command.stderr.splitlines()
+    assert len(lines) == len(problems)
+    for line, problem in zip(lines, problems, strict=True):
         assert line.startswith("chat-history: bad configuration: ")
-        assert expected in line
-    assert SECRET not in run.said
-    assert run.out.read_text() == ""
+        assert problem in line
+    assert SECRET not in command.stderr
+    assert command.stdout == ""
     assert not (folder / ".data").exists()
 
 
-async def test_migrate_says_from_where_to_where(start: Start, empty_database_url: str) -> None:
+async def test_migrate_reports_the_revisions_before_and_after(
+    start: Start, empty_database_url: str
+) -> None:
     def migrate() -> str:
         command = start("migrate", DATABASE_URL=empty_database_url)
         assert command.wait() == 0
-        return command.said
+        return command.stderr
 
     assert await asyncio.to_thread(migrate) == (
         f"chat-history: migrated the schema from nothing to revision {tables.BUILD:04d}\n"
@@ -119,88 +126,105 @@ async def test_migrate_says_from_where_to_where(start: Start, empty_database_url
     )
 
 
-async def test_migrate_fails_where_the_schema_needs_a_newer_build(
+async def test_migrate_fails_when_the_schema_requires_a_newer_build(
     start: Start, database_url: str
 ) -> None:
     await fetch(database_url, f"UPDATE schema_info SET min_build = {tables.BUILD + 1}")
     command = start("migrate", DATABASE_URL=database_url)
     assert await asyncio.to_thread(command.wait) == 1
-    assert "deploy a newer one" in command.said
+    assert "deploy a newer one" in command.stderr
 
 
-def test_migrate_without_configuration_leaves_nothing_running(start: Start, folder: Path) -> None:
+def test_migrate_without_configuration_leaves_no_postgres_running(
+    start: Start, folder: Path
+) -> None:
     command = start("migrate")
     assert command.wait() == 0
-    assert "from nothing to" in command.said
+    assert "from nothing to" in command.stderr
     assert running_url(folder / ".data") is None
 
 
-async def checked(start: Start, url: str, **environment: str) -> tuple[int, str]:
+async def run_check(start: Start, url: str, **environment: str) -> tuple[int, str]:
+    """Run `check` on a database; return its exit code and its report."""
     command = start("check", DATABASE_URL=url, **environment)
     code = await asyncio.to_thread(command.wait)
-    assert command.said == ""
-    said = command.out.read_text()
-    assert SECRET not in said
-    return code, said
+    assert command.stderr == ""
+    assert SECRET not in command.stdout
+    return code, command.stdout
 
 
-async def test_check_tells_all_when_all_is_well(start: Start, database_url: str) -> None:
-    code, said = await checked(start, database_url)
-    assert code == 0, said
+async def test_check_of_a_healthy_database_reports_every_property(
+    start: Start, database_url: str
+) -> None:
+    code, report = await run_check(start, database_url)
+    assert code == 0, report
     for words in (
-        "DATABASE_URL", "from the environment", "PostgreSQL", "direct", "not needed on this machine", "prepared",
-        "round trip", "the index is up to date", f"revision {tables.BUILD:04d}", "up to 12 connections for each process",
-        "8 kept open, most recently used first; checked before use after 30 s idle, replaced after 240 s; connect timeout 12 s", "No problems.",
-    ):  # fmt: skip
-        assert words in said
-    assert "todo" not in said
+        "DATABASE_URL",
+        "from the environment",
+        "PostgreSQL",
+        "direct",
+        "not needed on this machine",
+        "prepared",
+        "round trip",
+        "the index is up to date",
+        f"revision {tables.BUILD:04d}",
+        "up to 12 connections for each process",
+        "8 kept open, most recently used first; checked before use after 30 s idle",
+        "replaced after 240 s; connect timeout 12 s",
+        "No problems.",
+    ):
+        assert words in report
+    assert "todo" not in report
 
 
-async def test_check_tells_what_the_search_index_owes(start: Start, database_url: str) -> None:
-    owed = (
-        "INSERT INTO search_outbox (kind, user_id, entity_id, since, through, owed_at, due_at, detail) VALUES "
-        "($1, gen_random_uuid(), '0192f3a4-0000-7000-8000-000000000000', 0, 1, now() - interval '5 minutes', $2, 'refused')"
+async def test_check_reports_pending_and_failed_index_changes(
+    start: Start, database_url: str
+) -> None:
+    insert = (
+        "INSERT INTO search_outbox "
+        "(kind, user_id, entity_id, since, through, owed_at, due_at, detail) VALUES "
+        "($1, gen_random_uuid(), '0192f3a4-0000-7000-8000-000000000000', 0, 1, "
+        "now() - interval '5 minutes', $2, 'refused')"
     )
-    await fetch(database_url, owed, 2, datetime.now(UTC))
-    await fetch(database_url, owed, 1, datetime.now(UTC) + timedelta(days=1))
+    await fetch(database_url, insert, 2, datetime.now(UTC))
+    await fetch(database_url, insert, 1, datetime.now(UTC) + timedelta(days=1))
     await fetch(database_url, "UPDATE search_outbox SET due_at = 'infinity' WHERE kind = 1")
-    code, said = await checked(start, database_url)
-    assert code == 0, said
-    flat = " ".join(said.split())
+    code, report = await run_check(start, database_url)
+    assert code == 0, report
+    unwrapped = " ".join(report.split())
     assert re.search(
-        r"note search 1 documents and sessions wait to be indexed, the oldest for 30\d s", flat
-    ), said
-    assert (
-        "1 could not be indexed, for example 0192f3a4-0000-7000-8000-000000000000 (refused)" in flat
-    )
+        r"note search 1 documents and sessions wait to be indexed, the oldest for 30\d s", unwrapped
+    ), report
+    example = "0192f3a4-0000-7000-8000-000000000000 (refused)"
+    assert f"1 could not be indexed, for example {example}" in unwrapped
 
 
-async def test_check_says_what_to_do(start: Start, empty_database_url: str) -> None:
-    code, said = await checked(
+async def test_check_of_an_unmigrated_database_advises_what_to_do(
+    start: Start, empty_database_url: str
+) -> None:
+    code, report = await run_check(
         start, empty_database_url, CHAT_HISTORY_DB_POOL_SIZE="200", CHAT_HISTORY_LISTN="x"
     )
     assert code == 1
     assert re.search(
-        r"todo +schema +the schema is at revision 0000.*run `chat-history migrate`", said
+        r"todo +schema +the schema is at revision 0000.*run `chat-history migrate`", report
     )
-    assert re.search(r"todo +pool +.*lower CHAT_HISTORY_DB_POOL_SIZE", said)
+    assert re.search(r"todo +pool +.*lower CHAT_HISTORY_DB_POOL_SIZE", report)
     assert re.search(
-        r"note +configuration +CHAT_HISTORY_LISTN .* did you mean CHAT_HISTORY_LISTEN", said
+        r"note +configuration +CHAT_HISTORY_LISTN .* did you mean CHAT_HISTORY_LISTEN", report
     )
-    assert "To do: 2." in said
+    assert "To do: 2." in report
 
 
-async def test_check_sees_a_pooler_and_what_durability_lacks(
-    start: Start, database_url: str
-) -> None:
+async def test_check_reports_a_pooler_and_unsafe_settings(start: Start, database_url: str) -> None:
     name = database_url.split("/")[3].split("?", maxsplit=1)[0]
     await fetch(database_url, f"ALTER DATABASE {name} SET synchronous_commit = off")
-    code, said = await checked(start, f"{database_url}&pgbouncer=true&gssencmode=disable")
+    code, report = await run_check(start, f"{database_url}&pgbouncer=true&gssencmode=disable")
     assert code == 1
-    assert "through a transaction pooler" in said
-    assert "not prepared" in said
-    assert re.search(r"todo +synchronous_commit +off: a crash may lose", said)
-    assert re.search(r"note +database URL +gssencmode", said)
+    assert "through a transaction pooler" in report
+    assert "not prepared" in report
+    assert re.search(r"todo +synchronous_commit +off: a crash may lose", report)
+    assert re.search(r"note +database URL +gssencmode", report)
 
 
 @pytest.mark.parametrize(
@@ -216,174 +240,177 @@ async def test_check_sees_a_pooler_and_what_durability_lacks(
         ),
     ],
 )
-async def test_check_says_why_it_cannot_connect(
+async def test_check_explains_why_it_cannot_connect(
     start: Start, empty_database_url: str, change: tuple[str, str], words: str
 ) -> None:
-    code, said = await checked(start, re.sub(*change, empty_database_url))
+    code, report = await run_check(start, re.sub(*change, empty_database_url))
     assert code == 1
-    assert words in said
-    assert "Traceback" not in said
+    assert words in report
+    assert "Traceback" not in report
 
 
-def test_check_of_the_embedded_database_that_does_not_run(start: Start, folder: Path) -> None:
+def test_check_when_the_embedded_database_is_stopped_advises_to_start_it(
+    start: Start, folder: Path
+) -> None:
     command = start("check")
     assert command.wait() == 1
-    assert (
-        "not running; start it with `make run` or `chat-history serve`" in command.out.read_text()
-    )
+    assert "not running; start it with `make run` or `chat-history serve`" in command.stdout
     assert not (folder / ".data").exists()
 
 
 @pytest.mark.timeout(300)
-def test_serve_with_nothing_configured(start: Start, folder: Path) -> None:
+def test_serve_without_configuration_owns_its_folder_and_keeps_its_data(
+    start: Start, folder: Path
+) -> None:
     serving = start("serve")
-    at = address(serving)
-    assert healthy(at)
-    said = serving.out.read_text()
-    assert f"embedded PostgreSQL in {folder}/.data/postgres" in said
-    assert "\x1b" not in said
-    user = stub_call(at, "ada@example.com", create=True)
+    address = address_of(serving)
+    assert is_serving(address)
+    assert f"embedded PostgreSQL in {folder}/.data/postgres" in serving.stdout
+    assert "\x1b" not in serving.stdout
+    user = create_user(address, "ada@example.com")
     if (status := Path(f"/proc/{serving.process.pid}/status")).exists():
-        resident = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
-        assert resident
-        assert int(resident[1]) < IDLE_MEGABYTES * 1000
+        match = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
+        assert match
+        assert int(match[1]) < MAX_IDLE_RESIDENT_KB
 
-    # Another one on the same folder.
-    second = start("migrate")
-    assert second.wait() == 0  # On the running one.
-    second = start("check")
-    assert second.wait() == 0
-    assert f"process {serving.process.pid}, listening on {at}" in second.out.read_text()
+    # Other commands use the running database; a second server is refused.
+    assert start("migrate").wait() == 0
+    owner_description = f"process {serving.process.pid}, listening on {address}"
+    check = start("check")
+    assert check.wait() == 0
+    assert owner_description in check.stdout
     second = start("serve", "--migrate")
     assert second.wait() == 2
-    assert second.said == (
-        f"chat-history: ChatHistory is already running (process {serving.process.pid}, listening on {at}) "
+    assert second.stderr == (
+        f"chat-history: ChatHistory is already running ({owner_description}) "
         f"on this data folder: {folder}/.data\n"
     )
-    assert healthy(at)
+    assert is_serving(address)
 
     # Ctrl-C in a terminal goes to the whole process group.
     os.killpg(serving.process.pid, signal.SIGINT)
     assert serving.wait() == 0
-    assert serving.said.endswith("chat-history: stopped\n")
-    assert "Traceback" not in serving.said
+    assert serving.stderr.endswith("chat-history: stopped\n")
+    assert "Traceback" not in serving.stderr
     assert running_url(folder / ".data") is None
     assert owner(folder / ".data") is None
 
-    again = start("serve")
-    assert stub_call(address(again), "ada@example.com", create=False) == user
+    restarted = start("serve")
+    assert get_user(address_of(restarted), "ada@example.com") == user
 
 
-def test_a_killed_service_is_taken_over(start: Start, folder: Path) -> None:
+def test_serve_after_a_killed_service_replaces_its_postgres(start: Start, folder: Path) -> None:
     first = start("serve")
-    user = stub_call(address(first), "ada@example.com", create=True)
-    orphan = postmaster(folder)
+    user = create_user(address_of(first), "ada@example.com")
+    orphan = postmaster_of(folder)
     first.process.kill()
     first.wait()
     assert is_postgres(orphan.pid)
-    report = start("check")
-    assert report.wait() == 1
-    assert "not running, but its database is" in report.out.read_text()
-    again = start("serve")
-    assert stub_call(address(again), "ada@example.com", create=False) == user
+    check = start("check")
+    assert check.wait() == 1
+    assert "not running, but its database is" in check.stdout
+    restarted = start("serve")
+    assert get_user(address_of(restarted), "ada@example.com") == user
     assert not is_postgres(orphan.pid)
-    again.process.terminate()
-    assert again.wait() == 0
+    restarted.process.terminate()
+    assert restarted.wait() == 0
     assert running_url(folder / ".data") is None
 
 
-def test_a_closed_terminal_stops_in_good_order(start: Start, folder: Path) -> None:
-    # Where the tests run under nohup it is ignored, and what they start would inherit that.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def test_serve_when_the_terminal_closes_stops_cleanly(start: Start, folder: Path) -> None:
+    # Under nohup the tests ignore SIGHUP, and the processes that they start inherit that.
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     serving = start("serve")
-    signal.signal(signal.SIGHUP, before)
-    address(serving)
+    signal.signal(signal.SIGHUP, handler)
+    address_of(serving)
     serving.process.send_signal(signal.SIGHUP)
     assert serving.wait() == 0
     assert running_url(folder / ".data") is None
 
 
 @pytest.mark.parametrize(
-    ("number", "delay"),
+    ("stop_signal", "delay_s"),
     [(signal.SIGINT, 0.5), (signal.SIGTERM, 0.8), (signal.SIGINT, 1.1), (signal.SIGTERM, 1.4)],
 )
-def test_a_stop_while_starting_leaves_nothing(
-    start: Start, folder: Path, number: signal.Signals, delay: float
+def test_serve_stopped_during_its_start_leaves_no_postgres_running(
+    start: Start, folder: Path, stop_signal: signal.Signals, delay_s: float
 ) -> None:
     serving = start("serve")
-    time.sleep(delay)
-    serving.process.send_signal(number)
-    # Before Python has come to our first line, the signal itself ends it; before `serve` has read its configuration, the command line
-    # does, as any that Ctrl-C interrupts: where nothing catches that, Python ends itself by SIGINT, whichever signal it was.
-    assert serving.wait() in (0, -number, -signal.SIGINT, 1, 128 + number)
+    time.sleep(delay_s)
+    serving.process.send_signal(stop_signal)
+    # The exit code depends on the progress of the start. Until `serve` installs its handlers, the
+    # signal ends the process, or typer exits for the KeyboardInterrupt. A KeyboardInterrupt that
+    # no code catches ends Python by SIGINT, whichever signal caused it. After that it is 0.
+    assert serving.wait() in (0, -stop_signal, -signal.SIGINT, 1, 128 + stop_signal)
     if (pid_file := folder / ".data" / "postgres" / "postmaster.pid").exists():
-        assert not postmaster(folder).is_alive(), pid_file.read_text()
+        assert not postmaster_of(folder).is_alive(), pid_file.read_text()
     assert start("migrate").wait() == 0
 
 
-_TOLD_IN_A_CALLBACK = """
+_SIGNAL_IN_A_CALLBACK = """
 import signal, sys, weakref
 from service.cli import main, serve
 
-migrate, number = serve.migrate_schema, int(sys.argv.pop())
+migrate, stop_signal = serve.migrate_schema, int(sys.argv.pop())
 
-class Thing:
+class Referent:
     pass
 
-def interrupted(*args, **options):
+def migrate_and_signal(*args, **options):
     migrate(*args, **options)
-    thing = Thing()
-    held = weakref.ref(thing, lambda _: signal.raise_signal(number))
-    del thing
+    referent = Referent()
+    reference = weakref.ref(referent, lambda _: signal.raise_signal(stop_signal))
+    del referent
 
-serve.migrate_schema = interrupted
+serve.migrate_schema = migrate_and_signal
 main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_not_lost_in_a_callback(
-    start: Start, folder: Path, number: signal.Signals
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_a_weak_reference_callback_still_stops_serve(
+    start: Start, folder: Path, stop_signal: signal.Signals
 ) -> None:
-    serving = start("serve", str(int(number)), program=("-c", _TOLD_IN_A_CALLBACK))
+    serving = start("serve", str(int(stop_signal)), program=("-c", _SIGNAL_IN_A_CALLBACK))
     assert serving.wait() == 0
-    assert "Exception ignored" in serving.said
-    assert "is running" not in serving.out.read_text()
+    assert "Exception ignored" in serving.stderr
+    assert "is running" not in serving.stdout
     assert running_url(folder / ".data") is None
 
 
-def test_an_address_in_use_is_told(start: Start, folder: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        taken = f"127.0.0.1:{other.getsockname()[1]}"
-        command = start("serve", CHAT_HISTORY_LISTEN=taken)
+def test_serve_on_an_address_in_use_reports_it(start: Start, folder: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        command = start("serve", CHAT_HISTORY_LISTEN=address)
         assert command.wait() == 1
     assert (
-        f"chat-history: {taken} is in use: stop the process that uses it, or set CHAT_HISTORY_LISTEN to another address"
-        in command.said.splitlines()
-    )
-    assert "Traceback" not in command.said
+        f"chat-history: {address} is in use: stop the process that uses it, "
+        "or set CHAT_HISTORY_LISTEN to another address"
+    ) in command.stderr.splitlines()
+    assert "Traceback" not in command.stderr
     assert running_url(folder / ".data") is None
 
 
-async def test_serve_on_a_configured_database(
+async def test_serve_on_a_configured_database_starts_no_embedded_postgres(
     start: Start, folder: Path, empty_database_url: str
 ) -> None:
     serving = start("serve", "--migrate", DATABASE_URL=empty_database_url)
-    assert await asyncio.to_thread(lambda: healthy(address(serving)))
-    assert "data    PostgreSQL at " in serving.out.read_text()
-    assert "migrated the schema from nothing" in serving.said
+    assert await asyncio.to_thread(lambda: is_serving(address_of(serving)))
+    assert "data    PostgreSQL at " in serving.stdout
+    assert "migrated the schema from nothing" in serving.stderr
     serving.process.terminate()
     assert await asyncio.to_thread(serving.wait) == 0
     assert not (folder / ".data" / "postgres").exists()
 
 
-def test_serve_says_why_it_cannot_migrate(start: Start) -> None:
+def test_serve_that_cannot_migrate_explains_why(start: Start) -> None:
     command = start(
         "serve", "--migrate", DATABASE_URL=f"postgresql://u:{SECRET}@no-such-host.invalid/d"
     )
     assert command.wait() == 1
-    assert command.said == (
-        "chat-history: the host name no-such-host.invalid does not resolve: check DATABASE_URL and this machine's DNS\n"
+    assert command.stderr == (
+        "chat-history: the host name no-such-host.invalid does not resolve: "
+        "check DATABASE_URL and this machine's DNS\n"
     )
