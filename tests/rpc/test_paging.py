@@ -196,13 +196,13 @@ async def test_every_reply_is_below_the_clients_limit(chat: Chat, kind: str) -> 
     message = BULKY[kind]()
     count = 5 * MIB // message.ByteSize() + 1
     session_id = (await chat.create_session()).id
-    some = min(count, 3 * MIB // message.ByteSize(), 100)
-    for start in range(0, count, some):
-        sent = [message_pb2.Message() for _ in range(min(some, count - start))]
-        for message in sent:
-            message.CopyFrom(message)
-            message.id = new_id()
-        await chat.append(session_id, sent)
+    batch_size = min(count, 3 * MIB // message.ByteSize(), 100)
+    for start in range(0, count, batch_size):
+        batch = [message_pb2.Message() for _ in range(min(batch_size, count - start))]
+        for copy in batch:
+            copy.CopyFrom(message)
+            copy.id = new_id()
+        await chat.append(session_id, batch)
     listed = await chat.page(session_id, page_size=1000)
     context = await chat.context(session_id, max_messages=1000)
     for reply in (listed, context):
