@@ -49,7 +49,7 @@ answers `grpc.health.v1` and reflection. Generated Python stubs are in the distr
 - A request may have 4 MiB, one message or one list of chunks 1 MiB, and `metadata` 16 KiB, all
   serialised.
 - The limits in the tables are the protovalidate rules of the protos. A request that breaks one is
-  refused with `INVALID_ARGUMENT`, reason `FIELD_VIOLATION`, and one entry for each field.
+  rejected with `INVALID_ARGUMENT`, reason `FIELD_VIOLATION`, and one entry for each field.
 - [Errors](errors.md) lists every reason.
 """
 

@@ -48,11 +48,12 @@ COMMANDS = {
         PostgreSQL is started when it is not running. Exit code 1: the user does not exist, the file cannot be
         written, or the database cannot be reached.""",
     "import": """Reads JSON lines; see [Import and export](../how-to/import-export.md). Exit code 1: a line is
-        refused (the message names it), or the database cannot be reached.""",
+        rejected (the message names it), or the database cannot be reached.""",
     "token": """Signs a bearer token for development and prints it. Exit code 2: no key can sign it. See
         [Identity and TLS](../how-to/identity.md).""",
     "reindex": """Calls `RebuildSearchIndex` of the running server and shows its progress. Interrupting the
-        command does not stop the rebuild. Exit code 1: the server refused the call or cannot be reached.
+        command does not stop the rebuild. Exit code 1: the server rejected the call or cannot be
+        reached.
         Exit code 2: a certificate file cannot be read.""",
 }
 """Text on each command that its help lacks: effects, exit codes, further reading."""
