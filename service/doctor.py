@@ -24,8 +24,10 @@ from service.store.tables import BUILD, REQUIRED_REVISION
 OLDEST_MAJOR, NEWEST_MAJOR = 15, 18
 """Major versions of PostgreSQL that the tests cover."""
 ROUND_TRIP_SAMPLES = 5
-NEON_SUSPEND_S, NEON_WAKE_S = 300, 10
-"""Idle seconds after which Neon suspends a database by default, and seconds it may take to wake."""
+NEON_SUSPEND_S = 300
+"""Idle seconds after which Neon suspends a database by default."""
+NEON_WAKE_S = 10
+"""Seconds that a suspended Neon database may take to wake."""
 SLOW_ROUND_TRIP_S = 0.02
 """Round trip in seconds above which the database is probably in another region."""
 INDEX_LAG_NOTE_S = 60.0
@@ -109,7 +111,9 @@ async def describe(target: Target, timeout_s: float) -> Description:
     try:
         async with engine.connect() as connection:
             row = (await connection.execute(_SERVER)).one()._asdict()
-            row["tls"] = await _tls(connection) or (None if target.is_pooled else row["tls"])
+            row["tls"] = await _tls_version(connection) or (
+                None if target.is_pooled else row["tls"]
+            )
             round_trip_s = await _measure_round_trip(connection)
             schema = await schema_version(connection)
             index_state = await _index_state(connection) if schema.problem is None else None
@@ -126,7 +130,7 @@ async def _index_state(connection: AsyncConnection) -> IndexState:
     return IndexState(Backlog(*backlog), example or "")
 
 
-async def _tls(connection: AsyncConnection) -> str | None:
+async def _tls_version(connection: AsyncConnection) -> str | None:
     """Return the TLS version of the client's own socket.
 
     Behind a pooler pg_stat_ssl describes the pooler's connection, and some roles may not read it.
@@ -159,7 +163,7 @@ class Pool(NamedTuple):
 
 
 def diagnose(description: Description, target: Target, pool: Pool) -> list[Finding]:
-    """Return the findings for a described database, for a service with the given pool."""
+    """Return the findings on a database and on its use by a service with this pool."""
     return [
         Finding("database", f"{target.location} as {description.account}"),
         _check_version(description),
@@ -207,12 +211,12 @@ def _check_route(description: Description, target: Target) -> Finding:
 
 
 def _check_tls(description: Description, target: Target) -> Finding:
-    local = _is_local(target)
+    is_local = _is_local(target)
     context = target.connect_args.get("ssl")
-    verified = isinstance(context, ssl.SSLContext) and context.verify_mode is ssl.CERT_REQUIRED
+    is_verified = isinstance(context, ssl.SSLContext) and context.verify_mode is ssl.CERT_REQUIRED
     mode = f"sslmode={target.ssl_mode}"
-    if description.tls and (verified or local):
-        suffix = ", certificate verified" if verified else ""
+    if description.tls and (is_verified or is_local):
+        suffix = ", certificate verified" if is_verified else ""
         return Finding("TLS", f"{description.tls}, {mode}{suffix}")
     if description.tls:
         return Finding(
@@ -220,7 +224,7 @@ def _check_tls(description: Description, target: Target) -> Finding:
             f"{description.tls}, {mode}: the certificate is not verified; set sslmode=verify-full",
             Verdict.NOTE,
         )
-    if local:
+    if is_local:
         return Finding("TLS", f"none; not needed on this machine ({mode})")
     return Finding(
         "TLS",
@@ -301,39 +305,41 @@ def _check_connections(target: Target, pool: Pool) -> Finding:
 
 
 def _check_settings(description: Description) -> list[Finding]:
-    lines = []
+    findings = []
     if description.synchronous_commit == "off":
         message = (
             "off: a crash may lose acknowledged messages; "
             "run ALTER DATABASE … SET synchronous_commit = on"
         )
-        lines.append(Finding("synchronous_commit", message, Verdict.TODO))
+        findings.append(Finding("synchronous_commit", message, Verdict.TODO))
     if description.encoding != "UTF8":
         message = (
             f"{description.encoding} cannot store every text: "
             "create the database with ENCODING 'UTF8'"
         )
-        lines.append(Finding("encoding", message, Verdict.TODO))
-    return lines
+        findings.append(Finding("encoding", message, Verdict.TODO))
+    return findings
 
 
 def _check_search(state: IndexState | None) -> list[Finding]:
     if state is None:
         return []
-    waiting, failed, age_s = state.backlog.pending, state.backlog.failed, state.backlog.oldest_age_s
+    pending, failed, age_s = state.backlog.pending, state.backlog.failed, state.backlog.oldest_age_s
     message = (
-        f"{waiting} documents and sessions wait to be indexed, the oldest for {age_s:.0f} s"
-        if waiting
+        f"{pending} documents and sessions wait to be indexed, the oldest for {age_s:.0f} s"
+        if pending
         else "the index is up to date"
     )
-    lines = [Finding("search", message, Verdict.NOTE if age_s > INDEX_LAG_NOTE_S else Verdict.OK)]
+    findings = [
+        Finding("search", message, Verdict.NOTE if age_s > INDEX_LAG_NOTE_S else Verdict.OK)
+    ]
     if failed:
-        more = (
+        failures = (
             f"{failed} could not be indexed, for example {state.dead_letter_example}: "
             "`chat-history reindex` retries them"
         )
-        lines.append(Finding("search", more, Verdict.NOTE))
-    return lines
+        findings.append(Finding("search", failures, Verdict.NOTE))
+    return findings
 
 
 def explain(error: BaseException, target: Target) -> str:

@@ -29,7 +29,9 @@ def check_command() -> None:
     report += _check_identity(settings)
     try:
         with stoppable():
-            report += _check_embedded(settings) if target is None else _check(settings, target)
+            report += (
+                _check_embedded(settings) if target is None else _check_database(settings, target)
+            )
     except EmbeddedError as error:
         report.append(Finding("database", str(error), Verdict.TODO))
     _show(report)
@@ -57,7 +59,7 @@ def _check_identity(settings: Settings) -> list[Finding]:
         return [Finding("identity", problem, Verdict.TODO) for problem in error.problems]
 
 
-def _check(settings: Settings, target: Target) -> list[Finding]:
+def _check_database(settings: Settings, target: Target) -> list[Finding]:
     from service import doctor
     from service.store.db.database import DATABASE_ERRORS
 
@@ -82,19 +84,21 @@ def _check_embedded(settings: Settings) -> list[Finding]:
     from service.doctor import Finding, Verdict
     from service.embedded import data_dir, programs
 
-    data = f"embedded PostgreSQL in {settings.data_dir.resolve()}, because DATABASE_URL is not set"
+    location = (
+        f"embedded PostgreSQL in {settings.data_dir.resolve()}, because DATABASE_URL is not set"
+    )
     url = data_dir.running_url(settings.data_dir)
     if url is None:
         programs.find_programs()
         return [
             Finding(
                 "database",
-                f"{data}: not running; start it with `make run` or `chat-history serve`",
+                f"{location}: not running; start it with `make run` or `chat-history serve`",
                 Verdict.TODO,
             )
         ]
     holder = data_dir.owner(settings.data_dir)
-    service_line = (
+    service_finding = (
         Finding("service", f"process {holder.pid}, listening on {holder.listen}")
         if holder
         else Finding(
@@ -103,12 +107,14 @@ def _check_embedded(settings: Settings) -> list[Finding]:
             Verdict.TODO,
         )
     )
-    return [Finding("data", data), service_line, *_check(settings, parse(url))]
+    return [Finding("data", location), service_finding, *_check_database(settings, parse(url))]
 
 
 def _show(report: list[Finding]) -> None:
-    todo = sum(finding.verdict == "todo" for finding in report)
-    end = f"To do: {todo}." if todo else "No problems."
+    from service.doctor import Verdict
+
+    todo_count = sum(finding.verdict is Verdict.TODO for finding in report)
+    summary = f"To do: {todo_count}." if todo_count else "No problems."
     if not sys.stdout.isatty():
         width = max(len(finding.subject) for finding in report)
         print(
@@ -117,7 +123,7 @@ def _show(report: list[Finding]) -> None:
                 for subject, message, verdict in report
             ),
             "",
-            end,
+            summary,
             sep="\n",
         )
         return
@@ -125,13 +131,14 @@ def _show(report: list[Finding]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    colors = {"ok": "green", "note": "yellow", "todo": "bold red"}
+    styles = {Verdict.OK: "green", Verdict.NOTE: "yellow", Verdict.TODO: "bold red"}
     grid = Table.grid(padding=(0, 2))
     for finding in report:
         grid.add_row(
-            Text(finding.verdict, colors[finding.verdict]),
+            Text(finding.verdict, styles[finding.verdict]),
             Text(finding.subject, "bold"),
             Text(finding.message),
         )
     console = Console(highlight=False)
-    console.print(grid, "", Text(end, colors["todo" if todo else "ok"]), sep="\n")
+    summary_style = styles[Verdict.TODO if todo_count else Verdict.OK]
+    console.print(grid, "", Text(summary, summary_style), sep="\n")

@@ -42,6 +42,7 @@ def fail_configuration(error: config.BadConfiguration) -> NoReturn:
 
 
 def fail(message: str, code: int) -> NoReturn:
+    """Print an error on standard error and exit with `code`."""
     for line in message.splitlines():
         typer.secho(f"chat-history: {line}", err=True, fg=typer.colors.RED)
     raise typer.Exit(code)
@@ -53,15 +54,15 @@ def print_message(message: str) -> None:
 
 
 @contextmanager
-def stoppable(interrupted: int = 130) -> Iterator[Callable[[], bool]]:
+def stoppable(interrupt_code: int = 130) -> Iterator[Callable[[], bool]]:
     """End the command cleanly on Ctrl-C, SIGTERM or a closed terminal, also during its start.
 
-    Yields a function that returns whether a signal arrived. It is needed because the exception is
-    swallowed if it is raised in a destructor or in the callback of a weak reference, so code that
-    is about to wait must check.
+    Yields a function that returns whether a signal arrived. Code that is about to wait must call
+    it, because Python swallows the exception of the signal handler when that runs during a
+    destructor or the callback of a weak reference.
 
     Args:
-        interrupted: Exit code after a signal.
+        interrupt_code: Exit code after a signal.
     """
     is_stop_requested = False
 
@@ -78,9 +79,9 @@ def stoppable(interrupted: int = 130) -> Iterator[Callable[[], bool]]:
         yield lambda: is_stop_requested
     except KeyboardInterrupt:
         print_message("interrupted")
-        raise typer.Exit(interrupted) from None
+        raise typer.Exit(interrupt_code) from None
     finally:
-        # The rest takes milliseconds, and another Ctrl-C would change the exit code.
+        # The process ends within milliseconds, and another Ctrl-C would change the exit code.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -32,8 +32,8 @@ def export_command(
     """Write all data of one user as JSON lines."""
     from service.portability.exporter import export_to_file
 
-    done = _transfer(lambda _settings, target: export_to_file(target, user, output))
-    print_message(f"exported {done}")
+    counts = _transfer(lambda _settings, target: export_to_file(target, user, output))
+    print_message(f"exported {counts}")
 
 
 def import_command(
@@ -51,12 +51,12 @@ def import_command(
     """
     from service.portability.importer import import_from_file
 
-    done = _transfer(
+    counts = _transfer(
         lambda settings, target: import_from_file(
             target, file, user, search_enabled=settings.search == "on"
         )
     )
-    print_message(f"imported {done} ({done.new_messages} messages were new)")
+    print_message(f"imported {counts} ({counts.new_messages} messages were new)")
 
 
 def _transfer(work: Callable[[Settings, Target], Awaitable[ItemCounts]]) -> ItemCounts:
@@ -68,7 +68,7 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[ItemCounts]]) -> Item
     from service.store.db.database import DATABASE_ERRORS
     from service.telemetry.logs import configure_logging
 
-    def on(target: Target) -> ItemCounts:
+    def transfer(target: Target) -> ItemCounts:
         try:
             return run(lambda: work(settings, target))
         except DATABASE_ERRORS as error:
@@ -79,10 +79,10 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[ItemCounts]]) -> Item
     with stoppable(), exit_on_embedded_errors():
         try:
             if configured is not None:
-                return on(configured)
+                return transfer(configured)
             if (url := running_url(settings.data_dir)) is not None:
-                return on(parse(url))
+                return transfer(parse(url))
             with EmbeddedPostgres(settings.data_dir, "nothing, as it only copies data") as postgres:
-                return on(parse(postgres.url))
+                return transfer(parse(postgres.url))
         except TransferError as error:
             fail(str(error), 1)

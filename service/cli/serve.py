@@ -40,7 +40,7 @@ def serve_command(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     settings, target = configuration()
-    with stoppable(interrupted=0) as stop_requested:
+    with stoppable(interrupt_code=0) as stop_requested:
         if target is not None:
             if migrate:
                 migrate_schema(target, quiet=True)
@@ -53,8 +53,8 @@ def serve_command(
 def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> None:
     from service.embedded.postgres import EmbeddedPostgres
 
-    def report(line: str) -> None:
-        _log.warning("embedded PostgreSQL", problem=line)
+    def log_problem(problem: str) -> None:
+        _log.warning("embedded PostgreSQL", problem=problem)
 
     with (
         exit_on_embedded_errors(),
@@ -64,7 +64,7 @@ def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> N
             print_message(note)
         target = parse(postgres.url)
         migrate_schema(target, quiet=True)
-        postgres.supervise(report)
+        postgres.supervise(log_problem)
         try:
             _serve(
                 settings,
@@ -74,14 +74,15 @@ def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> N
                 postgres.announce,
             )
         finally:
-            # The service has ended. PostgreSQL has time-outs of its own.
+            # Stops the watchdog of `server.run`: what remains is the shutdown of PostgreSQL, which
+            # has timeouts of its own.
             faulthandler.cancel_dump_traceback_later()
 
 
 def _serve(
     settings: Settings,
     target: Target,
-    data: str,
+    data_location: str,
     stop_requested: Callable[[], bool],
     announce: Callable[[str], None] | None = None,
 ) -> None:
@@ -92,7 +93,7 @@ def _serve(
         if announce is not None:
             announce(address)
         if settings.log_format != "json":
-            _print_summary(address, data)
+            _print_summary(address, data_location)
 
     configure_logging(settings.log_level, settings.log_format)
     for line in config.unknown_settings():
@@ -117,12 +118,12 @@ def _serve(
         )
 
 
-def _print_summary(address: str, data: str) -> None:
+def _print_summary(address: str, data_location: str) -> None:
     name = typer.style(f"ChatHistory {service.__version__}", bold=True)
     typer.echo(
         f"\n{name} is running.\n\n"
         f"  gRPC    {address}  (chathistory.v1.ChatHistoryService, reflection, grpc.health.v1)\n"
-        f"  data    {data}\n"
+        f"  data    {data_location}\n"
         f"  try     the Python snippet in README.md\n"
         f"  check   chat-history check, in another terminal\n"
         f"  stop    Ctrl-C\n"

@@ -103,7 +103,8 @@ class Postmaster(NamedTuple):
 
     def is_alive(self) -> bool:
         """Return whether the server runs. A process that reused its process id does not count."""
-        return is_postgres(self.pid) and self.pgdata in _process(self.pid)[1]
+        _, command_line = _program_and_command_line(self.pid)
+        return is_postgres(self.pid) and self.pgdata in command_line
 
 
 def running_url(data_dir: Path) -> str | None:
@@ -128,7 +129,10 @@ def running_url(data_dir: Path) -> str | None:
 
 
 def owner(data_dir: Path) -> Owner | None:
-    """Return the process that its lock file names as the owner, if it runs; takes no lock."""
+    """Return the running owner of a data folder according to its lock file, or None.
+
+    The lock itself is not tried: that would make a process fail that starts at this moment.
+    """
     try:
         pid, listen = (data_dir.expanduser().resolve() / "lock").read_text().splitlines()[:2]
         holder = Owner(int(pid), listen)
@@ -145,7 +149,7 @@ def owner(data_dir: Path) -> Owner | None:
 
 def _already_running_message(lock: Path) -> str:
     for _ in range(20):
-        # The file is empty between the holder's lock and its write.
+        # Retried: the file is empty between the holder's lock and its write.
         if (holder := owner(lock.parent)) is not None:
             return (
                 f"ChatHistory is already running (process {holder.pid}, listening on "
@@ -161,7 +165,7 @@ def socket_url(socket_dir: Path) -> str:
 
 
 def stop_server(pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
-    """Stop a server: fast shutdown, then immediate shutdown, then SIGKILL, each after a time-out.
+    """Stop a server: fast shutdown, then immediate shutdown, then SIGKILL, each after a timeout.
 
     Args:
         pid: Process id of the postmaster.
@@ -185,21 +189,22 @@ def stop_server(pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
 
 def is_postgres(pid: int) -> bool:
     """Return whether a process with this id runs and is PostgreSQL."""
-    return Path(_process(pid)[0]).name.startswith("postgres")
+    program, _ = _program_and_command_line(pid)
+    return Path(program).name.startswith("postgres")
 
 
-def _process(pid: int) -> tuple[str, str]:
-    """Return program and command line of a process; empty strings when it is dead or a zombie."""
+def _program_and_command_line(pid: int) -> tuple[str, str]:
+    """Return a process's program and command line; empty strings for a dead one or a zombie."""
     if Path("/proc/self").exists():
         try:
-            line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+            command_line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
-            line = ""
-        return line.split("\0", 1)[0], line
-    program, line = (
+            command_line = ""
+        return command_line.split("\0", 1)[0], command_line
+    program, command_line = (
         subprocess.run(  # noqa: S603
             ["/bin/ps", "-p", str(pid), "-o", column], check=False, capture_output=True, text=True
         ).stdout.strip()
         for column in ("comm=", "command=")
     )
-    return program, line
+    return program, command_line

@@ -25,41 +25,53 @@ def choose_account(pgdata: Path) -> Account:
     """Return the account for PostgreSQL under root: the owner of the data, or the system user.
 
     The system user is created when it does not exist.
+
+    Raises:
+        EmbeddedError: The system user cannot be created.
     """
+    if pgdata.exists() and (info := pgdata.stat()).st_uid != 0:
+        return Account(info.st_uid, info.st_gid)
+    with suppress(KeyError):
+        return _system_account()
+    _create_system_user()
+    try:
+        return _system_account()
+    except KeyError:
+        raise EmbeddedError(
+            f"PostgreSQL refuses to run as root, and the system user {SYSTEM_USER} cannot be "
+            "created: run as an ordinary user, or set DATABASE_URL"
+        ) from None
+
+
+def _system_account() -> Account:
+    """Return the account of the system user; raise KeyError if it does not exist."""
     import pwd  # noqa: PLC0415 - only needed as root
 
-    if pgdata.exists() and (owned := pgdata.stat()).st_uid != 0:
-        return Account(owned.st_uid, owned.st_gid)
-    for attempt in (1, 2):
-        with suppress(KeyError):
-            entry = pwd.getpwnam(SYSTEM_USER)
-            return Account(entry.pw_uid, entry.pw_gid)
-        if attempt == 1:
-            useradd = [
-                "useradd",
-                "--system",
-                "--no-create-home",
-                "--shell",
-                "/usr/sbin/nologin",
-                SYSTEM_USER,
-            ]
-            with suppress(OSError):
-                subprocess.run(useradd, check=False, capture_output=True)  # noqa: S603
-    raise EmbeddedError(
-        f"PostgreSQL refuses to run as root, and the system user {SYSTEM_USER} cannot be created: "
-        "run as an ordinary user, or set DATABASE_URL"
-    )
+    entry = pwd.getpwnam(SYSTEM_USER)
+    return Account(entry.pw_uid, entry.pw_gid)
+
+
+def _create_system_user() -> None:
+    options = ["--system", "--no-create-home", "--shell", "/usr/sbin/nologin"]
+    with suppress(OSError):
+        subprocess.run(  # noqa: S603
+            ["useradd", *options, SYSTEM_USER],  # noqa: S607 - root's own PATH
+            check=False,
+            capture_output=True,
+        )
 
 
 def closed_folders(path: Path, account: Account) -> Iterator[Path]:
     """Yield the parents of `path`, outermost first, that the account cannot enter."""
     for folder in reversed(path.parents):
         info = folder.stat()
-        permission_bits = {
-            info.st_gid == account.gid: stat.S_IXGRP,
-            info.st_uid == account.uid: stat.S_IXUSR,
-        }
-        if not info.st_mode & permission_bits.get(True, stat.S_IXOTH):
+        if info.st_uid == account.uid:
+            permission_bit = stat.S_IXUSR
+        elif info.st_gid == account.gid:
+            permission_bit = stat.S_IXGRP
+        else:
+            permission_bit = stat.S_IXOTH
+        if not info.st_mode & permission_bit:
             yield folder
 
 

@@ -256,9 +256,9 @@ class EmbeddedPostgres:
         if orphan.is_alive():
             stop_server(orphan.pid)
         if not is_postgres(orphan.pid):
-            # PostgreSQL refuses to start while any process has the process id in these files: one
-            # that reused it, as in a restarted container, or a zombie. It detects a remaining
-            # server of its own by other means as well.
+            # PostgreSQL refuses to start while any process has the process id in these files, such
+            # as a zombie, or another program that reused the id in a restarted container. Deleting
+            # them is safe: PostgreSQL also recognizes a server on its data by the shared memory.
             for file in (
                 self.pgdata / "postmaster.pid",
                 self.pgdata / SOCKET,
@@ -308,20 +308,8 @@ class EmbeddedPostgres:
             self.log.replace(self.log.with_suffix(".log.old"))
         deadline = time.monotonic() + SHARED_MEMORY_TIMEOUT_S
         while True:
-            with open(
-                self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)
-            ) as log:
-                self._process = subprocess.Popen(  # noqa: S603
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    cwd="/",
-                    env=environment(),
-                    start_new_session=True,
-                    **self._identity(),
-                )
-            if self._becomes_ready(self._process):
+            self._process = self._spawn(command)
+            if self._wait_until_ready(self._process):
                 return
             tail = " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
             # After a crash, child processes of the old server hold its shared memory for a moment.
@@ -331,8 +319,26 @@ class EmbeddedPostgres:
                 )
             time.sleep(0.2)
 
-    def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
-        """Wait until PostgreSQL accepts connections. Return False when it ended instead."""
+    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start PostgreSQL in a process session of its own, with its output in the log file."""
+        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
+            return subprocess.Popen(  # noqa: S603
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env=environment(),
+                start_new_session=True,
+                **self._identity(),
+            )
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        """Wait until PostgreSQL accepts connections; return False when it ended instead.
+
+        Raises:
+            EmbeddedError: It was not ready within START_TIMEOUT_S.
+        """
         deadline = time.monotonic() + START_TIMEOUT_S
         while process.poll() is None:
             state = Postmaster.read(self.pgdata)
@@ -349,12 +355,12 @@ class EmbeddedPostgres:
     def _choose_socket_dir(self) -> Path:
         """Return a folder with a path that is short and plain enough for a socket.
 
-        The data folder itself, or a private folder in /tmp.
+        It is `pgdata`, or else a new private folder for temporary files.
         """
-        if _PLAIN_PATH.fullmatch(str(self.pgdata)) and _fits(self.pgdata):
+        if _PLAIN_PATH.fullmatch(str(self.pgdata)) and _fits_socket(self.pgdata):
             return self.pgdata
         for parent in (Path(tempfile.gettempdir()), Path("/tmp")):  # noqa: S108 - mkdtemp makes a private folder there
-            if not _PLAIN_PATH.fullmatch(str(parent)) or not _fits(
+            if not _PLAIN_PATH.fullmatch(str(parent)) or not _fits_socket(
                 parent / "chat-history-12345678"
             ):
                 continue
@@ -370,15 +376,15 @@ class EmbeddedPostgres:
 
     def _grant_access(self, programs: Path, account: Account) -> None:
         """Let the account reach its data and programs: search permission, not read, on parents."""
-        opened = []
+        opened_folders: list[str] = []
         for target in (self.pgdata, programs):
             for folder in closed_folders(target, account):
                 folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IXOTH)
-                opened.append(str(folder))
-        if any(folder != str(self.data_dir) for folder in opened):
+                opened_folders.append(str(folder))
+        if any(folder != str(self.data_dir) for folder in opened_folders):
             self.notes.append(
                 "PostgreSQL refuses to run as root and runs as another user; that user was granted "
-                "search permission (chmod o+x) on: " + ", ".join(opened)
+                "search permission (chmod o+x) on: " + ", ".join(opened_folders)
             )
         # The package may have been installed under a strict umask. Its libraries are in a folder
         # next to the package's.
@@ -394,5 +400,5 @@ class EmbeddedPostgres:
         return {"user": self._account.uid, "group": self._account.gid, "extra_groups": []}
 
 
-def _fits(folder: Path) -> bool:
+def _fits_socket(folder: Path) -> bool:
     return len(os.fsencode(folder / SOCKET)) <= _MAX_SOCKET_PATH_BYTES

@@ -33,8 +33,8 @@ def find_programs() -> dict[int, Path]:
         output = subprocess.run(  # noqa: S603 - the package's own program
             [server, "--version"], check=True, capture_output=True, text=True
         ).stdout
-        if number := re.search(r"\b(\d+)", output):
-            programs[int(number[1])] = server.parent
+        if major := re.search(r"\b(\d+)", output):
+            programs[int(major[1])] = server.parent
     if not programs:
         raise EmbeddedError(
             f"the package {PACKAGE} contains no PostgreSQL for this platform: set DATABASE_URL"
@@ -49,7 +49,7 @@ def format_versions(programs: dict[int, Path]) -> str:
 def environment() -> dict[str, str]:
     """Return the environment without variables that redirect PostgreSQL's programs.
 
-    TZ saves initdb a search for the system's time zone.
+    TZ is set because initdb otherwise searches for the system's time zone.
     """
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))
