@@ -1,6 +1,6 @@
-"""Runs migrations on the caller's connection.
+"""Runs migrations on the connection that `service.store.schema.migrations` passes.
 
-A developer's `alembic` command has none, and uses the configured database.
+The `alembic` command of a developer passes none. It uses the configured database.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from service.store.schema import migrations
 
 
 def number_revisions(_context: Any, _revision: Any, directives: list[Any]) -> None:
-    """Number a new revision consecutively, so that a build can compare revisions."""
+    """Give a new revision the number after the newest one, so that builds can compare revisions."""
     if directives:
         head = context.script.get_current_head()
         directives[0].rev_id = f"{int(head or 0) + 1:04d}"

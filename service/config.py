@@ -190,7 +190,7 @@ class Settings(BaseSettings):
         return url
 
     @model_validator(mode="after")
-    def _check(self) -> Settings:
+    def _check_combinations(self) -> Settings:
         if (self.embeddings_url is None) != (self.embeddings_model is None):
             raise ValueError("EMBEDDINGS_URL and EMBEDDINGS_MODEL go together: set both or neither")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -22,9 +22,9 @@ class ServiceError(Exception):
 
     Attributes:
         message: For developers; may change between releases.
-        reason: Stable identifier in UPPER_SNAKE.
+        reason: Stable identifier in UPPER_SNAKE_CASE.
         retry_after: Seconds to wait before a retry; None when waiting does not help.
-        metadata: Ids and numbers for the client's program.
+        metadata: Ids and numbers that the client's code can use.
     """
 
     default_reason: ClassVar[str] = "INTERNAL"
@@ -45,7 +45,7 @@ class ServiceError(Exception):
 
 
 class InvalidArgument(ServiceError):
-    """The request is invalid, independent of what is stored."""
+    """The request is invalid. Positions such as `through_seq` are checked against stored data."""
 
     default_reason = "FIELD_VIOLATION"
 
@@ -74,8 +74,8 @@ class InvalidArgument(ServiceError):
             FieldViolation(field, "; ".join(dict.fromkeys(problems)))
             for field, problems in descriptions.items()
         )
-        more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
-        return cls(f"{entries[0].field}: {entries[0].description}{more}", violations=entries)
+        suffix = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+        return cls(f"{entries[0].field}: {entries[0].description}{suffix}", violations=entries)
 
 
 class NotFound(ServiceError):

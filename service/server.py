@@ -50,7 +50,7 @@ Callers pause between one call and the next.
 GRPC_STOP_TIMEOUT_S = 1.0
 """Seconds that gRPC may take to stop after its connections were closed."""
 LAST_WRITES_TIMEOUT_S = 2.0
-"""Seconds that writes may take whose callers are disconnected. None of them was acknowledged."""
+"""Seconds that the writes of disconnected callers may take. None of them was acknowledged."""
 SEARCH_STOP_TIMEOUT_S = 5.0
 """Seconds that search may take to stop."""
 EXIT_TIMEOUT_S = 15.0
@@ -91,7 +91,7 @@ class Server:
         )
         self.watchers = WatchHub(self.database)
         self.appender.on_appended = (
-            self._appended if search.indexes_messages else self.watchers.session_changed
+            self._on_appended if search.indexes_messages else self.watchers.session_changed
         )
         self.calls = Admission(settings.max_in_flight)
         self.streams = StreamAdmission(
@@ -109,7 +109,30 @@ class Server:
             OSError: An address cannot be listened on.
         """
         settings = self.settings
-        observe = self.metrics.observe if self.metrics else None
+        options = [
+            *SERVER_OPTIONS,
+            ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
+        ]
+        server = aio.server(options=options)
+        self._add_services(server)
+        self.address, port = _listen(server, settings.listen, self.certificates)
+        self._servers.append((server, port))
+        if settings.health_listen is not None:
+            health_server = aio.server(options=options)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, health_server)
+            _, port = _listen(health_server, settings.health_listen)
+            self._servers.append((health_server, port))
+        for grpc_server, _ in self._servers:
+            await grpc_server.start()
+        # Objects that live as long as the process need not be traversed by every collection.
+        gc.collect()
+        gc.freeze()
+        self.readiness.request_probe()
+        self.search.start()
+
+    def _add_services(self, server: aio.Server) -> None:
+        """Add the service, the health service and reflection to a gRPC server."""
+        settings = self.settings
         servicer = ChatHistoryServicer(
             self.database,
             self.appender,
@@ -122,14 +145,9 @@ class Server:
             self.calls,
             self.streams,
             settings.call_timeout,
-            observe,
+            self.metrics.observe if self.metrics else None,
             AuditTrail(callers_are_identified=self.authenticate is not trust_all),
         )
-        options = [
-            *SERVER_OPTIONS,
-            ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
-        ]
-        server = aio.server(options=options)
         handlers = grpc.method_handlers_generic_handler(
             SERVICE, pipeline.handlers(DESCRIPTOR, servicer)
         )
@@ -141,25 +159,11 @@ class Server:
             reflection.SERVICE_NAME,
         )
         reflection.enable_server_reflection(names, server)
-        self.address, port = _listen(server, settings.listen, self.certificates)
-        self._servers.append((server, port))
-        if settings.health_listen is not None:
-            probes = aio.server(options=options)
-            health_pb2_grpc.add_HealthServicer_to_server(self.health, probes)
-            _, port = _listen(probes, settings.health_listen)
-            self._servers.append((probes, port))
-        for grpc_server, _ in self._servers:
-            await grpc_server.start()
-        # Objects that live as long as the process need not be traversed by every collection.
-        gc.collect()
-        gc.freeze()
-        self.readiness.request_probe()
-        self.search.start()
 
     async def stop(self) -> None:
         """Report NOT_SERVING, finish calls in flight within the grace period, and close.
 
-        No acknowledged write is lost. Each step has its own time-out, because clients, database and
+        No acknowledged write is lost. Each step has its own timeout, because clients, database and
         search may all be unresponsive.
         """
         loop = asyncio.get_running_loop()
@@ -196,7 +200,7 @@ class Server:
         search.on_change = self.readiness.notify
         return search
 
-    def _appended(self, user_id: str, session_id: str) -> None:
+    def _on_appended(self, user_id: str, session_id: str) -> None:
         self.watchers.session_changed(user_id, session_id)
         self.search.wake()
 
@@ -210,24 +214,24 @@ class Server:
             deadline: Time of the event loop's clock at which to stop waiting.
         """
         loop = asyncio.get_running_loop()
-        idle = time.monotonic() - self.calls.last_finished_at > RECENT_USE_S
-        if idle and not self.calls.in_flight and not self.streams.in_flight:
+        is_unused = time.monotonic() - self.calls.last_finished_at > RECENT_USE_S
+        if is_unused and not self.calls.in_flight and not self.streams.in_flight:
             return
-        # Polled, because it happens once: an event would cost every call.
+        # Polled, because a drain happens once: an event would cost every call.
         while self._has_calls_in_flight() and loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(REFUSE_BEFORE_CLOSE_S / 20)
         await asyncio.sleep(REFUSE_BEFORE_CLOSE_S)
 
     def _has_calls_in_flight(self) -> bool:
-        # Every watch was ended. One that is still open has a client that does not read.
+        # `stop` has ended the watches: the client of a watch that is still open does not read.
         return self.calls.in_flight > 0 or self.streams.in_flight > len(self.watchers)
 
     async def _close_connections(self, server: aio.Server, port: int) -> None:
         """Close the connections of a gRPC server, which ends its remaining calls, and stop it.
 
-        Without that, gRPC waits for every call that it knows of. That includes a call that arrived
-        at the moment of the stop, which gRPC neither hands over nor ends, and a call whose request
-        never arrives.
+        With open connections, gRPC waits for every call that it knows of: also for a call that
+        arrived at the moment of the stop, which gRPC neither hands over nor ends, and for a call
+        whose request never arrives.
         """
         loop = asyncio.get_running_loop()
         # Queued back to back, so that nothing runs in between: clients whose connection is closed
@@ -313,7 +317,7 @@ def _listen(
 
 
 async def _wait_at_most(timeout_s: float, component: str, step: Awaitable[object]) -> None:
-    """Wait for a step of the shutdown. On time-out cancel it; the process ends soon after."""
+    """Wait for a step of the shutdown, and cancel it on timeout; the process ends soon after."""
     task = asyncio.ensure_future(step)
     _, unfinished = await asyncio.wait((task,), timeout=timeout_s)
     if unfinished:
@@ -339,7 +343,7 @@ async def run(
         settings: The configuration.
         target: The database.
         on_ready: Called once, with the address, as soon as calls are served.
-        stop_requested: Returns true if a signal arrived before this function handles signals. In
+        stop_requested: Returns True if a signal arrived before this function handles signals. In
             that case nothing is started.
 
     Raises:
@@ -347,8 +351,8 @@ async def run(
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signal_number, stopping.set)
     if stop_requested():
         return
     for note in target.notes:

@@ -235,7 +235,7 @@ def check_etag(row: UserRow | SessionRow | MessageRow | DocumentRow, etag: str) 
     """
     if etag and etag != row.etag:
         raise Conflict(
-            "it was updated after this etag was read: read it again",
+            "the resource was updated after this etag was read: read it again",
             reason="ETAG_MISMATCH",
             id=row.id,
             etag=row.etag,

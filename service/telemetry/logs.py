@@ -12,22 +12,22 @@ from typing import Literal
 import structlog
 
 
-def configure_logging(level: str, style: Literal["auto", "console", "json"]) -> None:
+def configure_logging(level: str, log_format: Literal["auto", "console", "json"]) -> None:
     """Write log lines to standard error.
 
     Args:
         level: Lowest severity that is written.
-        style: `console` for terminals, `json` for one JSON object a line, `auto` to choose by
+        log_format: `console` for terminals, `json` for one JSON object a line, `auto` to choose by
             whether standard error is a terminal.
     """
-    console = sys.stderr.isatty() if style == "auto" else style == "console"
+    is_console = sys.stderr.isatty() if log_format == "auto" else log_format == "console"
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if console else [structlog.processors.dict_tracebacks]),
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+            *([] if is_console else [structlog.processors.dict_tracebacks]),
+            structlog.dev.ConsoleRenderer() if is_console else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]

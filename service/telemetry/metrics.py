@@ -58,8 +58,8 @@ class Metrics:
             ["grpc_method"],
             registry=registry,
         )
-        for name, (meaning, read) in gauges.items():
-            Gauge(name, meaning, registry=registry).set_function(read)
+        for name, (help_text, read) in gauges.items():
+            Gauge(name, help_text, registry=registry).set_function(read)
         self._server, self._thread = start_http_server(port, host, registry)
         self.port: int = self._server.server_port
 
