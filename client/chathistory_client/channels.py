@@ -160,7 +160,7 @@ class ChannelPool:
 
 
 def _with_scheme(target: str) -> str:
-    """Return a target that resolves to all addresses of its name, so that replicas share calls."""
+    """Return a target of gRPC's DNS resolver, so that all addresses of the name share the calls."""
     if "://" in target or target.startswith(("unix:", "ipv4:", "ipv6:")):
         return target
     return f"dns:///{target}"

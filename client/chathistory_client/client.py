@@ -1,4 +1,4 @@
-"""The client."""
+"""`ChatHistoryClient`, which combines the groups of RPCs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ EXPORT_TIMEOUT_S = 600.0
 DRAIN_RETRY_S = 0.2
 """Maximum pause before a call that a draining replica rejected is sent again.
 
-The retries of gRPC itself may all reach the same replica.
+The client repeats such calls itself, because the retries of gRPC may all reach the same replica.
 """
 
 Request = TypeVar("Request")
@@ -77,7 +77,7 @@ class Connection:
         method: aio.UnaryUnaryMultiCallable[Request, Response],
         request: Request,
         timeout: float | None = None,
-        default: float | None = None,
+        default_timeout: float | None = None,
     ) -> Response:
         """Send one unary call and return its response.
 
@@ -88,13 +88,15 @@ class Connection:
             method: The stub's method.
             request: The request.
             timeout: Seconds for the call and all of its repetitions. None for the default.
-            default: Default of the method, in seconds. None for the client's.
+            default_timeout: The method's default, in seconds. None for the client's.
 
         Raises:
             ChatHistoryError: The call failed; the subclass depends on the status code.
         """
         timeout_s = next(
-            seconds for seconds in (timeout, default, self._timeout_s) if seconds is not None
+            seconds
+            for seconds in (timeout, default_timeout, self._timeout_s)
+            if seconds is not None
         )
         deadline = time.monotonic() + timeout_s
         token = await self._get_token(timeout_s)
@@ -117,7 +119,7 @@ class Connection:
                     await asyncio.sleep(pause_s)
                     continue
                 if drain_error is not None and _is_local_deadline(error):
-                    # The service's own error holds more than gRPC's.
+                    # The service's error has a reason, and that of gRPC has none.
                     raise drain_error from rpc_error
                 new_token = (
                     None
@@ -141,7 +143,7 @@ class Connection:
         """Open one stream and yield its responses. Closing the generator cancels the call.
 
         Args:
-            method: Returns the method of a stub.
+            method: Returns the stub's method.
             request: The request.
             token: The bearer token, empty for none.
             timeout: Seconds for the whole stream. None for no limit.
@@ -175,12 +177,12 @@ class Connection:
         """
         if self._tokens is None:
             return ""
-        scope = asyncio.timeout(timeout_s)
+        timeout_scope = asyncio.timeout(timeout_s)
         try:
-            async with scope:
+            async with timeout_scope:
                 return await self._tokens.get()
         except TimeoutError:
-            if not scope.expired():
+            if not timeout_scope.expired():
                 raise
             raise errors.DeadlineExceeded(
                 f"the token source returned no token within {timeout_s:g} s",
@@ -190,15 +192,15 @@ class Connection:
     async def _refresh_token(
         self, error: errors.ChatHistoryError, rejected: str, timeout_s: float
     ) -> str | None:
-        """Return another token after the service rejected one, None if there is none in time."""
+        """Return another token after the service rejected one, None if none arrives in time."""
         if self._tokens is None or not isinstance(error, errors.Unauthenticated):
             return None
-        scope = asyncio.timeout(max(0.0, timeout_s))
+        timeout_scope = asyncio.timeout(max(0.0, timeout_s))
         try:
-            async with scope:
+            async with timeout_scope:
                 return await self._tokens.get() if await self._tokens.refresh(rejected) else None
         except TimeoutError:
-            if not scope.expired():
+            if not timeout_scope.expired():
                 raise
             return None
 
@@ -234,6 +236,6 @@ def _is_local_deadline(error: errors.ChatHistoryError) -> bool:
 def _metadata(token: str) -> aio.Metadata:
     pairs: list[tuple[str, Any]] = list(tracing.headers())
     if token:
-        # As metadata: gRPC refuses to send call credentials in plaintext, even to this machine.
+        # Sent as metadata: gRPC refuses call credentials in plaintext, even to this machine.
         pairs.append(("authorization", f"Bearer {token}"))
     return aio.Metadata(*pairs)

@@ -18,9 +18,9 @@ from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
 
-MAX_CHUNKS = 1000
-MAX_CHUNK_BYTES = 1024 * 1024 - 64 * 1024
-"""Bytes of chunks in one request: the service's limit of 1 MiB, less a margin."""
+MAX_BATCH_CHUNKS = 1000
+MAX_BATCH_BYTES = 1024 * 1024 - 64 * 1024
+"""Maximum serialized chunks in one request: the service's limit of 1 MiB, less a margin."""
 
 
 class Documents(Connection):
@@ -381,13 +381,15 @@ def _chunk(chunk: str | DocumentChunk) -> DocumentChunk:
 def _batches(chunks: Iterable[str | DocumentChunk]) -> Iterator[list[DocumentChunk]]:
     """Split chunks into the batches that one request can hold."""
     batch: list[DocumentChunk] = []
-    size_bytes = 0
+    batch_bytes = 0
     for chunk in map(_chunk, chunks):
         chunk_bytes = chunk.ByteSize() + 8  # The field's tag and length.
-        if batch and (len(batch) == MAX_CHUNKS or size_bytes + chunk_bytes > MAX_CHUNK_BYTES):
+        if batch and (
+            len(batch) == MAX_BATCH_CHUNKS or batch_bytes + chunk_bytes > MAX_BATCH_BYTES
+        ):
             yield batch
-            batch, size_bytes = [], 0
+            batch, batch_bytes = [], 0
         batch.append(chunk)
-        size_bytes += chunk_bytes
+        batch_bytes += chunk_bytes
     if batch:
         yield batch

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HEALTH_TIMEOUT_S = 2.0
 _SERVING = 1
+"""HealthCheckResponse.SERVING."""
 _POLL_INTERVAL_S = 0.2
 
 
@@ -63,8 +64,8 @@ class Health(Connection):
         try:
             response = await check(StringValue(value=name), timeout=timeout)
         except aio.AioRpcError as error:
-            unknown = error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
-            return HealthStatus.UNKNOWN if unknown else HealthStatus.UNREACHABLE
+            is_unknown = error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
+            return HealthStatus.UNKNOWN if is_unknown else HealthStatus.UNREACHABLE
         return HealthStatus.SERVING if response.value == _SERVING else HealthStatus.NOT_SERVING
 
     async def wait_until_ready(self, *, timeout: float = 30.0) -> None:

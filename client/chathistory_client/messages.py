@@ -367,15 +367,15 @@ class Messages(Connection):
             user_id: Id of the owner. Services must set it; user callers may leave it empty.
             session_id: Only messages of this session. Empty for all sessions.
             limit: Maximum number of hits, up to 100. 0 means 10.
-            mode: How to compare. Unspecified for HYBRID where the service indexes messages, else
-                LEXICAL.
+            mode: How to compare the query with messages. Unspecified for HYBRID where the service
+                indexes messages, else LEXICAL.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
             The hits, best first. `snippet` is HTML-escaped and safe to insert into a web page.
 
         Raises:
-            FailedPrecondition: The mode needs an index of messages, and there is none
+            FailedPrecondition: The mode needs the search index of messages, which is disabled
                 (SEARCH_DISABLED).
             Unavailable: The search index does not answer (SEARCH_UNAVAILABLE).
         """
@@ -426,7 +426,7 @@ class Messages(Connection):
                 if self._pool.is_closed:
                     raise
                 if not can_resume(error) and not (
-                    # One refresh after each progress, so that a rejected token cannot loop.
+                    # At most one refresh until the next message, so that rejections cannot loop.
                     backoff.is_reset
                     and await self._refresh_token(error, token, self._timeout_s) is not None
                 ):

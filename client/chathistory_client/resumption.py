@@ -1,4 +1,4 @@
-"""When, and after which pause, a broken watch is resumed."""
+"""Resumption of broken watches: the errors after which to resume, and the back-off."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def can_resume(error: ChatHistoryError) -> bool:
 
 
 class ResumeBackoff:
-    """Exponential back-off with jitter, which progress resets."""
+    """Exponential back-off with jitter, reset by every message."""
 
     def __init__(self) -> None:
         self._failure_count = 0
 
     @property
     def is_reset(self) -> bool:
-        """Whether nothing failed since the last progress."""
+        """Whether the stream has not failed since its last message."""
         return self._failure_count == 0
 
     def reset(self) -> None:
-        """Reset the back-off, because the stream delivered a message."""
+        """Start again at the first pause, because the stream delivered a message."""
         self._failure_count = 0
 
     async def pause(self, retry_after: float | None = None) -> None:

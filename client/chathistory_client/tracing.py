@@ -49,7 +49,7 @@ def headers() -> Headers:
     """Return the trace headers for a call that starts now."""
     if explicit := _context.get():
         return explicit
-    # Looked up instead of imported, so that programs without OpenTelemetry pay nothing.
+    # Looked up instead of imported, so that programs without OpenTelemetry do not load it.
     propagate = sys.modules.get("opentelemetry.propagate")
     if propagate is None:
         return ()

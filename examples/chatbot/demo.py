@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120.0
 """Time for the service to become ready; at its first start it creates its database."""
 STOP_TIMEOUT_S = 30.0
-INDEX_TIMEOUT_S = 60
+INDEX_TIMEOUT_S = 60.0
 
 
 class DemoFailed(Exception):

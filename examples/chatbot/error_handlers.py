@@ -45,7 +45,7 @@ _DESCRIPTIONS = {
     ),
     422: "The request is invalid; `fields` lists the fields and the reasons.",
     503: (
-        "The history service or its database is unavailable; `Retry-After` says when to try again."
+        "The history service or its database is unavailable; `Retry-After` is the wait in seconds."
     ),
 }
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The chatbot's calls to the ChatHistory service that need more than one line."""
+"""Calls to the ChatHistory service that need more than one line."""
 
 from __future__ import annotations
 
@@ -34,9 +34,11 @@ OUTAGE_ERRORS = (
 )
 """Errors that the request did not cause. The chat continues and reports that it is not saved."""
 MAX_PASSAGES = 4
+"""Passages that are searched for an answer."""
 MIN_SCORE = 0.2
 """Hits with a lower score are unrelated to the question."""
 MAX_QUERY_CHARS = 2000
+"""Longer questions are cut for the search: the service accepts 8 KiB of query."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def create_client(settings: Settings, **options: Any) -> ChatHistoryClient:
 
 @dataclass(frozen=True)
 class AppendResult:
-    """Where an append was stored."""
+    """The session and position of appended messages."""
 
     session_id: str
     first_seq: int

@@ -1,4 +1,4 @@
-"""Identifies users by a signed cookie with their user id. A request without one gets a new id."""
+"""Identifies users by a signed cookie with their id. A request without the cookie gets a new id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chathistory_client import new_id
 
 COOKIE = "chatbot_user"
-_MAX_AGE_S = 365 * 24 * 3600
+_COOKIE_MAX_AGE_S = 365 * 24 * 3600
 _ANONYMOUS_PATHS = ("/static/", "/db-health", "/docs", "/openapi.json")
 
 
@@ -53,7 +53,7 @@ class IdentityMiddleware:
 
     def _cookie(self, user_id: str, *, secure: bool) -> str:
         cookie = SimpleCookie({COOKIE: str(self._signer.dumps(user_id))})
-        cookie[COOKIE].update({"path": "/", "max-age": str(_MAX_AGE_S), "samesite": "Lax"})
+        cookie[COOKIE].update({"path": "/", "max-age": str(_COOKIE_MAX_AGE_S), "samesite": "Lax"})
         cookie[COOKIE]["httponly"] = True
         if secure:
             cookie[COOKIE]["secure"] = True

@@ -74,7 +74,7 @@ class Model:
             async for piece in _quote(_NOT_CONFIGURED, passages):
                 yield piece
             return
-        started = False
+        has_started = False
         try:
             stream = await self._client.chat.completions.create(
                 model=self.name, messages=self._prompt(conversation, passages or ()), stream=True
@@ -82,13 +82,13 @@ class Model:
             async with stream:
                 async for chunk in stream:
                     if chunk.choices and (text := chunk.choices[0].delta.content):
-                        started = True
+                        has_started = True
                         yield text
         except openai.OpenAIError as error:
             _log.warning("model failed: %s", type(error).__name__)
-            if started:
+            if has_started:
                 raise ModelFailed from error
-        if not started:
+        if not has_started:
             async for piece in _quote(_DID_NOT_ANSWER, passages):
                 yield piece
 
@@ -97,7 +97,10 @@ class Model:
     ) -> list[ChatCompletionMessageParam]:
         system = self._instructions
         if passages:
-            numbered = "\n\n".join(f"[{n}] {p.title}\n{p.text}" for n, p in enumerate(passages, 1))
+            numbered = "\n\n".join(
+                f"[{number}] {passage.title}\n{passage.text}"
+                for number, passage in enumerate(passages, 1)
+            )
             system = f"{system}\n\n{_PASSAGES_PROMPT}\n\n{numbered}"
         prompt: list[ChatCompletionMessageParam] = [{"role": "system", "content": system}]
         for message in conversation:
@@ -123,8 +126,8 @@ def _quotations(introduction: str, passages: Sequence[Source] | None) -> str:
     if not passages:
         return _NO_PASSAGES
     quotations = "\n\n".join(
-        f"**{passage.title}** [{n}]\n\n{_blockquote(passage.text)}"
-        for n, passage in enumerate(passages[:_MAX_QUOTED_PASSAGES], 1)
+        f"**{passage.title}** [{number}]\n\n{_blockquote(passage.text)}"
+        for number, passage in enumerate(passages[:_MAX_QUOTED_PASSAGES], 1)
     )
     return f"{introduction}\n\n{quotations}"
 

@@ -74,9 +74,9 @@ router = APIRouter(dependencies=[documented_cookie, Depends(_forward_trace)])
 health_router = APIRouter()
 
 
-async def _begin_turn(body: schemas.ChatRequest, user: UserId, turns: TurnsDep) -> Turn:
+async def _begin_turn(body: schemas.ChatRequest, user_id: UserId, turns: TurnsDep) -> Turn:
     # A dependency, so that its errors become HTTP statuses before a stream has started.
-    return await turns.begin(user, body)
+    return await turns.begin(user_id, body)
 
 
 TurnDep = Annotated[Turn, Depends(_begin_turn)]
@@ -120,15 +120,12 @@ async def chat_stream(turn: TurnDep, turns: TurnsDep) -> AsyncIterator[ServerSen
     responses=error_responses(422, 503),
 )
 async def list_sessions(
-    user: UserId, history: HistoryDep, page_size: PageSize = 30, page_token: PageToken = ""
+    user_id: UserId, history: HistoryDep, page_size: PageSize = 30, page_token: PageToken = ""
 ) -> schemas.SessionPage:
     """List the user's conversations, most recently active first."""
-    try:
-        page = await history.client.list_sessions(
-            user_id=user, page_size=page_size, page_token=page_token
-        )
-    except NotFound:  # A user is created by the first question only.
-        return schemas.SessionPage(sessions=[], next_page_token="")
+    page = await history.client.list_sessions(
+        user_id=user_id, page_size=page_size, page_token=page_token
+    )
     return schemas.SessionPage(
         sessions=[convert.session_body(session) for session in page.sessions],
         next_page_token=page.next_page_token,
@@ -141,9 +138,9 @@ async def list_sessions(
     summary="Get a conversation",
     responses=error_responses(404, 422, 503),
 )
-async def get_session(user: UserId, history: HistoryDep, session_uuid: UUID) -> schemas.Session:
+async def get_session(user_id: UserId, history: HistoryDep, session_uuid: UUID) -> schemas.Session:
     """Return a conversation's title, times and message count."""
-    session = await history.client.get_session(user_id=user, session_id=str(session_uuid))
+    session = await history.client.get_session(user_id=user_id, session_id=str(session_uuid))
     return convert.session_body(session)
 
 
@@ -154,7 +151,7 @@ async def get_session(user: UserId, history: HistoryDep, session_uuid: UUID) -> 
     responses=error_responses(404, 422, 503),
 )
 async def list_messages(
-    user: UserId,
+    user_id: UserId,
     history: HistoryDep,
     session_uuid: UUID,
     page_size: PageSize = 50,
@@ -164,7 +161,7 @@ async def list_messages(
 ) -> schemas.MessagePage:
     """List a page of a conversation's messages."""
     page = await history.client.list_messages(
-        user_id=user,
+        user_id=user_id,
         session_id=str(session_uuid),
         order=MessageOrder.MESSAGE_ORDER_DESC if newest_first else MessageOrder.MESSAGE_ORDER_ASC,
         page_size=page_size,
@@ -183,11 +180,11 @@ async def list_messages(
     responses=error_responses(404, 422, 503),
 )
 async def change_session(
-    user: UserId, history: HistoryDep, session_uuid: UUID, change: schemas.SessionChange
+    user_id: UserId, history: HistoryDep, session_uuid: UUID, change: schemas.SessionChange
 ) -> schemas.Session:
     """Change a conversation's title."""
     session = await history.client.update_session(
-        user_id=user, session_id=str(session_uuid), title=change.title
+        user_id=user_id, session_id=str(session_uuid), title=change.title
     )
     return convert.session_body(session)
 
@@ -199,10 +196,10 @@ async def change_session(
     status_code=204,
     responses=error_responses(404, 422, 503),
 )
-async def delete_session(user: UserId, history: HistoryDep, session_uuid: UUID) -> None:
+async def delete_session(user_id: UserId, history: HistoryDep, session_uuid: UUID) -> None:
     """Delete a conversation with all its messages."""
     await history.client.delete_session(
-        user_id=user, session_id=str(session_uuid), timeout=DELETE_TIMEOUT_S
+        user_id=user_id, session_id=str(session_uuid), timeout=DELETE_TIMEOUT_S
     )
 
 
@@ -213,19 +210,16 @@ async def delete_session(user: UserId, history: HistoryDep, session_uuid: UUID) 
     responses=error_responses(422, 503),
 )
 async def search(
-    user: UserId,
+    user_id: UserId,
     history: HistoryDep,
     q: Annotated[str, Query(min_length=1, max_length=1000, description="Words to search for.")],
     limit: Annotated[int, Query(ge=1, le=50)] = 20,
 ) -> schemas.SearchResult:
     """Search the messages of all of the user's conversations, best matches first."""
-    try:
-        hits = await _search_messages(history, user, q, limit)
-    except NotFound:
-        return schemas.SearchResult(hits=[])
+    hits = await _search_messages(history, user_id, q, limit)
     session_ids = {hit.message.session_id for hit in hits}
     titles = dict(
-        await asyncio.gather(*(_title(history, user, session_id) for session_id in session_ids))
+        await asyncio.gather(*(_title(history, user_id, session_id) for session_id in session_ids))
     )
     return schemas.SearchResult(
         hits=[
@@ -237,17 +231,17 @@ async def search(
 
 
 async def _search_messages(
-    history: History, user: str, query: str, limit: int
+    history: History, user_id: str, query: str, limit: int
 ) -> Sequence[MessageHit]:
     hits = await history.client.search_messages(
-        user_id=user, query=query, limit=limit, mode=SearchMode.SEARCH_MODE_LEXICAL
+        user_id=user_id, query=query, limit=limit, mode=SearchMode.SEARCH_MODE_LEXICAL
     )
     if hits:
         return hits
     # No message contains the words. Search by meaning, unless the service does not offer it.
     with suppress(FailedPrecondition, Unavailable):
         hits = await history.client.search_messages(
-            user_id=user,
+            user_id=user_id,
             query=query,
             limit=min(limit, MAX_SEMANTIC_HITS),
             mode=SearchMode.SEARCH_MODE_SEMANTIC,
@@ -255,10 +249,10 @@ async def _search_messages(
     return [hit for hit in hits if hit.score >= MIN_SCORE]
 
 
-async def _title(history: History, user: str, session_id: str) -> tuple[str, str | None]:
+async def _title(history: History, user_id: str, session_id: str) -> tuple[str, str | None]:
     """Return a session's id and its title, None if it has just been deleted."""
     try:
-        session = await history.client.get_session(user_id=user, session_id=session_id)
+        session = await history.client.get_session(user_id=user_id, session_id=session_id)
     except NotFound:
         return session_id, None
     return session_id, session.title or convert.UNTITLED

@@ -149,7 +149,7 @@ class TurnRunner:
                 max_tokens=self._context_tokens,
             )
             # Messages of concurrent turns may follow the question.
-            turn.conversation = [m for m in context.messages if m.seq <= stored.first_seq]
+            turn.conversation = [item for item in context.messages if item.seq <= stored.first_seq]
 
     def answer(self, turn: Turn) -> AnswerTask:
         """Start generating the answer. It is stored at its end even if the client disconnects."""
@@ -198,7 +198,7 @@ class TurnRunner:
                 timeout_s=None if turn.question_saved else LATE_STORE_TIMEOUT_S,
             )
         except AlreadyExists:
-            # A concurrent request with the same message id was first; its answer is the stored one.
+            # A concurrent request with the same message id has stored its answer first.
             turn.use_stored_answer(
                 await self._history.find_answer(turn.user_id, turn.session_id, turn.answer_id)
             )

@@ -1,4 +1,4 @@
-"""Embeddings: vectors of texts (32-bit floats, little-endian), from a local model or an endpoint."""
+"""Embeddings: vectors of texts (32-bit floats, little-endian), computed offline or remotely."""
 
 from __future__ import annotations
 
