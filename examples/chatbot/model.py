@@ -15,12 +15,11 @@ from .convert import role_name
 from .schemas import Source
 from .settings import Settings
 
-_NOT_CONFIGURED = "No language model is configured. This is what the documents say, word for word."
-_DID_NOT_ANSWER = (
-    "The language model did not answer. This is what the documents say, word for word."
-)
-_NO_PASSAGES = "No language model is configured, and the documents do not cover this question."
-_NO_SEARCH = "No language model is configured, and the documents cannot be searched at the moment."
+_NOT_CONFIGURED = "No language model is configured."
+_DID_NOT_ANSWER = "The language model did not answer."
+_QUOTATIONS_FOLLOW = "This is what the documents say, word for word."
+_NO_PASSAGES = "The documents do not cover this question."
+_NO_SEARCH = "The documents cannot be searched at the moment."
 _MAX_QUOTED_PASSAGES = 3
 _PIECE_CHARS = 24
 """Characters of a quoted answer that are streamed at a time."""
@@ -113,23 +112,23 @@ class Model:
         return prompt
 
 
-async def _quote(introduction: str, passages: Sequence[Source] | None) -> AsyncIterator[str]:
-    answer = _quotations(introduction, passages)
+async def _quote(reason: str, passages: Sequence[Source] | None) -> AsyncIterator[str]:
+    answer = _quoted_answer(reason, passages)
     for start in range(0, len(answer), _PIECE_CHARS):
         yield answer[start : start + _PIECE_CHARS]
         await asyncio.sleep(_PIECE_INTERVAL_S)
 
 
-def _quotations(introduction: str, passages: Sequence[Source] | None) -> str:
+def _quoted_answer(reason: str, passages: Sequence[Source] | None) -> str:
     if passages is None:
-        return _NO_SEARCH
+        return f"{reason} {_NO_SEARCH}"
     if not passages:
-        return _NO_PASSAGES
+        return f"{reason} {_NO_PASSAGES}"
     quotations = "\n\n".join(
         f"**{passage.title}** [{number}]\n\n{_blockquote(passage.text)}"
         for number, passage in enumerate(passages[:_MAX_QUOTED_PASSAGES], 1)
     )
-    return f"{introduction}\n\n{quotations}"
+    return f"{reason} {_QUOTATIONS_FOLLOW}\n\n{quotations}"
 
 
 def _blockquote(text: str) -> str:
