@@ -13,10 +13,11 @@ from benchmarks.load_generator import BenchError, Load
 from benchmarks.workload import Session
 
 SESSIONS = 200
+"""Sessions that a scenario stores unless it needs another number."""
 TYPICAL_IN_FLIGHT = 64
-"""Calls in flight in scenarios that measure only one number of them."""
+"""Calls in flight in the scenarios that do not vary this number."""
 _MAX_CALLS_PER_SECOND = 12_000
-"""More than any server answers; determines how many request bodies are prepared."""
+"""More than any server answers. Determines the number of request bodies to prepare."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Plan:
     warmup: float = 0.5
     """Seconds of load before each measurement."""
     in_flight: tuple[int, ...] = (1, 16, 64, 256)
+    """Concurrent calls that scenarios measure in turn."""
     stored: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Messages in the databases of the growth scenario."""
     long_session: int = 1_000_000
@@ -40,6 +42,7 @@ class Plan:
     chunks: tuple[int, ...] = (1_000, 10_000)
     """Chunks that one user has stored when documents are searched."""
     searches: int = 60
+    """Searches that are measured for each number of chunks."""
 
 
 FULL = Plan()
@@ -132,6 +135,6 @@ class Bench:
 
 
 def body_count(load: Load, messages: int = 1) -> int:
-    """Return more request bodies than a server can accept under this load."""
+    """Return a number of request bodies that no server exhausts under this load."""
     calls_per_second = _MAX_CALLS_PER_SECOND / messages**0.4
     return int(calls_per_second * (load.seconds + load.warmup)) + load.in_flight

@@ -93,14 +93,15 @@ def run_all(
 
 
 async def _all(names: list[str], *, quick: bool, partial: bool) -> None:
-    busy = await asyncio.to_thread(machine.busy_percent)
-    if busy > _MAX_BUSY_PERCENT:
+    busy_percent = await asyncio.to_thread(machine.cpu_percent_in_use)
+    if busy_percent > _MAX_BUSY_PERCENT:
         console.print(
-            f"[yellow]Other processes use {busy:.0f}% of the CPU: the figures will be rough.[/]"
+            f"[yellow]Other processes use {busy_percent:.0f}% of the CPU: "
+            "the figures will be rough.[/]"
         )
     measured: dict[str, Any] = {}
     async with Environment() as environment:
-        description = await machine.describe(environment, busy)
+        description = await machine.describe(environment, busy_percent)
         with _progress() as progress:
             overall = progress.add_task("all", total=len(names))
             for name in names:

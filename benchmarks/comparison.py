@@ -51,7 +51,7 @@ class Figures:
     """Calls answered, including those outside the measuring window."""
 
 
-NAMES = tuple(Figures.__dataclass_fields__)
+FIGURE_NAMES = tuple(Figures.__dataclass_fields__)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Comparison:
         """Return the medians over the rounds."""
         rounds = self.rounds[subject]
         return Figures(
-            **{name: median(getattr(figures, name) for figures in rounds) for name in NAMES}
+            **{name: median(getattr(figures, name) for figures in rounds) for name in FIGURE_NAMES}
         )
 
     def ratios(self, subject: str, other: str) -> dict[str, float]:
@@ -73,7 +73,7 @@ class Comparison:
         pairs = list(zip(self.rounds[subject], self.rounds[other], strict=True))
         return {
             name: median(getattr(ours, name) / getattr(theirs, name) for ours, theirs in pairs)
-            for name in NAMES
+            for name in FIGURE_NAMES
             if all(getattr(theirs, name) for _, theirs in pairs)
         }
 
@@ -115,7 +115,7 @@ async def measure_once(
     load = replace(
         load, http1=subject.http1, cycle=subject.cycle, headers=subject.headers, pid=server.pid
     )
-    before = environment.postgres_seconds()
+    postgres_cpu_before_s = environment.postgres_cpu_s()
     try:
         result = await generate_load(
             environment.load_generator, server.address, SERVICE + subject.method, bodies, load
@@ -133,7 +133,9 @@ async def measure_once(
         p90_us=result.p90,
         p99_us=result.p99,
         cpu_us_per_call=result.cpu[0] / result.replies * 1e6,
-        postgres_us_per_call=(environment.postgres_seconds() - before) / answered * 1e6,
+        postgres_us_per_call=(environment.postgres_cpu_s() - postgres_cpu_before_s)
+        / answered
+        * 1e6,
         load_generator_us_per_call=result.load_generator_cpu_s / result.replies * 1e6,
         bytes_per_reply=result.bytes / result.replies,
         answered=answered,

@@ -41,7 +41,7 @@ class Server:
     pid: int
 
     @property
-    def rss(self) -> int:
+    def rss_bytes(self) -> int:
         """Resident memory in bytes."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
@@ -55,7 +55,7 @@ class Server:
 
 
 class Environment:
-    """PostgreSQL in a new folder, and the servers that use it; all of them stop with the block."""
+    """PostgreSQL in a new folder, and the servers that use it. All of them stop with the block."""
 
     def __init__(self) -> None:
         self._exit_stack = AsyncExitStack()
@@ -67,7 +67,7 @@ class Environment:
         self.folder = Path(tempfile.mkdtemp(prefix="run-", dir=WORK_DIR))
         self._exit_stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         try:
-            self._postgres = EmbeddedPostgres(self.folder / "data", "nothing: a benchmark")
+            self._postgres = EmbeddedPostgres(self.folder / "data", listen="none (benchmark)")
             await asyncio.to_thread(self._postgres.start)
             self._exit_stack.callback(self._postgres.stop)
             await self._check_durable()
@@ -111,15 +111,15 @@ class Environment:
         finally:
             await connection.close()
 
-    def postgres_seconds(self) -> float:
+    def postgres_cpu_s(self) -> float:
         """Return the CPU time of all processes of PostgreSQL so far, including ended ones."""
-        main = psutil.Process(self._postgres.pid)
-        times = main.cpu_times()
+        postmaster = psutil.Process(self._postgres.pid)
+        times = postmaster.cpu_times()
         total = times.user + times.system + times.children_user + times.children_system
-        for child in main.children(recursive=True):
+        for child in postmaster.children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                own = child.cpu_times()
-                total += own.user + own.system
+                child_times = child.cpu_times()
+                total += child_times.user + child_times.system
         return float(total)
 
     @asynccontextmanager

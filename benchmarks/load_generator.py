@@ -14,7 +14,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("load_generator.c")
 _REFUSAL_STATUSES = {"8", "1"}
-"""RESOURCE_EXHAUSTED, and CANCELLED, with which gRPC itself rejects calls beyond its queue."""
+"""RESOURCE_EXHAUSTED, and CANCELLED, which gRPC itself returns for calls beyond its queue."""
 _COMPILE = ("-O2", "-Wall", "-Wextra", "-Werror")
 
 
@@ -52,11 +52,16 @@ class Load:
     """The load on a server."""
 
     in_flight: int = 1
+    """Concurrent calls, over all connections."""
     seconds: float = 3.0
+    """Length of the window."""
     warmup: float = 0.5
+    """Seconds of load before the window."""
     connections: int = 8
     http1: bool = False
+    """Send HTTP/1.1 requests, whose bodies include the head, instead of gRPC calls."""
     cycle: bool = False
+    """Send the bodies repeatedly, instead of each body once."""
     headers: Sequence[str] = ()
     """Additional metadata of the calls, each as `name:value`."""
     honors_retry_info: bool = False
@@ -103,36 +108,21 @@ async def generate_load(
 ) -> LoadResult:
     """Load a server and return the measurements.
 
+    Args:
+        program: The compiled load generator.
+        address: `host:port` of the server.
+        path: HTTP/2 path of the method; not used with HTTP/1.1.
+        bodies: The file of request bodies.
+        load: The load.
+
     Raises:
         BenchError: a call or the server failed.
     """
-    command = [
-        *(
-            str(program),
-            "--address",
-            address,
-            "--bodies",
-            str(bodies),
-            "--in-flight",
-            str(load.in_flight),
-        ),
-        *(
-            "--warmup",
-            str(load.warmup),
-            "--seconds",
-            str(load.seconds),
-            "--connections",
-            str(load.connections),
-        ),
-        *(["--http1"] if load.http1 else ["--path", path]),
-        *(["--cycle"] if load.cycle else []),
-        *(["--honor-retry-info"] if load.honors_retry_info else []),
-        *(["--rate", str(load.rate)] if load.rate else []),
-        *(word for header in load.headers for word in ("--header", header)),
-        *("--pid", str(load.pid or os.getpid())),
-    ]
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        str(program),
+        *_arguments(address, path, bodies, load),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     try:
         output, errors = await process.communicate()
@@ -150,3 +140,29 @@ async def generate_load(
         details = errors.decode(errors="replace")
         raise BenchError(f"calls of {path} failed, by status: {result.statuses}\n{details}")
     return result
+
+
+def _arguments(address: str, path: str, bodies: Path, load: Load) -> list[str]:
+    """Return the command line arguments of the load generator."""
+    options: dict[str, object] = {
+        "--address": address,
+        "--bodies": bodies,
+        "--in-flight": load.in_flight,
+        "--warmup": load.warmup,
+        "--seconds": load.seconds,
+        "--connections": load.connections,
+        "--pid": load.pid or os.getpid(),
+    }
+    if not load.http1:
+        options["--path"] = path
+    if load.rate:
+        options["--rate"] = load.rate
+    arguments = [str(word) for option in options.items() for word in option]
+    for header in load.headers:
+        arguments += ("--header", header)
+    flags = {
+        "--http1": load.http1,
+        "--cycle": load.cycle,
+        "--honor-retry-info": load.honors_retry_info,
+    }
+    return [*arguments, *(flag for flag, is_set in flags.items() if is_set)]

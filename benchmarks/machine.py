@@ -27,12 +27,12 @@ _PACKAGES = (
 )
 
 
-def busy_percent() -> float:
+def cpu_percent_in_use() -> float:
     """Return the CPU usage of other processes, before the benchmark starts any."""
     return psutil.cpu_percent(interval=1.0)
 
 
-async def describe(environment: Environment, busy: float) -> dict[str, Any]:
+async def describe(environment: Environment, busy_percent: float) -> dict[str, Any]:
     """Return the description of the machine and the measured software."""
     return {
         "at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -44,7 +44,7 @@ async def describe(environment: Environment, busy: float) -> dict[str, Any]:
         "python": platform.python_version(),
         "postgresql": re.sub(r" .*", "", environment.postgres_version),
         "packages": {name: version(name) for name in _PACKAGES},
-        "busy_before_percent": round(busy),
+        "busy_before_percent": round(busy_percent),
     }
 
 

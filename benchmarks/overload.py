@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,18 +17,19 @@ from benchmarks.bench import Bench
 from benchmarks.environment import Server
 from benchmarks.load_generator import Load, LoadResult, generate_load
 from benchmarks.table import Table
+from benchmarks.workload import Session
 from service.config import Settings
 from service.rpc.health import SERVICE
 
 CONNECTIONS = 16
 PROBE_INTERVAL_S = 0.05
-"""Seconds between health checks."""
+"""Pause between two health checks."""
 OVERLOAD_FACTOR = 4
 """The overload as a multiple of the service's limit of calls, or of its peak rate."""
 _MAX_OPEN_CALLS = 30_000
 """Maximum unanswered calls of an open loop."""
 _BODIES_PER_SECOND = 14_000
-"""More than the service answers or refuses."""
+"""More calls than the service answers or refuses in a second."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ class Phase:
 async def overload(bench: Bench) -> list[Phase]:
     """Load the service up to its limit, then with four times as much in three ways.
 
-    A small load is measured before, and again after each overload.
+    A light load is measured before, and again after each overload.
     """
     limit = Settings.model_fields["max_in_flight"].default
     sessions = workload.new_sessions(800, per_user=1)
     await bench.environment.new_database("overload")
     async with bench.environment.connect("overload") as connection:
         await workload.seed(connection, sessions)
-    few = Load(64, bench.plan.seconds, bench.plan.warmup)
-    full = replace(few, in_flight=limit // 4, connections=CONNECTIONS)
-    many = replace(
-        full,
+    light = Load(64, bench.plan.seconds, bench.plan.warmup)
+    peak = replace(light, in_flight=limit // 4, connections=CONNECTIONS)
+    excessive = replace(
+        peak,
         in_flight=OVERLOAD_FACTOR * limit,
-        seconds=2 * few.seconds,
-        warmup=3 * few.warmup,
+        seconds=2 * light.seconds,
+        warmup=3 * light.warmup,
         honors_retry_info=True,
         allows_refusals=True,
     )
@@ -70,45 +71,51 @@ async def overload(bench: Bench) -> list[Phase]:
     async with bench.environment.service("overload") as service:
 
         async def run_phase(name: str, load: Load) -> Phase:
-            bench.progress.expect(1)
-            count = (
-                int(max(_BODIES_PER_SECOND, 1.1 * load.rate) * (load.seconds + load.warmup))
-                + load.in_flight
-            )
-            bodies = workload.append_bodies(sessions, count)(bench.environment.folder)
-            async with _probe_health(service) as health_s:
-                result = await generate_load(
-                    bench.environment.load_generator,
-                    service.address,
-                    f"/{SERVICE}/AppendMessages",
-                    bodies,
-                    load,
-                )
-            bench.progress.advance()
-            phases.append(Phase(name, result, sorted(health_s)))
+            phases.append(await _run_phase(bench, service, sessions, name, load))
             return phases[-1]
 
-        await run_phase("64 callers, before", few)
+        await run_phase("64 callers, before", light)
         peaks = [
-            await run_phase(f"{count:,} callers", replace(full, in_flight=count))
+            await run_phase(f"{count:,} callers", replace(peak, in_flight=count))
             for count in (limit // 4, limit // 2)
         ]
-        await run_phase(f"{OVERLOAD_FACTOR * limit:,} callers that honor RetryInfo", many)
-        await run_phase("64 callers, immediately afterwards", few)
-        await run_phase(
-            f"{OVERLOAD_FACTOR * limit:,} callers that retry immediately",
-            replace(many, honors_retry_info=False),
-        )
-        await run_phase("64 callers, immediately afterwards", few)
         rate = OVERLOAD_FACTOR * max(phase.goodput for phase in peaks)
-        await run_phase(
-            f"{rate:,.0f} calls/s in an open loop",
-            replace(many, rate=rate, in_flight=_MAX_OPEN_CALLS),
-        )
-        await run_phase("64 callers, immediately afterwards", few)
+        for name, load in (
+            (f"{OVERLOAD_FACTOR * limit:,} callers that honor RetryInfo", excessive),
+            (
+                f"{OVERLOAD_FACTOR * limit:,} callers that retry immediately",
+                replace(excessive, honors_retry_info=False),
+            ),
+            (
+                f"{rate:,.0f} calls/s in an open loop",
+                replace(excessive, rate=rate, in_flight=_MAX_OPEN_CALLS),
+            ),
+        ):
+            await run_phase(name, load)
+            await run_phase("64 callers, immediately afterwards", light)
     acknowledged = sum(phase.result.statuses["0"] for phase in phases)
     await bench.check_rows("overload", acknowledged)
     return phases
+
+
+async def _run_phase(
+    bench: Bench, service: Server, sessions: Sequence[Session], name: str, load: Load
+) -> Phase:
+    """Measure appends and health checks under one load."""
+    bench.progress.expect(1)
+    calls_per_second = max(_BODIES_PER_SECOND, 1.1 * load.rate)
+    count = int(calls_per_second * (load.seconds + load.warmup)) + load.in_flight
+    bodies = workload.append_bodies(sessions, count)(bench.environment.folder)
+    async with _probe_health(service) as health_s:
+        result = await generate_load(
+            bench.environment.load_generator,
+            service.address,
+            f"/{SERVICE}/AppendMessages",
+            bodies,
+            load,
+        )
+    bench.progress.advance()
+    return Phase(name, result, sorted(health_s))
 
 
 @asynccontextmanager

@@ -27,6 +27,7 @@ SESSIONS = 200
 MAX_CALLS_PER_SECOND = 12_000
 """More than any version answers. Each append needs a body with new message ids."""
 RESAMPLES = 20_000
+"""Samples of the bootstrap."""
 CONFIDENCE = 0.95
 
 
@@ -147,8 +148,8 @@ def _subject(kind: str, server: Server, sessions: Sequence[Session], load: Load)
 
 async def _check(environment: Environment, database: str, acknowledged: int) -> None:
     async with environment.connect(database) as connection:
-        stored, is_whole = await workload.count_rows(connection)
-    if stored != acknowledged or not is_whole:
+        stored, is_gapless = await workload.count_rows(connection)
+    if stored != acknowledged or not is_gapless:
         raise BenchError(f"{acknowledged} messages were acknowledged and {stored} are stored")
 
 

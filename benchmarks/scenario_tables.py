@@ -1,4 +1,4 @@
-"""The tables of the scenarios, made from results.json."""
+"""Builds the tables of the scenarios from results.json."""
 
 from __future__ import annotations
 
@@ -439,5 +439,5 @@ def _ms(us: float) -> str:
     return f"{us / 1000:.2f}" if us < 10_000 else f"{us / 1000:.0f}"  # noqa: PLR2004 - three digits are enough
 
 
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.0f}"
+def _mb(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:.0f}"

@@ -27,7 +27,7 @@ from service.auth.bearer import SERVICE_SCOPE
 from tests.support import pgbouncer
 from tests.support.pgbouncer import PgBouncer
 
-BATCH = 50
+MESSAGES_PER_CALL = 50
 """Messages per call in the scenario of large appends."""
 
 
@@ -71,7 +71,7 @@ async def append_many(bench: Bench) -> dict[str, Any]:
         bench.environment.service("append_many") as service,
         bench.environment.reference_server("echo") as echo,
     ):
-        bodies = bench.append_bodies(keys, load, BATCH)
+        bodies = bench.append_bodies(keys, load, MESSAGES_PER_CALL)
         subjects = [
             Subject("service", service, "AppendMessages", bodies),
             Subject("echo", echo, "AppendMessages", bodies, cycle=True),
@@ -79,9 +79,13 @@ async def append_many(bench: Bench) -> dict[str, Any]:
         result = await bench.compare(subjects, load)
     return {
         "runs": [result.as_dict()],
-        "messages_per_call": BATCH,
-        "messages_per_second": round(result.medians("service").calls_per_second * BATCH),
-        "rows": await bench.check_rows("append_many", result.answered("service") * BATCH),
+        "messages_per_call": MESSAGES_PER_CALL,
+        "messages_per_second": round(
+            result.medians("service").calls_per_second * MESSAGES_PER_CALL
+        ),
+        "rows": await bench.check_rows(
+            "append_many", result.answered("service") * MESSAGES_PER_CALL
+        ),
     }
 
 
@@ -216,61 +220,64 @@ async def long_session(bench: Bench) -> dict[str, Any]:
     async with bench.environment.connect("long") as connection:
         await workload.seed(connection, [long_session_key], bench.plan.long_session)
     async with bench.environment.service("long") as service:
-        await asyncio.sleep(2)
-        memory: dict[str, Any] = {"idle": service.rss, "load": []}
-        load = Load(TYPICAL_IN_FLIGHT, bench.plan.memory_seconds / 4, 0.0)
-        async with _peak_memory(service) as peak:
-            for subject in [
-                Subject("service", service, "AppendMessages", bench.append_bodies(sessions, load)),
-                Subject(
-                    "service", service, "GetContext", workload.context_bodies(sessions), cycle=True
-                ),
-            ] * 2:
-                bench.progress.expect(1)
-                await compare(bench.environment, [subject], load, 1, bench.progress.advance)
-                memory["load"].append(service.rss)
-        memory["load_peak"] = peak()
-        async with _peak_memory(service) as peak:
+        memory = await _memory_under_load(bench, service, sessions)
+        async with _peak_memory(service) as peak_bytes:
             tokens = await _page_through(bench, service, long_session_key)
-        memory["paging_peak"] = peak()
-        memory["pages"] = len(tokens)
+        memory |= {"paging_peak": peak_bytes(), "pages": len(tokens)}
         page_tokens = {"start": tokens[0], "middle": tokens[len(tokens) // 2], "end": tokens[-1]}
-        subjects = [
-            Subject(
-                position,
-                service,
-                "ListMessages",
-                workload.list_bodies([long_session_key], token),
-                cycle=True,
-            )
-            for position, token in reversed(page_tokens.items())
-        ]
-        pages = await bench.compare(subjects, bench.read_load(1))
-        context = Subject(
-            "context",
-            service,
-            "GetContext",
-            workload.context_bodies([long_session_key]),
-            cycle=True,
+        pages = await bench.compare(
+            [
+                Subject(
+                    position,
+                    service,
+                    "ListMessages",
+                    workload.list_bodies([long_session_key], token),
+                    cycle=True,
+                )
+                for position, token in reversed(page_tokens.items())
+            ],
+            bench.read_load(1),
         )
-        context_result = await bench.compare([context], bench.read_load(1))
+        bodies = workload.context_bodies([long_session_key])
+        context = await bench.compare(
+            [Subject("context", service, "GetContext", bodies, cycle=True)], bench.read_load(1)
+        )
     return {
         "messages": bench.plan.long_session,
         "pages": pages.as_dict(),
-        "context": context_result.as_dict(),
+        "context": context.as_dict(),
         "memory": memory,
     }
+
+
+async def _memory_under_load(
+    bench: Bench, service: Server, sessions: Sequence[Session]
+) -> dict[str, Any]:
+    """Return the service's memory in bytes: idle, after each of four loads, and the peak."""
+    await asyncio.sleep(2)
+    memory: dict[str, Any] = {"idle": service.rss_bytes, "load": []}
+    load = Load(TYPICAL_IN_FLIGHT, bench.plan.memory_seconds / 4, 0.0)
+    appends = Subject("service", service, "AppendMessages", bench.append_bodies(sessions, load))
+    contexts = Subject(
+        "service", service, "GetContext", workload.context_bodies(sessions), cycle=True
+    )
+    async with _peak_memory(service) as peak_bytes:
+        for subject in (appends, contexts, appends, contexts):
+            bench.progress.expect(1)
+            await compare(bench.environment, [subject], load, 1, bench.progress.advance)
+            memory["load"].append(service.rss_bytes)
+    return memory | {"load_peak": peak_bytes()}
 
 
 @asynccontextmanager
 async def _peak_memory(server: Server) -> AsyncIterator[Callable[[], int]]:
     """Sample a server's memory during the block and yield a function that returns the peak."""
-    peak_bytes = server.rss
+    peak_bytes = server.rss_bytes
 
     async def watch() -> None:
         nonlocal peak_bytes
         while True:
-            peak_bytes = max(peak_bytes, server.rss)
+            peak_bytes = max(peak_bytes, server.rss_bytes)
             await asyncio.sleep(0.05)
 
     task = asyncio.create_task(watch())

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceAsyncStub as Stub
 
 TEXTS = ROOT / "tests" / "search" / "texts"
-ON = {"CHAT_HISTORY_SEARCH": "on"}
+SEARCH_ON = {"CHAT_HISTORY_SEARCH": "on"}
 _SENTENCE = (
     "The quick brown fox jumps over the lazy dog, and no fox knows why it does such a thing on a "
     "rainy day. "
@@ -45,10 +45,11 @@ _CHUNK = _SENTENCE * 8
 """About 800 characters, a usual size of chunks."""
 _CHUNKS_PER_DOCUMENT = 20
 _READERS = 4
+"""Concurrent calls of GetContext while chunks are indexed."""
 _INDEXED_WHILE_READING = 1_000
 """Chunks that are indexed while contexts are read."""
 _DEFAULT_HITS = 10
-_INDEX_TIMEOUT_S = 300
+_INDEX_TIMEOUT_S = 300.0
 _DOCUMENTS_DATABASE = "search-documents"
 
 _PENDING_MESSAGES_SQL = """
@@ -83,7 +84,7 @@ async def _appends(bench: Bench) -> dict[str, Any]:
     indexed_shares: list[float] = []
     catch_up_s: list[float] = []
     async with (
-        environment.service("search-indexed", "indexed", **ON) as indexed,
+        environment.service("search-indexed", "indexed", **SEARCH_ON) as indexed,
         environment.service("search-plain", "plain") as plain,
     ):
         await _wait_for_search(indexed)
@@ -93,11 +94,13 @@ async def _appends(bench: Bench) -> dict[str, Any]:
         ]
         for _ in range(plan.rounds):
             for subject in subjects:
-                before = _child_seconds(subject.server)
+                child_before_s = _child_cpu_s(subject.server)
                 figures = await measure_once(environment, subject, load, environment.folder)
                 result.rounds[subject.name].append(figures)
                 if subject.name == "indexed":
-                    child_us.append((_child_seconds(indexed) - before) / figures.answered * 1e6)
+                    child_us.append(
+                        (_child_cpu_s(indexed) - child_before_s) / figures.answered * 1e6
+                    )
                     indexed_shares.append(
                         1
                         - await _pending_messages(environment, "search-indexed") / figures.answered
@@ -114,7 +117,7 @@ async def _appends(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _child_seconds(server: Server) -> float:
+def _child_cpu_s(server: Server) -> float:
     """Return the CPU time that a server's child processes have used so far."""
     times = [child.cpu_times() for child in psutil.Process(server.pid).children()]
     return float(sum(child.user + child.system for child in times))
@@ -125,7 +128,7 @@ async def _documents(bench: Bench) -> dict[str, Any]:
     keys = await bench.new_sessions_in(_DOCUMENTS_DATABASE, 50, workload.SESSION_MESSAGES)
     bench.progress.expect(bench.plan.rounds + len(bench.plan.chunks))
     async with (
-        bench.environment.service(_DOCUMENTS_DATABASE, "documents", **ON) as server,
+        bench.environment.service(_DOCUMENTS_DATABASE, "documents", **SEARCH_ON) as server,
         server.stub() as stub,
     ):
         await _wait_for_search(server)
@@ -137,8 +140,10 @@ async def _documents(bench: Bench) -> dict[str, Any]:
             **await _read_while_indexing(bench, contexts, stub),
             **await _search_by_size(bench, stub),
             "memory": {
-                "server": server.rss,
-                "child": sum(c.memory_info().rss for c in psutil.Process(server.pid).children()),
+                "server": server.rss_bytes,
+                "child": sum(
+                    child.memory_info().rss for child in psutil.Process(server.pid).children()
+                ),
             },
         }
 
@@ -196,8 +201,11 @@ async def _recall(environment: Environment, folder: Path) -> dict[str, float]:
     """Return how often the right section for a question is first, and among the first five."""
     database = f"search-recall-{folder.name}"
     await environment.new_database(database)
-    questions, texts = _labelled(folder)
-    async with environment.service(database, database, **ON) as server, server.stub() as stub:
+    questions, texts = _read_labelled(folder)
+    async with (
+        environment.service(database, database, **SEARCH_ON) as server,
+        server.stub() as stub,
+    ):
         await _wait_for_search(server)
         user_id = await _create_user(stub)
         for name, sections in texts.items():
@@ -223,7 +231,7 @@ async def _recall(environment: Environment, folder: Path) -> dict[str, float]:
     }
 
 
-def _labelled(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+def _read_labelled(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
     """Return a folder's questions, and the sections of its texts by file name."""
     with (folder / "questions.tsv").open(newline="") as file:
         questions = list(csv.DictReader(file, delimiter="\t"))
@@ -255,18 +263,18 @@ async def _create_documents(stub: Stub, user_id: str, first: int, end: int) -> i
     for start in starts:
         await stub.CreateDocument(
             _document_request(
-                user_id, [f"{start + n} {_CHUNK}" for n in range(_CHUNKS_PER_DOCUMENT)]
+                user_id, [f"{start + index} {_CHUNK}" for index in range(_CHUNKS_PER_DOCUMENT)]
             )
         )
     return len(starts)
 
 
-async def _median_search_ms(stub: Stub, user_id: str, times: int) -> float:
+async def _median_search_ms(stub: Stub, user_id: str, count: int) -> float:
     """Return the median duration of a search in milliseconds."""
     durations_s: list[float] = []
-    for n in range(times):
+    for number in range(count):
         request = document_pb2.SearchDocumentsRequest(
-            user_id=user_id, query=f"{n} what does the animal do when it rains"
+            user_id=user_id, query=f"{number} what does the animal do when it rains"
         )
         started = time.perf_counter()
         reply = await stub.SearchDocuments(request)

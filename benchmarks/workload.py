@@ -23,17 +23,19 @@ _PROSE = (
 APPEND_CONTENT = _PROSE[:300].ljust(300, ".")
 READ_CONTENT = _PROSE[:250]
 READ_MESSAGES = 20
+"""Messages that one read returns."""
 SESSION_MESSAGES = 100
+"""Messages stored in each session that is read."""
 _ID_PLACEHOLDER = "00000000-0000-4000-8000-000000000000"
 
 
 def estimated_tokens(content: str) -> int:
-    """Return what the service stores as `token_estimate`."""
+    """Return the `token_estimate` that the service stores for a message of this content."""
     return -(-len(content.encode()) // 4)
 
 
 def reply_size(content: str) -> int:
-    """Return what the service stores as `size`."""
+    """Return approximately the `size` that the service stores for a message of this content."""
     return len(content.encode()) + 256
 
 
@@ -50,8 +52,8 @@ Bodies = Callable[[Path], Path]
 
 def new_sessions(count: int, per_user: int = 4) -> list[Session]:
     """Return keys of new sessions, with ids of version 7 as the client library generates them."""
-    users = [str(uuid_utils.uuid7()) for _ in range(-(-count // per_user))]
-    return [Session(users[n // per_user], str(uuid_utils.uuid7())) for n in range(count)]
+    user_ids = [str(uuid_utils.uuid7()) for _ in range(-(-count // per_user))]
+    return [Session(user_ids[index // per_user], str(uuid_utils.uuid7())) for index in range(count)]
 
 
 async def seed(

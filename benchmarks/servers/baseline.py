@@ -89,7 +89,7 @@ Database = Annotated[AsyncSession, Depends(_database)]
 
 @app.post("/users/{user_id}/sessions/{session_id}/messages")
 async def append(
-    user_id: UUID, session_id: UUID, new: MessageIn, database: Database
+    user_id: UUID, session_id: UUID, new_message: MessageIn, database: Database
 ) -> AppendResult:
     """Append a message."""
     key = {"user_id": str(user_id), "id": str(session_id)}
@@ -104,11 +104,11 @@ async def append(
         user_id=str(user_id),
         session_id=str(session_id),
         seq=chat.last_seq,
-        id=str(new.id),
-        role=new.role,
-        content=new.content,
-        token_estimate=estimated_tokens(new.content),
-        size=reply_size(new.content),
+        id=str(new_message.id),
+        role=new_message.role,
+        content=new_message.content,
+        token_estimate=estimated_tokens(new_message.content),
+        size=reply_size(new_message.content),
         created_at=now,
         updated_at=now,
         fingerprint=b"0123456789abcdef",
@@ -134,14 +134,14 @@ async def list_messages(
 
 
 async def _main() -> None:
-    listening = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app, http="httptools", loop="uvloop", log_level="warning", access_log=False
     )
     server = uvicorn.Server(config)
     # The socket listens already, so early connections wait until the server accepts them.
-    announce_address(f"127.0.0.1:{listening.getsockname()[1]}")
-    await server.serve(sockets=[listening])
+    announce_address(f"127.0.0.1:{listener.getsockname()[1]}")
+    await server.serve(sockets=[listener])
     await _engine.dispose()
 
 

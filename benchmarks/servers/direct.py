@@ -31,7 +31,7 @@ class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
         self, request: message_pb2.AppendMessagesRequest, context: Any
     ) -> message_pb2.AppendMessagesResponse:
         """Store the messages."""
-        new = [
+        new_messages = [
             NewMessage(
                 id=message.id,
                 role=message.role,
@@ -48,16 +48,19 @@ class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
             )
             for message in request.messages
         ]
-        item = Append(request.user_id, request.session_id, new, 0.0)
+        append = Append(request.user_id, request.session_id, new_messages, 0.0)
         async with self._lock:
             [row] = await self._connection.fetch(
-                APPEND.text, *append_arguments([item], LOCK_TIMEOUT)
+                APPEND.text, *append_arguments([append], LOCK_TIMEOUT)
             )
-        time: Any = {"seconds": row["at"] // 1_000_000, "nanos": row["at"] % 1_000_000 * 1000}
+        create_time: Any = {
+            "seconds": row["at"] // 1_000_000,
+            "nanos": row["at"] % 1_000_000 * 1000,
+        }
         reply = message_pb2.AppendMessagesResponse(session_id=request.session_id)
-        first = row["last_seq"] - len(new) + 1
-        for seq, message in enumerate(new, first):
-            reply.messages.add(id=message.id, seq=seq, create_time=time)
+        first_seq = row["last_seq"] - len(new_messages) + 1
+        for seq, message in enumerate(new_messages, first_seq):
+            reply.messages.add(id=message.id, seq=seq, create_time=create_time)
         return reply
 
 
