@@ -32,7 +32,7 @@ def make_authenticator(settings: Settings, find_user_id: FindUserId) -> Authenti
         return trust_all if settings.tls_client_ca is None else by_certificate
     keys, warnings = _key_source(settings)
     for warning in warnings + _warnings(settings):
-        _log.warning(warning)
+        _log.warning("identity settings", problem=warning)
     subjects = frozenset(filter(None, map(str.strip, settings.jwt_service_subjects.split(","))))
     verifier = bearer.TokenVerifier(
         keys, bearer.ClaimRules(settings.jwt_issuer, settings.jwt_audience, subjects)

@@ -337,7 +337,7 @@ class Indexer:
     async def _release_rejected(self, lease_id: str, row: LeasedRow, reason: str) -> None:
         is_final = row.attempts + 1 >= MAX_ATTEMPTS
         _log.warning(
-            "refused by the index",
+            "entity rejected by the index",
             kind=OutboxKind(row.kind).name,
             entity_id=row.entity_id,
             reason=reason,

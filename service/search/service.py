@@ -219,7 +219,7 @@ class Search:
                 attempt += 1
                 is_expected = isinstance(error, (SearchUnavailable, *DATABASE_ERRORS))
                 _log.warning(
-                    "building the search index pauses",
+                    "search index rebuild failed and is retried",
                     problem=type(error).__name__,
                     exc_info=not is_expected,
                 )
