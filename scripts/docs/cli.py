@@ -18,8 +18,9 @@ HEAD = """# Command line
 <!-- Generated from service/cli/ by `make format`: do not edit. -->
 
 The distribution `chathistory-service` installs the command `chat-history`; `python -m service`
-is the same command. Every command reads the [configuration](configuration.md) from environment variables
-and a `.env` file. Messages for the operator go to standard error, results to standard output.
+is the same command. Every command reads the [configuration](configuration.md) from environment
+variables and a `.env` file. Messages for the operator go to standard error, results to standard
+output.
 
 ## Exit codes
 
@@ -27,34 +28,34 @@ and a `.env` file. Messages for the operator go to standard error, results to st
 
 EXIT_CODES = {
     "0": "The command succeeded. `serve` also exits with 0 after SIGINT or SIGTERM.",
-    "1": "The command failed, or `check` found something to do. The output says what.",
-    "2": "The configuration is malformed, or the command was called in a wrong way.",
+    "1": "The command failed, or `check` found something to do. The output names it.",
+    "2": "The configuration is malformed, or the arguments of the command are wrong.",
     "130": "The command was interrupted by SIGINT, SIGTERM or a closed terminal (`serve`: 0).",
 }
 
 COMMANDS = {
-    "serve": """Starts the service. Without a database URL it starts an embedded PostgreSQL in the data
-        directory and migrates it. A second SIGINT does not shorten the drain; the process ends at the
-        latest 15 seconds after `CHAT_HISTORY_SHUTDOWN_DELAY` and `CHAT_HISTORY_SHUTDOWN_GRACE`. Exit code 1:
-        an address cannot be listened on, the migration failed, or the embedded PostgreSQL does not start.
-        Exit code 2: also when another process uses the data directory.""",
-    "migrate": """Migrates the schema and prints the revision before and after. It is safe to run at every
-        deployment and in several places concurrently: one migrator works, the others wait. Exit code 1: the
-        migration was rolled back, or the database cannot be reached. See
+    "serve": """Starts the service. Without a database URL it starts an embedded PostgreSQL in the
+        data directory and migrates it. A second SIGINT does not shorten the drain; the process ends
+        at the latest 15 seconds after `CHAT_HISTORY_SHUTDOWN_DELAY` and
+        `CHAT_HISTORY_SHUTDOWN_GRACE`. Exit code 1: the service cannot listen on an address, the migration
+        failed, or the embedded PostgreSQL does not start. Exit code 2: also when another process
+        uses the data directory.""",
+    "migrate": """Migrates the schema and prints the revision before and after. It is safe to run at
+        every deployment and in several places concurrently: one migrator works, the others wait.
+        Exit code 1: the migration was rolled back, or the database cannot be reached. See
         [Migrations](../how-to/migrations.md).""",
-    "check": """Prints one line for each finding, starting with `ok`, `note` or `todo`. Exit code 1: at least
-        one `todo`.""",
+    "check": """Prints one line for each finding, starting with `ok`, `note` or `todo`. Exit code 1:
+        at least one `todo`.""",
     "export": """Writes JSON lines; see [Import and export](../how-to/import-export.md). An embedded
-        PostgreSQL is started when it is not running. Exit code 1: the user does not exist, the file cannot be
-        written, or the database cannot be reached.""",
-    "import": """Reads JSON lines; see [Import and export](../how-to/import-export.md). Exit code 1: a line is
-        rejected (the message names it), or the database cannot be reached.""",
-    "token": """Signs a bearer token for development and prints it. Exit code 2: no key can sign it. See
-        [Identity and TLS](../how-to/identity.md).""",
-    "reindex": """Calls `RebuildSearchIndex` of the running server and shows its progress. Interrupting the
-        command does not stop the rebuild. Exit code 1: the server rejected the call or cannot be
-        reached.
-        Exit code 2: a certificate file cannot be read.""",
+        PostgreSQL is started when it is not running. Exit code 1: the user does not exist, the file
+        cannot be written, or the database cannot be reached.""",
+    "import": """Reads JSON lines; see [Import and export](../how-to/import-export.md). Exit code 1:
+        a line is rejected (the message names it), or the database cannot be reached.""",
+    "token": """Signs a bearer token for development and prints it. Exit code 2: no key can sign it.
+        See [Identity and TLS](../how-to/identity.md).""",
+    "reindex": """Calls `RebuildSearchIndex` of the running server and shows its progress.
+        Interrupting the command does not stop the rebuild. Exit code 1: the server rejected the
+        call or cannot be reached. Exit code 2: a certificate file cannot be read.""",
 }
 """Text on each command that its help lacks: effects, exit codes, further reading."""
 

@@ -24,8 +24,8 @@ HEAD = """# Configuration
 
 The service reads its configuration once, at start, from the environment and from a `.env` file
 in the working directory. The environment takes precedence, and an empty value counts as unset. A
-malformed value, or two values that contradict each other, end the start with one line for each problem
-and exit code 2.
+malformed value, or two values that contradict each other, stop the start: the service prints one
+line for each problem and exits with code 2.
 
 [`chat-history check`](cli.md#chat-history-check) shows which settings are in force, where each
 was set, and which variables look like a setting but are none.
