@@ -340,7 +340,7 @@ def test_serve_stopped_during_its_start_leaves_no_postgres_running(
     serving.process.send_signal(stop_signal)
     # The exit code depends on the progress of the start. Until `serve` installs its handlers, the
     # signal ends the process, or typer exits for the KeyboardInterrupt. A KeyboardInterrupt that
-    # no code catches ends Python by SIGINT, whichever signal caused it. After that it is 0.
+    # no code catches ends Python by SIGINT, whichever signal caused it. With the handlers it is 0.
     assert serving.wait() in (0, -stop_signal, -signal.SIGINT, 1, 128 + stop_signal)
     if (pid_file := folder / ".data" / "postgres" / "postmaster.pid").exists():
         assert not postmaster_of(folder).is_alive(), pid_file.read_text()
