@@ -1,6 +1,6 @@
-"""A conversation in ChatHistory, with the client library alone: python examples/quickstart.py [ADDRESS].
+"""A conversation in ChatHistory: python examples/quickstart.py [ADDRESS].
 
-The service must be running. `make run` serves at the default address.
+It needs the client library and a service. `make run` serves at the default address.
 """
 
 import asyncio

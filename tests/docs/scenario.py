@@ -3,9 +3,9 @@
 The examples of a page run in order, in one scratch folder, and share its environment variables. A
 page with content tabs is followed once for each tab title. The console command, Python and
 PostgreSQL's programs are in PATH, `make` runs the recipe of a target without its installation, and
-a clone of the repository is a clone of this one, as it is committed. Addresses with a port, such as 127.0.0.1:50051,
-are replaced by free ones, and connection strings by that of a fresh database. The service runs at
-127.0.0.1:50051 if the page names that address and does not start it.
+a clone of the repository is a clone of this one, as it is committed. Addresses with a port, such as
+127.0.0.1:50051, are replaced by free ones, and connection strings by that of a fresh database. The
+service runs at 127.0.0.1:50051 if the page names that address and does not start it.
 
 | language | what is done |
 |---|---|

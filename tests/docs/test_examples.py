@@ -36,10 +36,20 @@ PAGES = sorted(
 )
 
 _INSTALL = "tests/docs/test_install.py::test_the_documented_commands_install_and_serve"
-_CLIENT_INSTALL = "tests/client/test_package.py::test_client_wheel_installs_with_its_own_dependencies_only_and_works"
+_CLIENT_INSTALL = (
+    "tests/client/test_package.py"
+    "::test_client_wheel_installs_with_its_own_dependencies_only_and_works"
+)
 _TARGETS = "tests/docs/test_examples.py::test_the_targets_of_make_that_pages_name_exist"
-_NEON_CHECK = "ok    database      ep-cool-sun-a1b2c3d4-pooler.eu-central-1.aws.neon.tech/neondb as chat_history"
+_NEON_CHECK = (
+    "ok    database      "
+    "ep-cool-sun-a1b2c3d4-pooler.eu-central-1.aws.neon.tech/neondb as chat_history"
+)
 _BENCHMARKS = "docs/explanation/performance.md"
+_PROFILED_BENCHMARK = (
+    ".venv/bin/python -m benchmarks append --in-flight 64 --rounds 20   "
+    "# prints process ids for py-spy"
+)
 NOT_RUN: dict[tuple[str, str], str] = {
     (
         "CONTRIBUTING.md",
@@ -49,10 +59,9 @@ NOT_RUN: dict[tuple[str, str], str] = {
         "CONTRIBUTING.md",
         "pipx run pre-commit install                               # check each commit",
     ): ("tests/docs/test_examples.py::test_the_settings_for_a_clone_name_existing_files"),
-    (
-        _BENCHMARKS,
-        ".venv/bin/python -m benchmarks append --in-flight 64 --rounds 20   # prints process ids for py-spy",
-    ): ("tests/docs/test_examples.py::test_the_commands_of_the_benchmarks_have_these_options"),
+    (_BENCHMARKS, _PROFILED_BENCHMARK): (
+        "tests/docs/test_examples.py::test_the_commands_of_the_benchmarks_have_these_options"
+    ),
     (
         "docs/explanation/stability.md",
         "make soak                          # five minutes of load and a minute idle",
@@ -71,7 +80,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ): _INSTALL,
     ("README.md", "pip wheel --no-deps --wheel-dir wheels . ./client ./generated"): _INSTALL,
 }
-"""Examples that cannot run as part of their page, by page and first line, and the covering tests."""
+"""Tests that cover the examples that cannot run as part of their page, by page and first line."""
 
 FENCES = [fence for page in PAGES for fence in fences_of(page, ROOT)]
 _NODE = ("js", "javascript", "ts", "typescript")
