@@ -1,7 +1,8 @@
 """Generates docs/reference/api.md from the comments in protos/.
 
 The comments are read from generated/chathistory.binpb. A comment becomes prose; a protovalidate
-rule becomes words. A rule that has no words here yet fails the generation, so that no limit is left out.
+rule becomes words. A rule that has no words here yet fails the generation, so that no limit is
+left out.
 """
 
 from __future__ import annotations

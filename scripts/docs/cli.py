@@ -38,8 +38,8 @@ COMMANDS = {
         data directory and migrates it. A second SIGINT does not shorten the drain; the process ends
         at the latest 15 seconds after `CHAT_HISTORY_SHUTDOWN_DELAY` and
         `CHAT_HISTORY_SHUTDOWN_GRACE`. Exit code 1: the service cannot listen on an address, the
-        migration failed, or the embedded PostgreSQL does not start. Exit code 2: also when another process
-        uses the data directory.""",
+        migration failed, or the embedded PostgreSQL does not start. Exit code 2: also when another
+        process uses the data directory.""",
     "migrate": """Migrates the schema and prints the revision before and after. It is safe to run at
         every deployment and in several places concurrently: one migrator works, the others wait.
         Exit code 1: the migration was rolled back, or the database cannot be reached. See
