@@ -45,12 +45,12 @@ class Admission:
             Overloaded: too many calls are in flight.
         """
         if self.is_draining:
-            raise draining()
+            raise draining_error()
         count = self._counts.get(owner_id, 0)
         if self.in_flight >= self.limit and count >= self.hard_limit - self.in_flight:
             raise errors.Overloaded(
                 "too many calls are in flight on this server; retry after the given delay",
-                retry_after=self._backoff.next_delay(),
+                retry_after=self._backoff.next_delay_s(),
             )
         self._counts[owner_id] = count + 1
         self.in_flight += 1
@@ -120,7 +120,7 @@ class RejectionBackoff:
         self._second_started_at = 0.0
         self._count = 0
 
-    def next_delay(self) -> float:
+    def next_delay_s(self) -> float:
         """Count a rejection; return the delay in seconds, with jitter to spread the retries."""
         now = time.monotonic()
         elapsed_s = now - self._second_started_at
@@ -134,7 +134,7 @@ class RejectionBackoff:
         return self._delay_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret depends on it
 
 
-def draining() -> errors.Unavailable:
+def draining_error() -> errors.Unavailable:
     """Return the error that makes a client retry, on another replica if there is one."""
     return errors.Unavailable(
         "this server is shutting down; retry", reason="DRAINING", retry_after=0.1

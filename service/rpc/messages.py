@@ -11,7 +11,7 @@ from chathistory.v1 import message_pb2, session_pb2
 from service.errors import FieldViolation, InvalidArgument, NotFound, Unauthenticated
 from service.ids import new_id
 from service.rpc import convert, field_masks, paging
-from service.rpc.admission import draining
+from service.rpc.admission import draining_error
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
 from service.store import context, messages, sessions
@@ -227,7 +227,7 @@ class Messages(Handler):
             Unavailable: the server is shutting down (DRAINING).
         """
         if self.watchers.is_closing:
-            raise draining()
+            raise draining_error()
         if watcher.session_deleted:
             raise NotFound.session(watcher.key[1])
         expires_at = call.caller.expires_at

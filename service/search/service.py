@@ -82,16 +82,16 @@ class Search:
         self._alias = ""
         self._indexer: Indexer | None = None
         self._down = asyncio.Event()
-        self._supervisor: asyncio.Task[None] | None = None
-        self._rebuild: asyncio.Task[None] | None = None
+        self._supervisor_task: asyncio.Task[None] | None = None
+        self._rebuild_task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Open search in the background."""
-        self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
+        self._supervisor_task = asyncio.get_running_loop().create_task(self._supervise())
 
     async def stop(self) -> None:
         """Stop indexing and close everything."""
-        for task in (self._supervisor, self._rebuild):
+        for task in (self._supervisor_task, self._rebuild_task):
             if task is not None:
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
@@ -197,8 +197,10 @@ class Search:
     # -- rebuilding --------------------------------------------------------------------------------
 
     def _start_rebuild(self, *, force: bool) -> None:
-        if self._rebuild is None or self._rebuild.done():
-            self._rebuild = asyncio.get_running_loop().create_task(self._run_rebuild(force=force))
+        if self._rebuild_task is None or self._rebuild_task.done():
+            self._rebuild_task = asyncio.get_running_loop().create_task(
+                self._run_rebuild(force=force)
+            )
 
     async def _run_rebuild(self, *, force: bool) -> None:
         """Rebuild the index; retry with a back-off until it is built."""
@@ -246,7 +248,7 @@ class Search:
         if progress is None or progress.collection is None:
             self._start_rebuild(force=True)
         while True:
-            task = self._rebuild
+            task = self._rebuild_task
             progress = await state.progress()
             runs_here = task is not None and not task.done()
             # True also if another process runs it.

@@ -37,7 +37,7 @@ async def wait_until_built(server: Server) -> None:
     assert isinstance(search, Search)
 
     async def is_built() -> bool:
-        return search._rebuild is None or search._rebuild.done()
+        return search._rebuild_task is None or search._rebuild_task.done()
 
     await wait_until(is_built, "the index is built")
 

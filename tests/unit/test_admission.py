@@ -95,11 +95,11 @@ def test_backoff_grows_with_the_rate_of_rejections(monkeypatch: pytest.MonkeyPat
         """Reject `count` calls within the next second; return the longest delay."""
         nonlocal now
         now += 1
-        return max(backoff.next_delay() for _ in range(count))
+        return max(backoff.next_delay_s() for _ in range(count))
 
     assert 0 < reject(1) < 2 * shortest
     delays = [reject(frequent) for _ in range(20)]
     assert delays[-1] > longest
     assert max(delays) <= 1.5 * longest
     assert [reject(1) for _ in range(20)][-1] < 2 * shortest
-    assert len({backoff.next_delay() for _ in range(100)}) > 50, "jitter spreads the retries"
+    assert len({backoff.next_delay_s() for _ in range(100)}) > 50, "jitter spreads the retries"
