@@ -360,15 +360,15 @@ async def run(
     server = Server(settings, target)
     try:
         await server.start()
-        stopped = loop.create_task(stopping.wait())
-        ready = loop.create_task(server.readiness.wait_ready())
-        await asyncio.wait((stopped, ready), return_when=asyncio.FIRST_COMPLETED)
-        if ready.done():
+        stop_task = loop.create_task(stopping.wait())
+        ready_task = loop.create_task(server.readiness.wait_ready())
+        await asyncio.wait((stop_task, ready_task), return_when=asyncio.FIRST_COMPLETED)
+        if ready_task.done():
             on_ready(server.address)
-        await stopped
-        ready.cancel()
+        await stop_task
+        ready_task.cancel()
         with suppress(asyncio.CancelledError):
-            await ready
+            await ready_task
     finally:
         # The watchdog needs neither the event loop nor the interpreter's lock. It raises when there
         # is no standard error to write to.

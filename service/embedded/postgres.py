@@ -341,8 +341,8 @@ class EmbeddedPostgres:
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         while process.poll() is None:
-            state = Postmaster.read(self.pgdata)
-            if state is not None and state.pid == process.pid and state.status == "ready":
+            server = Postmaster.read(self.pgdata)
+            if server is not None and server.pid == process.pid and server.status == "ready":
                 return True
             if time.monotonic() > deadline:
                 raise EmbeddedError(

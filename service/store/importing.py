@@ -83,13 +83,13 @@ async def import_messages(
     for imported in messages:
         if stored_ids.get(imported.seq, imported.message.id) != imported.message.id:
             raise _seq_taken(session_id, imported.seq)
-    new = [imported for imported in messages if imported.seq not in stored_ids]
-    if not new:
+    new_messages = [imported for imported in messages if imported.seq not in stored_ids]
+    if not new_messages:
         return 0
     try:
         await connection.execute(
             sa.insert(chat_messages),
-            [_message_values(user_id, session_id, imported) for imported in new],
+            [_message_values(user_id, session_id, imported) for imported in new_messages],
         )
     except IntegrityError:
         raise _seq_taken(session_id, first_seq) from None
@@ -98,7 +98,7 @@ async def import_messages(
         .where(_session.user_id == user_id, _session.id == session_id)
         .values(
             last_seq=sa.func.greatest(_session.last_seq, last_seq),
-            message_count=_session.message_count + len(new),
+            message_count=_session.message_count + len(new_messages),
         )
     )
     await outbox.enqueue(
@@ -110,7 +110,7 @@ async def import_messages(
         through=last_seq,
         search_enabled=search_enabled,
     )
-    return len(new)
+    return len(new_messages)
 
 
 async def _free_filled_gaps(

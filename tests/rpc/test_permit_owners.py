@@ -27,10 +27,10 @@ async def all_permits_taken(database: Database) -> AsyncGenerator[None]:
     deadline = asyncio.get_running_loop().time() + 60
     holders = [
         asyncio.create_task(database.read(hold, owner_id="holder", deadline=deadline))
-        for _ in range(database._permits.count)
+        for _ in range(database._permits.permit_count)
     ]
     try:
-        while database._permits.free:
+        while database._permits.free_count:
             await asyncio.sleep(0.01)
         yield
     finally:

@@ -27,7 +27,7 @@ async def test_owners_take_turns_during_a_burst_of_one_of_them() -> None:
     await asyncio.gather(*burst, *others)
     assert order[:8] == ["burst", "a", "b", "c", "burst", "a", "burst", "burst"]
     assert len(order) == 104
-    assert permits.free == 1
+    assert permits.free_count == 1
 
 
 async def test_holders_never_exceed_the_count() -> None:
@@ -43,7 +43,7 @@ async def test_holders_never_exceed_the_count() -> None:
             current -= 1
 
     await asyncio.gather(*(use() for _ in range(20)))
-    assert (most, permits.free) == (3, 3)
+    assert (most, permits.free_count) == (3, 3)
 
 
 async def test_acquire_timeout_raises_and_loses_no_permit() -> None:
@@ -74,4 +74,4 @@ async def test_permit_granted_to_a_cancelled_waiter_is_passed_on(turns: int) -> 
     async with asyncio.timeout(20):
         await staying
         await asyncio.wait([leaving])
-    assert permits.free == 1
+    assert permits.free_count == 1

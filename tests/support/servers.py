@@ -86,7 +86,8 @@ def _resources_in_use(server: Server) -> dict[str, int]:
         "appends waiting": server.appender.queued_count,
         "hot connections in use": len(hot_pool._busy) + hot_pool._opening + len(hot_pool._waiters),
         "permits taken": sum(
-            permits.count - permits.free for permits in (database._permits, database._write_permits)
+            permits.permit_count - permits.free_count
+            for permits in (database._permits, database._write_permits)
         ),
         # The connections of the hot pool stay checked out of the pool.
         "connections checked out": database.engine.pool.checkedout() - len(hot_pool._idle),  # type: ignore[attr-defined]

@@ -122,11 +122,11 @@ class Appender:
 
     async def drain(self, timeout_s: float | None = None) -> None:
         """Wait until no item is queued or in flight; abort the rest after `timeout_s` seconds."""
-        end = None if timeout_s is None else self.loop.time() + timeout_s
+        abort_at = None if timeout_s is None else self.loop.time() + timeout_s
         while tasks := [
             lane.task for lane in (*self._lanes, *self._apart.values()) if lane.task is not None
         ]:
-            remaining_s = None if end is None else end - self.loop.time()
+            remaining_s = None if abort_at is None else abort_at - self.loop.time()
             if remaining_s is not None and remaining_s <= 0:
                 # Connections first: the cancellation of a statement waits for its connection.
                 self.database.terminate()
@@ -138,7 +138,10 @@ class Appender:
 
 
 class _Lane:
-    """A queue and the task that empties it, a statement at a time; with a `key`, of one session."""
+    """A queue, and the task that empties it one statement at a time.
+
+    With a `key`, the lane serves that session only, which runs apart.
+    """
 
     def __init__(self, appender: Appender, key: Key | None = None) -> None:
         self._appender = appender

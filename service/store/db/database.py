@@ -319,7 +319,7 @@ class Database:
             self.on_suspected_outage()
         pause = backoff(attempts)
         if failure is Failure.LOCKED:
-            wait_until -= LOCK_TIMEOUT_S  # The next attempt may wait for the lock in vain, too.
+            wait_until -= LOCK_TIMEOUT_S  # The next attempt may time out on the lock, too.
         if self._may_retry(failure, attempts) and self._loop.time() + pause < wait_until:
             await asyncio.sleep(pause)
             return

@@ -100,11 +100,11 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
             else "channel_binding=require is not supported and ignored: set sslmode=verify-full to "
             "authenticate the server"
         )
-    args: dict[str, Any] = {"ssl": _ssl(mode, host, query), "server_settings": settings}
-    if timeout := _seconds(query.pop("connect_timeout", "0")):
-        args["timeout"] = timeout
+    connect_args: dict[str, Any] = {"ssl": _ssl(mode, host, query), "server_settings": settings}
+    if timeout_s := _seconds(query.pop("connect_timeout", "0")):
+        connect_args["timeout"] = timeout_s
     if is_pooled and prepared_statements != "on":
-        args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+        connect_args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
     # SQLAlchemy passes these two on, such as the folder of a socket.
     address_options: dict[str, str] = {
         key: query.pop(key) for key in ("host", "port") if key in query
@@ -112,7 +112,7 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
     notes += [f"{key} in the database URL is not supported and ignored" for key in sorted(query)]
     return Target(
         url.set(drivername="postgresql+asyncpg", query=address_options),
-        args,
+        connect_args,
         is_pooled,
         mode,
         tuple(notes),

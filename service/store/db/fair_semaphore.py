@@ -15,9 +15,9 @@ class AcquireTimeout(TimeoutError):
 class FairSemaphore:
     """Grants permits to owners in rotation, and to the calls of one owner in order of arrival."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.free = count
+    def __init__(self, permit_count: int) -> None:
+        self.permit_count = permit_count
+        self.free_count = permit_count
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         """The waiting calls of each owner; the owner in front is next."""
         self._loop = asyncio.get_running_loop()
@@ -33,8 +33,8 @@ class FairSemaphore:
         Raises:
             AcquireTimeout: no permit became free in that time.
         """
-        if self.free:
-            self.free -= 1
+        if self.free_count:
+            self.free_count -= 1
         else:
             await self._wait_for_permit(owner_id, timeout_s)
         try:
@@ -65,4 +65,4 @@ class FairSemaphore:
             if not permit.done():
                 permit.set_result(None)
                 return
-        self.free += 1
+        self.free_count += 1

@@ -106,7 +106,7 @@ class BatchedRead:
 
 class _Request(NamedTuple):
     arguments: tuple[Any, ...]
-    rows: asyncio.Future[Rows]
+    future: asyncio.Future[Rows]
 
 
 class ReadBatcher:
@@ -165,7 +165,7 @@ class _ReadQueue:
         self._queue.append(request)
         self._start_batch()
         try:
-            return await request.rows
+            return await request.future
         except _BatchFailed:
             return await self._fetch_single(arguments, deadline)
 
@@ -203,13 +203,13 @@ class _ReadQueue:
         batch: list[_Request] = []
         while self._queue and len(batch) < MAX_BATCH_SIZE:
             request = self._queue.popleft()
-            if not request.rows.done():
+            if not request.future.done():
                 batch.append(request)
         return batch
 
     async def _run_batch(self, batch: list[_Request]) -> None:
         arguments = [
-            list(column) for column in zip(*(request.arguments for request in batch), strict=True)
+            list(values) for values in zip(*(request.arguments for request in batch), strict=True)
         ]
         try:
             records = await self._database.fetch_once(
@@ -220,15 +220,15 @@ class _ReadQueue:
             if is_database_error and sqlstate(error) == FEATURE_NOT_SUPPORTED:
                 self._is_batching_supported = False
             for request in batch:
-                if not request.rows.done():
-                    request.rows.set_exception(_BatchFailed() if is_database_error else error)
+                if not request.future.done():
+                    request.future.set_exception(_BatchFailed() if is_database_error else error)
             return
         rows: list[list[Sequence[Any]]] = [[] for _ in batch]
         for record in records:
             rows[record[0]].append(record[1:])
         for request, own_rows in zip(batch, rows, strict=True):
-            if not request.rows.done():
-                request.rows.set_result(own_rows)
+            if not request.future.done():
+                request.future.set_result(own_rows)
 
 
 class _BatchFailed(Exception):
