@@ -44,16 +44,16 @@
 #include <unistd.h>
 
 enum {
-  STATUSES = 600,
-  NO_STATUS = STATUSES - 1,
+  STATUS_COUNT = 600,
+  NO_STATUS = STATUS_COUNT - 1,
   MAX_PIDS = 8,
   MAX_HEADERS = 16,
-  WINDOW = 1 << 24,
-  PREFIX = 5,
-  BUFFER = 1 << 18,
+  WINDOW_BYTES = 1 << 24,
+  PREFIX_BYTES = 5,
+  BUFFER_BYTES = 1 << 18,
   MAX_SHOWN = 3
 };
-enum { DRAIN_SECONDS = 30 };
+enum { DRAIN_TIMEOUT_S = 30 };
 
 typedef struct connection connection;
 
@@ -61,30 +61,30 @@ typedef struct stream {
   connection *owner;
   const uint8_t *body;
   uint32_t length, sent;
-  uint64_t started;
+  uint64_t started_ns;
   int status, http_status;
-  uint64_t reply_bytes, retry_after;
+  uint64_t reply_bytes, retry_after_ns;
   struct stream *next;
 } stream;
 
 /* A refused caller that waits before its next request. */
 typedef struct backoff {
-  uint64_t until;
-  connection *of;
+  uint64_t until_ns;
+  connection *owner;
 } backoff;
 
 struct connection {
   int fd;
   nghttp2_session *session;
-  bool waits_for_output;
-  uint8_t *out; /* Bytes that the socket has not accepted yet. */
-  size_t out_length, out_offset, out_capacity;
+  bool is_output_blocked;
+  uint8_t *output; /* Bytes that the socket has not accepted yet. */
+  size_t output_length, output_offset, output_capacity;
   int in_flight, backing_off;
-  stream *done; /* Free list of ended streams. */
+  stream *free_streams; /* Free list of ended streams. */
   /* HTTP/1.1: the current reply. */
-  uint8_t *in;
-  size_t in_length, in_capacity;
-  stream *current;
+  uint8_t *input;
+  size_t input_length, input_capacity;
+  stream *current_stream;
 };
 
 static const char *path, *authority;
@@ -92,11 +92,11 @@ static nghttp2_nv headers[MAX_HEADERS];
 static size_t header_count;
 static uint8_t *bodies;
 static size_t bodies_length, body_offset;
-static bool cycle, http1, stopping, honor_retry_info;
+static bool repeats_bodies, is_http1, is_stopping, honors_retry_info;
 static backoff *backoffs; /* A heap with the earliest end on top. */
 static size_t backoff_count, backoff_capacity;
-static uint64_t due, window_start, window_end, replies_in_window, refused_in_window,
-    bytes_in_window, sent_total, statuses[STATUSES];
+static uint64_t due_count, window_start_ns, window_end_ns, replies_in_window, refused_in_window,
+    bytes_in_window, sent_count, statuses[STATUS_COUNT];
 static uint32_t *latencies;
 static size_t latency_capacity, outstanding;
 static int epoll_fd, shown_count;
@@ -123,7 +123,7 @@ static uint64_t now_ns(void) {
   return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
 }
 
-static double process_seconds(int pid) {
+static double process_cpu_seconds(int pid) {
   char name[64], text[1024];
   snprintf(name, sizeof name, "/proc/%d/stat", pid);
   int fd = open(name, O_RDONLY);
@@ -139,7 +139,7 @@ static double process_seconds(int pid) {
   return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
 }
 
-static double own_seconds(void) {
+static double own_cpu_seconds(void) {
   struct rusage usage;
   getrusage(RUSAGE_SELF, &usage);
   return (double)(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
@@ -148,9 +148,9 @@ static double own_seconds(void) {
 
 static void take_body(stream *request) {
   if (body_offset >= bodies_length) {
-    if (!cycle)
+    if (!repeats_bodies)
       die("all %llu request bodies have been sent; provide more or use --cycle",
-          (unsigned long long)sent_total);
+          (unsigned long long)sent_count);
     body_offset = 0;
   }
   uint32_t length;
@@ -161,124 +161,128 @@ static void take_body(stream *request) {
 }
 
 static stream *new_stream(connection *owner) {
-  stream *request = owner->done;
+  stream *request = owner->free_streams;
   if (request != NULL)
-    owner->done = request->next;
+    owner->free_streams = request->next;
   else
     request = grow(NULL, sizeof *request);
   memset(request, 0, sizeof *request);
   request->owner = owner;
   request->status = NO_STATUS;
   take_body(request);
-  request->started = now_ns();
+  request->started_ns = now_ns();
   owner->in_flight++;
   outstanding++;
-  sent_total++;
+  sent_count++;
   return request;
 }
 
-static void begin_backoff(connection *of, uint64_t until) {
+static void begin_backoff(connection *owner, uint64_t until_ns) {
   if (backoff_count == backoff_capacity) {
     backoff_capacity = backoff_capacity ? backoff_capacity * 2 : 1 << 12;
     backoffs = grow(backoffs, backoff_capacity * sizeof *backoffs);
   }
   size_t at = backoff_count++;
-  for (size_t parent; at > 0 && backoffs[parent = (at - 1) / 2].until > until; at = parent)
+  for (size_t parent; at > 0 && backoffs[parent = (at - 1) / 2].until_ns > until_ns; at = parent)
     backoffs[at] = backoffs[parent];
-  backoffs[at] = (backoff){until, of};
-  of->backing_off++;
+  backoffs[at] = (backoff){until_ns, owner};
+  owner->backing_off++;
 }
 
 static connection *end_backoff(void) {
-  connection *of = backoffs[0].of;
+  connection *owner = backoffs[0].owner;
   backoff last = backoffs[--backoff_count];
   size_t at = 0;
   for (size_t child; (child = 2 * at + 1) < backoff_count; at = child) {
-    if (child + 1 < backoff_count && backoffs[child + 1].until < backoffs[child].until) child++;
-    if (backoffs[child].until >= last.until) break;
+    if (child + 1 < backoff_count && backoffs[child + 1].until_ns < backoffs[child].until_ns)
+      child++;
+    if (backoffs[child].until_ns >= last.until_ns) break;
     backoffs[at] = backoffs[child];
   }
   backoffs[at] = last;
-  of->backing_off--;
-  return of;
+  owner->backing_off--;
+  return owner;
 }
 
-static bool is_ok(const stream *reply) { return reply->status == (http1 ? 200 : 0); }
+static bool is_ok(const stream *reply) { return reply->status == (is_http1 ? 200 : 0); }
 
 static void end_stream(stream *reply) {
   connection *owner = reply->owner;
   uint64_t now = now_ns();
   statuses[reply->status]++;
-  if (honor_retry_info && reply->retry_after && !stopping)
-    begin_backoff(owner, now + reply->retry_after);
-  if (now >= window_start && now < window_end && !is_ok(reply)) refused_in_window++;
-  if (now >= window_start && now < window_end && is_ok(reply)) {
+  if (honors_retry_info && reply->retry_after_ns && !is_stopping)
+    begin_backoff(owner, now + reply->retry_after_ns);
+  if (now >= window_start_ns && now < window_end_ns && !is_ok(reply)) refused_in_window++;
+  if (now >= window_start_ns && now < window_end_ns && is_ok(reply)) {
     if (replies_in_window == latency_capacity) {
       latency_capacity = latency_capacity ? latency_capacity * 2 : 1 << 16;
       latencies = grow(latencies, latency_capacity * sizeof *latencies);
     }
-    uint64_t microseconds = (now - reply->started) / 1000;
+    uint64_t microseconds = (now - reply->started_ns) / 1000;
     latencies[replies_in_window++] =
         microseconds > UINT32_MAX ? UINT32_MAX : (uint32_t)microseconds;
     bytes_in_window += reply->reply_bytes;
   }
   owner->in_flight--;
   outstanding--;
-  reply->next = owner->done;
-  owner->done = reply;
+  reply->next = owner->free_streams;
+  owner->free_streams = reply;
 }
 
 /* -- Output queue of both protocols -- */
 
-static void queue(connection *to, const uint8_t *data, size_t length) {
-  if (to->out_length + length > to->out_capacity) {
-    to->out_capacity = (to->out_length + length) * 2;
-    to->out = grow(to->out, to->out_capacity);
+static void queue(connection *target, const uint8_t *data, size_t length) {
+  if (target->output_length + length > target->output_capacity) {
+    target->output_capacity = (target->output_length + length) * 2;
+    target->output = grow(target->output, target->output_capacity);
   }
-  memcpy(to->out + to->out_length, data, length);
-  to->out_length += length;
+  memcpy(target->output + target->output_length, data, length);
+  target->output_length += length;
 }
 
-static void flush(connection *to) {
-  while (to->out_offset < to->out_length) {
-    ssize_t written = write(to->fd, to->out + to->out_offset, to->out_length - to->out_offset);
+static void flush(connection *target) {
+  while (target->output_offset < target->output_length) {
+    ssize_t written = write(target->fd, target->output + target->output_offset,
+                            target->output_length - target->output_offset);
     if (written < 0) {
       if (errno == EAGAIN) break;
       die("the server closed a connection: %s", strerror(errno));
     }
-    to->out_offset += (size_t)written;
+    target->output_offset += (size_t)written;
   }
-  bool more = to->out_offset < to->out_length;
-  if (!more) to->out_offset = to->out_length = 0;
-  if (more != to->waits_for_output) {
-    to->waits_for_output = more;
-    struct epoll_event event = {.events = EPOLLIN | (more ? EPOLLOUT : 0), .data.ptr = to};
-    epoll_ctl(epoll_fd, EPOLL_CTL_MOD, to->fd, &event);
+  bool has_more = target->output_offset < target->output_length;
+  if (!has_more) target->output_offset = target->output_length = 0;
+  if (has_more != target->is_output_blocked) {
+    target->is_output_blocked = has_more;
+    struct epoll_event event = {.events = EPOLLIN | (has_more ? EPOLLOUT : 0), .data.ptr = target};
+    epoll_ctl(epoll_fd, EPOLL_CTL_MOD, target->fd, &event);
   }
 }
 
 /* -- gRPC -- */
 
-static ssize_t read_body(nghttp2_session *session, int32_t id, uint8_t *to, size_t room,
+static ssize_t read_body(nghttp2_session *session, int32_t id, uint8_t *buffer, size_t capacity,
                          uint32_t *flags, nghttp2_data_source *source, void *user) {
   (void)session, (void)id, (void)user;
   stream *request = source->ptr;
-  const uint32_t whole = request->length + PREFIX;
-  const uint8_t prefix[PREFIX] = {0, (uint8_t)(request->length >> 24),
-                                  (uint8_t)(request->length >> 16), (uint8_t)(request->length >> 8),
-                                  (uint8_t)request->length};
+  const uint32_t total = request->length + PREFIX_BYTES;
+  const uint8_t prefix[PREFIX_BYTES] = {0, (uint8_t)(request->length >> 24),
+                                        (uint8_t)(request->length >> 16),
+                                        (uint8_t)(request->length >> 8),
+                                        (uint8_t)request->length};
   size_t copied = 0;
-  while (copied < room && request->sent < whole) {
-    if (request->sent < PREFIX) {
-      to[copied++] = prefix[request->sent++];
+  while (copied < capacity && request->sent < total) {
+    if (request->sent < PREFIX_BYTES) {
+      buffer[copied++] = prefix[request->sent++];
       continue;
     }
-    size_t left = whole - request->sent, take = left < room - copied ? left : room - copied;
-    memcpy(to + copied, request->body + (request->sent - PREFIX), take);
-    copied += take;
-    request->sent += (uint32_t)take;
+    size_t remaining = total - request->sent,
+           count = remaining < capacity - copied ? remaining : capacity - copied;
+    memcpy(buffer + copied, request->body + (request->sent - PREFIX_BYTES), count);
+    copied += count;
+    request->sent += (uint32_t)count;
   }
-  if (request->sent == whole) *flags |= NGHTTP2_DATA_FLAG_EOF;
+  if (request->sent == total) *flags |= NGHTTP2_DATA_FLAG_EOF;
   return (ssize_t)copied;
 }
 
@@ -301,15 +305,15 @@ static void add_common_headers(void) {
   add_header("user-agent", "chat-history-bench");
 }
 
-static void call(connection *to) {
-  stream *request = new_stream(to);
+static void send_grpc_request(connection *target) {
+  stream *request = new_stream(target);
   nghttp2_data_provider body = {.source.ptr = request, .read_callback = read_body};
-  int32_t id = nghttp2_submit_request(to->session, NULL, headers, header_count, &body, request);
+  int32_t id = nghttp2_submit_request(target->session, NULL, headers, header_count, &body, request);
   if (id < 0) die("cannot send a request: %s", nghttp2_strerror(id));
 }
 
-static const uint8_t *find(const uint8_t *in, size_t length, const char *what) {
-  return memmem(in, length, what, strlen(what));
+static const uint8_t *find(const uint8_t *data, size_t length, const char *text) {
+  return memmem(data, length, text, strlen(text));
 }
 
 static uint64_t read_varint(const uint8_t **at, const uint8_t *end) {
@@ -323,7 +327,7 @@ static uint64_t read_varint(const uint8_t **at, const uint8_t *end) {
 }
 
 /* Returns the delay in nanoseconds of the RetryInfo in a base64-encoded google.rpc.Status, or 0. */
-static uint64_t read_retry_after(const uint8_t *text, size_t length) {
+static uint64_t read_retry_after_ns(const uint8_t *text, size_t length) {
   uint8_t data[2048];
   size_t count = 0;
   uint32_t bits = 0;
@@ -340,13 +344,13 @@ static uint64_t read_retry_after(const uint8_t *text, size_t length) {
   /* The value of the Any contains the delay, which contains seconds and nanoseconds. */
   if (end - at < 4 || at[0] != 0x12 || at[2] != 0x0a) return 0;
   at += 4;
-  uint64_t delay = 0;
+  uint64_t delay_ns = 0;
   while (at < end) {
     uint8_t key = *at++;
     if (key != 0x08 && key != 0x10) break;
-    delay += read_varint(&at, end) * (key == 0x08 ? 1000000000u : 1u);
+    delay_ns += read_varint(&at, end) * (key == 0x08 ? 1000000000u : 1u);
   }
-  return delay;
+  return delay_ns;
 }
 
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name,
@@ -360,9 +364,9 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
     reply->status = status >= 0 && status < NO_STATUS ? status : NO_STATUS;
   } else if (name_length == 7 && memcmp(name, ":status", 7) == 0) {
     reply->http_status = atoi((const char *)value);
-  } else if (honor_retry_info && name_length == 23 &&
+  } else if (honors_retry_info && name_length == 23 &&
              memcmp(name, "grpc-status-details-bin", 23) == 0) {
-    reply->retry_after = read_retry_after(value, length);
+    reply->retry_after_ns = read_retry_after_ns(value, length);
   } else if (name_length == 12 && memcmp(name, "grpc-message", 12) == 0 && length &&
              shown_count < MAX_SHOWN) {
     shown_count++;
@@ -385,7 +389,7 @@ static int on_close(nghttp2_session *session, int32_t id, uint32_t error, void *
   if (reply == NULL) return 0;
   /* A unary call that ends with OK has a message. */
   if (error != NGHTTP2_NO_ERROR || reply->http_status != 200 ||
-      (reply->status == 0 && reply->reply_bytes < PREFIX))
+      (reply->status == 0 && reply->reply_bytes < PREFIX_BYTES))
     reply->status = NO_STATUS;
   end_stream(reply);
   return 0;
@@ -398,7 +402,7 @@ static int on_sent(nghttp2_session *session, const nghttp2_frame *frame, void *u
   stream *request = frame->hd.type == NGHTTP2_HEADERS
                         ? nghttp2_session_get_stream_user_data(session, frame->hd.stream_id)
                         : NULL;
-  if (request != NULL) request->started = now_ns();
+  if (request != NULL) request->started_ns = now_ns();
   return 0;
 }
 
@@ -412,77 +416,78 @@ static void open_session(connection *target) {
   if (nghttp2_session_client_new(&target->session, callbacks, target) != 0) die("out of memory");
   nghttp2_session_callbacks_del(callbacks);
   const nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
-                                             {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, WINDOW}};
+                                             {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, WINDOW_BYTES}};
   nghttp2_submit_settings(target->session, NGHTTP2_FLAG_NONE, settings, 2);
-  nghttp2_session_set_local_window_size(target->session, NGHTTP2_FLAG_NONE, 0, WINDOW);
+  nghttp2_session_set_local_window_size(target->session, NGHTTP2_FLAG_NONE, 0, WINDOW_BYTES);
 }
 
-static void send_frames(connection *to) {
+static void send_frames(connection *target) {
   const uint8_t *data;
   ssize_t length;
-  while ((length = nghttp2_session_mem_send(to->session, &data)) > 0)
-    queue(to, data, (size_t)length);
+  while ((length = nghttp2_session_mem_send(target->session, &data)) > 0)
+    queue(target, data, (size_t)length);
   if (length < 0) die("HTTP/2: %s", nghttp2_strerror((int)length));
 }
 
 /* -- HTTP/1.1 -- */
 
-static void request(connection *to) {
-  to->current = new_stream(to);
-  queue(to, to->current->body, to->current->length);
+static void send_http1_request(connection *target) {
+  target->current_stream = new_stream(target);
+  queue(target, target->current_stream->body, target->current_stream->length);
 }
 
-static void read_reply(connection *from, const uint8_t *data, size_t length) {
-  if (from->in_length + length + 1 > from->in_capacity) {
-    from->in_capacity = (from->in_length + length + 1) * 2;
-    from->in = grow(from->in, from->in_capacity);
+static void read_reply(connection *source, const uint8_t *data, size_t length) {
+  if (source->input_length + length + 1 > source->input_capacity) {
+    source->input_capacity = (source->input_length + length + 1) * 2;
+    source->input = grow(source->input, source->input_capacity);
   }
-  memcpy(from->in + from->in_length, data, length);
-  from->in_length += length;
-  from->in[from->in_length] = 0;
-  const char *text = (const char *)from->in, *end = strstr(text, "\r\n\r\n"),
-             *size = strcasestr(text, "\r\ncontent-length:");
+  memcpy(source->input + source->input_length, data, length);
+  source->input_length += length;
+  source->input[source->input_length] = 0;
+  const char *text = (const char *)source->input, *end = strstr(text, "\r\n\r\n"),
+             *content_length = strcasestr(text, "\r\ncontent-length:");
   if (end == NULL) return;
-  if (size == NULL || size > end) die("a reply has no content-length header");
-  size_t head = (size_t)(end + 4 - text), whole = head + (size_t)atol(size + 17);
-  if (from->in_length < whole) return;
-  if (from->in_length > whole || from->current == NULL)
+  if (content_length == NULL || content_length > end) die("a reply has no content-length header");
+  size_t head_length = (size_t)(end + 4 - text),
+         total = head_length + (size_t)atol(content_length + 17);
+  if (source->input_length < total) return;
+  if (source->input_length > total || source->current_stream == NULL)
     die("a reply is longer than its content-length");
   int status = atoi(text + 9);
-  from->current->status = status > 0 && status < NO_STATUS ? status : NO_STATUS;
-  from->current->reply_bytes = whole - head;
+  source->current_stream->status = status > 0 && status < NO_STATUS ? status : NO_STATUS;
+  source->current_stream->reply_bytes = total - head_length;
   if (status >= 400 && shown_count++ < MAX_SHOWN)
     fprintf(stderr, "load generator: reply: %s\n", end + 4);
-  from->in_length = 0;
-  end_stream(from->current);
-  from->current = NULL;
+  source->input_length = 0;
+  end_stream(source->current_stream);
+  source->current_stream = NULL;
 }
 
 /* -- The event loop -- */
 
-static void fill(connection *to, int wanted) {
-  while (!stopping && to->in_flight + to->backing_off < wanted) {
-    if (http1)
-      request(to);
+static void fill(connection *target, int max_in_flight) {
+  while (!is_stopping && target->in_flight + target->backing_off < max_in_flight) {
+    if (is_http1)
+      send_http1_request(target);
     else
-      call(to);
+      send_grpc_request(target);
   }
-  if (!http1) send_frames(to);
-  flush(to);
+  if (!is_http1) send_frames(target);
+  flush(target);
 }
 
-static void receive(connection *from) {
-  static uint8_t buffer[BUFFER];
-  ssize_t length = read(from->fd, buffer, sizeof buffer);
+static void receive(connection *source) {
+  static uint8_t buffer[BUFFER_BYTES];
+  ssize_t length = read(source->fd, buffer, sizeof buffer);
   if (length < 0 && errno == EAGAIN) return;
   if (length <= 0) die("the server closed a connection");
-  if (http1) {
-    read_reply(from, buffer, (size_t)length);
+  if (is_http1) {
+    read_reply(source, buffer, (size_t)length);
     return;
   }
-  ssize_t taken = nghttp2_session_mem_recv(from->session, buffer, (size_t)length);
-  if (taken < 0) die("HTTP/2: %s", nghttp2_strerror((int)taken));
-  if (!nghttp2_session_want_read(from->session)) die("the server ended a connection");
+  ssize_t consumed = nghttp2_session_mem_recv(source->session, buffer, (size_t)length);
+  if (consumed < 0) die("HTTP/2: %s", nghttp2_strerror((int)consumed));
+  if (!nghttp2_session_want_read(source->session)) die("the server ended a connection");
 }
 
 static void connect_to(connection *target, const struct sockaddr_in *address) {
@@ -492,7 +497,7 @@ static void connect_to(connection *target, const struct sockaddr_in *address) {
   int on = 1;
   setsockopt(target->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   fcntl(target->fd, F_SETFL, O_NONBLOCK);
-  if (!http1) open_session(target);
+  if (!is_http1) open_session(target);
   struct epoll_event event = {.events = EPOLLIN, .data.ptr = target};
   epoll_ctl(epoll_fd, EPOLL_CTL_ADD, target->fd, &event);
 }
@@ -554,22 +559,22 @@ static void parse_options(int count, char **arguments) {
       case 'c': options.connections = atoi(optarg); break;
       case 'w': options.warmup = atof(optarg); break;
       case 's': options.seconds = atof(optarg); break;
-      case 'y': cycle = true; break;
+      case 'y': repeats_bodies = true; break;
       case 'i':
         if (options.pid_count == MAX_PIDS) die("too many --pid options");
         options.pids[options.pid_count++] = atoi(optarg);
         break;
-      case '1': http1 = true; break;
-      case 't': honor_retry_info = true; break;
+      case '1': is_http1 = true; break;
+      case 't': honors_retry_info = true; break;
       case 'r': options.rate = atof(optarg); break;
       case 'h': add_header_option(optarg); break;
       default: exit(2);
     }
-  if (authority == NULL || options.bodies == NULL || (path == NULL && !http1))
+  if (authority == NULL || options.bodies == NULL || (path == NULL && !is_http1))
     die("--address, --bodies and --path (or --http1) are required");
   if (options.in_flight < 1 || options.connections < 1)
     die("--in-flight and --connections start at 1");
-  if (http1 || options.connections > options.in_flight) options.connections = options.in_flight;
+  if (is_http1 || options.connections > options.in_flight) options.connections = options.in_flight;
 }
 
 static struct sockaddr_in parse_address(void) {
@@ -594,7 +599,7 @@ static connection *open_connections(void) {
 }
 
 /* The number of callers of a connection in a closed loop. */
-static int callers(int index) {
+static int caller_count(int index) {
   return options.in_flight / options.connections +
          (index < options.in_flight % options.connections);
 }
@@ -605,22 +610,22 @@ static void handle_events(connection *connections, bool closed_loop) {
   for (int n = 0; n < ready; n++) {
     connection *target = events[n].data.ptr;
     if (events[n].events & (EPOLLIN | EPOLLERR | EPOLLHUP)) receive(target);
-    fill(target, closed_loop ? callers((int)(target - connections)) : 0);
+    fill(target, closed_loop ? caller_count((int)(target - connections)) : 0);
   }
 }
 
 static void end_due_backoffs(connection *connections, uint64_t now) {
-  while (backoff_count && backoffs[0].until <= now) {
+  while (backoff_count && backoffs[0].until_ns <= now) {
     connection *target = end_backoff();
-    fill(target, callers((int)(target - connections)));
+    fill(target, caller_count((int)(target - connections)));
   }
 }
 
 /* Open loop: sends the requests that are due, on all connections in turn. Those beyond the maximum
  * of unanswered requests are dropped. */
 static void send_due_requests(connection *connections, double elapsed_s) {
-  for (; !stopping && due < (uint64_t)(elapsed_s * options.rate); due++) {
-    connection *target = &connections[due % (uint64_t)options.connections];
+  for (; !is_stopping && due_count < (uint64_t)(elapsed_s * options.rate); due_count++) {
+    connection *target = &connections[due_count % (uint64_t)options.connections];
     if (outstanding < (size_t)options.in_flight) fill(target, target->in_flight + 1);
   }
 }
@@ -629,40 +634,41 @@ static void send_due_requests(connection *connections, double elapsed_s) {
 static double own_cpu_s, cpu_s[MAX_PIDS];
 
 static void measure_cpu(void) {
-  own_cpu_s = own_seconds() - own_cpu_s;
+  own_cpu_s = own_cpu_seconds() - own_cpu_s;
   for (int n = 0; n < options.pid_count; n++)
-    cpu_s[n] = process_seconds(options.pids[n]) - cpu_s[n];
+    cpu_s[n] = process_cpu_seconds(options.pids[n]) - cpu_s[n];
 }
 
 /* Returns the length of the window in seconds. */
 static double run(connection *connections) {
   enum { WARMING, MEASURING, DRAINING } phase = WARMING;
   const bool closed_loop = options.rate <= 0;
-  const uint64_t started = now_ns();
-  window_start = started + (uint64_t)(options.warmup * 1e9);
-  window_end = UINT64_MAX;
-  uint64_t opened = 0;
-  for (int n = 0; n < options.connections; n++) fill(&connections[n], closed_loop ? callers(n) : 0);
+  const uint64_t started_ns = now_ns();
+  window_start_ns = started_ns + (uint64_t)(options.warmup * 1e9);
+  window_end_ns = UINT64_MAX;
+  uint64_t opened_ns = 0;
+  for (int n = 0; n < options.connections; n++)
+    fill(&connections[n], closed_loop ? caller_count(n) : 0);
   while (phase != DRAINING || outstanding > 0) {
     handle_events(connections, closed_loop);
     uint64_t now = now_ns();
     end_due_backoffs(connections, now);
-    if (!closed_loop) send_due_requests(connections, (double)(now - started) / 1e9);
-    if (phase == WARMING && now >= window_start) {
+    if (!closed_loop) send_due_requests(connections, (double)(now - started_ns) / 1e9);
+    if (phase == WARMING && now >= window_start_ns) {
       phase = MEASURING;
-      opened = now;
-      window_end = now + (uint64_t)(options.seconds * 1e9);
+      opened_ns = now;
+      window_end_ns = now + (uint64_t)(options.seconds * 1e9);
       measure_cpu();
-    } else if (phase == MEASURING && now >= window_end) {
+    } else if (phase == MEASURING && now >= window_end_ns) {
       phase = DRAINING;
-      stopping = true;
+      is_stopping = true;
       measure_cpu();
-    } else if (phase == DRAINING && now > window_end + DRAIN_SECONDS * 1000000000ull) {
+    } else if (phase == DRAINING && now > window_end_ns + DRAIN_TIMEOUT_S * 1000000000ull) {
       die("%zu calls were not answered within %d seconds after the end", outstanding,
-          DRAIN_SECONDS);
+          DRAIN_TIMEOUT_S);
     }
   }
-  return (double)(window_end - opened) / 1e9;
+  return (double)(window_end_ns - opened_ns) / 1e9;
 }
 
 static void print_results(double seconds) {
@@ -670,14 +676,14 @@ static void print_results(double seconds) {
   printf("{\"refused\": %llu, ", (unsigned long long)refused_in_window);
   printf("\"replies\": %llu, \"seconds\": %.6f, ", (unsigned long long)replies_in_window, seconds);
   printf("\"bytes\": %llu, ", (unsigned long long)bytes_in_window);
-  printf("\"sent\": %llu, ", (unsigned long long)sent_total);
+  printf("\"sent\": %llu, ", (unsigned long long)sent_count);
   printf("\"load_generator_cpu_s\": %.4f, ", own_cpu_s);
   printf("\"p50\": %u, \"p90\": %u, ", quantile(0.5), quantile(0.9));
   printf("\"p99\": %u, \"max\": %u, \"cpu\": [", quantile(0.99), quantile(1));
   for (int n = 0; n < options.pid_count; n++) printf("%s%.4f", n ? ", " : "", cpu_s[n]);
   printf("], \"statuses\": {");
   const char *comma = "";
-  for (int n = 0; n < STATUSES; n++)
+  for (int n = 0; n < STATUS_COUNT; n++)
     if (statuses[n]) {
       printf("%s\"%d\": %llu", comma, n == NO_STATUS ? -1 : n, (unsigned long long)statuses[n]);
       comma = ", ";
@@ -687,7 +693,7 @@ static void print_results(double seconds) {
 
 int main(int count, char **arguments) {
   parse_options(count, arguments);
-  if (!http1) add_common_headers();
+  if (!is_http1) add_common_headers();
   for (int n = 0; n < options.header_count; n++)
     add_header(options.headers[n][0], options.headers[n][1]);
   load_bodies(options.bodies);
