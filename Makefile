@@ -70,7 +70,7 @@ soak: install ## inject random faults under load and check the stored data; MINU
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES) --idle $(IDLE) --seed '$(SEED)'
 
 .PHONY: lint
-lint: install $(PROTO_STAMP) ## check style, types, import rules, protos and generated code
+lint: install prose $(PROTO_STAMP) ## check style, wording, types, import rules, protos, stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -84,7 +84,6 @@ MARKDOWN := $(wildcard *.md */README.md docs examples .github)
 prose: install ## check wording, spelling, lines over 100 columns and the layout of Markdown
 	$(BIN)/python scripts/prose.py
 	$(BIN)/codespell
-	$(BIN)/ruff check --select E501
 	$(BIN)/mdformat --check $(MARKDOWN)
 
 .PHONY: format
