@@ -77,3 +77,58 @@ async def test_abandoned_connection_that_does_not_respond_is_closed(
                 await asyncio.sleep(0.01)
     assert connection.driver.is_closed()
     await server.database.fetch_once(READ)
+
+
+async def test_released_connection_goes_to_the_first_waiter(server: Server) -> None:
+    """A caller that acquires again without a pause must not overtake those that wait."""
+    pool = server.database.hot_pool
+    connections = [await pool.acquire() for _ in range(pool._size)]
+    order: list[str] = []
+
+    async def use(caller: str) -> None:
+        connection = await pool.acquire()
+        order.append(caller)
+        pool.release(connection)
+
+    waiters = [asyncio.create_task(use(f"waiter {number}")) for number in range(3)]
+    await asyncio.sleep(0)
+    pool.release(connections.pop())
+    await use("latecomer")
+    await asyncio.gather(*waiters)
+    assert order == ["waiter 0", "waiter 1", "waiter 2", "latecomer"]
+    for connection in connections:
+        pool.release(connection)
+
+
+async def test_waiter_cancelled_after_it_received_a_connection_passes_it_on(
+    server: Server,
+) -> None:
+    pool = server.database.hot_pool
+    connections = [await pool.acquire() for _ in range(pool._size)]
+    cancelled, next_waiter = (asyncio.create_task(pool.acquire()) for _ in range(2))
+    await asyncio.sleep(0)
+    released = connections.pop()
+    pool.release(released)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert await next_waiter is released
+    for connection in (*connections, released):
+        pool.release(connection)
+
+
+async def test_waiter_that_receives_a_closed_connection_opens_another(
+    server: Server,
+) -> None:
+    pool = server.database.hot_pool
+    connections = [await pool.acquire() for _ in range(pool._size)]
+    waiter = asyncio.create_task(pool.acquire())
+    await asyncio.sleep(0)
+    released = connections.pop()
+    pool.release(released)
+    released.driver.terminate()
+    fresh = await waiter
+    assert fresh is not released
+    assert not fresh.driver.is_closed()
+    for connection in (*connections, fresh):
+        pool.release(connection)

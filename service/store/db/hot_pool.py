@@ -135,7 +135,7 @@ class HotConnection:
 
 
 class HotPool:
-    """A pool of at most `size` connections, last in, first out; further callers wait for one."""
+    """A pool of at most `size` connections, last in, first out. Further callers wait in line."""
 
     def __init__(self, engine: AsyncEngine, size: int) -> None:
         self._engine = engine
@@ -145,7 +145,8 @@ class HotPool:
         self._idle: list[HotConnection] = []
         self._busy: set[HotConnection] = set()
         self._opening = 0
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[HotConnection | None]] = deque()
+        """Callers in line. Each receives a connection, or None when it may open one."""
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -168,25 +169,43 @@ class HotPool:
                 self._return_to_engine(connection)
             if len(self._busy) + self._opening < self._size:
                 return await self._open()
-            waiter = self._loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._wake_next()  # This waiter had been woken: pass its turn on.
-                raise
+            received = await self._wait_in_line()
+            if received is not None:
+                if not received.driver.is_closed():
+                    received.used_at = self._loop.time()
+                    return received
+                self._busy.discard(received)
+                self._return_to_engine(received)
+
+    async def _wait_in_line(self) -> HotConnection | None:
+        waiter: asyncio.Future[HotConnection | None] = self._loop.create_future()
+        self._waiters.append(waiter)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            # The waiter was served before the cancellation arrived: pass its turn on.
+            if waiter.done() and not waiter.cancelled():
+                connection = waiter.result()
+                if connection is None:
+                    self._serve_next_waiter(None)
+                else:
+                    self.release(connection)
+            raise
 
     def release(self, connection: HotConnection) -> None:
-        """Take a connection back, open or closed."""
-        self._busy.discard(connection)
+        """Take a connection back, open or closed.
+
+        An open one goes to the first waiter directly. If it became idle, a caller that acquires
+        again without a pause would overtake the waiter every time.
+        """
         if connection.driver.is_closed() or self._is_closed:
+            self._busy.discard(connection)
             self._return_to_engine(connection)
-        else:
+            self._serve_next_waiter(None)
+        elif not self._serve_next_waiter(connection):
+            self._busy.discard(connection)
             connection.used_at = self._loop.time()
             self._idle.append(connection)
-        if self._waiters:
-            self._wake_next()
 
     def release_abandoned(self, connection: HotConnection) -> None:
         """Take a connection of a cancelled caller back, once the server has ended the statement.
@@ -241,7 +260,7 @@ class HotPool:
                 raise
         except BaseException:
             self._opening -= 1
-            self._wake_next()
+            self._serve_next_waiter(None)
             raise
         self._opening -= 1
         connection = HotConnection(checkout, driver, self._loop.time())
@@ -250,12 +269,14 @@ class HotPool:
             self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check_connections)
         return connection
 
-    def _wake_next(self) -> None:
+    def _serve_next_waiter(self, connection: HotConnection | None) -> bool:
+        """Hand a busy connection, or the permission to open one, to a waiter if there is one."""
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_result(None)
-                return
+                waiter.set_result(connection)
+                return True
+        return False
 
     def _check_connections(self) -> None:
         """Return long idle connections and report slow statements, while there are connections."""
