@@ -218,6 +218,22 @@ async def test_import_into_a_session_with_other_messages_fails(
     assert [message.content for message in await other.all(session_id)] == ["mine"]
 
 
+async def test_import_with_a_taken_seq_before_an_invalid_line_reports_the_taken_seq(
+    stub: AsyncStub, database_url: str
+) -> None:
+    chat = await Chat.of_new_user(stub)
+    session_id = new_id()
+    session = json.dumps({"session": {"id": session_id}})
+    stored, *others = (
+        json.dumps({"message": {"id": new_id(), "seq": seq, "role": "user", "content": content}})
+        for seq, content in ((1, "stored"), (1, "other"), (2, "after it"))
+    )
+    await store_lines(database_url, f"{session}\n{stored}\n", chat.user_id)
+    with pytest.raises(TransferError, match=rf"^at line 2: .* {session_id} .* seq 1, "):
+        await store_lines(database_url, "\n".join([session, *others, '{"message": ']), chat.user_id)
+    assert [message.content for message in await chat.all(session_id)] == ["stored"]
+
+
 async def test_import_fails_when_another_user_has_a_unique_value(
     stub: AsyncStub, database_url: str
 ) -> None:
