@@ -140,8 +140,6 @@ class _Importer:
                 self._batch_lines[record.seq] = line_number
                 self._batch_bytes += record.message.size
             case jsonl.ChunkRecord():
-                if self._document is None:
-                    raise jsonl.InvalidLine("is a chunk that comes before its document")
                 self.counts.chunks += 1
                 self._chunks.append(record)
                 self._batch_lines[record.chunk_index] = line_number

@@ -2,7 +2,7 @@
 
 An import also accepts rows of another chatbot's tables: ids of any kind, which become the same UUID
 every time; roles as the model APIs name them; times as PostgreSQL writes them; and messages without
-a `seq`, in their order.
+a `seq` and chunks without an `index`, in their order.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def format_line(item: export_pb2.ExportUserDataResponse) -> str:
 
 
 class LineParser:
-    """Parses lines in order: sessions follow their user, and messages follow their session."""
+    """Parses lines in order: a user, sessions with their messages, documents with their chunks."""
 
     def __init__(self, user_id: str | None = None) -> None:
         """Start with the first line.
@@ -106,6 +106,8 @@ class LineParser:
         """The owner of the current line's item."""
         self._session_id = ""
         self._seq = 0
+        self._next_chunk_index: int | None = None
+        """None unless the current line is a document or one of its chunks."""
         self._validate = protovalidate.Validator().validate
 
     def parse(self, line: str | bytes) -> Record:
@@ -149,6 +151,7 @@ class LineParser:
                 raise InvalidLine(_UNKNOWN_ITEM)
 
     def _user(self, body: dict[str, Any]) -> UserRecord:
+        self._next_chunk_index = None
         self._user_count += 1
         if self._only_user_id and self._user_count > 1:
             raise InvalidLine("is a second user, and with --user-id a file may have one user only")
@@ -170,6 +173,7 @@ class LineParser:
             raise InvalidLine(
                 "comes before its user: start the file with a user, or pass --user-id"
             )
+        self._next_chunk_index = None
         body.pop("user_id", None)
         self._session_id = self._session_uuid(str(body.pop("id", "")))
         self._seq = 0
@@ -225,12 +229,20 @@ class LineParser:
         created_us, updated_us = _times_us(document)
         values = convert_documents.document_values(document, (), document_id)
         values |= _time_columns(created_us, updated_us) | {"user_id": self.user_id}
+        self._next_chunk_index = 0
         return DocumentRecord(values)
 
     def _chunk(self, body: dict[str, Any]) -> ChunkRecord:
+        next_index = self._next_chunk_index
+        if next_index is None:
+            raise InvalidLine("is a chunk that comes before its document")
         body.pop("document_id", None)
-        index = int(body.pop("index", 0))
+        # protobuf's JSON form leaves out a 0, so the first chunk of an export has no index.
+        index = int(body.pop("index", next_index))
+        if index != next_index:
+            raise InvalidLine(f"has index {index}, and the next chunk's index is {next_index}")
         chunk = self._parse_body(body, document_pb2.DocumentChunk())
+        self._next_chunk_index = index + 1
         return ChunkRecord(index, convert_documents.new_chunk(chunk))
 
     def _parse_body(self, body: dict[str, Any], resource: Any) -> Any:

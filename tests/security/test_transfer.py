@@ -13,7 +13,7 @@ import pytest
 from chathistory.v1 import document_pb2, export_pb2, session_pb2, user_pb2
 
 from service.portability.exporter import export_user
-from service.portability.importer import import_lines
+from service.portability.importer import MAX_BATCH_ITEMS, import_lines
 from service.portability.transfer import ItemCounts, TransferError
 from service.server import Server
 from service.store.db.dsn import parse
@@ -333,8 +333,43 @@ async def test_an_imported_session_accepts_appends_whatever_its_times(
         stored.check()
 
 
+async def test_imported_chunks_without_index_are_numbered_across_batches(
+    stub: AsyncStub, database_url: str
+) -> None:
+    chat = await Chat.of_new_user(stub)
+    texts = [f"chunk {n}" for n in range(MAX_BATCH_ITEMS + 1)]
+    document_id = new_id()
+    lines = [
+        {"document": {"id": document_id}},
+        *({"chunk": {"text": text}} for text in texts),
+    ]
+    for _ in range(2):
+        await store_lines(database_url, "\n".join(map(json.dumps, lines)), chat.user_id)
+    reply = await stub.ListDocumentChunks(
+        document_pb2.ListDocumentChunksRequest(
+            user_id=chat.user_id, document_id=document_id, page_size=1000
+        )
+    )
+    assert [(chunk.index, chunk.text) for chunk in reply.chunks] == list(enumerate(texts))
+
+
+async def test_import_of_a_chunk_at_a_taken_index_names_its_line(
+    stub: AsyncStub, database_url: str
+) -> None:
+    chat = await Chat.of_new_user(stub)
+    document = json.dumps({"document": {"id": new_id()}})
+    first, stored, other = (
+        json.dumps({"chunk": {"text": text}}) for text in ("first", "stored", "other")
+    )
+    await store_lines(database_url, f"{document}\n{first}\n{stored}\n", chat.user_id)
+    with pytest.raises(TransferError, match=r"^at line 3: another chunk is stored at this index"):
+        await store_lines(database_url, f"{document}\n{first}\n{other}\n", chat.user_id)
+
+
 USER = '{"user": {"id": "1"}}'
 SESSION = '{"session": {"id": "1"}}'
+DOCUMENT, DOCUMENT_2 = '{"document": {"id": "1"}}', '{"document": {"id": "2"}}'
+CHUNK, CHUNK_2 = '{"chunk": {"text": "x"}}', '{"chunk": {"text": "x", "index": 2}}'
 BAD_LINES = {
     "[]": "line 1 is not an item",
     '{"user": {}}': "has no id",
@@ -355,6 +390,22 @@ BAD_LINES = {
         "line 4 has seq 2, which is not after"
     ),
     f'{USER}\n{{"chunk": {{"text": "x"}}}}': "comes before its document",
+    f'{USER}\n{DOCUMENT}\n{SESSION}\n{{"chunk": {{"text": "x", "index": 1}}}}': (
+        "line 4 is a chunk that comes before its document"
+    ),
+    f"{USER}\n{DOCUMENT}\n{CHUNK_2}": "line 3 has index 2, and the next chunk's index is 0",
+    f"{USER}\n{DOCUMENT}\n{CHUNK}\n{CHUNK_2}": (
+        "line 4 has index 2, and the next chunk's index is 1"
+    ),
+    f"{USER}\n{DOCUMENT}\n{CHUNK}\n{CHUNK}\n{CHUNK_2}\n{CHUNK_2}": (
+        "line 6 has index 2, and the next chunk's index is 3"
+    ),
+    f"{USER}\n{DOCUMENT}\n{CHUNK}\n{DOCUMENT_2}\n{CHUNK}\n{CHUNK_2}": (
+        "line 6 has index 2, and the next chunk's index is 1"
+    ),
+    f'{USER}\n{DOCUMENT}\n{{"chunk": {{"text": "x", "index": "first"}}}}': (
+        "line 3 is not a valid chunk"
+    ),
     '{"user": {"id": "1", "create_time": "2999-01-01"}}': "has a time in the future",
     f'{USER}\n{{"session": {{"id": "1", "last_seq": "9223372036854775807"}}}}': (
         "line 2 has a seq above"
