@@ -15,7 +15,7 @@ from service.ids import SYSTEM_USER_ID, new_id
 from service.rpc import convert_documents as convert
 from service.rpc import field_masks, paging
 from service.rpc.call import Call
-from service.rpc.handler import Handler, require_same_id
+from service.rpc.handler import Handler
 from service.store import documents
 from service.store.db.database import Work
 from service.store.document_chunks import Chunk, ChunkRow
@@ -42,7 +42,7 @@ class Documents(Handler):
             user_id = SYSTEM_USER_ID
         else:
             user_id = call.caller.resolve_user_id(request.user_id)
-        require_same_id("document.user_id", document.user_id, user_id)
+        _require_owner(document, user_id)
         document_id = document.id.lower() or new_id()
         values = convert.document_values(document, request.chunks, document_id)
         values["user_id"] = user_id
@@ -134,13 +134,10 @@ class Documents(Handler):
         document_id = document.id.lower()
         if not document_id:
             raise InvalidArgument.field("document.id", "is required")
-        if document.user_id.lower() not in ("", *call.caller.document_owner_ids(request.user_id)):
-            raise InvalidArgument.field(
-                "document.user_id", "must be empty or equal to the request's"
-            )
         paths = field_masks.update_paths(request.update_mask, document, _WRITABLE)
         values = convert.document_changes(document, paths)
         owner_id = await self._writable_owner_id(request.user_id, document_id, call)
+        _require_owner(document, owner_id)
         row = await self.database.write(
             lambda connection: documents.update(
                 connection, [owner_id], document_id, values, document.etag
@@ -243,6 +240,19 @@ class Documents(Handler):
         result = await self.database.write(work, owner_id=owner_id, deadline=call.deadline)
         self.search.wake()
         return result
+
+
+def _require_owner(document: document_pb2.Document, owner_id: str) -> None:
+    """Check that the `user_id` inside a document is empty or its owner.
+
+    Raises:
+        InvalidArgument: it is another id.
+    """
+    if document.user_id and document.user_id.lower() != owner_id:
+        raise InvalidArgument.field(
+            "document.user_id",
+            "must be empty or the document's owner, which is the nil UUID for a shared document",
+        )
 
 
 def _cursor(text: str | None) -> DocumentCursor | None:

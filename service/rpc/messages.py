@@ -37,6 +37,9 @@ class Messages(Handler):
         starts_session = not session_id
         if starts_session:
             session_id = _derived_session_id(user_id, request)
+        if request.HasField("session"):
+            require_same_id("session.user_id", request.session.user_id, user_id)
+            require_same_id("session.id", request.session.id, session_id)
         may_create = starts_session or request.create_if_missing
         append = Append(
             user_id,
@@ -47,7 +50,7 @@ class Messages(Handler):
             expected_last_seq=(
                 request.expected_last_seq if request.HasField("expected_last_seq") else None
             ),
-            new_session=_new_session(request, user_id, session_id) if may_create else NewSession(),
+            new_session=_new_session(request.session, session_id) if may_create else NewSession(),
             loop=self.appender.loop,
         )
         appended = await self.appender.append(append)
@@ -269,17 +272,12 @@ def _derived_session_id(user_id: str, request: message_pb2.AppendMessagesRequest
     return str(uuid.uuid5(uuid.UUID(user_id), first_message_id))
 
 
-def _new_session(
-    request: message_pb2.AppendMessagesRequest, user_id: str, session_id: str
-) -> NewSession:
+def _new_session(session: session_pb2.Session, session_id: str) -> NewSession:
     """Convert the session that an append may create.
 
     Raises:
-        InvalidArgument: it contradicts the request, or breaks a rule the protos cannot express.
+        InvalidArgument: it breaks a rule that the protos cannot express.
     """
-    session = request.session
-    require_same_id("session.user_id", session.user_id, user_id)
-    require_same_id("session.id", session.id, session_id)
     if session.state == session_pb2.SESSION_STATE_ARCHIVED:
         raise InvalidArgument.field(
             "session.state", "must not be ARCHIVED: the session gets messages now"

@@ -404,6 +404,20 @@ async def test_session_to_create_must_match_the_request(chat: Chat, other: Chat)
     ).session_created
 
 
+async def test_ids_inside_the_session_of_an_append_must_match_if_the_session_exists(
+    chat: Chat, other: Chat, session: session_pb2.Session
+) -> None:
+    for fields in ({}, {"create_if_missing": True}):
+        for ids, field in (
+            ({"id": new_id()}, "session.id"),
+            ({"user_id": other.user_id}, "session.user_id"),
+        ):
+            call = chat.append(session.id, "hello", session=ids, **fields)
+            await assert_field_violations(call, field)
+    ids = {"id": session.id.upper(), "user_id": chat.user_id.upper()}
+    assert seqs_and_replays(await chat.append(session.id, "hello", session=ids)) == [(1, False)]
+
+
 async def test_session_id_of_a_message_must_match_the_request(
     chat: Chat, session: session_pb2.Session
 ) -> None:

@@ -13,7 +13,7 @@ from service.ids import SYSTEM_USER_ID
 from service.server import Server
 from tests.search.library import SHARED, Library, chunks
 from tests.support.chat import new_id
-from tests.support.failures import assert_fails
+from tests.support.failures import assert_fails, assert_field_violations
 from tests.support.servers import AsyncStub, ServerProcess, connected, serving
 
 SHA256 = "ab" * 32
@@ -115,6 +115,27 @@ async def test_update_with_a_stale_etag_or_another_documents_source_fails(
     await assert_fails(stale, "ETAG_MISMATCH")
     await assert_fails(library.update(id=other.id, source_uri="a"), "ID_TAKEN")
     await assert_fails(library.update(["status"], id=document.id), "FIELD_VIOLATION")
+
+
+async def test_user_id_inside_a_document_must_be_its_owner(
+    library: Library, others: Library
+) -> None:
+    private = await library.create(title="private", user_id=library.user_id.upper())
+    shared = await library.create(title="shared", scope=SHARED, user_id=SYSTEM_USER_ID)
+    for call in (
+        library.create(user_id=SYSTEM_USER_ID),
+        library.create(user_id=others.user_id),
+        library.create(scope=SHARED, user_id=library.user_id),
+        library.update(id=private.id, user_id=SYSTEM_USER_ID, title="x"),
+        library.update(id=private.id, user_id=others.user_id, title="x"),
+        library.update(id=shared.id, user_id=library.user_id, title="x"),
+    ):
+        await assert_field_violations(call, "document.user_id")
+    for document in (private, shared):
+        updated = await library.update(
+            id=document.id, user_id=document.user_id.upper(), mime_type="text/plain"
+        )
+        assert (updated.user_id, updated.title) == (document.user_id, document.title)
 
 
 async def test_deleted_document_is_not_found(library: Library) -> None:
