@@ -80,10 +80,15 @@ class Health(Connection):
             Unavailable: The service was not ready in time.
         """
         deadline = time.monotonic() + timeout
-        while (status := await self.check_health()) is not HealthStatus.SERVING:
-            if time.monotonic() > deadline:
+        remaining_s = timeout
+        while True:
+            status = await self.check_health(timeout=min(HEALTH_TIMEOUT_S, remaining_s))
+            if status is HealthStatus.SERVING:
+                return
+            await asyncio.sleep(min(_POLL_INTERVAL_S, deadline - time.monotonic()))
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0:
                 raise Unavailable(
                     f"the service is not ready after {timeout:g} s ({status})",
                     code=grpc.StatusCode.UNAVAILABLE,
                 )
-            await asyncio.sleep(_POLL_INTERVAL_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -314,6 +314,24 @@ async def test_health_without_a_server_is_unreachable_before_its_timeout() -> No
             await client.wait_until_ready(timeout=0.2)
 
 
+async def test_wait_until_ready_limits_each_check_to_the_remaining_time() -> None:
+    remaining_s: list[float] = []
+
+    async def hang(_request: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
+        remaining_s.append(context.time_remaining())
+        await asyncio.Event().wait()
+        return b""
+
+    async with (
+        serving_method("grpc.health.v1.Health", "Check", hang) as address,
+        client_of(address) as client,
+    ):
+        with pytest.raises(Unavailable, match=r"not ready after 0\.5 s \(unreachable\)"):
+            await client.wait_until_ready(timeout=0.5)
+    assert remaining_s
+    assert max(remaining_s) < 1  # gRPC rounds a timeout up when it sends it.
+
+
 async def test_streams_beyond_the_limit_of_a_channel_open_another_channel(
     database_url: str,
 ) -> None:
@@ -379,15 +397,20 @@ def test_error_with_corrupt_details_keeps_its_code_and_message() -> None:
         assert (error.reason, error.message, error.code) == ("", "text", code)
 
 
-@asynccontextmanager
-async def serving_get_user(answer: Callable[..., Awaitable[bytes]]) -> AsyncGenerator[str]:
+def serving_get_user(
+    answer: Callable[..., Awaitable[bytes]],
+) -> AbstractAsyncContextManager[str]:
     """Serve GetUser with a function, and yield the address."""
-    methods = {"GetUser": grpc.unary_unary_rpc_method_handler(answer)}
-    server = aio.server(
-        handlers=[
-            grpc.method_handlers_generic_handler("chathistory.v1.ChatHistoryService", methods)
-        ]
-    )
+    return serving_method("chathistory.v1.ChatHistoryService", "GetUser", answer)
+
+
+@asynccontextmanager
+async def serving_method(
+    service: str, method: str, answer: Callable[..., Awaitable[bytes]]
+) -> AsyncGenerator[str]:
+    """Serve one method of a service with a function, and yield the address."""
+    methods = {method: grpc.unary_unary_rpc_method_handler(answer)}
+    server = aio.server(handlers=[grpc.method_handlers_generic_handler(service, methods)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"
