@@ -22,7 +22,11 @@ from service.store.rows import MAX_PAGE_BYTES, MessageRow, message_columns
 from service.store.tables import chat_messages
 
 MATCH_START, MATCH_END = "\ue000", "\ue001"
-"""Marks of a match in a snippet: private use characters, which text does not contain."""
+"""Marks of a match in a snippet: private use characters, which text rarely contains.
+
+Known defect: they are not removed from the text, so the snippet of a message that contains them has
+unbalanced marks.
+"""
 
 MAX_CANDIDATES = 2000
 """Messages that contain the words and are ranked, at most: the newest ones."""
