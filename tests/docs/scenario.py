@@ -429,9 +429,9 @@ class Scenario:
         (bin_folder / "psql").symlink_to(_PROGRAMS / "psql")
         (self._folder / ".venv").mkdir()
         (self._folder / ".venv" / "bin").symlink_to(bin_folder)
-        kept = ("HOME", "LANG", "TMPDIR", "NO_PROXY", "no_proxy", "GRPC_ENABLE_FORK_SUPPORT")
+        inherited = ("HOME", "LANG", "TMPDIR", "NO_PROXY", "no_proxy", "GRPC_ENABLE_FORK_SUPPORT")
         clone = "https://github.com/chathistory/chathistory"
-        return {name: os.environ[name] for name in kept if name in os.environ} | {
+        return {name: os.environ[name] for name in inherited if name in os.environ} | {
             "PATH": os.pathsep.join(
                 (str(bin_folder), str(Path(sys.executable).parent), os.environ["PATH"])
             ),

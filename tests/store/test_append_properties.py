@@ -144,10 +144,10 @@ _interleavings = given(
     search_enabled=st.booleans(),
 )
 _widths = pytest.mark.parametrize("batch_messages", [512, 2], ids=["wide", "narrow"])
-test_any_interleaving_is_some_order = _widths(
+test_concurrent_appends_equal_some_serial_order = _widths(
     settings(max_examples=40)(_interleavings(_any_interleaving))
 )
-test_any_interleaving_is_some_order_at_length = _at_length(
+test_concurrent_appends_equal_some_serial_order_at_length = _at_length(
     _widths(settings(max_examples=600)(_interleavings(_any_interleaving)))
 )
 
@@ -175,10 +175,10 @@ _commit_failures = given(
     kind=st.sampled_from(["40001", "40P01", "terminate"]),
     counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
 )
-test_what_fails_at_its_commit_is_tried_again = settings(max_examples=25)(
+test_append_whose_commit_fails_is_retried = settings(max_examples=25)(
     _commit_failures(_fails_at_its_commit)
 )
-test_what_fails_at_its_commit_is_tried_again_at_length = _at_length(
+test_append_whose_commit_fails_is_retried_at_length = _at_length(
     settings(max_examples=100)(_commit_failures(_fails_at_its_commit))
 )
 
@@ -251,7 +251,9 @@ _losses = given(
     bursts=_bursts(st.one_of(_adds, _adds, _leaving), 8),
     cuts=st.lists(_cuts, min_size=3, max_size=3),
 )
-test_what_is_lost_on_the_way_is_stored_once = settings(max_examples=25)(_losses(_lost_on_the_way))
-test_what_is_lost_on_the_way_is_stored_once_at_length = _at_length(
+test_append_with_a_lost_connection_is_stored_once = settings(max_examples=25)(
+    _losses(_lost_on_the_way)
+)
+test_append_with_a_lost_connection_is_stored_once_at_length = _at_length(
     settings(max_examples=200)(_losses(_lost_on_the_way))
 )
