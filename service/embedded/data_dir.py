@@ -94,12 +94,21 @@ class Postmaster(NamedTuple):
 
     @classmethod
     def read(cls, pgdata: Path) -> Self | None:
-        """Read the file. Return None when it is missing or not yet complete."""
+        """Read the file. Return None when it is missing or not yet complete.
+
+        Raises:
+            EmbeddedError: The data belongs to another user.
+        """
         try:
             lines = (pgdata / "postmaster.pid").read_text().splitlines()
             return cls(int(lines[0]), lines[1], Path(lines[4]), lines[7].strip())
         except (FileNotFoundError, NotADirectoryError, IndexError, ValueError):
             return None
+        except PermissionError:
+            raise EmbeddedError(
+                f"the data in {pgdata} belongs to another user: run as that user, or set "
+                "CHAT_HISTORY_DATA_DIR to another folder"
+            ) from None
 
     def is_alive(self) -> bool:
         """Return whether the server runs. A process that reused its process id does not count."""
@@ -116,13 +125,7 @@ def running_url(data_dir: Path) -> str | None:
     Raises:
         EmbeddedError: The folder belongs to another user.
     """
-    pgdata = data_dir.expanduser().resolve() / "postgres"
-    try:
-        server = Postmaster.read(pgdata)
-    except PermissionError:
-        raise EmbeddedError(
-            f"the data in {pgdata} belongs to another user: run as that user"
-        ) from None
+    server = Postmaster.read(data_dir.expanduser().resolve() / "postgres")
     if server is None or server.status != "ready" or not server.is_alive():
         return None
     return socket_url(server.socket_dir)

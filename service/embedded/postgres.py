@@ -235,11 +235,6 @@ class EmbeddedPostgres:
             version = int((self.pgdata / "PG_VERSION").read_text())
         except FileNotFoundError:
             return max(programs)
-        except PermissionError:
-            raise EmbeddedError(
-                f"the data in {self.pgdata} belongs to another user: run as that user, or set "
-                "CHAT_HISTORY_DATA_DIR to another folder"
-            ) from None
         if version not in programs:
             raise EmbeddedError(
                 f"the data in {self.pgdata} is of PostgreSQL {version}, but the installed "

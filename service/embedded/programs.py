@@ -19,7 +19,8 @@ def find_programs() -> dict[int, Path]:
     The package is located but not imported, which would cost memory.
 
     Raises:
-        EmbeddedError: The package is not installed, or has no server for this platform.
+        EmbeddedError: The package is not installed, has no server for this platform, or its server
+            cannot be executed.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
@@ -30,9 +31,15 @@ def find_programs() -> dict[int, Path]:
         )
     programs: dict[int, Path] = {}
     for server in Path(spec.origin).parent.glob("pginstall*/bin/postgres"):
-        output = subprocess.run(  # noqa: S603 - the package's own program
-            [server, "--version"], check=True, capture_output=True, text=True
-        ).stdout
+        try:
+            output = subprocess.run(  # noqa: S603 - the package's own program
+                [server, "--version"], check=True, capture_output=True, text=True
+            ).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise EmbeddedError(
+                f"the embedded PostgreSQL cannot be executed ({error}): "
+                f"reinstall the package {PACKAGE}, or set DATABASE_URL"
+            ) from None
         if major := re.search(r"\b(\d+)", output):
             programs[int(major[1])] = server.parent
     if not programs:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -297,6 +297,38 @@ def test_error_without_the_package_says_how_to_proceed(
     with pytest.raises(EmbeddedError, match=hint):
         EmbeddedPostgres(data, "here").start()
     assert not data.exists()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o644], ids=["fails", "is not executable"])
+def test_programs_that_cannot_run_are_reported_with_what_to_do(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    package = tmp_path / "broken_package"
+    server = package / "pginstall" / "bin" / "postgres"
+    server.parent.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    server.write_text("#!/bin/sh\nexit 1\n")
+    server.chmod(mode)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(programs, "PACKAGE", package.name)
+    with pytest.raises(EmbeddedError, match=r"cannot be executed .* or set DATABASE_URL"):
+        EmbeddedPostgres(data, "here").start()
+    assert not data.exists()
+
+
+def test_data_of_another_user_is_reported_with_what_to_do(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read every file, so the test denies the access itself."""
+
+    def deny(*_args: object, **_options: object) -> NoReturn:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", deny)
+    with pytest.raises(EmbeddedError, match="belongs to another user: run as that user, or set"):
+        EmbeddedPostgres(data, "here").start()
+    with pytest.raises(EmbeddedError, match="belongs to another user: run as that user, or set"):
+        running_url(data)
 
 
 def test_data_of_a_version_without_programs_is_not_touched(data: Path) -> None:
