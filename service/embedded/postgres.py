@@ -303,12 +303,15 @@ class EmbeddedPostgres:
             self.log.replace(self.log.with_suffix(".log.old"))
         deadline = time.monotonic() + SHARED_MEMORY_TIMEOUT_S
         while True:
+            earlier_bytes = self.log.stat().st_size if self.log.exists() else 0
             self._process = self._spawn(command)
             if self._wait_until_ready(self._process):
                 return
-            tail = " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
+            output = self.log.read_bytes()[earlier_bytes:].decode(errors="replace")
             # After a crash, child processes of the old server hold its shared memory for a moment.
-            if "shared memory block" not in tail or time.monotonic() > deadline:
+            # They write to the same log, so the message need not be among the last lines.
+            if "shared memory block" not in output or time.monotonic() > deadline:
+                tail = " | ".join(output.splitlines()[-3:])
                 raise EmbeddedError(
                     f"the embedded PostgreSQL cannot start; {self.log} ends with: {tail}"
                 )

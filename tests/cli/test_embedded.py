@@ -316,6 +316,47 @@ def test_programs_that_cannot_run_are_reported_with_what_to_do(
     assert not data.exists()
 
 
+def test_start_waits_for_the_memory_of_a_crashed_server_whatever_it_logs_after_that(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes of the crashed server write to the same log while the new one fails."""
+    spawn = EmbeddedPostgres._spawn
+    attempts = 0
+
+    def fail_first(self: EmbeddedPostgres, command: list[str]) -> subprocess.Popen[bytes]:
+        nonlocal attempts
+        attempts += 1
+        if attempts > 1:
+            return spawn(self, command)
+        lines = ["FATAL:  pre-existing shared memory block (key 1, ID 2) is still in use"]
+        lines += ["FATAL:  terminating connection due to unexpected postmaster exit"] * 5
+        self.log.write_text("\n".join(lines) + "\n")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    monkeypatch.setattr(EmbeddedPostgres, "_spawn", fail_first)
+    with EmbeddedPostgres(data, "here") as postgres:
+        assert postgres.pid is not None
+    assert attempts == 2
+
+
+def test_earlier_message_about_shared_memory_does_not_hide_a_failed_start(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data.mkdir(mode=0o711)
+    (data / "postgres.log").write_text("FATAL:  shared memory block of an earlier start\n")
+    attempts = 0
+
+    def fail(self: EmbeddedPostgres, command: list[str]) -> subprocess.Popen[bytes]:
+        nonlocal attempts
+        attempts += 1
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    monkeypatch.setattr(EmbeddedPostgres, "_spawn", fail)
+    with pytest.raises(EmbeddedError, match="cannot start"):
+        EmbeddedPostgres(data, "here").start()
+    assert attempts == 1
+
+
 def test_data_of_another_user_is_reported_with_what_to_do(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
