@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import grpc
@@ -38,14 +39,21 @@ def write_constraints(path: Path, wheels: Path) -> None:
     path.write_text("\n".join(lines))
 
 
-def is_serving(address: str) -> bool:
+def wait_until_serving(address: str, server: subprocess.Popen[bytes]) -> bool:
+    """Return whether a server becomes ready. It listens, and is NOT_SERVING, a moment before."""
+    end = time.monotonic() + START_TIMEOUT_S
     with grpc.insecure_channel(address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest()
-        reply = health.Check(  # type: ignore[attr-defined]
-            request, timeout=START_TIMEOUT_S, wait_for_ready=True
-        )
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+        while server.poll() is None and time.monotonic() < end:
+            try:
+                reply = health.Check(request, timeout=5)  # type: ignore[attr-defined]
+            except grpc.RpcError:
+                reply = None
+            if reply is not None and reply.status == health_pb2.HealthCheckResponse.SERVING:
+                return True
+            time.sleep(0.1)
+    return False
 
 
 @pytest.mark.faults
@@ -86,7 +94,7 @@ def test_documented_commands_install_a_service_that_serves(
             start_new_session=True,
         )
     try:
-        assert is_serving(address), (tmp_path / "output").read_text()
+        assert wait_until_serving(address, server), (tmp_path / "output").read_text()
         server.send_signal(signal.SIGTERM)
         assert server.wait(START_TIMEOUT_S) == 0, (tmp_path / "output").read_text()
     finally:
