@@ -95,33 +95,21 @@ async def test_sigterm_under_load_loses_no_acknowledged_append(
 async def test_calls_repeated_during_shutdown_never_end_with_cancelled(
     start_process: StartProcess,
 ) -> None:
-    """gRPC answers calls that reach a stopping server with CANCELLED, which clients do not retry.
-
-    A third of the callers open a new connection for each call, so that they also meet the listener.
-    """
+    """gRPC answers calls to a stopping server with CANCELLED, which clients do not retry."""
     process = await start_process()
     codes: list[StatusCode] = []
     async with connected(process.address) as stub:
         chat = await Chat.of_new_user(stub)
         stopped = asyncio.Event()
 
-        async def call(*, reconnect: bool) -> None:
-            if not reconnect:
-                await chat.list_sessions()
-                return
-            async with connected(process.address) as fresh_stub:
-                await Chat(fresh_stub, chat.user_id).list_sessions()
-
-        async def call_repeatedly(*, reconnect: bool) -> None:
+        async def call_repeatedly() -> None:
             while not stopped.is_set():
                 try:
-                    await call(reconnect=reconnect)
+                    await chat.list_sessions()
                 except aio.AioRpcError as error:
                     codes.append(error.code())
 
-        callers = [
-            asyncio.create_task(call_repeatedly(reconnect=number % 3 == 0)) for number in range(24)
-        ]
+        callers = [asyncio.create_task(call_repeatedly()) for _ in range(24)]
         await asyncio.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
