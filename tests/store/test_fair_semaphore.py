@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.store.db.fair_semaphore import FairSemaphore
+from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore, QueueFull
 
 
 async def test_owners_take_turns_during_a_burst_of_one_of_them() -> None:
@@ -75,3 +75,44 @@ async def test_permit_granted_to_a_cancelled_waiter_is_passed_on(turns: int) -> 
         await staying
         await asyncio.wait([leaving])
     assert permits.free_count == 1
+
+
+async def test_owner_at_its_limit_waits_although_permits_are_free() -> None:
+    permits = FairSemaphore(3, max_held_per_owner=2)
+    async with permits.hold("a", 20), permits.hold("a", 20):
+        with pytest.raises(AcquireTimeout):
+            async with permits.hold("a", 0.01):
+                pytest.fail("the owner exceeded its limit")
+        assert (permits.free_count, permits.waiting_count) == (1, 0)
+        async with permits.hold("b", 0.01):
+            pass
+    assert permits.free_count == 3
+
+
+@pytest.mark.parametrize("limits", [{"max_waiting": 2}, {"max_waiting_per_owner": 2}])
+async def test_calls_beyond_the_queue_are_refused_without_a_wait(limits: dict[str, int]) -> None:
+    permits = FairSemaphore(1, **limits)
+    waiting: list[asyncio.Task[None]] = []
+
+    async def use(owner_id: str) -> None:
+        async with permits.hold(owner_id, 20):
+            await asyncio.sleep(0)
+
+    async with permits.hold("holder", 20):
+        waiting += [asyncio.create_task(use("a")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await use("a")
+        if "max_waiting" in limits:
+            with pytest.raises(QueueFull):
+                await use("b")
+        else:
+            waiting.append(asyncio.create_task(use("b")))
+            await asyncio.sleep(0)
+        waiting.pop(0).cancel()
+        await asyncio.sleep(0)
+        waiting.append(asyncio.create_task(use("a")))
+        await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        await asyncio.gather(*waiting)
+    assert (permits.free_count, permits.waiting_count) == (1, 0)

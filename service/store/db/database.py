@@ -38,6 +38,7 @@ from service.store.db.hot_pool import (
     Statement,
     fetch_in_transaction,
 )
+from service.store.db.work_class import ExpensiveWork, WorkClass
 from service.store.schema.version import SchemaVersion, schema_version
 
 T = TypeVar("T")
@@ -89,6 +90,7 @@ class Database:
     The pool is divided so that one kind of call cannot starve another. The hot statements have
     connections of their own (`hot_pool`). The rest is granted to users in rotation, and
     transactions, which may wait for locks, hold at most two thirds of it.
+    Expensive work holds at most a third (`work_class`).
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class Database:
         permit_count = max(1, self._max_connections - hot_size)
         self._permits = FairSemaphore(permit_count)
         self._write_permits = FairSemaphore(permit_count - permit_count // 3)
+        self.expensive_work = ExpensiveWork(permit_count)
         self._pool_timeout_s = pool_timeout_s
         self._writes: set[asyncio.Task[Any]] = set()
         self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
@@ -190,29 +193,51 @@ class Database:
         finally:
             release(connection)
 
-    async def read(self, work: Work[T], *, owner_id: str, deadline: float) -> T:
+    async def read(
+        self,
+        work: Work[T],
+        *,
+        owner_id: str,
+        deadline: float,
+        work_class: WorkClass = WorkClass.ORDINARY,
+    ) -> T:
         """Run statements that change nothing.
 
         Args:
-            work: Called once for each attempt, each time with a connection.
+            work: Called once for each attempt, each time with a connection. If it is expensive, the
+                connection is in a transaction.
             owner_id: The user in whose turn the call waits: the caller, or NO_OWNER.
             deadline: A time of the running loop's clock, in seconds.
+            work_class: Whose permits the work uses, and which limits its statements have.
 
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `db_errors` maps them.
+            Overloaded: too much expensive work waits.
             ServiceError: raised by `work`.
         """
+        # The limits of expensive work hold for a transaction.
+        is_expensive = work_class is WorkClass.EXPENSIVE
+        engine = self.engine if is_expensive else self._read_engine
 
         async def attempt(wait_until: float) -> T:
             async with (
+                self.expensive_work.permit(work_class, owner_id, wait_until),
                 self._permits.hold(owner_id, self._acquire_timeout_s(wait_until)),
-                self._read_engine.connect() as connection,
+                engine.connect() as connection,
+                self.expensive_work.limits(work_class, connection, wait_until),
             ):
                 return await work(connection)
 
         return await self._retry(attempt, deadline)
 
-    async def write(self, work: Work[T], *, owner_id: str, deadline: float) -> T:
+    async def write(
+        self,
+        work: Work[T],
+        *,
+        owner_id: str,
+        deadline: float,
+        work_class: WorkClass = WorkClass.ORDINARY,
+    ) -> T:
         """Run a transaction and commit it, also when the caller is cancelled before its end.
 
         `work` may run several times, each time in a new transaction. One case is a connection that
@@ -224,9 +249,11 @@ class Database:
             work: Called once for each attempt, each time with a connection in a transaction.
             owner_id: The user in whose turn the call waits: the caller, or NO_OWNER.
             deadline: A time of the running loop's clock, in seconds.
+            work_class: Whose permits the work uses, and which limits its statements have.
 
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `db_errors` maps them.
+            Overloaded: too much expensive work waits.
             ServiceError: raised by `work`.
         """
         is_outcome_unknown = False
@@ -235,9 +262,11 @@ class Database:
             nonlocal is_outcome_unknown
             wait_until -= LOCK_TIMEOUT_S
             async with (
+                self.expensive_work.permit(work_class, owner_id, wait_until),
                 self._write_permits.hold(owner_id, self._acquire_timeout_s(wait_until)),
                 self._permits.hold(owner_id, self._acquire_timeout_s(wait_until)),
                 self.engine.connect() as connection,
+                self.expensive_work.limits(work_class, connection, wait_until),
             ):
                 try:
                     result = await work(connection)
