@@ -18,7 +18,7 @@ from service.store.append.recovery import (
 from service.store.db.db_errors import Failure
 
 ONE_ITEM = FailedBatch(
-    Failure.FATAL, None, None, item_count=1, session_count=1, attempts=1, is_apart=False
+    Failure.FATAL, None, item_count=1, session_count=1, attempts=1, is_apart=False
 )
 ONE_SESSION = ONE_ITEM._replace(item_count=3)
 TWO_SESSIONS = ONE_ITEM._replace(item_count=3, session_count=2)
@@ -27,8 +27,8 @@ LOST = {"failure": Failure.LOST, "sqlstate": "57P01"}
 REFUSED = {"failure": Failure.REFUSED}
 DUPLICATE = {"sqlstate": "23505"}
 DEADLOCK = {"failure": Failure.CONTENTION, "sqlstate": "40P01"}
-SESSION_DELETED = {"sqlstate": "23502", "constraint": "seq"}
-NO_CONTENT = {"sqlstate": "23502", "constraint": "content"}
+SESSION_DELETED = {"failure": Failure.BAD_DATA, "sqlstate": "22012"}
+NO_CONTENT = {"sqlstate": "23502"}
 LOCKED = {"failure": Failure.LOCKED, "sqlstate": "55P03"}
 NO_USER = {"sqlstate": "23503"}
 SECOND = {"attempts": 2}
@@ -57,7 +57,7 @@ TABLE = {
         Action.RUN_SESSIONS_APART,
     ),
     "session deleted, one item, beyond": (ONE_ITEM, SESSION_DELETED | BEYOND_SHARED, Action.RETRY),
-    "another NOT NULL column": (ONE_ITEM, NO_CONTENT, Action.FAIL),
+    "NULL in a NOT NULL column": (ONE_ITEM, NO_CONTENT, Action.FAIL),
     "locked": (TWO_SESSIONS, LOCKED, Action.RUN_SESSIONS_APART),
     "locked, one session": (ONE_SESSION, LOCKED, Action.RUN_SESSIONS_APART),
     "locked, one item": (ONE_ITEM, LOCKED, Action.RUN_SESSIONS_APART),
@@ -98,7 +98,7 @@ def test_missing_user_is_reported_as_not_found() -> None:
     "error",
     [
         error_of(asyncpg.UniqueViolationError),
-        error_of(asyncpg.NotNullViolationError, column_name="seq"),
+        error_of(asyncpg.DivisionByZeroError),
         error_of(asyncpg.DeadlockDetectedError),
         error_of(asyncpg.LockNotAvailableError),
     ],

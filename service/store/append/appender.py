@@ -18,8 +18,8 @@ This is correct under READ COMMITTED, with any number of writers and replicas, f
   The batch then runs again, after a look-up of the ids that are stored (a fresh snapshot sees
   them). At the next such failure its sessions run apart.
 - A session that was deleted between snapshot and lock would be created again by the INSERT. Unless
-  the caller permits that, `seq` becomes NULL, the NOT NULL constraint rolls the batch back, and it
-  runs again on a snapshot without the session.
+  the caller permits that, a division by zero rolls the batch back, and it runs again on a snapshot
+  without the session. (A violated constraint would do so, too, but PostgreSQL logs the row.)
 - `expected_last_seq` and the archived state are conditions of DO UPDATE, so they hold for the
   locked version. An item that does not meet them has no row in the result, its neighbours are
   stored, and a look-up finds the reason.
@@ -43,7 +43,6 @@ from service.store.db.db_errors import (
     LOCK_NOT_AVAILABLE,
     Failure,
     classify,
-    constraint,
     sqlstate,
     to_service_error,
 )
@@ -322,7 +321,6 @@ class _Lane:
         failed = recovery.FailedBatch(
             classify(error),
             sqlstate(error),
-            constraint(error),
             item_count=len(batch),
             session_count=len({item.key for item in batch}),
             attempts=max((item.attempts for item in batch), default=0),

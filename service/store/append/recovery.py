@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from service.errors import Conflict, NotFound
 from service.store.db.db_errors import (
+    DIVISION_BY_ZERO,
     FOREIGN_KEY_VIOLATION,
     LOCK_NOT_AVAILABLE,
-    NOT_NULL_VIOLATION,
     UNIQUE_VIOLATION,
     Failure,
     constraint,
@@ -21,6 +21,8 @@ from service.store.db.db_errors import (
     to_service_error,
 )
 
+SESSION_DELETED = DIVISION_BY_ZERO
+"""The error that the statement causes where a session was deleted between snapshot and lock."""
 MAX_SHARED_ATTEMPTS = 3
 """Contended attempts of a batch before its sessions run apart, as one may conflict each time."""
 
@@ -51,8 +53,6 @@ class FailedBatch(NamedTuple):
 
     failure: Failure
     sqlstate: str | None
-    constraint: str | None
-    """The violated constraint, or the column of a NOT NULL violation."""
     item_count: int
     """Items whose callers still wait."""
     session_count: int
@@ -86,8 +86,7 @@ def decide(batch: FailedBatch) -> Action:
 
 def _is_contention(batch: FailedBatch) -> bool:
     """Return whether a concurrent writer caused the failure, also by deleting a session."""
-    is_session_deleted = batch.sqlstate == NOT_NULL_VIOLATION and batch.constraint == "seq"
-    return is_session_deleted or batch.failure is Failure.CONTENTION
+    return batch.sqlstate == SESSION_DELETED or batch.failure is Failure.CONTENTION
 
 
 def final_error(user_id: str, error: BaseException) -> BaseException:
@@ -97,14 +96,14 @@ def final_error(user_id: str, error: BaseException) -> BaseException:
         user_id: The owner of the item's session.
         error: The database error of its last attempt.
     """
-    state, violated = sqlstate(error), constraint(error)
-    if state == FOREIGN_KEY_VIOLATION and violated == "chat_sessions_user_id_fkey":
+    state = sqlstate(error)
+    if state == FOREIGN_KEY_VIOLATION and constraint(error) == "chat_sessions_user_id_fkey":
         return NotFound.user(user_id)
     if state == UNIQUE_VIOLATION:
         return _contention("the same message is being stored by another request; retry")
-    if state == NOT_NULL_VIOLATION and violated == "seq":
-        # The session was deleted between snapshot and lock. Another attempt would see that, or the
-        # session created again; but the time was up, or it was deleted in every attempt.
+    if state == SESSION_DELETED:
+        # Another attempt would see that, or the session created again; but the time was up, or it
+        # was deleted in every attempt.
         return _contention("the session is being deleted or created again; retry")
     return to_service_error(error) or error
 

@@ -18,6 +18,9 @@ from service.store.tables import OPEN_END, OutboxKind, SessionState
 # created_at, even after an import has set them. (xmax = 0 does not mean a new row: an updated row
 # that other transactions had locked has it, too.)
 #
+# A statement that must not be committed divides by zero: the error has no text of a user. The
+# divisor contains a column, so that the planner does not evaluate it.
+#
 # If messages are indexed, the session's row in the outbox holds the first message that is pending
 # for the index. A row that holds a lower or equal one is not changed: only the first append after
 # the indexer has leased it updates it, in place. It is locked nevertheless, so that the indexer
@@ -73,7 +76,9 @@ WITH appended AS (
     INSERT INTO chat_messages
         (user_id, session_id, seq, id, role, content, parts, metadata, token_count, token_estimate,
          size, author, feedback_score, feedback_comment, created_at, updated_at, fingerprint)
-    SELECT a.user_id, a.id, CASE WHEN m.may_create OR NOT a.created THEN a.last_seq - m.back END,
+    SELECT a.user_id, a.id,
+           CASE WHEN m.may_create OR NOT a.created THEN a.last_seq - m.back
+                ELSE 1 / (a.last_seq - a.last_seq) /* the session was deleted concurrently */ END,
            m.id, m.role, m.content, m.parts, m.metadata, m.token_count, m.token_estimate, m.size,
            m.author, m.feedback_score, m.feedback_comment, a.updated_at, a.updated_at, m.fingerprint
     FROM unnest($14::uuid[], $15::uuid[], $16::bigint[], $17::boolean[], $18::uuid[],

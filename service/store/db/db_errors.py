@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.errors import Conflict, DeadlineExceeded, InvalidArgument, ServiceError, Unavailable
 
-NOT_NULL_VIOLATION = "23502"
+DIVISION_BY_ZERO = "22012"
 FOREIGN_KEY_VIOLATION = "23503"
 UNIQUE_VIOLATION = "23505"
 LOCK_NOT_AVAILABLE = "55P03"
@@ -84,9 +84,8 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def constraint(error: BaseException) -> str | None:
-    """Return the name of the violated constraint, or of the column of a NOT NULL violation."""
-    cause = driver_error(error)
-    name = getattr(cause, "constraint_name", None) or getattr(cause, "column_name", None)
+    """Return the name of the violated constraint, or None."""
+    name = getattr(driver_error(error), "constraint_name", None)
     return name if isinstance(name, str) else None
 
 
