@@ -14,8 +14,10 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.errors import AlreadyExists, InvalidArgument, NotFound
-from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, UNIQUE_VIOLATION, sqlstate
+from service.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
+from service.ids import new_id
+from service.store.constraints import reserve
+from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.document_chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.outbox import outbox
 from service.store.rows import (
@@ -30,6 +32,8 @@ from service.store.tables import DocumentStatus, OutboxKind, document_chunks, do
 
 CHUNKS_PER_DELETE = 5_000
 """Chunks deleted in one transaction."""
+_MAX_LOST_RACES = 5
+"""Attempts to insert a document that concurrent writers may defeat."""
 
 _document, _chunk = documents.c, document_chunks.c
 
@@ -58,22 +62,12 @@ async def create(
     Raises:
         NotFound: no user has the id `values["user_id"]`.
         AlreadyExists: another document of this owner has the id (ID_TAKEN).
+        Conflict: concurrent writers defeated too many attempts (CONTENTION).
     """
     user_id, document_id = values["user_id"], values["id"]
-    insertion = (
-        pg_insert(documents)
-        .values(values | {"chunk_count": len(chunks)})
-        .on_conflict_do_nothing()
-        .returning(*DOCUMENT_COLUMNS)
-    )
-    try:
-        row = row_or_none(DocumentRow, (await connection.execute(insertion)).one_or_none())
-    except IntegrityError as error:
-        if sqlstate(error) == FOREIGN_KEY_VIOLATION:
-            raise NotFound.user(user_id) from None
-        raise
-    if row is None:
-        return await _get_existing(connection, values)
+    row, is_new = await _insert(connection, values | {"chunk_count": len(chunks)})
+    if not is_new:
+        return row
     await insert_chunks(connection, user_id, document_id, 0, chunks)
     await outbox.enqueue(
         connection,
@@ -86,7 +80,33 @@ async def create(
     return row
 
 
-async def _get_existing(connection: AsyncConnection, values: dict[str, Any]) -> DocumentRow:
+async def _insert(connection: AsyncConnection, values: dict[str, Any]) -> tuple[DocumentRow, bool]:
+    """Insert a document; return it or the stored one that answers the request, and which it is.
+
+    Raises:
+        NotFound, AlreadyExists: as `create`.
+        Conflict: concurrent writers defeated too many attempts (CONTENTION).
+    """
+    insertion = (
+        pg_insert(documents).values(values).on_conflict_do_nothing().returning(*DOCUMENT_COLUMNS)
+    )
+    for _ in range(_MAX_LOST_RACES):
+        try:
+            row = row_or_none(DocumentRow, (await connection.execute(insertion)).one_or_none())
+        except IntegrityError as error:
+            if sqlstate(error) == FOREIGN_KEY_VIOLATION:
+                raise NotFound.user(values["user_id"]) from None
+            raise
+        if row is not None:
+            return row, True
+        row = await _find_existing(connection, values)
+        if row is not None:
+            return row, False
+        # The document that conflicted was deleted or changed since.
+    raise _contention()
+
+
+async def _find_existing(connection: AsyncConnection, values: dict[str, Any]) -> DocumentRow | None:
     """Return the stored document that answers a create request whose insert conflicted.
 
     It was created by the same request, or has the same content and source.
@@ -107,7 +127,17 @@ async def _get_existing(connection: AsyncConnection, values: dict[str, Any]) -> 
         )
         if duplicate is not None:
             return duplicate
+    if row is None:
+        return None
     raise AlreadyExists("another document has this id", reason="ID_TAKEN", document_id=values["id"])
+
+
+def _contention() -> Conflict:
+    return Conflict(
+        "other requests write documents with the same id or content; retry",
+        reason="CONTENTION",
+        retry_after=0.1,
+    )
 
 
 async def _find(
@@ -244,6 +274,11 @@ async def update(
     check_etag(row, etag)
     if not values:
         return row
+    if (
+        row.content_sha256 is not None
+        and values.get("source_uri", row.source_uri) != row.source_uri
+    ):
+        await _reserve_content(connection, row, values["source_uri"])
     statement = (
         sa.update(documents)
         .where(_document.user_id == row.user_id, _document.id == document_id)
@@ -254,16 +289,26 @@ async def update(
         )
         .returning(*DOCUMENT_COLUMNS)
     )
-    try:
-        return DocumentRow._make((await connection.execute(statement)).one())
-    except IntegrityError as error:
-        if sqlstate(error) == UNIQUE_VIOLATION:
-            raise AlreadyExists(
-                "another document has this content and source",
-                reason="ID_TAKEN",
-                document_id=document_id,
-            ) from None
-        raise
+    return DocumentRow._make((await connection.execute(statement)).one())
+
+
+async def _reserve_content(connection: AsyncConnection, row: DocumentRow, source_uri: str) -> None:
+    """Ensure that a document, whose row is locked, can get this source in this transaction.
+
+    Raises:
+        AlreadyExists: another document has this content and source (ID_TAKEN).
+    """
+    values = {
+        "user_id": row.user_id,
+        "id": new_id(),
+        "content_sha256": row.content_sha256,
+        "source_uri": source_uri,
+        "fingerprint": b"",
+    }
+    if not await reserve(connection, documents, values):
+        raise AlreadyExists(
+            "another document has this content and source", reason="ID_TAKEN", document_id=row.id
+        )
 
 
 async def delete_slice(

@@ -10,7 +10,7 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.errors import AlreadyExists, InvalidArgument, NotFound
+from service.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.outbox import outbox
 from service.store.rows import (
@@ -28,6 +28,8 @@ MESSAGES_PER_DELETE = 10_000
 
 The cascade of a session of 500,000 messages held its lock for 0.76 s.
 """
+_MAX_LOST_RACES = 5
+"""Attempts to insert a session that concurrent writers may defeat."""
 
 _session, _message = chat_sessions.c, chat_messages.c
 
@@ -45,23 +47,34 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
     Raises:
         NotFound: no user has the id `values["user_id"]`.
         AlreadyExists: another session of this user has the id (ID_TAKEN).
+        Conflict: concurrent writers defeated too many attempts (CONTENTION).
     """
     insertion = (
         pg_insert(chat_sessions).values(values).on_conflict_do_nothing().returning(*SESSION_COLUMNS)
     )
-    try:
-        row = row_or_none(SessionRow, (await connection.execute(insertion)).one_or_none())
-    except IntegrityError as error:
-        if sqlstate(error) == FOREIGN_KEY_VIOLATION:
-            raise NotFound.user(values["user_id"]) from None
-        raise
-    if row is None:
+    for _ in range(_MAX_LOST_RACES):
+        try:
+            row = row_or_none(SessionRow, (await connection.execute(insertion)).one_or_none())
+        except IntegrityError as error:
+            if sqlstate(error) == FOREIGN_KEY_VIOLATION:
+                raise NotFound.user(values["user_id"]) from None
+            raise
+        if row is not None:
+            return row
         row = await find(connection, values["user_id"], values["id"])
-    if row is None or row.fingerprint != values["fingerprint"]:
-        raise AlreadyExists(
-            "another session has this id", reason="ID_TAKEN", session_id=values["id"]
-        )
-    return row
+        if row is not None:
+            if row.fingerprint == values["fingerprint"]:
+                return row
+            raise AlreadyExists(
+                "another session has this id", reason="ID_TAKEN", session_id=values["id"]
+            )
+        # The session with this id was deleted since.
+    raise Conflict(
+        "other requests create and delete a session with this id; retry",
+        reason="CONTENTION",
+        retry_after=0.1,
+        session_id=values["id"],
+    )
 
 
 async def find(

@@ -6,21 +6,35 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.errors import AlreadyExists, NotFound
-from service.ids import SYSTEM_USER_ID
+from service.errors import AlreadyExists, Conflict, NotFound
+from service.ids import SYSTEM_USER_ID, new_id
 from service.store import documents, sessions
-from service.store.db.db_errors import constraint
+from service.store.constraints import reserve
 from service.store.outbox import outbox
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
 from service.store.tables import chat_sessions, users
 
-_CONFLICT_BY_CONSTRAINT = {
-    "users_email_key": ("EMAIL_TAKEN", "another user has this e-mail address"),
-    "users_external_id_key": ("EXTERNAL_ID_TAKEN", "another user has this external id"),
-}
+_MAX_LOST_RACES = 5
+"""Attempts to write unique values that concurrent writers may defeat."""
+
+
+class _UniqueValue(NamedTuple):
+    """A column, other than the id, that identifies a user, and the error when it is taken."""
+
+    column: str
+    reason: str
+    message: str
+
+    def matches(self, value: Any) -> sa.ColumnElement[bool]:
+        """Return the condition that a user has this value."""
+        column: sa.ColumnElement[Any] = users.c[self.column]
+        return sa.func.lower(column) == sa.func.lower(value) if self is _EMAIL else column == value
+
+
+_EMAIL = _UniqueValue("email", "EMAIL_TAKEN", "another user has this e-mail address")
+_EXTERNAL_ID = _UniqueValue("external_id", "EXTERNAL_ID_TAKEN", "another user has this external id")
 
 
 async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow:
@@ -28,31 +42,67 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
 
     Raises:
         AlreadyExists: another user has the id, e-mail address or external id.
+        Conflict: concurrent writers defeated too many attempts (CONTENTION).
     """
-    insertion = (
-        insert(users)
-        .values(values)
-        .on_conflict_do_nothing(index_elements=["id"])
-        .returning(*USER_COLUMNS)
-    )
-    try:
+    # Without an arbiter, a conflict with any unique constraint is no error. An error would write
+    # the e-mail address or external id to PostgreSQL's log, and concurrent attempts of the same
+    # request would conflict in an arbitrary one of the constraints.
+    insertion = insert(users).values(values).on_conflict_do_nothing().returning(*USER_COLUMNS)
+    for _ in range(_MAX_LOST_RACES):
         row = row_or_none(UserRow, (await connection.execute(insertion)).one_or_none())
-    except IntegrityError as error:
-        raise _already_exists(error) from None
-    if row is None:
+        if row is not None:
+            return row
         row = await _find(connection, users.c.id == values["id"])
-    if row is None or row.fingerprint != values["fingerprint"]:
-        raise AlreadyExists("another user has this id", reason="ID_TAKEN", user_id=values["id"])
-    return row
+        if row is not None:
+            if row.fingerprint == values["fingerprint"]:
+                return row
+            raise AlreadyExists("another user has this id", reason="ID_TAKEN", user_id=values["id"])
+        for unique in (_EMAIL, _EXTERNAL_ID):
+            await _check_holder(connection, unique, values.get(unique.column), values["id"])
+        # The user with the same value was deleted or changed since.
+    raise _contention()
 
 
-def _already_exists(error: IntegrityError) -> Exception:
-    """Return the error for a violated unique constraint, or `error` itself for any other one."""
-    conflict = _CONFLICT_BY_CONSTRAINT.get(constraint(error) or "")
-    if conflict is None:
-        return error
-    reason, message = conflict
-    return AlreadyExists(message, reason=reason)
+async def _check_holder(
+    connection: AsyncConnection, unique: _UniqueValue, value: Any, user_id: str
+) -> bool:
+    """Return whether the user itself has a unique value.
+
+    Raises:
+        AlreadyExists: another user has it.
+    """
+    if value is None:
+        return False
+    holder = await _find(connection, unique.matches(value))
+    if holder is not None and holder.id != user_id:
+        raise AlreadyExists(unique.message, reason=unique.reason)
+    return holder is not None
+
+
+async def _reserve(
+    connection: AsyncConnection, unique: _UniqueValue, value: Any, user_id: str
+) -> None:
+    """Ensure that a user, whose row is locked, can take a unique value in this transaction.
+
+    Raises:
+        AlreadyExists: another user has the value.
+        Conflict: concurrent writers defeated too many attempts (CONTENTION).
+    """
+    values = {"id": new_id(), "fingerprint": b"", unique.column: value}
+    for _ in range(_MAX_LOST_RACES):
+        if await reserve(connection, users, values):
+            return
+        if await _check_holder(connection, unique, value, user_id):
+            return  # Only the case of the e-mail address changes.
+    raise _contention()
+
+
+def _contention() -> Conflict:
+    return Conflict(
+        "other requests write the same e-mail address or external id; retry",
+        reason="CONTENTION",
+        retry_after=0.1,
+    )
 
 
 async def get(connection: AsyncConnection, user_id: str) -> UserRow:
@@ -75,11 +125,7 @@ async def get_by(
     Raises:
         NotFound: no user has this e-mail address or external id.
     """
-    match = (
-        users.c.external_id == external_id
-        if email is None
-        else sa.func.lower(users.c.email) == sa.func.lower(email)
-    )
+    match = _EXTERNAL_ID.matches(external_id) if email is None else _EMAIL.matches(email)
     row = await _find(connection, match)
     if row is None:
         raise NotFound("user not found", reason="USER_NOT_FOUND")
@@ -114,7 +160,8 @@ async def update(
 
     Raises:
         NotFound: no user has this id.
-        Conflict: the user was updated since `etag` was read.
+        Conflict: the user was updated since `etag` was read, or concurrent writers defeated too
+            many attempts to take a unique value (CONTENTION).
         AlreadyExists: another user has the e-mail address or external id.
     """
     row = await _find(connection, users.c.id == user_id, lock=True)
@@ -123,16 +170,17 @@ async def update(
     check_etag(row, etag)
     if not values:
         return row
+    for unique in (_EMAIL, _EXTERNAL_ID):
+        value = values.get(unique.column)
+        if value is not None and value != getattr(row, unique.column):
+            await _reserve(connection, unique, value, user_id)
     statement = (
         sa.update(users)
         .where(users.c.id == user_id)
         .values(**values, revision=users.c.revision + 1, updated_at=sa.func.clock_timestamp())
         .returning(*USER_COLUMNS)
     )
-    try:
-        return UserRow._make((await connection.execute(statement)).one())
-    except IntegrityError as error:
-        raise _already_exists(error) from None
+    return UserRow._make((await connection.execute(statement)).one())
 
 
 class DeletedCounts(NamedTuple):

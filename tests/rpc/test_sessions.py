@@ -105,6 +105,31 @@ async def test_concurrent_equal_creates_create_one_session(chat: Chat) -> None:
     assert len({session.SerializeToString(deterministic=True) for session in created}) == 1
 
 
+async def test_create_that_races_with_a_deletion_creates_the_session(
+    chat: Chat, server: Server
+) -> None:
+    """The session that an insert conflicted with may be gone when the insert's caller reads it."""
+    session = await chat.create_session(id=new_id(), title="first")
+    values = {"user_id": chat.user_id, "id": session.id, "title": "again", "fingerprint": b"again"}
+    find, races = sessions.find, 0
+
+    async def find_after_deletion(*args: Any) -> Any:
+        nonlocal races
+        if not races:
+            await chat.delete_session(session.id)
+        races += 1
+        return await find(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sessions, "find", find_after_deletion)
+        row = await server.database.write(
+            lambda connection: sessions.create(connection, values),
+            owner_id=chat.user_id,
+            deadline=asyncio.get_running_loop().time() + 30,
+        )
+    assert (row.title, races) == ("again", 1)
+
+
 async def test_create_session_of_an_unknown_user_fails(chat: Chat) -> None:
     unknown = Chat(chat.stub, new_id())
     await assert_fails(unknown.create_session(), "USER_NOT_FOUND", user_id=unknown.user_id)

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from chathistory.v1 import user_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
+from grpc import aio
 
 from service.ids import SYSTEM_USER_ID
 from service.server import Server
 from service.store import sessions
 from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
-from tests.support.failures import assert_fails, assert_field_violations
-from tests.support.servers import AsyncStub
+from tests.support.failures import assert_fails, assert_field_violations, read_failure
+from tests.support.servers import AsyncStub, connected, serving
 
 
 async def create(stub: AsyncStub, **fields: Any) -> user_pb2.User:
@@ -130,6 +131,68 @@ async def test_concurrent_equal_creates_create_one_user(stub: AsyncStub) -> None
     created = await asyncio.gather(*(create(stub, **sent) for _ in range(20)))
     assert len({user.SerializeToString(deterministic=True) for user in created}) == 1
     assert await list_ids(stub) == [sent["id"]]
+
+
+@pytest.mark.parametrize("key", ["id", "email", "external_id"])
+async def test_concurrent_equal_creates_through_two_replicas_return_the_user(
+    stub: AsyncStub, database_url: str, key: str
+) -> None:
+    """Only `id` makes a create repeatable; the other unique values must not disturb that."""
+    async with serving(database_url) as replica, connected(replica.address) as other_stub:
+        for number in range(25):
+            sent = {
+                "id": new_id(),
+                "email": f"user-{number}@example.com",
+                "external_id": f"x-{number}",
+            }
+            stubs = (stub, other_stub) * 6
+            created = await asyncio.gather(*(create(stub, **sent) for stub in stubs))
+            assert len({user.SerializeToString(deterministic=True) for user in created}) == 1
+            changed = sent | {key: new_id() if key == "id" else f"other.{sent[key]}"}
+            reason = "EMAIL_TAKEN" if key == "id" else "ID_TAKEN"
+            await assert_fails(create(other_stub, **changed), reason)
+
+
+async def test_one_of_many_concurrent_users_gets_an_email(stub: AsyncStub) -> None:
+    """Creates and updates that race for an address: one wins, and the others fail."""
+    existing = [await create(stub, name=str(number)) for number in range(4)]
+    for number in range(10):
+        email = f"wanted-{number}@example.com"
+        results = await asyncio.gather(
+            *(create(stub, email=email) for _ in range(4)),
+            *(update(stub, id=user.id, email=email.upper()) for user in existing),
+            return_exceptions=True,
+        )
+        failures = [read_failure(it) for it in results if isinstance(it, aio.AioRpcError)]
+        assert [failure.reason for failure in failures] == ["EMAIL_TAKEN"] * 7
+        holder = await get(stub, email=email)
+        assert [user for user in results if isinstance(user, user_pb2.User)] == [holder]
+
+
+async def test_users_that_swap_unique_values_keep_them(stub: AsyncStub) -> None:
+    first = await create(stub, email="a@example.com", external_id="a")
+    second = await create(stub, email="b@example.com", external_id="b")
+    for _ in range(10):
+        results = await asyncio.gather(
+            update(stub, id=first.id, email="b@example.com", external_id="b"),
+            update(stub, id=second.id, email="a@example.com", external_id="a"),
+            return_exceptions=True,
+        )
+        for result in results:
+            assert isinstance(result, aio.AioRpcError)
+            assert read_failure(result).reason == "EMAIL_TAKEN"
+    assert await get(stub, user_id=first.id) == first
+    assert await get(stub, user_id=second.id) == second
+    assert await list_ids(stub) == sorted([first.id, second.id])
+
+
+async def test_email_can_change_its_case_and_be_written_again(stub: AsyncStub) -> None:
+    created = await create(stub, email="ada@example.com", external_id="x", name="Ada")
+    again = await update(stub, id=created.id, email="ada@example.com", external_id="x", name="B")
+    assert (again.email, again.external_id, again.name) == ("ada@example.com", "x", "B")
+    changed = await update(stub, id=created.id, email="Ada@Example.com", external_id="y")
+    assert (changed.email, changed.external_id) == ("Ada@Example.com", "y")
+    assert await list_ids(stub) == [created.id]
 
 
 async def test_email_is_unique_ignoring_case(stub: AsyncStub) -> None:

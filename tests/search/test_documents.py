@@ -66,6 +66,13 @@ async def test_create_with_a_known_id_or_content_returns_the_stored_document(
     assert len({document.id for document in concurrent}) == 1
 
 
+async def test_concurrent_equal_creates_create_one_document(library: Library) -> None:
+    for number in range(10):
+        sent = {"id": new_id(), "source_uri": f"s{number}", "content_sha256": SHA256}
+        created = await asyncio.gather(*(library.create(["a", "b"], **sent) for _ in range(12)))
+        assert {(it.id, it.chunk_count) for it in created} == {(sent["id"], 2)}
+
+
 async def test_append_allows_no_gap_and_a_retry_changes_nothing(library: Library) -> None:
     document = await library.create(["0", "1"])
     for _ in range(2):
