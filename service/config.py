@@ -28,6 +28,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 PREFIX = "CHAT_HISTORY_"
 ENV_FILE = ".env"
 MAX_PORT = 65535
+MIB = 1024 * 1024
 
 
 class Settings(BaseSettings):
@@ -155,6 +156,16 @@ class Settings(BaseSettings):
     max_calls_per_connection: PositiveInt = 512
     """Maximum concurrent calls on one connection. Streams may use half of them. Further calls wait
     at the client (HTTP/2's SETTINGS_MAX_CONCURRENT_STREAMS)."""
+    max_bytes_in_flight: Annotated[int, Field(ge=16 * MIB)] = 96 * MIB
+    """Maximum bytes of requests and replies that calls hold, until the client has received the
+    reply. The service uses up to three times as much memory for them. A quarter is reserved for
+    users who hold little, as with calls. Further calls are rejected with RESOURCE_EXHAUSTED and a
+    retry delay; streams wait, and use at most half of each limit."""
+    max_bytes_per_user: Annotated[int, Field(ge=8 * MIB)] = 32 * MIB
+    """Maximum bytes that the calls of one user hold."""
+    max_bytes_per_connection: Annotated[int, Field(ge=8 * MIB)] = 48 * MIB
+    """Maximum bytes that the calls of one connection hold. Connections over a Unix socket have no
+    limit of their own."""
     shutdown_grace: PositiveFloat = 20.0
     """Seconds that calls in flight may take to finish at shutdown."""
     shutdown_delay: Annotated[float, Field(ge=0)] = 0.0

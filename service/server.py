@@ -24,6 +24,7 @@ from service.config import BadConfiguration, Settings, split_address
 from service.rpc import connections
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
+from service.rpc.byte_budget import ByteBudget
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import Pipeline
 from service.rpc.server_options import SERVER_OPTIONS
@@ -97,6 +98,11 @@ class Server:
         self.streams = StreamAdmission(
             settings.max_watches, max(1, settings.max_calls_per_connection // 2)
         )
+        self.budget = ByteBudget(
+            settings.max_bytes_in_flight,
+            settings.max_bytes_per_user,
+            settings.max_bytes_per_connection,
+        )
         self.metrics = self._start_metrics()
         self.address = settings.listen
         """Address the server listens on; after `start` with the actual port."""
@@ -144,6 +150,7 @@ class Server:
             self.authenticate,
             self.calls,
             self.streams,
+            self.budget,
             settings.call_timeout,
             self.metrics.observe if self.metrics else None,
             AuditTrail(callers_are_identified=self.authenticate is not trust_all),
@@ -251,6 +258,10 @@ class Server:
             port,
             {
                 "chat_history_calls_in_flight": ("Calls in flight.", lambda: self.calls.in_flight),
+                "chat_history_bytes_in_flight": (
+                    "Bytes of requests and replies that calls hold.",
+                    lambda: self.budget.held,
+                ),
                 "chat_history_watches_open": (
                     "Open WatchMessages streams.",
                     lambda: len(self.watchers),

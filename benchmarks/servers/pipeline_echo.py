@@ -11,6 +11,7 @@ from benchmarks.servers.echo import Echo
 from benchmarks.servers.lifecycle import announce_address, run, wait_for_stop_signal
 from service.auth.authenticators import trust_all
 from service.rpc.admission import Admission, StreamAdmission
+from service.rpc.byte_budget import ByteBudget
 from service.rpc.health import SERVICE
 from service.rpc.pipeline import Pipeline
 from service.rpc.servicer import DESCRIPTOR
@@ -22,6 +23,7 @@ def pipeline(**parts: Any) -> Pipeline:
         "authenticate": trust_all,
         "calls": Admission(1024),
         "streams": StreamAdmission(1024, 128),
+        "budget": ByteBudget(1 << 30, 1 << 30, 1 << 30),
         "call_timeout_s": 30.0,
     }
     return Pipeline(**(arguments | parts))

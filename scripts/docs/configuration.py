@@ -75,6 +75,9 @@ TOPICS = {
         "max_in_flight",
         "max_watches",
         "max_calls_per_connection",
+        "max_bytes_in_flight",
+        "max_bytes_per_user",
+        "max_bytes_per_connection",
         "shutdown_grace",
         "shutdown_delay",
     ),
@@ -122,7 +125,7 @@ def type_of(info: FieldInfo) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     words = {int: "integer", float: "number", bool: "boolean", Path: "path", SecretStr: "secret"}
     bounds = [
-        f"{sign} {value:g}"
+        f"{sign} {value:.12g}"
         for constraint in constraints
         for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
         if (value := getattr(constraint, name, None)) is not None

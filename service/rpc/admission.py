@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from service import errors
-
-FREQUENT_REJECTIONS_PER_S = 200
-"""Above this rate of rejections, rejected callers are asked to back off longer."""
-MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 0.25, 8.0
-"""Bounds of the back-off before jitter, which changes it by up to a half."""
+from service.rpc.backoff import MAX_RETRY_AFTER_S, RejectionBackoff
 
 
 class Admission:
@@ -79,19 +74,17 @@ class StreamAdmission(Admission):
         self._connections: Counter[str] = Counter()
 
     @contextmanager
-    def admitted(self, owner_id: str, peer: str) -> Generator[None]:
+    def admitted(self, owner_id: str, connection: str) -> Generator[None]:
         """Admit a user's stream for the duration of a block.
 
         Args:
             owner_id: The user.
-            peer: gRPC's name of the connection.
+            connection: Name of the connection; empty for one that is not capped.
 
         Raises:
             Unavailable: as `enter`.
             Overloaded: as `enter`, or too many streams are open on this connection.
         """
-        # Connections over a Unix socket are not capped: all of them have the same name.
-        connection = "" if peer.startswith("unix:") else peer
         if connection and self._connections[connection] >= self._per_connection:
             raise errors.Overloaded(
                 f"this connection has {self._per_connection} open streams, which is its limit; "
@@ -107,31 +100,6 @@ class StreamAdmission(Admission):
             self._connections[connection] -= 1
             if not self._connections[connection]:
                 del self._connections[connection]
-
-
-class RejectionBackoff:
-    """Chooses the back-off of rejected callers.
-
-    A rejection costs nearly as much as a call, so the delay doubles while rejections are frequent.
-    """
-
-    def __init__(self) -> None:
-        self._delay_s = MIN_RETRY_AFTER_S
-        self._second_started_at = 0.0
-        self._count = 0
-
-    def next_delay_s(self) -> float:
-        """Count a rejection; return the delay in seconds, with jitter to spread the retries."""
-        now = time.monotonic()
-        elapsed_s = now - self._second_started_at
-        if elapsed_s >= 1:
-            if self._count > FREQUENT_REJECTIONS_PER_S and elapsed_s < MAX_RETRY_AFTER_S:
-                self._delay_s = min(self._delay_s * 2, MAX_RETRY_AFTER_S)
-            elif self._count < FREQUENT_REJECTIONS_PER_S / 2 or elapsed_s >= MAX_RETRY_AFTER_S:
-                self._delay_s = max(self._delay_s / 2, MIN_RETRY_AFTER_S)
-            self._second_started_at, self._count = now, 0
-        self._count += 1
-        return self._delay_s * random.uniform(0.5, 1.5)  # noqa: S311 - no secret depends on it
 
 
 def draining_error() -> errors.Unavailable:

@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from enum import Enum, auto
 from typing import Any, NoReturn
 
 import grpc
@@ -29,7 +28,8 @@ from service.auth.caller import Caller
 from service.rpc import status
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
-from service.rpc.call import Call, StreamMethod, UnaryMethod
+from service.rpc.byte_budget import ByteBudget
+from service.rpc.call import UNCOUNTED_BYTES, Call, StreamMethod, UnaryMethod
 from service.rpc.method_policies import POLICIES, Access
 from service.store.db.db_errors import to_service_error
 from service.telemetry.metrics import CallObserver
@@ -42,13 +42,6 @@ MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Limit of a request after decompression. Larger ones are rejected with REQUEST_TOO_LARGE."""
 
 
-class _Unparsed(Enum):
-    """Replaces a request that was not parsed, until its caller is authenticated."""
-
-    MALFORMED = auto()
-    TOO_LARGE = auto()
-
-
 class Pipeline:
     """Wraps the methods of a servicer."""
 
@@ -57,6 +50,7 @@ class Pipeline:
         authenticate: Authenticate,
         calls: Admission,
         streams: StreamAdmission,
+        budget: ByteBudget,
         call_timeout_s: float,
         observe: CallObserver | None = None,
         audit: AuditTrail | None = None,
@@ -67,6 +61,7 @@ class Pipeline:
             authenticate: Returns the caller of a call.
             calls: Admits unary calls.
             streams: Admits streams.
+            budget: Bounds the bytes that calls and streams hold.
             call_timeout_s: Limit of a call whose client set no deadline.
             observe: Records each finished call in the metrics.
             audit: Records calls in the audit trail.
@@ -74,6 +69,7 @@ class Pipeline:
         self._authenticate = authenticate
         self._calls = calls
         self._streams = streams
+        self._budget = budget
         self._call_timeout_s = call_timeout_s
         self._observe = observe
         self._audit = audit
@@ -96,49 +92,69 @@ class Pipeline:
                 if method.server_streaming
                 else (self._unary, grpc.unary_unary_rpc_method_handler)
             )
+            # The handlers take and return bytes. A deserializer that raised would let gRPC answer
+            # with UNKNOWN before any of our code runs, and the sizes are needed for the budget.
             handlers[method.name] = make_handler(
-                wrap(method.name, getattr(servicer, method.name)),
-                request_deserializer=_deserializer(GetMessageClass(method.input_type)),
-                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+                wrap(
+                    method.name,
+                    _parser(GetMessageClass(method.input_type)),
+                    getattr(servicer, method.name),
+                )
             )
         return handlers
 
-    def _unary(self, name: str, method: UnaryMethod) -> Callable[[Any, Context], Awaitable[Any]]:
+    def _unary(
+        self, name: str, parse: Callable[[bytes], Any], method: UnaryMethod
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         loop = self._loop
         check = self._request_check(name)
         if self._audit is not None:
             method = self._audit.wrap_unary(name, POLICIES[name].audit, method)
 
-        async def serve(request: Any, context: Context) -> Any:
+        async def serve(data: bytes, context: Context) -> bytes:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
+                request = parse(data)
                 owner_id = _owner_id(caller, request)
+                remaining_s: float | None = context.time_remaining()
+                timeout_s = self._call_timeout_s if remaining_s is None else remaining_s
+                call = Call(caller, loop.time() + timeout_s, owner_id, self._budget, context)
                 self._calls.enter(owner_id)
-                try:
-                    check(request, caller)
-                    remaining_s: float | None = context.time_remaining()
-                    if remaining_s is not None:  # gRPC itself enforces the client's deadline.
-                        reply = await method(request, Call(caller, loop.time() + remaining_s))
-                    else:
-                        reply = await self._with_timeout(method, request, caller)
-                finally:
-                    self._calls.leave(owner_id)
+                # gRPC runs the callback once the reply has left this process, or the call has
+                # failed: until then the call holds its reply.
+                context.add_done_callback(
+                    lambda _context: self._end_call(call)  # type: ignore[arg-type] # the stub is wrong
+                )
+                if len(data) > UNCOUNTED_BYTES:
+                    call.charge(len(data))
+                check(request, caller)
+                if remaining_s is not None:  # gRPC itself enforces the client's deadline.
+                    reply = await method(request, call)
+                else:
+                    reply = await self._with_timeout(method, request, call)
+                reply_data: bytes = reply.SerializeToString()
+                if call.held_bytes or len(reply_data) > UNCOUNTED_BYTES:
+                    call.resize(len(reply_data))
             except BaseException as error:  # noqa: BLE001 - `_abort` always raises
                 await self._abort(name, context, error, started)
             if self._observe:
                 self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
-            return reply
+            return reply_data
 
         return serve
 
-    async def _with_timeout(self, method: UnaryMethod, request: Any, caller: Caller) -> Any:
+    def _end_call(self, call: Call) -> None:
+        self._calls.leave(call.owner_id)
+        if call.held_bytes:
+            call.release(call.held_bytes)
+
+    async def _with_timeout(self, method: UnaryMethod, request: Any, call: Call) -> Any:
         """Run a call whose client set no deadline."""
-        deadline = self._loop.time() + self._call_timeout_s
-        scope = asyncio.timeout_at(deadline)
+        scope = asyncio.timeout_at(call.deadline)
         try:
             async with scope:
-                return await method(request, Call(caller, deadline))
+                return await method(request, call)
         except TimeoutError:
             if scope.expired():
                 raise errors.DeadlineExceeded(
@@ -147,24 +163,29 @@ class Pipeline:
                 ) from None
             raise
 
-    def _stream(self, name: str, method: StreamMethod) -> Callable[[Any, Context], Awaitable[None]]:
+    def _stream(
+        self, name: str, parse: Callable[[bytes], Any], method: StreamMethod
+    ) -> Callable[[bytes, Context], Awaitable[None]]:
         check = self._request_check(name)
         if self._audit is not None:
             method = self._audit.wrap_stream(name, POLICIES[name].audit, method)
 
-        async def serve(request: Any, context: Context) -> None:
+        async def serve(data: bytes, context: Context) -> None:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                owner_id = _owner_id(caller, request)
-                with self._streams.admitted(owner_id, context.peer()):
+                request = parse(data)
+                deadline = self._loop.time() + (context.time_remaining() or self._call_timeout_s)
+                call = Call(caller, deadline, _owner_id(caller, request), self._budget, context)
+                with self._streams.admitted(call.owner_id, call.connection):
                     check(request, caller)
-                    deadline = self._loop.time() + (
-                        context.time_remaining() or self._call_timeout_s
-                    )
-                    async with aclosing(method(request, Call(caller, deadline))) as replies:
-                        async for reply in replies:
-                            await context.write(reply)
+                    try:
+                        async with aclosing(method(request, call)) as replies:
+                            async for reply in replies:
+                                await _write(reply.SerializeToString(), call, context)
+                    finally:
+                        if call.held_bytes:
+                            call.release(call.held_bytes)
             except BaseException as error:  # noqa: BLE001 - `_abort` always raises
                 await self._abort(name, context, error, started)
             if self._observe:
@@ -173,13 +194,11 @@ class Pipeline:
         return serve
 
     def _request_check(self, name: str) -> Callable[[Any, Caller], None]:
-        """Return a function that checks a request: that it was parsed, is allowed, and is valid."""
+        """Return a function that checks a request: that it is allowed and valid."""
         validate = self._validate
         authorise = self._authorisation(name)
 
         def check(request: Any, caller: Caller) -> None:
-            if isinstance(request, _Unparsed):
-                raise _unparsed_error(request)
             if caller.user_id is not None:  # A service may act for every user.
                 authorise(request, caller)
             try:
@@ -243,31 +262,38 @@ def _owner_id(caller: Caller, request: Any) -> str:
     return caller.user_id or getattr(request, "user_id", "") or ""
 
 
-def _deserializer(message_class: type[Message]) -> Callable[[bytes], Any]:
-    """Return a deserializer that does not raise.
+async def _write(data: bytes, call: Call, context: Context) -> None:
+    """Send a reply of a stream, and hold its bytes until the client has made room for it."""
+    n_bytes = len(data) if len(data) > UNCOUNTED_BYTES and not call.held_bytes else 0
+    # A method that holds bytes has reserved them for its replies. Waiting for more here could let
+    # streams wait for each other.
+    if n_bytes:
+        await call.reserve(n_bytes)
+    await context.write(data)
+    if n_bytes:
+        call.release(n_bytes)
 
-    If it raised, gRPC would answer with UNKNOWN before any of our code runs.
+
+def _parser(message_class: type[Message]) -> Callable[[bytes], Any]:
+    """Return a function that parses a request.
+
+    It raises `TooLarge` and `InvalidArgument`.
     """
-    parse = message_class.FromString
+    from_bytes = message_class.FromString
 
-    def deserialize(data: bytes) -> Any:
+    def parse(data: bytes) -> Any:
         if len(data) > MAX_REQUEST_BYTES:
-            return _Unparsed.TOO_LARGE
+            raise errors.TooLarge(f"the request is larger than {MAX_REQUEST_BYTES} bytes; split it")
         try:
-            return parse(data)
+            return from_bytes(data)
         except (DecodeError, ValueError, RecursionError):
-            return _Unparsed.MALFORMED
+            raise errors.InvalidArgument(
+                "the request cannot be parsed: it is not a valid protobuf message of this method's "
+                "type",
+                reason="MALFORMED_REQUEST",
+            ) from None
 
-    return deserialize
-
-
-def _unparsed_error(request: _Unparsed) -> errors.ServiceError:
-    if request is _Unparsed.TOO_LARGE:
-        return errors.TooLarge(f"the request is larger than {MAX_REQUEST_BYTES} bytes; split it")
-    return errors.InvalidArgument(
-        "the request cannot be parsed: it is not a valid protobuf message of this method's type",
-        reason="MALFORMED_REQUEST",
-    )
+    return parse
 
 
 def _field_violation(violation: protovalidate.Violation) -> errors.FieldViolation:

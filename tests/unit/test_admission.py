@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import Overloaded, Unavailable
-from service.rpc import admission as admission_module
-from service.rpc.admission import Admission, RejectionBackoff
+from service.rpc import backoff as backoff_module
+from service.rpc.admission import Admission
+from service.rpc.backoff import RejectionBackoff
 
 
 def enters(admission: Admission, owner_id: str) -> bool:
@@ -88,8 +89,8 @@ def test_backoff_grows_with_the_rate_of_rejections(monkeypatch: pytest.MonkeyPat
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     backoff = RejectionBackoff()
-    shortest, longest = admission_module.MIN_RETRY_AFTER_S, admission_module.MAX_RETRY_AFTER_S
-    frequent = 20 * admission_module.FREQUENT_REJECTIONS_PER_S
+    shortest, longest = backoff_module.MIN_RETRY_AFTER_S, backoff_module.MAX_RETRY_AFTER_S
+    frequent = 20 * backoff_module.FREQUENT_REJECTIONS_PER_S
 
     def reject(count: int) -> float:
         """Reject `count` calls within the next second; return the longest delay."""

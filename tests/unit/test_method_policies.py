@@ -7,6 +7,7 @@ import pytest
 from service.auth.authenticators import trust_all
 from service.rpc import pipeline
 from service.rpc.admission import Admission, StreamAdmission
+from service.rpc.byte_budget import ByteBudget
 from service.rpc.method_policies import POLICIES, Access, AuditRule
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 
@@ -22,7 +23,9 @@ async def test_building_the_pipeline_fails_for_an_rpc_without_policy(
 ) -> None:
     incomplete = {name: policy for name, policy in POLICIES.items() if name != "GetSession"}
     monkeypatch.setattr(pipeline, "POLICIES", incomplete)
-    built = pipeline.Pipeline(trust_all, Admission(1), StreamAdmission(1, 1), call_timeout_s=1.0)
+    built = pipeline.Pipeline(
+        trust_all, Admission(1), StreamAdmission(1, 1), ByteBudget(1, 1, 1), call_timeout_s=1.0
+    )
     with pytest.raises(KeyError, match="GetSession"):
         built.handlers(DESCRIPTOR, ChatHistoryServicer)
 
