@@ -146,7 +146,7 @@ class Users(Connection):
         Args:
             user_id: Id of the user.
             external_id: Id of the user in your own system. Written by services only.
-            email: E-mail address.
+            email: E-mail address. Written by services only.
             name: Display name.
             metadata: JSON object of your own; replaces the stored one.
             etag: If set, the update succeeds only while this is the etag of the stored user.
@@ -161,6 +161,7 @@ class Users(Connection):
             AlreadyExists: Another user has the e-mail address (EMAIL_TAKEN) or the external id
                 (EXTERNAL_ID_TAKEN).
             NotFound: No user has this id (USER_NOT_FOUND).
+            PermissionDenied: A user caller wrote `email` or `external_id` (SERVICE_ONLY).
         """
         user = User(id=user_id, etag=etag)
         mask = set_fields(user, external_id=external_id, email=email, name=name, metadata=metadata)

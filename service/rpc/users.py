@@ -15,6 +15,12 @@ from service.store.db.database import NO_OWNER, Database
 from service.store.rows import UserRow
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
+_WRITTEN_BY_SERVICES = frozenset({"external_id", "email"})
+"""Fields that identify a user.
+
+A user could claim the address of another person, because the service does not verify addresses,
+and could find out by EMAIL_TAKEN which addresses are in use.
+"""
 
 
 class Users(Handler):
@@ -88,7 +94,7 @@ class Users(Handler):
         if inner_id not in ("", user_id):
             raise InvalidArgument.field("user.id", "must be empty or equal to the request's")
         paths = field_masks.update_paths(request.update_mask, request.user, _WRITABLE)
-        if "external_id" in paths:
+        if not _WRITTEN_BY_SERVICES.isdisjoint(paths):
             call.caller.require_service()
         values = convert.user_changes(request.user, paths)
         row = await self.database.write(

@@ -359,6 +359,9 @@ async def test_user_may_not_act_for_another_user_or_as_a_service(
             stub.UpdateUser(
                 user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="x")), metadata=me
             ),
+            stub.UpdateUser(
+                user_pb2.UpdateUserRequest(user=user_pb2.User(email="x@x.example")), metadata=me
+            ),
         ):
             failure = await assert_fails(call_, "SERVICE_ONLY")
             assert failure.code == StatusCode.PERMISSION_DENIED

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from chathistory.v1 import document_pb2, export_pb2, message_pb2, search_pb2, session_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2 import DESCRIPTOR
+from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import aio
 from grpc.aio import EOF  # type: ignore[attr-defined]
 
@@ -412,10 +413,33 @@ async def test_user_caller_finds_itself_only(database_url: str) -> None:
                 )
                 is None
             )
-        change = user_pb2.UpdateUserRequest(user=user_pb2.User(external_id="mine"))
-        failed = await ask(stub, "UpdateUser", change, shown)
-        assert failed is not None
-        assert failed.reason == SERVICE_ONLY
+
+
+@pytest.mark.case(n=19)
+async def test_user_caller_cannot_claim_or_probe_an_email_or_external_id(
+    database_url: str,
+) -> None:
+    """The answer is the same for a taken, a free and the user's own value, and nothing changes."""
+    async with service(database_url) as stub:
+        mine, theirs, free = await make_things(stub), await make_things(stub), random_things()
+        shown = bearer_metadata(token(mine.user))
+        for key in ("external_id", "email"):
+            for mask in ([], [key], ["name", key]):
+                answers = set()
+                for value in (*(getattr(things, key) for things in (theirs, free, mine)), ""):
+                    if not value and not mask:
+                        continue  # An empty mask leaves an unset field unchanged.
+                    change = user_pb2.UpdateUserRequest(
+                        user=user_pb2.User(name="new", **{key: value}),
+                        update_mask=FieldMask(paths=mask),
+                    )
+                    answers.add(str(await ask(stub, "UpdateUser", change, shown)))
+                assert len(answers) == 1
+                assert SERVICE_ONLY in answers.pop()
+        get = user_pb2.GetUserRequest(user_id=mine.user)
+        user = (await stub.GetUser(get, metadata=shown)).user
+        assert (user.email, user.external_id) == (mine.email, mine.external_id)
+        assert user.name != "new"
 
 
 @pytest.mark.case(n=19)

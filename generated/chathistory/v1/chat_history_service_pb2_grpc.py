@@ -365,7 +365,8 @@ class ChatHistoryServiceServicer(object):
     def UpdateUser(self, request, context):
         """Updates fields of a user and returns the stored user.
 
-        Callers: services and users. A user caller updates itself only, and cannot write `external_id`.
+        Callers: services and users. A user caller updates itself only, and cannot write
+        `external_id` and `email`.
 
         Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
         repeated call fails with `ETAG_MISMATCH` if the first attempt was applied.
@@ -375,7 +376,7 @@ class ChatHistoryServiceServicer(object):
         - `USER_NOT_FOUND`: no user has this id.
         - `ETAG_MISMATCH`: the user was updated since `etag` was read.
         - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
-        - `SERVICE_ONLY`: a user caller writes `external_id`.
+        - `SERVICE_ONLY`: a user caller writes `external_id` or `email`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -141,7 +141,8 @@ class ChatHistoryServiceStub:
     UpdateUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.UpdateUserRequest, _user_pb2.UpdateUserResponse]
     """Updates fields of a user and returns the stored user.
 
-    Callers: services and users. A user caller updates itself only, and cannot write `external_id`.
+    Callers: services and users. A user caller updates itself only, and cannot write
+    `external_id` and `email`.
 
     Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
     repeated call fails with `ETAG_MISMATCH` if the first attempt was applied.
@@ -151,7 +152,7 @@ class ChatHistoryServiceStub:
     - `USER_NOT_FOUND`: no user has this id.
     - `ETAG_MISMATCH`: the user was updated since `etag` was read.
     - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
-    - `SERVICE_ONLY`: a user caller writes `external_id`.
+    - `SERVICE_ONLY`: a user caller writes `external_id` or `email`.
     """
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]
     """Deletes a user permanently, with all of its sessions, messages, documents and chunks. Their
@@ -654,7 +655,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     UpdateUser: _aio.UnaryUnaryMultiCallable[_user_pb2.UpdateUserRequest, _user_pb2.UpdateUserResponse]  # type: ignore[assignment]
     """Updates fields of a user and returns the stored user.
 
-    Callers: services and users. A user caller updates itself only, and cannot write `external_id`.
+    Callers: services and users. A user caller updates itself only, and cannot write
+    `external_id` and `email`.
 
     Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
     repeated call fails with `ETAG_MISMATCH` if the first attempt was applied.
@@ -664,7 +666,7 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     - `USER_NOT_FOUND`: no user has this id.
     - `ETAG_MISMATCH`: the user was updated since `etag` was read.
     - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
-    - `SERVICE_ONLY`: a user caller writes `external_id`.
+    - `SERVICE_ONLY`: a user caller writes `external_id` or `email`.
     """
     DeleteUser: _aio.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]  # type: ignore[assignment]
     """Deletes a user permanently, with all of its sessions, messages, documents and chunks. Their
@@ -1188,7 +1190,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_user_pb2.UpdateUserResponse, _abc.Awaitable[_user_pb2.UpdateUserResponse]]:
         """Updates fields of a user and returns the stored user.
 
-        Callers: services and users. A user caller updates itself only, and cannot write `external_id`.
+        Callers: services and users. A user caller updates itself only, and cannot write
+        `external_id` and `email`.
 
         Idempotency: without `etag`, repeating the call stores the same values again. With `etag`, a
         repeated call fails with `ETAG_MISMATCH` if the first attempt was applied.
@@ -1198,7 +1201,7 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         - `USER_NOT_FOUND`: no user has this id.
         - `ETAG_MISMATCH`: the user was updated since `etag` was read.
         - `EMAIL_TAKEN`, `EXTERNAL_ID_TAKEN`: another user has this value.
-        - `SERVICE_ONLY`: a user caller writes `external_id`.
+        - `SERVICE_ONLY`: a user caller writes `external_id` or `email`.
         """
 
     @_abc_1.abstractmethod

@@ -44,7 +44,9 @@ class User(_message.Message):
     services only. With `CHAT_HISTORY_JWT_SUBJECT=external_id`, the subject of a token is this id.
     """
     email: _builtins.str
-    """E-mail address, at most 320 characters. Unique when set, compared case-insensitively."""
+    """E-mail address, at most 320 characters. Unique when set, compared case-insensitively. Written
+    by services only: the service does not verify that the address belongs to the user.
+    """
     name: _builtins.str
     """Display name, at most 256 characters."""
     etag: _builtins.str
@@ -270,7 +272,7 @@ class UpdateUserRequest(_message.Message):
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """Fields to write: any of `external_id`, `email`, `name`, `metadata`. A named field that is unset
         in the resource is cleared. An empty mask writes every one of these fields that is set. Any
-        other path is a `FIELD_VIOLATION`.
+        other path is a `FIELD_VIOLATION`. A user caller may write `name` and `metadata` only.
         """
 
     def __init__(
