@@ -17,6 +17,9 @@ CASES ?= 100000
 MINUTES ?= 5
 IDLE ?= 1
 SEED ?=
+# Number of attacks of `make hostile`, and seconds of each.
+ATTACKS ?= 300
+SECONDS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -68,6 +71,11 @@ fuzz: install ## send malformed requests to a server; CASES=100000
 .PHONY: soak
 soak: install ## inject random faults under load and check the stored data; MINUTES=5 IDLE=1 SEED=
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES) --idle $(IDLE) --seed '$(SEED)'
+
+.PHONY: hostile
+hostile: install ## attack the service as one user and measure another; ATTACKS=300 SECONDS=3 SEED=1
+	@$(BIN)/python -m benchmarks hostile --attacks $(ATTACKS) --seconds $(SECONDS) \
+		--seed $(or $(SEED),1)
 
 .PHONY: lint
 lint: install prose $(PROTO_STAMP) ## check style, wording, types, import rules, protos, stubs

@@ -19,6 +19,7 @@ from benchmarks import machine, overload, pairs, report, workload
 from benchmarks.bench import FULL, QUICK, SESSIONS, Bench, body_count
 from benchmarks.comparison import Comparison, Subject, compare
 from benchmarks.environment import WORK_DIR, Environment
+from benchmarks.hostile import cli as hostile
 from benchmarks.load_generator import BenchError, Load
 from benchmarks.scenario_tables import tables
 from benchmarks.scenarios import SCENARIOS, Variant, with_jwt
@@ -49,6 +50,7 @@ Hold = Annotated[
 
 def main() -> None:
     """Run the command line."""
+    hostile.add_command(app, console, _run)
     app(prog_name="python -m benchmarks")
 
 
