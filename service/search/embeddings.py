@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from service.search.types import (
@@ -11,6 +11,7 @@ from service.search.types import (
     SearchMisconfigured,
     SearchOverloaded,
     SearchUnavailable,
+    TextBlocked,
     pack_vector,
 )
 from service.search.worker.parent import SearchProcess
@@ -23,6 +24,8 @@ _MAX_TEXT_CHARS = 8_192
 """Characters of a text that are reranked, equal to the characters that are indexed."""
 _MAX_TOTAL_CHARS = 262_144
 """Characters of all texts of one rerank, which take about a tenth of a second."""
+_MAX_PART_CHARS = 131_072
+"""Characters of the texts that the search process embeds in one request."""
 
 
 class Embeddings(Protocol):
@@ -30,6 +33,8 @@ class Embeddings(Protocol):
 
     model: str
     """Part of the index's name, because vectors of two models cannot be compared."""
+    has_reranker: bool
+    """Whether `rerank` returns scores."""
 
     async def dimensions(self) -> int:
         """Return the number of dimensions of a vector.
@@ -45,6 +50,13 @@ class Embeddings(Protocol):
         Raises:
             SearchUnavailable: the model does not respond.
             InputRejected: it rejects at least one of the texts.
+        """
+
+    async def embed_query(self, query: str) -> bytes:
+        """Return the vector of a query, for which a caller waits.
+
+        Raises:
+            SearchUnavailable, InputRejected: as `embed`.
         """
 
     async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
@@ -65,29 +77,55 @@ class OfflineEmbeddings:
     """Embeddings that need no network, computed in the search process."""
 
     model = OFFLINE_MODEL
+    has_reranker = True
 
     def __init__(self, process: SearchProcess) -> None:
         self._process = process
 
     async def dimensions(self) -> int:
         # This also loads the model, so that the first search does not wait for it.
-        return len(await self.embed([_PROBE_TEXT])) // FLOAT_BYTES
+        return int((await self._process.call("dimensions"))[0])
 
     async def embed(self, texts: Sequence[str]) -> bytes:
-        return (await self._process.call("embed", texts))[1]
+        # In parts, so that a query waits for one part at most, and a part fits into a frame.
+        return b"".join([await self._embed(part) for part in _parts(texts)])
+
+    async def embed_query(self, query: str) -> bytes:
+        return await self._embed([query], is_query=True)
+
+    async def _embed(self, texts: Sequence[str], *, is_query: bool = False) -> bytes:
+        return (await self._process.call("embed", texts, is_query=is_query))[1]
 
     async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:
         max_chars = min(_MAX_TEXT_CHARS, _MAX_TOTAL_CHARS // len(texts)) if texts else 0
         truncated = [(title, text[:max_chars]) for title, text in texts]
-        scores: list[float] | None = (await self._process.call("rerank", (query, truncated)))[0]
+        try:
+            reply, _ = await self._process.call("rerank", (query, truncated), is_query=True)
+        except TextBlocked:
+            return None
+        scores: list[float] | None = reply
         return scores
 
     async def close(self) -> None:
         await self._process.close()
 
 
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Split texts into parts of up to _MAX_PART_CHARS; a longer text is a part of its own."""
+    start = part_chars = 0
+    for end, text in enumerate(texts):
+        if end > start and part_chars + len(text) > _MAX_PART_CHARS:
+            yield texts[start:end]
+            start, part_chars = end, 0
+        part_chars += len(text)
+    if texts:
+        yield texts[start:]
+
+
 class RemoteEmbeddings:
     """Embeddings of an OpenAI-compatible endpoint."""
+
+    has_reranker = False
 
     def __init__(
         self, url: str, model: str, api_key: str | None, dimensions: int | None, timeout_s: float
@@ -141,6 +179,9 @@ class RemoteEmbeddings:
                 "the embeddings endpoint did not return one vector of the same length for each text"
             )
         return b"".join(map(pack_vector, vectors))
+
+    async def embed_query(self, query: str) -> bytes:
+        return await self.embed([query])
 
     async def rerank(self, query: str, texts: Sequence[tuple[str, str]]) -> list[float] | None:  # noqa: ARG002
         return None

@@ -17,10 +17,17 @@ from service.search.types import (
 from service.store.outbox.index_source import EntityKey, Item, Range
 
 
-class _Rejection(NamedTuple):
+class Rejection(NamedTuple):
     """Takes the place of a vector for an item that has none."""
 
     reason: str
+    is_final: bool = False
+    """Whether the item must not be tried again soon."""
+
+    @classmethod
+    def of(cls, error: InputRejected) -> Rejection:
+        """Return the rejection that an error means."""
+        return cls(str(error), error.is_final)
 
 
 class ChangeBuilder:
@@ -32,7 +39,7 @@ class ChangeBuilder:
 
     async def build(
         self, kind: PointKind, ranges: Sequence[Range], items: Sequence[Item]
-    ) -> tuple[Changes, dict[EntityKey, str]]:
+    ) -> tuple[Changes, dict[EntityKey, Rejection]]:
         """Return the changes that make the index match the items.
 
         Items without text and rejected items become deletes, so that search no longer finds an
@@ -44,7 +51,7 @@ class ChangeBuilder:
             items: The items of these ranges, as PostgreSQL holds them now.
 
         Returns:
-            The changes, and the entities of which an item was rejected with the reason.
+            The changes, and the entities of which an item was rejected.
 
         Raises:
             SearchUnavailable: the embeddings do not respond.
@@ -54,7 +61,7 @@ class ChangeBuilder:
         deletes: list[Point] = []
         upserts: list[Point] = []
         vectors: list[bytes] = []
-        rejections: dict[EntityKey, str] = {}
+        rejections: dict[EntityKey, Rejection] = {}
         for item in items:
             source = ranges[item.range_index]
             point = Point(source.user_id, kind, source.entity_id, item.key)
@@ -62,24 +69,26 @@ class ChangeBuilder:
                 deletes.append(point)
                 continue
             vector = next(embedded) if item.vector is None else self._check(item.vector)
-            if isinstance(vector, _Rejection):
-                rejections[source.user_id, source.entity_id] = vector.reason
+            if isinstance(vector, Rejection):
+                entity = source.user_id, source.entity_id
+                if vector.is_final or entity not in rejections:
+                    rejections[entity] = vector
                 deletes.append(point)
             else:
                 upserts.append(point)
                 vectors.append(vector)
         return Changes((), deletes, upserts, b"".join(vectors)), rejections
 
-    def _check(self, vector: bytes) -> bytes | _Rejection:
+    def _check(self, vector: bytes) -> bytes | Rejection:
         """Return a client's vector if it has the index's dimension."""
         if len(vector) == self._dimensions * FLOAT_BYTES:
             return vector
-        return _Rejection(
+        return Rejection(
             f"the given vectors have dimension {len(vector) // FLOAT_BYTES}, "
             f"and the index has {self._dimensions}"
         )
 
-    async def _embed(self, texts: Sequence[str]) -> list[bytes | _Rejection]:
+    async def _embed(self, texts: Sequence[str]) -> list[bytes | Rejection]:
         """Return the vector or the rejection of each text.
 
         The model rejects a batch as a whole. Halving the batch isolates the text at fault.
@@ -90,7 +99,7 @@ class ChangeBuilder:
             vectors = await self._embeddings.embed(texts)
         except InputRejected as error:
             if len(texts) == 1:
-                return [_Rejection(str(error))]
+                return [Rejection.of(error)]
             half = len(texts) // 2
             return await self._embed(texts[:half]) + await self._embed(texts[half:])
         vector_bytes = self._dimensions * FLOAT_BYTES

@@ -22,7 +22,7 @@ import structlog
 
 from service.search import pacing
 from service.search.embeddings import Embeddings
-from service.search.index_changes import ChangeBuilder
+from service.search.index_changes import ChangeBuilder, Rejection
 from service.search.types import (
     Changes,
     IndexingStats,
@@ -76,8 +76,8 @@ class _Batch:
     rows: list[LeasedRow]
     building: str | None = None
     """The collection that a rebuild is filling."""
-    rejected: dict[LeasedRow, str] = field(default_factory=dict)
-    """Rows of which an item was rejected, with the reason."""
+    rejected: dict[LeasedRow, Rejection] = field(default_factory=dict)
+    """Rows of which an item was rejected."""
 
 
 class LeaseLost(Exception):
@@ -223,7 +223,7 @@ class Indexer:
             await asyncio.shield(self._release_batch(batch))
             raise
         except InputRejected as error:
-            await self._isolate_rejected(batch, str(error))
+            await self._isolate_rejected(batch, Rejection.of(error))
         await self._finish_batch(batch)
         self._last_batch_finished = True
         return True
@@ -232,16 +232,16 @@ class Indexer:
         with suppress(*DATABASE_ERRORS):
             await self._outbox.release(batch.lease_id, batch.rows, 0.0)
 
-    async def _isolate_rejected(self, batch: _Batch, reason: str) -> None:
+    async def _isolate_rejected(self, batch: _Batch, rejection: Rejection) -> None:
         """Process each row alone, so that a rejected one does not block the others."""
         if len(batch.rows) == 1:
-            batch.rejected[batch.rows[0]] = reason
+            batch.rejected[batch.rows[0]] = rejection
             return
         for row in batch.rows:
             try:
                 await self._index_rows(batch, [row])
             except InputRejected as error:
-                batch.rejected[row] = str(error)
+                batch.rejected[row] = Rejection.of(error)
             except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
                 await asyncio.shield(self._release_batch(batch))
                 raise
@@ -293,7 +293,10 @@ class Indexer:
         started_at, cpu_started_s = self._loop.time(), time.process_time()
         items = await self._source.items(kind, page)
         changes, rejections = await self._changes.build(_POINT_KINDS[kind], page, items)
-        batch.rejected |= {by_entity[entity]: reason for entity, reason in rejections.items()}
+        for entity, rejection in rejections.items():
+            row = by_entity[entity]
+            if rejection.is_final or row not in batch.rejected:
+                batch.rejected[row] = rejection
         if changes.upserts or changes.deletes:
             await self._write(batch, changes)
         duration_s = self._loop.time() - started_at
@@ -331,11 +334,13 @@ class Indexer:
             # Appends have locked the remaining rows. If they stay locked, the lease expires and the
             # rows are processed again.
             await asyncio.sleep(0.005 * 2**attempt)
-        for row, reason in batch.rejected.items():
-            await self._release_rejected(batch.lease_id, row, reason)
+        for row, rejection in batch.rejected.items():
+            await self._release_rejected(batch.lease_id, row, rejection)
 
-    async def _release_rejected(self, lease_id: str, row: LeasedRow, reason: str) -> None:
-        is_final = row.attempts + 1 >= MAX_ATTEMPTS
+    async def _release_rejected(self, lease_id: str, row: LeasedRow, rejection: Rejection) -> None:
+        reason = rejection.reason
+        attempt_count = MAX_ATTEMPTS - row.attempts if rejection.is_final else 1
+        is_final = row.attempts + attempt_count >= MAX_ATTEMPTS
         _log.warning(
             "entity rejected by the index",
             kind=OutboxKind(row.kind).name,
@@ -344,7 +349,9 @@ class Indexer:
             final=is_final,
         )
         retry_after_s = None if is_final else min(RETRY_CAP_S, RETRY_BASE_S * 2**row.attempts)
-        await self._outbox.release(lease_id, [row], retry_after_s, attempts=1, detail=reason)
+        await self._outbox.release(
+            lease_id, [row], retry_after_s, attempts=attempt_count, detail=reason
+        )
         if is_final and row.kind == OutboxKind.DOCUMENT:
             entity = (row.user_id, row.entity_id)
             chunk_counts = await self._source.item_counts(OutboxKind.DOCUMENT, [entity])

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 FLOAT_BYTES = 4
 _NAMESPACE = uuid.UUID("5d2bd0a5-5d04-5c1e-9d4e-4f0a3a3f2b11")
@@ -100,6 +100,15 @@ class InputRejected(Exception):
     The message states the reason without quoting the input.
     """
 
+    is_final: ClassVar[bool] = False
+    """Whether indexing must not try the input again soon."""
+
+
+class TextBlocked(InputRejected):
+    """The search process died each time that it computed this text."""
+
+    is_final = True
+
 
 class SearchMisconfigured(Exception):
     """Configuration, index and installed packages do not match; the message says what to do."""
@@ -164,6 +173,17 @@ class IndexingStats:
         if self.oldest_pending_at is None:
             return 0.0
         return max(0.0, time.monotonic() - self.oldest_pending_at)
+
+
+class QueryStats(NamedTuple):
+    """The figures of queries and of the search process for the metrics."""
+
+    waiting: int = 0
+    """Queries that wait for their turn."""
+    rejected: int = 0
+    """Queries that were rejected since the start, because too many waited."""
+    process_restarts: int = 0
+    """Times that the search process was started again."""
 
 
 def alias_name(prefix: str, model: str, dimensions: int) -> str:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from service.search.qdrant import QdrantIndex
 
 NICENESS = 19
+OOM_SCORE = 500
+"""Makes the kernel end this process rather than the server when memory runs out (-1000 to 1000)."""
 LOCK_TIMEOUT_S = 10.0
 """Time to wait for the folder's lock while the search process of a killed server exits."""
 _BATCH_CHARS = 65_536
@@ -68,6 +70,11 @@ class OfflineModel:
 
     def __init__(self) -> None:
         self._model: WordLlamaInference | None = None
+
+    async def dimensions(self, _argument: Any, _blob: bytes) -> Reply:
+        """Load the model, and return the number of dimensions of its vectors."""
+        model = self._model = self._model or _load_model()
+        return int(model.embedding.shape[1]), b""
 
     async def embed(self, texts: list[str], _blob: bytes) -> Reply:
         """Return one vector of length 1 for each text: the mean of its words' vectors."""
@@ -276,7 +283,8 @@ async def serve(connection: socket.socket) -> None:
 
 def _handlers() -> dict[str, Handler]:
     model, index = OfflineModel(), LocalIndex()
-    methods: list[Handler] = [model.embed, model.rerank, index.setup, index.open]
+    methods: list[Handler] = [model.dimensions, model.embed, model.rerank]
+    methods += [index.setup, index.open]
     methods += [index.create_collection, index.live_collection, index.publish, index.write]
     methods += [index.search, index.count]
     return {method.__name__: method for method in methods}
@@ -309,6 +317,8 @@ def main() -> None:
         warnings.filterwarnings("ignore", message, UserWarning)
     with suppress(OSError):
         os.nice(NICENESS)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         asyncio.run(serve(connection))
     # Every write is committed already, and unloading the libraries takes longer than all else here.

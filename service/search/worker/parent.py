@@ -10,29 +10,60 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from service.search.types import (
     Changes,
+    InputRejected,
     Point,
     PointFilter,
     ScoredPoint,
     SearchUnavailable,
+    TextBlocked,
     VectorQuery,
 )
-from service.search.worker import framing
+from service.search.worker import framing, restarts
+from service.search.worker.suspects import Suspects
+from service.search.worker.turns import Turns
 
 REPLY_TIMEOUT_S = 60.0
 """After this time without a reply the process counts as stuck and is killed."""
 _EXIT_TIMEOUT_S = 3.0
+_SHUTTING_DOWN = "search is shutting down"
+_BLOCKED = "the text ended the search process twice"
 # One thread for each library: the search process shares its cores with the database and with chat.
 _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1"
 )
 
 _log = structlog.get_logger(__name__)
+
+
+class ProcessDied(SearchUnavailable):
+    """The search process died, or was killed because it was stuck, before it replied."""
+
+
+@dataclass(slots=True)
+class _Request:
+    operation: str
+    argument: Any
+    blob: bytes
+    is_abandoned: bool = False
+    """Whether the caller no longer waits for the reply."""
+
+    @property
+    def suspect(self) -> Any:
+        """The text that may be the cause if the process dies; None if there is none or several."""
+        match self.operation, self.argument:
+            case "embed", [text]:
+                return text
+            case "rerank", _:
+                return self.argument
+            case _:
+                return None
 
 
 class _Connection:
@@ -50,6 +81,8 @@ class _Connection:
         """Outstanding replies by request number."""
         self.has_index = False
         """Whether the process has opened the embedded index."""
+        self.started_at = asyncio.get_running_loop().time()
+        self._is_killed = False
         self._reader = reader
         self._receiver = asyncio.get_running_loop().create_task(self._receive())
 
@@ -68,18 +101,26 @@ class _Connection:
                     reply.set_result(frame)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except ValueError:
+            # The frame is too large or malformed, so that the next one cannot be found.
+            self.kill()
         finally:
             self._fail_outstanding()
 
     def _fail_outstanding(self) -> None:
         for reply in self.replies.values():
             if not reply.done():
-                reply.set_exception(SearchUnavailable("the search process has died"))
+                reply.set_exception(ProcessDied("the search process has died"))
         self.replies.clear()
 
     @property
     def is_alive(self) -> bool:
-        return not self._receiver.done() and self.process.poll() is None
+        return not self._is_killed and not self._receiver.done() and self.process.poll() is None
+
+    def kill(self) -> None:
+        """Kill the process, which no longer counts as alive, although it exits a little later."""
+        self._is_killed = True
+        self.process.kill()
 
     async def close(self) -> None:
         """Close the socket, which ends the process; kill it after _EXIT_TIMEOUT_S."""
@@ -99,16 +140,23 @@ class _Connection:
 class SearchProcess:
     """Runs the search process on demand, and starts it again if it dies.
 
-    The process handles its requests one at a time, in order.
+    The process computes one request at a time and gets the next one when it has replied. So a
+    request that is cancelled while it waits is never computed, and a death has one possible cause.
     """
 
     def __init__(self) -> None:
         self.index_options: dict[str, Any] | None = None
         """Options of the embedded index, if any; set them before the first request to it."""
+        self.restart_count = 0
+        """Times that the process was started again since the start of the service."""
         self._connection: _Connection | None = None
         self._start_lock = asyncio.Lock()
         self._numbers = itertools.count()
-        self._closed = False
+        self._turns = Turns()
+        self._suspects = Suspects()
+        self._quick_death_count = 0
+        self._exchange: asyncio.Task[tuple[Any, bytes]] | None = None
+        self._closed = asyncio.Event()
 
     @property
     def pid(self) -> int | None:
@@ -117,47 +165,116 @@ class SearchProcess:
         return connection.process.pid if connection is not None and connection.is_alive else None
 
     async def call(
-        self, operation: str, argument: Any = None, blob: bytes = b""
+        self, operation: str, argument: Any = None, blob: bytes = b"", *, is_query: bool = False
     ) -> tuple[Any, bytes]:
         """Run an operation in the search process and return its result.
 
+        If the process dies before its reply, the operation is repeated once in a new process.
+
+        Args:
+            operation: Name of the operation.
+            argument: Its argument, which JSON can encode.
+            blob: Bytes that the operation takes in addition.
+            is_query: Whether a caller waits for the result. Queries precede indexing.
+
         Raises:
-            SearchUnavailable: the process died or does not reply, or the operation raised it.
-            InputRejected, SearchMisconfigured: the operation raised it.
+            SearchUnavailable: the process dies again or does not reply, or the operation raised it.
+            TextBlocked: the process died twice while it computed this text.
+            InputRejected: the operation raised it, or the process died with a batch of texts.
+            SearchMisconfigured: the operation raised it.
         """
+        await self._turns.acquire(is_query=is_query)
+        request = _Request(operation, argument, blob)
+        # A task of its own: a request that the process is computing keeps the turn until the reply,
+        # also when its caller has gone.
+        exchange = self._exchange = asyncio.get_running_loop().create_task(self._run(request))
+        exchange.add_done_callback(self._end_turn)
+        try:
+            return await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            request.is_abandoned = True
+            raise
+
+    def _end_turn(self, exchange: asyncio.Task[tuple[Any, bytes]]) -> None:
+        self._turns.release()
+        if not exchange.cancelled():
+            exchange.exception()  # Otherwise asyncio logs the error of an abandoned request.
+
+    async def _run(self, request: _Request) -> tuple[Any, bytes]:
+        self._reject_blocked(request)
+        try:
+            return await self._attempt(request)
+        except ProcessDied:
+            if request.is_abandoned:
+                raise
+        return await self._attempt(request)
+
+    def _reject_blocked(self, request: _Request) -> None:
+        texts = request.argument if request.operation == "embed" else [request.suspect]
+        if any(self._suspects.is_blocked(text) for text in texts if text is not None):
+            raise TextBlocked(_BLOCKED)
+
+    async def _attempt(self, request: _Request) -> tuple[Any, bytes]:
         connection = await self._connect()
-        if operation not in framing.EMBEDDING_OPERATIONS and not connection.has_index:
+        if request.operation not in framing.EMBEDDING_OPERATIONS and not connection.has_index:
+            await self._set_up_index(connection)
+        suspect = request.suspect
+        try:
+            reply = await self._request(
+                connection, request.operation, request.argument, request.blob
+            )
+        except ProcessDied:
+            if suspect is not None:
+                self._suspects.record_death(suspect)
+                if self._suspects.is_blocked(suspect):
+                    _log.warning(
+                        "text blocked after it ended the search process twice",
+                        operation=request.operation,
+                    )
+                    raise TextBlocked(_BLOCKED) from None
+            elif request.operation == "embed":
+                # The caller halves the batch until the text at fault is alone.
+                raise InputRejected("a text of the batch ends the search process") from None
+            raise
+        if suspect is not None:
+            self._suspects.clear(suspect)
+        return reply
+
+    async def _set_up_index(self, connection: _Connection) -> None:
+        try:
             moved_to, _ = await self._request(connection, "setup", self.index_options)
-            if moved_to is not None:
-                _log.warning(
-                    "the embedded index is damaged and is rebuilt from the database",
-                    moved_to=moved_to,
-                )
-            connection.has_index = True
-        return await self._request(connection, operation, argument, blob)
+        except ProcessDied as error:
+            # The index is the cause, and not the request that needed it.
+            raise SearchUnavailable(str(error)) from None
+        if moved_to is not None:
+            _log.warning(
+                "the embedded index is damaged and is rebuilt from the database",
+                moved_to=moved_to,
+            )
+        connection.has_index = True
 
     async def _request(
         self, connection: _Connection, operation: str, argument: Any, blob: bytes = b""
     ) -> tuple[Any, bytes]:
         number = next(self._numbers)
+        frame = framing.encode([number, operation, argument], blob)
         reply = connection.replies[number] = asyncio.get_running_loop().create_future()
         try:
-            connection.writer.write(framing.encode([number, operation, argument], blob))
+            connection.writer.write(frame)
             async with asyncio.timeout(REPLY_TIMEOUT_S):
                 await connection.writer.drain()
-                frame = await reply
+                _, error, result = (answer := await reply).header
         except TimeoutError:
             _log.warning("the search process is stuck and is ended", operation=operation)
-            connection.process.kill()
-            raise SearchUnavailable("the search process does not respond") from None
+            connection.kill()
+            raise ProcessDied("the search process does not respond") from None
         except ConnectionError:
-            raise SearchUnavailable("the search process has died") from None
+            raise ProcessDied("the search process has died") from None
         finally:
             connection.replies.pop(number, None)
-        _, error, result = frame.header
         if error is not None:
             raise framing.ERRORS.get(error, SearchUnavailable)(result)
-        return result, frame.blob
+        return result, answer.blob
 
     async def _connect(self) -> _Connection:
         """Return the connection to the running process; start a process if none runs."""
@@ -168,17 +285,32 @@ class SearchProcess:
             connection = self._connection
             if connection is not None and connection.is_alive:
                 return connection
-            if self._closed:
-                raise SearchUnavailable("search is shutting down")
+            if self._closed.is_set():
+                raise SearchUnavailable(_SHUTTING_DOWN)
             if connection is not None:
-                self._connection = None
-                await connection.close()
-                _log.warning(
-                    "the search process has ended and is started again",
-                    code=connection.process.returncode,
-                )
+                await self._bury(connection)
+                if self._closed.is_set():
+                    raise SearchUnavailable(_SHUTTING_DOWN)
             connection = self._connection = await self._start()
             return connection
+
+    async def _bury(self, connection: _Connection) -> None:
+        """Clean up after a process that has died, and wait until the next one may start."""
+        self._connection = None
+        await connection.close()
+        uptime_s = asyncio.get_running_loop().time() - connection.started_at
+        is_quick = uptime_s < restarts.STABLE_AFTER_S
+        self._quick_death_count = self._quick_death_count + 1 if is_quick else 1
+        self.restart_count += 1
+        delay_s = restarts.delay_s(self._quick_death_count)
+        _log.warning(
+            "the search process has ended and is started again",
+            code=connection.process.returncode,
+            delay_s=delay_s,
+        )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self._closed.wait()
 
     @staticmethod
     async def _start() -> _Connection:
@@ -198,8 +330,8 @@ class SearchProcess:
         return _Connection(process, reader, writer)
 
     async def close(self) -> None:
-        """End the process after the requests that it has received."""
-        self._closed = True
+        """End the process after the request that it has received."""
+        self._closed.set()
         async with self._start_lock:
             connection, self._connection = self._connection, None
             if connection is not None:
@@ -235,7 +367,7 @@ class SearchProcessIndex:
         await self._process.call("write", argument, changes.vectors)
 
     async def search(self, vector: bytes, query: VectorQuery) -> list[ScoredPoint]:
-        hits, _ = await self._process.call("search", query, vector)
+        hits, _ = await self._process.call("search", query, vector, is_query=True)
         return [ScoredPoint(Point(*fields), score) for fields, score in hits]
 
     async def count(self, point_filter: PointFilter) -> int:
