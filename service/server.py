@@ -294,6 +294,18 @@ class Server:
                     "Points written to the search index since the start.",
                     lambda: self.search.stats.indexed,
                 ),
+                "chat_history_search_queries_waiting": (
+                    "Searches that wait for the index or the embeddings.",
+                    lambda: self.search.query_stats.waiting,
+                ),
+                "chat_history_search_queries_rejected": (
+                    "Searches rejected since the start because too many waited.",
+                    lambda: self.search.query_stats.rejected,
+                ),
+                "chat_history_search_process_restarts": (
+                    "Restarts of the search process since the start.",
+                    lambda: self.search.query_stats.process_restarts,
+                ),
                 "chat_history_ready": (
                     "1 if the service is ready, else 0.",
                     lambda: self.readiness.is_ready,

@@ -63,7 +63,7 @@ class Searches(Handler):
         )
         scores = {key: score for key, score in vector_scores.items() if key in texts}
         if scores and not request.vector:
-            scores = await self._rerank(request.query, scores, texts, call)
+            scores = await self._rerank(owner_ids[0], request.query, scores, texts, call)
         return _documents_reply(list(scores.items())[:limit], texts)
 
     async def SearchMessages(
@@ -124,11 +124,16 @@ class Searches(Handler):
         }
 
     async def _rerank(
-        self, query: str, scores: dict[ChunkKey, float], texts: ChunkTexts, call: Call
+        self,
+        owner_id: str,
+        query: str,
+        scores: dict[ChunkKey, float],
+        texts: ChunkTexts,
+        call: Call,
     ) -> dict[ChunkKey, float]:
         """Return the rerank scores of chunks, best first; `scores` if there is no reranker."""
         titled_texts = [(texts[key][0].title, texts[key][1]) for key in scores]
-        text_scores = await self.search.rerank(query, titled_texts, call.deadline)
+        text_scores = await self.search.rerank(owner_id, query, titled_texts, call.deadline)
         if text_scores is None:
             return scores
         return dict(sorted(zip(scores, text_scores, strict=True), key=lambda item: -item[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from service.config import Settings
 from service.search.embeddings import Embeddings, OfflineEmbeddings, RemoteEmbeddings
+from service.search.query_queue import REMOTE_LIMITS, SEARCH_PROCESS_LIMITS, QueryLimits
 from service.search.types import VectorIndex
 from service.search.worker.parent import SearchProcess, SearchProcessIndex
 
@@ -11,6 +12,12 @@ from service.search.worker.parent import SearchProcess, SearchProcessIndex
 def needs_search_process(settings: Settings) -> bool:
     """Return whether the embeddings or the index run in the search process."""
     return settings.embeddings_url is None or settings.qdrant_url is None
+
+
+def query_limits(settings: Settings) -> QueryLimits:
+    """Return how many queries the index and the embeddings receive at a time."""
+    is_remote = settings.embeddings_url is not None or settings.qdrant_url is not None
+    return REMOTE_LIMITS if is_remote else SEARCH_PROCESS_LIMITS
 
 
 def create_embeddings(settings: Settings, process: SearchProcess | None) -> Embeddings:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 from service.errors import FailedPrecondition
-from service.search.types import IndexingStats, ScoredPoint
+from service.search.types import IndexingStats, QueryStats, ScoredPoint
 from service.store.outbox.reindex_state import RebuildProgress
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class SearchDisabled:
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
         self.stats = IndexingStats()
+        self.query_stats = QueryStats()
 
     def start(self) -> None:
         """Do nothing."""

@@ -17,12 +17,14 @@ from service.errors import InvalidArgument, Unavailable
 from service.search import backends
 from service.search.embeddings import Embeddings
 from service.search.indexer import Indexer
+from service.search.query_queue import QueryQueue
 from service.search.rebuild import Rebuild
 from service.search.types import (
     FLOAT_BYTES,
     IndexingStats,
     InputRejected,
     PointKind,
+    QueryStats,
     ScoredPoint,
     SearchMisconfigured,
     SearchOverloaded,
@@ -33,6 +35,7 @@ from service.search.types import (
 )
 from service.search.worker.parent import SearchProcess
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.outbox.index_source import MAX_TEXT_CHARS
 from service.store.outbox.outbox import Outbox
 from service.store.outbox.reindex_state import RebuildProgress, ReindexState
 
@@ -76,6 +79,8 @@ class Search:
         self._settings = settings
         self._database = database
         self._wait_ready = wait_ready
+        self.queries = QueryQueue(backends.query_limits(settings))
+        """The queries that run and wait."""
         self._process: SearchProcess | None = None
         self._embeddings: Embeddings | None = None
         self._index: VectorIndex | None = None
@@ -111,6 +116,12 @@ class Search:
     def stats(self) -> IndexingStats:
         """The indexer's figures."""
         return self._indexer.stats if self._indexer is not None else IndexingStats()
+
+    @property
+    def query_stats(self) -> QueryStats:
+        """The figures of queries and of the search process."""
+        restart_count = self._process.restart_count if self._process is not None else 0
+        return QueryStats(self.queries.waiting_count, self.queries.rejected_count, restart_count)
 
     # -- opening -----------------------------------------------------------------------------------
 
@@ -272,7 +283,7 @@ class Search:
         """Return the chunks nearest to a query text or to a vector.
 
         Args:
-            owner_ids: Owners whose documents are searched.
+            owner_ids: Owners whose documents are searched; the user who searches comes first.
             query: The text, or a vector as 32-bit floats, little-endian.
             document_ids: Documents to search. Empty for all.
             limit: Maximum number of chunks.
@@ -280,10 +291,11 @@ class Search:
 
         Raises:
             Unavailable: the index does not respond (SEARCH_UNAVAILABLE).
+            Overloaded: too many queries are waiting.
             InvalidArgument: the query cannot be embedded, or the vector has another dimension.
         """
         vector_query = VectorQuery(PointKind.CHUNK, owner_ids, document_ids, limit)
-        return await self._search(query, vector_query, deadline)
+        return await self._search(owner_ids[0], query, vector_query, deadline)
 
     async def search_messages(
         self, user_id: str, query: str, session_id: str, limit: int, deadline: float
@@ -302,14 +314,15 @@ class Search:
         """
         session_ids = [session_id] if session_id else []
         vector_query = VectorQuery(PointKind.MESSAGE, [user_id], session_ids, limit)
-        return await self._search(query, vector_query, deadline)
+        return await self._search(user_id, query, vector_query, deadline)
 
     async def rerank(
-        self, query: str, texts: Sequence[tuple[str, str]], deadline: float
+        self, owner_id: str, query: str, texts: Sequence[tuple[str, str]], deadline: float
     ) -> list[float] | None:
         """Return the rerank score of each text, 0 to 1, or None to keep the order by vectors.
 
         Args:
+            owner_id: The user who searches.
             query: The query text.
             texts: Pairs of a document's title and the text.
             deadline: Deadline of the call on the event loop's clock.
@@ -319,11 +332,18 @@ class Search:
         """
         if self._embeddings is None:
             raise self._unavailable()
-        async with self._translating_errors(deadline):
+        if not self._embeddings.has_reranker:
+            return None
+        n_bytes = sum(len(title) + min(len(text), MAX_TEXT_CHARS) for title, text in texts)
+        timeout_at = self._timeout_at(deadline)
+        async with (
+            self.queries.admitted(owner_id, n_bytes, timeout_at, has_started=True),
+            self._translating_errors(timeout_at),
+        ):
             return await self._embeddings.rerank(query, texts)
 
     async def _search(
-        self, query: str | bytes, vector_query: VectorQuery, deadline: float
+        self, owner_id: str, query: str | bytes, vector_query: VectorQuery, deadline: float
     ) -> list[ScoredPoint]:
         index, embeddings = self._index, self._embeddings
         if not self.is_healthy or index is None or embeddings is None:
@@ -332,17 +352,22 @@ class Search:
             raise InvalidArgument.field(
                 "vector", f"must have the index's dimension, {self.dimensions}"
             )
-        async with self._translating_errors(deadline):
-            vector = query if isinstance(query, bytes) else await embeddings.embed([query])
+        timeout_at = self._timeout_at(deadline)
+        async with (
+            self.queries.admitted(owner_id, len(query), timeout_at),
+            self._translating_errors(timeout_at),
+        ):
+            vector = query if isinstance(query, bytes) else await embeddings.embed_query(query)
             return await index.search(vector, vector_query)
 
+    def _timeout_at(self, deadline: float) -> float:
+        """Return when a query of a call with this deadline times out."""
+        now = asyncio.get_running_loop().time()
+        return min(deadline - REPLY_MARGIN_S, now + self._settings.search_timeout)
+
     @asynccontextmanager
-    async def _translating_errors(self, deadline: float) -> AsyncIterator[None]:
+    async def _translating_errors(self, timeout_at: float) -> AsyncIterator[None]:
         """Limit the time of a query, and translate the errors of search into service errors."""
-        timeout_at = min(
-            deadline - REPLY_MARGIN_S,
-            asyncio.get_running_loop().time() + self._settings.search_timeout,
-        )
         try:
             async with asyncio.timeout_at(timeout_at):
                 yield
