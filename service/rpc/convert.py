@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from chathistory.v1 import message_pb2, session_pb2, user_pb2
-from google.protobuf.json_format import MessageToDict, SerializeToJsonError
 from google.protobuf.message import Message as ProtoMessage
-from google.protobuf.struct_pb2 import Struct
 
 from service.errors import InvalidArgument
+from service.rpc.convert_structs import StructReader, dump_json, metadata_json
 from service.store.append.request import NewMessage
 from service.store.rows import MessageRow, SessionRow, UserRow
 from service.store.token_estimate import estimate_tokens
 
-MAX_METADATA_BYTES = 16 * 1024
 MAX_MESSAGE_BYTES = 1024 * 1024
 FINGERPRINT_BYTES = 16
 
@@ -58,42 +56,6 @@ def fork_fingerprint(session_id: str, through_seq: int) -> bytes:
     return hashlib.blake2b(
         f"fork {session_id} {through_seq}".encode(), digest_size=FINGERPRINT_BYTES
     ).digest()
-
-
-def struct_json(struct: Struct, field: str) -> str | None:
-    """Return a Struct as JSON; None if it is empty.
-
-    Raises:
-        InvalidArgument: it is larger than 16 KiB, or contains NUL, NaN or an infinity.
-    """
-    if not struct.fields:
-        return None
-    if struct.ByteSize() > MAX_METADATA_BYTES:
-        raise InvalidArgument.field(field, f"must be at most {MAX_METADATA_BYTES} bytes")
-    return json.dumps(_struct_dict(struct, field), separators=(",", ":"), ensure_ascii=False)
-
-
-def _struct_dict(struct: Struct, field: str) -> Any:
-    try:
-        value = MessageToDict(struct)
-    except (SerializeToJsonError, ValueError):  # JSON cannot express them.
-        raise InvalidArgument.field(field, "must not contain NaN or an infinity") from None
-    _reject_nul(value, field)
-    return value
-
-
-def _reject_nul(value: Any, field: str) -> None:
-    """Raise InvalidArgument if a value contains NUL, which PostgreSQL's jsonb cannot store."""
-    match value:
-        case str() if "\0" in value:
-            raise InvalidArgument.field(field, "must not contain NUL")
-        case dict():
-            for key, item in value.items():
-                _reject_nul(key, field)
-                _reject_nul(item, field)
-        case list():
-            for item in value:
-                _reject_nul(item, field)
 
 
 def user(row: UserRow) -> user_pb2.User:
@@ -175,9 +137,28 @@ def message(
     return resource
 
 
-def message_size(row: MessageRow) -> int:
-    """Return the approximate size of a message in a reply, in bytes."""
-    return message(row, "").ByteSize() + _OVERHEAD_BYTES
+def stored_size(resource: message_pb2.Message) -> int:
+    """Return the approximate size of a message in a reply, in bytes.
+
+    It is that of its append: the output-only fields, which are cleared, count as a constant.
+    """
+    for name in _MESSAGE_OUTPUT_ONLY:
+        resource.ClearField(name)  # type: ignore[arg-type]
+    return resource.ByteSize() + _OVERHEAD_BYTES
+
+
+def check_stored_size(size_bytes: int) -> None:
+    """Check that an updated message is not larger than one that can be appended.
+
+    Raises:
+        InvalidArgument: it is.
+    """
+    if size_bytes - _OVERHEAD_BYTES > MAX_MESSAGE_BYTES:
+        raise InvalidArgument.field(
+            "message",
+            f"must be at most {MAX_MESSAGE_BYTES} bytes, with the stored fields counted that the "
+            "request does not change",
+        )
 
 
 def parse_json(text: str | None) -> Any:
@@ -185,8 +166,16 @@ def parse_json(text: str | None) -> Any:
     return None if text is None else json.loads(text)
 
 
-def new_message(message: message_pb2.Message, id_: str, field: str) -> NewMessage:
-    """Return a message to append; `field` is its path in the request.
+def new_message(
+    message: message_pb2.Message, id_: str, field: str, reader: StructReader | None = None
+) -> NewMessage:
+    """Return a message to append.
+
+    Args:
+        message: The message of the request.
+        id_: Its id.
+        field: Its path in the request.
+        reader: Counts the values of the whole request.
 
     Raises:
         InvalidArgument: it breaks a rule that the protos cannot express.
@@ -195,12 +184,16 @@ def new_message(message: message_pb2.Message, id_: str, field: str) -> NewMessag
         raise InvalidArgument.field(f"{field}.role", "is required")
     if message.ByteSize() > MAX_MESSAGE_BYTES:
         raise InvalidArgument.field(field, f"must be at most {MAX_MESSAGE_BYTES} bytes")
-    fingerprint = canonical_fingerprint(message, _MESSAGE_OUTPUT_ONLY, id_)
     content = message.content
-    parts = parts_json(message.parts, f"{field}.parts") if message.parts else None
-    metadata = (
-        struct_json(message.metadata, f"{field}.metadata") if message.HasField("metadata") else None
-    )
+    parts = metadata = None
+    if message.parts or message.HasField("metadata"):
+        reader = reader or StructReader()
+        reader.start_message()
+        parts = parts_json(message.parts, f"{field}.parts", reader)
+        metadata = metadata_json(message.metadata, f"{field}.metadata", reader)
+    # The Structs come first, because the fingerprint sorts their keys, of which they limit the
+    # number.
+    fingerprint = canonical_fingerprint(message, _MESSAGE_OUTPUT_ONLY, id_)
     feedback = message.feedback if message.HasField("feedback") else None
     return NewMessage(
         id_,
@@ -218,22 +211,22 @@ def new_message(message: message_pb2.Message, id_: str, field: str) -> NewMessag
     )
 
 
-def parts_json(parts: Iterable[message_pb2.Part], field: str) -> str | None:
+def parts_json(parts: Iterable[message_pb2.Part], field: str, reader: StructReader) -> str | None:
     """Return parts as JSON, a list of objects like {"text": …}; None if there are none.
 
     Raises:
         InvalidArgument: a Struct in them cannot be stored.
     """
-    objects = [_part_object(part, f"{field}[{index}]") for index, part in enumerate(parts)]
-    return json.dumps(objects, separators=(",", ":"), ensure_ascii=False) if objects else None
+    objects = [_part_object(part, f"{field}[{index}]", reader) for index, part in enumerate(parts)]
+    return dump_json(objects) if objects else None
 
 
-def _part_object(part: message_pb2.Part, field: str) -> dict[str, Any]:
+def _part_object(part: message_pb2.Part, field: str, reader: StructReader) -> dict[str, Any]:
     kind = part.WhichOneof("kind")
     if kind is None or kind == "text":
         return {"text": part.text}
     if kind == "data":
-        return {"data": _struct_dict(part.data, f"{field}.data")}
+        return {"data": reader.read(part.data, f"{field}.data")}
     # The other kinds have scalar fields only, stored under the names of the protos. A call's `id`
     # and a result's `tool_call_id` are required, so that store/context.py finds them.
     return {
@@ -247,10 +240,11 @@ def user_values(user: user_pb2.User, id_: str) -> dict[str, Any]:
     Raises:
         InvalidArgument: it breaks a rule that the protos cannot express.
     """
-    fingerprint = canonical_fingerprint(user, _USER_OUTPUT_ONLY, id_)
-    return user_changes(user, ("external_id", "email", "name", "metadata")) | {
+    # Before the fingerprint, which sorts the keys of the metadata: this checks its size.
+    values = user_changes(user, ("external_id", "email", "name", "metadata"))
+    return values | {
         "id": id_,
-        "fingerprint": fingerprint,
+        "fingerprint": canonical_fingerprint(user, _USER_OUTPUT_ONLY, id_),
     }
 
 
@@ -266,7 +260,7 @@ def user_changes(user: user_pb2.User, paths: Iterable[str]) -> dict[str, Any]:
 def _user_value(user: user_pb2.User, path: str) -> Any:
     match path:
         case "metadata":
-            return parse_json(struct_json(user.metadata, "user.metadata"))
+            return parse_json(metadata_json(user.metadata, "user.metadata"))
         case "external_id" | "email":
             return getattr(user, path) or None
         case _:
@@ -283,13 +277,17 @@ def session_values(session: session_pb2.Session, id_: str) -> dict[str, Any]:
         raise InvalidArgument.field(
             "session.summarized_through_seq", "must be 0: a new session has no messages"
         )
-    fingerprint = canonical_fingerprint(session, _SESSION_OUTPUT_ONLY, id_)
     paths = (
         ("title", "summary", "metadata", "state")
         if session.state
         else ("title", "summary", "metadata")
     )
-    return session_changes(session, paths) | {"id": id_, "fingerprint": fingerprint}
+    # Before the fingerprint, which sorts the keys of the metadata: this checks its size.
+    values = session_changes(session, paths)
+    return values | {
+        "id": id_,
+        "fingerprint": canonical_fingerprint(session, _SESSION_OUTPUT_ONLY, id_),
+    }
 
 
 def session_changes(session: session_pb2.Session, paths: Iterable[str]) -> dict[str, Any]:
@@ -300,7 +298,7 @@ def session_changes(session: session_pb2.Session, paths: Iterable[str]) -> dict[
     """
     values = {path: getattr(session, path) for path in paths}
     if "metadata" in values:
-        values["metadata"] = parse_json(struct_json(session.metadata, "session.metadata"))
+        values["metadata"] = parse_json(metadata_json(session.metadata, "session.metadata"))
     if values.get("state") == session_pb2.SESSION_STATE_UNSPECIFIED:
         raise InvalidArgument.field(
             "session.state", "must be SESSION_STATE_ACTIVE or SESSION_STATE_ARCHIVED"
@@ -317,12 +315,13 @@ def message_changes(message: message_pb2.Message, paths: Iterable[str]) -> dict[
     if message.ByteSize() > MAX_MESSAGE_BYTES:
         raise InvalidArgument.field("message", f"must be at most {MAX_MESSAGE_BYTES} bytes")
     values: dict[str, Any] = {}
+    reader = StructReader()
     for path in paths:
         match path:
             case "parts":
-                values["parts"] = parts_json(message.parts, "message.parts")
+                values["parts"] = parts_json(message.parts, "message.parts", reader)
             case "metadata":
-                values["metadata"] = struct_json(message.metadata, "message.metadata")
+                values["metadata"] = metadata_json(message.metadata, "message.metadata", reader)
             case "token_count":
                 values["token_count"] = (
                     message.token_count if message.HasField("token_count") else None

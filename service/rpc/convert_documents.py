@@ -13,9 +13,9 @@ from service.rpc.convert import (
     FINGERPRINT_BYTES,
     canonical_fingerprint,
     parse_json,
-    struct_json,
     timestamp,
 )
+from service.rpc.convert_structs import metadata_json
 from service.search.types import pack_vector
 from service.store.document_chunks import Chunk, ChunkRow
 from service.store.rows import DocumentRow
@@ -73,13 +73,14 @@ def document_values(
     Raises:
         InvalidArgument: it breaks a rule that the protos cannot express.
     """
+    # Before the fingerprint, which sorts the keys of the metadata: this checks its size.
+    values = document_changes(document, ("title", "source_uri", "mime_type", "metadata"))
     fingerprint = hashlib.blake2b(
         canonical_fingerprint(document, _OUTPUT_ONLY, id_), digest_size=FINGERPRINT_BYTES
     )
     for chunk in chunks:
         serialized = chunk.SerializeToString(deterministic=True)
         fingerprint.update(hashlib.blake2b(serialized, digest_size=FINGERPRINT_BYTES).digest())
-    values = document_changes(document, ("title", "source_uri", "mime_type", "metadata"))
     sha256 = bytes.fromhex(document.content_sha256) if document.content_sha256 else None
     return values | {
         "id": id_,
@@ -97,5 +98,5 @@ def document_changes(document: document_pb2.Document, paths: Iterable[str]) -> d
     """
     values = {path: getattr(document, path) for path in paths}
     if "metadata" in values:
-        values["metadata"] = parse_json(struct_json(document.metadata, "document.metadata"))
+        values["metadata"] = parse_json(metadata_json(document.metadata, "document.metadata"))
     return values

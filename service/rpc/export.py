@@ -11,6 +11,7 @@ from chathistory.v1 import export_pb2
 
 from service.rpc import convert, convert_documents
 from service.rpc.call import Call
+from service.rpc.conversion_turns import ConversionTurns
 from service.rpc.handler import Handler
 from service.search.types import unpack_vector
 from service.store import export, users
@@ -34,18 +35,26 @@ class Exports(Handler):
     ) -> AsyncGenerator[Item]:
         """Send all data of one user, in order."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        async for item in UserExport(self.database, user_id, self.call_timeout_s).items():
+        user_export = UserExport(self.database, user_id, self.call_timeout_s, self.conversions)
+        async for item in user_export.items():
             yield item
 
 
 class UserExport:
     """All data of one user, read page by page."""
 
-    def __init__(self, database: Database, user_id: str, page_timeout_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        user_id: str,
+        page_timeout_s: float,
+        conversions: ConversionTurns | None = None,
+    ) -> None:
         """Prepare the export; each page must be read within `page_timeout_s`."""
         self._database = database
         self._user_id = user_id
         self._page_timeout_s = page_timeout_s
+        self._conversions = conversions or ConversionTurns()
 
     async def items(self) -> AsyncGenerator[Item]:
         """Yield the user, each session with its messages, and each document with its chunks.
@@ -87,7 +96,11 @@ class UserExport:
         ):
             if message.seq > session.last_seq:
                 return
-            yield Item(message=convert.message(message, session.id))
+            yield Item(
+                message=await self._conversions.message(
+                    message, session.id, self._user_id, self._step_deadline()
+                )
+            )
 
     async def _documents(self) -> AsyncGenerator[Item]:
         async for document in self._rows(
@@ -134,5 +147,9 @@ class UserExport:
             cursor = cursor_after(page[-1])
 
     async def _read(self, work: Work[T]) -> T:
-        deadline = asyncio.get_running_loop().time() + self._page_timeout_s
-        return await self._database.read(work, owner_id=self._user_id, deadline=deadline)
+        return await self._database.read(
+            work, owner_id=self._user_id, deadline=self._step_deadline()
+        )
+
+    def _step_deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._page_timeout_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from service.errors import InvalidArgument
 from service.rpc.call import Call
+from service.rpc.conversion_turns import ConversionTurns
 from service.search.disabled import AnySearch
 from service.store.append.appender import Appender
 from service.store.db.database import Database, Work
@@ -38,6 +39,7 @@ class Handler:
         self.watchers = watchers
         self.search = search
         self.call_timeout_s = call_timeout_s
+        self.conversions = ConversionTurns()
 
     async def delete_in_slices(
         self, delete_slice: Work[tuple[int, bool]], owner_id: str, call: Call

@@ -13,9 +13,12 @@ from service.ids import new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.admission import draining_error
 from service.rpc.call import Call
+from service.rpc.conversion_turns import PAUSE_REQUEST_BYTES
+from service.rpc.convert_structs import StructReader, metadata_json
 from service.rpc.handler import Handler, require_same_id
 from service.store import context, messages, sessions
 from service.store.append.request import Append, NewMessage, NewSession
+from service.store.rows import MessageRow
 from service.store.watch import Watcher
 
 DEFAULT_MAX_MESSAGES = 50
@@ -33,7 +36,7 @@ class Messages(Handler):
         """Append messages atomically with consecutive seqs; those stored before keep theirs."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
-        new_messages = _new_messages(request)
+        new_messages = await self._new_messages(request, user_id, call.deadline)
         starts_session = not session_id
         if starts_session:
             session_id = _derived_session_id(user_id, request)
@@ -66,6 +69,33 @@ class Messages(Handler):
             )
         return reply
 
+    async def _new_messages(
+        self, request: message_pb2.AppendMessagesRequest, owner_id: str, deadline: float
+    ) -> list[NewMessage]:
+        """Convert the messages of an append, and give each an id.
+
+        Raises:
+            InvalidArgument: a message breaks a rule that the protos cannot express, or two have one
+                id.
+        """
+        ids: set[str] = set()
+        new_messages: list[NewMessage] = []
+        session_id = request.session_id.lower()
+        reader = StructReader()
+        for index, message in enumerate(request.messages):
+            field = f"messages[{index}]"
+            if message.session_id:
+                require_same_id(f"{field}.session_id", message.session_id, session_id)
+            # The server creates a missing id here, so that its own retries recognize the message.
+            message_id = message.id.lower() or new_id()
+            if message_id in ids:
+                raise InvalidArgument.field(f"{field}.id", "is used twice in this request")
+            ids.add(message_id)
+            if message.ByteSize() > PAUSE_REQUEST_BYTES:
+                await self.conversions.pause(owner_id, deadline)
+            new_messages.append(convert.new_message(message, message_id, field, reader))
+        return new_messages
+
     async def GetMessage(
         self, request: message_pb2.GetMessageRequest, call: Call
     ) -> message_pb2.GetMessageResponse:
@@ -79,7 +109,9 @@ class Messages(Handler):
             owner_id=user_id,
             deadline=call.deadline,
         )
-        return message_pb2.GetMessageResponse(message=convert.message(row, session_id))
+        return message_pb2.GetMessageResponse(
+            message=await self.conversions.message(row, session_id, user_id, call.deadline)
+        )
 
     async def ListMessages(
         self, request: message_pb2.ListMessagesRequest, call: Call
@@ -102,8 +134,9 @@ class Messages(Handler):
             deadline=call.deadline,
         )
         reply = message_pb2.ListMessagesResponse()
-        for row in paging.fitting_messages(rows):
-            convert.message(row, session_id, reply.messages.add)
+        await self.conversions.add_messages(
+            paging.fitting_messages(rows), session_id, reply.messages, user_id, call.deadline
+        )
         if has_more or len(reply.messages) < len(rows):
             reply.next_page_token = paging.make_token(str(reply.messages[-1].seq), *list_key)
         return reply
@@ -123,7 +156,17 @@ class Messages(Handler):
                 tuple(FieldViolation(field, "is required") for field in missing)
             )
         paths = field_masks.update_paths(request.update_mask, message, _WRITABLE)
+        if message.ByteSize() > PAUSE_REQUEST_BYTES:
+            await self.conversions.pause(user_id, call.deadline)
         values = convert.message_changes(message, paths)
+
+        async def measure(updated: MessageRow) -> int:
+            resource = await self.conversions.message(updated, "", user_id, call.deadline)
+            size_bytes = convert.stored_size(resource)
+            if not values.keys().isdisjoint(("content", "parts", "metadata")):
+                convert.check_stored_size(size_bytes)
+            return size_bytes
+
         row = await self.database.write(
             lambda connection: messages.update(
                 connection,
@@ -132,14 +175,16 @@ class Messages(Handler):
                 message.id.lower(),
                 values,
                 message.etag,
-                convert.message_size,
+                measure,
                 search_enabled=self.search.indexes_messages,
             ),
             owner_id=user_id,
             deadline=call.deadline,
         )
         self.search.wake()
-        return message_pb2.UpdateMessageResponse(message=convert.message(row, session_id))
+        return message_pb2.UpdateMessageResponse(
+            message=await self.conversions.message(row, session_id, user_id, call.deadline)
+        )
 
     async def DeleteMessage(
         self, request: message_pb2.DeleteMessageRequest, call: Call
@@ -182,8 +227,9 @@ class Messages(Handler):
             omitted_count=prompt.omitted_count,
             token_count=prompt.token_count,
         )
-        for row in prompt.messages:
-            convert.message(row, session_id, reply.messages.add)
+        await self.conversions.add_messages(
+            prompt.messages, session_id, reply.messages, user_id, call.deadline
+        )
         return reply
 
     async def WatchMessages(
@@ -214,9 +260,8 @@ class Messages(Handler):
                     deadline=deadline,
                 )
                 for row in rows:
-                    yield message_pb2.WatchMessagesResponse(
-                        message=convert.message(row, session_id)
-                    )
+                    message = await self.conversions.message(row, session_id, user_id, deadline)
+                    yield message_pb2.WatchMessagesResponse(message=message)
                     seq = row.seq
                 if not has_more:
                     await watcher.wait(remaining_s)
@@ -242,28 +287,6 @@ class Messages(Handler):
         return remaining_s
 
 
-def _new_messages(request: message_pb2.AppendMessagesRequest) -> list[NewMessage]:
-    """Convert the messages of an append, and give each an id.
-
-    Raises:
-        InvalidArgument: a message breaks a rule that the protos cannot express, or two have one id.
-    """
-    ids: set[str] = set()
-    new_messages: list[NewMessage] = []
-    session_id = request.session_id.lower()
-    for index, message in enumerate(request.messages):
-        field = f"messages[{index}]"
-        if message.session_id:
-            require_same_id(f"{field}.session_id", message.session_id, session_id)
-        # The server creates a missing id here, so that its own retries recognize the message.
-        message_id = message.id.lower() or new_id()
-        if message_id in ids:
-            raise InvalidArgument.field(f"{field}.id", "is used twice in this request")
-        ids.add(message_id)
-        new_messages.append(convert.new_message(message, message_id, field))
-    return new_messages
-
-
 def _derived_session_id(user_id: str, request: message_pb2.AppendMessagesRequest) -> str:
     """Return the id of a new session, derived from its first message's so that a retry finds it."""
     first_message_id = request.messages[0].id
@@ -283,5 +306,5 @@ def _new_session(session: session_pb2.Session, session_id: str) -> NewSession:
             "session.state", "must not be ARCHIVED: the session gets messages now"
         )
     values = convert.session_values(session, session_id)
-    metadata = convert.struct_json(session.metadata, "session.metadata")
+    metadata = metadata_json(session.metadata, "session.metadata")
     return NewSession(values["title"], values["summary"], metadata, values["fingerprint"])

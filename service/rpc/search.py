@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from chathistory.v1 import document_pb2, message_pb2, search_pb2
 
 from service.errors import FailedPrecondition, InvalidArgument
-from service.rpc import convert, convert_documents
+from service.rpc import convert_documents
 from service.rpc.call import Call
 from service.rpc.handler import Handler
 from service.rpc.paging import MAX_REPLY_BYTES
@@ -84,7 +84,9 @@ class Searches(Handler):
         )
         for match in matches[:limit]:
             reply.hits.add(
-                message=convert.message(match.message, match.session_id),
+                message=await self.conversions.message(
+                    match.message, match.session_id, user_id, call.deadline
+                ),
                 score=scores[match.session_id, match.message.id],
                 snippet=_snippet_html(match.snippet),
             )

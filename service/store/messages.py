@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -222,7 +222,7 @@ async def update(
     message_id: str,
     values: dict[str, Any],
     etag: str,
-    measure_bytes: Callable[[MessageRow], int],
+    measure_bytes: Callable[[MessageRow], Awaitable[int]],
     *,
     search_enabled: bool = False,
 ) -> MessageRow:
@@ -235,7 +235,7 @@ async def update(
         message_id: The message.
         values: The columns to write; `parts` and `metadata` as JSON text.
         etag: The etag that the caller has read; empty for no check.
-        measure_bytes: Returns the size of a message in a reply.
+        measure_bytes: Checks the limits of the updated message, and returns its size in a reply.
         search_enabled: Whether to enqueue changed content for the search index.
 
     Raises:
@@ -256,7 +256,7 @@ async def update(
         .values(
             **values | json_values,
             token_estimate=estimate_tokens(updated.content, updated.parts),
-            size=measure_bytes(updated),
+            size=await measure_bytes(updated),
             revision=_message.revision + 1,
             updated_at=sa.func.greatest(_message.updated_at, sa.func.clock_timestamp()),
         )

@@ -135,9 +135,9 @@ class Document(_message.Message):
     """
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Free-form JSON object for the caller's own data, at most 16 KiB serialised. Numbers are
-        doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected. An empty
-        object is stored as no metadata.
+        """Free-form JSON object for the caller's own data, at most 16 KiB serialised and 32 levels deep.
+        Numbers are doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected.
+        An empty object is stored as no metadata.
         """
 
     @_builtins.property

@@ -113,7 +113,9 @@ Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
-    """One message of a session, at most 1 MiB serialised."""
+    """One message of a session, at most 1 MiB serialised. `metadata` and the `data` parts together hold
+    at most 10,000 values: objects, arrays, strings, numbers, booleans and nulls.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -163,9 +165,9 @@ class Message(_message.Message):
 
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Free-form JSON object for the caller's own data, at most 16 KiB serialised. Numbers are
-        doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected. An empty
-        object is stored as no metadata.
+        """Free-form JSON object for the caller's own data, at most 16 KiB serialised and 32 levels deep.
+        Numbers are doubles, and -0 is returned as 0. NaN, infinities and NUL characters are rejected.
+        An empty object is stored as no metadata.
         """
 
     @_builtins.property
@@ -241,8 +243,8 @@ class Part(_message.Message):
 
     @_builtins.property
     def data(self) -> _struct_pb2.Struct:
-        """Any other JSON object. Numbers are doubles, and -0 is returned as 0. NaN, infinities and NUL
-        characters are rejected.
+        """Any other JSON object, at most 32 levels deep. Numbers are doubles, and -0 is returned as 0.
+        NaN, infinities and NUL characters are rejected.
         """
 
     def __init__(
@@ -450,8 +452,9 @@ class AppendMessagesRequest(_message.Message):
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """1 to 100 messages, in the order in which they are stored. Output-only fields are ignored. Set
-        each `id`: without one, a repeated call stores the message again.
+        """1 to 100 messages, in the order in which they are stored, with at most 50,000 values in their
+        `metadata` and `data` parts. Output-only fields are ignored. Set each `id`: without one, a
+        repeated call stores the message again.
         """
 
     @_builtins.property
@@ -701,7 +704,7 @@ class UpdateMessageRequest(_message.Message):
     @_builtins.property
     def message(self) -> Global___Message:
         """The new values, and the `id` of the message to update, which is required. `etag`, if set, must
-        match the stored one.
+        match the stored one. The limits of a message apply to the stored one after the update.
         """
 
     @_builtins.property

@@ -28,7 +28,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63hathistory/v1/session.proto\x12\x0e\x63hathistory.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdf\x03\n\x07Session\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1c\n\x07user_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1b\n\x05title\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x04\xba\x01\x01\x00\x12\x1e\n\x07summary\x18\x04 \x01(\tB\r\xbaH\nr\x08(\x80\x80\x04\xba\x01\x01\x00\x12\'\n\x16summarized_through_seq\x18\x05 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12)\n\x08metadata\x18\x06 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x35\n\x05state\x18\x07 \x01(\x0e\x32\x1c.chathistory.v1.SessionStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x10\n\x08last_seq\x18\x08 \x01(\x03\x12\x15\n\rmessage_count\x18\t \x01(\x03\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0c \x01(\tB\x0b\xbaH\x08r\x06\x18@\xba\x01\x01\x00\x12/\n\x0b\x66orked_from\x18\r \x01(\x0b\x32\x1a.chathistory.v1.ForkedFrom\"-\n\nForkedFrom\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\"^\n\x14\x43reateSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12(\n\x07session\x18\x02 \x01(\x0b\x32\x17.chathistory.v1.Session\"A\n\x15\x43reateSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session\"R\n\x11GetSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\nsession_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\">\n\x12GetSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session\"\xa4\x01\n\x13ListSessionsRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\x12\x35\n\x05state\x18\x04 \x01(\x0e\x32\x1c.chathistory.v1.SessionStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\"Z\n\x14ListSessionsResponse\x12)\n\x08sessions\x18\x01 \x03(\x0b\x32\x17.chathistory.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x97\x01\n\x14UpdateSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x30\n\x07session\x18\x02 \x01(\x0b\x32\x17.chathistory.v1.SessionB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"A\n\x15UpdateSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session\"l\n\x14\x44\x65leteSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\nsession_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x17\n\x15\x44\x65leteSessionResponse\"\x96\x01\n\x12\x46orkSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\nsession_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\x12\x1c\n\x0bthrough_seq\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12#\n\x0enew_session_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"?\n\x13\x46orkSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session*c\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SESSION_STATE_ACTIVE\x10\x01\x12\x1a\n\x16SESSION_STATE_ARCHIVED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63hathistory/v1/session.proto\x12\x0e\x63hathistory.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x03\n\x07Session\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1c\n\x07user_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1b\n\x05title\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x04\xba\x01\x01\x00\x12\x1e\n\x07summary\x18\x04 \x01(\tB\r\xbaH\nr\x08(\x80\x80\x04\xba\x01\x01\x00\x12\'\n\x16summarized_through_seq\x18\x05 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x31\n\x08metadata\x18\x06 \x01(\x0b\x32\x17.google.protobuf.StructB\x06\xbaH\x03\xd8\x01\x03\x12\x35\n\x05state\x18\x07 \x01(\x0e\x32\x1c.chathistory.v1.SessionStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x10\n\x08last_seq\x18\x08 \x01(\x03\x12\x15\n\rmessage_count\x18\t \x01(\x03\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x0c \x01(\tB\x0b\xbaH\x08r\x06\x18@\xba\x01\x01\x00\x12/\n\x0b\x66orked_from\x18\r \x01(\x0b\x32\x1a.chathistory.v1.ForkedFrom\"-\n\nForkedFrom\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0b\n\x03seq\x18\x02 \x01(\x03\"^\n\x14\x43reateSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12(\n\x07session\x18\x02 \x01(\x0b\x32\x17.chathistory.v1.Session\"A\n\x15\x43reateSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session\"R\n\x11GetSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\nsession_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\">\n\x12GetSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session\"\xa4\x01\n\x13ListSessionsRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1a\n\tpage_size\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\x12\x35\n\x05state\x18\x04 \x01(\x0e\x32\x1c.chathistory.v1.SessionStateB\x08\xbaH\x05\x82\x01\x02\x10\x01\"Z\n\x14ListSessionsResponse\x12)\n\x08sessions\x18\x01 \x03(\x0b\x32\x17.chathistory.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x97\x01\n\x14UpdateSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x30\n\x07session\x18\x02 \x01(\x0b\x32\x17.chathistory.v1.SessionB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"A\n\x15UpdateSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session\"l\n\x14\x44\x65leteSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\nsession_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x17\n\x15\x44\x65leteSessionResponse\"\x96\x01\n\x12\x46orkSessionRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12\x1f\n\nsession_id\x18\x02 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\x12\x1c\n\x0bthrough_seq\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12#\n\x0enew_session_id\x18\x04 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\"?\n\x13\x46orkSessionResponse\x12(\n\x07session\x18\x01 \x01(\x0b\x32\x17.chathistory.v1.Session*c\n\x0cSessionState\x12\x1d\n\x19SESSION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SESSION_STATE_ACTIVE\x10\x01\x12\x1a\n\x16SESSION_STATE_ARCHIVED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSION'].fields_by_name['summary']._serialized_options = b'\272H\nr\010(\200\200\004\272\001\001\000'
   _globals['_SESSION'].fields_by_name['summarized_through_seq']._loaded_options = None
   _globals['_SESSION'].fields_by_name['summarized_through_seq']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_SESSION'].fields_by_name['metadata']._loaded_options = None
+  _globals['_SESSION'].fields_by_name['metadata']._serialized_options = b'\272H\003\330\001\003'
   _globals['_SESSION'].fields_by_name['state']._loaded_options = None
   _globals['_SESSION'].fields_by_name['state']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_SESSION'].fields_by_name['etag']._loaded_options = None
@@ -79,34 +81,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORKSESSIONREQUEST'].fields_by_name['through_seq']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_FORKSESSIONREQUEST'].fields_by_name['new_session_id']._loaded_options = None
   _globals['_FORKSESSIONREQUEST'].fields_by_name['new_session_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
-  _globals['_SESSIONSTATE']._serialized_start=1847
-  _globals['_SESSIONSTATE']._serialized_end=1946
+  _globals['_SESSIONSTATE']._serialized_start=1855
+  _globals['_SESSIONSTATE']._serialized_end=1954
   _globals['_SESSION']._serialized_start=175
-  _globals['_SESSION']._serialized_end=654
-  _globals['_FORKEDFROM']._serialized_start=656
-  _globals['_FORKEDFROM']._serialized_end=701
-  _globals['_CREATESESSIONREQUEST']._serialized_start=703
-  _globals['_CREATESESSIONREQUEST']._serialized_end=797
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=799
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=864
-  _globals['_GETSESSIONREQUEST']._serialized_start=866
-  _globals['_GETSESSIONREQUEST']._serialized_end=948
-  _globals['_GETSESSIONRESPONSE']._serialized_start=950
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1012
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1015
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1179
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1181
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1271
-  _globals['_UPDATESESSIONREQUEST']._serialized_start=1274
-  _globals['_UPDATESESSIONREQUEST']._serialized_end=1425
-  _globals['_UPDATESESSIONRESPONSE']._serialized_start=1427
-  _globals['_UPDATESESSIONRESPONSE']._serialized_end=1492
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1494
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1602
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1604
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1627
-  _globals['_FORKSESSIONREQUEST']._serialized_start=1630
-  _globals['_FORKSESSIONREQUEST']._serialized_end=1780
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=1782
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=1845
+  _globals['_SESSION']._serialized_end=662
+  _globals['_FORKEDFROM']._serialized_start=664
+  _globals['_FORKEDFROM']._serialized_end=709
+  _globals['_CREATESESSIONREQUEST']._serialized_start=711
+  _globals['_CREATESESSIONREQUEST']._serialized_end=805
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=807
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=872
+  _globals['_GETSESSIONREQUEST']._serialized_start=874
+  _globals['_GETSESSIONREQUEST']._serialized_end=956
+  _globals['_GETSESSIONRESPONSE']._serialized_start=958
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1020
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1023
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1187
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1189
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1279
+  _globals['_UPDATESESSIONREQUEST']._serialized_start=1282
+  _globals['_UPDATESESSIONREQUEST']._serialized_end=1433
+  _globals['_UPDATESESSIONRESPONSE']._serialized_start=1435
+  _globals['_UPDATESESSIONRESPONSE']._serialized_end=1500
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1502
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1610
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1612
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=1635
+  _globals['_FORKSESSIONREQUEST']._serialized_start=1638
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1788
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=1790
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=1853
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hathistory/v1/user.proto\x12\x0e\x63hathistory.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x02\n\x04User\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12!\n\x0b\x65xternal_id\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x02\xba\x01\x01\x00\x12\x1c\n\x05\x65mail\x18\x03 \x01(\tB\r\xbaH\nr\x05\x18\xc0\x02`\x01\xd8\x01\x01\x12\x1a\n\x04name\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x02\xba\x01\x01\x00\x12)\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x08 \x01(\tB\x0b\xbaH\x08r\x06\x18@\xba\x01\x01\x00\"?\n\x11\x43reateUserRequest\x12*\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.UserB\x06\xbaH\x03\xc8\x01\x01\"8\n\x12\x43reateUserResponse\x12\"\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.User\"x\n\x0eGetUserRequest\x12\x1b\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00\x12\x1d\n\x05\x65mail\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xc0\x02\xba\x01\x01\x00H\x00\x12#\n\x0b\x65xternal_id\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x02\xba\x01\x01\x00H\x00\x42\x05\n\x03key\"5\n\x0fGetUserResponse\x12\"\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.User\"L\n\x10ListUsersRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\"Q\n\x11ListUsersResponse\x12#\n\x05users\x18\x01 \x03(\x0b\x32\x14.chathistory.v1.User\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8e\x01\n\x11UpdateUserRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12*\n\x04user\x18\x02 \x01(\x0b\x32\x14.chathistory.v1.UserB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"8\n\x12UpdateUserResponse\x12\"\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.User\"H\n\x11\x44\x65leteUserRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x85\x01\n\x12\x44\x65leteUserResponse\x12\x15\n\rsession_count\x18\x01 \x01(\x03\x12\x15\n\rmessage_count\x18\x02 \x01(\x03\x12\x16\n\x0e\x64ocument_count\x18\x03 \x01(\x03\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x03\x12\x14\n\x0cvector_count\x18\x05 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hathistory/v1/user.proto\x12\x0e\x63hathistory.v1\x1a\x1b\x62uf/validate/validate.proto\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xac\x02\n\x04User\x12\x17\n\x02id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12!\n\x0b\x65xternal_id\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x02\xba\x01\x01\x00\x12\x1c\n\x05\x65mail\x18\x03 \x01(\tB\r\xbaH\nr\x05\x18\xc0\x02`\x01\xd8\x01\x01\x12\x1a\n\x04name\x18\x04 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x02\xba\x01\x01\x00\x12\x31\n\x08metadata\x18\x05 \x01(\x0b\x32\x17.google.protobuf.StructB\x06\xbaH\x03\xd8\x01\x03\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x04\x65tag\x18\x08 \x01(\tB\x0b\xbaH\x08r\x06\x18@\xba\x01\x01\x00\"?\n\x11\x43reateUserRequest\x12*\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.UserB\x06\xbaH\x03\xc8\x01\x01\"8\n\x12\x43reateUserResponse\x12\"\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.User\"x\n\x0eGetUserRequest\x12\x1b\n\x07user_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01H\x00\x12\x1d\n\x05\x65mail\x18\x02 \x01(\tB\x0c\xbaH\tr\x07\x18\xc0\x02\xba\x01\x01\x00H\x00\x12#\n\x0b\x65xternal_id\x18\x03 \x01(\tB\x0c\xbaH\tr\x07\x18\x80\x02\xba\x01\x01\x00H\x00\x42\x05\n\x03key\"5\n\x0fGetUserResponse\x12\"\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.User\"L\n\x10ListUsersRequest\x12\x1a\n\tpage_size\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00\x12\x1c\n\npage_token\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x08\"Q\n\x11ListUsersResponse\x12#\n\x05users\x18\x01 \x03(\x0b\x32\x14.chathistory.v1.User\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8e\x01\n\x11UpdateUserRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01\x12*\n\x04user\x18\x02 \x01(\x0b\x32\x14.chathistory.v1.UserB\x06\xbaH\x03\xc8\x01\x01\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"8\n\x12UpdateUserResponse\x12\"\n\x04user\x18\x01 \x01(\x0b\x32\x14.chathistory.v1.User\"H\n\x11\x44\x65leteUserRequest\x12\x1c\n\x07user_id\x18\x01 \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xc8\x01\x01\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x85\x01\n\x12\x44\x65leteUserResponse\x12\x15\n\rsession_count\x18\x01 \x01(\x03\x12\x15\n\rmessage_count\x18\x02 \x01(\x03\x12\x16\n\x0e\x64ocument_count\x18\x03 \x01(\x03\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x03\x12\x14\n\x0cvector_count\x18\x05 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,6 +43,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_USER'].fields_by_name['email']._serialized_options = b'\272H\nr\005\030\300\002`\001\330\001\001'
   _globals['_USER'].fields_by_name['name']._loaded_options = None
   _globals['_USER'].fields_by_name['name']._serialized_options = b'\272H\tr\007\030\200\002\272\001\001\000'
+  _globals['_USER'].fields_by_name['metadata']._loaded_options = None
+  _globals['_USER'].fields_by_name['metadata']._serialized_options = b'\272H\003\330\001\003'
   _globals['_USER'].fields_by_name['etag']._loaded_options = None
   _globals['_USER'].fields_by_name['etag']._serialized_options = b'\272H\010r\006\030@\272\001\001\000'
   _globals['_CREATEUSERREQUEST'].fields_by_name['user']._loaded_options = None
@@ -64,25 +66,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DELETEUSERREQUEST'].fields_by_name['user_id']._loaded_options = None
   _globals['_DELETEUSERREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\010r\003\260\001\001\310\001\001'
   _globals['_USER']._serialized_start=172
-  _globals['_USER']._serialized_end=464
-  _globals['_CREATEUSERREQUEST']._serialized_start=466
-  _globals['_CREATEUSERREQUEST']._serialized_end=529
-  _globals['_CREATEUSERRESPONSE']._serialized_start=531
-  _globals['_CREATEUSERRESPONSE']._serialized_end=587
-  _globals['_GETUSERREQUEST']._serialized_start=589
-  _globals['_GETUSERREQUEST']._serialized_end=709
-  _globals['_GETUSERRESPONSE']._serialized_start=711
-  _globals['_GETUSERRESPONSE']._serialized_end=764
-  _globals['_LISTUSERSREQUEST']._serialized_start=766
-  _globals['_LISTUSERSREQUEST']._serialized_end=842
-  _globals['_LISTUSERSRESPONSE']._serialized_start=844
-  _globals['_LISTUSERSRESPONSE']._serialized_end=925
-  _globals['_UPDATEUSERREQUEST']._serialized_start=928
-  _globals['_UPDATEUSERREQUEST']._serialized_end=1070
-  _globals['_UPDATEUSERRESPONSE']._serialized_start=1072
-  _globals['_UPDATEUSERRESPONSE']._serialized_end=1128
-  _globals['_DELETEUSERREQUEST']._serialized_start=1130
-  _globals['_DELETEUSERREQUEST']._serialized_end=1202
-  _globals['_DELETEUSERRESPONSE']._serialized_start=1205
-  _globals['_DELETEUSERRESPONSE']._serialized_end=1338
+  _globals['_USER']._serialized_end=472
+  _globals['_CREATEUSERREQUEST']._serialized_start=474
+  _globals['_CREATEUSERREQUEST']._serialized_end=537
+  _globals['_CREATEUSERRESPONSE']._serialized_start=539
+  _globals['_CREATEUSERRESPONSE']._serialized_end=595
+  _globals['_GETUSERREQUEST']._serialized_start=597
+  _globals['_GETUSERREQUEST']._serialized_end=717
+  _globals['_GETUSERRESPONSE']._serialized_start=719
+  _globals['_GETUSERRESPONSE']._serialized_end=772
+  _globals['_LISTUSERSREQUEST']._serialized_start=774
+  _globals['_LISTUSERSREQUEST']._serialized_end=850
+  _globals['_LISTUSERSRESPONSE']._serialized_start=852
+  _globals['_LISTUSERSRESPONSE']._serialized_end=933
+  _globals['_UPDATEUSERREQUEST']._serialized_start=936
+  _globals['_UPDATEUSERREQUEST']._serialized_end=1078
+  _globals['_UPDATEUSERRESPONSE']._serialized_start=1080
+  _globals['_UPDATEUSERRESPONSE']._serialized_end=1136
+  _globals['_DELETEUSERREQUEST']._serialized_start=1138
+  _globals['_DELETEUSERREQUEST']._serialized_end=1210
+  _globals['_DELETEUSERRESPONSE']._serialized_start=1213
+  _globals['_DELETEUSERRESPONSE']._serialized_end=1346
 # @@protoc_insertion_point(module_scope)
