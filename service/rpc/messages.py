@@ -36,8 +36,10 @@ class Messages(Handler):
         """Append messages atomically with consecutive seqs; those stored before keep theirs."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
-        new_messages = await self._new_messages(request, user_id, call.deadline)
         starts_session = not session_id
+        # Before the conversion, which also gives an id to a message of a client that sent none.
+        has_derived_id = starts_session and bool(request.messages[0].id)
+        new_messages = await self._new_messages(request, user_id, call.deadline)
         if starts_session:
             session_id = _derived_session_id(user_id, request)
         if request.HasField("session"):
@@ -50,6 +52,7 @@ class Messages(Handler):
             new_messages,
             call.deadline,
             may_create=may_create,
+            has_derived_id=has_derived_id,
             expected_last_seq=(
                 request.expected_last_seq if request.HasField("expected_last_seq") else None
             ),

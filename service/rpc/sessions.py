@@ -109,6 +109,7 @@ class Sessions(Handler):
         )
         if not was_deleted and not request.allow_missing:
             raise NotFound.session(session_id)
+        self.appender.tombstones.wake()
         self.watchers.session_deleted(user_id, session_id)
         self.search.wake()
         return session_pb2.DeleteSessionResponse()

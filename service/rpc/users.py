@@ -126,6 +126,7 @@ class Users(Handler):
             if not request.allow_missing:
                 raise NotFound.user(user_id)
             return user_pb2.DeleteUserResponse()
+        self.appender.tombstones.wake()
         message_count += counts.messages
         chunk_count += counts.chunks
         vector_count = 0

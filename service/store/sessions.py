@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
+from service.store import session_tombstones
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.outbox import outbox
 from service.store.rows import (
@@ -172,11 +173,13 @@ async def update(
 async def delete(
     connection: AsyncConnection, user_id: str, session_id: str, *, search_enabled: bool = False
 ) -> bool:
-    """Delete a session with its messages; return False if this user has no such session."""
-    deleted = await connection.execute(
-        sa.delete(chat_sessions).where(_session.user_id == user_id, _session.id == session_id)
-    )
-    if deleted.rowcount:
+    """Delete a session with its messages, and leave a tombstone.
+
+    Returns:
+        False if this user has no such session.
+    """
+    count = await session_tombstones.delete_sessions(connection, user_id, _session.id == session_id)
+    if count:
         await outbox.enqueue(
             connection,
             OutboxKind.SESSION,
@@ -185,7 +188,7 @@ async def delete(
             wipe=True,
             search_enabled=search_enabled,
         )
-    return deleted.rowcount == 1
+    return count == 1
 
 
 def _messages_of(user_id: str, session_id: str | None) -> list[sa.ColumnElement[bool]]:

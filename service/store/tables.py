@@ -34,9 +34,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from service.ids import SYSTEM_USER_ID
 
-BUILD = 2
+BUILD = 3
 """Number of this build: the revision of its newest migration."""
-REQUIRED_REVISION = 2
+REQUIRED_REVISION = 3
 """The oldest revision of the schema that this build works with."""
 
 
@@ -177,6 +177,20 @@ chat_messages = Table(
         ["user_id", "session_id"], ["chat_sessions.user_id", "chat_sessions.id"], ondelete="CASCADE"
     ),
     CheckConstraint("seq > 0", name="seq"),
+)
+
+# Sessions that were deleted, so that a late retry of the append that started one does not restore
+# it. `session_tombstones.py` explains the rows. The table has no foreign key, because a tombstone
+# must remain when its user is deleted: a user with the same id may be created again.
+session_tombstones = Table(
+    "session_tombstones",
+    metadata,
+    Column("user_id", _id, nullable=False),
+    Column("session_id", _id, nullable=False),
+    Column("deleted_at", _time, nullable=False),
+    PrimaryKeyConstraint("user_id", "session_id"),
+    # The purge deletes the oldest rows of all users.
+    Index("session_tombstones_deleted_at_idx", "deleted_at"),
 )
 
 documents = Table(

@@ -10,11 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, Conflict, NotFound
 from service.ids import SYSTEM_USER_ID, new_id
-from service.store import documents, sessions
+from service.store import documents, session_tombstones, sessions
 from service.store.constraints import reserve
 from service.store.outbox import outbox
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
-from service.store.tables import chat_sessions, users
+from service.store.tables import users
 
 _MAX_LOST_RACES = 5
 """Attempts to write unique values that concurrent writers may defeat."""
@@ -195,14 +195,16 @@ class DeletedCounts(NamedTuple):
 async def delete(
     connection: AsyncConnection, user_id: str, *, search_enabled: bool = False
 ) -> DeletedCounts | None:
-    """Delete a user with all data of that user; return None if no user has this id."""
+    """Delete a user with all data of that user; return None if no user has this id.
+
+    The tombstones of the user's sessions remain until they expire: a user with the same id may be
+    created again.
+    """
     if await _find(connection, users.c.id == user_id, lock=True) is None:
         return None
     message_count = await sessions.delete_messages(connection, user_id)
     document_count, chunk_count = await documents.delete_all(connection, user_id)
-    deleted_sessions = await connection.execute(
-        sa.delete(chat_sessions).where(chat_sessions.c.user_id == user_id)
-    )
+    session_count = await session_tombstones.delete_sessions(connection, user_id)
     await connection.execute(sa.delete(users).where(users.c.id == user_id))
     await outbox.enqueue_user(connection, user_id, search_enabled=search_enabled)
-    return DeletedCounts(deleted_sessions.rowcount, message_count, document_count, chunk_count)
+    return DeletedCounts(session_count, message_count, document_count, chunk_count)

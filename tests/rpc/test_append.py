@@ -453,7 +453,7 @@ async def test_deleted_session_can_be_created_again_and_counts_from_1(chat: Chat
     sent = new_messages(3)
     session_id = await chat.start(sent)
     await chat.delete_session(session_id)
-    again = await chat.append("", sent[:1])
+    again = await chat.append(session_id, sent[:1], create_if_missing=True)
     assert (again.session_id, again.session_created, seqs_and_replays(again)) == (
         session_id,
         True,

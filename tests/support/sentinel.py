@@ -33,6 +33,12 @@ NAMED = {
         r" [^;]* FOR UPDATE OF o SKIP LOCKED \) "
         r"UPDATE search_outbox AS o SET lease_id = \$2, [^;]*"
     ),
+    "purge a slice of the expired tombstones of sessions": (
+        r"DELETE FROM session_tombstones USING \(SELECT [^;]* FROM session_tombstones"
+        r" WHERE session_tombstones\.deleted_at < clock_timestamp\(\) - interval '24 hours'"
+        r" ORDER BY session_tombstones\.deleted_at LIMIT [^;]* FOR UPDATE SKIP LOCKED\)"
+        r" AS expired WHERE [^;]*"
+    ),
     "count the rows of the outbox": r"SELECT count\(\*\)[^;]* FROM search_outbox",
     "name one dead letter of the outbox": (
         r"SELECT min\([^;]*\) FROM search_outbox WHERE due_at = 'infinity'"

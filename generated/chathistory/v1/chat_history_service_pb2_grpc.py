@@ -385,6 +385,8 @@ class ChatHistoryServiceServicer(object):
     def DeleteUser(self, request, context):
         """Deletes a user permanently, with all of its sessions, messages, documents and chunks. Their
         vectors are removed from the search index asynchronously. Shared documents are not affected.
+        The ids of deleted sessions remain for 24 hours, so that late retries of appends do not restore
+        them if the user is created again with the same id.
 
         Callers: services only.
 
@@ -490,6 +492,9 @@ class ChatHistoryServiceServicer(object):
         index asynchronously. Open WatchMessages streams of the session end with `SESSION_NOT_FOUND`.
         Forks of the session are not affected.
 
+        A late retry of an append with an empty `session_id` that started the session does not restore
+        it within 24 hours. A request that names the id of the session may create it again.
+
         Callers: services and users.
 
         Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
@@ -548,6 +553,8 @@ class ChatHistoryServiceServicer(object):
         Errors:
 
         - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
+        Or `session_id` is empty, and the session that an earlier call started was deleted within the
+        last 24 hours.
         - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
         - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
         - `SESSION_ARCHIVED`: the session is archived.

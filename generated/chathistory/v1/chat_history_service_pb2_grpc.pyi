@@ -157,6 +157,8 @@ class ChatHistoryServiceStub:
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]
     """Deletes a user permanently, with all of its sessions, messages, documents and chunks. Their
     vectors are removed from the search index asynchronously. Shared documents are not affected.
+    The ids of deleted sessions remain for 24 hours, so that late retries of appends do not restore
+    them if the user is created again with the same id.
 
     Callers: services only.
 
@@ -238,6 +240,9 @@ class ChatHistoryServiceStub:
     index asynchronously. Open WatchMessages streams of the session end with `SESSION_NOT_FOUND`.
     Forks of the session are not affected.
 
+    A late retry of an append with an empty `session_id` that started the session does not restore
+    it within 24 hours. A request that names the id of the session may create it again.
+
     Callers: services and users.
 
     Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
@@ -288,6 +293,8 @@ class ChatHistoryServiceStub:
     Errors:
 
     - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
+      Or `session_id` is empty, and the session that an earlier call started was deleted within the
+      last 24 hours.
     - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
     - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
     - `SESSION_ARCHIVED`: the session is archived.
@@ -671,6 +678,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     DeleteUser: _aio.UnaryUnaryMultiCallable[_user_pb2.DeleteUserRequest, _user_pb2.DeleteUserResponse]  # type: ignore[assignment]
     """Deletes a user permanently, with all of its sessions, messages, documents and chunks. Their
     vectors are removed from the search index asynchronously. Shared documents are not affected.
+    The ids of deleted sessions remain for 24 hours, so that late retries of appends do not restore
+    them if the user is created again with the same id.
 
     Callers: services only.
 
@@ -752,6 +761,9 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     index asynchronously. Open WatchMessages streams of the session end with `SESSION_NOT_FOUND`.
     Forks of the session are not affected.
 
+    A late retry of an append with an empty `session_id` that started the session does not restore
+    it within 24 hours. A request that names the id of the session may create it again.
+
     Callers: services and users.
 
     Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
@@ -802,6 +814,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Errors:
 
     - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
+      Or `session_id` is empty, and the session that an earlier call started was deleted within the
+      last 24 hours.
     - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
     - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
     - `SESSION_ARCHIVED`: the session is archived.
@@ -1212,6 +1226,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_user_pb2.DeleteUserResponse, _abc.Awaitable[_user_pb2.DeleteUserResponse]]:
         """Deletes a user permanently, with all of its sessions, messages, documents and chunks. Their
         vectors are removed from the search index asynchronously. Shared documents are not affected.
+        The ids of deleted sessions remain for 24 hours, so that late retries of appends do not restore
+        them if the user is created again with the same id.
 
         Callers: services only.
 
@@ -1329,6 +1345,9 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         index asynchronously. Open WatchMessages streams of the session end with `SESSION_NOT_FOUND`.
         Forks of the session are not affected.
 
+        A late retry of an append with an empty `session_id` that started the session does not restore
+        it within 24 hours. A request that names the id of the session may create it again.
+
         Callers: services and users.
 
         Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
@@ -1391,6 +1410,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         - `SESSION_NOT_FOUND`: the user has no session with this id and `create_if_missing` is false.
+          Or `session_id` is empty, and the session that an earlier call started was deleted within the
+          last 24 hours.
         - `USER_NOT_FOUND`: the session would be created for a user that does not exist.
         - `MESSAGE_ID_REUSED`: a message with this id and other content is stored in the session.
         - `SESSION_ARCHIVED`: the session is archived.

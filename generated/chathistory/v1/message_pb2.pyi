@@ -439,8 +439,9 @@ class AppendMessagesRequest(_message.Message):
     """
     session_id: _builtins.str
     """Id of the session. Empty creates a session. Its id is then the version 5 UUID of the first
-    message's id in the namespace `user_id`, so that a repeated call finds the session; without a
-    message id it is a version 7 UUID.
+    message's id in the namespace `user_id`, so that a repeated call finds the session. For 24
+    hours after the deletion of that session, repeated calls with an empty `session_id` fail with
+    `SESSION_NOT_FOUND` and do not restore it.
     """
     expected_last_seq: _builtins.int
     """If set, the session's `last_seq` must equal this value, or nothing is written and the call

@@ -34,6 +34,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from service.errors import Conflict, DeadlineExceeded, Unavailable
+from service.store import session_tombstones
 from service.store.append import recovery, sql
 from service.store.append.recovery import Action, final_error
 from service.store.append.request import Append, Appended, Entry, Key, apply_stored, find_refusal
@@ -46,7 +47,8 @@ from service.store.db.db_errors import (
     sqlstate,
     to_service_error,
 )
-from service.store.db.hot_pool import Record
+from service.store.db.hot_pool import Record, Statement
+from service.store.session_tombstones import TombstonePurger
 
 MAX_BATCH_MESSAGES = 512
 """Messages in one statement."""
@@ -73,7 +75,12 @@ class Appender:
         """
         self.database = database
         self.loop = asyncio.get_running_loop()
-        self.statement = sql.APPEND_AND_ENQUEUE if search_enabled else sql.APPEND
+        self._statement, self._derived_statement = (
+            (sql.APPEND_AND_ENQUEUE, sql.APPEND_DERIVED_AND_ENQUEUE)
+            if search_enabled
+            else (sql.APPEND, sql.APPEND_DERIVED)
+        )
+        self.tombstones = TombstonePurger(database)
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._apart: dict[Key, _Lane] = {}
         self.apart_permits = asyncio.Semaphore(MAX_APART_STATEMENTS)
@@ -97,6 +104,10 @@ class Appender:
         lane = self._apart.get(item.key) or self._lanes[hash(item.key) % len(self._lanes)]
         lane.enqueue(item)
         return await item.future
+
+    def statement_for(self, *, has_derived_ids: bool) -> Statement:
+        """Return the statement for a batch, by whether any of its items has a derived id."""
+        return self._derived_statement if has_derived_ids else self._statement
 
     def run_apart(self, items: Iterable[Append]) -> None:
         """Give the session of each item a lane of its own until that lane's queue is empty."""
@@ -123,7 +134,12 @@ class Appender:
         """Wait until no item is queued or in flight; abort the rest after `timeout_s` seconds."""
         abort_at = None if timeout_s is None else self.loop.time() + timeout_s
         while tasks := [
-            lane.task for lane in (*self._lanes, *self._apart.values()) if lane.task is not None
+            task
+            for task in (
+                *(lane.task for lane in (*self._lanes, *self._apart.values())),
+                self.tombstones.task,
+            )
+            if task is not None
         ]:
             remaining_s = None if abort_at is None else abort_at - self.loop.time()
             if remaining_s is not None and remaining_s <= 0:
@@ -245,11 +261,13 @@ class _Lane:
         """Run the statement of a batch, and answer its items."""
         if not batch:
             return
-        arguments = sql.append_arguments(batch, LOCK_TIMEOUT)
+        has_derived_ids = any(item.has_derived_id for item in batch)
+        statement = self._appender.statement_for(has_derived_ids=has_derived_ids)
+        arguments = sql.append_arguments(batch, LOCK_TIMEOUT, has_derived_ids=has_derived_ids)
         for item in batch:
             item.attempts += 1
         try:
-            rows = await self._database.fetch_once(self._appender.statement, *arguments)
+            rows = await self._database.fetch_once(statement, *arguments)
         except DATABASE_ERRORS as error:
             if classify(error) is Failure.LOST:
                 for item in batch:
@@ -259,6 +277,8 @@ class _Lane:
         left_out = self._answer(batch, sessions)
         for user_id, session_id in sessions:
             self._appender.on_appended(user_id, session_id)
+        if has_derived_ids:
+            self._appender.tombstones.wake()
         if left_out:
             await self._resolve_left_out(left_out)
 
@@ -291,6 +311,7 @@ class _Lane:
         The reasons are checked in the contract's order.
         """
         try:
+            tombstones = await self._find_tombstones(items)
             sessions = await self._look_up(items)
         except DATABASE_ERRORS as error:
             await self._recover(items, error)
@@ -300,7 +321,7 @@ class _Lane:
             if item.future.done():
                 continue
             item.lost_races += 1
-            refusal = find_refusal(item, sessions.get(item.key))
+            refusal = find_refusal(item, sessions.get(item.key), tombstones.get(item.key))
             if refusal is not None:
                 item.fail(refusal)
             elif item.lost_races >= MAX_LOST_RACES:
@@ -314,6 +335,15 @@ class _Lane:
             else:
                 retries.append(item)
         self._requeue(retries)
+
+    async def _find_tombstones(self, items: list[Append]) -> dict[Key, Record]:
+        """Return the tombstones that refuse some of these items, by session."""
+        keys = [item.key for item in items if item.has_derived_id]
+        if not keys:
+            return {}
+        user_ids, session_ids = map(list, zip(*keys, strict=True))
+        rows = await self._database.fetch_once(session_tombstones.FIND, user_ids, session_ids)
+        return {(row["user_id"], row["session_id"]): row for row in rows}
 
     async def _recover(self, batch: list[Append], error: BaseException) -> None:
         """Requeue the items of a failed statement where they can succeed, or fail them."""
@@ -404,4 +434,5 @@ def _collides(group: list[Append], item: Append) -> bool:
     if any(message.id in ids for message in item.pending):
         item.look_up_first = True
         return True
-    return False
+    # A tombstone refuses items with a derived id, and not the others.
+    return item.has_derived_id or any(other.has_derived_id for other in group)

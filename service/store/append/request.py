@@ -69,6 +69,8 @@ class Append:
         deadline: A time of the running loop's clock, in seconds.
         may_create: Whether a missing session is created.
         expected_last_seq: The `last_seq` that the session must have, or None.
+        has_derived_id: Whether the request names no session, and its id is derived from the first
+            message's. Such an append is refused if the session was deleted.
         new_session: Title, metadata (JSON) and fingerprint of a session that is created.
         loop: The running loop: looking it up costs a system call before Python 3.12.
     """
@@ -79,6 +81,7 @@ class Append:
         "deadline",
         "expected_last_seq",
         "future",
+        "has_derived_id",
         "key",
         "look_up_first",
         "lost_races",
@@ -104,6 +107,7 @@ class Append:
         *,
         may_create: bool = False,
         expected_last_seq: int | None = None,
+        has_derived_id: bool = False,
         new_session: NewSession = NewSession(),  # noqa: B008 - an immutable tuple
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
@@ -118,6 +122,7 @@ class Append:
         """When the session of the replayed messages was created, to distinguish it from a later
         session with its id; None without replayed messages."""
         self.may_create = may_create
+        self.has_derived_id = has_derived_id
         self.expected_last_seq = expected_last_seq
         self.may_insert_session = may_create and not expected_last_seq
         """Whether its statement may create the session. A missing session counts as empty: it has
@@ -211,10 +216,20 @@ def apply_stored(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
         )
 
 
-def find_refusal(item: Append, session: Record | None) -> ServiceError | None:
-    """Return why the statement left an item out, or None if the reason no longer exists."""
-    session_id = item.key[1]
-    if session is None and not item.may_create:
+def find_refusal(
+    item: Append, session: Record | None, tombstone: Record | None
+) -> ServiceError | None:
+    """Return why the statement left an item out, or None if the reason no longer exists.
+
+    Args:
+        item: The append.
+        session: The session's row of sql.LOOK_UP, or None if there is no such session.
+        tombstone: The row of session_tombstones.FIND if a tombstone refuses the append, or None.
+    """
+    user_id, session_id = item.key
+    if tombstone is not None and not tombstone["has_user"]:
+        return NotFound.user(user_id)
+    if tombstone is not None or (session is None and not item.may_create):
         return NotFound.session(session_id)
     if session is not None and session["state"] == SessionState.ARCHIVED:
         return FailedPrecondition(

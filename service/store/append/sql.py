@@ -7,6 +7,7 @@ from typing import Any
 
 from service.store.append.request import Append, Key
 from service.store.db.hot_pool import Statement
+from service.store.session_tombstones import RETENTION
 from service.store.tables import OPEN_END, OutboxKind, SessionState
 
 # Written as text, so that the statement PostgreSQL receives can be read here. The arguments are
@@ -41,7 +42,32 @@ _ENQUEUE = f""", enqueued AS (
 )"""  # noqa: S608 - only constants are inserted
 
 
-def _append_statement(enqueue: str) -> Statement:
+# If the request names no session, the id of its session is derived, and a tombstone of that session
+# refuses the append. `session_tombstones.py` explains why the statement also inserts a row for each
+# of these sessions. $30 has one element for each session.
+_NO_TOMBSTONE = f"""AND NOT (i.is_derived AND EXISTS (
+               SELECT FROM session_tombstones AS t
+               WHERE t.user_id = i.user_id AND t.session_id = i.id
+                 AND t.deleted_at > clock_timestamp() - interval '{RETENTION}'))"""
+_GUARD = f""", guarded AS (
+    INSERT INTO session_tombstones AS t (user_id, session_id, deleted_at)
+    SELECT a.user_id, a.id, '-infinity'
+    FROM appended AS a
+    JOIN unnest($1::uuid[], $2::uuid[], $30::boolean[]) AS d (user_id, id, is_derived)
+      ON d.user_id = a.user_id AND d.id = a.id
+    WHERE d.is_derived
+    ORDER BY a.user_id, a.id
+    ON CONFLICT (user_id, session_id) DO UPDATE SET
+        deleted_at = to_timestamp(1 / (isfinite(t.deleted_at)::integer - 1))
+    WHERE t.deleted_at > clock_timestamp() - interval '{RETENTION}'
+)"""  # noqa: S608 - only a constant is inserted
+
+
+def _append_statement(enqueue: str, *, has_derived_ids: bool) -> Statement:
+    argument, column, condition, guard = "", "", "", ""
+    if has_derived_ids:
+        argument, column = ", $30::boolean[]", ", is_derived"
+        condition, guard = _NO_TOMBSTONE, _GUARD
     return Statement.from_text(f"""
 WITH appended AS (
     INSERT INTO chat_sessions AS s
@@ -53,10 +79,12 @@ WITH appended AS (
         SELECT i.*, clock_timestamp() AS at
         FROM (SELECT set_config('lock_timeout', $13, true)) AS _,
              unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::boolean[], $5::text[], $6::text[],
-                    $7::jsonb[], $8::bytea[])
-             AS i (user_id, id, count, may_create, title, summary, metadata, fingerprint)
-        WHERE i.may_create
-           OR EXISTS (SELECT FROM chat_sessions AS c WHERE c.user_id = i.user_id AND c.id = i.id)
+                    $7::jsonb[], $8::bytea[]{argument})
+             AS i (user_id, id, count, may_create, title, summary, metadata,
+                   fingerprint{column})
+        WHERE (i.may_create
+           OR EXISTS (SELECT FROM chat_sessions AS c WHERE c.user_id = i.user_id AND c.id = i.id))
+           {condition}
         ORDER BY i.user_id, i.id
     ) AS i
     ON CONFLICT (user_id, id) DO UPDATE SET
@@ -89,15 +117,18 @@ WITH appended AS (
                token_count, token_estimate, size, author, feedback_score, feedback_comment,
                fingerprint)
     JOIN appended AS a ON a.user_id = m.user_id AND a.id = m.session_id
-){enqueue}
+){guard}{enqueue}
 SELECT user_id::text, id::text AS session_id, last_seq,
        (date_part('epoch', updated_at) * 1e6)::bigint AS at, created
 FROM appended
 """)  # noqa: S608 - only constants are inserted
 
 
-APPEND = _append_statement("")
-APPEND_AND_ENQUEUE = _append_statement(_ENQUEUE)
+APPEND = _append_statement("", has_derived_ids=False)
+APPEND_AND_ENQUEUE = _append_statement(_ENQUEUE, has_derived_ids=False)
+# Only for batches with a derived id, so that other appends do not pay for the tombstones.
+APPEND_DERIVED = _append_statement("", has_derived_ids=True)
+APPEND_DERIVED_AND_ENQUEUE = _append_statement(_ENQUEUE, has_derived_ids=True)
 
 # One row for each message whose session exists, so that one snapshot holds both; `id` is NULL if
 # the message is not stored.
@@ -118,13 +149,16 @@ def in_seq_order(batch: Iterable[Append]) -> list[Append]:
     return sorted(batch, key=lambda item: not item.may_insert_session)
 
 
-def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, ...]:
-    """Return the arguments of APPEND.
+def append_arguments(
+    batch: Sequence[Append], lock_timeout: str, *, has_derived_ids: bool = False
+) -> tuple[Any, ...]:
+    """Return the arguments of APPEND, or of APPEND_DERIVED.
 
     Args:
-        batch: The items. Those of one session share its row. A conditional item is the only one of
-            its session.
+        batch: The items. Those of one session share its row. An item that is conditional or has a
+            derived id is the only one of its session.
         lock_timeout: Time to wait for a locked session, with its unit.
+        has_derived_ids: Whether any item has a derived id, so that the statement is APPEND_DERIVED.
     """
     items = in_seq_order(batch)
     counts: dict[Key, int] = {}
@@ -139,7 +173,7 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         for message in item.pending
     ]
     messages = [message for _, _, message in rows]
-    return (
+    arguments = (
         [key[0] for key in counts],
         [key[1] for key in counts],
         list(counts.values()),
@@ -159,6 +193,9 @@ def append_arguments(batch: Sequence[Append], lock_timeout: str) -> tuple[Any, .
         [may_insert for _, may_insert, _ in rows],
         *map(list, zip(*messages, strict=True)),
     )
+    if not has_derived_ids:
+        return arguments
+    return (*arguments, [item.has_derived_id for item in first_items.values()])
 
 
 def _distances(items: Sequence[Append], counts: dict[Key, int]) -> list[int]:
