@@ -17,9 +17,11 @@ CASES ?= 100000
 MINUTES ?= 5
 IDLE ?= 1
 SEED ?=
-# Number of attacks of `make hostile`, and seconds of each.
+# Number of attacks of `make hostile`, and seconds of each. SOAK: run attacks and ordinary users
+# together for this many seconds instead.
 ATTACKS ?= 300
 SECONDS ?= 3
+SOAK ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -73,9 +75,9 @@ soak: install ## inject random faults under load and check the stored data; MINU
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES) --idle $(IDLE) --seed '$(SEED)'
 
 .PHONY: hostile
-hostile: install ## attack the service as one user and measure another; ATTACKS=300 SECONDS=3 SEED=1
+hostile: install ## attack the service as one user, measure another; ATTACKS=300 SEED=1 SOAK=
 	@$(BIN)/python -m benchmarks hostile --attacks $(ATTACKS) --seconds $(SECONDS) \
-		--seed $(or $(SEED),1)
+		--seed $(or $(SEED),1) $(if $(SOAK),--soak $(SOAK))
 
 .PHONY: lint
 lint: install prose $(PROTO_STAMP) ## check style, wording, types, import rules, protos, stubs

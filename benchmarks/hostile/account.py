@@ -29,6 +29,8 @@ class Account:
     message_id: str = ""
     """A message of the session `short`."""
     document_id: str = ""
+    long_count: int = 0
+    """Number of messages of the session `long`."""
 
     def metadata(self, *, as_service: bool = False) -> list[tuple[str, str]]:
         """Return the call metadata with a token."""

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.hostile import run as measured
+from benchmarks.hostile import soak
 from benchmarks.hostile.attacks import MATRIX, attacks
 from benchmarks.hostile.outcome import Outcome, Quiet, summary
 from benchmarks.hostile.specials import SPECIALS
@@ -25,6 +26,10 @@ Only = Annotated[
 ]
 Budget = Annotated[float, typer.Option("--budget", help="Memory limit of the service, in MiB.")]
 Scale = Annotated[float, typer.Option(help="Share of the stored data, for quick runs.")]
+Soak = Annotated[
+    float,
+    typer.Option("--soak", help="Instead, run attacks and ordinary users for this many seconds."),
+]
 Number = Annotated[
     list[int] | None, typer.Option("--number", help="Only the attack with this number.")
 ]
@@ -45,8 +50,12 @@ def add_command(
         numbers: Number = None,
         budget_mib: Budget = DEFAULT_BUDGET_MIB,
         scale: Scale = 1.0,
+        soak_s: Soak = 0.0,
     ) -> None:
         """Attack the service as one user, and measure what another user notices."""
+        if soak_s:
+            run(_soak(console, soak_s, seed, seconds, scale, budget_mib))
+            return
         run(
             measure(
                 console,
@@ -102,6 +111,19 @@ async def measure(
         highlight=False,
     )
     if broken:
+        raise typer.Exit(1)
+
+
+async def _soak(
+    console: Console, soak_s: float, seed: int, seconds: float, scale: float, budget_mib: float
+) -> None:
+    """Run a soak, and exit with 1 if it breaks a bound."""
+    result = await soak.soak(
+        soak_s, seed, seconds, scale, lambda line: console.print(line, highlight=False)
+    )
+    for line in result.lines(budget_mib):
+        console.print(line, markup=False, highlight=False)
+    if result.problems(budget_mib):
         raise typer.Exit(1)
 
 

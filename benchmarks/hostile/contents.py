@@ -114,7 +114,7 @@ async def forks(assault: Assault) -> None:
     body = session_pb2.ForkSessionRequest(
         user_id=assault.account.user_id,
         session_id=assault.account.sessions["long"],
-        through_seq=20_000,
+        through_seq=assault.account.long_count,
     ).SerializeToString()
     await assault.begin()
     await assault.flood("ForkSession", [body], concurrency=assault.parameter("concurrency"))

@@ -130,8 +130,9 @@ async def _store_long(data: _Store, account: Account, scale: float) -> None:
     """Store sessions of many messages."""
     long = [
         _message(" ".join(_WORDS[(index * step) % len(_WORDS)] for step in range(1, 30)))
-        for index in range(max(int(20_000 * scale), 20_000))
+        for index in range(int(20_000 * scale))
     ]
+    account.long_count = len(long)
     await data.send_all("AppendMessages", _appends(account, "long", long))
     system = _message("you are helpful", role=message_pb2.ROLE_SYSTEM)
     await data.send_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +18,7 @@ from benchmarks.load_generator import BenchError
 _PREPARE_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 5.0
 _MEASURE_TIMEOUT_S = 60.0
+_CHECK_TIMEOUT_S = 600.0
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 
 
@@ -92,6 +94,34 @@ class ProbeProcess:
     async def stop(self) -> None:
         """End the process."""
         await self._child.kill()
+
+
+class OrdinaryProcess:
+    """The process of the ordinary users of a soak."""
+
+    def __init__(self, child: _Child) -> None:
+        self._child = child
+
+    @classmethod
+    async def start(cls, accounts: Sequence[Account], cores: Cores | None, folder: Path) -> Self:
+        """Start the process and let the users converse."""
+        child = await _Child.start("ordinary", cores, folder / "ordinary.log")
+        child.write(str(len(accounts)))
+        for account in accounts:
+            child.write(account.to_json())
+        if await child.read(_PREPARE_TIMEOUT_S) != "ready":
+            raise BenchError(f"the ordinary users did not start:\n{child.error_text()}")
+        return cls(child)
+
+    async def end(self) -> dict[str, Any]:
+        """End the conversations, let the process check the stored messages, and return it all."""
+        self._child.write("stop")
+        line = await self._child.read(_CHECK_TIMEOUT_S)
+        await self._child.kill()
+        if not line:
+            raise BenchError(f"the ordinary users ended:\n{self._child.error_text()}")
+        result: dict[str, Any] = json.loads(line)
+        return result
 
 
 class AttackerProcess:

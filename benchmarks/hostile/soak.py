@@ -1,0 +1,141 @@
+"""The soak: attackers and ordinary users together, for as long as asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
+
+from benchmarks.hostile import data
+from benchmarks.hostile.attacks import attacks
+from benchmarks.hostile.processes import AttackerProcess, OrdinaryProcess
+from benchmarks.hostile.run import RESULTS, keep_logs, run_folder, store_accounts, wait_for_index
+from benchmarks.hostile.server import Cores, HostileServer, new_key, serving
+from benchmarks.load_generator import BenchError
+
+_USERS = 6
+_ATTACKS = 60
+"""Attacks of one cycle. The cycle repeats, so that each third of the time has the same ones."""
+_PAUSE_S = 3.0
+"""Pause between two attacks: the rate of the attacks is moderate."""
+_SAMPLE_INTERVAL_S = 1.0
+MAX_GROWTH = 0.05
+"""Limit of the change of the mean memory from the first third of the time to the last one."""
+_MIN_CALLS = 100
+
+
+@dataclass
+class SoakResult:
+    """The measurements of a soak."""
+
+    memory_mib: list[float] = field(default_factory=list)
+    """The service's resident memory, once a second."""
+    attacks: int = 0
+    tally: dict[str, int] = field(default_factory=dict)
+    """The attackers' calls by status."""
+    ordinary: dict[str, Any] = field(default_factory=dict)
+    """The result of the ordinary users' process."""
+
+    @property
+    def thirds_mib(self) -> tuple[float, float]:
+        """Mean memory in the first and in the last third of the time."""
+        third = max(len(self.memory_mib) // 3, 1)
+        return mean(self.memory_mib[:third]), mean(self.memory_mib[-third:])
+
+    @property
+    def growth(self) -> float:
+        """Relative change of the memory from the first third to the last one."""
+        first, last = self.thirds_mib
+        return last / first - 1
+
+    def problems(self, budget_mib: float) -> list[str]:
+        """Return the broken bounds, each as a phrase."""
+        problems = []
+        if abs(self.growth) > MAX_GROWTH:
+            problems.append(f"memory changed by {self.growth:+.1%}")
+        if (peak_mib := max(self.memory_mib)) > budget_mib:
+            problems.append(f"memory reached {peak_mib:.0f} MiB")
+        if self.ordinary["calls"] < _MIN_CALLS:
+            problems.append("ordinary users made too few calls")
+        problems += [f"{name} x{count}" for name, count in self.ordinary["failures"].items()]
+        problems += self.ordinary["problems"][:10]
+        return problems
+
+    def lines(self, budget_mib: float) -> list[str]:
+        """Return the report."""
+        first, last = self.thirds_mib
+        ordinary = self.ordinary
+        problems = self.problems(budget_mib)
+        attacks = (
+            f"{len(self.memory_mib)} s, {self.attacks} attacks with {sum(self.tally.values()):,} "
+            "calls, connections and frames"
+        )
+        users = (
+            f"ordinary users: {ordinary['calls']:,} calls, p99 {ordinary['p99_ms']} ms, slowest "
+            f"{ordinary['max_ms']} ms, {sum(ordinary['failures'].values())} failed; "
+            f"{ordinary['messages']:,} messages in {ordinary['sessions']} sessions, "
+            f"{ordinary['watched']:,} watched"
+        )
+        memory = (
+            f"memory: first third {first:.0f} MiB, last third {last:.0f} MiB "
+            f"({self.growth:+.1%}), at most {max(self.memory_mib):.0f} MiB"
+        )
+        return [attacks, users, memory, "problems: " + ("; ".join(problems) or "none")]
+
+
+async def soak(
+    seconds: float, seed: int, attack_s: float, scale: float, say: Callable[[str], None]
+) -> SoakResult:
+    """Run attacks and ordinary users together, on a service with default settings.
+
+    Args:
+        seconds: Length of the soak.
+        seed: Determines the attacks.
+        attack_s: Length of an attack.
+        scale: Share of the attacker's large data.
+        say: Prints progress.
+    """
+    cores, key, result = Cores.of_this_machine(), new_key(), SoakResult()
+    async with run_folder() as folder, serving(folder, key, is_search_on=True) as server:
+        try:
+            say("storing the data")
+            attacker, _ = await store_accounts(server, key, scale)
+            users = [data.new_account(server.address, key) for _ in range(_USERS)]
+            for user in users:
+                await data.store(user, is_attacker=False)
+            await wait_for_index(server)
+            server.pin(cores)
+            ordinary = await OrdinaryProcess.start(users, cores, folder)
+            sampler = asyncio.create_task(_sample(server, result.memory_mib))
+            deadline = time.monotonic() + seconds
+            cycle = attacks(seed, _ATTACKS)
+            while time.monotonic() < deadline:
+                attack = cycle[result.attacks % len(cycle)]
+                process = await AttackerProcess.start(cores, folder)
+                await process.prepare(attacker, attack)
+                for status, count in (await process.attack(attack_s)).items():
+                    result.tally[status] = result.tally.get(status, 0) + count
+                result.attacks += 1
+                if not server.is_running:
+                    raise BenchError(f"the service ended during {attack}")
+                server.pin(cores)
+                if result.attacks % len(cycle) == 0:
+                    say(f"{result.attacks} attacks, {result.memory_mib[-1]:.0f} MiB")
+                await asyncio.sleep(_PAUSE_S)
+            sampler.cancel()
+            result.ordinary = await ordinary.end()
+        finally:
+            keep_logs(folder)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "soak.json").write_text(json.dumps(result.__dict__, indent=1) + "\n")
+    return result
+
+
+async def _sample(server: HostileServer, memory_mib: list[float]) -> None:
+    while True:
+        memory_mib.append(server.resident_mib())
+        await asyncio.sleep(_SAMPLE_INTERVAL_S)
