@@ -24,7 +24,7 @@ _PAUSE_S = 3.0
 """Pause between two attacks: the rate of the attacks is moderate."""
 _SAMPLE_INTERVAL_S = 1.0
 MAX_GROWTH = 0.05
-"""Limit of the change of the mean memory from the first third of the time to the last one."""
+"""Limit of the growth of the mean memory from the first third of the time to the last one."""
 _MIN_CALLS = 100
 
 
@@ -55,8 +55,8 @@ class SoakResult:
     def problems(self, budget_mib: float) -> list[str]:
         """Return the broken bounds, each as a phrase."""
         problems = []
-        if abs(self.growth) > MAX_GROWTH:
-            problems.append(f"memory changed by {self.growth:+.1%}")
+        if self.growth > MAX_GROWTH:
+            problems.append(f"memory grew by {self.growth:+.1%}")
         if (peak_mib := max(self.memory_mib)) > budget_mib:
             problems.append(f"memory reached {peak_mib:.0f} MiB")
         if self.ordinary["calls"] < _MIN_CALLS:
