@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -25,7 +27,9 @@ _MAX_TEXT_CHARS = 8_192
 _MAX_TOTAL_CHARS = 262_144
 """Characters of all texts of one rerank, which take about a tenth of a second."""
 _MAX_PART_CHARS = 131_072
-"""Characters of the texts that the search process embeds in one request."""
+"""Characters of the texts that are embedded in one request."""
+_MAX_REMOTE_PART_TEXTS = 32
+"""Texts of one request to an endpoint, whose reply has about 20 bytes for each number."""
 
 
 class Embeddings(Protocol):
@@ -110,16 +114,34 @@ class OfflineEmbeddings:
         await self._process.close()
 
 
-def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def _parts(texts: Sequence[str], max_texts: int = sys.maxsize) -> Iterator[Sequence[str]]:
     """Split texts into parts of up to _MAX_PART_CHARS; a longer text is a part of its own."""
     start = part_chars = 0
     for end, text in enumerate(texts):
-        if end > start and part_chars + len(text) > _MAX_PART_CHARS:
+        is_full = end - start == max_texts or part_chars + len(text) > _MAX_PART_CHARS
+        if end > start and is_full:
             yield texts[start:end]
             start, part_chars = end, 0
         part_chars += len(text)
     if texts:
         yield texts[start:]
+
+
+def _packed(numbers: Sequence[float]) -> bytes:
+    if not math.isfinite(sum(numbers)):
+        raise ValueError("a vector has a number that is not finite")
+    return pack_vector(numbers)
+
+
+class _EndpointFailed(SearchUnavailable):
+    """The endpoint replied with an error, or not in time. Its texts may be the cause."""
+
+
+def _error_of_status(status: int) -> Exception:
+    if status in _INPUT_ERRORS:
+        return InputRejected(f"the embeddings endpoint refuses the text (HTTP {status})")
+    error_class = SearchOverloaded if status == _TOO_MANY_REQUESTS else _EndpointFailed
+    return error_class(f"the embeddings endpoint answers HTTP {status}")
 
 
 class RemoteEmbeddings:
@@ -143,7 +165,7 @@ class RemoteEmbeddings:
 
     async def dimensions(self) -> int:
         if self._dimensions is None:
-            dimensions = len(await self.embed([_PROBE_TEXT])) // FLOAT_BYTES
+            dimensions = len(await self._probe()) // FLOAT_BYTES
             if self._configured_dimensions not in (None, dimensions):
                 raise SearchMisconfigured(
                     f"EMBEDDINGS_DIMENSIONS is {self._configured_dimensions}, and the vectors of "
@@ -152,33 +174,55 @@ class RemoteEmbeddings:
             self._dimensions = dimensions
         return self._dimensions
 
+    async def _probe(self) -> bytes:
+        try:
+            return await self._request([_PROBE_TEXT])
+        except InputRejected as error:  # It rejects every text.
+            raise SearchUnavailable(str(error)) from error
+
     async def embed(self, texts: Sequence[str]) -> bytes:
+        # In parts, since the conversion of a reply holds the event loop.
+        parts = _parts(texts, max_texts=_MAX_REMOTE_PART_TEXTS)
+        return b"".join([await self._embed(part) for part in parts])
+
+    async def _embed(self, texts: Sequence[str]) -> bytes:
+        try:
+            return await self._request(texts)
+        except _EndpointFailed as error:
+            # An endpoint that embeds another text fails because of these texts.
+            await self._probe()
+            if len(texts) > 1:
+                raise InputRejected(str(error)) from None
+        try:
+            return await self._request(texts)
+        except _EndpointFailed as error:
+            raise InputRejected(str(error)) from None
+
+    async def _request(self, texts: Sequence[str]) -> bytes:
         try:
             reply = await self._client.embeddings.create(model=self.model, input=list(texts))
         except self._openai.APIStatusError as error:
-            # Other client errors, such as a wrong key or model name, are for the operator to fix.
-            # They are no reason to reject the text.
-            if error.status_code in _INPUT_ERRORS:
-                raise InputRejected(
-                    f"the embeddings endpoint refuses the text (HTTP {error.status_code})"
-                ) from error
-            is_overloaded = error.status_code == _TOO_MANY_REQUESTS
-            error_class = SearchOverloaded if is_overloaded else SearchUnavailable
-            raise error_class(
-                f"the embeddings endpoint answers HTTP {error.status_code}"
-            ) from error
+            raise _error_of_status(error.status_code) from error
+        except self._openai.APITimeoutError as error:
+            raise _EndpointFailed("the embeddings endpoint does not reply in time") from error
         except self._openai.OpenAIError as error:
             raise SearchUnavailable(
                 f"the embeddings endpoint does not respond ({type(error).__name__})"
             ) from error
-        # The protocol identifies vectors by `index` and guarantees no order.
-        by_index = sorted(reply.data, key=lambda item: item.index)
-        vectors = [item.embedding for item in by_index]
-        if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) > 1:
-            raise SearchUnavailable(
+        try:
+            # The protocol identifies vectors by `index` and guarantees no order.
+            by_index = sorted(reply.data, key=lambda item: item.index)
+            vectors = [_packed(item.embedding) for item in by_index]
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise _EndpointFailed("the embeddings endpoint returned a malformed vector") from error
+        sizes = {len(vector) for vector in vectors}
+        if self._dimensions is not None:
+            sizes.add(self._dimensions * FLOAT_BYTES)
+        if len(vectors) != len(texts) or len(sizes) > 1:
+            raise _EndpointFailed(
                 "the embeddings endpoint did not return one vector of the same length for each text"
             )
-        return b"".join(map(pack_vector, vectors))
+        return b"".join(vectors)
 
     async def embed_query(self, query: str) -> bytes:
         return await self.embed([query])

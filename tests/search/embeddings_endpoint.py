@@ -14,7 +14,15 @@ class EmbeddingsEndpoint:
     def __init__(self) -> None:
         self.status = 200
         self.rejected_text = "\0"
-        """Requests with this in a text are answered with status 400."""
+        """Requests with this in a text are answered with `rejected_status`."""
+        self.rejected_status = 400
+        self.malformed_text = "\0"
+        """The vector of a text with this is malformed: it has a `null`."""
+        self.delay_s = 0.0
+        """Time from a request to its reply."""
+        self.max_in_flight = 0
+        """Most requests that were in flight at a time."""
+        self._in_flight = 0
         self.requests: list[tuple[str, dict[str, Any]]] = []
         """Head and body of each request."""
         self.url = ""
@@ -40,9 +48,15 @@ class EmbeddingsEndpoint:
         )
         request = json.loads(await reader.readexactly(length))
         self.requests.append((head, request))
+        self._in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self._in_flight)
+        try:
+            await asyncio.sleep(self.delay_s)
+        finally:
+            self._in_flight -= 1
         is_rejected = any(self.rejected_text in text for text in request["input"])
-        status = 400 if is_rejected else self.status
-        reply = _embed(request) if status == 200 else {"error": {"message": "no"}}
+        status = self.rejected_status if is_rejected else self.status
+        reply = self._embed(request) if status == 200 else {"error": {"message": "no"}}
         body = json.dumps(reply).encode()
         writer.write(
             f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\n"
@@ -53,20 +67,24 @@ class EmbeddingsEndpoint:
         writer.close()
         await writer.wait_closed()
 
-
-def _embed(request: dict[str, Any]) -> dict[str, Any]:
-    data = [
-        {
-            "object": "embedding",
-            "index": index,
-            "embedding": [byte / 255 for byte in hashlib.sha256(text.encode()).digest()[:4]],
+    def _embed(self, request: dict[str, Any]) -> dict[str, Any]:
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": self._vector(text),
+            }
+            for index, text in enumerate(request["input"])
+        ]
+        # Not in the order of the texts: `index` assigns the vectors.
+        return {
+            "object": "list",
+            "data": data[::-1],
+            "model": request["model"],
+            "usage": {"prompt_tokens": 1, "total_tokens": 1},
         }
-        for index, text in enumerate(request["input"])
-    ]
-    # Not in the order of the texts: `index` assigns the vectors.
-    return {
-        "object": "list",
-        "data": data[::-1],
-        "model": request["model"],
-        "usage": {"prompt_tokens": 1, "total_tokens": 1},
-    }
+
+    def _vector(self, text: str) -> list[float | None]:
+        if self.malformed_text in text:
+            return [0.5, None, 0.5, 0.5]
+        return [byte / 255 for byte in hashlib.sha256(text.encode()).digest()[:4]]

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from chathistory.v1 import document_pb2
+from grpc.aio import AioRpcError
 
 from service.search import indexer
 from service.search.embeddings import RemoteEmbeddings
+from service.search.query_queue import REMOTE_LIMITS
 from service.search.service import Search
 from service.search.types import (
     InputRejected,
@@ -26,7 +28,7 @@ from tests.search.library import INDEXED, SEMANTIC, Library
 from tests.search.waits import wait_until, wait_until_indexed, wait_until_searchable
 from tests.support.chat import Chat
 from tests.support.cluster import fetch
-from tests.support.failures import assert_fails
+from tests.support.failures import assert_fails, assert_field_violations, read_failure
 from tests.support.servers import connected, serving
 
 FAILED = document_pb2.DOCUMENT_STATUS_FAILED
@@ -95,6 +97,101 @@ async def test_each_failure_of_the_endpoint_raises_its_error(endpoint: Embedding
     with pytest.raises(SearchUnavailable):
         await unreachable.embed(["a"])
     await unreachable.close()
+
+
+@pytest.mark.parametrize("status", [403, 404, 500, 503])
+async def test_text_that_the_endpoint_fails_for_is_rejected_and_not_the_others(
+    endpoint: EmbeddingsEndpoint, status: int
+) -> None:
+    embeddings = RemoteEmbeddings(endpoint.url, "tiny", None, None, 2.0)
+    endpoint.rejected_text, endpoint.rejected_status = "poison", status
+    for texts in (["poison"], ["good", "poison"]):
+        with pytest.raises(InputRejected, match=f"HTTP {status}"):
+            await embeddings.embed(texts)
+    assert len(await embeddings.embed(["good"])) == 16
+    endpoint.status = status
+    with pytest.raises(SearchUnavailable):
+        await embeddings.embed(["good"])
+    await embeddings.close()
+
+
+async def test_large_batches_are_sent_in_parts(endpoint: EmbeddingsEndpoint) -> None:
+    embeddings = RemoteEmbeddings(endpoint.url, "tiny", None, None, 2.0)
+    texts = [f"text {n}" for n in range(70)] + ["x" * 8192] * 40
+    vectors = await embeddings.embed(texts)
+    sent = [request["input"] for _, request in endpoint.requests]
+    assert [text for part in sent for text in part] == texts
+    assert max(map(len, sent)) == 32
+    assert max(sum(map(len, part)) for part in sent) <= 131_072
+    assert len(vectors) == 16 * len(texts)
+    await embeddings.close()
+
+
+async def test_endpoint_that_rejects_every_text_is_unavailable(
+    endpoint: EmbeddingsEndpoint,
+) -> None:
+    embeddings = RemoteEmbeddings(endpoint.url, "tiny", None, None, 2.0)
+    endpoint.status = 400
+    with pytest.raises(SearchUnavailable, match="HTTP 400"):
+        await embeddings.dimensions()
+    await embeddings.close()
+
+
+async def test_text_with_a_malformed_vector_is_rejected_and_not_the_others(
+    endpoint: EmbeddingsEndpoint,
+) -> None:
+    embeddings = RemoteEmbeddings(endpoint.url, "tiny", None, None, 2.0)
+    endpoint.malformed_text = "poison"
+    for texts in (["poison"], ["good", "poison"]):
+        with pytest.raises(InputRejected):
+            await embeddings.embed(texts)
+    assert len(await embeddings.embed(["good"])) == 16
+    endpoint.malformed_text = ""
+    with pytest.raises(SearchUnavailable):
+        await embeddings.embed(["good"])
+    await embeddings.close()
+
+
+async def test_query_that_the_endpoint_fails_for_leaves_search_healthy(
+    database_url: str, endpoint: EmbeddingsEndpoint, remote_embeddings: dict[str, Any]
+) -> None:
+    endpoint.rejected_text, endpoint.rejected_status = "poison", 500
+    async with searchable(database_url, remote_embeddings) as (server, library):
+        changes: list[bool] = []
+        server.search.on_change = lambda: changes.append(server.search.is_healthy)
+        document = await library.create(["some text"])
+        rejected = await library.create(["other text", "poison"])
+        await wait_for_status(library, document.id, INDEXED)
+        await assert_field_violations(library.search("poison"), "query")
+        hit = (await library.search("some text"))[0]
+        assert hit.document.id == document.id
+
+        async def is_rest_indexed() -> bool:
+            return (await library.search("other text"))[0].document.id == rejected.id
+
+        await wait_until(is_rest_indexed, "the other chunk is indexed")
+        assert changes == []
+
+
+async def test_slow_endpoint_receives_a_bounded_number_of_queries_of_each_user(
+    database_url: str, endpoint: EmbeddingsEndpoint, remote_embeddings: dict[str, Any]
+) -> None:
+    async with searchable(database_url, remote_embeddings) as (server, library):
+        others = Library(await Chat.of_new_user(library.stub))
+        await others.create(["some text"])
+        await wait_until_indexed(server)
+        endpoint.delay_s, endpoint.max_in_flight = 0.3, 0
+        flood = [asyncio.create_task(library.search("flood")) for _ in range(100)]
+        while not endpoint.max_in_flight:
+            await asyncio.sleep(0.01)
+        assert len(await others.search("some text")) == 1
+        results = await asyncio.gather(*flood, return_exceptions=True)
+        rejections = [result for result in results if isinstance(result, AioRpcError)]
+        assert {read_failure(error).reason for error in rejections} == {"OVERLOADED"}
+        limits = REMOTE_LIMITS
+        assert len(flood) - len(rejections) >= limits.max_waiting_per_user
+        assert endpoint.max_in_flight <= limits.max_running_per_user + 1
+        assert server.search.is_healthy
 
 
 async def test_service_searches_by_the_endpoints_vectors(
