@@ -7,6 +7,7 @@ PostgreSQL decides what a caller may see.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import AsyncGenerator, Sequence
 
 from chathistory.v1 import document_pb2, message_pb2, search_pb2
@@ -18,6 +19,7 @@ from service.rpc.handler import Handler
 from service.rpc.paging import MAX_REPLY_BYTES
 from service.search.types import pack_vector
 from service.store import document_chunks, fulltext
+from service.store.db.work_class import WorkClass
 from service.store.document_chunks import ChunkKey
 from service.store.rows import DocumentRow
 
@@ -33,6 +35,9 @@ RANK_CONSTANT = 60
 
 60 is the value of Cormack, Clarke and Büttcher (SIGIR 2009), who introduced the method.
 """
+
+_TAGS = {fulltext.MATCH_START: "<mark>", fulltext.MATCH_END: "</mark>"}
+_MARKS = re.compile(f"([{''.join(_TAGS)}])")
 
 MessageKey = tuple[str, str]
 """A message: session id, message id."""
@@ -74,23 +79,40 @@ class Searches(Handler):
         if not request.query.strip():
             raise InvalidArgument.field("query", "is required")
         limit = request.limit or DEFAULT_LIMIT
-        scores = await self._message_scores(request, user_id, limit, call)
-        keys = list(scores)[: limit + SPARE_HITS]
-        reply = message_pb2.SearchMessagesResponse()
-        if not keys:
-            return reply
-        matches = await fulltext.read_matches(
-            self.reads, user_id, keys, request.query, call.deadline
+        mode = self._effective_mode(request.mode)
+        query = await self.database.read(
+            lambda connection: fulltext.read_query(
+                connection, request.query, is_cut=mode != message_pb2.SEARCH_MODE_LEXICAL
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
         )
-        for match in matches[:limit]:
-            reply.hits.add(
-                message=await self.conversions.message(
-                    match.message, match.session_id, user_id, call.deadline
-                ),
-                score=scores[match.session_id, match.message.id],
-                snippet=_snippet_html(match.snippet),
-            )
-        return reply
+        # Semantic first: if the index is unavailable, no lexical search is run in vain.
+        semantic = await self._semantic_scores(request, mode, user_id, limit, call)
+        is_lexical = mode != message_pb2.SEARCH_MODE_SEMANTIC and query is not None
+        scores: dict[MessageKey, float] = {}
+
+        def rank(lexical: Sequence[fulltext.Match]) -> Sequence[MessageKey]:
+            nonlocal scores
+            scores = _fused_scores(lexical, semantic)
+            return list(scores)[: limit + SPARE_HITS]
+
+        if not is_lexical and not semantic:
+            return message_pb2.SearchMessagesResponse()
+        matches = await self.database.read(
+            lambda connection: fulltext.find(
+                connection,
+                user_id,
+                query,
+                request.session_id.lower() or None,
+                _candidate_count(mode, limit) if is_lexical else 0,
+                rank,
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
+            work_class=WorkClass.EXPENSIVE,
+        )
+        return await self._messages_reply(matches[:limit], scores, user_id, call)
 
     async def RebuildSearchIndex(
         self, request: search_pb2.RebuildSearchIndexRequest, call: Call
@@ -140,29 +162,6 @@ class Searches(Handler):
             return scores
         return dict(sorted(zip(scores, text_scores, strict=True), key=lambda item: -item[1]))
 
-    async def _message_scores(
-        self, request: message_pb2.SearchMessagesRequest, user_id: str, limit: int, call: Call
-    ) -> dict[MessageKey, float]:
-        """Return the scores of messages by the requested mode, best first."""
-        query, session_id = request.query, request.session_id.lower()
-        match self._effective_mode(request.mode):
-            case message_pb2.SEARCH_MODE_LEXICAL:
-                return await self._lexical_scores(user_id, query, session_id, limit, call)
-            case message_pb2.SEARCH_MODE_SEMANTIC:
-                return await self._semantic_scores(
-                    user_id, query, session_id, limit + SPARE_HITS, call
-                )
-            case _:
-                candidate_count = max(MIN_FUSED_HITS, limit)
-                # Semantic first: if the index is unavailable, no lexical search is run in vain.
-                semantic = await self._semantic_scores(
-                    user_id, query, session_id, candidate_count, call
-                )
-                lexical = await self._lexical_scores(
-                    user_id, query, session_id, candidate_count, call
-                )
-                return reciprocal_rank_fusion((lexical, semantic))
-
     def _effective_mode(
         self, mode: message_pb2.SearchMode.ValueType
     ) -> message_pb2.SearchMode.ValueType:
@@ -185,19 +184,70 @@ class Searches(Handler):
             )
         return mode
 
-    async def _lexical_scores(
-        self, user_id: str, query: str, session_id: str, limit: int, call: Call
-    ) -> dict[MessageKey, float]:
-        matches = await fulltext.search(
-            self.reads, user_id, query, session_id or None, limit, call.deadline
-        )
-        return {(match.session_id, match.message_id): match.rank for match in matches}
-
     async def _semantic_scores(
-        self, user_id: str, query: str, session_id: str, limit: int, call: Call
-    ) -> dict[MessageKey, float]:
-        hits = await self.search.search_messages(user_id, query, session_id, limit, call.deadline)
+        self,
+        request: message_pb2.SearchMessagesRequest,
+        mode: message_pb2.SearchMode.ValueType,
+        user_id: str,
+        limit: int,
+        call: Call,
+    ) -> dict[MessageKey, float] | None:
+        """Return the scores of messages by meaning, best first; None if the mode needs none."""
+        if mode == message_pb2.SEARCH_MODE_LEXICAL:
+            return None
+        hits = await self.search.search_messages(
+            user_id,
+            request.query,
+            request.session_id.lower(),
+            _candidate_count(mode, limit),
+            call.deadline,
+        )
         return {(hit.point.entity_id, hit.point.item): hit.score for hit in hits}
+
+    async def _messages_reply(
+        self,
+        matches: Sequence[fulltext.MatchedMessage],
+        scores: dict[MessageKey, float],
+        user_id: str,
+        call: Call,
+    ) -> message_pb2.SearchMessagesResponse:
+        """Return the hits, as many as fit into a reply with their snippets."""
+        reply = message_pb2.SearchMessagesResponse()
+        total_bytes = 0
+        for match in matches:
+            hit = message_pb2.MessageHit(
+                message=await self.conversions.message(
+                    match.message, match.session_id, user_id, call.deadline
+                ),
+                score=scores[match.session_id, match.message.id],
+                snippet=_snippet_html(match.snippet),
+            )
+            total_bytes += hit.ByteSize()
+            if total_bytes > MAX_REPLY_BYTES and reply.hits:
+                break
+            reply.hits.append(hit)
+        return reply
+
+
+def _candidate_count(mode: message_pb2.SearchMode.ValueType, limit: int) -> int:
+    """Return the number of messages that each ranking of a search returns."""
+    match mode:
+        case message_pb2.SEARCH_MODE_LEXICAL:
+            return limit
+        case message_pb2.SEARCH_MODE_SEMANTIC:
+            return limit + SPARE_HITS
+        case _:
+            return max(MIN_FUSED_HITS, limit)
+
+
+def _fused_scores(
+    lexical: Sequence[fulltext.Match], semantic: dict[MessageKey, float] | None
+) -> dict[MessageKey, float]:
+    """Return the scores of messages, best first, from the rankings that the mode has."""
+    ranks = {(match.session_id, match.message_id): match.rank for match in lexical}
+    if semantic is None:
+        return ranks
+    return reciprocal_rank_fusion((ranks, semantic))
 
 
 def _documents_reply(
@@ -237,6 +287,18 @@ def reciprocal_rank_fusion(
 
 
 def _snippet_html(snippet: str) -> str:
-    """Return a snippet as HTML: matches in `<mark>`, everything else escaped."""
-    escaped = html.escape(snippet, quote=False)
-    return escaped.replace(fulltext.MATCH_START, "<mark>").replace(fulltext.MATCH_END, "</mark>")
+    """Return a snippet as HTML: matches in `<mark>`, everything else escaped.
+
+    A long snippet is cut, perhaps within a match.
+    """
+    parts: list[str] = []
+    is_marked = False
+    for part in _MARKS.split(html.escape(snippet, quote=False)):
+        if part not in _TAGS:
+            parts.append(part)
+        elif is_marked != (part == fulltext.MATCH_START):
+            is_marked = not is_marked
+            parts.append(_TAGS[part])
+    if is_marked:
+        parts.append("</mark>")
+    return "".join(parts)

@@ -1,7 +1,8 @@
 """Lexical search of messages: a scan of the user's own messages.
 
 It needs no index, and so costs the append path nothing; docs/explanation/search-quality.md has
-measurements.
+measurements. The cost of a search is limited by the words of its query, by the number and the
+size of the messages that are parsed, and by the statement timeout of expensive work.
 
 Words are compared as written, ignoring case, in any language (PostgreSQL's `simple` configuration).
 Users write several languages, often in one session, and the stemmer of a wrong language finds fewer
@@ -10,35 +11,57 @@ matches than no stemmer. Semantic search finds other forms of a word.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store.db.hot_pool import Record, Statement
-from service.store.db.read_batching import ReadBatcher
+from service.errors import InvalidArgument
+from service.store import tsquery
+from service.store.db.db_errors import sqlstate
+from service.store.db.hot_pool import Statement, fetch_on
 from service.store.rows import MAX_PAGE_BYTES, MessageRow, message_columns
 from service.store.tables import chat_messages
 
 MATCH_START, MATCH_END = "\ue000", "\ue001"
-"""Marks of a match in a snippet: private use characters, which text rarely contains.
+"""Marks of a match in a snippet: private use characters, which are removed from the text itself."""
 
-Known defect: they are not removed from the text, so the snippet of a message that contains them has
-unbalanced marks.
-"""
-
+MAX_TERMS = 64
+"""Words of a query, with each part of a hyphenated or otherwise compound word."""
+MAX_RANKED_TERMS = 16
+"""Words of a query that count for the rank: its first ones. Ranking by more costs seconds."""
+MAX_COMPARED_WORDS = 8
+"""Words that must occur and are searched for in a text before it is parsed: the longest ones."""
 MAX_CANDIDATES = 2000
-"""Messages that contain the words and are ranked, at most: the newest ones."""
+"""Messages that contain the words and are parsed and ranked, at most: the newest ones."""
+MAX_CANDIDATE_BYTES = 4 * 1024 * 1024
+"""Bytes of these messages' texts, at most."""
 MAX_TEXT_CHARS = 32_768
-"""Characters of a message, from its beginning, that are ranked and that snippets are taken from."""
+"""Characters of a message, from its beginning, that are searched and that snippets are from."""
+MAX_SNIPPET_CHARS = 1_200
+"""Characters of a snippet before it is escaped. A usual one has 400; a long word needs more."""
+SNIPPET_LEAD_CHARS = 300
+"""Characters of a long snippet before its first match."""
+_EXCERPT_CHARS, _EXCERPT_STEP_CHARS = 4_096, 3_840
+"""Lengths and distances of the excerpts of a text, of which the best one contains the snippet.
+
+PostgreSQL's search for the best snippet costs 0.2 s for a text of 32,768 characters and 64 words.
+"""
 _SNIPPET_OPTIONS = (
     'MaxFragments=2, MaxWords=30, MinWords=12, FragmentDelimiter=" … ", '
     f"StartSel={MATCH_START}, StopSel={MATCH_END}"
 )
-_EXCLUDED_TERM = re.compile(r"(?<!\S)-(\"[^\"]*\"?|\S+)")
-_PHRASE = re.compile(r'"[^"]*"?')
-_OR = re.compile(r"(?<!\S)or(?!\S)", re.IGNORECASE)
+_PARSE = sa.select(
+    sa.cast(sa.func.websearch_to_tsquery("simple", sa.bindparam("query", type_=sa.Text())), sa.Text)
+)
+_PARSE_ERRORS = ("XX000", "54000", "54001")
+"""PostgreSQL's errors for a query that it cannot parse.
+
+More than 32 operators in a row, such as `-`, are an internal error: "tsquery stack too small".
+"""
 
 
 class Match(NamedTuple):
@@ -57,33 +80,117 @@ class MatchedMessage(NamedTuple):
     snippet: str
 
 
+@dataclass(frozen=True, slots=True)
+class LexicalQuery:
+    """A query as PostgreSQL reads it, with what is derived from it. Queries are in text form."""
+
+    matched: str
+    """The query that decides whether a message matches."""
+    ranked: str | None
+    """The query that ranks a message; None if the query only excludes words."""
+    marked: str
+    """The query whose words are marked in snippets."""
+    all_patterns: Sequence[str]
+    """LIKE patterns that all apply to a text that matches."""
+    any_patterns: Sequence[str]
+    """LIKE patterns of which one applies to a text that matches, unless there are none."""
+
+
+async def read_query(
+    connection: AsyncConnection, text: str, *, is_cut: bool
+) -> LexicalQuery | None:
+    """Have PostgreSQL parse what a user has typed; None if there is nothing to search for.
+
+    Args:
+        connection: The connection.
+        text: The query: words, "phrases", `or`, and `-` before a word that must not occur.
+        is_cut: Whether to use the first MAX_TERMS words of a longer query instead of rejecting it,
+            and none of a query that PostgreSQL cannot parse.
+
+    Raises:
+        InvalidArgument: the query has more than MAX_TERMS words, or PostgreSQL cannot parse it.
+    """
+    try:
+        parsed: str = (await connection.execute(_PARSE, {"query": text})).scalar_one()
+    except DBAPIError as error:
+        if sqlstate(error) not in _PARSE_ERRORS:
+            raise
+        if is_cut:
+            return None
+        raise InvalidArgument.field("query", "has too many operators in a row") from None
+    node = tsquery.parse(parsed)
+    if node is None:
+        return None
+    count = tsquery.count_terms(node)
+    if count > MAX_TERMS and not is_cut:
+        raise InvalidArgument.field(
+            "query",
+            f"has {count} words, counting each part of a compound word; lexical search takes at "
+            f"most {MAX_TERMS}",
+        )
+    return derive(tsquery.first_terms(node, MAX_TERMS))
+
+
+def derive(node: tsquery.Node) -> LexicalQuery:
+    """Return a query with what a search needs of it."""
+    wanted = tsquery.without_exclusions(node)
+    required = tsquery.required_words(node, MAX_COMPARED_WORDS)
+    return LexicalQuery(
+        matched=tsquery.render(node),
+        ranked=(
+            None
+            if wanted is None
+            else tsquery.render(tsquery.first_terms(wanted, MAX_RANKED_TERMS))
+        ),
+        marked=" | ".join(tsquery.render(tsquery.Term(word)) for word in tsquery.words(wanted)),
+        all_patterns=_patterns(required.all),
+        any_patterns=_patterns(required.any),
+    )
+
+
+def _patterns(words: Iterable[str]) -> list[str]:
+    """Return LIKE patterns for texts in lower case that contain these words."""
+    escape = str.maketrans(
+        # The lower case of a sigma depends on the characters around it.
+        {"\\": r"\\", "%": r"\%", "_": r"\_", "\u03c3": "_", "\u03c2": "_"}
+    )
+    return [f"%{word.translate(escape)}%" for word in words]
+
+
 def _search_statement(*, in_session: bool) -> Statement:
-    # Comparing text is cheap and finds all messages with the words; only those are then parsed.
-    match = "AND m.session_id = $6" if in_session else ""
+    # Comparing text is cheap and excludes most messages; only the others are then parsed. Sizes are
+    # summed before any text is parsed.
+    match = "AND m.session_id = $7" if in_session else ""
     return Statement.from_text(f"""
-WITH wanted AS (
-    SELECT websearch_to_tsquery('simple', $2) AS query,
-           ARRAY(SELECT '%' || regexp_replace(word, '([\\\\%_])', '\\\\\\1', 'g') || '%'
-                 FROM unnest(tsvector_to_array(to_tsvector('simple', $3))) AS word) AS words
-), candidates AS (
-    SELECT m.session_id, m.seq
+WITH newest AS (
+    SELECT m.session_id, m.seq, m.created_at,
+           least(octet_length(m.content), {MAX_TEXT_CHARS}) AS size
     FROM chat_messages AS m
     WHERE m.user_id = $1 {match} AND m.deleted_at IS NULL AND m.content <> ''
-      AND CASE WHEN $4 THEN lower(m.content) LIKE ANY ((SELECT words FROM wanted)::text[])
-               ELSE lower(m.content) LIKE ALL ((SELECT words FROM wanted)::text[]) END
+      AND CASE WHEN cardinality($3::text[]) = 0 AND cardinality($4::text[]) = 0 THEN true
+               ELSE (SELECT lowered.text LIKE ALL ($3::text[])
+                        AND (cardinality($4::text[]) = 0 OR lowered.text LIKE ANY ($4::text[]))
+                     FROM (SELECT lower(left(m.content, {MAX_TEXT_CHARS})) AS text OFFSET 0)
+                         AS lowered)
+          END
     ORDER BY m.created_at DESC, m.session_id, m.seq DESC
     LIMIT {MAX_CANDIDATES}
+), candidates AS (
+    SELECT session_id, seq, sum(size) OVER (
+        ORDER BY created_at DESC, session_id, seq DESC ROWS UNBOUNDED PRECEDING
+    ) - size AS bytes_before
+    FROM newest
 )
-SELECT c.session_id::text, m.id::text, ts_rank_cd(v.lexemes, w.query)::float8 AS rank
+SELECT c.session_id::text, m.id::text,
+       coalesce(ts_rank_cd(v.lexemes, $5::tsquery), 0)::float8 AS rank
 FROM candidates AS c
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = c.session_id AND m.seq = c.seq
-CROSS JOIN wanted AS w
 CROSS JOIN LATERAL (
     SELECT to_tsvector('simple', left(m.content, {MAX_TEXT_CHARS})) AS lexemes OFFSET 0
 ) AS v
-WHERE v.lexemes @@ w.query
+WHERE c.bytes_before < {MAX_CANDIDATE_BYTES} AND v.lexemes @@ $2::tsquery
 ORDER BY rank DESC, m.created_at DESC, m.session_id, m.seq DESC
-LIMIT $5
+LIMIT $6
 """)  # noqa: S608 - only constants of this module are inserted
 
 
@@ -103,62 +210,99 @@ WITH matches AS (
     WHERE m.deleted_at IS NULL
 )
 SELECT f.session_id::text,
-       ts_headline(
-           'simple', left(m.content, {MAX_TEXT_CHARS}),
-           replace(plainto_tsquery('simple', $4)::text, '&', '|')::tsquery, '{_SNIPPET_OPTIONS}'
+       substr(
+           s.snippet,
+           greatest(1, strpos(s.snippet, '{MATCH_START}') - {SNIPPET_LEAD_CHARS}),
+           {MAX_SNIPPET_CHARS}
        ),
        {_message_columns}
 FROM matches AS f
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = f.session_id AND m.seq = f.seq
+CROSS JOIN LATERAL (
+    SELECT translate(left(m.content, {MAX_TEXT_CHARS}), '{MATCH_START}{MATCH_END}', '  ') AS text
+    OFFSET 0
+) AS t
+CROSS JOIN LATERAL (
+    SELECT substr(t.text, first, {_EXCERPT_CHARS}) AS text
+    FROM generate_series(1, greatest(1, char_length(t.text)), {_EXCERPT_STEP_CHARS}) AS first
+    ORDER BY
+        ts_rank(to_tsvector('simple', substr(t.text, first, {_EXCERPT_CHARS})), $4::tsquery) DESC,
+        first
+    LIMIT 1
+) AS e
+CROSS JOIN LATERAL (
+    SELECT ts_headline('simple', e.text, $4::tsquery, '{_SNIPPET_OPTIONS}') AS snippet OFFSET 0
+) AS s
 WHERE f.running_bytes - f.size < {MAX_PAGE_BYTES}
 ORDER BY f.n
 """)  # noqa: S608 - only constants of this module are inserted
 
 
-def wanted_words(query: str) -> tuple[str, bool]:
-    """Return a query without its excluded terms, and whether any one of the others is enough.
+async def find(
+    connection: AsyncConnection,
+    user_id: str,
+    query: LexicalQuery | None,
+    session_id: str | None,
+    match_count: int,
+    rank: Callable[[Sequence[Match]], Sequence[tuple[str, str]]],
+) -> list[MatchedMessage]:
+    """Search a user's messages by words, and read those that a ranking selects.
 
-    The latter is true if the query contains the word `or`.
+    Args:
+        connection: The connection, in a transaction.
+        user_id: Owner of the messages.
+        query: The query.
+        session_id: The session to search; None searches all.
+        match_count: Matches to find; 0 if only the ranking finds messages.
+        rank: Returns the (session id, message id) of the messages to read, from the matches.
     """
-    positive = _EXCLUDED_TERM.sub(" ", query)
-    if "or" not in _PHRASE.sub(" ", positive).lower().split():
-        return positive, False
-    return _OR.sub(" ", positive), True
+    matches: list[Match] = []
+    if query is not None and match_count:
+        matches = await search(connection, user_id, query, session_id, match_count)
+    return await read_matches(connection, user_id, rank(matches), query)
 
 
 async def search(
-    reads: ReadBatcher,
+    connection: AsyncConnection,
     user_id: str,
-    query: str,
+    query: LexicalQuery,
     session_id: str | None,
     limit: int,
-    deadline: float,
 ) -> list[Match]:
     """Find up to `limit` of a user's messages by words, best first, newer first at equal rank."""
-    words, is_any_enough = wanted_words(query)
-    arguments = (user_id, query, words, is_any_enough, limit)
-    if session_id is None:
-        records = await reads.database.fetch(_SEARCH_USER, *arguments, deadline=deadline)
-    else:
-        records = await reads.database.fetch(
-            _SEARCH_SESSION, *arguments, session_id, deadline=deadline
-        )
+    statement, session = (
+        (_SEARCH_USER, ()) if session_id is None else (_SEARCH_SESSION, (session_id,))
+    )
+    records = await fetch_on(
+        connection,
+        statement,
+        user_id,
+        query.matched,
+        query.all_patterns,
+        query.any_patterns,
+        query.ranked,
+        limit,
+        *session,
+    )
     return [Match(*record) for record in records]
 
 
 async def read_matches(
-    reads: ReadBatcher, user_id: str, keys: Sequence[tuple[str, str]], query: str, deadline: float
+    connection: AsyncConnection,
+    user_id: str,
+    keys: Sequence[tuple[str, str]],
+    query: LexicalQuery | None,
 ) -> list[MatchedMessage]:
     """Read messages by (session id, message id), in this order, up to MAX_PAGE_BYTES.
 
     Messages that were deleted are left out.
     """
+    if not keys:
+        return []
     session_ids = [session_id for session_id, _ in keys]
     message_ids = [message_id for _, message_id in keys]
-    words, _ = wanted_words(query)
-    records: list[Record] = await reads.database.fetch(
-        _READ_MATCHES, user_id, session_ids, message_ids, words, deadline=deadline
-    )
+    marked = "" if query is None else query.marked
+    records = await fetch_on(connection, _READ_MATCHES, user_id, session_ids, message_ids, marked)
     return [
         MatchedMessage(record[0], MessageRow._make(record[2:]), record[1]) for record in records
     ]

@@ -107,6 +107,22 @@ async def test_search_never_returns_another_users_content(
     assert nearest.score == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [" and more words" * 100, "\n" + "-" * 80 + "\nx", "- " * 2000],
+    ids=["words", "rule", "-"],
+)
+async def test_hybrid_query_beyond_the_limits_of_lexical_search_is_answered(
+    server: Server, library: Library, rest: str
+) -> None:
+    """The index compares the whole text; the first words, if any, are searched for as words."""
+    await library.chat.start("a zebra crosses the street")
+    await wait_until_indexed(server)
+    for mode in (SEMANTIC, HYBRID):
+        (hit,) = await library.search_messages("a zebra crosses" + rest, mode)
+        assert hit.message.content == "a zebra crosses the street"
+
+
 async def test_given_vector_is_searchable_if_it_has_the_index_dimension(
     server: Server, library: Library
 ) -> None:

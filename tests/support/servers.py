@@ -87,7 +87,11 @@ def _resources_in_use(server: Server) -> dict[str, int]:
         "hot connections in use": len(hot_pool._busy) + hot_pool._opening + len(hot_pool._waiters),
         "permits taken": sum(
             permits.permit_count - permits.free_count
-            for permits in (database._permits, database._write_permits)
+            for permits in (
+                database._permits,
+                database._write_permits,
+                database.expensive_work.permits,
+            )
         ),
         # The connections of the hot pool stay checked out of the pool.
         "connections checked out": database.engine.pool.checkedout() - len(hot_pool._idle),  # type: ignore[attr-defined]

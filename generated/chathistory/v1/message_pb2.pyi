@@ -88,8 +88,8 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     SEARCH_MODE_UNSPECIFIED: _SearchMode.ValueType  # 0
     """Not specified. Means HYBRID when the service indexes messages, otherwise LEXICAL."""
     SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 1
-    """By words. Every word of the query must occur, unless the query contains `or`. Needs no search
-    index.
+    """By words. Every word of the query must occur, unless the query contains `or`. A query that only
+    excludes words finds the newest messages without them. Needs no search index.
     """
     SEARCH_MODE_SEMANTIC: _SearchMode.ValueType  # 2
     """By meaning. Needs the search index of messages."""
@@ -102,8 +102,8 @@ class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
 SEARCH_MODE_UNSPECIFIED: SearchMode.ValueType  # 0
 """Not specified. Means HYBRID when the service indexes messages, otherwise LEXICAL."""
 SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 1
-"""By words. Every word of the query must occur, unless the query contains `or`. Needs no search
-index.
+"""By words. Every word of the query must occur, unless the query contains `or`. A query that only
+excludes words finds the newest messages without them. Needs no search index.
 """
 SEARCH_MODE_SEMANTIC: SearchMode.ValueType  # 2
 """By meaning. Needs the search index of messages."""
@@ -960,7 +960,9 @@ class SearchMessagesRequest(_message.Message):
     """
     query: _builtins.str
     """Text to search for, 1 byte to 8 KiB, not only white space. LEXICAL understands a "quoted
-    phrase", `or` between alternatives, and `-word` for a word that must not occur.
+    phrase", `or` between alternatives, and `-word` for a word that must not occur, as PostgreSQL's
+    `websearch_to_tsquery` does. It takes at most 64 words, counting each part of a compound word
+    such as `foo-bar`; HYBRID uses the first 64 for its lexical half.
     """
     session_id: _builtins.str
     """Only messages of this session. Empty means all sessions of the user."""
@@ -1024,7 +1026,8 @@ class MessageHit(_message.Message):
     """
     snippet: _builtins.str
     """Excerpt of `content` with the query's words between `<mark>` and `</mark>`. The rest is
-    HTML-escaped, so the snippet can be inserted into a web page unchanged.
+    HTML-escaped, so the snippet can be inserted into a web page unchanged. It has at most 1,200
+    characters before it is escaped.
     """
     @_builtins.property
     def message(self) -> Global___Message:

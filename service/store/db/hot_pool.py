@@ -122,6 +122,19 @@ async def fetch_in_transaction(
     return rows
 
 
+async def fetch_on(connection: AsyncConnection, statement: Statement, *args: Any) -> list[Record]:
+    """Run a statement by the driver on a connection whose transaction SQLAlchemy has begun.
+
+    Raises:
+        Any error of the driver.
+    """
+    raw = await connection.get_raw_connection()
+    driver = raw.driver_connection
+    assert driver is not None  # noqa: S101 - it is checked out
+    records: list[Record] = await driver.fetch(statement.text, *args)
+    return records
+
+
 class HotConnection:
     """One connection that is checked out of SQLAlchemy's pool."""
 
