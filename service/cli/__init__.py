@@ -7,17 +7,20 @@ only one command needs are imported inside that command, to keep the memory of `
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
 
 import service
 from service.cli.check import check_command
+from service.cli.common import print_message
 from service.cli.export_import import export_command, import_command
 from service.cli.migrate import migrate_command
 from service.cli.reindex import reindex_command
 from service.cli.serve import serve_command
 from service.cli.token import token_command
+from service.telemetry.exceptions import locations
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,7 +43,13 @@ def main() -> None:
     # The embedded PostgreSQL may be started by fork while gRPC runs, and gRPC's fork handlers can
     # leave the child hanging.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    app(prog_name="chat-history")
+    try:
+        app(prog_name="chat-history")
+    except Exception as error:  # noqa: BLE001 - its text may hold content or a connection string
+        print_message(f"unexpected {type(error).__name__}; report these code locations:")
+        for location in locations(error):
+            print_message(f"  {location}")
+        sys.exit(1)
 
 
 def _show_version(is_requested: bool) -> None:

@@ -32,6 +32,7 @@ from service.rpc.byte_budget import ByteBudget
 from service.rpc.call import UNCOUNTED_BYTES, Call, StreamMethod, UnaryMethod
 from service.rpc.method_policies import POLICIES, Access
 from service.store.db.db_errors import to_service_error
+from service.telemetry.exceptions import locations
 from service.telemetry.metrics import CallObserver
 
 _log = structlog.get_logger(__name__)
@@ -316,18 +317,6 @@ def _internal_error(name: str, error: BaseException) -> errors.ServiceError:
         method=name,
         request_id=request_id,
         error=type(error).__name__,
-        where=_traceback(error),
+        where=locations(error),
     )
     return errors.ServiceError("internal error", request_id=request_id)
-
-
-def _traceback(error: BaseException) -> list[str]:
-    """Return an exception's frames without its text, which may hold content or secrets."""
-    frames: list[str] = []
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        file_name = code.co_filename.rsplit("/", 1)[-1]
-        frames.append(f"{file_name}:{trace.tb_lineno} {code.co_name}")
-        trace = trace.tb_next
-    return frames

@@ -1,6 +1,7 @@
 """Structured logs and the audit trail.
 
-Log lines carry ids, never message text and never a connection string.
+Log lines carry ids, never message text, never the text of an unexpected exception, and never a
+connection string.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Literal
 
 import structlog
 
+from service.telemetry.reports import describe_exception, report_without_text
+
 
 def configure_logging(level: str, log_format: Literal["auto", "console", "json"]) -> None:
-    """Write log lines to standard error.
+    """Write log lines to standard error, with those of libraries and of the interpreter.
 
     Args:
         level: Lowest severity that is written.
@@ -26,7 +29,7 @@ def configure_logging(level: str, log_format: Literal["auto", "console", "json"]
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if is_console else [structlog.processors.dict_tracebacks]),
+            describe_exception,
             structlog.dev.ConsoleRenderer() if is_console else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
@@ -35,6 +38,7 @@ def configure_logging(level: str, log_format: Literal["auto", "console", "json"]
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    report_without_text()
 
 
 # The audit trail is written at every log level.

@@ -194,8 +194,9 @@ async def run(database_url: str, folder: Path, *, cases: int, seed: int) -> Repo
         fuzzer.report.grown_mib = (process.memory_info().rss - before) / 2**20
     log = server.log.read_text()
     fuzzer.report.problems += [line for line in log.splitlines() if "internal error" in line]
-    if "Traceback" in log:
-        fuzzer.report.problems.append(f"in the log:\n{log[log.index('Traceback') :]}")
+    for report in ("Traceback", "unhandled exception", "message of a library"):
+        if report in log:
+            fuzzer.report.problems.append(f"in the log:\n{log[log.index(report) :]}")
     fuzzer.report.seconds = time.monotonic() - started
     return fuzzer.report
 

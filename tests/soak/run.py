@@ -238,12 +238,15 @@ class Soak:
             self.tally.add_problem("IDLE", "no statements were counted, not even those of calls")
 
 
+_DEFECTS = ("internal error", "Traceback", "unhandled exception", "message of a library")
+
+
 async def check_logs(stack: Stack, tally: Tally) -> None:
     """Add a problem for every internal error and traceback in the logs."""
     for replica in stack.replicas:
         with suppress(FileNotFoundError):
             for line in replica.process.log.read_text().splitlines():
-                if "internal error" in line or "Traceback" in line:
+                if any(report in line for report in _DEFECTS):
                     tally.add_problem(
                         "ERROR", f"the log of the {replica.name} replica: {line[:500]}"
                     )

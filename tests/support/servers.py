@@ -235,7 +235,9 @@ class ServerProcess:
             self._process.stdout.close()
         if not self._ended_by_test:
             assert code == 0, f"the server ended with {code}:\n{self.log.read_text()}"
-            assert "Traceback" not in self.log.read_text(), self.log.read_text()
+            log = self.log.read_text()
+            for report in ("Traceback", "unhandled exception", "message of a library"):
+                assert report not in log, log
 
     async def __aenter__(self) -> Self:
         return await self.start()

@@ -33,6 +33,7 @@ from service.search.types import (
     VectorQuery,
 )
 from service.search.worker import framing
+from service.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
     import numpy as np
@@ -313,6 +314,7 @@ def main() -> None:
     # request in progress must finish first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    configure_logging("warning", "auto")  # Reports of libraries may hold text of users.
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message, UserWarning)
     with suppress(OSError):
