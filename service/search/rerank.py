@@ -8,6 +8,7 @@ process imports this module.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,9 @@ STEM_CHARS = 5
 """Words are compared by this prefix: in many languages the forms of a word share their start."""
 TEXT_WEIGHT, PASSAGE_WEIGHT, WORDS_WEIGHT = 0.4, 0.4, 0.2
 """Weights of the whole text and of its best passage, both by vector, and of the query's words."""
+MAX_VOCABULARY = 12_000
+"""Different words that have a vector; each takes about 4 KiB of memory. Natural texts of one query
+have fewer. Beyond it, the words of the last texts are ignored."""
 _MAX_QUERY_WORDS = 100
 _MAX_HEADING_CHARS = 80
 """Characters of a text's first line, which is used as its heading."""
@@ -46,7 +50,7 @@ def scores(
     vocabulary = dict.fromkeys(
         word for words in (query_words, *headings, *bodies) for word in words
     )
-    rows = {word: row for row, word in enumerate(vocabulary)}
+    rows = {word: row for row, word in enumerate(itertools.islice(vocabulary, MAX_VOCABULARY))}
     stems = {
         stem: index for index, stem in enumerate(dict.fromkeys(word[:STEM_CHARS] for word in rows))
     }
@@ -82,7 +86,7 @@ def _first_line(text: str) -> str:
 
 
 def _rows(rows: dict[str, int], words: Sequence[str]) -> Indices:
-    return np.array([rows[word] for word in words], np.int64)
+    return np.array([rows[word] for word in words if word in rows], np.int64)
 
 
 def _rarity(texts: Sequence[Indices], stem_count: int) -> Floats:
