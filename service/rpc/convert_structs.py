@@ -23,6 +23,11 @@ MAX_DEPTH = 32
 """Levels of objects and arrays. With more, replies that contain the Struct could not be parsed:
 protobuf limits the nesting of its messages to 100, and an object takes three of them."""
 
+STRUCT = "google.protobuf.Struct"
+"""Full name of the type."""
+TOO_DEEP = f"must have at most {MAX_DEPTH} levels of objects and arrays"
+"""The description of a violation of MAX_DEPTH."""
+
 
 class StructReader:
     """Converts the Structs of one request, and counts their values."""
@@ -87,7 +92,7 @@ class StructReader:
 
     def _check_depth(self, depth: int) -> None:
         if depth > MAX_DEPTH:
-            raise self._error(f"must have at most {MAX_DEPTH} levels of objects and arrays")
+            raise self._error(TOO_DEEP)
 
     def _too_many_values(self) -> InvalidArgument:
         if self._message_limit < MAX_VALUES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.rpc.pipeline import MAX_REQUEST_BYTES
+from service.rpc.request_parser import MAX_REQUEST_BYTES
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING_CALLS = 8192

@@ -16,10 +16,12 @@ from google.protobuf.descriptor import Descriptor
 from service.rpc import conversion_turns, convert
 from service.rpc.convert_structs import MAX_DEPTH, MAX_REQUEST_VALUES, MAX_VALUES
 from service.rpc.servicer import DESCRIPTOR
+from service.rpc.wire import delimited
 from service.server import Server
 from tests.support.chat import Chat, new_message
 from tests.support.cluster import fetch
 from tests.support.failures import assert_field_violations
+from tests.support.servers import channel
 from tests.support.turns import counted_turns
 
 
@@ -309,3 +311,51 @@ async def test_message_of_the_maximum_size_can_be_updated_to_the_same_size(chat:
     await assert_field_violations(
         chat.update(session_id, sent.id, content="z" * (len(sent.content) + 10)), "message"
     )
+
+
+# --- Requests of many elements.
+
+
+async def test_large_request_with_an_invalid_element_names_one_violation(chat: Chat) -> None:
+    """A violation takes longer than the validation of many elements."""
+    parts = [message_pb2.Part() for _ in range(64)]
+    messages = [new_message("x", parts=parts) for _ in range(100)]
+    await assert_field_violations(chat.start(messages), "messages[0].parts[0].kind")
+
+
+async def test_request_with_few_large_elements_names_every_violation(chat: Chat) -> None:
+    messages = [new_message("y" * 5000, author="z" * 300) for _ in range(3)]
+    await assert_field_violations(
+        chat.start(messages), *(f"messages[{index}].author" for index in range(3))
+    )
+
+
+async def test_millions_of_empty_messages_are_rejected_before_validation(
+    server: Server,
+) -> None:
+    async with channel(server.address) as opened:
+        unary: Any = opened.unary_unary
+        call = unary("/chathistory.v1.ChatHistoryService/AppendMessages")
+        await assert_field_violations(call(b"\x1a\x00" * 2_000_000), "messages")
+        # A million empty parts in one message.
+        await assert_field_violations(
+            call(delimited(3, b"\x32\x00" * 500_000)), "messages[0].parts"
+        )
+
+
+async def test_slices_of_a_large_request_are_parsed_in_different_turns(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[int] = []
+    pause = conversion_turns.ConversionTurns.pause
+
+    async def recorded(*args: Any) -> None:
+        await pause(*args)
+        turns.append(counter.count)
+
+    monkeypatch.setattr(conversion_turns.ConversionTurns, "pause", recorded)
+    async with counted_turns() as counter:
+        await chat.start([new_message("x" * 200_000) for _ in range(15)])
+    # Each is parsed and converted in turns of its own.
+    assert len(turns) >= 20
+    assert max(Counter(turns).values()) <= 2

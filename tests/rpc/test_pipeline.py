@@ -107,8 +107,8 @@ async def test_message_nested_too_deeply_is_rejected(server: Server, chat: Chat)
     request = _field(1, chat.user_id.encode()) + _field(2, _field(6, metadata))
     path = "/chathistory.v1.ChatHistoryService/CreateSession"
     async with channel(server.address) as opened:
-        await failures.assert_fails(
-            _call(opened, path, streaming=False, data=request), "MALFORMED_REQUEST"
+        await failures.assert_field_violations(
+            _call(opened, path, streaming=False, data=request), "session.metadata"
         )
     await chat.start()
 
