@@ -26,7 +26,7 @@ from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
 from service.rpc.byte_budget import ByteBudget
 from service.rpc.health import SERVICE, Health, Readiness
-from service.rpc.pipeline import Pipeline
+from service.rpc.pipeline import Pipeline, find_method
 from service.rpc.server_options import SERVER_OPTIONS
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
 from service.rpc.users import external_id_lookup
@@ -36,6 +36,7 @@ from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.watch import WatchHub
+from service.telemetry.loop_monitor import LoopMonitor
 from service.telemetry.metrics import Metrics
 
 REFUSE_BEFORE_CLOSE_S = 0.5
@@ -104,6 +105,9 @@ class Server:
             settings.max_bytes_per_connection,
         )
         self.metrics = self._start_metrics()
+        self.loop_monitor = LoopMonitor(
+            find_method, self.metrics.observe_loop_lag if self.metrics else None
+        )
         self.address = settings.listen
         """Address the server listens on; after `start` with the actual port."""
         self._servers: list[tuple[aio.Server, int]] = []
@@ -135,6 +139,7 @@ class Server:
         gc.freeze()
         self.readiness.request_probe()
         self.search.start()
+        self.loop_monitor.start()
 
     def _add_services(self, server: aio.Server) -> None:
         """Add the service, the health service and reflection to a gRPC server."""
@@ -191,6 +196,7 @@ class Server:
             _wait_at_most(SEARCH_STOP_TIMEOUT_S, "search", self.search.stop()),
         )
         await self.database.close(LAST_WRITES_TIMEOUT_S)
+        self.loop_monitor.stop()
         if self.metrics:
             self.metrics.close()
         gc.unfreeze()

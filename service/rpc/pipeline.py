@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from types import FrameType
 from typing import Any, NoReturn
 
 import grpc
@@ -293,6 +294,15 @@ class Pipeline:
     def _record_end(self, name: str, code: grpc.StatusCode, started: float) -> None:
         if self._observe:
             self._observe(name, code, time.perf_counter() - started)
+
+
+def find_method(frame: FrameType) -> str | None:
+    """Return the RPC that a stack frame serves; None for a frame that is not of the pipeline."""
+    code = frame.f_code
+    if code.co_name != "serve" or code.co_filename != __file__:
+        return None
+    name = frame.f_locals.get("name")
+    return name if isinstance(name, str) else None
 
 
 def _owner_id(caller: Caller, request: Any) -> str:

@@ -7,6 +7,9 @@ from typing import Protocol
 
 import grpc
 
+LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Upper bounds of the buckets of the event loop's lag."""
+
 
 class CallObserver(Protocol):
     """Callback invoked once for each finished call: its method, status and duration in seconds."""
@@ -58,6 +61,12 @@ class Metrics:
             ["grpc_method"],
             registry=registry,
         )
+        self._loop_lag_s = Histogram(
+            "chat_history_event_loop_lag_seconds",
+            "Delay of the event loop, ten times a second.",
+            buckets=LAG_BUCKETS_S,
+            registry=registry,
+        )
         for name, (help_text, read) in gauges.items():
             Gauge(name, help_text, registry=registry).set_function(read)
         self._server, self._thread = start_http_server(port, host, registry)
@@ -67,6 +76,10 @@ class Metrics:
         """Count one finished call. Implements `CallObserver`."""
         self._handled.labels(method, code.name).inc()
         self._seconds.labels(method).observe(seconds)
+
+    def observe_loop_lag(self, seconds: float) -> None:
+        """Record the lag of one heartbeat of the event loop."""
+        self._loop_lag_s.observe(seconds)
 
     def close(self) -> None:
         """Stop serving."""
