@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -118,6 +120,41 @@ async def test_query_that_ends_the_process_twice_is_blocked_and_others_are_serve
     with pytest.raises(TextBlocked):
         await embeddings.embed_query(f"it {mark}")
     assert len(model.computed(mark)) == 2, "it is not computed again"
+
+
+def test_process_that_computes_on_one_text_for_too_long_ends_itself() -> None:
+    program = """
+import asyncio
+from service.search.worker import child, framing
+
+async def compute(_argument, _blob):
+    while True:
+        pass
+
+child.MAX_CPU_S = 0.2
+frame = framing.Frame([1, "embed", ["text"]], b"")
+asyncio.run(child._answer({"embed": compute}, frame))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert ended.returncode == -signal.SIGPROF
+
+
+def test_time_limit_of_a_request_ends_with_the_request() -> None:
+    program = """
+import asyncio, time
+from service.search.worker import child, framing
+
+async def compute(_argument, _blob):
+    return None, b""
+
+child.MAX_CPU_S = 0.2
+frame = framing.Frame([1, "embed", ["text"]], b"")
+asyncio.run(child._answer({"embed": compute}, frame))
+while time.process_time() < 1.0:
+    pass
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert ended.returncode == 0
 
 
 async def test_innocent_text_that_was_computed_at_a_death_is_computed_again(

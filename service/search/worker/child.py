@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 NICENESS = 19
 OOM_SCORE = 500
 """Makes the kernel end this process rather than the server when memory runs out (-1000 to 1000)."""
+MAX_CPU_S = 10.0
+"""Processor time of one request to the embeddings. The longest ones use about a second."""
 LOCK_TIMEOUT_S = 10.0
 """Time to wait for the folder's lock while the search process of a killed server exits."""
 _BATCH_CHARS = 65_536
@@ -291,10 +293,28 @@ def _handlers() -> dict[str, Handler]:
     return {method.__name__: method for method in methods}
 
 
+@contextmanager
+def _cpu_limit(operation: str) -> Iterator[None]:
+    """End the process by SIGPROF when an operation on texts uses more than MAX_CPU_S.
+
+    Processor time shows a text without end earlier than the reply timeout of the parent, which must
+    allow for a machine so busy that this process hardly runs.
+    """
+    if operation not in framing.EMBEDDING_OPERATIONS:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
 async def _answer(handlers: dict[str, Handler], frame: framing.Frame) -> bytes:
     number, operation, argument = frame.header
     try:
-        result, blob = await handlers[operation](argument, frame.blob)
+        with _cpu_limit(operation):
+            result, blob = await handlers[operation](argument, frame.blob)
         return framing.encode([number, None, result], blob)
     except Exception as error:  # noqa: BLE001 - the parent raises it again
         if operation in framing.EMBEDDING_OPERATIONS and isinstance(
