@@ -156,6 +156,9 @@ class Settings(BaseSettings):
     max_calls_per_connection: PositiveInt = 512
     """Maximum concurrent calls on one connection. Streams may use half of them. Further calls wait
     at the client (HTTP/2's SETTINGS_MAX_CONCURRENT_STREAMS)."""
+    max_connections: PositiveInt = 1000
+    """Maximum connections. One client address may have half of them. The service also leaves a
+    quarter of the process's file descriptors (`ulimit -n`) free. Further connections are closed."""
     max_bytes_in_flight: Annotated[int, Field(ge=16 * MIB)] = 96 * MIB
     """Maximum bytes of requests and replies that calls hold, until the client has received the
     reply. The service uses up to three times as much memory for them. A quarter is reserved for

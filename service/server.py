@@ -25,10 +25,18 @@ from service.rpc import connections
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
 from service.rpc.byte_budget import ByteBudget
+from service.rpc.connection_limit import ConnectionLimit
 from service.rpc.health import SERVICE, Health, Readiness
 from service.rpc.pipeline import Pipeline, find_method
-from service.rpc.server_options import SERVER_OPTIONS
+from service.rpc.receiving import RequestReceiver
+from service.rpc.server_options import (
+    HANDSHAKE_TIMEOUT_S,
+    IDLE_TIMEOUT_S,
+    connection_count,
+    server_options,
+)
 from service.rpc.servicer import DESCRIPTOR, ChatHistoryServicer
+from service.rpc.unread_replies import UnreadReplies
 from service.rpc.users import external_id_lookup
 from service.search import packages
 from service.search.disabled import AnySearch, SearchDisabled
@@ -37,7 +45,7 @@ from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.watch import WatchHub
 from service.telemetry.loop_monitor import LoopMonitor
-from service.telemetry.metrics import Metrics
+from service.telemetry.metrics import CounterSource, Metrics
 
 REFUSE_BEFORE_CLOSE_S = 0.5
 """Seconds to keep rejecting new calls and flushing replies before the connections are closed.
@@ -104,6 +112,13 @@ class Server:
             settings.max_bytes_per_user,
             settings.max_bytes_per_connection,
         )
+        self.receiver = RequestReceiver()
+        self.unread_replies = UnreadReplies(self.budget, self._close_connection)
+        self.connection_limit = ConnectionLimit(
+            max(1, connection_count(settings.max_connections) // 2)
+        )
+        self.handshake_timeout_s = HANDSHAKE_TIMEOUT_S
+        self.idle_timeout_s = IDLE_TIMEOUT_S
         self.metrics = self._start_metrics()
         self.loop_monitor = LoopMonitor(
             find_method, self.metrics.observe_loop_lag if self.metrics else None
@@ -119,14 +134,17 @@ class Server:
             OSError: An address cannot be listened on.
         """
         settings = self.settings
-        options = [
-            *SERVER_OPTIONS,
-            ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
-        ]
+        options = server_options(
+            max_calls_per_connection=settings.max_calls_per_connection,
+            max_connections=settings.max_connections,
+            handshake_timeout_s=self.handshake_timeout_s,
+            idle_timeout_s=self.idle_timeout_s,
+        )
         server = aio.server(options=options)
         self._add_services(server)
         self.address, port = _listen(server, settings.listen, self.certificates)
         self._servers.append((server, port))
+        self.connection_limit.start(port)
         if settings.health_listen is not None:
             health_server = aio.server(options=options)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, health_server)
@@ -157,6 +175,8 @@ class Server:
             self.streams,
             self.budget,
             settings.call_timeout,
+            self.receiver,
+            self.unread_replies,
             self.metrics.observe if self.metrics else None,
             AuditTrail(callers_are_identified=self.authenticate is not trust_all),
         )
@@ -189,6 +209,9 @@ class Server:
         await asyncio.gather(
             *(self._close_connections(server, port) for server, port in self._servers)
         )
+        self.receiver.close()
+        self.unread_replies.close()
+        await self.connection_limit.stop()
         credentials.close_authenticator(self.authenticate)
         await asyncio.gather(
             _wait_at_most(LAST_WRITES_TIMEOUT_S, "health checks", self.health.cancel_probes()),
@@ -254,6 +277,12 @@ class Server:
         loop.call_soon(connections.close_connections, port)
         await _wait_at_most(GRPC_STOP_TIMEOUT_S, "gRPC", stopping)
 
+    def _close_connection(self, peer: str) -> None:
+        """Close the connection of a client, wherever it was accepted."""
+        for _, port in self._servers:
+            if connections.close_connection(port, peer):
+                return
+
     def _start_metrics(self) -> Metrics | None:
         if self.settings.metrics_listen is None:
             return None
@@ -317,7 +346,23 @@ class Server:
                     lambda: self.readiness.is_ready,
                 ),
             },
+            {
+                "chat_history_rejections": CounterSource(
+                    "Calls rejected or ended because of a limit.", "limit", self._rejections
+                )
+            },
         )
+
+    def _rejections(self) -> dict[str, int]:
+        of_bytes = self.budget.rejections
+        return {
+            "calls": self.calls.rejected_count,
+            "streams": self.streams.rejected_count,
+            "receiving": self.receiver.rejected_count,
+            "bytes": of_bytes["total"],
+            "bytes_of_user": of_bytes["user"],
+            "bytes_of_connection": of_bytes["connection"],
+        }
 
 
 def _listen(

@@ -75,6 +75,7 @@ TOPICS = {
         "max_in_flight",
         "max_watches",
         "max_calls_per_connection",
+        "max_connections",
         "max_bytes_in_flight",
         "max_bytes_per_user",
         "max_bytes_per_connection",

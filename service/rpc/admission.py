@@ -29,6 +29,8 @@ class Admission:
         self.last_finished_at = -math.inf
         """When a call last ended, on the monotonic clock."""
         self.is_draining = False
+        self.rejected_count = 0
+        """Calls rejected as Overloaded since the start."""
         self._counts: dict[str, int] = {}
         self._backoff = RejectionBackoff()
 
@@ -43,6 +45,7 @@ class Admission:
             raise draining_error()
         count = self._counts.get(owner_id, 0)
         if self.in_flight >= self.limit and count >= self.hard_limit - self.in_flight:
+            self.rejected_count += 1
             raise errors.Overloaded(
                 "too many calls are in flight on this server; retry after the given delay",
                 retry_after=self._backoff.next_delay_s(),
@@ -86,6 +89,7 @@ class StreamAdmission(Admission):
             Overloaded: as `enter`, or too many streams are open on this connection.
         """
         if connection and self._connections[connection] >= self._per_connection:
+            self.rejected_count += 1
             raise errors.Overloaded(
                 f"this connection has {self._per_connection} open streams, which is its limit; "
                 "open another connection",

@@ -1,16 +1,20 @@
-"""Closes TCP connections at shutdown so that clients see UNAVAILABLE rather than CANCELLED.
+"""Closes TCP connections, for which gRPC has no interface: at shutdown, and those that do harm.
 
 A stopping gRPC server sends GOAWAY and answers the calls that cross it on the wire with CANCELLED,
-which clients do not retry. gRPC has no interface to end connections without that. A closed
-connection is reported as UNAVAILABLE, which clients retry, possibly on another replica.
+which clients do not retry. A closed connection is reported as UNAVAILABLE, which clients retry,
+possibly on another replica.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 
 def close_connections(port: int) -> None:
@@ -19,7 +23,7 @@ def close_connections(port: int) -> None:
     Data that was already written is still delivered. On platforms without /dev/fd, and for
     listeners outside Linux, nothing happens, and gRPC closes the connections in its own way.
     """
-    sockets = _sockets(port)
+    sockets = list(_sockets(lambda sock: _is_of_port(sock, port)))
     # Listeners first: a client whose connection is closed reconnects immediately, and gRPC stops
     # listening only a moment later. On Linux SHUT_RD makes a listener refuse connections. gRPC then
     # logs "Closing acceptor. Failed accept4", which is expected at this point.
@@ -29,25 +33,83 @@ def close_connections(port: int) -> None:
             sock.shutdown(socket.SHUT_RD if _is_listening(sock) else socket.SHUT_RDWR)
 
 
+def close_connection(port: int, peer: str) -> bool:
+    """Close the connection of a peer that was accepted on a TCP port.
+
+    Args:
+        port: The port.
+        peer: gRPC's name of the connection, such as `ipv4:127.0.0.1:40000`.
+
+    Returns:
+        Whether it was found.
+    """
+    address, _, peer_port = unquote(peer).partition(":")[2].rpartition(":")
+    name = (_canonical(address.strip("[]")), int(peer_port))
+    is_closed = False
+    for sock in _sockets(lambda sock: _is_of_port(sock, port) and _peer(sock) == name):
+        with sock, suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+            is_closed = True
+    return is_closed
+
+
+def close_excess(port: int, per_address: int) -> dict[str, int]:
+    """Close the connections of addresses that have too many on a TCP port.
+
+    Returns:
+        The number of connections that were closed, by address.
+    """
+    by_address: dict[str, list[socket.socket]] = defaultdict(list)
+    for sock in _sockets(lambda sock: _is_of_port(sock, port) and _peer(sock) is not None):
+        by_address[(_peer(sock) or ("", 0))[0]].append(sock)
+    closed: dict[str, int] = {}
+    for address, sockets in by_address.items():
+        for index, sock in enumerate(sockets):
+            with sock, suppress(OSError):
+                if index >= per_address:
+                    sock.shutdown(socket.SHUT_RDWR)
+                    closed[address] = closed.get(address, 0) + 1
+    return closed
+
+
 def _is_listening(sock: socket.socket) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def _sockets(port: int) -> list[socket.socket]:
-    """Return duplicates of the sockets that listen on a port or were accepted there."""
-    sockets: list[socket.socket] = []
+def _is_of_port(sock: socket.socket, port: int) -> bool:
+    return sock.family in (socket.AF_INET, socket.AF_INET6) and int(sock.getsockname()[1]) == port
+
+
+def _peer(sock: socket.socket) -> tuple[str, int] | None:
+    """Return the address and the port of the other end; None without one."""
+    try:
+        address, port, *_ = sock.getpeername()
+    except OSError:
+        return None
+    return _canonical(address), int(port)
+
+
+def _canonical(address: str) -> str:
+    """Return an address in one form, also if it is an IPv4 address inside IPv6."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+    return str(mapped or parsed)
+
+
+def _sockets(is_wanted: Callable[[socket.socket], bool]) -> Iterator[socket.socket]:
+    """Yield duplicates of the sockets of this process that are wanted."""
     with suppress(OSError):
-        for descriptor in Path("/dev/fd").iterdir():
+        for descriptor in list(Path("/dev/fd").iterdir()):
             with suppress(OSError):
                 if descriptor.is_socket():
                     # A duplicate, because gRPC may close its descriptor at any time, and the number
                     # may then be reused.
                     sock = socket.socket(fileno=os.dup(int(descriptor.name)))
-                    if (
-                        sock.family in (socket.AF_INET, socket.AF_INET6)
-                        and sock.getsockname()[1] == port
-                    ):
-                        sockets.append(sock)
+                    try:
+                        wanted = is_wanted(sock)
+                    except OSError:
+                        wanted = False
+                    if wanted:
+                        yield sock
                     else:
                         sock.close()
-    return sockets

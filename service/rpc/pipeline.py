@@ -8,6 +8,7 @@ since every interceptor adds an await and a context to each call.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,10 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
+from grpc._cython.cygrpc import (  # type: ignore[import-not-found]
+    ExecuteBatchError,
+    _ServerStoppedError,
+)
 
 from service import errors
 from service.auth.authenticators import Authenticate
@@ -34,7 +39,9 @@ from service.rpc.call import UNCOUNTED_BYTES, Call, StreamMethod, UnaryMethod
 from service.rpc.conversion_turns import ConversionTurns
 from service.rpc.convert_structs import STRUCT
 from service.rpc.method_policies import POLICIES, Access
+from service.rpc.receiving import RequestReceiver
 from service.rpc.request_parser import RequestParser, ScannedRequest
+from service.rpc.unread_replies import UnreadReplies
 from service.store.db.db_errors import to_service_error
 from service.telemetry.exceptions import locations
 from service.telemetry.metrics import CallObserver
@@ -59,6 +66,8 @@ class Pipeline:
         streams: StreamAdmission,
         budget: ByteBudget,
         call_timeout_s: float,
+        receiver: RequestReceiver | None = None,
+        unread: UnreadReplies | None = None,
         observe: CallObserver | None = None,
         audit: AuditTrail | None = None,
     ) -> None:
@@ -70,6 +79,8 @@ class Pipeline:
             streams: Admits streams.
             budget: Bounds the bytes that calls and streams hold.
             call_timeout_s: Limit of a call whose client set no deadline.
+            receiver: Receives the requests; None for one with the default limits.
+            unread: Watches the replies that clients do not read; None for no limit.
             observe: Records each finished call in the metrics.
             audit: Records calls in the audit trail.
         """
@@ -78,11 +89,14 @@ class Pipeline:
         self._streams = streams
         self._budget = budget
         self._call_timeout_s = call_timeout_s
+        self._receiver = receiver or RequestReceiver()
+        self._unread = unread or UnreadReplies(budget, lambda _connection: None)
         self._observe = observe
         self._audit = audit
         self._validator = protovalidate.Validator()
         self._turns = ConversionTurns()
         self._loop = asyncio.get_running_loop()
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_a_disconnect)
 
     def handlers(
         self, service: ServiceDescriptor, servicer: object
@@ -96,12 +110,14 @@ class Pipeline:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in service.methods:
             wrap, make_handler = (
-                (self._stream, grpc.unary_stream_rpc_method_handler)
+                (self._stream, grpc.stream_stream_rpc_method_handler)
                 if method.server_streaming
-                else (self._unary, grpc.unary_unary_rpc_method_handler)
+                else (self._unary, grpc.stream_unary_rpc_method_handler)
             )
-            # The handlers take and return bytes. A deserializer that raised would let gRPC answer
-            # with UNKNOWN before any of our code runs, and the sizes are needed for the budget.
+            # To gRPC all requests are streams: it would otherwise receive a whole request before
+            # any of our code runs. On the wire there is no difference. The handlers take and return
+            # bytes: a deserializer that raised would let gRPC answer with UNKNOWN, and the sizes
+            # are needed for the budget.
             handlers[method.name] = make_handler(
                 wrap(
                     method.name,
@@ -113,17 +129,19 @@ class Pipeline:
 
     def _unary(
         self, name: str, parser: RequestParser, method: UnaryMethod
-    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    ) -> Callable[[Any, Context], Awaitable[bytes]]:
         loop = self._loop
         parse = parser.parse
+        receive, unread = self._receiver.receive, self._unread
         check = self._request_check(name)
         if self._audit is not None:
             method = self._audit.wrap_unary(name, POLICIES[name].audit, method)
 
-        async def serve(data: bytes, context: Context) -> bytes:
+        async def serve(_requests: Any, context: Context) -> bytes:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
+                data = await receive(context, caller)
                 request = parse(data)
                 owner_id = _owner_id(caller, request)
                 remaining_s: float | None = context.time_remaining()
@@ -135,13 +153,15 @@ class Pipeline:
                 context.add_done_callback(
                     lambda _context: self._end_call(call)  # type: ignore[arg-type] # the stub is wrong
                 )
-                if len(data) > UNCOUNTED_BYTES:
-                    call.charge(len(data))
+                n_bytes = len(data)
+                if n_bytes > UNCOUNTED_BYTES:
+                    call.charge(n_bytes)
+                    data = b""  # No longer needed, and large.
                     if isinstance(request, ScannedRequest):
                         request = await request.parse(
                             lambda: self._turns.pause(owner_id, call.deadline)
                         )
-                check(request, caller, len(data))
+                check(request, caller, n_bytes)
                 if remaining_s is not None:  # gRPC itself enforces the client's deadline.
                     reply = await method(request, call)
                 else:
@@ -149,7 +169,9 @@ class Pipeline:
                 reply_data: bytes = reply.SerializeToString()
                 if call.held_bytes or len(reply_data) > UNCOUNTED_BYTES:
                     call.resize(len(reply_data))
+                unread.add(call)
             except BaseException as error:  # noqa: BLE001 - `_abort` always raises
+                data, request, reply, reply_data = b"", None, None, b""  # See `_abort`.
                 await self._abort(name, context, error, started)
             if self._observe:
                 self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
@@ -159,6 +181,7 @@ class Pipeline:
 
     def _end_call(self, call: Call) -> None:
         self._calls.leave(call.owner_id)
+        self._unread.remove(call)
         if call.held_bytes:
             call.release(call.held_bytes)
 
@@ -178,30 +201,28 @@ class Pipeline:
 
     def _stream(
         self, name: str, parser: RequestParser, method: StreamMethod
-    ) -> Callable[[bytes, Context], Awaitable[None]]:
+    ) -> Callable[[Any, Context], Awaitable[None]]:
         parse = parser.parse
         check = self._request_check(name)
         if self._audit is not None:
             method = self._audit.wrap_stream(name, POLICIES[name].audit, method)
 
-        async def serve(data: bytes, context: Context) -> None:
+        async def serve(_requests: Any, context: Context) -> None:
             started = time.perf_counter() if self._observe else 0.0
             try:
                 caller = await self._authenticate(context)
-                request = parse(data)
+                data = await self._receiver.receive(context, caller)
+                request = _parse_small(parse, data)
                 deadline = self._loop.time() + (context.time_remaining() or self._call_timeout_s)
                 call = Call(caller, deadline, _owner_id(caller, request), self._budget, context)
                 with self._streams.admitted(call.owner_id, call.connection):
-                    if isinstance(request, ScannedRequest):
-                        request = await request.parse(
-                            lambda: self._turns.pause(call.owner_id, call.deadline)
-                        )
                     check(request, caller, len(data))
                     try:
                         async with aclosing(method(request, call)) as replies:
                             async for reply in replies:
-                                await _write(reply.SerializeToString(), call, context)
+                                await self._write(reply.SerializeToString(), call, context)
                     finally:
+                        self._unread.remove_of_stream(call)
                         if call.held_bytes:
                             call.release(call.held_bytes)
             except BaseException as error:  # noqa: BLE001 - `_abort` always raises
@@ -210,6 +231,23 @@ class Pipeline:
                 self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
 
         return serve
+
+    async def _write(self, data: bytes, call: Call, context: Context) -> None:
+        """Send a reply of a stream, and hold its bytes until the client has made room for it."""
+        n_bytes = len(data)
+        if n_bytes <= UNCOUNTED_BYTES and not call.held_bytes:
+            await context.write(data)
+            return
+        # A method that holds bytes has reserved them for its replies. Waiting for more here could
+        # let streams wait for each other.
+        n_bytes = 0 if call.held_bytes else n_bytes
+        if n_bytes:
+            await call.reserve(n_bytes)
+        self._unread.add_of_stream(call)
+        await context.write(data)
+        self._unread.remove_of_stream(call)
+        if n_bytes:
+            call.release(n_bytes)
 
     def _request_check(self, name: str) -> Callable[[Any, Caller, int], None]:
         """Return a function that checks a request: that it is allowed and valid.
@@ -270,9 +308,19 @@ class Pipeline:
         """End a call with an error's status.
 
         The text of an unexpected exception is never sent, since it may hold content or secrets.
+
+        The error that gRPC raises here and keeps refers to this frame, its caller and the error,
+        and they to it. Only a garbage collection frees such objects, so no large one may be among
+        them.
         """
         if isinstance(error, aio.AbortError):
+            self._record_end(name, context.code(), started)
             raise error
+        if isinstance(error, ExecuteBatchError | _ServerStoppedError):
+            # The client has cancelled the call, or its connection is closed: a write failed before
+            # gRPC has cancelled this task. gRPC logs nothing about a cancelled call.
+            self._record_end(name, grpc.StatusCode.CANCELLED, started)
+            raise asyncio.CancelledError from None
         if not isinstance(error, Exception | asyncio.CancelledError):
             raise error
         if isinstance(error, asyncio.CancelledError):
@@ -285,11 +333,12 @@ class Pipeline:
         service_error = error if isinstance(error, errors.ServiceError) else to_service_error(error)
         if service_error is None:
             service_error = _internal_error(name, error)
-        code, details = status.of(service_error)
-        self._record_end(name, code, started)
-        await context.abort(
-            code, service_error.message, (("grpc-status-details-bin", details.SerializeToString()),)
-        )
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        self._record_end(name, status.CODES[type(service_error)], started)
+        try:
+            await status.abort(context, service_error)
+        except ExecuteBatchError:
+            raise asyncio.CancelledError from None
 
     def _record_end(self, name: str, code: grpc.StatusCode, started: float) -> None:
         if self._observe:
@@ -310,18 +359,6 @@ def _owner_id(caller: Caller, request: Any) -> str:
     return caller.user_id or getattr(request, "user_id", "") or ""
 
 
-async def _write(data: bytes, call: Call, context: Context) -> None:
-    """Send a reply of a stream, and hold its bytes until the client has made room for it."""
-    n_bytes = len(data) if len(data) > UNCOUNTED_BYTES and not call.held_bytes else 0
-    # A method that holds bytes has reserved them for its replies. Waiting for more here could let
-    # streams wait for each other.
-    if n_bytes:
-        await call.reserve(n_bytes)
-    await context.write(data)
-    if n_bytes:
-        call.release(n_bytes)
-
-
 def _count_elements(message: Message) -> int:
     """Count the elements of the lists in a message, and stop beyond MAX_COUNTED_ELEMENTS."""
     count = 0
@@ -337,6 +374,13 @@ def _count_elements(message: Message) -> int:
                     break
                 count += _count_elements(item)
     return count
+
+
+def _parse_small(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """Parse the request of a stream, which is kept while the stream is open."""
+    if len(data) > UNCOUNTED_BYTES:
+        raise errors.TooLarge(f"the request of a stream may have at most {UNCOUNTED_BYTES} bytes")
+    return parse(data)
 
 
 def _field_violation(violation: protovalidate.Violation) -> errors.FieldViolation:
@@ -362,3 +406,8 @@ def _internal_error(name: str, error: BaseException) -> errors.ServiceError:
         where=locations(error),
     )
     return errors.ServiceError("internal error", request_id=request_id)
+
+
+def _is_not_a_disconnect(record: logging.LogRecord) -> bool:
+    """Return False for gRPC's traceback of a reply whose client disconnected, at level error."""
+    return not (record.exc_info and record.exc_info[0] is ExecuteBatchError)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import grpc
-from google.protobuf.any_pb2 import Any
+from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from grpc import aio
 
 from service import errors
 
@@ -48,7 +51,15 @@ def of(error: errors.ServiceError) -> tuple[grpc.StatusCode, Status]:
         details.append(RetryInfo(retry_delay=delay))
     status = Status(code=code.value[0], message=error.message)
     for detail in details:
-        packed = Any()
+        packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
     return code, status
+
+
+async def abort(context: aio.ServicerContext[Any, Any], error: errors.ServiceError) -> NoReturn:
+    """End a call with the status of an error."""
+    code, details = of(error)
+    await context.abort(
+        code, error.message, (("grpc-status-details-bin", details.SerializeToString()),)
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 
@@ -18,11 +18,23 @@ class CallObserver(Protocol):
         """Record one finished call."""
 
 
+class CounterSource(NamedTuple):
+    """A counter that another component keeps, by the values of one label."""
+
+    help_text: str
+    label: str
+    read: Callable[[], Mapping[str, int]]
+
+
 class Metrics:
     """A Prometheus registry and the HTTP endpoint that serves it."""
 
     def __init__(
-        self, host: str, port: int, gauges: dict[str, tuple[str, Callable[[], float]]]
+        self,
+        host: str,
+        port: int,
+        gauges: dict[str, tuple[str, Callable[[], float]]],
+        counters: dict[str, CounterSource],
     ) -> None:
         """Serve the metrics.
 
@@ -30,6 +42,7 @@ class Metrics:
             host: Address to listen on.
             port: Port to listen on; 0 selects a free port.
             gauges: Help text and reader of each gauge, by name.
+            counters: Sources of counters, by name without `_total`.
 
         Raises:
             OSError: The address cannot be listened on.
@@ -45,6 +58,16 @@ class Metrics:
             Histogram,
             start_http_server,
         )
+        from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415
+        from prometheus_client.registry import Collector  # noqa: PLC0415
+
+        class _Counters(Collector):
+            def collect(self) -> Iterator[Any]:
+                for name, source in counters.items():
+                    family = CounterMetricFamily(name, source.help_text, labels=[source.label])
+                    for value, count in source.read().items():
+                        family.add_metric([value], count)
+                    yield family
 
         registry = CollectorRegistry()
         for collector in (GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR):
@@ -69,6 +92,7 @@ class Metrics:
         )
         for name, (help_text, read) in gauges.items():
             Gauge(name, help_text, registry=registry).set_function(read)
+        registry.register(_Counters())
         self._server, self._thread = start_http_server(port, host, registry)
         self.port: int = self._server.server_port
 
