@@ -21,6 +21,7 @@ from service.store.db.database import Work
 from service.store.document_chunks import Chunk, ChunkRow
 from service.store.documents import DocumentCursor
 from service.store.rows import DocumentRow
+from service.store.slices import chunk_slices
 
 T = TypeVar("T")
 
@@ -155,11 +156,7 @@ class Documents(Handler):
         was_deleted = False
         try:
             owner_id = await self._writable_owner_id(request.user_id, document_id, call)
-            await self.delete_in_slices(
-                lambda connection: documents.delete_slice(connection, owner_id, document_id),
-                owner_id,
-                call,
-            )
+            await self.delete_in_slices(chunk_slices(owner_id, document_id), owner_id, call)
             was_deleted = await self._write_and_wake(
                 lambda connection: documents.delete(
                     connection, owner_id, document_id, search_enabled=self.search.is_enabled

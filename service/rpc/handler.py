@@ -7,8 +7,10 @@ from service.rpc.call import Call
 from service.rpc.conversion_turns import ConversionTurns
 from service.search.disabled import AnySearch
 from service.store.append.appender import Appender
-from service.store.db.database import Database, Work
+from service.store.db.database import Database
 from service.store.db.read_batching import ReadBatcher
+from service.store.db.work_class import WorkClass
+from service.store.slices import Slices
 from service.store.watch import WatchHub
 
 
@@ -41,25 +43,27 @@ class Handler:
         self.call_timeout_s = call_timeout_s
         self.conversions = ConversionTurns()
 
-    async def delete_in_slices(
-        self, delete_slice: Work[tuple[int, bool]], owner_id: str, call: Call
-    ) -> int:
-        """Delete rows slice by slice, each in a transaction of its own, so that locks are short.
+    async def delete_in_slices(self, slices: Slices, owner_id: str, call: Call) -> int:
+        """Delete rows slice by slice, until the remaining ones fit one transaction.
 
         Args:
-            delete_slice: Deletes a slice; returns how many rows it had, and whether more remain.
+            slices: The rows.
             owner_id: The user who owns the rows.
             call: The call that deletes; its deadline limits the whole deletion.
 
         Returns:
             The number of deleted rows.
         """
-        count, has_more = 0, True
-        while has_more:
-            deleted, has_more = await self.database.write(
-                delete_slice, owner_id=owner_id, deadline=call.deadline
+        count = 0
+        while await self.database.read(
+            slices.are_needed, owner_id=owner_id, deadline=call.deadline
+        ):
+            count += await self.database.write(
+                slices.delete_next,
+                owner_id=owner_id,
+                deadline=call.deadline,
+                work_class=WorkClass.EXPENSIVE,
             )
-            count += deleted
         return count
 
 

@@ -10,6 +10,7 @@ from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
 from service.store import sessions
+from service.store.slices import message_slices
 from service.store.tables import SessionState
 
 _WRITABLE = ("title", "summary", "summarized_through_seq", "metadata", "state")
@@ -95,11 +96,7 @@ class Sessions(Handler):
         """Delete a session with its messages; many messages are deleted in slices."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
-        await self.delete_in_slices(
-            lambda connection: sessions.delete_slice(connection, user_id, session_id),
-            user_id,
-            call,
-        )
+        await self.delete_in_slices(message_slices(user_id, session_id), user_id, call)
         was_deleted = await self.database.write(
             lambda connection: sessions.delete(
                 connection, user_id, session_id, search_enabled=self.search.is_enabled

@@ -10,9 +10,10 @@ from service.ids import SYSTEM_USER_ID, new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler
-from service.store import documents, sessions, users
+from service.store import users
 from service.store.db.database import NO_OWNER, Database
 from service.store.rows import UserRow
+from service.store.slices import chunk_slices, message_slices
 
 _WRITABLE = ("external_id", "email", "name", "metadata")
 _WRITTEN_BY_SERVICES = frozenset({"external_id", "email"})
@@ -109,12 +110,8 @@ class Users(Handler):
     ) -> user_pb2.DeleteUserResponse:
         """Delete a user with all data: messages and chunks in slices, the user last."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        message_count = await self.delete_in_slices(
-            lambda connection: sessions.delete_slice(connection, user_id), user_id, call
-        )
-        chunk_count = await self.delete_in_slices(
-            lambda connection: documents.delete_slice(connection, user_id), user_id, call
-        )
+        message_count = await self.delete_in_slices(message_slices(user_id), user_id, call)
+        chunk_count = await self.delete_in_slices(chunk_slices(user_id), user_id, call)
         counts = await self.database.write(
             lambda connection: users.delete(
                 connection, user_id, search_enabled=self.search.is_enabled

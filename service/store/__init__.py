@@ -1,8 +1,8 @@
 """PostgreSQL: every statement on the tables, and access to the database.
 
 The modules of the resources (users, sessions, messages, documents) name their functions alike:
-`get` raises NotFound, `find` returns None, `create`, `list_page`, `update`, `delete`, and
-`delete_slice` for deletes that are too large for one transaction.
+`get` raises NotFound, `find` returns None, `create`, `list_page`, `update` and `delete`. Deletes
+that are too large for one transaction begin with those of `slices`.
 
 How a function reaches the database follows from its first parameter:
 

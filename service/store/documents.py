@@ -311,35 +311,6 @@ async def _reserve_content(connection: AsyncConnection, row: DocumentRow, source
         )
 
 
-async def delete_slice(
-    connection: AsyncConnection, user_id: str, document_id: str | None = None
-) -> tuple[int, bool]:
-    """Delete `CHUNKS_PER_DELETE` chunks of a user, or of one document, if there are more.
-
-    Returns:
-        The number of deleted chunks, and whether to call again. False means that the remaining
-        chunks fit one transaction; they are not deleted.
-    """
-    match = [_chunk.user_id == user_id]
-    if document_id is not None:
-        match.append(_chunk.document_id == document_id)
-    exceeds_slice = await connection.scalar(
-        sa.select(sa.literal(1))
-        .select_from(document_chunks)
-        .where(*match)
-        .offset(CHUNKS_PER_DELETE)
-        .limit(1)
-    )
-    if not exceeds_slice:
-        return 0, False
-    key = (_chunk.document_id, _chunk.chunk_index)
-    slice_ = sa.select(*key).where(*match).order_by(*key).limit(CHUNKS_PER_DELETE)
-    deleted = await connection.execute(
-        sa.delete(document_chunks).where(_chunk.user_id == user_id, sa.tuple_(*key).in_(slice_))
-    )
-    return deleted.rowcount, True
-
-
 async def delete(
     connection: AsyncConnection, user_id: str, document_id: str, *, search_enabled: bool
 ) -> bool:

@@ -24,11 +24,6 @@ from service.store.rows import (
 )
 from service.store.tables import OutboxKind, SessionState, chat_messages, chat_sessions
 
-MESSAGES_PER_DELETE = 10_000
-"""Messages deleted in one transaction.
-
-The cascade of a session of 500,000 messages held its lock for 0.76 s.
-"""
 _MAX_LOST_RACES = 5
 """Attempts to insert a session that concurrent writers may defeat."""
 
@@ -191,63 +186,16 @@ async def delete(
     return count == 1
 
 
-def _messages_of(user_id: str, session_id: str | None) -> list[sa.ColumnElement[bool]]:
-    """Return the condition for all messages of a user, or those of one session."""
-    match = [_message.user_id == user_id]
-    return match if session_id is None else [*match, _message.session_id == session_id]
-
-
-async def delete_messages(
-    connection: AsyncConnection,
-    user_id: str,
-    session_id: str | None = None,
-    limit: int | None = None,
-) -> int:
-    """Delete all messages of a user or of one session, or the first `limit` by session and seq.
-
-    Returns:
-        The number of deleted messages without the tombstones among them.
-    """
-    match = _messages_of(user_id, session_id)
-    statement = sa.delete(chat_messages).where(*match)
-    if limit is not None:
-        key = (_message.session_id, _message.seq)
-        oldest = sa.select(*key).where(*match).order_by(*key).limit(limit)
-        statement = statement.where(sa.tuple_(*key).in_(oldest))
-    deleted = statement.returning(_message.deleted_at).cte("deleted")
+async def delete_messages(connection: AsyncConnection, user_id: str) -> int:
+    """Delete all messages of a user; return their number without the tombstones among them."""
+    deleted = (
+        sa.delete(chat_messages)
+        .where(_message.user_id == user_id)
+        .returning(_message.deleted_at)
+        .cte("deleted")
+    )
     count = sa.select(sa.func.count()).select_from(deleted).where(deleted.c.deleted_at.is_(None))
     return await connection.scalar(count) or 0
-
-
-async def delete_slice(
-    connection: AsyncConnection, user_id: str, session_id: str | None = None
-) -> tuple[int, bool]:
-    """Delete `MESSAGES_PER_DELETE` messages of a user, or of one session, if there are more.
-
-    Until a session itself is deleted it can be read, without its oldest messages. Its
-    `message_count` stays correct, except when all messages of a user are deleted.
-
-    Returns:
-        The number of deleted messages without tombstones, and whether to call again. False means
-        that the remaining messages fit one transaction; they are not deleted.
-    """
-    match = _messages_of(user_id, session_id)
-    exceeds_slice = await connection.scalar(
-        sa.select(sa.literal(1))
-        .select_from(chat_messages)
-        .where(*match)
-        .offset(MESSAGES_PER_DELETE)
-        .limit(1)
-    )
-    if not exceeds_slice:
-        return 0, False
-    count = await delete_messages(connection, user_id, session_id, MESSAGES_PER_DELETE)
-    if session_id is not None:
-        statement = sa.update(chat_sessions).where(
-            _session.user_id == user_id, _session.id == session_id
-        )
-        await connection.execute(statement.values(message_count=_session.message_count - count))
-    return count, True
 
 
 async def fork(

@@ -10,7 +10,7 @@ from chathistory.v1 import message_pb2, session_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from service.server import Server
-from service.store import sessions
+from service.store import sessions, slices
 from tests.support.chat import ASSISTANT, SYSTEM, Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
 from tests.support.failures import assert_fails, assert_field_violations, failure_of
@@ -418,11 +418,11 @@ async def count(url: str, session_id: str) -> int:
     return int(rows[0][0])
 
 
-@pytest.mark.parametrize("slice_size", [sessions.MESSAGES_PER_DELETE, 4])
+@pytest.mark.parametrize("slice_size", [slices.MESSAGES_PER_DELETE, 4])
 async def test_deletion_of_a_session_deletes_its_messages_only(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch, slice_size: int
 ) -> None:
-    monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", slice_size)
+    monkeypatch.setattr(slices, "MESSAGES_PER_DELETE", slice_size)
     deleted, kept = await chat.start(new_messages(13)), await chat.start(new_messages(13))
     same_id = (await other.create_session(id=deleted)).id
     await other.append(same_id, new_messages(13))
@@ -461,15 +461,15 @@ async def test_id_of_a_deleted_session_can_be_reused(chat: Chat) -> None:
 async def test_partly_deleted_session_has_right_counts_and_can_be_deleted(
     chat: Chat, database_url: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 4)
+    monkeypatch.setattr(slices, "MESSAGES_PER_DELETE", 4)
     session_id = await chat.start(new_messages(10))
     deadline = asyncio.get_running_loop().time() + 10
-    erased, more = await server.database.write(
-        lambda connection: sessions.delete_slice(connection, chat.user_id, session_id),
+    erased = await server.database.write(
+        slices.message_slices(chat.user_id, session_id).delete_next,
         owner_id=chat.user_id,
         deadline=deadline,
     )
-    assert (erased, more) == (4, True)
+    assert erased == 4
     assert (
         (await chat.get_session(session_id)).message_count == len(await chat.all(session_id)) == 6
     )

@@ -12,7 +12,7 @@ from grpc import aio
 
 from service.ids import SYSTEM_USER_ID
 from service.server import Server
-from service.store import sessions
+from service.store import slices
 from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
 from tests.support.failures import assert_fails, assert_field_violations, read_failure
@@ -398,7 +398,7 @@ async def test_deletion_of_a_user_deletes_its_data_only(
 async def test_large_user_is_deleted_in_slices(
     chat: Chat, other: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "MESSAGES_PER_DELETE", 7)
+    monkeypatch.setattr(slices, "MESSAGES_PER_DELETE", 7)
     kept = await other.start(new_messages(30))
     long = await chat.start(new_messages(25))
     await chat.start(new_messages(6))

@@ -391,8 +391,8 @@ class ChatHistoryServiceServicer(object):
         Callers: services only.
 
         Idempotency: safe to repeat. Large users are deleted in several transactions, the user itself
-        last. If the call is interrupted, repeating it continues the deletion, and the counts then
-        cover the last call only.
+        last. If the call is interrupted, the remaining sessions and documents have right counts.
+        Repeating it continues the deletion, and the counts of the reply then cover the last call only.
 
         Errors:
 
@@ -498,8 +498,8 @@ class ChatHistoryServiceServicer(object):
         Callers: services and users.
 
         Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
-        transactions, oldest messages first. If the call is interrupted, repeating it continues the
-        deletion.
+        transactions, oldest messages first, and has a right `message_count` in between. If the call
+        is interrupted, repeating it continues the deletion.
 
         Errors:
 
@@ -812,7 +812,8 @@ class ChatHistoryServiceServicer(object):
         Callers: services and users. Shared documents are deleted by services only.
 
         Idempotency: safe to repeat with `allow_missing`. A large document is deleted in several
-        transactions. If the call is interrupted, repeating it continues the deletion.
+        transactions, last chunks first, and has a right `chunk_count` in between. If the call is
+        interrupted, repeating it continues the deletion.
 
         Errors:
 

@@ -163,8 +163,8 @@ class ChatHistoryServiceStub:
     Callers: services only.
 
     Idempotency: safe to repeat. Large users are deleted in several transactions, the user itself
-    last. If the call is interrupted, repeating it continues the deletion, and the counts then
-    cover the last call only.
+    last. If the call is interrupted, the remaining sessions and documents have right counts.
+    Repeating it continues the deletion, and the counts of the reply then cover the last call only.
 
     Errors:
 
@@ -246,8 +246,8 @@ class ChatHistoryServiceStub:
     Callers: services and users.
 
     Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
-    transactions, oldest messages first. If the call is interrupted, repeating it continues the
-    deletion.
+    transactions, oldest messages first, and has a right `message_count` in between. If the call
+    is interrupted, repeating it continues the deletion.
 
     Errors:
 
@@ -500,7 +500,8 @@ class ChatHistoryServiceStub:
     Callers: services and users. Shared documents are deleted by services only.
 
     Idempotency: safe to repeat with `allow_missing`. A large document is deleted in several
-    transactions. If the call is interrupted, repeating it continues the deletion.
+    transactions, last chunks first, and has a right `chunk_count` in between. If the call is
+    interrupted, repeating it continues the deletion.
 
     Errors:
 
@@ -684,8 +685,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Callers: services only.
 
     Idempotency: safe to repeat. Large users are deleted in several transactions, the user itself
-    last. If the call is interrupted, repeating it continues the deletion, and the counts then
-    cover the last call only.
+    last. If the call is interrupted, the remaining sessions and documents have right counts.
+    Repeating it continues the deletion, and the counts of the reply then cover the last call only.
 
     Errors:
 
@@ -767,8 +768,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Callers: services and users.
 
     Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
-    transactions, oldest messages first. If the call is interrupted, repeating it continues the
-    deletion.
+    transactions, oldest messages first, and has a right `message_count` in between. If the call
+    is interrupted, repeating it continues the deletion.
 
     Errors:
 
@@ -1021,7 +1022,8 @@ class ChatHistoryServiceAsyncStub(ChatHistoryServiceStub):
     Callers: services and users. Shared documents are deleted by services only.
 
     Idempotency: safe to repeat with `allow_missing`. A large document is deleted in several
-    transactions. If the call is interrupted, repeating it continues the deletion.
+    transactions, last chunks first, and has a right `chunk_count` in between. If the call is
+    interrupted, repeating it continues the deletion.
 
     Errors:
 
@@ -1232,8 +1234,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Callers: services only.
 
         Idempotency: safe to repeat. Large users are deleted in several transactions, the user itself
-        last. If the call is interrupted, repeating it continues the deletion, and the counts then
-        cover the last call only.
+        last. If the call is interrupted, the remaining sessions and documents have right counts.
+        Repeating it continues the deletion, and the counts of the reply then cover the last call only.
 
         Errors:
 
@@ -1351,8 +1353,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Callers: services and users.
 
         Idempotency: safe to repeat with `allow_missing`. A large session is deleted in several
-        transactions, oldest messages first. If the call is interrupted, repeating it continues the
-        deletion.
+        transactions, oldest messages first, and has a right `message_count` in between. If the call
+        is interrupted, repeating it continues the deletion.
 
         Errors:
 
@@ -1695,7 +1697,8 @@ class ChatHistoryServiceServicer(metaclass=_abc_1.ABCMeta):
         Callers: services and users. Shared documents are deleted by services only.
 
         Idempotency: safe to repeat with `allow_missing`. A large document is deleted in several
-        transactions. If the call is interrupted, repeating it continues the deletion.
+        transactions, last chunks first, and has a right `chunk_count` in between. If the call is
+        interrupted, repeating it continues the deletion.
 
         Errors:
 
