@@ -7,7 +7,21 @@ message text, a connection string or the text of a driver's error.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, NamedTuple
+
+# An error is sent in HTTP/2 trailers, of which clients accept 8 KiB. Its message is sent twice:
+# percent-encoded, where a byte may take three, and in the details, where three bytes take four.
+MAX_MESSAGE_BYTES = 320
+MAX_VIOLATIONS = 20
+"""Rejected fields that are named. The others are only counted."""
+MAX_VIOLATIONS_BYTES = 2_000
+"""Bytes of the violations together. The first one is always sent."""
+MAX_PATH_BYTES = 200
+MAX_DESCRIPTION_BYTES = 400
+MAX_PROBLEMS_PER_FIELD = 5
+MAX_METADATA_BYTES = 128
+"""Bytes of one value of an error's metadata."""
 
 
 class FieldViolation(NamedTuple):
@@ -15,6 +29,15 @@ class FieldViolation(NamedTuple):
 
     field: str
     description: str
+
+
+def shorten(text: str, max_bytes: int) -> str:
+    """Return a text that takes at most `max_bytes` in UTF-8; a longer one is cut, and ends in …."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= max_bytes:
+        return text
+    ellipsis = "…"
+    return encoded[: max_bytes - len(ellipsis.encode())].decode(errors="ignore") + ellipsis
 
 
 class ServiceError(Exception):
@@ -38,10 +61,12 @@ class ServiceError(Exception):
         **metadata: str | int,
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = shorten(message, MAX_MESSAGE_BYTES)
         self.reason = reason or self.default_reason
         self.retry_after = retry_after
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.metadata = {
+            key: shorten(str(value), MAX_METADATA_BYTES) for key, value in metadata.items()
+        }
 
 
 class InvalidArgument(ServiceError):
@@ -57,7 +82,7 @@ class InvalidArgument(ServiceError):
         reason: str | None = None,
     ) -> None:
         super().__init__(message, reason=reason)
-        self.violations = violations
+        self.violations = tuple(_fitting(violations))
 
     @classmethod
     def field(cls, field: str, description: str) -> InvalidArgument:
@@ -71,11 +96,33 @@ class InvalidArgument(ServiceError):
         for field, description in violations:
             descriptions.setdefault(field, []).append(description)
         entries = tuple(
-            FieldViolation(field, "; ".join(dict.fromkeys(problems)))
-            for field, problems in descriptions.items()
+            FieldViolation(field, _join(problems)) for field, problems in descriptions.items()
         )
         suffix = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
         return cls(f"{entries[0].field}: {entries[0].description}{suffix}", violations=entries)
+
+
+def _join(problems: list[str]) -> str:
+    """Join the descriptions of one field's problems: the first ones, and the number of others."""
+    distinct = list(dict.fromkeys(problems))
+    more_count = len(distinct) - MAX_PROBLEMS_PER_FIELD
+    shown = distinct if more_count <= 0 else distinct[:MAX_PROBLEMS_PER_FIELD]
+    suffix = f"; and {more_count} more" if more_count > 0 else ""
+    max_bytes = (MAX_DESCRIPTION_BYTES - len(suffix)) // len(shown) - len("; ")
+    return "; ".join(shorten(problem, max_bytes) for problem in shown) + suffix
+
+
+def _fitting(violations: Iterable[FieldViolation]) -> Iterator[FieldViolation]:
+    """Yield the violations that fit into a status, shortened, and at least the first one."""
+    total_bytes = 0
+    for count, (field, description) in enumerate(violations):
+        violation = FieldViolation(
+            shorten(field, MAX_PATH_BYTES), shorten(description, MAX_DESCRIPTION_BYTES)
+        )
+        total_bytes += sum(len(text.encode()) for text in violation)
+        if count == MAX_VIOLATIONS or (count and total_bytes > MAX_VIOLATIONS_BYTES):
+            return
+        yield violation
 
 
 class NotFound(ServiceError):

@@ -14,8 +14,6 @@ from grpc import aio
 from service import errors
 
 DOMAIN = "chathistory.v1"
-MAX_VIOLATIONS = 20
-"""More violations are left out: details are sent as metadata, of which clients accept 8 KiB."""
 
 CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -34,7 +32,10 @@ CODES: dict[type[errors.ServiceError], grpc.StatusCode] = {
 
 
 def of(error: errors.ServiceError) -> tuple[grpc.StatusCode, Status]:
-    """Return the code and the status of an error, with its details."""
+    """Return the code and the status of an error, with its details.
+
+    `service.errors` bounds the texts, so that the status fits into the trailers of a call.
+    """
     code = CODES[type(error)]
     details: list[ErrorInfo | BadRequest | RetryInfo] = [
         ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
@@ -42,7 +43,7 @@ def of(error: errors.ServiceError) -> tuple[grpc.StatusCode, Status]:
     if isinstance(error, errors.InvalidArgument) and error.violations:
         fields = [
             BadRequest.FieldViolation(field=field, description=description)
-            for field, description in error.violations[:MAX_VIOLATIONS]
+            for field, description in error.violations
         ]
         details.append(BadRequest(field_violations=fields))
     if error.retry_after is not None:

@@ -367,3 +367,13 @@ async def test_user_may_not_act_for_another_user_or_as_a_service(
             assert failure.code == StatusCode.PERMISSION_DENIED
         changed = user_pb2.UpdateUserRequest(user=user_pb2.User(name="me"))
         assert (await stub.UpdateUser(changed, metadata=me)).user.name == "me"
+
+
+@pytest.mark.parametrize("path_count", [60, 1_000, 200_000])
+async def test_update_mask_of_many_unknown_paths_is_rejected(chat: Chat, path_count: int) -> None:
+    session = await chat.create_session()
+    mask = [f"unknown_{number}" for number in range(path_count)]
+    failure = await assert_field_violations(
+        chat.update_session(mask, id=session.id, title="t"), "update_mask"
+    )
+    assert len(failure.message) <= 320
