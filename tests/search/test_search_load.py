@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -120,10 +121,14 @@ async def test_text_that_ends_the_search_process_is_blocked_and_the_rest_is_inde
     for text in (f"a message {CRASH}", "after the crash"):
         await library.chat.append(session, text)
 
+    outcomes: Counter[str] = Counter()
+
     async def is_blocked() -> bool:
+        outcomes[await outcome(others, "wrong with this")] += 1
         return (await library.get(bad.id)).status == FAILED
 
     await wait_until(is_blocked, "the document is a dead letter")
+    assert set(outcomes) == {"OK"}, "another user searches while the process is started again"
     await wait_until_indexed(server)
     assert "ended the search process" in (await library.get(bad.id)).status_detail
     assert (await others.get(good.id)).status == INDEXED

@@ -117,6 +117,11 @@ async def test_query_that_ends_the_process_twice_is_blocked_and_others_are_serve
     assert all(len(vector) == 4 * DIMENSIONS for vector in await asyncio.gather(*others))
     assert len(model.computed(mark)) == 2
     assert process.restart_count == 2
+    first_text, *order = model.computed()
+    assert first_text == "first query"
+    assert order[:4] == [f"it {mark}", "other query 0", "other query 1", "other query 2"], (
+        "the others precede the second attempt"
+    )
     with pytest.raises(TextBlocked):
         await embeddings.embed_query(f"it {mark}")
     assert len(model.computed(mark)) == 2, "it is not computed again"

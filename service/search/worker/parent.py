@@ -46,13 +46,11 @@ class ProcessDied(SearchUnavailable):
     """The search process died, or was killed because it was stuck, before it replied."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Request:
     operation: str
     argument: Any
     blob: bytes
-    is_abandoned: bool = False
-    """Whether the caller no longer waits for the reply."""
 
     @property
     def suspect(self) -> Any:
@@ -183,31 +181,26 @@ class SearchProcess:
             InputRejected: the operation raised it, or the process died with a batch of texts.
             SearchMisconfigured: the operation raised it.
         """
-        await self._turns.acquire(is_query=is_query)
         request = _Request(operation, argument, blob)
+        self._reject_blocked(request)
+        try:
+            return await self._take_turn(request, is_query=is_query)
+        except ProcessDied:
+            # Behind the queries that wait, since this request may be the cause.
+            return await self._take_turn(request, is_query=False)
+
+    async def _take_turn(self, request: _Request, *, is_query: bool) -> tuple[Any, bytes]:
+        await self._turns.acquire(is_query=is_query)
         # A task of its own: a request that the process is computing keeps the turn until the reply,
         # also when its caller has gone.
-        exchange = self._exchange = asyncio.get_running_loop().create_task(self._run(request))
+        exchange = self._exchange = asyncio.get_running_loop().create_task(self._attempt(request))
         exchange.add_done_callback(self._end_turn)
-        try:
-            return await asyncio.shield(exchange)
-        except asyncio.CancelledError:
-            request.is_abandoned = True
-            raise
+        return await asyncio.shield(exchange)
 
     def _end_turn(self, exchange: asyncio.Task[tuple[Any, bytes]]) -> None:
         self._turns.release()
         if not exchange.cancelled():
             exchange.exception()  # Otherwise asyncio logs the error of an abandoned request.
-
-    async def _run(self, request: _Request) -> tuple[Any, bytes]:
-        self._reject_blocked(request)
-        try:
-            return await self._attempt(request)
-        except ProcessDied:
-            if request.is_abandoned:
-                raise
-        return await self._attempt(request)
 
     def _reject_blocked(self, request: _Request) -> None:
         texts = request.argument if request.operation == "embed" else [request.suspect]

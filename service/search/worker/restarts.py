@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-BASE_S, CAP_S = 0.25, 4.0
-"""First and longest pause. A start uses about a second of processor time."""
+BASE_S, CAP_S = 0.25, 2.0
+"""First and longest pause. A start uses about a second of processor time, and a query that waits
+for it must still be answered before its timeout."""
 STABLE_AFTER_S = 30.0
 """A process that ran for longer had a stable start: its death is the first one again."""
 
