@@ -61,6 +61,11 @@ _SETTINGS = {
     "log_timezone": "UTC",
     "log_checkpoints": "off",
     "jit": "off",
+    # Neither rows nor values of parameters are logged, also when a statement has a defect. Terse
+    # omits the lines DETAIL, HINT and CONTEXT.
+    "log_error_verbosity": "terse",
+    "log_parameter_max_length": "0",
+    "log_parameter_max_length_on_error": "0",
 }
 _INITDB = (
     "--username=postgres",

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists
+from service.store.constraints import check_required
 from service.store.rows import DOCUMENT_COLUMNS, DocumentRow
 from service.store.tables import document_chunks, documents
 
@@ -43,6 +44,8 @@ async def insert_chunks(
     """Insert the chunks of a document, which are numbered from `first_index` on."""
     if not chunks:
         return
+    if first_index < 0:
+        raise ValueError("the index of a chunk must not be negative")
     rows: list[dict[str, Any]] = [
         {
             "user_id": user_id,
@@ -53,6 +56,8 @@ async def insert_chunks(
         }
         for chunk_index, chunk in enumerate(chunks, first_index)
     ]
+    for row in rows:
+        check_required(document_chunks, row, is_new=True)
     await connection.execute(sa.insert(document_chunks), rows)
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
 from service.ids import new_id
-from service.store.constraints import reserve
+from service.store.constraints import check_required, reserve
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.document_chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.outbox import outbox
@@ -87,6 +87,7 @@ async def _insert(connection: AsyncConnection, values: dict[str, Any]) -> tuple[
         NotFound, AlreadyExists: as `create`.
         Conflict: concurrent writers defeated too many attempts (CONTENTION).
     """
+    check_required(documents, values, is_new=True)
     insertion = (
         pg_insert(documents).values(values).on_conflict_do_nothing().returning(*DOCUMENT_COLUMNS)
     )
@@ -274,6 +275,7 @@ async def update(
     check_etag(row, etag)
     if not values:
         return row
+    check_required(documents, values)
     if (
         row.content_sha256 is not None
         and values.get("source_uri", row.source_uri) != row.source_uri

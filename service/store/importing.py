@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import AlreadyExists, NotFound
 from service.store import sessions, users
 from service.store.append.request import NewMessage
+from service.store.constraints import check_required
 from service.store.outbox import outbox
 from service.store.rows import datetime_from_us
 from service.store.tables import OutboxKind, Role, chat_messages, chat_sessions
@@ -59,6 +60,7 @@ async def import_session(connection: AsyncConnection, values: dict[str, Any]) ->
     Raises:
         NotFound: no user has the id `values["user_id"]`.
     """
+    check_required(chat_sessions, values, is_new=True)
     await users.get(connection, values["user_id"])
     await connection.execute(pg_insert(chat_sessions).values(values).on_conflict_do_nothing())
 
@@ -79,6 +81,8 @@ async def import_messages(
     """
     await sessions.get(connection, user_id, session_id, lock=True)
     first_seq, last_seq = messages[0].seq, messages[-1].seq
+    if first_seq < 1:
+        raise ValueError("the seq of a message must be positive")
     stored_ids = await _free_filled_gaps(connection, user_id, session_id, messages)
     for imported in messages:
         if stored_ids.get(imported.seq, imported.message.id) != imported.message.id:
@@ -86,11 +90,11 @@ async def import_messages(
     new_messages = [imported for imported in messages if imported.seq not in stored_ids]
     if not new_messages:
         return 0
+    rows = [_message_values(user_id, session_id, imported) for imported in new_messages]
+    for row in rows:
+        check_required(chat_messages, row, is_new=True)
     try:
-        await connection.execute(
-            sa.insert(chat_messages),
-            [_message_values(user_id, session_id, imported) for imported in new_messages],
-        )
+        await connection.execute(sa.insert(chat_messages), rows)
     except IntegrityError:
         raise _seq_taken(session_id, first_seq) from None
     await connection.execute(
@@ -98,7 +102,11 @@ async def import_messages(
         .where(_session.user_id == user_id, _session.id == session_id)
         .values(
             last_seq=sa.func.greatest(_session.last_seq, last_seq),
-            message_count=_session.message_count + len(new_messages),
+            # A count that is wrong already must not violate the check of the table.
+            message_count=sa.func.least(
+                _session.message_count + len(new_messages),
+                sa.func.greatest(_session.last_seq, last_seq),
+            ),
         )
     )
     await outbox.enqueue(

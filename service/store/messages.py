@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import NotFound
 from service.store import sessions
+from service.store.constraints import check_required
 from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows
 from service.store.outbox import outbox
 from service.store.rows import (
@@ -246,6 +247,7 @@ async def update(
     check_etag(row, etag)
     if not values:
         return row
+    check_required(chat_messages, values)
     updated = row._replace(**values)
     json_values = {
         name: json.loads(values[name] or "null") for name in ("parts", "metadata") if name in values
@@ -308,7 +310,7 @@ async def delete(
     await connection.execute(
         sa.update(chat_sessions)
         .where(_session.user_id == user_id, _session.id == session_id)
-        .values(message_count=_session.message_count - 1)
+        .values(message_count=sa.func.greatest(_session.message_count - 1, 0))
     )
     if search_enabled:
         await outbox.enqueue(

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
 from service.store import session_tombstones
+from service.store.constraints import check_required
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.outbox import outbox
 from service.store.rows import (
@@ -45,6 +46,7 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
         AlreadyExists: another session of this user has the id (ID_TAKEN).
         Conflict: concurrent writers defeated too many attempts (CONTENTION).
     """
+    check_required(chat_sessions, values, is_new=True)
     insertion = (
         pg_insert(chat_sessions).values(values).on_conflict_do_nothing().returning(*SESSION_COLUMNS)
     )
@@ -144,6 +146,7 @@ async def update(
         Conflict: the session was updated since `etag` was read.
         InvalidArgument: `summarized_through_seq` is beyond `last_seq`.
     """
+    check_required(chat_sessions, values)
     row = await get(connection, user_id, session_id, lock=True)
     check_etag(row, etag)
     if values.get("summarized_through_seq", 0) > row.last_seq:

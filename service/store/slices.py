@@ -53,7 +53,7 @@ _MESSAGES = _Kind(
     "seq",
     "size",
     "ASC",
-    "message_count = parent.message_count - counts.count",
+    "message_count = greatest(parent.message_count - counts.count, 0)",
     "victim.deleted_at IS NULL",
 )
 # From the end, so that the others are still numbered from 0.

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import AlreadyExists, Conflict, NotFound
 from service.ids import SYSTEM_USER_ID, new_id
 from service.store import documents, session_tombstones, sessions
-from service.store.constraints import reserve
+from service.store.constraints import check_required, reserve
 from service.store.outbox import outbox
 from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
 from service.store.tables import users
@@ -47,6 +47,7 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
     # Without an arbiter, a conflict with any unique constraint is no error. An error would write
     # the e-mail address or external id to PostgreSQL's log, and concurrent attempts of the same
     # request would conflict in an arbitrary one of the constraints.
+    check_required(users, values, is_new=True)
     insertion = insert(users).values(values).on_conflict_do_nothing().returning(*USER_COLUMNS)
     for _ in range(_MAX_LOST_RACES):
         row = row_or_none(UserRow, (await connection.execute(insertion)).one_or_none())
@@ -170,6 +171,7 @@ async def update(
     check_etag(row, etag)
     if not values:
         return row
+    check_required(users, values)
     for unique in (_EMAIL, _EXTERNAL_ID):
         value = values.get(unique.column)
         if value is not None and value != getattr(row, unique.column):

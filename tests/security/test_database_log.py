@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator
+import json
+import math
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import asyncpg
 import pytest
 from chathistory.v1 import user_pb2
+from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
+from grpc import aio
 
 from service.server import Server
-from tests.search.library import Library
+from service.store import messages, sessions
+from tests.rpc import test_validation
+from tests.search.library import LEXICAL, Library
+from tests.security import provocations
+from tests.security.provocations import PROVOCATIONS, SECRET, WRITERS, Scene
 from tests.support.chat import Chat, new_id
-from tests.support.failures import assert_fails
 from tests.support.logged_postgres import KINDS, LoggedPostgres, logged_postgres
 from tests.support.servers import AsyncStub, serving
 
 pytestmark = pytest.mark.quick
 
-SECRET = "xyzzy-7f3a9c-plugh"
-SHA256 = "ab" * 32
+MIN_RACES, MAX_RACES = 12, 100
+# Every constraint of the tables, and every column that must have a value.
+CONSTRAINTS = """
+SELECT conrelid::regclass::text, conname::text
+FROM pg_constraint
+WHERE connamespace = 'public'::regnamespace AND contype IN ('c', 'f', 'p', 'u', 'x')
+UNION
+SELECT indrelid::regclass::text, i.relname::text
+FROM pg_index JOIN pg_class AS i ON i.oid = indexrelid
+WHERE indisunique AND i.relnamespace = 'public'::regnamespace
+"""
+REQUIRED_COLUMNS = """
+SELECT c.relname::text, a.attname::text
+FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
+WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p')
+  AND a.attnum > 0 AND a.attnotnull AND NOT a.attisdropped
+ORDER BY c.relname, a.attnum
+"""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -64,28 +90,154 @@ async def test_the_log_is_read_and_holds_rows_of_failed_statements(
     assert marker in postgres.read_log()
 
 
-async def test_taken_values_of_users_are_not_logged(stub: AsyncStub) -> None:
-    async def create(**fields: Any) -> user_pb2.User:
-        request = user_pb2.CreateUserRequest(user=user_pb2.User(**fields))
-        return (await stub.CreateUser(request)).user
-
-    async def update(**fields: Any) -> None:
-        await stub.UpdateUser(user_pb2.UpdateUserRequest(user=user_pb2.User(**fields)))
-
-    email = f"{SECRET}@example.com"
-    await create(email=email, external_id=SECRET)
-    other = await create(email=f"other-{email}", external_id=f"other-{SECRET}")
-    await assert_fails(create(email=email.upper()), "EMAIL_TAKEN")
-    await assert_fails(create(external_id=SECRET), "EXTERNAL_ID_TAKEN")
-    await assert_fails(create(id=other.id, email=email), "ID_TAKEN")
-    await assert_fails(update(id=other.id, email=email.upper()), "EMAIL_TAKEN")
-    await assert_fails(update(id=other.id, external_id=SECRET), "EXTERNAL_ID_TAKEN")
+@pytest.fixture
+async def scene(
+    server: Server, stub: AsyncStub, chat: Chat, postgres: LoggedPostgres
+) -> AsyncGenerator[Scene]:
+    async with postgres.connected() as connection:
+        yield Scene(server, stub, chat, connection)
 
 
-async def test_taken_content_of_documents_is_not_logged(chat: Chat) -> None:
-    library = Library(chat)
-    await library.create(source_uri=SECRET, content_sha256=SHA256)
-    other = await library.create(source_uri=f"other-{SECRET}", content_sha256=SHA256)
-    await assert_fails(library.update(id=other.id, source_uri=SECRET), "ID_TAKEN")
-    await assert_fails(library.create(id=other.id, source_uri="x"), "ID_TAKEN")
-    assert (await library.create(source_uri=SECRET, content_sha256=SHA256)).id != other.id
+async def test_every_constraint_is_provoked_without_logging_a_row(scene: Scene) -> None:
+    names = {
+        name
+        for table, name in await scene.connection.fetch(CONSTRAINTS)
+        if table not in provocations.NO_USER_DATA
+    }
+    provoked = {name for names in PROVOCATIONS.values() for name in names}
+    assert names - provoked == set(), "write a provocation for the new constraint"
+    for provoke in PROVOCATIONS:
+        await provoke(scene)
+
+
+async def test_missing_values_are_refused_without_logging_a_row(scene: Scene) -> None:
+    count = 0
+    for table, column in await scene.connection.fetch(REQUIRED_COLUMNS):
+        if table not in provocations.NO_USER_DATA:
+            assert table in WRITERS, "write a writer for the new table"
+            await WRITERS[table](scene, column)
+            count += 1
+    assert count > 30
+
+
+async def test_values_that_postgresql_rejects_are_not_logged(scene: Scene) -> None:
+    """The store refuses these values, or PostgreSQL's error does not quote them."""
+    user_id = scene.chat.user_id
+    session_id = await scene.session()
+    message, *_ = await scene.chat.all(session_id)
+    texts = (f"{SECRET}\0", f"{SECRET}\ud800", 7, SECRET.encode(), [SECRET])
+    objects: tuple[Any, ...] = (
+        {SECRET: math.nan},
+        {SECRET: [math.inf, SECRET]},
+        {f"{SECRET}\0": 1},
+        {SECRET: f"{SECRET}\0"},
+        {f"\ud800{SECRET}": 1},
+        {SECRET: f"\udfff{SECRET}"},
+        {SECRET: {1, 2}},
+    )
+    changes = [{"title": text} for text in texts] + [{"metadata": value} for value in objects]
+    changes += [{"state": SECRET}, {"state": 2**40}, {"summarized_through_seq": 2**70}]
+    for change in changes:
+        values = {"user_id": user_id, "id": new_id(), "summary": SECRET, "fingerprint": b""}
+        await fails(scene, sessions.create, values | change)
+        await fails(scene, sessions.update, user_id, session_id, change, "")
+    for text in (json.dumps(value) for value in objects[:-1]):
+        for column in ("parts", "metadata"):
+            change = {column: text}
+            arguments = (user_id, session_id, message.id, change, "", provocations.measure)
+            await fails(scene, messages.update, *arguments)
+    for id_ in (SECRET, f"{SECRET}\0", ""):
+        await fails(scene, sessions.get, user_id, id_)
+
+
+async def fails(scene: Scene, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    """Assert that a function of the store fails; its error does not matter."""
+    try:
+        await scene.write(function, *args)
+    except Exception:  # noqa: BLE001
+        return
+    pytest.fail(f"{function} accepted {args}")
+
+
+def hostile_requests() -> Iterator[tuple[str, Message]]:
+    """Yield requests whose texts hold the secret, each with one hostile field."""
+    for name, valid in test_validation.requests().items():
+        paths = list(test_validation.strings_in(valid))
+        for path in paths:
+            value = test_validation.at_path(valid, path)
+            if isinstance(value, Struct):
+                test_validation.put(valid, path, {SECRET: [SECRET]})
+            elif not path.endswith("id") and "email" not in path and value != "e":
+                test_validation.put(valid, path, SECRET)
+        for path in paths:
+            values: tuple[Any, ...] = (SECRET, f"{SECRET}\0", SECRET + "\U0001f600" * 300)
+            if isinstance(test_validation.at_path(valid, path), Struct):
+                values = ({SECRET: 1e308}, {f"{SECRET}\0": 1}, {SECRET: math.nan})
+            for value in values:
+                request = type(valid)()
+                request.CopyFrom(valid)
+                yield name, test_validation.put(request, path, value)
+
+
+async def test_hostile_requests_are_not_logged(scene: Scene) -> None:
+    count = 0
+    for name, request in hostile_requests():
+        if "user_id" in request.DESCRIPTOR.fields_by_name:
+            request.user_id = scene.chat.user_id  # type: ignore[attr-defined]
+        await test_validation.outcome(scene.stub, name, request)
+        count += 1
+    assert count > 150
+    for query in (SECRET, f"{SECRET}\0", f"'{SECRET}':* & (", "a" * 5000 + SECRET, f"-{SECRET}"):
+        with suppress(aio.AioRpcError):
+            await scene.library.search_messages(query[:4000], mode=LEXICAL)
+
+
+async def test_races_are_not_logged(scene: Scene, postgres: LoggedPostgres) -> None:
+    """Deletions race with every write; foreign keys, locks and deadlocks are the errors."""
+    chat, library = scene.chat, scene.library
+    start = postgres.log_bytes()
+    for number in range(MAX_RACES):
+        if number >= MIN_RACES and "ERROR:" in postgres.read_log(start):
+            return
+        session_id = await scene.session()
+        document = await library.create([SECRET], title=SECRET, source_uri=f"{SECRET}/{number}")
+        other = await Chat.of_new_user(scene.stub)
+        calls: list[Awaitable[Any]] = [
+            *(chat.append(session_id, [provocations.secret_message()]) for _ in range(6)),
+            chat.update_session(id=session_id, title=SECRET, metadata={SECRET: SECRET}),
+            chat.fork(session_id, 2),
+            chat.delete_session(session_id),
+            library.append(document.id, 1, [SECRET]),
+            library.update(id=document.id, title=f"new {SECRET}"),
+            library.delete(document.id),
+            other.create_session(title=SECRET),
+            *(other.start([provocations.secret_message()]) for _ in range(4)),
+            Library(other).create([SECRET], title=SECRET),
+            scene.stub.DeleteUser(user_pb2.DeleteUserRequest(user_id=other.user_id)),
+        ]
+        random.Random(number).shuffle(calls)
+        await asyncio.gather(*calls, return_exceptions=True)
+    pytest.fail("PostgreSQL has reported no error: no race was lost")
+
+
+async def test_embedded_server_logs_neither_rows_nor_parameters(cluster: object) -> None:
+    """Also a statement with a defect must not reveal content there."""
+    with logged_postgres("embedded") as postgres:
+        connection = await asyncpg.connect(postgres.admin_url)
+        try:
+            await connection.execute("CREATE TEMPORARY TABLE t (a text NOT NULL, b text UNIQUE)")
+            await connection.execute("SET log_min_duration_statement = 0")
+            await connection.execute("INSERT INTO t VALUES ($1, $1)", SECRET)
+            for values in ((SECRET, SECRET), (None, SECRET)):
+                with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+                    await connection.execute("INSERT INTO t VALUES ($1, $2)", *values)
+            with pytest.raises(asyncpg.DataError):
+                await connection.fetch("SELECT $1::text::jsonb", f'{{"{SECRET}": NaN}}')
+        finally:
+            await connection.close()
+        log = postgres.read_log()
+        assert "duplicate key value" in log
+        assert "null value in column" in log
+        assert "invalid input syntax for type json" in log
+        assert "INSERT INTO t VALUES ($1, $1)" in log
+        assert_secret_is_not_in(log)

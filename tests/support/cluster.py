@@ -121,6 +121,9 @@ class Cluster:
             for name, value in self._settings.items():
                 await connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
             await connection.execute("SELECT pg_reload_conf()")
+            # Tests read in the log what PostgreSQL says about an error. The embedded server's own
+            # setting, which is on its command line, hides that.
+            await connection.execute("ALTER ROLE postgres SET log_error_verbosity = 'default'")
             await connection.execute(f"CREATE DATABASE {_TEMPLATE}")
         finally:
             await connection.close()

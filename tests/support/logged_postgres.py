@@ -34,14 +34,14 @@ class LoggedPostgres:
             admin_url: Connection string of a superuser, through the socket.
             log: The file that the server writes its log to.
         """
-        self._admin_url = admin_url
+        self.admin_url = admin_url
         self._log = log
         self.url = f"postgresql://{ROLE}@/{DATABASE}?{admin_url.partition('?')[2]}"
         """Connection string of the database, as a role without the rights of a superuser."""
 
     async def prepare(self) -> None:
         """Create the role and the database, and migrate it."""
-        connection = await self._connect(self._admin_url)
+        connection = await self._connect(self.admin_url)
         try:
             await connection.execute(f"CREATE ROLE {ROLE} LOGIN NOSUPERUSER")
             await connection.execute(f"CREATE DATABASE {DATABASE} OWNER {ROLE}")

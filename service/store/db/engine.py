@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from typing import Any
 
@@ -15,6 +17,9 @@ from service.store.db.hot_pool import DriverConnection, PoolerConnection
 
 PING_AFTER_IDLE_S = 30.0
 """Seconds after which an idle connection is pinged before use."""
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+"""An escaped NUL, but no escaped backslash that precedes `u0000`."""
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 COMMAND_TIMEOUT_S = 60.0
 """Seconds after which the driver cancels any statement, whatever its caller's deadline."""
 
@@ -40,6 +45,7 @@ def pooled_engine(
         # suspended.
         pool_use_lifo=True,
         hide_parameters=True,
+        json_serializer=_json_text,
     )
     _ping_after_idle(engine)
     return engine
@@ -52,7 +58,20 @@ def unpooled_engine(target: Target, *, connect_timeout_s: float) -> AsyncEngine:
         connect_args=_connect_args(target, connect_timeout_s),
         poolclass=NullPool,
         hide_parameters=True,
+        json_serializer=_json_text,
     )
+
+
+def _json_text(value: Any) -> str:
+    """Return a value as JSON that PostgreSQL accepts: its error would log the text at the fault.
+
+    Raises:
+        ValueError: the value contains NaN, an infinity, NUL or half of a surrogate pair.
+    """
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    if _NUL.search(text) or _SURROGATE.search(text):
+        raise ValueError("jsonb cannot store NUL and unpaired surrogates")
+    return text
 
 
 def _connect_args(target: Target, connect_timeout_s: float) -> dict[str, Any]:
