@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import ServiceError
 from service.store.db.database import DATABASE_ERRORS, NO_OWNER, Database
-from service.store.db.hot_pool import Statement
+from service.store.db.hot_pool import Record, Statement
 from service.store.tables import chat_sessions, session_tombstones
 
 RETENTION = "24 hours"
@@ -41,13 +41,29 @@ PURGE_TIMEOUT_S = 10.0
 _log = structlog.get_logger(__name__)
 _session, _tombstone = chat_sessions.c, session_tombstones.c
 
-FIND = Statement.from_text(f"""
+_FIND = Statement.from_text(f"""
 SELECT t.user_id::text, t.session_id::text,
        EXISTS (SELECT FROM users AS u WHERE u.id = t.user_id) AS has_user
 FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, session_id)
 JOIN session_tombstones AS t ON t.user_id = w.user_id AND t.session_id = w.session_id
 WHERE t.deleted_at > clock_timestamp() - interval '{RETENTION}'
 """)  # noqa: S608 - only a constant is inserted
+
+
+async def find_tombstones(
+    database: Database, keys: list[tuple[str, str]]
+) -> dict[tuple[str, str], Record]:
+    """Return the tombstones that refuse appends to these sessions, and whether the user exists.
+
+    Args:
+        database: The database.
+        keys: Ids of users and sessions.
+    """
+    if not keys:
+        return {}
+    user_ids, session_ids = map(list, zip(*keys, strict=True))
+    rows = await database.fetch_once(_FIND, user_ids, session_ids)
+    return {(row["user_id"], row["session_id"]): row for row in rows}
 
 
 async def delete_sessions(

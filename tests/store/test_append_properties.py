@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.store.append import appender as append_module
+from service.store.append import batches
 from service.store.db.database import Database
 from service.store.tables import SessionState
 from tests.support.appends import (
@@ -125,7 +125,7 @@ async def _any_interleaving(
     lanes: int,
     search_enabled: bool,
 ) -> None:
-    monkeypatch.setattr(append_module, "MAX_BATCH_MESSAGES", batch_messages)
+    monkeypatch.setattr(batches, "MAX_BATCH_MESSAGES", batch_messages)
     await play(
         World(
             database_url,

@@ -4,6 +4,9 @@ A *lane* runs one statement at a time. An append that arrives alone is sent imme
 arrive while its statement is in flight are sent together in the next one. Sessions are assigned to
 lanes by a hash, so that two lanes of a process never wait for the same session.
 
+A session *runs apart*, in a lane of its own, while its row is locked or a large item is in its
+queue. Others then wait for neither. If the queue of a lane exceeds one batch, users take turns.
+
 This is correct under READ COMMITTED, with any number of writers and replicas, for these reasons:
 
 - The first part of the statement (INSERT … ON CONFLICT DO UPDATE) locks the session's row and then
@@ -33,11 +36,11 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from service.errors import Conflict, DeadlineExceeded, Unavailable
-from service.store import session_tombstones
-from service.store.append import recovery, sql
+from service.errors import Conflict, Unavailable
+from service.store.append import batches, recovery, sql
+from service.store.append.batches import LARGE_ITEM_BYTES, in_turns, take_batch
 from service.store.append.recovery import Action, final_error
-from service.store.append.request import Append, Appended, Entry, Key, apply_stored, find_refusal
+from service.store.append.request import Append, Appended, Key, apply_stored, find_refusal
 from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.db.db_errors import (
@@ -47,17 +50,16 @@ from service.store.db.db_errors import (
     sqlstate,
     to_service_error,
 )
+from service.store.db.fair_semaphore import FairSemaphore
 from service.store.db.hot_pool import Record, Statement
-from service.store.session_tombstones import TombstonePurger
+from service.store.session_tombstones import TombstonePurger, find_tombstones
 
-MAX_BATCH_MESSAGES = 512
-"""Messages in one statement."""
-MAX_BATCH_BYTES = 4 * 1024 * 1024
-"""Approximate size of the messages in one statement; a single item may be larger."""
 LOCK_TIMEOUT = "75ms"
 """Time that a statement waits for a locked session before that session runs apart."""
 MAX_APART_STATEMENTS = 4
-"""Concurrent statements of sessions that run apart."""
+"""Concurrent statements of sessions that run apart, except those with a large item."""
+MAX_LARGE_STATEMENTS = 1
+"""Concurrent statements with a large item."""
 MAX_LOST_RACES = 8
 """Attempts of an item that concurrent writers may defeat before its caller receives an error."""
 
@@ -83,7 +85,8 @@ class Appender:
         self.tombstones = TombstonePurger(database)
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._apart: dict[Key, _Lane] = {}
-        self.apart_permits = asyncio.Semaphore(MAX_APART_STATEMENTS)
+        self._apart_permits = FairSemaphore(MAX_APART_STATEMENTS)
+        self._large_permits = FairSemaphore(MAX_LARGE_STATEMENTS)
         self.on_appended: Callable[[str, str], None] = lambda _user_id, _session_id: None
         """Called after each commit, with the user and the session that were appended to."""
 
@@ -108,6 +111,10 @@ class Appender:
     def statement_for(self, *, has_derived_ids: bool) -> Statement:
         """Return the statement for a batch, by whether any of its items has a derived id."""
         return self._derived_statement if has_derived_ids else self._statement
+
+    def permits(self, *, for_large_item: bool) -> FairSemaphore:
+        """Return the permits for the statements of sessions that run apart."""
+        return self._large_permits if for_large_item else self._apart_permits
 
     def run_apart(self, items: Iterable[Append]) -> None:
         """Give the session of each item a lane of its own until that lane's queue is empty."""
@@ -176,7 +183,7 @@ class _Lane:
     async def _run(self) -> None:
         try:
             while self.queue:
-                await self._window.wait(self.queue, MAX_BATCH_MESSAGES)
+                await self._window.wait(self.queue, batches.MAX_BATCH_MESSAGES)
                 await self._run_batch()
         finally:
             self.task = None
@@ -191,11 +198,16 @@ class _Lane:
                 batch = self._take_unverified()
                 await self._look_up(batch)
                 self._requeue(batch)
-            batch = self._take_batch()
             if self._key is None:
+                self.queue = in_turns(self.queue)
+                batch = self._take_batch(accepts_large=False)
                 await self._store(batch)
-            else:
-                async with self._appender.apart_permits:
+            elif self.queue:
+                # The batch is taken with the permit, because callers may time out until then.
+                accepts_large = self.queue[0].size_bytes > LARGE_ITEM_BYTES
+                permits = self._appender.permits(for_large_item=accepts_large)
+                async with permits.hold(self._key[0], None):
+                    batch = self._take_batch(accepts_large=accepts_large)
                     await self._store(batch)
             self._consecutive_outages = 0
         except DATABASE_ERRORS as error:
@@ -210,37 +222,21 @@ class _Lane:
         self.queue = deque(item for item in self.queue if not item.look_up_first)
         return unverified
 
-    def _take_batch(self) -> list[Append]:
-        """Remove the next batch from the queue, in order, and drop items of cancelled callers."""
-        now = self._loop.time()
-        batch: list[Append] = []
-        postponed: list[Append] = []
-        groups: dict[Key, list[Append]] = {}
-        message_count = size_bytes = 0
-        queue = self.queue
-        while queue and message_count < MAX_BATCH_MESSAGES and size_bytes < MAX_BATCH_BYTES:
-            item = queue.popleft()
-            if item.future.done():
-                continue
-            if now >= item.deadline:
-                item.fail(DeadlineExceeded("the deadline passed before the append was attempted"))
-                continue
-            if self._key is None and self._appender.is_apart(item.key):
-                self._appender.run_apart([item])
-                continue
-            group = groups.setdefault(item.key, [])
-            if (group and _collides(group, item)) or (item.run_alone and batch):
-                group.append(item)  # The session's later items must not overtake it.
-                postponed.append(item)
-                continue
-            group.append(item)
-            batch.append(item)
-            message_count += len(item.pending)
-            size_bytes += item.size_bytes
-            if item.run_alone:
-                break
+    def _take_batch(self, *, accepts_large: bool) -> list[Append]:
+        """Remove the next batch from the queue."""
+        divert = self._divert if self._key is None else None
+        batch, postponed = take_batch(
+            self.queue, self._loop.time(), divert=divert, accepts_large=accepts_large
+        )
         self._requeue(postponed)
         return batch
+
+    def _divert(self, item: Append) -> bool:
+        """Move an item to the lane of its session if that runs apart or the item is large."""
+        if item.size_bytes > LARGE_ITEM_BYTES or self._appender.is_apart(item.key):
+            self._appender.run_apart([item])
+            return True
+        return False
 
     async def _look_up(self, items: list[Append]) -> dict[Key, Record]:
         """Look up which messages of these items are stored, and answer the items that are complete.
@@ -274,7 +270,7 @@ class _Lane:
                     item.may_have_committed = True
             raise
         sessions = {(row["user_id"], row["session_id"]): row for row in rows}
-        left_out = self._answer(batch, sessions)
+        left_out = sql.answer(batch, sessions)
         for user_id, session_id in sessions:
             self._appender.on_appended(user_id, session_id)
         if has_derived_ids:
@@ -282,36 +278,15 @@ class _Lane:
         if left_out:
             await self._resolve_left_out(left_out)
 
-    @staticmethod
-    def _answer(batch: list[Append], sessions: dict[Key, Record]) -> list[Append]:
-        """Answer the items of a committed batch, and return those that the statement left out."""
-        left_out: list[Append] = []
-        last_seqs = {key: row["last_seq"] for key, row in sessions.items()}
-        # Backwards, since a session's row holds the seq of the last message of its last item.
-        for item in reversed(sql.in_seq_order(batch)):
-            row = sessions.get(item.key)
-            if row is None:
-                left_out.append(item)
-                continue
-            first_seq = last_seqs[item.key] - len(item.pending) + 1
-            last_seqs[item.key] = first_seq - 1
-            created_us = row["at"]
-            item.finish(
-                (
-                    Entry(message.id, seq, created_us, False)
-                    for seq, message in enumerate(item.pending, first_seq)
-                ),
-                session_created=row["created"] and first_seq == 1,
-            )
-        return left_out[::-1]
-
     async def _resolve_left_out(self, items: list[Append]) -> None:
         """Answer or requeue items whose session was missing, archived or not at the expected seq.
 
         The reasons are checked in the contract's order.
         """
         try:
-            tombstones = await self._find_tombstones(items)
+            tombstones = await find_tombstones(
+                self._database, [item.key for item in items if item.has_derived_id]
+            )
             sessions = await self._look_up(items)
         except DATABASE_ERRORS as error:
             await self._recover(items, error)
@@ -335,15 +310,6 @@ class _Lane:
             else:
                 retries.append(item)
         self._requeue(retries)
-
-    async def _find_tombstones(self, items: list[Append]) -> dict[Key, Record]:
-        """Return the tombstones that refuse some of these items, by session."""
-        keys = [item.key for item in items if item.has_derived_id]
-        if not keys:
-            return {}
-        user_ids, session_ids = map(list, zip(*keys, strict=True))
-        rows = await self._database.fetch_once(session_tombstones.FIND, user_ids, session_ids)
-        return {(row["user_id"], row["session_id"]): row for row in rows}
 
     async def _recover(self, batch: list[Append], error: BaseException) -> None:
         """Requeue the items of a failed statement where they can succeed, or fail them."""
@@ -421,18 +387,3 @@ class _Lane:
                 item.look_up_first |= look_up_first
                 item.run_alone |= run_alone
         self.queue.extendleft(reversed(items))
-
-
-def _collides(group: list[Append], item: Append) -> bool:
-    """Return whether an item conflicts with items of its session in the same statement.
-
-    An item that repeats a message id of the group is marked to be looked up first.
-    """
-    if item.is_conditional or any(other.is_conditional or other.run_alone for other in group):
-        return True
-    ids = {message.id for other in group for message in other.pending}
-    if any(message.id in ids for message in item.pending):
-        item.look_up_first = True
-        return True
-    # A tombstone refuses items with a derived id, and not the others.
-    return item.has_derived_id or any(other.has_derived_id for other in group)

@@ -224,7 +224,7 @@ def find_refusal(
     Args:
         item: The append.
         session: The session's row of sql.LOOK_UP, or None if there is no such session.
-        tombstone: The row of session_tombstones.FIND if a tombstone refuses the append, or None.
+        tombstone: The row of find_tombstones if a tombstone refuses the append, or None.
     """
     user_id, session_id = item.key
     if tombstone is not None and not tombstone["has_user"]:

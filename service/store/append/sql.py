@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from service.store.append.request import Append, Key
-from service.store.db.hot_pool import Statement
+from service.store.append.request import Append, Entry, Key
+from service.store.db.hot_pool import Record, Statement
 from service.store.session_tombstones import RETENTION
 from service.store.tables import OPEN_END, OutboxKind, SessionState
 
@@ -207,6 +207,29 @@ def _distances(items: Sequence[Append], counts: dict[Key, int]) -> list[int]:
         remaining[item.key] = end - len(item.pending)
         distances.extend(range(end - 1, remaining[item.key] - 1, -1))
     return distances
+
+
+def answer(batch: list[Append], sessions: dict[Key, Record]) -> list[Append]:
+    """Answer the items of a committed batch, and return those that the statement left out."""
+    left_out: list[Append] = []
+    last_seqs = {key: row["last_seq"] for key, row in sessions.items()}
+    # Backwards, since a session's row holds the seq of the last message of its last item.
+    for item in reversed(in_seq_order(batch)):
+        row = sessions.get(item.key)
+        if row is None:
+            left_out.append(item)
+            continue
+        first_seq = last_seqs[item.key] - len(item.pending) + 1
+        last_seqs[item.key] = first_seq - 1
+        created_us = row["at"]
+        item.finish(
+            (
+                Entry(message.id, seq, created_us, False)
+                for seq, message in enumerate(item.pending, first_seq)
+            ),
+            session_created=row["created"] and first_seq == 1,
+        )
+    return left_out[::-1]
 
 
 def look_up_arguments(items: Iterable[Append]) -> tuple[list[str], list[str], list[str]]:

@@ -48,12 +48,12 @@ class FairSemaphore:
         self._loop = asyncio.get_running_loop()
 
     @asynccontextmanager
-    async def hold(self, owner_id: str, timeout_s: float) -> AsyncIterator[None]:
+    async def hold(self, owner_id: str, timeout_s: float | None) -> AsyncIterator[None]:
         """Hold a permit during the block.
 
         Args:
             owner_id: The user in whose queue the call waits.
-            timeout_s: Seconds to wait for a permit.
+            timeout_s: Seconds to wait for a permit; None waits without a limit.
 
         Raises:
             AcquireTimeout: no permit became free in that time.
@@ -77,7 +77,7 @@ class FairSemaphore:
         if self._max_held_per_owner is not None:
             self._held[owner_id] += 1
 
-    async def _wait_for_permit(self, owner_id: str, timeout_s: float) -> None:
+    async def _wait_for_permit(self, owner_id: str, timeout_s: float | None) -> None:
         permit = self._loop.create_future()
         self._enqueue(owner_id, permit)
         try:
