@@ -38,7 +38,13 @@ from service.store.db.hot_pool import (
     Statement,
     fetch_in_transaction,
 )
-from service.store.db.work_class import ExpensiveWork, WorkClass
+from service.store.db.work_class import (
+    MAX_WAIT_S,
+    STATEMENT_TIMEOUT_S,
+    ExpensiveWork,
+    WorkClass,
+    overloaded_error,
+)
 from service.store.schema.version import SchemaVersion, schema_version
 
 T = TypeVar("T")
@@ -51,6 +57,12 @@ NO_OWNER = "no owner"
 
 SUSPICIOUS_WAIT_S = 0.5
 """Seconds that a call has waited for the database for its cancellation to suggest an outage."""
+SUSPICIOUS_WAITS_S = {
+    WorkClass.ORDINARY: SUSPICIOUS_WAIT_S,
+    # Expensive work may take that long although the database is well.
+    WorkClass.EXPENSIVE: MAX_WAIT_S + STATEMENT_TIMEOUT_S,
+}
+"""The same for `read` and `write`, by the class of their work."""
 MAX_ATTEMPTS = 6
 """Attempts of a transaction that is rolled back by contention."""
 OUTAGE_TIMEOUT_S = 15.0
@@ -228,7 +240,9 @@ class Database:
             ):
                 return await work(connection)
 
-        return await self._retry(attempt, deadline)
+        return await self._retry(
+            attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class]
+        )
 
     async def write(
         self,
@@ -283,7 +297,8 @@ class Database:
                     raise
                 return result
 
-        return await self.shield(self._retry(attempt, deadline))
+        retries = self._retry(attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class])
+        return await self.shield(retries)
 
     async def shield(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` to its end even when the caller is cancelled; `drain` waits for it."""
@@ -308,6 +323,7 @@ class Database:
         attempt: Callable[[float], Awaitable[T]],
         deadline: float,
         error: BaseException | None = None,
+        suspicious_wait_s: float = SUSPICIOUS_WAIT_S,
     ) -> T:
         """Repeat attempts until one succeeds, an error is final, or the time is up.
 
@@ -315,6 +331,7 @@ class Database:
             attempt: Is passed the time until which it may wait for a connection.
             deadline: The call's deadline.
             error: The error of a first attempt by the caller, if there was one.
+            suspicious_wait_s: Seconds after which the end of the caller's time suggests an outage.
         """
         wait_until = outage_deadline(deadline, self._loop.time())
         attempts = 0
@@ -329,13 +346,16 @@ class Database:
                     return await attempt(wait_until)
             except DATABASE_ERRORS as attempt_error:
                 if scope.expired():
-                    self._suspect_outage(started_at)
+                    self._suspect_outage(started_at, suspicious_wait_s)
                     raise DeadlineExceeded("the database did not respond in time") from None
-                # An earlier error says more about the cause than the lack of a permit.
-                if error is None or not isinstance(attempt_error, AcquireTimeout):
+                if not isinstance(attempt_error, AcquireTimeout):
+                    error = attempt_error
+                elif error is None:  # An earlier error says more about the cause.
+                    if attempt_error.is_busy:
+                        raise overloaded_error() from None
                     error = attempt_error
             except asyncio.CancelledError:
-                self._suspect_outage(started_at)
+                self._suspect_outage(started_at, suspicious_wait_s)
                 raise
 
     def _acquire_timeout_s(self, wait_until: float) -> float:
@@ -367,9 +387,9 @@ class Database:
             case _:
                 return False
 
-    def _suspect_outage(self, started_at: float) -> None:
+    def _suspect_outage(self, started_at: float, wait_s: float = SUSPICIOUS_WAIT_S) -> None:
         """Report a suspected outage if an unsuccessful call has waited for long enough."""
-        if self._loop.time() - started_at > SUSPICIOUS_WAIT_S:
+        if self._loop.time() - started_at > wait_s:
             self.on_suspected_outage()
 
     async def probe(self, timeout_s: float) -> SchemaVersion:

@@ -80,11 +80,7 @@ class ExpensiveWork:
         try:
             await hold.__aenter__()
         except (QueueFull, AcquireTimeout):
-            raise Overloaded(
-                "too many searches, large reads and deletes wait for the database; retry after "
-                "the given delay",
-                retry_after=RETRY_AFTER_S,
-            ) from None
+            raise overloaded_error() from None
         try:
             yield
         finally:
@@ -120,6 +116,14 @@ class ExpensiveWork:
             if classify(error) is Failure.CANCELLED and time_left_s > STATEMENT_TIMEOUT_S:
                 raise _too_expensive_error() from None
             raise
+
+
+def overloaded_error() -> Overloaded:
+    """Return the error of a call that would wait too long behind others for a connection."""
+    return Overloaded(
+        "too many calls wait for the database; retry after the given delay",
+        retry_after=RETRY_AFTER_S,
+    )
 
 
 def _too_expensive_error() -> DeadlineExceeded:
