@@ -10,6 +10,7 @@ from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
 from service.store import sessions
+from service.store.db.work_class import WorkClass
 from service.store.slices import message_slices
 from service.store.tables import SessionState
 
@@ -119,6 +120,13 @@ class Sessions(Handler):
         source_id = request.session_id.lower()
         fork_id = request.new_session_id.lower() or new_id()
         fingerprint = convert.fork_fingerprint(source_id, request.through_seq)
+        is_large = await self.database.read(
+            lambda connection: sessions.is_large_copy(
+                connection, user_id, source_id, request.through_seq
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
+        )
         row = await self.database.write(
             lambda connection: sessions.fork(
                 connection,
@@ -131,6 +139,7 @@ class Sessions(Handler):
             ),
             owner_id=user_id,
             deadline=call.deadline,
+            work_class=WorkClass.EXPENSIVE if is_large else WorkClass.ORDINARY,
         )
         self.search.wake()
         return session_pb2.ForkSessionResponse(session=convert.session(row))
