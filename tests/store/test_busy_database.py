@@ -108,3 +108,47 @@ async def test_abandoned_expensive_work_suggests_no_outage(
                 work_class=work_class,
             )
     assert bool(suspected) == (work_class is WorkClass.ORDINARY)
+
+
+async def test_write_is_dropped_if_its_caller_leaves_before_it_begins(database: Database) -> None:
+    runs: list[str] = []
+
+    async def work(_connection: AsyncConnection) -> None:
+        runs.append("work")
+
+    async with permits_in_use(database, is_moving=False):
+        writing = asyncio.create_task(database.write(work, owner_id="b", deadline=soon()))
+        async with asyncio.timeout(20):
+            while not database.waiting_count:
+                await asyncio.sleep(0.001)
+            writing.cancel()
+            await asyncio.wait([writing])
+            await database.drain()
+        assert (database.waiting_count, writing.cancelled()) == (0, True)
+    assert not runs
+    assert database._write_permits.free_count == database._write_permits.permit_count
+
+
+async def test_write_that_has_begun_is_committed_although_its_caller_leaves(
+    database: Database,
+) -> None:
+    has_begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(text("CREATE TABLE written ()"))
+        has_begun.set()
+        await may_end.wait()
+
+    writing = asyncio.create_task(database.write(work, owner_id="b", deadline=soon()))
+    async with asyncio.timeout(20):
+        await has_begun.wait()
+        writing.cancel()
+        await asyncio.wait([writing])
+        may_end.set()
+        await database.drain()
+    rows = await database.read(
+        lambda connection: connection.scalar(text("SELECT count(*) FROM written")),
+        owner_id="b",
+        deadline=soon(),
+    )
+    assert rows == 0

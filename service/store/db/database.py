@@ -155,6 +155,8 @@ class Database:
         self._permits = FairSemaphore(permit_count)
         self._write_permits = FairSemaphore(permit_count - permit_count // 3)
         self.expensive_work = ExpensiveWork(permit_count)
+        self.rejected_count = 0
+        """Calls that found no connection in time, because others used them all."""
         self._pool_timeout_s = pool_timeout_s
         self._writes: set[asyncio.Task[Any]] = set()
         self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
@@ -167,6 +169,11 @@ class Database:
         """Called when a call has shown, or suggests, that the database is unavailable."""
         # Looked up at each call, since the attribute is assigned later.
         self.hot_pool.on_slow_statement = lambda: self.on_suspected_outage()  # noqa: PLW0108
+
+    @property
+    def waiting_count(self) -> int:
+        """Number of calls that wait for a connection, without those of the hot statements."""
+        return self._permits.waiting_count + self._write_permits.waiting_count
 
     async def fetch(self, statement: Statement, *args: Any, deadline: float) -> list[Record]:
         """Run one hot statement that only reads, and return its rows.
@@ -252,7 +259,7 @@ class Database:
         deadline: float,
         work_class: WorkClass = WorkClass.ORDINARY,
     ) -> T:
-        """Run a transaction and commit it, also when the caller is cancelled before its end.
+        """Run a transaction and commit it, also when the caller is cancelled after its begin.
 
         `work` may run several times, each time in a new transaction. One case is a connection that
         is lost during COMMIT, which leaves unknown whether the transaction was committed. If the
@@ -270,10 +277,10 @@ class Database:
             Overloaded: too much expensive work waits.
             ServiceError: raised by `work`.
         """
-        is_outcome_unknown = False
+        is_outcome_unknown = has_begun = False
 
         async def attempt(wait_until: float) -> T:
-            nonlocal is_outcome_unknown
+            nonlocal is_outcome_unknown, has_begun
             wait_until -= LOCK_TIMEOUT_S
             async with (
                 self.expensive_work.permit(work_class, owner_id, wait_until),
@@ -282,6 +289,7 @@ class Database:
                 self.engine.connect() as connection,
                 self.expensive_work.limits(work_class, connection, wait_until),
             ):
+                has_begun = True
                 try:
                     result = await work(connection)
                 except ServiceError as error:
@@ -298,14 +306,27 @@ class Database:
                 return result
 
         retries = self._retry(attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class])
-        return await self.shield(retries)
+        return await self.shield(retries, lambda: has_begun)
 
-    async def shield(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end even when the caller is cancelled; `drain` waits for it."""
+    async def shield(
+        self, work: Coroutine[Any, Any, T], has_begun: Callable[[], bool] = lambda: True
+    ) -> T:
+        """Run `work` to its end even when the caller is cancelled; `drain` waits for it.
+
+        Args:
+            work: The work.
+            has_begun: Whether the work may have changed anything; if not, it is cancelled with its
+                caller, so that abandoned calls do not queue for connections.
+        """
         task = self._loop.create_task(work)
         self._writes.add(task)
         task.add_done_callback(self._on_write_done)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not has_begun():
+                task.cancel()
+            raise
 
     def _on_write_done(self, task: asyncio.Task[Any]) -> None:
         self._writes.discard(task)
@@ -352,6 +373,7 @@ class Database:
                     error = attempt_error
                 elif error is None:  # An earlier error says more about the cause.
                     if attempt_error.is_busy:
+                        self.rejected_count += 1
                         raise overloaded_error() from None
                     error = attempt_error
             except asyncio.CancelledError:

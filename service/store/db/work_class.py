@@ -57,7 +57,13 @@ class ExpensiveWork:
             max_waiting_per_owner=MAX_WAITING_PER_USER,
             max_waiting=MAX_WAITING,
         )
+        self.rejected_count = 0
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def in_progress_count(self) -> int:
+        """Number of permits that are held."""
+        return self.permits.permit_count - self.permits.free_count
 
     @asynccontextmanager
     async def permit(
@@ -80,6 +86,7 @@ class ExpensiveWork:
         try:
             await hold.__aenter__()
         except (QueueFull, AcquireTimeout):
+            self.rejected_count += 1
             raise overloaded_error() from None
         try:
             yield
