@@ -153,7 +153,7 @@ class Settings(BaseSettings):
     max_watches: PositiveInt = 1000
     """Maximum concurrent streams (WatchMessages, ExportUserData), shared between users like
     calls."""
-    max_calls_per_connection: PositiveInt = 512
+    max_calls_per_connection: PositiveInt = 200
     """Maximum concurrent calls on one connection. Streams may use half of them. Further calls wait
     at the client (HTTP/2's SETTINGS_MAX_CONCURRENT_STREAMS)."""
     max_connections: PositiveInt = 1000

@@ -8,6 +8,8 @@ from service.rpc.request_parser import MAX_REQUEST_BYTES
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING_CALLS = 8192
+MAX_DEALLOCATING_STREAMS = 128
+"""Finished calls of a connection whose memory is not released yet."""
 WINDOW_BYTES = 64 * 1024
 """Bytes of a request that a client may send before the service reads it."""
 
@@ -66,9 +68,11 @@ SERVER_OPTIONS: list[Option] = [
     # rejects them with a reason. This limit only bounds memory.
     ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_PENDING_CALLS),
-    # If this is on, finished streams count until their memory is released, and under load calls
-    # within the limit are rejected with REFUSED_STREAM.
-    ("grpc.http.overload_protection", 0),
+    # Finished streams count toward the limit of a connection until their memory is released, which
+    # bounds a flood of calls that are reset immediately. Without this headroom, calls within the
+    # limit would be rejected with REFUSED_STREAM under load.
+    ("grpc.http.overload_protection", 1),
+    ("grpc.http2.max_deallocating_streams", MAX_DEALLOCATING_STREAMS),
     # Must be below the clients' ping interval. Otherwise their pings cause GOAWAY too_many_pings.
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
