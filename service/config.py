@@ -144,6 +144,10 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = None
     """Certificate authorities (PEM) that must have issued every client's certificate (mutual
     TLS)."""
+    page_token_key: Annotated[SecretStr, Field(min_length=16)] | None = None
+    """Key that authenticates page tokens, at least 16 characters, the same for all replicas. Unset:
+    a key derived from the time at which the database was set up. A change makes clients repeat
+    their lists from the first page."""
     call_timeout: PositiveFloat = 30.0
     """Deadline in seconds for calls whose client sets none."""
     max_in_flight: PositiveInt = 1024

@@ -170,6 +170,9 @@ class Server:
             self.watchers,
             self.search,
             call_timeout_s=settings.call_timeout,
+            page_token_key=(
+                settings.page_token_key.get_secret_value() if settings.page_token_key else None
+            ),
         )
         pipeline = Pipeline(
             self.authenticate,

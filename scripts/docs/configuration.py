@@ -68,6 +68,7 @@ TOPICS = {
         "jwt_audience",
         "jwt_subject",
         "jwt_service_subjects",
+        "page_token_key",
     ),
     "TLS": ("tls_cert", "tls_key", "tls_client_ca"),
     "Limits and shutdown": (

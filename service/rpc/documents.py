@@ -16,6 +16,7 @@ from service.rpc import convert_documents as convert
 from service.rpc import field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler
+from service.rpc.page_tokens import parse_id, parse_index, parse_time_us
 from service.store import documents
 from service.store.db.database import Work
 from service.store.document_chunks import Chunk, ChunkRow
@@ -101,9 +102,16 @@ class Documents(Handler):
             for name in ("status", "source_uri", "mime_type")
             if (value := getattr(request, name))  # Zero and the empty string do not filter.
         }
-        list_key = ("ListDocuments", *owner_ids, request.scope, sorted(filters.items()))
+        tokens = await self.page_tokens.of_list(
+            owner_ids[0],
+            call.deadline,
+            "ListDocuments",
+            *owner_ids,
+            request.scope,
+            sorted(filters.items()),
+        )
         page_size = paging.effective_page_size(request.page_size)
-        cursor = _cursor(paging.read_token(request.page_token, *list_key))
+        cursor = tokens.read(request.page_token, _parse_cursor)
         if request.scope:
             is_shared = request.scope == document_pb2.DOCUMENT_SCOPE_SHARED
             owner_ids = tuple(id_ for id_ in owner_ids if (id_ == SYSTEM_USER_ID) == is_shared)
@@ -120,7 +128,7 @@ class Documents(Handler):
         )
 
         def token_after(row: DocumentRow) -> str:
-            return paging.make_token(f"{row.created_us} {row.id} {row.user_id}", *list_key)
+            return tokens.make(f"{row.created_us} {row.id} {row.user_id}")
 
         page, next_page_token = paging.build_page(
             rows[:page_size], convert.document, token_after, has_more=len(rows) > page_size
@@ -177,9 +185,11 @@ class Documents(Handler):
         """List a document's chunks in order."""
         owner_ids = call.caller.document_owner_ids(request.user_id)
         document_id = request.document_id.lower()
-        list_key = ("ListDocumentChunks", *owner_ids, document_id)
+        tokens = await self.page_tokens.of_list(
+            owner_ids[0], call.deadline, "ListDocumentChunks", *owner_ids, document_id
+        )
         page_size = paging.effective_page_size(request.page_size)
-        first_index = int(paging.read_token(request.page_token, *list_key) or 0)
+        first_index = tokens.read(request.page_token, parse_index) or 0
         rows, has_more = await self.database.read(
             lambda connection: documents.list_chunks(
                 connection, owner_ids, document_id, first_index, page_size
@@ -189,7 +199,7 @@ class Documents(Handler):
         )
 
         def token_after(row: ChunkRow) -> str:
-            return paging.make_token(str(row.chunk_index + 1), *list_key)
+            return tokens.make(str(row.chunk_index + 1))
 
         page, next_page_token = paging.build_page(
             rows, convert.chunk, token_after, has_more=has_more
@@ -252,8 +262,6 @@ def _require_owner(document: document_pb2.Document, owner_id: str) -> None:
         )
 
 
-def _cursor(text: str | None) -> DocumentCursor | None:
-    if text is None:
-        return None
+def _parse_cursor(text: str) -> DocumentCursor:
     created_us, document_id, user_id = text.split(" ")
-    return DocumentCursor(int(created_us), document_id, user_id)
+    return DocumentCursor(parse_time_us(created_us), parse_id(document_id), parse_id(user_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from service.errors import InvalidArgument
 from service.rpc.call import Call
 from service.rpc.conversion_turns import ConversionTurns
+from service.rpc.page_tokens import PageTokens
 from service.search.disabled import AnySearch
 from service.store.append.appender import Appender
 from service.store.db.database import Database
@@ -25,6 +26,7 @@ class Handler:
         search: AnySearch,
         *,
         call_timeout_s: float,
+        page_token_key: str | None = None,
     ) -> None:
         """Take the parts.
 
@@ -34,6 +36,7 @@ class Handler:
             watchers: The open WatchMessages streams.
             search: The search index, or its replacement where search is disabled.
             call_timeout_s: Timeout of each read of a stream, since a stream may have no deadline.
+            page_token_key: Key of the page tokens; None for one of the database.
         """
         self.database = database
         self.reads = ReadBatcher(database)
@@ -42,6 +45,7 @@ class Handler:
         self.search = search
         self.call_timeout_s = call_timeout_s
         self.conversions = ConversionTurns()
+        self.page_tokens = PageTokens(database, page_token_key)
 
     async def delete_in_slices(self, slices: Slices, owner_id: str, call: Call) -> int:
         """Delete rows slice by slice, until the remaining ones fit one transaction.

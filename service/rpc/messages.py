@@ -16,6 +16,7 @@ from service.rpc.call import Call
 from service.rpc.conversion_turns import PAUSE_REQUEST_BYTES
 from service.rpc.convert_structs import StructReader, metadata_json
 from service.rpc.handler import Handler, require_same_id
+from service.rpc.page_tokens import parse_integer
 from service.store import context, messages, sessions
 from service.store.append.request import Append, NewMessage, NewSession
 from service.store.rows import MessageRow
@@ -123,10 +124,12 @@ class Messages(Handler):
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         descending = request.order == message_pb2.MESSAGE_ORDER_DESC
-        list_key = ("ListMessages", user_id, session_id, descending)
+        tokens = await self.page_tokens.of_list(
+            user_id, call.deadline, "ListMessages", user_id, session_id, descending
+        )
         page_size = paging.effective_page_size(request.page_size)
-        cursor = paging.read_token(request.page_token, *list_key)
-        seq = int(cursor) if cursor is not None else messages.MAX_SEQ if descending else 0
+        cursor = tokens.read(request.page_token, parse_integer)
+        seq = cursor if cursor is not None else messages.MAX_SEQ if descending else 0
         rows, has_more = await messages.list_page(
             self.reads,
             user_id,
@@ -141,7 +144,7 @@ class Messages(Handler):
             paging.fitting_messages(rows), session_id, reply.messages, user_id, call.deadline
         )
         if has_more or len(reply.messages) < len(rows):
-            reply.next_page_token = paging.make_token(str(reply.messages[-1].seq), *list_key)
+            reply.next_page_token = tokens.make(str(reply.messages[-1].seq))
         return reply
 
     async def UpdateMessage(

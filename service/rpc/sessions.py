@@ -9,6 +9,7 @@ from service.ids import new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
+from service.rpc.page_tokens import parse_id, parse_time_us
 from service.store import sessions
 from service.store.db.work_class import WorkClass
 from service.store.slices import message_slices
@@ -52,9 +53,11 @@ class Sessions(Handler):
     ) -> session_pb2.ListSessionsResponse:
         """List a user's sessions, newest activity first."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        list_key = ("ListSessions", user_id, request.state)
+        tokens = await self.page_tokens.of_list(
+            user_id, call.deadline, "ListSessions", user_id, request.state
+        )
         page_size = paging.effective_page_size(request.page_size)
-        cursor = _cursor(paging.read_token(request.page_token, *list_key))
+        cursor = tokens.read(request.page_token, _parse_cursor)
         state = SessionState(request.state) if request.state else None
         rows = await self.database.read(
             lambda connection: sessions.list_page(
@@ -66,7 +69,7 @@ class Sessions(Handler):
         page, next_page_token = paging.build_page(
             rows[:page_size],
             convert.session,
-            lambda row: paging.make_token(f"{row.updated_us} {row.id}", *list_key),
+            lambda row: tokens.make(f"{row.updated_us} {row.id}"),
             has_more=len(rows) > page_size,
         )
         return session_pb2.ListSessionsResponse(sessions=page, next_page_token=next_page_token)
@@ -145,8 +148,6 @@ class Sessions(Handler):
         return session_pb2.ForkSessionResponse(session=convert.session(row))
 
 
-def _cursor(text: str | None) -> sessions.SessionCursor | None:
-    if text is None:
-        return None
-    updated_us, _, session_id = text.partition(" ")
-    return sessions.SessionCursor(int(updated_us), session_id)
+def _parse_cursor(text: str) -> sessions.SessionCursor:
+    updated_us, session_id = text.split(" ")
+    return sessions.SessionCursor(parse_time_us(updated_us), parse_id(session_id))

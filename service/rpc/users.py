@@ -10,6 +10,7 @@ from service.ids import SYSTEM_USER_ID, new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler
+from service.rpc.page_tokens import parse_id
 from service.store import users
 from service.store.db.database import NO_OWNER, Database
 from service.store.rows import UserRow
@@ -72,7 +73,8 @@ class Users(Handler):
     ) -> user_pb2.ListUsersResponse:
         """List all users in order of id."""
         page_size = paging.effective_page_size(request.page_size)
-        cursor = paging.read_token(request.page_token, "ListUsers")
+        tokens = await self.page_tokens.of_list(NO_OWNER, call.deadline, "ListUsers")
+        cursor = tokens.read(request.page_token, parse_id)
         rows = await self.database.read(
             lambda connection: users.list_page(connection, cursor, page_size + 1),
             owner_id=NO_OWNER,
@@ -81,7 +83,7 @@ class Users(Handler):
         page, next_page_token = paging.build_page(
             rows[:page_size],
             convert.user,
-            lambda row: paging.make_token(row.id, "ListUsers"),
+            lambda row: tokens.make(row.id),
             has_more=len(rows) > page_size,
         )
         return user_pb2.ListUsersResponse(users=page, next_page_token=next_page_token)

@@ -13,7 +13,7 @@ from service.ids import SYSTEM_USER_ID, new_id
 from service.store import documents, session_tombstones, sessions
 from service.store.constraints import check_required, reserve
 from service.store.outbox import outbox
-from service.store.rows import USER_COLUMNS, UserRow, check_etag, row_or_none
+from service.store.rows import USER_COLUMNS, UserRow, check_etag, epoch_us, row_or_none
 from service.store.tables import users
 
 _MAX_LOST_RACES = 5
@@ -183,6 +183,15 @@ async def update(
         .returning(*USER_COLUMNS)
     )
     return UserRow._make((await connection.execute(statement)).one())
+
+
+async def set_up_us(connection: AsyncConnection) -> int:
+    """Return when the database was set up, in microseconds since 1970; 0 if unknown.
+
+    That is when the first migration created the system's own user.
+    """
+    query = sa.select(epoch_us(users.c.created_at)).where(users.c.id == SYSTEM_USER_ID)
+    return await connection.scalar(query) or 0
 
 
 class DeletedCounts(NamedTuple):

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.errors import InvalidArgument
-from service.rpc import paging
+from service.rpc.page_tokens import ListTokens
 from tests.security import fuzz, hostile
 from tests.support.chat import Chat, new_id, new_message
 from tests.support.cluster import fetch
@@ -207,7 +207,8 @@ async def test_large_page_sizes_are_coerced(chat: Chat) -> None:
 @given(st.data())
 @settings(max_examples=100)
 def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
-    good = paging.make_token("1700000000000000 " + IDS[0], "ListSessions", IDS[1], 0)
+    tokens = ListTokens(b"k" * 32, ("ListSessions", IDS[1], 0))
+    good = tokens.make("1700000000000000 " + IDS[0])
     bad = data.draw(
         st.one_of(
             st.text(max_size=60),
@@ -222,7 +223,7 @@ def test_page_tokens_cannot_be_tampered_with(data: st.DataObject) -> None:
     if bad in ("", good):
         return
     with pytest.raises(InvalidArgument):
-        paging.read_token(bad, "ListSessions", IDS[1], 0)
+        tokens.read(bad, str)
 
 
 @pytest.mark.case(n=1)
