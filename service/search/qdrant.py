@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import TypeVar
 
 from qdrant_client import AsyncQdrantClient, models
@@ -38,6 +38,9 @@ _PAYLOAD_INDEXES = {
     "entity_id": models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
     "kind": models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD),
 }
+MAX_UPSERT_NUMBERS = 65_536
+"""Numbers of all vectors of one request. Their conversion holds the event loop, up to a tenth of a
+second for a whole page of the indexer with long vectors."""
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERROR = 500
 _NOT_FOUND = 404
@@ -110,38 +113,41 @@ class QdrantIndex:
         await self._request(self._client.update_collection_aliases(operations))
 
     async def write(self, changes: Changes, building: str | None) -> None:
-        points = self._points(changes)
         # The new collection first: it may replace the live one at any time, and must then
         # hold every change that the live one holds.
         if building is not None:
             live = await self.live_collection()
-            await self._write(building, changes, points)
+            await self._write(building, changes)
             if live == building:
                 return
-        await self._write(self._alias, changes, points)
+        await self._write(self._alias, changes)
 
-    async def _write(
-        self, collection: str, changes: Changes, points: list[models.PointStruct]
-    ) -> None:
+    async def _write(self, collection: str, changes: Changes) -> None:
         for point_filter in changes.delete_filters:
             selector = models.FilterSelector(filter=_filter(point_filter))
             await self._update(self._client.delete(collection, selector, wait=True))
         if changes.deletes:
             ids = models.PointIdsList(points=[point.id for point in changes.deletes])
             await self._update(self._client.delete(collection, ids, wait=True))
-        if points:
+        for points in self._upserts(changes):
             await self._update(self._client.upsert(collection, points, wait=True))
 
-    def _points(self, changes: Changes) -> list[models.PointStruct]:
+    def _upserts(self, changes: Changes) -> Iterator[list[models.PointStruct]]:
+        """Yield the points to write, in parts of up to MAX_UPSERT_NUMBERS."""
         vector_bytes = self._dimensions * FLOAT_BYTES
-        return [
-            models.PointStruct(
-                id=point.id,
-                vector=unpack_vector(changes.vectors[n * vector_bytes : (n + 1) * vector_bytes]),
-                payload=point._asdict(),
-            )
-            for n, point in enumerate(changes.upserts)
-        ]
+        part_size = max(1, MAX_UPSERT_NUMBERS // self._dimensions)
+        for start in range(0, len(changes.upserts), part_size):
+            part = enumerate(changes.upserts[start : start + part_size], start)
+            yield [
+                models.PointStruct(
+                    id=point.id,
+                    vector=unpack_vector(
+                        changes.vectors[n * vector_bytes : (n + 1) * vector_bytes]
+                    ),
+                    payload=point._asdict(),
+                )
+                for n, point in part
+            ]
 
     async def search(self, vector: bytes, query: VectorQuery) -> list[ScoredPoint]:
         # The owner first: local mode evaluates one condition after the other.
