@@ -13,6 +13,7 @@ from chathistory.v1 import (
     user_pb2,
 )
 
+from benchmarks.hostile.data import DOCUMENT_CHUNKS
 from benchmarks.hostile.matrix import new_struct
 
 if TYPE_CHECKING:
@@ -80,21 +81,29 @@ async def large_appends(assault: Assault) -> None:
 
 async def bulk(assault: Assault) -> None:
     """Import with full requests, as fast as the service takes them."""
-    if assault.parameter("rpc") == "AppendMessages":
+    account, rpc = assault.account, assault.parameter("rpc")
+    chunks = [document_pb2.DocumentChunk(text=f"{index} chunk " * 80) for index in range(1_000)]
+    if rpc == "AppendMessages":
         messages = [text_message("b" * 10_000)] * 100
         bodies = [append(assault, new_session_id(assault), messages) for _ in range(16)]
+    elif rpc == "CreateDocument":
+        document = document_pb2.Document(title="import")
+        bodies = [
+            document_pb2.CreateDocumentRequest(
+                user_id=account.user_id, document=document, chunks=chunks
+            ).SerializeToString()
+        ]
     else:
         bodies = [
             document_pb2.AppendDocumentChunksRequest(
-                user_id=assault.account.user_id,
-                document_id=assault.account.document_id,
-                first_index=1_000 * index,
-                chunks=[document_pb2.DocumentChunk(text=f"{index} chunk " * 80)] * 1_000,
+                user_id=account.user_id,
+                document_id=account.document_id,
+                first_index=DOCUMENT_CHUNKS,
+                chunks=chunks,
             ).SerializeToString()
-            for index in range(1, 17)
         ]
     await assault.begin()
-    await assault.flood(assault.parameter("rpc"), bodies, concurrency=64, connections=4)
+    await assault.flood(rpc, bodies, concurrency=64, connections=4)
 
 
 async def update_masks(assault: Assault) -> None:

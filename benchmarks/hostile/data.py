@@ -27,6 +27,8 @@ _ATTEMPTS = 100
 _RETRIED = ("RESOURCE_EXHAUSTED", "ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _WORDS = ("hello", "world", "plan", "office", "needle", "alpha", "beta", "lease", "cabling", "date")
 _METADATA_BYTES = 15_000
+DOCUMENT_CHUNKS = 100
+"""Chunks of each user's document."""
 
 
 class _Store:
@@ -121,7 +123,10 @@ async def _store_small(data: _Store, account: Account) -> None:
     document = document_pb2.CreateDocumentRequest(
         user_id=account.user_id,
         document=document_pb2.Document(id=account.document_id, title="hello"),
-        chunks=[document_pb2.DocumentChunk(text=f"hello world {index}") for index in range(100)],
+        chunks=[
+            document_pb2.DocumentChunk(text=f"hello world {index}")
+            for index in range(DOCUMENT_CHUNKS)
+        ],
     )
     await data.send("CreateDocument", document)
 

@@ -69,7 +69,9 @@ SPECIALS: dict[str, Special] = {
         },
     ),
     "large appends": Special(contents.large_appends, {"concurrency": (8, 100)}),
-    "bulk": Special(contents.bulk, {"rpc": ("AppendMessages", "AppendDocumentChunks")}),
+    "bulk": Special(
+        contents.bulk, {"rpc": ("AppendMessages", "CreateDocument", "AppendDocumentChunks")}
+    ),
     "update masks": Special(
         contents.update_masks, {"paths": (60, 1_000, 100_000), "concurrency": (8, 64)}
     ),
