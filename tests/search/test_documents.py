@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
@@ -71,6 +72,28 @@ async def test_concurrent_equal_creates_create_one_document(library: Library) ->
         sent = {"id": new_id(), "source_uri": f"s{number}", "content_sha256": SHA256}
         created = await asyncio.gather(*(library.create(["a", "b"], **sent) for _ in range(12)))
         assert {(it.id, it.chunk_count) for it in created} == {(sent["id"], 2)}
+
+
+async def test_source_has_at_most_2048_characters_and_2560_bytes(
+    library: Library,
+) -> None:
+    """An entry of the index that keeps documents unique holds 2,704 bytes."""
+    generator = random.Random(1)  # An index compresses what repeats.
+    ascii_uri = "".join(chr(generator.randrange(33, 127)) for _ in range(2048))
+    wide_uri = "".join(chr(generator.randrange(0x1F300, 0x1F900)) for _ in range(640))
+    for uri in (ascii_uri, wide_uri):
+        stored = await library.create(source_uri=uri, content_sha256=SHA256)
+        assert stored.source_uri == uri
+        other = await library.create(source_uri="other", content_sha256=SHA256)
+        updated = await library.update(id=other.id, source_uri=uri[::-1])
+        assert updated.source_uri == uri[::-1]
+    document = await library.create()
+    for call in (
+        library.create(source_uri=wide_uri + "a"),
+        library.update(id=document.id, source_uri=wide_uri + "a"),
+        library.create(source_uri=ascii_uri + "a"),
+    ):
+        await assert_field_violations(call, "document.source_uri")
 
 
 async def test_append_allows_no_gap_and_a_retry_changes_nothing(library: Library) -> None:

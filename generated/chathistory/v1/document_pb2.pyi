@@ -112,7 +112,7 @@ class Document(_message.Message):
     title: _builtins.str
     """Display title, at most 512 characters."""
     source_uri: _builtins.str
-    """Location of the original, at most 2048 characters."""
+    """Location of the original, at most 2048 characters and 2560 bytes in UTF-8."""
     mime_type: _builtins.str
     """Media type of the original, such as `text/markdown`, at most 256 characters."""
     content_sha256: _builtins.str
