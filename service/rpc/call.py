@@ -79,17 +79,24 @@ class Call:
         self._budget.release(self.owner_id, self.connection, n_bytes)
         self.held_bytes -= n_bytes
 
-    def resize(self, n_bytes: int) -> None:
-        """Change the number of held bytes.
+    def hold_reply(self, n_bytes: int, *, is_write: bool) -> None:
+        """Replace the held bytes by those of the reply.
+
+        Args:
+            n_bytes: Size of the reply.
+            is_write: Whether the call has changed data; the reply is then held beyond the limits.
 
         Raises:
             Overloaded: as `charge`.
         """
         change = n_bytes - self.held_bytes
-        if change > 0:
-            self.charge(change)
-        elif change:
+        if change < 0:
             self.release(-change)
+        elif is_write:
+            self._budget.add(self.owner_id, self.connection, change)
+            self.held_bytes += change
+        else:
+            self.charge(change)
 
 
 UnaryMethod = Callable[[Any, Call], Awaitable[Any]]

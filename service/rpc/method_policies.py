@@ -36,37 +36,40 @@ class MethodPolicy(NamedTuple):
 
     access: Access
     audit: AuditRule
+    is_write: bool = False
+    """Whether it changes data. Its reply is sent even beyond the limits in bytes: the change is
+    committed, and the caller of a rejected call would repeat it."""
 
 
 POLICIES: Mapping[str, MethodPolicy] = {
-    "CreateUser": MethodPolicy(Access.SERVICE_ONLY, AuditRule.ACT),
+    "CreateUser": MethodPolicy(Access.SERVICE_ONLY, AuditRule.ACT, is_write=True),
     "GetUser": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
     "ListUsers": MethodPolicy(Access.SERVICE_ONLY, AuditRule.ACT),
-    "UpdateUser": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "DeleteUser": MethodPolicy(Access.SERVICE_ONLY, AuditRule.ERASE),
+    "UpdateUser": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
+    "DeleteUser": MethodPolicy(Access.SERVICE_ONLY, AuditRule.ERASE, is_write=True),
     "ExportUserData": MethodPolicy(Access.ANY_CALLER, AuditRule.EXPORT),
-    "CreateSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
+    "CreateSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
     "GetSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
     "ListSessions": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "UpdateSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "DeleteSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ERASE),
-    "ForkSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "AppendMessages": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
+    "UpdateSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
+    "DeleteSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ERASE, is_write=True),
+    "ForkSession": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
+    "AppendMessages": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
     "GetMessage": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
     "ListMessages": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "UpdateMessage": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "DeleteMessage": MethodPolicy(Access.ANY_CALLER, AuditRule.ERASE),
+    "UpdateMessage": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
+    "DeleteMessage": MethodPolicy(Access.ANY_CALLER, AuditRule.ERASE, is_write=True),
     "GetContext": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
     "WatchMessages": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
     "SearchMessages": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "CreateDocument": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "AppendDocumentChunks": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
+    "CreateDocument": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
+    "AppendDocumentChunks": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
     "ListDocumentChunks": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
     "GetDocument": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
     "ListDocuments": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "UpdateDocument": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "DeleteDocument": MethodPolicy(Access.ANY_CALLER, AuditRule.ERASE),
+    "UpdateDocument": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT, is_write=True),
+    "DeleteDocument": MethodPolicy(Access.ANY_CALLER, AuditRule.ERASE, is_write=True),
     "SearchDocuments": MethodPolicy(Access.ANY_CALLER, AuditRule.ACT),
-    "RebuildSearchIndex": MethodPolicy(Access.SERVICE_ONLY, AuditRule.ACT),
+    "RebuildSearchIndex": MethodPolicy(Access.SERVICE_ONLY, AuditRule.ACT, is_write=True),
 }
 """By RPC name. Building the pipeline fails when an RPC has no entry."""

@@ -133,6 +133,7 @@ class Pipeline:
         loop = self._loop
         parse = parser.parse
         receive, unread = self._receiver.receive, self._unread
+        is_write = POLICIES[name].is_write
         check = self._request_check(name)
         if self._audit is not None:
             method = self._audit.wrap_unary(name, POLICIES[name].audit, method)
@@ -168,7 +169,7 @@ class Pipeline:
                     reply = await self._with_timeout(method, request, call)
                 reply_data: bytes = reply.SerializeToString()
                 if call.held_bytes or len(reply_data) > UNCOUNTED_BYTES:
-                    call.resize(len(reply_data))
+                    call.hold_reply(len(reply_data), is_write=is_write)
                 unread.add(call)
             except BaseException as error:  # noqa: BLE001 - `_abort` always raises
                 data, request, reply, reply_data = b"", None, None, b""  # See `_abort`.

@@ -39,6 +39,11 @@ async def large_session(chat: Chat) -> str:
     return await chat.start([new_message("x" * 200_000) for _ in range(14)])
 
 
+def free_bytes(server: Server) -> int:
+    """Return how many bytes the calls of the only user may hold further."""
+    return server.settings.max_bytes_per_user - server.budget.held
+
+
 def page_request(chat: Chat, session_id: str) -> message_pb2.ListMessagesRequest:
     return message_pb2.ListMessagesRequest(user_id=chat.user_id, session_id=session_id)
 
@@ -114,6 +119,34 @@ async def test_total_of_unread_replies_keeps_room_for_other_users(database_url: 
             assert server.budget.rejections["total"]
             await assert_served(server)
         await until(lambda: not server.budget.held)
+
+
+async def test_reply_of_a_write_is_never_rejected_since_the_write_is_committed(
+    server: Server, chat: Chat
+) -> None:
+    session_id = await large_session(chat)
+    [stored, *_] = (await chat.page(session_id, page_size=1)).messages
+    await until(lambda: not server.budget.held)
+    async with RawConnection(server.address) as raw:
+        for _ in range(20):
+            await raw.call("ListMessages", page_request(chat, session_id))
+        fitting = server.settings.max_bytes_per_user // 2_800_000
+        await raw.wait_for(20 - fitting)
+        # Fills the rest of the user's share, less than one message.
+        room = free_bytes(server)
+        while room > 200_000:
+            await raw.call(
+                "GetMessage",
+                message_pb2.GetMessageRequest(
+                    user_id=chat.user_id, session_id=session_id, message_id=stored.id
+                ),
+            )
+            room -= 200_000
+            await until(lambda room=room: free_bytes(server) <= room)  # type: ignore[misc]
+        await failures.assert_fails(chat.get(session_id, stored.id), "OVERLOADED")
+        updated = await chat.update(session_id, stored.id, token_count=7)
+        assert (updated.token_count, len(updated.content)) == (7, 200_000)
+    await until(lambda: not server.budget.held)
 
 
 async def test_connection_whose_client_does_not_read_is_closed(
@@ -307,8 +340,8 @@ async def test_call_that_waits_to_send_may_send_only_one_window(server: Server) 
     async with RawConnection(server.address) as raw:
         for _ in range(receiver.permit_count):
             raw.start_call("ListMessages")
-        stream = raw.start_call("AppendMessages")
         await until(lambda: receiver.waiting_count > 0)
+        stream = raw.start_call("AppendMessages")
         sending = asyncio.create_task(raw.send(stream, bytes(4 * WINDOW_BYTES)))
         await until(lambda: raw.window(stream) == 0)
         await assert_served(server)

@@ -46,3 +46,10 @@ def test_only_rpcs_on_all_users_are_for_services_only() -> None:
         name for name, policy in POLICIES.items() if policy.access is Access.SERVICE_ONLY
     }
     assert service_only == {"CreateUser", "ListUsers", "DeleteUser", "RebuildSearchIndex"}
+
+
+def test_every_rpc_that_changes_data_is_a_write() -> None:
+    reads = ("Get", "List", "Search", "Watch", "Export")
+    assert {name for name, policy in POLICIES.items() if not policy.is_write} == {
+        name for name in RPCS if name.startswith(reads)
+    }
