@@ -113,6 +113,11 @@ class ByteBudget:
         """Grant the waiting reservations for which there is room."""
         for owner_id in list(self._queues):
             queue = self._queues[owner_id]
+            while queue and queue[0].granted.done():
+                queue.popleft()  # It was cancelled, and has not yet run to forget itself.
+            if not queue:
+                del self._queues[owner_id]
+                continue
             waiter = queue[0]
             if not self._has_room_to_reserve(owner_id, waiter.connection, waiter.n_bytes):
                 continue
@@ -125,7 +130,9 @@ class ByteBudget:
                 del self._queues[owner_id]
 
     def _forget(self, owner_id: str, waiter: _Waiter) -> None:
-        queue = self._queues[owner_id]
+        queue = self._queues.get(owner_id)
+        if queue is None or waiter not in queue:
+            return  # `_grant` has dropped it.
         queue.remove(waiter)
         if not queue:
             del self._queues[owner_id]

@@ -75,7 +75,9 @@ class Call:
         self.held_bytes += n_bytes
 
     def release(self, n_bytes: int) -> None:
-        """Count bytes as no longer held."""
+        """Count bytes as no longer held; 0 changes nothing."""
+        if not n_bytes:
+            return
         self._budget.release(self.owner_id, self.connection, n_bytes)
         self.held_bytes -= n_bytes
 
