@@ -131,19 +131,26 @@ class WatchHub:
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
-            keys = list(self._watchers)
-            arguments = ([user_id for user_id, _ in keys], [session_id for _, session_id in keys])
             try:
-                records = await self._database.fetch_once(_LAST_SEQS, *arguments)
-            except DATABASE_ERRORS:
+                await self._poll_once()
+            except Exception as error:  # noqa: BLE001 - without polls no watcher would be woken
                 # The watchers' own reads retry. Each watcher ends its stream if its read fails.
-                _log.warning("watch poll failed", watched_sessions=len(keys))
-                self._database.on_suspected_outage()
+                _log.warning(
+                    "watch poll failed",
+                    watched_sessions=len(self._watchers),
+                    error=type(error).__name__,
+                )
+                if isinstance(error, DATABASE_ERRORS):
+                    self._database.on_suspected_outage()
                 self._wake_all()
-                continue
-            sessions = {(record["user_id"], record["session_id"]): record for record in records}
-            for key in keys:
-                self._notify(key, sessions.get(key))
+
+    async def _poll_once(self) -> None:
+        keys = list(self._watchers)
+        arguments = ([user_id for user_id, _ in keys], [session_id for _, session_id in keys])
+        records = await self._database.fetch_once(_LAST_SEQS, *arguments)
+        sessions = {(record["user_id"], record["session_id"]): record for record in records}
+        for key in keys:
+            self._notify(key, sessions.get(key))
 
     def _notify(self, key: SessionKey, session: Record | None) -> None:
         """Wake the watchers of a session that was deleted, or appended to, since the last poll."""
