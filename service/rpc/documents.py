@@ -16,8 +16,10 @@ from service.rpc import convert_documents as convert
 from service.rpc import field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler
+from service.rpc.page_reads import read_page
 from service.rpc.page_tokens import parse_id, parse_index, parse_time_us
 from service.store import documents
+from service.store.bounded_reads import Connection, Page
 from service.store.db.database import Work
 from service.store.document_chunks import Chunk, ChunkRow
 from service.store.documents import DocumentCursor
@@ -115,23 +117,23 @@ class Documents(Handler):
         if request.scope:
             is_shared = request.scope == document_pb2.DOCUMENT_SCOPE_SHARED
             owner_ids = tuple(id_ for id_ in owner_ids if (id_ == SYSTEM_USER_ID) == is_shared)
-        rows = (
-            await self.database.read(
-                lambda connection: documents.list_page(
-                    connection, owner_ids, filters, cursor, page_size + 1
-                ),
-                owner_id=owner_id,
-                deadline=call.deadline,
+        if not owner_ids:
+            return document_pb2.ListDocumentsResponse()
+
+        async def list_rows(
+            connection: Connection, last_row: DocumentRow | None, limit: int, max_bytes: int
+        ) -> Page[DocumentRow]:
+            after = _cursor_at(last_row) if last_row else cursor
+            return await documents.list_page(
+                connection, owner_ids, filters, after, limit, max_bytes
             )
-            if owner_ids
-            else []
-        )
 
         def token_after(row: DocumentRow) -> str:
             return tokens.make(f"{row.created_us} {row.id} {row.user_id}")
 
+        rows, has_more = await read_page(self.database, list_rows, page_size, owner_id, call)
         page, next_page_token = paging.build_page(
-            rows[:page_size], convert.document, token_after, has_more=len(rows) > page_size
+            rows, convert.document, token_after, has_more=has_more
         )
         return document_pb2.ListDocumentsResponse(documents=page, next_page_token=next_page_token)
 
@@ -190,17 +192,19 @@ class Documents(Handler):
         )
         page_size = paging.effective_page_size(request.page_size)
         first_index = tokens.read(request.page_token, parse_index) or 0
-        rows, has_more = await self.database.read(
-            lambda connection: documents.list_chunks(
-                connection, owner_ids, document_id, first_index, page_size
-            ),
-            owner_id=owner_ids[0],
-            deadline=call.deadline,
-        )
+
+        async def list_rows(
+            connection: Connection, last_row: ChunkRow | None, limit: int, max_bytes: int
+        ) -> Page[ChunkRow]:
+            index = last_row.chunk_index + 1 if last_row else first_index
+            return await documents.list_chunks(
+                connection, owner_ids, document_id, index, limit, max_bytes
+            )
 
         def token_after(row: ChunkRow) -> str:
             return tokens.make(str(row.chunk_index + 1))
 
+        rows, has_more = await read_page(self.database, list_rows, page_size, owner_ids[0], call)
         page, next_page_token = paging.build_page(
             rows, convert.chunk, token_after, has_more=has_more
         )
@@ -260,6 +264,10 @@ def _require_owner(document: document_pb2.Document, owner_id: str) -> None:
             "document.user_id",
             "must be empty or the document's owner, which is the nil UUID for a shared document",
         )
+
+
+def _cursor_at(row: DocumentRow) -> DocumentCursor:
+    return DocumentCursor(row.created_us, row.id, row.user_id)
 
 
 def _parse_cursor(text: str) -> DocumentCursor:

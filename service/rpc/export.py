@@ -15,16 +15,31 @@ from service.rpc.conversion_turns import ConversionTurns
 from service.rpc.handler import Handler
 from service.search.types import unpack_vector
 from service.store import export, users
-from service.store.db.database import Database, Work
+from service.store.bounded_reads import (
+    STREAM_PAGE_BYTES,
+    UNLIMITED,
+    Connection,
+    Page,
+    StreamBudget,
+    read_held,
+)
+from service.store.db.database import Database
+from service.store.db.work_class import WorkClass
 from service.store.rows import DocumentRow, SessionRow, UserRow
 
 PAGE_SIZE = 100
-CHUNK_PAGE_SIZE = 10
-"""Smaller, since a chunk may have 256 KiB of text and a vector of the same size."""
+"""Rows that one read returns, at most."""
+PARENT_PAGE_BYTES = 16 * 1024
+"""Bytes of sessions, or of documents, that are kept while messages or chunks of them are sent.
+
+They are not counted: a stream must hold nothing while it waits for room.
+"""
 
 Item = export_pb2.ExportUserDataResponse
-T = TypeVar("T")
 Row = TypeVar("Row")
+
+ListPage = Callable[[Any, Connection, int], Awaitable[Page[Row]]]
+"""Reads a page; gets the cursor, a connection and the maximum bytes."""
 
 
 class Exports(Handler):
@@ -35,7 +50,9 @@ class Exports(Handler):
     ) -> AsyncGenerator[Item]:
         """Send all data of one user, in order."""
         user_id = call.caller.resolve_user_id(request.user_id)
-        user_export = UserExport(self.database, user_id, self.call_timeout_s, self.conversions)
+        user_export = UserExport(
+            self.database, user_id, self.call_timeout_s, self.conversions, call
+        )
         async for item in user_export.items():
             yield item
 
@@ -49,12 +66,22 @@ class UserExport:
         user_id: str,
         page_timeout_s: float,
         conversions: ConversionTurns | None = None,
+        budget: StreamBudget = UNLIMITED,
     ) -> None:
-        """Prepare the export; each page must be read within `page_timeout_s`."""
+        """Prepare the export.
+
+        Args:
+            database: The database.
+            user_id: The user.
+            page_timeout_s: Seconds for the read of each page.
+            conversions: The turns in which large messages are converted.
+            budget: Accounts for the bytes that the export holds.
+        """
         self._database = database
         self._user_id = user_id
         self._page_timeout_s = page_timeout_s
         self._conversions = conversions or ConversionTurns()
+        self._budget = budget
 
     async def items(self) -> AsyncGenerator[Item]:
         """Yield the user, each session with its messages, and each document with its chunks.
@@ -71,15 +98,18 @@ class UserExport:
         await self._user()
 
     async def _user(self) -> UserRow:
-        return await self._read(lambda connection: users.get(connection, self._user_id))
+        return await self._database.read(
+            lambda connection: users.get(connection, self._user_id),
+            owner_id=self._user_id,
+            deadline=self._step_deadline(),
+        )
 
     async def _sessions(self) -> AsyncGenerator[Item]:
-        async for session in self._rows(
-            lambda cursor, connection: export.list_sessions(
-                connection, self._user_id, cursor, PAGE_SIZE
+        async for session in self._parents(
+            lambda cursor, connection, max_bytes: export.list_sessions(
+                connection, self._user_id, cursor, PAGE_SIZE, max_bytes
             ),
-            first_cursor=None,
-            cursor_after=lambda session: session.id,
+            lambda session: session.id,
         ):
             yield Item(session=convert.session(session))
             async for item in self._messages(session):
@@ -87,12 +117,14 @@ class UserExport:
 
     async def _messages(self, session: SessionRow) -> AsyncGenerator[Item]:
         """Yield the messages that the session had when it was read."""
+        if not session.last_seq:
+            return
         async for message in self._rows(
-            lambda seq, connection: export.list_messages(
-                connection, session.user_id, session.id, seq, PAGE_SIZE
+            lambda seq, connection, max_bytes: export.list_messages(
+                connection, session.user_id, session.id, seq, PAGE_SIZE, max_bytes
             ),
+            lambda message: message.seq,
             first_cursor=0,
-            cursor_after=lambda message: message.seq,
         ):
             if message.seq > session.last_seq:
                 return
@@ -103,12 +135,11 @@ class UserExport:
             )
 
     async def _documents(self) -> AsyncGenerator[Item]:
-        async for document in self._rows(
-            lambda cursor, connection: export.list_documents(
-                connection, self._user_id, cursor, PAGE_SIZE
+        async for document in self._parents(
+            lambda cursor, connection, max_bytes: export.list_documents(
+                connection, self._user_id, cursor, PAGE_SIZE, max_bytes
             ),
-            first_cursor=None,
-            cursor_after=lambda document: document.id,
+            lambda document: document.id,
         ):
             yield Item(document=convert_documents.document(document))
             async for item in self._chunks(document):
@@ -116,12 +147,14 @@ class UserExport:
 
     async def _chunks(self, document: DocumentRow) -> AsyncGenerator[Item]:
         """Yield the chunks that the document had when it was read."""
+        if not document.chunk_count:
+            return
         async for chunk in self._rows(
-            lambda index, connection: export.list_chunks(
-                connection, document.user_id, document.id, index, CHUNK_PAGE_SIZE
+            lambda index, connection, max_bytes: export.list_chunks(
+                connection, document.user_id, document.id, index, PAGE_SIZE, max_bytes
             ),
+            lambda chunk: chunk.chunk_index + 1,
             first_cursor=0,
-            cursor_after=lambda chunk: chunk.chunk_index + 1,
         ):
             if chunk.chunk_index >= document.chunk_count:
                 return
@@ -132,24 +165,55 @@ class UserExport:
                 exported.vector.extend(unpack_vector(chunk.vector))
             yield Item(chunk=exported)
 
+    async def _parents(
+        self, list_page: ListPage[Row], cursor_after: Callable[[Row], str]
+    ) -> AsyncGenerator[Row]:
+        """Yield rows by keyset pagination. Their bytes are released before each is yielded."""
+        cursor: str | None = None
+        while True:
+            page = await self._read(partial(list_page, cursor), PARENT_PAGE_BYTES)
+            self._budget.release(page.size_bytes)
+            if not page.rows:
+                return
+            cursor = cursor_after(page.rows[-1])
+            page.rows.reverse()
+            while page.rows:
+                yield page.rows.pop()
+
     async def _rows(
         self,
-        list_page: Callable[[Any, Any], Awaitable[list[Row]]],
+        list_page: ListPage[Row],
+        cursor_after: Callable[[Row], int],
         *,
-        first_cursor: str | int | None,
-        cursor_after: Callable[[Row], str | int],
+        first_cursor: int,
     ) -> AsyncGenerator[Row]:
-        """Yield rows by keyset pagination; `list_page` gets the cursor and a connection."""
+        """Yield rows by keyset pagination. The bytes of a page are held until all are yielded."""
         cursor = first_cursor
-        while page := await self._read(partial(list_page, cursor)):
-            for row in page:
+        has_more = True
+        while has_more:
+            page = await self._read(partial(list_page, cursor))
+            for row in page.rows:
                 yield row
-            cursor = cursor_after(page[-1])
+            # Not in a `finally`, which would run after the call's end, when nothing is held.
+            self._budget.release(page.size_bytes)
+            has_more = len(page.rows) == PAGE_SIZE or page.unread_bytes is not None
+            if page.rows:
+                cursor = cursor_after(page.rows[-1])
 
-    async def _read(self, work: Work[T]) -> T:
-        return await self._database.read(
-            work, owner_id=self._user_id, deadline=self._step_deadline()
-        )
+    async def _read(
+        self,
+        list_page: Callable[[Connection, int], Awaitable[Page[Row]]],
+        page_bytes: int = STREAM_PAGE_BYTES,
+    ) -> Page[Row]:
+        async def read(max_bytes: int, deadline: float) -> Page[Row]:
+            return await self._database.read(
+                lambda connection: list_page(connection, max_bytes),
+                owner_id=self._user_id,
+                deadline=deadline,
+                work_class=WorkClass.EXPENSIVE,
+            )
+
+        return await read_held(self._budget, read, self._page_timeout_s, page_bytes)
 
     def _step_deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._page_timeout_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
+from functools import partial
 
 from chathistory.v1 import message_pb2, session_pb2
 
@@ -17,14 +18,16 @@ from service.rpc.conversion_turns import PAUSE_REQUEST_BYTES
 from service.rpc.convert_structs import StructReader, metadata_json
 from service.rpc.handler import Handler, require_same_id
 from service.rpc.page_tokens import parse_integer
-from service.store import context, messages, sessions
+from service.store import context, message_pages, messages, sessions
 from service.store.append.request import Append, NewMessage, NewSession
+from service.store.bounded_reads import STREAM_PAGE_BYTES, read_held
+from service.store.message_pages import WatchPosition
 from service.store.rows import MessageRow
 from service.store.watch import Watcher
 
 DEFAULT_MAX_MESSAGES = 50
 WATCH_PAGE_SIZE = 100
-"""Messages that one read of a watch returns."""
+"""Messages that one read of a watch returns, at most."""
 _WRITABLE = ("content", "parts", "metadata", "token_count", "feedback")
 
 
@@ -129,22 +132,23 @@ class Messages(Handler):
         )
         page_size = paging.effective_page_size(request.page_size)
         cursor = tokens.read(request.page_token, parse_integer)
-        seq = cursor if cursor is not None else messages.MAX_SEQ if descending else 0
-        rows, has_more = await messages.list_page(
+        seq = cursor if cursor is not None else message_pages.MAX_SEQ if descending else 0
+        rows, has_more = await message_pages.list_page(
             self.reads,
             user_id,
             session_id,
             seq,
             page_size,
+            call,
             descending=descending,
             deadline=call.deadline,
         )
         reply = message_pb2.ListMessagesResponse()
         await self.conversions.add_messages(
-            paging.fitting_messages(rows), session_id, reply.messages, user_id, call.deadline
+            rows, session_id, reply.messages, user_id, call.deadline
         )
-        if has_more or len(reply.messages) < len(rows):
-            reply.next_page_token = tokens.make(str(reply.messages[-1].seq))
+        if has_more:
+            reply.next_page_token = tokens.make(str(rows[-1].seq))
         return reply
 
     async def UpdateMessage(
@@ -227,7 +231,7 @@ class Messages(Handler):
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         limits = context.Limits(request.max_messages or DEFAULT_MAX_MESSAGES, request.max_tokens)
-        prompt = await context.get(self.reads, user_id, session_id, limits, call.deadline)
+        prompt = await context.get(self.reads, user_id, session_id, limits, call, call.deadline)
         reply = message_pb2.GetContextResponse(
             session=convert.session(prompt.session),
             omitted_count=prompt.omitted_count,
@@ -250,27 +254,50 @@ class Messages(Handler):
             deadline=call.deadline,
         )
         loop = asyncio.get_running_loop()
-        seq = request.after_seq
-        with Watcher(self.watchers, (user_id, session_id), session.created_us, seq) as watcher:
+        position = WatchPosition(user_id, session_id, session.created_us, request.after_seq)
+        with Watcher(
+            self.watchers, (user_id, session_id), session.created_us, request.after_seq
+        ) as watcher:
             while True:
                 watcher.arm()
                 remaining_s = self._remaining_s(watcher, call)
-                deadline = loop.time() + self.call_timeout_s
-                rows, has_more = await messages.list_since(
-                    self.reads,
-                    user_id,
-                    session_id,
-                    watcher.session_created_us,
-                    seq,
-                    WATCH_PAGE_SIZE,
-                    deadline=deadline,
-                )
+                rows, has_more = await self._next_watch_page(position, call)
                 for row in rows:
-                    message = await self.conversions.message(row, session_id, user_id, deadline)
+                    message = await self.conversions.message(
+                        row, session_id, user_id, loop.time() + self.call_timeout_s
+                    )
                     yield message_pb2.WatchMessagesResponse(message=message)
-                    seq = row.seq
+                    position = position._replace(seq=row.seq)
+                call.release(message_pages.total_bytes(rows))
+                del rows  # The watch may wait for long.
                 if not has_more:
                     await watcher.wait(remaining_s)
+
+    async def _next_watch_page(
+        self, position: WatchPosition, call: Call
+    ) -> tuple[list[MessageRow], bool]:
+        """Read the next messages of a watch, and hold their bytes.
+
+        Slow clients wait for room before their messages are read, so that these stay in the
+        database.
+        """
+        await call.reserve(STREAM_PAGE_BYTES)
+        rows, unread = await message_pages.list_since(
+            self.reads,
+            position,
+            WATCH_PAGE_SIZE,
+            deadline=asyncio.get_running_loop().time() + self.call_timeout_s,
+        )
+        call.release(STREAM_PAGE_BYTES - message_pages.total_bytes(rows))
+        if rows or unread is None:
+            return rows, unread is not None or len(rows) == WATCH_PAGE_SIZE
+        # A message that is larger than a page, or a long run of tombstones.
+        page = await read_held(
+            call,
+            partial(message_pages.list_large_since, self.database, position, WATCH_PAGE_SIZE),
+            self.call_timeout_s,
+        )
+        return page.rows, page.unread_bytes is not None or len(page.rows) == WATCH_PAGE_SIZE
 
     def _remaining_s(self, watcher: Watcher, call: Call) -> float | None:
         """Return the seconds until the caller's token expires; None if it never does.

@@ -7,8 +7,6 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from service.store.rows import MessageRow
-
 Row = TypeVar("Row")
 Resource = TypeVar("Resource", bound=Message)
 
@@ -52,13 +50,3 @@ def build_page(
             break
         page.append(resource)
     return page, token_after(rows[len(page) - 1]) if has_more and page else ""
-
-
-def fitting_messages(rows: Sequence[MessageRow]) -> Sequence[MessageRow]:
-    """Return as many messages as fit into a reply, at least one, by their stored sizes."""
-    total_bytes = 0
-    for index, row in enumerate(rows):
-        total_bytes += row.size
-        if total_bytes > MAX_REPLY_BYTES and index:
-            return rows[:index]
-    return rows

@@ -9,9 +9,12 @@ from service.ids import new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler, require_same_id
+from service.rpc.page_reads import read_page
 from service.rpc.page_tokens import parse_id, parse_time_us
 from service.store import sessions
-from service.store.db.work_class import WorkClass
+from service.store.bounded_reads import Connection, Page
+from service.store.rows import SessionRow
+from service.store.sessions import SessionCursor
 from service.store.slices import message_slices
 from service.store.tables import SessionState
 
@@ -59,18 +62,19 @@ class Sessions(Handler):
         page_size = paging.effective_page_size(request.page_size)
         cursor = tokens.read(request.page_token, _parse_cursor)
         state = SessionState(request.state) if request.state else None
-        rows = await self.database.read(
-            lambda connection: sessions.list_page(
-                connection, user_id, state, cursor, page_size + 1
-            ),
-            owner_id=user_id,
-            deadline=call.deadline,
-        )
+
+        async def list_rows(
+            connection: Connection, last_row: SessionRow | None, limit: int, max_bytes: int
+        ) -> Page[SessionRow]:
+            after = SessionCursor(last_row.updated_us, last_row.id) if last_row else cursor
+            return await sessions.list_page(connection, user_id, state, after, limit, max_bytes)
+
+        rows, has_more = await read_page(self.database, list_rows, page_size, user_id, call)
         page, next_page_token = paging.build_page(
-            rows[:page_size],
+            rows,
             convert.session,
             lambda row: tokens.make(f"{row.updated_us} {row.id}"),
-            has_more=len(rows) > page_size,
+            has_more=has_more,
         )
         return session_pb2.ListSessionsResponse(sessions=page, next_page_token=next_page_token)
 
@@ -123,13 +127,6 @@ class Sessions(Handler):
         source_id = request.session_id.lower()
         fork_id = request.new_session_id.lower() or new_id()
         fingerprint = convert.fork_fingerprint(source_id, request.through_seq)
-        is_large = await self.database.read(
-            lambda connection: sessions.is_large_copy(
-                connection, user_id, source_id, request.through_seq
-            ),
-            owner_id=user_id,
-            deadline=call.deadline,
-        )
         row = await self.database.write(
             lambda connection: sessions.fork(
                 connection,
@@ -142,12 +139,11 @@ class Sessions(Handler):
             ),
             owner_id=user_id,
             deadline=call.deadline,
-            work_class=WorkClass.EXPENSIVE if is_large else WorkClass.ORDINARY,
         )
         self.search.wake()
         return session_pb2.ForkSessionResponse(session=convert.session(row))
 
 
-def _parse_cursor(text: str) -> sessions.SessionCursor:
+def _parse_cursor(text: str) -> SessionCursor:
     updated_us, session_id = text.split(" ")
-    return sessions.SessionCursor(parse_time_us(updated_us), parse_id(session_id))
+    return SessionCursor(parse_time_us(updated_us), parse_id(session_id))

@@ -10,8 +10,10 @@ from service.ids import SYSTEM_USER_ID, new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.call import Call
 from service.rpc.handler import Handler
+from service.rpc.page_reads import read_page
 from service.rpc.page_tokens import parse_id
 from service.store import users
+from service.store.bounded_reads import Connection, Page
 from service.store.db.database import NO_OWNER, Database
 from service.store.rows import UserRow
 from service.store.slices import chunk_slices, message_slices
@@ -75,16 +77,19 @@ class Users(Handler):
         page_size = paging.effective_page_size(request.page_size)
         tokens = await self.page_tokens.of_list(NO_OWNER, call.deadline, "ListUsers")
         cursor = tokens.read(request.page_token, parse_id)
-        rows = await self.database.read(
-            lambda connection: users.list_page(connection, cursor, page_size + 1),
-            owner_id=NO_OWNER,
-            deadline=call.deadline,
-        )
+
+        async def list_rows(
+            connection: Connection, last_row: UserRow | None, limit: int, max_bytes: int
+        ) -> Page[UserRow]:
+            after = last_row.id if last_row else cursor
+            return await users.list_page(connection, after, limit, max_bytes)
+
+        rows, has_more = await read_page(self.database, list_rows, page_size, NO_OWNER, call)
         page, next_page_token = paging.build_page(
-            rows[:page_size],
+            rows,
             convert.user,
             lambda row: tokens.make(row.id),
-            has_more=len(rows) > page_size,
+            has_more=has_more,
         )
         return user_pb2.ListUsersResponse(users=page, next_page_token=next_page_token)
 

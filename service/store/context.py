@@ -17,19 +17,35 @@ their results. Groups are selected by these rules:
    are not.
 6. All reads use an index. The search for older messages ends at LOOK_BACK_MESSAGES messages and
    LOOK_BACK_BYTES bytes, whatever the length of the session. A call further back counts as missing.
+
+Hot statements read the messages of the usual prompt, up to HOT_READ_BYTES each. When they do not
+suffice, because messages are large or tombstones are many, `context_outlines` reads the outlines of
+the messages first: what the rules need to know, without the texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice, takewhile
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.errors import NotFound
+from service.errors import Conflict, NotFound
+from service.store import context_outlines, sessions
+from service.store.bounded_reads import HOT_READ_BYTES, Budget
+from service.store.db.database import Database
 from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows
-from service.store.messages import MAX_SEQ, PAGE_PARAMETERS, select_bounded
+from service.store.db.work_class import WorkClass
+from service.store.message_pages import (
+    MAX_SEQ,
+    PAGE_PARAMETERS,
+    Unread,
+    split_read,
+    total_bytes,
+)
 from service.store.rows import (
     MAX_PAGE_BYTES,
     MESSAGE_COLUMNS,
@@ -37,17 +53,23 @@ from service.store.rows import (
     MessageRow,
     SessionRow,
 )
-from service.store.tables import Role, chat_messages, chat_sessions
+from service.store.tables import Role, chat_sessions
 from service.store.tool_groups import Eligibility, form_groups
 
 LOOK_BACK_MESSAGES = 1000
 """Messages read beyond `max_messages`, at most, to decide about the selected ones."""
 LOOK_BACK_BYTES = 8 * MAX_PAGE_BYTES
-"""Bytes of messages, which are held in memory, after which no older ones are read."""
+"""Bytes of messages after which no older ones are read. PostgreSQL reads their parts."""
 MAX_LEADING_SYSTEM = 1000
 """Leading SYSTEM messages read, at most."""
 MIN_OLDER_READ = 50
 """Older messages read at a time, at least, when the first read was not enough to decide."""
+HOT_SYSTEM_BYTES = HOT_READ_BYTES // 4
+"""Bytes of leading SYSTEM messages that the first read returns, at most."""
+HOT_SYSTEM_SCANNED = 200
+"""Rows, with tombstones, in which the first read looks for leading SYSTEM messages."""
+MAX_SELECTIONS = 3
+"""Selections by outlines, while messages of the selection are deleted before they are read."""
 
 
 class Context(NamedTuple):
@@ -76,40 +98,115 @@ class Limits(NamedTuple):
 
 
 async def get(
-    reads: ReadBatcher, user_id: str, session_id: str, limits: Limits, deadline: float
+    reads: ReadBatcher,
+    user_id: str,
+    session_id: str,
+    limits: Limits,
+    budget: Budget,
+    deadline: float,
 ) -> Context:
     """Select the messages of the next prompt.
 
     Raises:
         NotFound: this user has no such session.
+        Overloaded: the prompt is large, and there is no room for it.
     """
     ids = {"user_id": user_id, "session_id": session_id}
     records = await reads.fetch(
         _FIRST_READ, deadline, **ids, seq=MAX_SEQ, limit=limits.max_messages
     )
-    session, system, newest = _unpack_first_read(records)
-    if session is None:
+    first = _unpack_first_read(records)
+    if first is None:
         raise NotFound.session(session_id)
-    is_complete = _reached_start(newest, limits.max_messages)
-    max_rows = limits.max_messages + LOOK_BACK_MESSAGES
-    while (selected := select_messages(system, newest, limits, is_complete=is_complete)) is None:
-        limit = min(max(MIN_OLDER_READ, len(newest)), max_rows - len(newest))
-        records = await reads.fetch(_OLDER_READ, deadline, **ids, seq=newest[-1].seq, limit=limit)
-        older = [MessageRow._make(record) for record in records]
-        newest += older
-        is_too_far = len(newest) >= max_rows or _size_bytes(newest) >= LOOK_BACK_BYTES
-        is_complete = is_too_far or _reached_start(older, limit)
+    selected = await _select_by_hot_reads(reads, ids, first, limits, deadline)
+    if selected is not None:
+        return _context(first.session, selected)
+    return await _get_by_outlines(reads.database, ids, limits, budget, deadline)
+
+
+def _context(session: SessionRow, selected: list[MessageRow]) -> Context:
     omitted_count = max(0, session.message_count - len(selected))
     return Context(session, selected, omitted_count, sum(row.prompt_tokens for row in selected))
 
 
-def _reached_start(rows: Sequence[MessageRow], limit: int) -> bool:
-    """Return whether no older rows exist: fewer than `limit` were read, and bytes cut none."""
-    return len(rows) < limit and _size_bytes(rows) < MAX_PAGE_BYTES
+async def _select_by_hot_reads(
+    reads: ReadBatcher, ids: dict[str, str], first: _FirstRead, limits: Limits, deadline: float
+) -> list[MessageRow] | None:
+    """Select the messages of a prompt from hot reads; None if their bounds have cut them."""
+    newest, unread = first.newest, first.unread
+    has_all = len(newest) >= first.session.message_count
+    system = _leading_system(newest) if has_all else first.system
+    if system is None:
+        return None
+    is_complete = has_all or (unread is None and len(newest) < limits.max_messages)
+    max_rows = limits.max_messages + LOOK_BACK_MESSAGES
+    while (selected := select_messages(system, newest, limits, is_complete=is_complete)) is None:
+        if unread is not None or total_bytes(newest) > HOT_READ_BYTES:
+            return None
+        limit = min(max(MIN_OLDER_READ, len(newest)), max_rows - len(newest))
+        records = await reads.fetch(_OLDER_READ, deadline, **ids, seq=newest[-1].seq, limit=limit)
+        older, unread = split_read(records)
+        newest += older
+        is_complete = len(newest) >= max_rows or (unread is None and len(older) < limit)
+    return selected
 
 
-def _size_bytes(rows: Iterable[MessageRow]) -> int:
-    return sum(row.size for row in rows)
+def _leading_system(newest: Sequence[MessageRow]) -> list[MessageRow]:
+    """Return the leading SYSTEM messages of a session of which all messages are given."""
+    leading = takewhile(lambda row: row.role == Role.SYSTEM, reversed(newest))
+    return list(islice(leading, MAX_LEADING_SYSTEM))
+
+
+async def _get_by_outlines(
+    database: Database, ids: dict[str, str], limits: Limits, budget: Budget, deadline: float
+) -> Context:
+    """Select the messages of a prompt by their outlines, then read them."""
+    charged_bytes = 0
+
+    async def work(connection: AsyncConnection) -> Context:
+        nonlocal charged_bytes
+        for _ in range(MAX_SELECTIONS):
+            session = await sessions.get(connection, ids["user_id"], ids["session_id"])
+            outlines = await _select_outlines(connection, ids, limits)
+            size_bytes = total_bytes(outlines)
+            if size_bytes > charged_bytes:
+                budget.charge(size_bytes - charged_bytes)
+                charged_bytes = size_bytes
+            seqs = [outline.seq for outline in outlines]
+            selected = await context_outlines.read_messages(connection, ids, seqs)
+            if len(selected) == len(outlines):
+                return _context(session, selected)
+        raise Conflict(
+            "messages of the session are being deleted; retry",
+            reason="CONTENTION",
+            retry_after=0.1,
+            session_id=ids["session_id"],
+        )
+
+    return await database.read(
+        work, owner_id=ids["user_id"], deadline=deadline, work_class=WorkClass.EXPENSIVE
+    )
+
+
+async def _select_outlines(
+    connection: AsyncConnection, ids: dict[str, str], limits: Limits
+) -> list[MessageRow]:
+    """Select the messages of a prompt; the rows have no texts."""
+    system = await context_outlines.read_leading_system(
+        connection, ids, MAX_LEADING_SYSTEM, LOOK_BACK_BYTES
+    )
+    newest: list[MessageRow] = []
+    is_complete = False
+    max_rows = limits.max_messages + LOOK_BACK_MESSAGES
+    while (selected := select_messages(system, newest, limits, is_complete=is_complete)) is None:
+        step = max(MIN_OLDER_READ, len(newest)) if newest else limits.max_messages
+        limit = min(step, max_rows - len(newest))
+        max_bytes = LOOK_BACK_BYTES - total_bytes(newest)
+        before_seq = newest[-1].seq if newest else MAX_SEQ
+        older = await context_outlines.read_before(connection, ids, before_seq, limit, max_bytes)
+        newest += older
+        is_complete = len(newest) >= max_rows or len(older) < limit
+    return selected
 
 
 class _Total(NamedTuple):
@@ -206,7 +303,7 @@ def _select_mandatory(
         # Calls may lack results now. Shorten until rule 2 holds again.
         while _count_eligible(members) < len(members):
             members.pop()
-    return members + _longest_prefix(system, max_bytes - _size_bytes(members))
+    return members + _longest_prefix(system, max_bytes - total_bytes(members))
 
 
 def _count_eligible(messages: list[MessageRow]) -> int:
@@ -224,52 +321,7 @@ def _longest_prefix(rows: Iterable[MessageRow], max_bytes: int) -> list[MessageR
     return prefix
 
 
-_session, _message = chat_sessions.c, chat_messages.c
-
-
-def _is_session(parameters: Parameters) -> tuple[sa.ColumnElement[bool], ...]:
-    return _session.user_id == parameters["user_id"], _session.id == parameters["session_id"]
-
-
-def _select_newest(parameters: Parameters) -> sa.Select[Any]:
-    """Select the messages before `seq` that no summary covers (rule 5), newest first."""
-    covered_seq = (
-        sa.select(
-            sa.case(
-                (_session.summary != sa.literal_column("''"), _session.summarized_through_seq),
-                else_=sa.literal_column("0"),
-            )
-        )
-        .where(*_is_session(parameters))
-        .correlate(*parameters.tables)
-        .scalar_subquery()
-    )
-    match = (_message.seq > covered_seq) & (_message.seq < parameters["seq"])
-    return select_bounded(parameters, match, _message.seq.desc())
-
-
-def _select_leading_system(parameters: Parameters) -> sa.Select[Any]:
-    """Select the SYSTEM messages before the first message of another role."""
-    first_other_seq = (
-        sa.select(_message.seq)
-        .where(
-            _message.user_id == parameters["user_id"],
-            _message.session_id == parameters["session_id"],
-            _message.deleted_at.is_(None),
-            _message.role != sa.literal_column(f"{Role.SYSTEM:d}"),
-        )
-        .order_by(_message.seq)
-        .limit(sa.literal_column("1"))
-        .correlate(*parameters.tables)
-        .scalar_subquery()
-    )
-    return select_bounded(
-        parameters,
-        _message.seq < sa.func.coalesce(first_other_seq, sa.literal_column(str(MAX_SEQ))),
-        _message.seq.asc(),
-        sa.literal_column(str(MAX_LEADING_SYSTEM)),
-    )
-
+_session = chat_sessions.c
 
 # The first read returns three kinds of rows, of these columns: the kind, the session, a message.
 _SESSION_ROW, _SYSTEM_ROW, _NEWEST_ROW = range(3)
@@ -289,32 +341,50 @@ def _select_first(parameters: Parameters) -> sa.CompoundSelect[Any]:
     """Select the session, its leading SYSTEM messages and its newest messages in one round trip."""
     session_row = (
         sa.select(sa.literal_column(str(_SESSION_ROW)), *SESSION_COLUMNS, *_nulls(MESSAGE_COLUMNS))
-        .where(*_is_session(parameters))
+        .where(_session.user_id == parameters["user_id"], _session.id == parameters["session_id"])
         .correlate(*parameters.tables)
     )
+    system = context_outlines.select_leading_system(
+        parameters,
+        sa.literal_column("0"),
+        limit=sa.literal_column(str(MAX_LEADING_SYSTEM)),
+        max_bytes=HOT_SYSTEM_BYTES,
+        max_scanned=HOT_SYSTEM_SCANNED,
+    )
+    newest = context_outlines.select_newest(parameters, max_bytes=HOT_READ_BYTES - HOT_SYSTEM_BYTES)
     return sa.union_all(
-        session_row,
-        _message_rows(_SYSTEM_ROW, _select_leading_system(parameters)),
-        _message_rows(_NEWEST_ROW, _select_newest(parameters)),
+        session_row, _message_rows(_SYSTEM_ROW, system), _message_rows(_NEWEST_ROW, newest)
     )
 
 
 _FIRST_READ = BatchedRead(_select_first, PAGE_PARAMETERS)
-_OLDER_READ = BatchedRead(_select_newest, PAGE_PARAMETERS)
+_OLDER_READ = BatchedRead(context_outlines.select_newest, PAGE_PARAMETERS)
 
 
-def _unpack_first_read(
-    records: Rows,
-) -> tuple[SessionRow | None, list[MessageRow], list[MessageRow]]:
-    """Return the session, the leading SYSTEM messages, and the newest messages, newest first."""
+class _FirstRead(NamedTuple):
+    """The result of the first read."""
+
+    session: SessionRow
+    system: list[MessageRow] | None
+    """The leading SYSTEM messages; None if a bound of the read has cut them."""
+    newest: list[MessageRow]
+    """The newest messages, newest first."""
+    unread: Unread | None
+    """The row before them if a bound of the read has cut them."""
+
+
+def _unpack_first_read(records: Rows) -> _FirstRead | None:
     session: SessionRow | None = None
-    system: list[MessageRow] = []
-    newest: list[MessageRow] = []
+    system_records: list[Sequence[Any]] = []
+    newest_records: list[Sequence[Any]] = []
     for record in records:
         if record[0] == _SESSION_ROW:
             session = SessionRow._make(record[1:_FIRST_MESSAGE_COLUMN])
         else:
-            rows = system if record[0] == _SYSTEM_ROW else newest
-            rows.append(MessageRow._make(record[_FIRST_MESSAGE_COLUMN:]))
-    newest.sort(key=_by_seq, reverse=True)
-    return session, system, newest
+            rows = system_records if record[0] == _SYSTEM_ROW else newest_records
+            rows.append(record[_FIRST_MESSAGE_COLUMN:])
+    if session is None:
+        return None
+    system, unread_system = split_read(system_records)
+    newest, unread = split_read(newest_records)
+    return _FirstRead(session, None if unread_system else system, newest, unread)

@@ -16,16 +16,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
 from service.ids import new_id
+from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required, reserve
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.document_chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.outbox import outbox
 from service.store.rows import (
     DOCUMENT_COLUMNS,
-    MAX_PAGE_BYTES,
     DocumentRow,
     check_etag,
+    chunk_text_bytes,
     datetime_from_us,
+    document_bytes,
+    document_columns,
     row_or_none,
 )
 from service.store.tables import DocumentStatus, OutboxKind, document_chunks, documents
@@ -228,8 +231,9 @@ async def list_page(
     filters: dict[str, Any],
     cursor: DocumentCursor | None,
     limit: int,
-) -> list[DocumentRow]:
-    """Read up to `limit` documents of these owners after `cursor`, newest first.
+    max_bytes: int,
+) -> Page[DocumentRow]:
+    """Read up to `limit` documents of these owners, or `max_bytes`, after `cursor`, newest first.
 
     Args:
         connection: The connection, in a transaction.
@@ -237,8 +241,9 @@ async def list_page(
         filters: The values that columns must have, by name of the column.
         cursor: The last document of the page before; None for the first page.
         limit: Maximum number of documents.
+        max_bytes: Maximum bytes of the documents.
     """
-    query = sa.select(*DOCUMENT_COLUMNS).where(
+    query = sa.select(documents).where(
         _document.user_id.in_(owner_ids),
         *(_document[name] == value for name, value in filters.items()),
     )
@@ -251,10 +256,14 @@ async def list_page(
         query = query.where(
             sa.tuple_(_document.created_at, _document.id, _document.user_id) < position
         )
-    query = query.order_by(
-        _document.created_at.desc(), _document.id.desc(), _document.user_id.desc()
-    ).limit(limit)
-    return [DocumentRow._make(row) for row in await connection.execute(query)]
+
+    def order(source: sa.FromClause) -> tuple[sa.ColumnElement[Any], ...]:
+        return source.c.created_at.desc(), source.c.id.desc(), source.c.user_id.desc()
+
+    query = query.order_by(*order(documents)).limit(limit)
+    return await fetch_bounded(
+        connection, query, DocumentRow._make, document_columns, document_bytes, order, max_bytes
+    )
 
 
 async def update(
@@ -352,27 +361,16 @@ async def list_chunks(
     document_id: str,
     first_index: int,
     limit: int,
-) -> tuple[list[ChunkRow], bool]:
-    """Read up to `limit` chunks from `first_index` on.
-
-    Returns:
-        The chunks, fewer than `limit` when they are large, and whether there may be more.
+    max_bytes: int,
+) -> Page[ChunkRow]:
+    """Read up to `limit` chunks, or `max_bytes`, from `first_index` on.
 
     Raises:
         NotFound: none of these owners has such a document.
     """
     document = await get(connection, owner_ids, document_id)
-    # The sizes are summed before any text is read, so that a large page is never loaded whole.
-    size_bytes = sa.func.octet_length(_chunk.text)
-    running_bytes = sa.func.sum(size_bytes).over(order_by=_chunk.chunk_index, rows=(None, 0))
-    rows = (
-        sa.select(
-            _chunk.user_id,
-            _chunk.document_id,
-            _chunk.chunk_index,
-            _chunk.text,
-            (running_bytes - size_bytes).label("bytes_before"),
-        )
+    query = (
+        sa.select(_chunk.user_id, _chunk.document_id, _chunk.chunk_index, _chunk.text)
         .where(
             _chunk.user_id == document.user_id,
             _chunk.document_id == document_id,
@@ -380,12 +378,13 @@ async def list_chunks(
         )
         .order_by(_chunk.chunk_index)
         .limit(limit)
-        .subquery()
     )
-    query = (
-        sa.select(rows.c.chunk_index, rows.c.text)
-        .where(rows.c.bytes_before < MAX_PAGE_BYTES)
-        .order_by(rows.c.chunk_index)
+    return await fetch_bounded(
+        connection,
+        query,
+        ChunkRow._make,
+        lambda rows: (rows.c.chunk_index, rows.c.text),
+        chunk_text_bytes,
+        lambda rows: (rows.c.chunk_index,),
+        max_bytes,
     )
-    chunks = [ChunkRow._make(row) for row in await connection.execute(query)]
-    return chunks, bool(chunks) and chunks[-1].chunk_index + 1 < document.chunk_count

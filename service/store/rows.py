@@ -17,6 +17,9 @@ from service.store.tables import chat_messages, chat_sessions, documents, users
 MAX_PAGE_BYTES = 3 * 1024 * 1024
 """Maximum bytes of a page, so that a reply stays below the 4 MiB that clients accept by default."""
 
+_FIXED_BYTES = 256
+"""Bytes of a row's ids, times and numbers."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -139,37 +142,42 @@ class DocumentRow(NamedTuple):
         return _etag(self.created_us, self.revision)
 
 
-_user, _document = users.c, documents.c
+def user_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
+    """Return the columns of a UserRow, from `users` or a subquery of it."""
+    user = source.c
+    return (
+        cast(user.id, Text),
+        user.external_id,
+        user.email,
+        user.name,
+        cast(user.metadata, Text),
+        epoch_us(user.created_at),
+        epoch_us(user.updated_at),
+        user.revision,
+        user.fingerprint,
+    )
 
-USER_COLUMNS = (
-    cast(_user.id, Text),
-    _user.external_id,
-    _user.email,
-    _user.name,
-    cast(_user.metadata, Text),
-    epoch_us(_user.created_at),
-    epoch_us(_user.updated_at),
-    _user.revision,
-    _user.fingerprint,
-)
 
-DOCUMENT_COLUMNS = (
-    cast(_document.user_id, Text),
-    cast(_document.id, Text),
-    _document.title,
-    _document.source_uri,
-    _document.mime_type,
-    _document.content_sha256,
-    _document.size_bytes,
-    _document.chunk_count,
-    _document.status,
-    _document.status_detail,
-    cast(_document.metadata, Text),
-    epoch_us(_document.created_at),
-    epoch_us(_document.updated_at),
-    _document.revision,
-    _document.fingerprint,
-)
+def document_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
+    """Return the columns of a DocumentRow, from `documents` or a subquery of it."""
+    document = source.c
+    return (
+        cast(document.user_id, Text),
+        cast(document.id, Text),
+        document.title,
+        document.source_uri,
+        document.mime_type,
+        document.content_sha256,
+        document.size_bytes,
+        document.chunk_count,
+        document.status,
+        document.status_detail,
+        cast(document.metadata, Text),
+        epoch_us(document.created_at),
+        epoch_us(document.updated_at),
+        document.revision,
+        document.fingerprint,
+    )
 
 
 def session_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
@@ -216,8 +224,52 @@ def message_columns(source: FromClause) -> tuple[ColumnElement[Any], ...]:
     )
 
 
+USER_COLUMNS = user_columns(users)
 SESSION_COLUMNS = session_columns(chat_sessions)
 MESSAGE_COLUMNS = message_columns(chat_messages)
+DOCUMENT_COLUMNS = document_columns(documents)
+
+
+def _row_bytes(source: FromClause, *names: str) -> ColumnElement[int]:
+    """Return the bytes of a row whose columns of variable length are these.
+
+    JSON counts as the text that is read: jsonb stores it compressed, and renders a number as 1e308
+    with 309 digits.
+    """
+    total: ColumnElement[int] = literal_column(str(_FIXED_BYTES))
+    for name in names:
+        column = source.c[name]
+        text = cast(column, Text) if name == "metadata" else column
+        total += func.coalesce(func.octet_length(text), literal_column("0"))
+    return total
+
+
+def user_bytes(source: FromClause) -> ColumnElement[int]:
+    """Return the bytes of a UserRow."""
+    return _row_bytes(source, "external_id", "email", "name", "metadata")
+
+
+def session_bytes(source: FromClause) -> ColumnElement[int]:
+    """Return the bytes of a SessionRow."""
+    return _row_bytes(source, "title", "summary", "metadata")
+
+
+def document_bytes(source: FromClause) -> ColumnElement[int]:
+    """Return the bytes of a DocumentRow."""
+    return _row_bytes(
+        source, "title", "source_uri", "mime_type", "content_sha256", "status_detail", "metadata"
+    )
+
+
+def chunk_text_bytes(source: FromClause) -> ColumnElement[int]:
+    """Return the bytes of a chunk without its vector."""
+    return _row_bytes(source, "text")
+
+
+def chunk_bytes(source: FromClause) -> ColumnElement[int]:
+    """Return the bytes of a chunk with its vector."""
+    return _row_bytes(source, "text", "vector")
+
 
 RowT = TypeVar("RowT", UserRow, SessionRow, MessageRow, DocumentRow)
 

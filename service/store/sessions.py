@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists, Conflict, InvalidArgument, NotFound
 from service.store import session_tombstones
+from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
 from service.store.outbox import outbox
@@ -21,12 +22,11 @@ from service.store.rows import (
     check_etag,
     datetime_from_us,
     row_or_none,
+    session_bytes,
     session_columns,
 )
 from service.store.tables import OutboxKind, SessionState, chat_messages, chat_sessions
 
-MAX_SMALL_COPY, MAX_SMALL_COPY_BYTES = 200, 1024 * 1024
-"""Messages and bytes that a fork copies as ordinary work, at most."""
 _MAX_LOST_RACES = 5
 """Attempts to insert a session that concurrent writers may defeat."""
 
@@ -117,12 +117,13 @@ async def list_page(
     state: SessionState | None,
     cursor: SessionCursor | None,
     limit: int,
-) -> list[SessionRow]:
-    """Read up to `limit` of a user's sessions after `cursor`, newest activity first.
+    max_bytes: int,
+) -> Page[SessionRow]:
+    """Read up to `limit` of a user's sessions, or `max_bytes`, after `cursor`.
 
-    No index serves this order, because every append would have to maintain it: the statement sorts
-    all sessions of the user. Only the rows of the page are then converted to their output form,
-    which costs more per row than the sort.
+    The sessions with the newest activity come first. No index serves this order, because every
+    append would have to maintain it: the statement sorts all sessions of the user. Only the rows of
+    the page are then converted to their output form, which costs more per row than the sort.
     """
     query = sa.select(chat_sessions).where(_session.user_id == user_id)
     if state is not None:
@@ -133,9 +134,14 @@ async def list_page(
             sa.literal(cursor.id, _session.id.type),
         )
         query = query.where(sa.tuple_(_session.updated_at, _session.id) < position)
-    rows = query.order_by(_session.updated_at.desc(), _session.id.desc()).limit(limit).subquery("s")
-    page = sa.select(*session_columns(rows)).order_by(rows.c.updated_at.desc(), rows.c.id.desc())
-    return [SessionRow._make(row) for row in await connection.execute(page)]
+
+    def order(source: sa.FromClause) -> tuple[sa.ColumnElement[Any], ...]:
+        return source.c.updated_at.desc(), source.c.id.desc()
+
+    query = query.order_by(*order(chat_sessions)).limit(limit)
+    return await fetch_bounded(
+        connection, query, SessionRow._make, session_columns, session_bytes, order, max_bytes
+    )
 
 
 async def update(
@@ -201,25 +207,6 @@ async def delete_messages(connection: AsyncConnection, user_id: str) -> int:
     )
     count = sa.select(sa.func.count()).select_from(deleted).where(deleted.c.deleted_at.is_(None))
     return await connection.scalar(count) or 0
-
-
-async def is_large_copy(
-    connection: AsyncConnection, user_id: str, source_id: str, through_seq: int
-) -> bool:
-    """Return whether a fork through `through_seq` copies many messages or many bytes."""
-    rows = (
-        sa.select(_message.size)
-        .where(
-            _message.user_id == user_id,
-            _message.session_id == source_id,
-            _message.seq <= through_seq,
-        )
-        .limit(MAX_SMALL_COPY + 1)
-        .subquery("source")
-    )
-    size_bytes = sa.func.coalesce(sa.func.sum(rows.c.size), 0)
-    is_large = (sa.func.count() > MAX_SMALL_COPY) | (size_bytes > MAX_SMALL_COPY_BYTES)
-    return bool(await connection.scalar(sa.select(is_large).select_from(rows)))
 
 
 async def fork(

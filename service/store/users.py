@@ -11,9 +11,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import AlreadyExists, Conflict, NotFound
 from service.ids import SYSTEM_USER_ID, new_id
 from service.store import documents, session_tombstones, sessions
+from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required, reserve
 from service.store.outbox import outbox
-from service.store.rows import USER_COLUMNS, UserRow, check_etag, epoch_us, row_or_none
+from service.store.rows import (
+    USER_COLUMNS,
+    UserRow,
+    check_etag,
+    epoch_us,
+    row_or_none,
+    user_bytes,
+    user_columns,
+)
 from service.store.tables import users
 
 _MAX_LOST_RACES = 5
@@ -143,15 +152,26 @@ async def _find(
     )
 
 
-async def list_page(connection: AsyncConnection, cursor: str | None, limit: int) -> list[UserRow]:
-    """Read up to `limit` users after the id `cursor`, in the order of ids."""
+async def list_page(
+    connection: AsyncConnection, cursor: str | None, limit: int, max_bytes: int
+) -> Page[UserRow]:
+    """Read up to `limit` users, or `max_bytes`, after the id `cursor`, in the order of ids."""
+    # The system's own user has the first id, the nil UUID.
     query = (
-        sa.select(*USER_COLUMNS)
+        sa.select(users)
         .where(users.c.id > (cursor or SYSTEM_USER_ID))
         .order_by(users.c.id)
         .limit(limit)
     )
-    return [UserRow._make(row) for row in await connection.execute(query)]
+    return await fetch_bounded(
+        connection,
+        query,
+        UserRow._make,
+        user_columns,
+        user_bytes,
+        lambda rows: (rows.c.id,),
+        max_bytes,
+    )
 
 
 async def update(

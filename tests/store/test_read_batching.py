@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import Integer, Select, literal_column, select
 
 from service.server import Server
-from service.store import context, messages
+from service.store import context, message_pages
 from service.store.db import read_batching
 from service.store.db.database import Database
 from service.store.db.dsn import parse
@@ -100,9 +100,9 @@ async def test_failed_batch_fails_only_reads_that_fail_alone(
 READS = {
     "the opening of a context": context._FIRST_READ,
     "older messages of a context": context._OLDER_READ,
-    "a page forwards": messages._AFTER_SEQ,
-    "a page backwards": messages._BEFORE_SEQ,
-    "a page of a watch": messages._AFTER_SEQ_IN_SAME_SESSION,
+    "a page forwards": message_pages._AFTER_SEQ,
+    "a page backwards": message_pages._BEFORE_SEQ,
+    "a page of a watch": message_pages._AFTER_SEQ_IN_SAME_SESSION,
 }
 
 
@@ -124,7 +124,7 @@ async def test_single_and_batched_statement_return_the_same_rows(
                     "seq": seq,
                     "limit": limit,
                 }
-                for seq in (0, 7, messages.MAX_SEQ)
+                for seq in (0, 7, message_pages.MAX_SEQ)
             ]
     arguments = [
         read.single.bind(**{name: request[name] for name in read.single.names})

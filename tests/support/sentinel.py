@@ -18,8 +18,8 @@ from tests.support.owner_checker import OwnerChecker
 _COLUMNS = "SELECT [^;]*"
 NAMED = {
     "list users": (
-        rf"{_COLUMNS} FROM users WHERE users\.id > \$1::UUID"
-        r" ORDER BY users\.id LIMIT \$2::INTEGER"
+        rf"{_COLUMNS} FROM users WHERE users\.id > \$2::UUID"
+        r" ORDER BY users\.id LIMIT \$3::INTEGER\) AS candidates [^;]*"
     ),
     "look a user up by e-mail address": (
         rf"{_COLUMNS} FROM users WHERE lower\(users\.email\) = lower\(\$1::VARCHAR\)"
