@@ -60,7 +60,7 @@ def attacks(seed: int, count: int, only: Sequence[str] = ()) -> list[Attack]:
     Args:
         seed: Determines all choices.
         count: Number of attacks.
-        only: Kinds to draw; all of them if empty.
+        only: Kinds to draw; all of them but those that are not drawn by default if empty.
     """
     chance = random.Random(seed)  # noqa: S311 - the attacks must be repeatable
     kinds = _kinds(chance, only)
@@ -73,7 +73,9 @@ def _kinds(chance: random.Random, only: Sequence[str]) -> Iterator[str]:
     unknown = set(only) - {MATRIX, *SPECIALS}
     if unknown:
         raise ValueError(f"unknown kind of attack: {', '.join(sorted(unknown))}")
-    specials = [name for name in SPECIALS if not only or name in only]
+    specials = [
+        name for name, special in SPECIALS.items() if (name in only if only else special.is_default)
+    ]
     if not specials:
         return _deck([MATRIX], chance)
     deck = _deck(specials, chance)

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 _STREAMS = 500
 """Calls on one connection, just below the service's limit."""
 _LONG_LIVED_STREAMS = 250
-_BOMB_BYTES = 100 * 1024 * 1024
+_BOMB_BYTES = 50 * 1024 * 1024
+"""Size of a message of zeros that fits into the first window of a stream when it is compressed."""
+_IN_FLIGHT = 8
+"""Malformed calls in flight on one connection."""
 
 
 def _body(assault: Assault, rpc: str) -> bytes:
@@ -162,7 +165,7 @@ def _malformed(assault: Assault, form: str) -> tuple[bytes, list[tuple[str, str]
             return grpc_message(b"\n\x01a", length=0xFFFF_FFFF), []
         case "gzip":
             bomb = gzip.compress(bytes(_BOMB_BYTES), 6)
-            return grpc_message(bomb[:60_000], is_compressed=True), [("grpc-encoding", "gzip")]
+            return grpc_message(bomb, is_compressed=True), [("grpc-encoding", "gzip")]
         case "empty":
             return b"", []
         case _:
@@ -170,10 +173,30 @@ def _malformed(assault: Assault, form: str) -> tuple[bytes, list[tuple[str, str]
 
 
 async def malformed(assault: Assault) -> None:
-    """Send bytes that are no message."""
+    """Send bytes that are no message, in many calls on each connection."""
     data, extra = _malformed(assault, assault.parameter("form"))
-    # A stream's first window has 65,535 bytes, which an attacker may ignore.
-    data = data[:60_000]
+    metadata = assault.account.metadata()
+    await assault.begin()
+
+    async def loop() -> None:
+        while assault.seconds_left > 0:
+            connection = await assault.raw_connection()
+            while assault.seconds_left > 0 and not connection.is_closed:
+                if connection.in_flight >= _IN_FLIGHT or connection.window_bytes < len(data):
+                    await asyncio.sleep(0.001)
+                    continue
+                connection.start_call("AppendMessages", metadata, data, extra=extra)
+                assault.tally["calls"] += 1
+                await connection.drain()
+            assault.tally["connections"] += 1
+            await connection.close()
+
+    await asyncio.gather(*(loop() for _ in range(assault.parameter("concurrency"))))
+
+
+async def abandoned_connections(assault: Assault) -> None:
+    """Open connections, send calls on each, and close it before they are answered."""
+    body = grpc_message(_body(assault, "GetSession"))
     metadata = assault.account.metadata()
     await assault.begin()
 
@@ -181,14 +204,9 @@ async def malformed(assault: Assault) -> None:
         while assault.seconds_left > 0:
             connection = await assault.raw_connection()
             for _ in range(100):
-                stream = connection.start_call("AppendMessages", metadata, data, extra=extra)
-                if not data:
-                    connection.send(frame(http2.DATA, http2.END_STREAM, stream))
-                assault.tally["calls"] += 1
-                await connection.drain()
-                await asyncio.sleep(0.001)
-                if connection.is_closed or assault.seconds_left == 0:
-                    break
+                connection.start_call("GetSession", metadata, body)
+            assault.tally["calls"] += 100
+            await connection.drain()
             await connection.close()
 
     await asyncio.gather(*(loop() for _ in range(assault.parameter("concurrency"))))

@@ -17,6 +17,8 @@ from benchmarks.hostile.matrix import SERVICE
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _MAX_FRAME_BYTES = 16_384
 _READ_BYTES = 65_536
+_FRAME_HEADER_BYTES = 9
+_DEFAULT_WINDOW_BYTES = 65_535
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, ACK, END_HEADERS = 0x1, 0x1, 0x4
 _INITIAL_WINDOW_SIZE = 4
@@ -66,9 +68,13 @@ class Http2Connection:
         self._writer = writer
         self._next_stream = 1
         self._reading: asyncio.Task[None] | None = None
+        self._received = bytearray()
         self.is_closed = False
         """Whether the service has closed the connection; known only while it is read."""
-        self.read_bytes = 0
+        self.in_flight = 0
+        """Calls that the service has not ended; counted only while the connection is read."""
+        self.window_bytes = _DEFAULT_WINDOW_BYTES
+        """Bytes of requests that the service still accepts on this connection."""
 
     @classmethod
     async def open(cls, address: str, *, window_bytes: int, reads: bool) -> Self:
@@ -93,8 +99,26 @@ class Http2Connection:
     async def _discard(self) -> None:
         with suppress(OSError):
             while data := await self._reader.read(_READ_BYTES):
-                self.read_bytes += len(data)
+                self._received += data
+                self._handle_frames()
         self.is_closed = True
+
+    def _handle_frames(self) -> None:
+        """Handle the complete frames among the received bytes, and remove them."""
+        received = self._received
+        at = 0
+        while len(received) >= at + _FRAME_HEADER_BYTES:
+            high, low, kind, flags, stream = struct.unpack_from(">BHBBI", received, at)
+            end = at + _FRAME_HEADER_BYTES + (high << 16 | low)
+            if len(received) < end:
+                break
+            if kind == RST_STREAM or (kind in {DATA, HEADERS} and flags & END_STREAM):
+                self.in_flight -= 1
+            elif kind == WINDOW_UPDATE and stream == 0:
+                [increment] = struct.unpack_from(">I", received, end - 4)
+                self.window_bytes += increment
+            at = end
+        del received[:at]
 
     def send(self, data: bytes) -> None:
         """Write frames, unless the connection is closed."""
@@ -116,6 +140,8 @@ class Http2Connection:
     ) -> int:
         """Send the headers and, unless it is None, the message, and end the request.
 
+        An empty message ends the request without one.
+
         Returns:
             The number of the stream.
         """
@@ -131,9 +157,11 @@ class Http2Connection:
             *metadata,
             *extra,
         ]
+        self.in_flight += 1
         self._send_headers(stream, header_block(fields))
         if message is not None:
-            for start in range(0, len(message), _MAX_FRAME_BYTES):
+            self.window_bytes -= len(message)
+            for start in range(0, len(message) or 1, _MAX_FRAME_BYTES):
                 part = message[start : start + _MAX_FRAME_BYTES]
                 is_last = start + len(part) == len(message)
                 self.send(frame(DATA, END_STREAM if is_last else 0, stream, part))

@@ -18,6 +18,8 @@ class Special(NamedTuple):
     choices: Mapping[str, tuple[Any, ...]]
     """The values of each parameter, one of which is drawn."""
     needs_search: bool = False
+    is_default: bool = True
+    """Whether it is drawn unless it is named."""
 
 
 SPECIALS: dict[str, Special] = {
@@ -109,6 +111,11 @@ SPECIALS: dict[str, Special] = {
         connections.silent, {"sends": ("nothing", "preface", "garbage"), "connections": (500,)}
     ),
     "connection churn": Special(connections.churn, {"concurrency": (8, 64)}),
+    # Thousands of new connections a second, each with calls: an attack by volume, which a proxy or
+    # a firewall in front of the service has to limit.
+    "abandoned connections": Special(
+        connections.abandoned_connections, {"concurrency": (8, 64)}, is_default=False
+    ),
     "slow senders": Special(connections.slow_senders, {"connections": (1, 4), "streams": (100,)}),
     "malformed messages": Special(
         connections.malformed,
