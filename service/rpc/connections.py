@@ -10,11 +10,17 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from urllib.parse import unquote
+
+_TCP_INFO = struct.Struct("=B51xI")
+"""The fields `tcpi_state` and `tcpi_last_data_recv` of Linux's `struct tcp_info`."""
+_ESTABLISHED = 1
 
 
 def close_connections(port: int) -> None:
@@ -56,15 +62,22 @@ def close_connection(port: int, peer: str) -> bool:
 def close_excess(port: int, per_address: int) -> dict[str, int]:
     """Close the connections of addresses that have too many on a TCP port.
 
+    Those that have received nothing for the longest time are closed first.
+
     Returns:
         The number of connections that were closed, by address.
     """
-    by_address: dict[str, list[socket.socket]] = defaultdict(list)
-    for sock in _sockets(lambda sock: _is_of_port(sock, port) and _peer(sock) is not None):
-        by_address[(_peer(sock) or ("", 0))[0]].append(sock)
+    by_address: dict[str, list[tuple[int, socket.socket]]] = defaultdict(list)
+    for sock in _sockets(lambda sock: _is_of_port(sock, port) and not _is_listening(sock)):
+        peer, silent_ms = _peer(sock), _silent_ms(sock)
+        if peer is None or silent_ms is None:
+            sock.close()
+        else:
+            by_address[peer[0]].append((silent_ms, sock))
     closed: dict[str, int] = {}
-    for address, sockets in by_address.items():
-        for index, sock in enumerate(sockets):
+    for address, connections in by_address.items():
+        connections.sort(key=itemgetter(0))
+        for index, (_, sock) in enumerate(connections):
             with sock, suppress(OSError):
                 if index >= per_address:
                     sock.shutdown(socket.SHUT_RDWR)
@@ -78,6 +91,18 @@ def _is_listening(sock: socket.socket) -> bool:
 
 def _is_of_port(sock: socket.socket, port: int) -> bool:
     return sock.family in (socket.AF_INET, socket.AF_INET6) and int(sock.getsockname()[1]) == port
+
+
+def _silent_ms(sock: socket.socket) -> int | None:
+    """Return the time since the last data were received, in milliseconds; 0 if it is unknown.
+
+    None if the connection is being closed.
+    """
+    with suppress(AttributeError, OSError, struct.error):  # Linux only.
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        state, silent_ms = _TCP_INFO.unpack(info)
+        return int(silent_ms) if state == _ESTABLISHED else None
+    return 0
 
 
 def _peer(sock: socket.socket) -> tuple[str, int] | None:

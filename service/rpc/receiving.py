@@ -111,7 +111,7 @@ class RequestReceiver:
     async def _wait_for_permit(self, receipt: _Receipt) -> None:
         key = receipt.key
         self._waiting.enter(key)
-        receipt.permit = permit = self._loop.create_future()
+        permit = receipt.permit
         self._queues.setdefault(key, deque()).append(receipt)
         try:
             self._grant()
@@ -135,16 +135,25 @@ class RequestReceiver:
         for key in list(self._queues):
             if counts[key] >= free_count:
                 continue
-            queue = self._queues.pop(key)
-            receipt = queue.popleft()
-            if queue:
-                self._queues[key] = queue
-            self._receipts.add(receipt)
-            counts[key] += 1
-            free_count -= 1
-            receipt.started_at = self._loop.time()
-            if receipt.permit is not None:
+            receipt = self._next_of(key)
+            if receipt is not None:
+                self._receipts.add(receipt)
+                counts[key] += 1
+                free_count -= 1
+                receipt.started_at = self._loop.time()
                 receipt.permit.set_result(None)
+
+    def _next_of(self, key: str) -> _Receipt | None:
+        """Take the first call of a caller's queue that still waits; the caller becomes the last."""
+        queue = self._queues.pop(key)
+        receipt: _Receipt | None = None
+        while queue and receipt is None:
+            receipt = queue.popleft()
+            if receipt.permit.done():  # Its call was cancelled.
+                receipt = None
+        if queue:
+            self._queues[key] = queue
+        return receipt
 
     def _counts(self) -> Counter[str]:
         return Counter(receipt.key for receipt in self._receipts)
@@ -197,14 +206,21 @@ class RequestReceiver:
 class _Receipt:
     """A request that is being received, or waits for it."""
 
-    __slots__ = ("_caller", "_key", "context", "permit", "started_at")
+    __slots__ = ("_caller", "_key", "_permit", "context", "started_at")
 
     def __init__(self, context: Context, caller: Caller, started_at: float) -> None:
         self.context = context
         self.started_at = started_at
-        self.permit: asyncio.Future[None] | None = None
+        self._permit: asyncio.Future[None] | None = None
         self._caller = caller
         self._key = ""
+
+    @property
+    def permit(self) -> asyncio.Future[None]:
+        """Done once the call may receive its request."""
+        if self._permit is None:
+            self._permit = asyncio.get_running_loop().create_future()
+        return self._permit
 
     @property
     def key(self) -> str:

@@ -288,6 +288,24 @@ async def test_silent_callers_do_not_keep_others_from_sending_requests(
     await until(lambda: not receiver.receiving_count and not receiver.waiting_count)
 
 
+async def test_calls_that_are_cancelled_while_they_wait_leave_their_places(
+    server: Server, chat: Chat
+) -> None:
+    """Permits become free and calls are cancelled in the same turns of the loop."""
+    receiver = server.receiver
+    with capture_logs() as events:
+        async with RawConnection(server.address) as raw:
+            for _ in range(3):
+                streams = [raw.start_call("ListMessages") for _ in range(100)]
+                await until(lambda: receiver.receiving_count + receiver.waiting_count == 100)
+                for stream in (*streams[::2], *streams[1::2]):
+                    raw.reset(stream)
+                await until(lambda: not receiver.receiving_count and not receiver.waiting_count)
+    assert events == []
+    assert not receiver._queues
+    await chat.start()
+
+
 async def test_request_that_does_not_arrive_ends_at_the_time_limit(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
