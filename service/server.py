@@ -318,6 +318,18 @@ class Server:
                     "Database connections checked out.",
                     pool.checkedout,  # type: ignore[attr-defined]
                 ),
+                "chat_history_database_calls_waiting": (
+                    "Calls that wait for a database connection.",
+                    lambda: self.database.waiting_count,
+                ),
+                "chat_history_expensive_work": (
+                    "Searches, large reads, forks and deletes in progress in the database.",
+                    lambda: self.database.expensive_work.in_progress_count,
+                ),
+                "chat_history_expensive_work_waiting": (
+                    "Searches, large reads, forks and deletes that wait for their turn.",
+                    lambda: self.database.expensive_work.permits.waiting_count,
+                ),
                 "chat_history_search_ready": (
                     "1 if the search index responds, else 0.",
                     lambda: self.search.is_healthy,
@@ -371,6 +383,8 @@ class Server:
             "bytes": of_bytes["total"],
             "bytes_of_user": of_bytes["user"],
             "bytes_of_connection": of_bytes["connection"],
+            "database": self.database.rejected_count,
+            "expensive_work": self.database.expensive_work.rejected_count,
         }
 
 

@@ -18,6 +18,8 @@ SLOWEST_CALL_MS = 1_000.0
 """Limit of a single call of the other user: one stall hides from a p99 of 300 calls."""
 _DEFECT_STATUSES = ("INTERNAL", "UNKNOWN")
 """Answers that no request may cause."""
+_DEFECT_EVENTS = ("internal error", "not ready")
+"""Events in the log that no request may cause."""
 _SHOWN_STATUSES = 4
 
 
@@ -98,6 +100,11 @@ class Outcome:
             f"answers {status} x{count}"
             for status, count in self.tally.items()
             if status.startswith(_DEFECT_STATUSES)
+        ]
+        problems += [
+            f"logged {event} x{self.events[event]}"
+            for event in _DEFECT_EVENTS
+            if event in self.events
         ]
         if not self.is_calm:
             problems.append("not calm afterwards")

@@ -13,6 +13,7 @@ from service.rpc.page_reads import read_page
 from service.rpc.page_tokens import parse_id, parse_time_us
 from service.store import sessions
 from service.store.bounded_reads import Connection, Page
+from service.store.db.work_class import WorkClass
 from service.store.rows import SessionRow
 from service.store.sessions import SessionCursor
 from service.store.slices import message_slices
@@ -127,6 +128,13 @@ class Sessions(Handler):
         source_id = request.session_id.lower()
         fork_id = request.new_session_id.lower() or new_id()
         fingerprint = convert.fork_fingerprint(source_id, request.through_seq)
+        is_large = await self.database.read(
+            lambda connection: sessions.is_large_copy(
+                connection, user_id, source_id, request.through_seq
+            ),
+            owner_id=user_id,
+            deadline=call.deadline,
+        )
         row = await self.database.write(
             lambda connection: sessions.fork(
                 connection,
@@ -139,6 +147,7 @@ class Sessions(Handler):
             ),
             owner_id=user_id,
             deadline=call.deadline,
+            work_class=WorkClass.EXPENSIVE if is_large else WorkClass.ORDINARY,
         )
         self.search.wake()
         return session_pb2.ForkSessionResponse(session=convert.session(row))

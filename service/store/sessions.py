@@ -27,6 +27,8 @@ from service.store.rows import (
 )
 from service.store.tables import OutboxKind, SessionState, chat_messages, chat_sessions
 
+MAX_SMALL_COPY, MAX_SMALL_COPY_BYTES = 200, 1024 * 1024
+"""Messages and bytes that a fork copies as ordinary work, at most."""
 _MAX_LOST_RACES = 5
 """Attempts to insert a session that concurrent writers may defeat."""
 
@@ -207,6 +209,25 @@ async def delete_messages(connection: AsyncConnection, user_id: str) -> int:
     )
     count = sa.select(sa.func.count()).select_from(deleted).where(deleted.c.deleted_at.is_(None))
     return await connection.scalar(count) or 0
+
+
+async def is_large_copy(
+    connection: AsyncConnection, user_id: str, source_id: str, through_seq: int
+) -> bool:
+    """Return whether a fork through `through_seq` copies many messages or many bytes."""
+    rows = (
+        sa.select(_message.size)
+        .where(
+            _message.user_id == user_id,
+            _message.session_id == source_id,
+            _message.seq <= through_seq,
+        )
+        .limit(MAX_SMALL_COPY + 1)
+        .subquery("source")
+    )
+    size_bytes = sa.func.coalesce(sa.func.sum(rows.c.size), 0)
+    is_large = (sa.func.count() > MAX_SMALL_COPY) | (size_bytes > MAX_SMALL_COPY_BYTES)
+    return bool(await connection.scalar(sa.select(is_large).select_from(rows)))
 
 
 async def fork(

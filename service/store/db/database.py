@@ -38,7 +38,13 @@ from service.store.db.hot_pool import (
     Statement,
     fetch_in_transaction,
 )
-from service.store.db.work_class import ExpensiveWork, WorkClass
+from service.store.db.work_class import (
+    MAX_WAIT_S,
+    STATEMENT_TIMEOUT_S,
+    ExpensiveWork,
+    WorkClass,
+    overloaded_error,
+)
 from service.store.schema.version import SchemaVersion, schema_version
 
 T = TypeVar("T")
@@ -51,6 +57,12 @@ NO_OWNER = "no owner"
 
 SUSPICIOUS_WAIT_S = 0.5
 """Seconds that a call has waited for the database for its cancellation to suggest an outage."""
+SUSPICIOUS_WAITS_S = {
+    WorkClass.ORDINARY: SUSPICIOUS_WAIT_S,
+    # Expensive work may take that long although the database is well.
+    WorkClass.EXPENSIVE: MAX_WAIT_S + STATEMENT_TIMEOUT_S,
+}
+"""The same for `read` and `write`, by the class of their work."""
 MAX_ATTEMPTS = 6
 """Attempts of a transaction that is rolled back by contention."""
 OUTAGE_TIMEOUT_S = 15.0
@@ -143,6 +155,8 @@ class Database:
         self._permits = FairSemaphore(permit_count)
         self._write_permits = FairSemaphore(permit_count - permit_count // 3)
         self.expensive_work = ExpensiveWork(permit_count)
+        self.rejected_count = 0
+        """Calls that found no connection in time, because others used them all."""
         self._pool_timeout_s = pool_timeout_s
         self._writes: set[asyncio.Task[Any]] = set()
         self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
@@ -155,6 +169,11 @@ class Database:
         """Called when a call has shown, or suggests, that the database is unavailable."""
         # Looked up at each call, since the attribute is assigned later.
         self.hot_pool.on_slow_statement = lambda: self.on_suspected_outage()  # noqa: PLW0108
+
+    @property
+    def waiting_count(self) -> int:
+        """Number of calls that wait for a connection, without those of the hot statements."""
+        return self._permits.waiting_count + self._write_permits.waiting_count
 
     async def fetch(self, statement: Statement, *args: Any, deadline: float) -> list[Record]:
         """Run one hot statement that only reads, and return its rows.
@@ -228,7 +247,9 @@ class Database:
             ):
                 return await work(connection)
 
-        return await self._retry(attempt, deadline)
+        return await self._retry(
+            attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class]
+        )
 
     async def write(
         self,
@@ -238,7 +259,7 @@ class Database:
         deadline: float,
         work_class: WorkClass = WorkClass.ORDINARY,
     ) -> T:
-        """Run a transaction and commit it, also when the caller is cancelled before its end.
+        """Run a transaction and commit it, also when the caller is cancelled after its begin.
 
         `work` may run several times, each time in a new transaction. One case is a connection that
         is lost during COMMIT, which leaves unknown whether the transaction was committed. If the
@@ -256,10 +277,10 @@ class Database:
             Overloaded: too much expensive work waits.
             ServiceError: raised by `work`.
         """
-        is_outcome_unknown = False
+        is_outcome_unknown = has_begun = False
 
         async def attempt(wait_until: float) -> T:
-            nonlocal is_outcome_unknown
+            nonlocal is_outcome_unknown, has_begun
             wait_until -= LOCK_TIMEOUT_S
             async with (
                 self.expensive_work.permit(work_class, owner_id, wait_until),
@@ -268,6 +289,7 @@ class Database:
                 self.engine.connect() as connection,
                 self.expensive_work.limits(work_class, connection, wait_until),
             ):
+                has_begun = True
                 try:
                     result = await work(connection)
                 except ServiceError as error:
@@ -283,14 +305,28 @@ class Database:
                     raise
                 return result
 
-        return await self.shield(self._retry(attempt, deadline))
+        retries = self._retry(attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class])
+        return await self.shield(retries, lambda: has_begun)
 
-    async def shield(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end even when the caller is cancelled; `drain` waits for it."""
+    async def shield(
+        self, work: Coroutine[Any, Any, T], has_begun: Callable[[], bool] = lambda: True
+    ) -> T:
+        """Run `work` to its end even when the caller is cancelled; `drain` waits for it.
+
+        Args:
+            work: The work.
+            has_begun: Whether the work may have changed anything; if not, it is cancelled with its
+                caller, so that abandoned calls do not queue for connections.
+        """
         task = self._loop.create_task(work)
         self._writes.add(task)
         task.add_done_callback(self._on_write_done)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not has_begun():
+                task.cancel()
+            raise
 
     def _on_write_done(self, task: asyncio.Task[Any]) -> None:
         self._writes.discard(task)
@@ -308,6 +344,7 @@ class Database:
         attempt: Callable[[float], Awaitable[T]],
         deadline: float,
         error: BaseException | None = None,
+        suspicious_wait_s: float = SUSPICIOUS_WAIT_S,
     ) -> T:
         """Repeat attempts until one succeeds, an error is final, or the time is up.
 
@@ -315,6 +352,7 @@ class Database:
             attempt: Is passed the time until which it may wait for a connection.
             deadline: The call's deadline.
             error: The error of a first attempt by the caller, if there was one.
+            suspicious_wait_s: Seconds after which the end of the caller's time suggests an outage.
         """
         wait_until = outage_deadline(deadline, self._loop.time())
         attempts = 0
@@ -329,13 +367,17 @@ class Database:
                     return await attempt(wait_until)
             except DATABASE_ERRORS as attempt_error:
                 if scope.expired():
-                    self._suspect_outage(started_at)
+                    self._suspect_outage(started_at, suspicious_wait_s)
                     raise DeadlineExceeded("the database did not respond in time") from None
-                # An earlier error says more about the cause than the lack of a permit.
-                if error is None or not isinstance(attempt_error, AcquireTimeout):
+                if not isinstance(attempt_error, AcquireTimeout):
+                    error = attempt_error
+                elif error is None:  # An earlier error says more about the cause.
+                    if attempt_error.is_busy:
+                        self.rejected_count += 1
+                        raise overloaded_error() from None
                     error = attempt_error
             except asyncio.CancelledError:
-                self._suspect_outage(started_at)
+                self._suspect_outage(started_at, suspicious_wait_s)
                 raise
 
     def _acquire_timeout_s(self, wait_until: float) -> float:
@@ -367,9 +409,9 @@ class Database:
             case _:
                 return False
 
-    def _suspect_outage(self, started_at: float) -> None:
+    def _suspect_outage(self, started_at: float, wait_s: float = SUSPICIOUS_WAIT_S) -> None:
         """Report a suspected outage if an unsuccessful call has waited for long enough."""
-        if self._loop.time() - started_at > SUSPICIOUS_WAIT_S:
+        if self._loop.time() - started_at > wait_s:
             self.on_suspected_outage()
 
     async def probe(self, timeout_s: float) -> SchemaVersion:

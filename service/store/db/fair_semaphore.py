@@ -11,6 +11,11 @@ from contextlib import asynccontextmanager
 class AcquireTimeout(TimeoutError):
     """No permit became free within the timeout."""
 
+    def __init__(self, *, is_busy: bool) -> None:
+        super().__init__()
+        self.is_busy = is_busy
+        """Whether other calls got permits in that time, so that the holders are not stuck."""
+
 
 class QueueFull(Exception):
     """As many calls wait for a permit as may wait."""
@@ -38,6 +43,7 @@ class FairSemaphore:
         self.permit_count = permit_count
         self.free_count = permit_count
         self.waiting_count = 0
+        self._granted_count = 0
         self._max_held_per_owner = max_held_per_owner
         self._max_waiting_per_owner = max_waiting_per_owner
         self._max_waiting = max_waiting
@@ -74,12 +80,14 @@ class FairSemaphore:
 
     def _take(self, owner_id: str) -> None:
         self.free_count -= 1
+        self._granted_count += 1
         if self._max_held_per_owner is not None:
             self._held[owner_id] += 1
 
     async def _wait_for_permit(self, owner_id: str, timeout_s: float | None) -> None:
         permit = self._loop.create_future()
         self._enqueue(owner_id, permit)
+        granted_count = self._granted_count
         try:
             async with asyncio.timeout(timeout_s):
                 await permit
@@ -89,7 +97,8 @@ class FairSemaphore:
             else:
                 self._remove(owner_id, permit)
             if isinstance(error, TimeoutError):
-                raise AcquireTimeout from None
+                is_busy = self._granted_count > granted_count
+                raise AcquireTimeout(is_busy=is_busy) from None
             raise
 
     def _enqueue(self, owner_id: str, permit: asyncio.Future[None]) -> None:

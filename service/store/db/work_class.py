@@ -57,7 +57,13 @@ class ExpensiveWork:
             max_waiting_per_owner=MAX_WAITING_PER_USER,
             max_waiting=MAX_WAITING,
         )
+        self.rejected_count = 0
         self._loop = asyncio.get_running_loop()
+
+    @property
+    def in_progress_count(self) -> int:
+        """Number of permits that are held."""
+        return self.permits.permit_count - self.permits.free_count
 
     @asynccontextmanager
     async def permit(
@@ -80,11 +86,8 @@ class ExpensiveWork:
         try:
             await hold.__aenter__()
         except (QueueFull, AcquireTimeout):
-            raise Overloaded(
-                "too many searches, large reads and deletes wait for the database; retry after "
-                "the given delay",
-                retry_after=RETRY_AFTER_S,
-            ) from None
+            self.rejected_count += 1
+            raise overloaded_error() from None
         try:
             yield
         finally:
@@ -120,6 +123,14 @@ class ExpensiveWork:
             if classify(error) is Failure.CANCELLED and time_left_s > STATEMENT_TIMEOUT_S:
                 raise _too_expensive_error() from None
             raise
+
+
+def overloaded_error() -> Overloaded:
+    """Return the error of a call that would wait too long behind others for a connection."""
+    return Overloaded(
+        "too many calls wait for the database; retry after the given delay",
+        retry_after=RETRY_AFTER_S,
+    )
 
 
 def _too_expensive_error() -> DeadlineExceeded:
