@@ -29,6 +29,9 @@ before `convert_structs.MAX_VALUES` became a limit have that number of values.""
 PAUSE_REQUEST_BYTES = 8 * 1024
 """A message of a request that is larger than this is converted after a pause."""
 
+PAUSE_PARTS = 500
+"""Parts of a request's messages that are converted between two pauses."""
+
 
 def count_values(json_text: str | None) -> int:
     """Return an upper bound of the number of values in a JSON text; 0 for None."""

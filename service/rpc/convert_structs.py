@@ -100,12 +100,18 @@ class StructReader:
                 f"the request has more than {MAX_REQUEST_VALUES} values in its Structs; send the "
                 "messages in several requests"
             )
-        return self._error(
-            f"must have at most {MAX_VALUES} values, with the other Structs of the resource counted"
-        )
+        return too_many_values(self._field)
 
     def _error(self, description: str) -> InvalidArgument:
         return InvalidArgument.field(self._field, description)
+
+
+def too_many_values(field: str) -> InvalidArgument:
+    """Return the error for a Struct at a path that exceeds MAX_VALUES."""
+    return InvalidArgument.field(
+        field,
+        f"must have at most {MAX_VALUES} values, with the other Structs of the resource counted",
+    )
 
 
 def metadata_json(struct: Struct, field: str, reader: StructReader | None = None) -> str | None:

@@ -14,7 +14,7 @@ from service.ids import new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.admission import draining_error
 from service.rpc.call import Call
-from service.rpc.conversion_turns import PAUSE_REQUEST_BYTES
+from service.rpc.conversion_turns import PAUSE_PARTS, PAUSE_REQUEST_BYTES
 from service.rpc.convert_structs import StructReader, metadata_json
 from service.rpc.handler import Handler, require_same_id
 from service.rpc.page_tokens import parse_integer
@@ -89,6 +89,7 @@ class Messages(Handler):
         new_messages: list[NewMessage] = []
         session_id = request.session_id.lower()
         reader = StructReader()
+        part_count = 0
         for index, message in enumerate(request.messages):
             field = f"messages[{index}]"
             if message.session_id:
@@ -98,8 +99,10 @@ class Messages(Handler):
             if message_id in ids:
                 raise InvalidArgument.field(f"{field}.id", "is used twice in this request")
             ids.add(message_id)
-            if message.ByteSize() > PAUSE_REQUEST_BYTES:
+            part_count += len(message.parts)
+            if part_count > PAUSE_PARTS or message.ByteSize() > PAUSE_REQUEST_BYTES:
                 await self.conversions.pause(owner_id, deadline)
+                part_count = 0
             new_messages.append(convert.new_message(message, message_id, field, reader))
         return new_messages
 

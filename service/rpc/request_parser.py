@@ -10,15 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from buf.validate import validate_pb2
 from google.protobuf.message import DecodeError, Message
 
 from service import errors
 from service.rpc.convert import MAX_MESSAGE_BYTES
 from service.rpc.convert_structs import STRUCT, TOO_DEEP
 from service.rpc.wire import MalformedWire, WireField, delimited, read_fields
+from service.rpc.wire_limits import (
+    CHECKED_BYTES,
+    MAX_FIELDS,
+    check_message,
+    max_items,
+    too_many_items,
+)
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Limit of a request after decompression. Larger ones are rejected with REQUEST_TOO_LARGE."""
@@ -26,8 +32,15 @@ LARGE_REQUEST_BYTES = 64 * 1024
 """Larger requests are scanned, and parsed in slices."""
 SLICE_BYTES = 256 * 1024
 """Bytes that are parsed at a time, unless one field has more."""
-MAX_TOP_LEVEL_FIELDS = 10_000
-"""Fields of a request, those of its messages not counted. The limits of the lists are lower."""
+
+
+class _Slice(NamedTuple):
+    """Fields of a request that are parsed together."""
+
+    start: int
+    end: int
+    large: list[tuple[WireField, str]]
+    """The messages in it that are checked before they are parsed, each with its path."""
 
 
 class ScannedRequest:
@@ -43,67 +56,76 @@ class ScannedRequest:
         """The request's `user_id`, which the admission of the call needs."""
         self._parser = parser
         self._data = data
-        self._slices: list[tuple[int, int]] = []
+        self._slices: list[_Slice] = []
         self._counts: Counter[int] = Counter()
         self._total_bytes: Counter[int] = Counter()
-        slice_start = previous_end = 0
         try:
-            for count, field in enumerate(read_fields(data)):
-                if count == MAX_TOP_LEVEL_FIELDS:
-                    raise _malformed_request()
-                self._check(field)
-                if field.end - slice_start > SLICE_BYTES and previous_end > slice_start:
-                    self._slices.append((slice_start, previous_end))
-                    slice_start = previous_end
-                previous_end = field.end
+            self._scan()
         except MalformedWire:
             raise _malformed_request() from None
-        self._slices.append((slice_start, previous_end))
 
-    def _check(self, field: WireField) -> None:
+    def _scan(self) -> None:
+        slice_start = previous_end = 0
+        large: list[tuple[WireField, str]] = []
+        for count, field in enumerate(read_fields(self._data)):
+            if count == MAX_FIELDS:
+                raise MalformedWire
+            path = self._check(field)
+            if field.end - slice_start > SLICE_BYTES and previous_end > slice_start:
+                self._slices.append(_Slice(slice_start, previous_end, large))
+                slice_start, large = previous_end, []
+            if path and field.end - field.value_start > CHECKED_BYTES:
+                large.append((field, path))
+            previous_end = field.end
+        self._slices.append(_Slice(slice_start, previous_end, large))
+
+    def _check(self, field: WireField) -> str | None:
+        """Check one field; return its path if it is a message."""
         limit = self._parser.limits.get(field.number)
         if limit is None:
-            return
-        descriptor, max_items = limit
+            return None
+        descriptor, max_count = limit
         self._counts[field.number] += 1
         size_bytes = field.end - field.value_start
         self._total_bytes[field.number] += size_bytes
-        if self._counts[field.number] > max_items:
-            # A singular message that occurs twice is valid protobuf, but no library writes it.
-            raise (
-                errors.InvalidArgument.field(
-                    descriptor.name, f"must contain no more than {max_items} item(s)"
-                )
-                if descriptor.is_repeated
-                else _malformed_request()
-            )
+        if self._counts[field.number] > max_count:
+            if descriptor.is_repeated:
+                raise too_many_items(descriptor.name, max_count)
+            raise MalformedWire
         if descriptor.message_type is None:
             if descriptor.name == "user_id":
                 value = self._data[field.value_start : field.end]
                 self.user_id = value.decode(errors="replace")
-        elif size_bytes > MAX_MESSAGE_BYTES:
-            index = f"[{self._counts[field.number] - 1}]" if descriptor.is_repeated else ""
-            raise errors.InvalidArgument.field(
-                descriptor.name + index, f"must be at most {MAX_MESSAGE_BYTES} bytes"
-            )
-        elif descriptor.name == "chunks" and self._total_bytes[field.number] > MAX_MESSAGE_BYTES:
+            return None
+        index = f"[{self._counts[field.number] - 1}]" if descriptor.is_repeated else ""
+        path: str = descriptor.name + index
+        if size_bytes > MAX_MESSAGE_BYTES:
+            raise errors.InvalidArgument.field(path, f"must be at most {MAX_MESSAGE_BYTES} bytes")
+        if descriptor.name == "chunks" and self._total_bytes[field.number] > MAX_MESSAGE_BYTES:
             raise errors.InvalidArgument.field(
                 "chunks", f"must be at most {MAX_MESSAGE_BYTES} bytes together"
             )
+        return path
 
     async def parse(self, pause: Callable[[], Awaitable[None]]) -> Any:
         """Parse the request, and pause before each slice.
 
         Raises:
-            InvalidArgument: it is malformed, or a Struct in it is nested too deeply.
+            InvalidArgument: it is malformed, or a list or a Struct in it exceeds a limit.
         """
-        request = self._parser.message_class()
-        for start, end in self._slices:
+        parser = self._parser
+        request = parser.message_class()
+        for start, end, large in self._slices:
             await pause()
             try:
+                for field, path in large:
+                    kind = parser.limits[field.number][0].message_type
+                    check_message(self._data, field.value_start, field.end, kind, path)
                 request.MergeFromString(self._data[start:end])
+            except MalformedWire:
+                raise _malformed_request() from None
             except (DecodeError, ValueError) as error:
-                raise self._parser.explain(error, self._data, start, end) from None
+                raise parser.explain(error, self._data, start, end) from None
         return request
 
 
@@ -113,9 +135,9 @@ class RequestParser:
     def __init__(self, message_class: type[Message]) -> None:
         self.message_class = message_class
         self.limits = {
-            field.number: (field, max_items)
+            field.number: (field, max_count)
             for field in message_class.DESCRIPTOR.fields
-            if (max_items := _max_items(field))
+            if (max_count := max_items(field))
         }
         """The fields that a scan checks, with their greatest number of occurrences."""
 
@@ -203,17 +225,6 @@ class RequestParser:
 
 def _wrapped(wrap: Callable[[bytes], bytes], number: int, fields: bytes) -> bytes:
     return wrap(delimited(number, fields))
-
-
-def _max_items(field: Any) -> int:
-    """Return how often a scan lets a field occur; 0 for no check.
-
-    Lists of numbers are packed into one field.
-    """
-    if field.is_repeated:
-        rules = field.GetOptions().Extensions[validate_pb2.field]
-        return int(rules.repeated.max_items)
-    return 1 if field.message_type is not None or field.name == "user_id" else 0
 
 
 def _malformed_request() -> errors.InvalidArgument:

@@ -25,24 +25,25 @@ class MalformedWire(ValueError):
     """The bytes are not a sequence of fields."""
 
 
-def read_fields(data: bytes) -> Iterator[WireField]:
-    """Iterate over the fields of a message.
+def read_fields(data: bytes, start: int = 0, end: int | None = None) -> Iterator[WireField]:
+    """Iterate over the fields of a message that takes all of the data, or a part of it.
 
     Raises:
         MalformedWire: a field is cut short, or is a group, which proto3 does not have.
     """
-    position, end = 0, len(data)
+    position = start
+    end = len(data) if end is None else end
     while position < end:
         start = position
-        tag, position = _read_varint(data, position)
+        tag, position = read_varint(data, position)
         wire_type = tag & 7
         if wire_type == _LENGTH_DELIMITED:
-            length, value_start = _read_varint(data, position)
+            length, value_start = read_varint(data, position)
             position = value_start + length
         else:
             value_start = position
             if wire_type == _VARINT:
-                _, position = _read_varint(data, position)
+                _, position = read_varint(data, position)
             elif wire_type == _FIXED64:
                 position += 8
             elif wire_type == _FIXED32:
@@ -59,8 +60,14 @@ def delimited(number: int, value: bytes) -> bytes:
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(value)) + value
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """Return a varint and the position after it."""
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """Return a varint and the position after it.
+
+    Raises:
+        MalformedWire: it is cut short or too long.
+    """
+    if position < len(data) and (first := data[position]) < 0x80:  # noqa: PLR2004 - as below
+        return first, position + 1
     value = shift = 0
     for byte in data[position : position + _MAX_VARINT_BYTES]:
         position += 1
@@ -73,7 +80,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 def _varint(value: int) -> bytes:
     encoded = bytearray()
-    while value > 0x7F:  # noqa: PLR2004 - as in _read_varint
+    while value > 0x7F:  # noqa: PLR2004 - as in read_varint
         encoded.append(value & 0x7F | 0x80)
         value >>= 7
     encoded.append(value)

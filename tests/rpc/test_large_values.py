@@ -192,6 +192,29 @@ async def test_conversions_of_one_request_leave_turns_to_other_tasks(
     assert max(Counter(turns).values()) <= 2
 
 
+async def test_conversions_of_many_parts_leave_turns_to_other_tasks(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    pause = conversion_turns.ConversionTurns.pause
+    new_row = convert.new_message
+
+    def recorded(*args: Any) -> Any:
+        counts[-1] += len(args[0].parts)
+        return new_row(*args)
+
+    async def recorded_pause(*args: Any) -> None:
+        counts.append(0)
+        await pause(*args)
+
+    monkeypatch.setattr(convert, "new_message", recorded)
+    monkeypatch.setattr(conversion_turns.ConversionTurns, "pause", recorded_pause)
+    counts.append(0)
+    await chat.start([new_message("x", parts=[{"text": "y"}] * 64) for _ in range(100)])
+    assert sum(counts) == 6400
+    assert max(counts) <= 500 + 64
+
+
 async def test_large_conversions_of_many_calls_run_in_different_turns(
     chat: Chat, other: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:

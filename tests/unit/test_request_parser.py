@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 from chathistory.v1 import document_pb2, message_pb2
+from google.protobuf import struct_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import InvalidArgument, TooLarge
-from service.rpc import request_parser
+from service.rpc.convert_structs import MAX_VALUES
 from service.rpc.request_parser import (
     LARGE_REQUEST_BYTES,
     MAX_REQUEST_BYTES,
-    MAX_TOP_LEVEL_FIELDS,
     SLICE_BYTES,
     RequestParser,
     ScannedRequest,
 )
 from service.rpc.wire import MalformedWire, delimited, read_fields
+from service.rpc.wire_limits import CHECKED_BYTES, MAX_FIELDS, check_message, max_items
 
 ID = "0192d3a4-0000-7000-8000-000000000001"
 APPEND = RequestParser(message_pb2.AppendMessagesRequest)
@@ -85,10 +86,10 @@ async def test_slices_are_bounded_by_the_larger_of_slice_size_and_field() -> Non
         request.messages.add(content="x" * size)
     scanned = APPEND.parse(request.SerializeToString())
     assert isinstance(scanned, ScannedRequest)
-    ends = [end for _, end in scanned._slices]
-    assert [start for start, _ in scanned._slices] == [0, *ends[:-1]]
+    ends = [end for _, end, _ in scanned._slices]
+    assert [start for start, _, _ in scanned._slices] == [0, *ends[:-1]]
     fields = {(field.start, field.end) for field in read_fields(request.SerializeToString())}
-    for start, end in scanned._slices:
+    for start, end, _ in scanned._slices:
         assert end - start <= SLICE_BYTES or (start, end) in fields
 
 
@@ -123,7 +124,7 @@ def test_chunks_are_limited_together() -> None:
 
 def test_request_with_too_many_fields_is_malformed() -> None:
     unknown = b"\x98\x06\x01"  # Field 99, a number.
-    data = unknown * (MAX_TOP_LEVEL_FIELDS + 1) + delimited(98, b"x" * LARGE_REQUEST_BYTES)
+    data = unknown * (MAX_FIELDS + 1) + delimited(98, b"x" * LARGE_REQUEST_BYTES)
     assert rejection(APPEND, data).reason == "MALFORMED_REQUEST"
 
 
@@ -159,6 +160,87 @@ async def test_struct_nested_too_deeply_for_the_parser_is_named(padding_bytes: i
             assert field_of(caught.value) == path
 
 
+def entries(count: int) -> bytes:
+    """Return the bytes of a Struct with as many keys, each with a boolean."""
+    return b"".join(
+        delimited(1, delimited(1, f"{n}".encode()) + delimited(2, b"\x20\x01"))
+        for n in range(count)
+    )
+
+
+def array(count: int, value: bytes) -> bytes:
+    """Return the bytes of a Struct whose key `k` holds as many equal values."""
+    values = delimited(1, value) * count
+    return delimited(1, delimited(1, b"k") + delimited(2, delimited(6, values)))
+
+
+LONG_STRUCTS = {
+    "keys": entries(60_000),
+    "empty keys": delimited(1, b"") * 400_000,
+    "nulls": array(200_000, b"\x08\x00"),
+    "empty values": array(400_000, b""),
+    "strings": array(50_000, delimited(3, b"text of a value")),
+    "empty objects": array(200_000, delimited(5, b"")),
+    "one list many times": delimited(1, delimited(2, delimited(6, b"") * 400_000)),
+    "unknown fields": b"\x98\x06\x01" * 200_000,
+}
+
+
+@pytest.mark.parametrize("kind", LONG_STRUCTS)
+async def test_long_struct_is_rejected_without_a_parse(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    struct = LONG_STRUCTS[kind]
+    assert CHECKED_BYTES < len(struct) < MIB - 100
+    parsed: list[bytes] = []
+
+    class Recorder:
+        def MergeFromString(self, data: bytes) -> None:
+            parsed.append(data)
+
+    monkeypatch.setattr(APPEND, "message_class", Recorder)
+    first = delimited(3, delimited(5, b"first"))
+    for message, path in (
+        (delimited(7, struct), "messages[1].metadata"),
+        (delimited(6, b"") + delimited(6, delimited(6, struct)), "messages[1].parts[1].data"),
+    ):
+        with pytest.raises(InvalidArgument) as caught:
+            await parse(APPEND, first + delimited(3, message))
+        assert field_of(caught.value) == path
+    assert all(len(data) < 100 for data in parsed)
+
+
+async def test_too_many_parts_of_a_large_message_are_rejected() -> None:
+    for parser, path in ((APPEND, "messages[0].parts"), (UPDATE, "message.parts")):
+        with pytest.raises(InvalidArgument) as caught:
+            await parse(parser, delimited(3, delimited(6, b"") * 200_000))
+        assert field_of(caught.value) == path
+
+
+async def test_struct_of_the_maximum_number_of_values_is_parsed() -> None:
+    """Also if it has as many keys as possible, and its values are large."""
+    value = delimited(3, b"x" * 20)
+    for struct in (
+        array(MAX_VALUES - 1, value),
+        b"".join(
+            delimited(1, delimited(1, b"%05d" % n) + delimited(2, value)) for n in range(MAX_VALUES)
+        ),
+    ):
+        assert len(struct) > CHECKED_BYTES
+        data = delimited(3, delimited(7, struct))
+        parsed, _ = await parse(APPEND, data)
+        assert parsed == message_pb2.AppendMessagesRequest.FromString(data)
+
+
+@given(st.binary(max_size=200))
+def test_check_of_arbitrary_bytes_raises_nothing_else(data: bytes) -> None:
+    for descriptor in (struct_pb2.Struct.DESCRIPTOR, message_pb2.Message.DESCRIPTOR):
+        try:
+            check_message(data, 0, len(data), descriptor, "message")
+        except (MalformedWire, InvalidArgument):
+            continue
+
+
 @given(st.binary(max_size=200))
 def test_scan_of_arbitrary_bytes_raises_nothing_else(data: bytes) -> None:
     """A scan accepts at least what the parser accepts, groups excepted."""
@@ -188,4 +270,4 @@ def test_every_list_of_messages_in_a_request_has_a_limit_for_the_scan() -> None:
     for method in DESCRIPTOR.methods:
         for field in method.input_type.fields:
             if field.is_repeated and field.message_type is not None:
-                assert request_parser._max_items(field), field.full_name
+                assert max_items(field), field.full_name
