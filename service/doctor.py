@@ -342,8 +342,12 @@ def _check_search(state: IndexState | None) -> list[Finding]:
     return findings
 
 
+_DATA_ERROR_CLASSES = ("22", "23")
+"""Classes of SQLSTATEs whose messages quote data: data exceptions and violated constraints."""
+
+
 def explain(error: BaseException, target: Target) -> str:
-    """Return why the database could not be used and what to do, without a password."""
+    """Return why the database could not be used and what to do, without a password or content."""
     cause = driver_error(error)
     code = sqlstate(error)
     host = target.url.host
@@ -383,6 +387,8 @@ def _explain_certificate(message: str, target: Target) -> str:
 
 def _explain_refusal(code: str, message: str, target: Target) -> str:
     """Add advice to the server's own message, which may contain names but never the password."""
+    if code[:2] in _DATA_ERROR_CLASSES:
+        return f"{target.location} rejected a value or a row (SQLSTATE {code})"
     advice = {
         "28P01": "check user and password in DATABASE_URL",
         "28000": "check user and password in DATABASE_URL",

@@ -17,13 +17,16 @@ from grpc import aio
 from sqlalchemy import make_url
 
 import service
+from service import doctor
+from service.store.db.database import DATABASE_ERRORS
+from service.store.db.db_errors import sqlstate
 from tests.search.library import LEXICAL, Library
 from tests.security.test_erasure import MARKER, create_marked_user, provoke
 from tests.support import issuer
 from tests.support.chat import new_id, new_message
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, connected_to
 from tests.support.issuer import bearer_metadata, service_token
-from tests.support.servers import AsyncStub, ServerProcess, connected
+from tests.support.servers import AsyncStub, ServerProcess, connected, target_of
 
 pytestmark = pytest.mark.quick
 
@@ -177,6 +180,23 @@ async def test_failing_calls_log_no_content_token_or_password(
     assert "not ready" in log
     assert SECRET not in log
     assert token not in log
+
+
+async def test_error_about_data_is_explained_without_the_data(database_url: str) -> None:
+    """Commands show the explanation of a database error, and PostgreSQL's text quotes rows."""
+    statements: list[tuple[str, Any]] = [
+        ("INSERT INTO users (id, name) VALUES (gen_random_uuid(), $1)", SECRET),
+        ("INSERT INTO users (id, name, fingerprint) VALUES ($1, '', '')", SECRET),
+        ("SELECT $1::text::integer", SECRET),
+    ]
+    async with connected_to(database_url) as connection:
+        for sql, value in statements:
+            with pytest.raises(DATABASE_ERRORS) as caught:
+                await connection.execute(sql, value)
+            assert SECRET in str(caught.value)
+            explanation = doctor.explain(caught.value, target_of(database_url))
+            assert SECRET not in explanation
+            assert str(sqlstate(caught.value)) in explanation
 
 
 async def test_statements_hold_no_values(stub: AsyncStub, cluster: Cluster) -> None:
