@@ -80,16 +80,16 @@ class Searches(Handler):
             raise InvalidArgument.field("query", "is required")
         limit = request.limit or DEFAULT_LIMIT
         mode = self._effective_mode(request.mode)
-        query = await self.database.read(
-            lambda connection: fulltext.read_query(
-                connection, request.query, is_cut=mode != message_pb2.SEARCH_MODE_LEXICAL
-            ),
-            owner_id=user_id,
-            deadline=call.deadline,
+        has_words, has_meaning = (
+            mode != message_pb2.SEARCH_MODE_SEMANTIC,
+            mode != message_pb2.SEARCH_MODE_LEXICAL,
         )
+        if not has_meaning:
+            fulltext.check_query(request.query)
         # Semantic first: if the index is unavailable, no lexical search is run in vain.
         semantic = await self._semantic_scores(request, mode, user_id, limit, call)
-        is_lexical = mode != message_pb2.SEARCH_MODE_SEMANTIC and query is not None
+        if not (has_words or semantic):
+            return message_pb2.SearchMessagesResponse()
         scores: dict[MessageKey, float] = {}
 
         def rank(lexical: Sequence[fulltext.Match]) -> Sequence[MessageKey]:
@@ -97,16 +97,15 @@ class Searches(Handler):
             scores = _fused_scores(lexical, semantic)
             return list(scores)[: limit + SPARE_HITS]
 
-        if not is_lexical and not semantic:
-            return message_pb2.SearchMessagesResponse()
         matches = await self.database.read(
             lambda connection: fulltext.find(
                 connection,
                 user_id,
-                query,
+                request.query,
                 request.session_id.lower() or None,
-                _candidate_count(mode, limit) if is_lexical else 0,
+                _candidate_count(mode, limit) if has_words else 0,
                 rank,
+                is_cut=has_meaning,
             ),
             owner_id=user_id,
             deadline=call.deadline,

@@ -11,7 +11,9 @@ matches than no stemmer. Semantic search finds other forms of a word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +33,8 @@ MATCH_START, MATCH_END = "\ue000", "\ue001"
 
 MAX_TERMS = 64
 """Words of a query, with each part of a hyphenated or otherwise compound word."""
+MAX_QUERY_CHARS = 2_048
+"""Characters of a query. PostgreSQL needs 0.5 s to parse 8,000 characters such as `a_a_a_`."""
 MAX_RANKED_TERMS = 16
 """Words of a query that count for the rank: its first ones. Ranking by more costs seconds."""
 MAX_COMPARED_WORDS = 8
@@ -57,6 +61,7 @@ _SNIPPET_OPTIONS = (
 _PARSE = sa.select(
     sa.cast(sa.func.websearch_to_tsquery("simple", sa.bindparam("query", type_=sa.Text())), sa.Text)
 )
+_WORD = re.compile(r"\S*\w\S*")
 _PARSE_ERRORS = ("XX000", "54000", "54001")
 """PostgreSQL's errors for a query that it cannot parse.
 
@@ -96,6 +101,30 @@ class LexicalQuery:
     """LIKE patterns of which one applies to a text that matches, unless there are none."""
 
 
+def check_query(text: str) -> None:
+    """Reject a query that is certainly too long, without PostgreSQL.
+
+    Raises:
+        InvalidArgument: it has more than MAX_QUERY_CHARS characters or MAX_TERMS words.
+    """
+    if len(text) > MAX_QUERY_CHARS:
+        raise InvalidArgument.field(
+            "query",
+            f"has {len(text)} characters; lexical search takes at most {MAX_QUERY_CHARS}",
+        )
+    count = sum(word.lower() != "or" for word in _WORD.findall(text))
+    if count > MAX_TERMS:
+        raise _too_many_terms_error(count)
+
+
+def _too_many_terms_error(count: int) -> InvalidArgument:
+    return InvalidArgument.field(
+        "query",
+        f"has {count} words, counting each part of a compound word; lexical search takes at most "
+        f"{MAX_TERMS}",
+    )
+
+
 async def read_query(
     connection: AsyncConnection, text: str, *, is_cut: bool
 ) -> LexicalQuery | None:
@@ -103,15 +132,19 @@ async def read_query(
 
     Args:
         connection: The connection.
-        text: The query: words, "phrases", `or`, and `-` before a word that must not occur.
+        text: The query: words, "phrases", `or`, and `-` before a word that must not occur. Of a
+            query over MAX_QUERY_CHARS, only the beginning is used; see `check_query`.
         is_cut: Whether to use the first MAX_TERMS words of a longer query instead of rejecting it,
             and none of a query that PostgreSQL cannot parse.
 
     Raises:
         InvalidArgument: the query has more than MAX_TERMS words, or PostgreSQL cannot parse it.
     """
+    values = {"query": text[:MAX_QUERY_CHARS]}
     try:
-        parsed: str = (await connection.execute(_PARSE, {"query": text})).scalar_one()
+        # In a savepoint if the transaction goes on after an error.
+        async with connection.begin_nested() if is_cut else nullcontext():
+            parsed: str = (await connection.execute(_PARSE, values)).scalar_one()
     except DBAPIError as error:
         if sqlstate(error) not in _PARSE_ERRORS:
             raise
@@ -123,11 +156,7 @@ async def read_query(
         return None
     count = tsquery.count_terms(node)
     if count > MAX_TERMS and not is_cut:
-        raise InvalidArgument.field(
-            "query",
-            f"has {count} words, counting each part of a compound word; lexical search takes at "
-            f"most {MAX_TERMS}",
-        )
+        raise _too_many_terms_error(count)
     return derive(tsquery.first_terms(node, MAX_TERMS))
 
 
@@ -241,21 +270,28 @@ ORDER BY f.n
 async def find(
     connection: AsyncConnection,
     user_id: str,
-    query: LexicalQuery | None,
+    text: str,
     session_id: str | None,
     match_count: int,
     rank: Callable[[Sequence[Match]], Sequence[tuple[str, str]]],
+    *,
+    is_cut: bool,
 ) -> list[MatchedMessage]:
     """Search a user's messages by words, and read those that a ranking selects.
 
     Args:
         connection: The connection, in a transaction.
         user_id: Owner of the messages.
-        query: The query.
+        text: The query; see `read_query`.
         session_id: The session to search; None searches all.
         match_count: Matches to find; 0 if only the ranking finds messages.
         rank: Returns the (session id, message id) of the messages to read, from the matches.
+        is_cut: As in `read_query`.
+
+    Raises:
+        InvalidArgument: as `read_query`.
     """
+    query = await read_query(connection, text, is_cut=is_cut)
     matches: list[Match] = []
     if query is not None and match_count:
         matches = await search(connection, user_id, query, session_id, match_count)

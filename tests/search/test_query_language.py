@@ -75,14 +75,15 @@ async def test_random_queries_match_what_postgresql_matches(
     async def search_all(connection: AsyncConnection) -> dict[int, list[str]]:
         results: dict[int, list[str]] = {}
         for n, text in enumerate(queries):
-            query = await fulltext.read_query(connection, text, is_cut=False)
+            fulltext.check_query(text)
             matches = await fulltext.find(
                 connection,
                 library.user_id,
-                query,
+                text,
                 None,
                 len(texts),
                 lambda matches: [(match.session_id, match.message_id) for match in matches],
+                is_cut=False,
             )
             if matches:
                 results[n] = sorted(match.message.content for match in matches)

@@ -98,9 +98,9 @@ async def test_searches_beyond_the_queue_are_refused_and_other_users_are_next(
     order: list[str] = []
     find = fulltext.find
 
-    async def recorded_find(connection: Any, user_id: str, *arguments: Any) -> Any:
+    async def recorded_find(connection: Any, user_id: str, *values: Any, is_cut: bool) -> Any:
         order.append(user_id)
-        return await find(connection, user_id, *arguments)
+        return await find(connection, user_id, *values, is_cut=is_cut)
 
     monkeypatch.setattr(fulltext, "find", recorded_find)
     permits = server.database.expensive_work.permits
@@ -135,8 +135,10 @@ async def test_searches_beyond_the_queue_are_refused_and_other_users_are_next(
         " or ".join(f"w{n}" for n in range(900)),
         "-".join("abcdefgh") + " " + "-".join("ijklmnop" * 8),
         '"' + "a b " * 33 + '"',
+        "a_" * 1024,
+        "a_" * 1025,
     ],
-    ids=["excluded", "words", "alternatives", "compounds", "phrase"],
+    ids=["excluded", "words", "alternatives", "compounds", "phrase", "one word", "characters"],
 )
 async def test_lexical_query_of_too_many_words_is_rejected(
     library: Library, server: Server, query: str
@@ -145,7 +147,8 @@ async def test_lexical_query_of_too_many_words_is_rejected(
     started = server.database.expensive_work.permits.free_count
     failure = await failure_of(library.search_messages(query, LEXICAL))
     assert failure.fields == ["query"]
-    assert f"at most {fulltext.MAX_TERMS}" in failure.message
+    limit = fulltext.MAX_QUERY_CHARS if len(query) > 2048 else fulltext.MAX_TERMS
+    assert f"at most {limit}" in failure.message
     assert server.database.expensive_work.permits.free_count == started
 
 
@@ -153,19 +156,19 @@ async def test_lexical_query_of_too_many_words_is_rejected(
     "query",
     [
         "--" * 15 + "needle",
-        "needle " + "!&|()<>:*" * 800,
-        "needle " + "'" * 8000,
-        "x" * 8192,
+        "needle " + "!&|()<>:*" * 200,
+        "needle " + "'" * 2000,
+        "x" * 2048,
         " ".join(f"-w{n}" for n in range(64)),
         " ".join(["needle"] * 64),
-        "\\" * 4000 + " needle",
+        "\\" * 2000 + " needle",
     ],
     ids=["minus", "operators", "quotes", "long word", "64 excluded", "64 words", "backslashes"],
 )
 async def test_query_within_the_limit_is_answered(library: Library, query: str) -> None:
     await library.chat.start("a needle")
     hits = await library.search_messages(query, LEXICAL)
-    assert len(hits) == (query != "x" * 8192)
+    assert len(hits) == (query != "x" * 2048)
 
 
 @pytest.mark.parametrize("query", ["-" * 100 + "needle", "- ! " * 50])

@@ -961,8 +961,8 @@ class SearchMessagesRequest(_message.Message):
     query: _builtins.str
     """Text to search for, 1 byte to 8 KiB, not only white space. LEXICAL understands a "quoted
     phrase", `or` between alternatives, and `-word` for a word that must not occur, as PostgreSQL's
-    `websearch_to_tsquery` does. It takes at most 64 words, counting each part of a compound word
-    such as `foo-bar`; HYBRID uses the first 64 for its lexical half.
+    `websearch_to_tsquery` does. It takes at most 2,048 characters and 64 words, counting each part
+    of a compound word such as `foo-bar`; HYBRID uses no more for its lexical half.
     """
     session_id: _builtins.str
     """Only messages of this session. Empty means all sessions of the user."""
