@@ -7,10 +7,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.hostile import data
+from benchmarks.hostile.account import Account
 from benchmarks.hostile.attacks import attacks
 from benchmarks.hostile.processes import AttackerProcess, OrdinaryProcess
 from benchmarks.hostile.run import RESULTS, keep_logs, run_folder, store_accounts, wait_for_index
@@ -18,8 +21,10 @@ from benchmarks.hostile.server import Cores, HostileServer, new_key, serving
 from benchmarks.load_generator import BenchError
 
 _USERS = 6
-_ATTACKS = 60
-"""Attacks of one cycle. The cycle repeats, so that each third of the time has the same ones."""
+_ATTACKS = 300
+"""Attacks of the list. Each third of the time begins it again, so that the thirds are alike."""
+_WARM_UP_SHARE = 0.1
+"""Time of attacks before the memory is measured, as a share of the length of the soak."""
 _PAUSE_S = 3.0
 """Pause between two attacks: the rate of the attacks is moderate."""
 _SAMPLE_INTERVAL_S = 1.0
@@ -93,7 +98,7 @@ async def soak(
     """Run attacks and ordinary users together, on a service with default settings.
 
     Args:
-        seconds: Length of the soak.
+        seconds: Length of the soak, without the warm-up.
         seed: Determines the attacks.
         attack_s: Length of an attack.
         scale: Share of the attacker's large data.
@@ -108,24 +113,14 @@ async def soak(
             for user in users:
                 await data.store(user, is_attacker=False)
             await wait_for_index(server)
-            server.pin(cores)
             ordinary = await OrdinaryProcess.start(users, cores, folder)
+            attacks_in_turn = _Attacks(server, attacker, cores, folder, seed, attack_s, result)
+            say("warming up")
+            await attacks_in_turn.run(_WARM_UP_SHARE * seconds)
             sampler = asyncio.create_task(_sample(server, result.memory_mib))
-            deadline = time.monotonic() + seconds
-            cycle = attacks(seed, _ATTACKS)
-            while time.monotonic() < deadline:
-                attack = cycle[result.attacks % len(cycle)]
-                process = await AttackerProcess.start(cores, folder)
-                await process.prepare(attacker, attack)
-                for status, count in (await process.attack(attack_s)).items():
-                    result.tally[status] = result.tally.get(status, 0) + count
-                result.attacks += 1
-                if not server.is_running:
-                    raise BenchError(f"the service ended during {attack}")
-                server.pin(cores)
-                if result.attacks % len(cycle) == 0:
-                    say(f"{result.attacks} attacks, {result.memory_mib[-1]:.0f} MiB")
-                await asyncio.sleep(_PAUSE_S)
+            for third in ("first", "second", "last"):
+                await attacks_in_turn.run(seconds / 3)
+                say(f"{third} third: {result.attacks} attacks, {result.memory_mib[-1]:.0f} MiB")
             sampler.cancel()
             result.ordinary = await ordinary.end()
         finally:
@@ -133,6 +128,36 @@ async def soak(
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "soak.json").write_text(json.dumps(result.__dict__, indent=1) + "\n")
     return result
+
+
+@dataclass
+class _Attacks:
+    """Runs attacks one after the other, with pauses."""
+
+    server: HostileServer
+    account: Account
+    cores: Cores | None
+    folder: Path
+    seed: int
+    attack_s: float
+    result: SoakResult
+
+    async def run(self, seconds: float) -> None:
+        """Run the list of attacks from its beginning, again and again."""
+        deadline = time.monotonic() + seconds
+        drawn = sorted(attacks(self.seed, _ATTACKS), key=lambda attack: attack.number)
+        for attack in cycle(drawn):
+            if time.monotonic() >= deadline:
+                return
+            self.server.pin(self.cores)
+            process = await AttackerProcess.start(self.cores, self.folder)
+            await process.prepare(self.account, attack)
+            for status, count in (await process.attack(self.attack_s)).items():
+                self.result.tally[status] = self.result.tally.get(status, 0) + count
+            self.result.attacks += 1
+            if not self.server.is_running:
+                raise BenchError(f"the service ended during {attack}")
+            await asyncio.sleep(_PAUSE_S)
 
 
 async def _sample(server: HostileServer, memory_mib: list[float]) -> None:
