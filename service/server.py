@@ -8,7 +8,7 @@ import faulthandler
 import gc
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 
 import grpc
@@ -115,7 +115,7 @@ class Server:
             settings.max_bytes_per_connection,
         )
         self.receiver = RequestReceiver()
-        self.unread_replies = UnreadReplies(self.budget, self._close_connection)
+        self.unread_replies = UnreadReplies(self.budget, self._close_peers)
         self.connection_limit = ConnectionLimit(
             max(1, connection_count(settings.max_connections) // 2)
         )
@@ -286,11 +286,10 @@ class Server:
         loop.call_soon(connections.close_connections, port)
         await _wait_at_most(GRPC_STOP_TIMEOUT_S, "gRPC", stopping)
 
-    def _close_connection(self, peer: str) -> None:
-        """Close the connection of a client, wherever it was accepted."""
-        for _, port in self._servers:
-            if connections.close_connection(port, peer):
-                return
+    def _close_peers(self, peers: Collection[str]) -> None:
+        """Close connections of clients, by gRPC's names of them."""
+        _, port = self._servers[0]  # The health port has no other calls.
+        connections.close_peers(port, peers)
 
     def _start_metrics(self) -> Metrics | None:
         if self.settings.metrics_listen is None:

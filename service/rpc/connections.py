@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -39,24 +39,17 @@ def close_connections(port: int) -> None:
             sock.shutdown(socket.SHUT_RD if _is_listening(sock) else socket.SHUT_RDWR)
 
 
-def close_connection(port: int, peer: str) -> bool:
-    """Close the connection of a peer that was accepted on a TCP port.
+def close_peers(port: int, peers: Iterable[str]) -> None:
+    """Close the connections of some peers that were accepted on a TCP port.
 
     Args:
         port: The port.
-        peer: gRPC's name of the connection, such as `ipv4:127.0.0.1:40000`.
-
-    Returns:
-        Whether it was found.
+        peers: gRPC's names of the connections, such as `ipv4:127.0.0.1:40000`.
     """
-    address, _, peer_port = unquote(peer).partition(":")[2].rpartition(":")
-    name = (_canonical(address.strip("[]")), int(peer_port))
-    is_closed = False
-    for sock in _sockets(lambda sock: _is_of_port(sock, port) and _peer(sock) == name):
+    names = {_name(peer) for peer in peers}
+    for sock in _sockets(lambda sock: _is_of_port(sock, port) and _peer(sock) in names):
         with sock, suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
-            is_closed = True
-    return is_closed
 
 
 def close_excess(port: int, per_address: int) -> dict[str, int]:
@@ -103,6 +96,12 @@ def _silent_ms(sock: socket.socket) -> int | None:
         state, silent_ms = _TCP_INFO.unpack(info)
         return int(silent_ms) if state == _ESTABLISHED else None
     return 0
+
+
+def _name(peer: str) -> tuple[str, int]:
+    """Return the address and the port in gRPC's name of a connection, which `_peer` returns too."""
+    address, _, port = unquote(peer).partition(":")[2].rpartition(":")
+    return _canonical(address.strip("[]")), int(port)
 
 
 def _peer(sock: socket.socket) -> tuple[str, int] | None:

@@ -90,7 +90,7 @@ class Pipeline:
         self._budget = budget
         self._call_timeout_s = call_timeout_s
         self._receiver = receiver or RequestReceiver()
-        self._unread = unread or UnreadReplies(budget, lambda _connection: None)
+        self._unread = unread or UnreadReplies(budget, lambda _connections: None)
         self._observe = observe
         self._audit = audit
         self._validator = protovalidate.Validator()

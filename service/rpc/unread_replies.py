@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 
 import structlog
 
@@ -26,19 +27,20 @@ class UnreadReplies:
     def __init__(
         self,
         budget: ByteBudget,
-        close_connection: Callable[[str], object],
+        close_connections: Callable[[Collection[str]], None],
         timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
         """Take the parts.
 
         Args:
             budget: Knows whether streams wait.
-            close_connection: Closes a connection, given gRPC's name of it.
+            close_connections: Closes connections, given gRPC's names of them; called in a thread.
             timeout_s: Limit for one reply.
         """
         self.timeout_s = timeout_s
         self._budget = budget
-        self._close_connection = close_connection
+        self._close_connections = close_connections
+        self._closing: asyncio.Future[None] | None = None
         # In the order of the times, since every reply is added when its time begins.
         self._replies: dict[Call, float] = {}
         self._stream_replies: dict[Call, float] = {}
@@ -74,14 +76,18 @@ class UnreadReplies:
         overdue = self._overdue(self._replies)
         if self._budget.waiting_count:
             overdue += self._overdue(self._stream_replies)
-        for connection in {call.connection for call in overdue}:
-            _log.warning(
-                "connection closed because its client does not read replies",
-                peer=connection,
-                replies=sum(call.connection == connection for call in overdue),
-                timeout_s=self.timeout_s,
-            )
-            self._close_connection(connection)
+        # Calls over a Unix socket name no connection.
+        counts = Counter(call.connection for call in overdue if call.connection)
+        if counts and (self._closing is None or self._closing.done()):
+            for connection, count in counts.items():
+                _log.warning(
+                    "connection closed because its client does not read replies",
+                    peer=connection,
+                    replies=count,
+                    timeout_s=self.timeout_s,
+                )
+            # In a thread, and together: it looks at every descriptor of the process.
+            self._closing = self._loop.run_in_executor(None, self._close_connections, list(counts))
         has_replies = self._replies or self._stream_replies
         self._timer = (
             self._loop.call_later(self.timeout_s / 4, self._sweep) if has_replies else None

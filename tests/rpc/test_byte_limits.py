@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 from chathistory.v1 import message_pb2
 from structlog.testing import capture_logs
 
+from service.rpc import connections
 from service.rpc.receiving import RequestReceiver
 from service.rpc.server_options import WINDOW_BYTES
 from service.server import Server
@@ -167,6 +169,38 @@ async def test_connection_whose_client_does_not_read_is_closed(
     assert event["event"] == "connection closed because its client does not read replies"
     assert (event["peer"], event["replies"]) == (raw.local_name, 3)
     assert caplog.records == [], "gRPC logs nothing about the calls of the closed connection"
+
+
+async def test_connections_that_are_not_read_are_closed_together_and_off_the_loop(
+    server: Server, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding one connection takes a look at all of them."""
+    session_id = await chat.start([new_message("x" * 200_000)])
+    passes: list[tuple[int, set[str]]] = []
+    close_peers = connections.close_peers
+
+    def record(port: int, peers: Collection[str]) -> None:
+        passes.append((threading.get_ident(), set(peers)))
+        close_peers(port, peers)
+
+    monkeypatch.setattr(connections, "close_peers", record)
+    async with AsyncExitStack() as stack, asyncio.timeout(30):
+        raws = [
+            await stack.enter_async_context(RawConnection(server.address, window_bytes=1000))
+            for _ in range(4)
+        ]
+        for raw in raws:
+            await raw.call("ListMessages", page_request(chat, session_id))
+        await until(lambda: server.calls.in_flight == 4)
+        await until(lambda: len(server.unread_replies._replies) == 4)
+        server.unread_replies.timeout_s = 0
+        server.unread_replies._sweep()
+        for raw in raws:
+            await raw.closed.wait()
+        await until(lambda: not server.calls.in_flight)
+    [(thread_id, peers)] = passes
+    assert peers == {raw.local_name for raw in raws}
+    assert thread_id != threading.get_ident()
 
 
 async def test_unread_reply_of_a_stream_is_closed_only_while_other_streams_wait(
