@@ -131,17 +131,19 @@ async def _free_filled_gaps(
 
     An earlier run, with a file that lacked some of these messages, took them for deleted ones.
     """
-    in_range = (
+    # Not a range: the file may leave out any number of stored messages.
+    seqs = [imported.seq for imported in messages]
+    has_seq = (
         _message.user_id == user_id,
         _message.session_id == session_id,
-        _message.seq.between(messages[0].seq, messages[-1].seq),
+        _message.seq == sa.any_(sa.literal(seqs, sa.ARRAY(_message.seq.type))),
     )
-    query = sa.select(_message.seq, _message.id, _message.fingerprint).where(*in_range)
+    query = sa.select(_message.seq, _message.id, _message.fingerprint).where(*has_seq)
     rows = (await connection.execute(query)).all()
     if any(row.fingerprint == GAP_FINGERPRINT for row in rows):
-        seqs = [imported.seq for imported in messages]
-        gaps = sa.delete(chat_messages).where(*in_range, _message.fingerprint == GAP_FINGERPRINT)
-        await connection.execute(gaps.where(_message.seq.in_(seqs)))
+        await connection.execute(
+            sa.delete(chat_messages).where(*has_seq, _message.fingerprint == GAP_FINGERPRINT)
+        )
     return {row.seq: row.id for row in rows if row.fingerprint != GAP_FINGERPRINT}
 
 
