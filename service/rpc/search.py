@@ -19,6 +19,7 @@ from service.rpc.handler import Handler
 from service.rpc.paging import MAX_REPLY_BYTES
 from service.search.types import pack_vector
 from service.store import document_chunks, fulltext
+from service.store.bounded_reads import read_large
 from service.store.db.work_class import WorkClass
 from service.store.document_chunks import ChunkKey
 from service.store.rows import DocumentRow
@@ -59,13 +60,17 @@ class Searches(Handler):
         vector_scores = await self._nearest_chunks(request, owner_ids, limit, call)
         if not vector_scores:
             return document_pb2.SearchDocumentsResponse()
-        texts = await self.database.read(
+        found = await read_large(
+            self.database,
+            call,
+            MAX_REPLY_BYTES,
             lambda connection: document_chunks.find_chunks(
-                connection, owner_ids, list(vector_scores)
+                connection, owner_ids, list(vector_scores), MAX_REPLY_BYTES
             ),
             owner_id=owner_ids[0],
             deadline=call.deadline,
         )
+        texts = {chunk.key: (chunk.document, chunk.text) for chunk in found.rows}
         scores = {key: score for key, score in vector_scores.items() if key in texts}
         if scores and not request.vector:
             scores = await self._rerank(owner_ids[0], request.query, scores, texts, call)

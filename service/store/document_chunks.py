@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import AlreadyExists
+from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required
-from service.store.rows import DOCUMENT_COLUMNS, DocumentRow
+from service.store.rows import DocumentRow, chunk_text_bytes, document_bytes, document_columns
 from service.store.tables import document_chunks, documents
 
 _document, _chunk = documents.c, document_chunks.c
@@ -32,6 +34,19 @@ class ChunkRow(NamedTuple):
 
     chunk_index: int
     text: str
+
+
+class FoundChunk(NamedTuple):
+    """A chunk with its document."""
+
+    document: DocumentRow
+    chunk_index: int
+    text: str
+
+    @property
+    def key(self) -> ChunkKey:
+        """Its key."""
+        return self.document.user_id, self.document.id, self.chunk_index
 
 
 async def insert_chunks(
@@ -69,13 +84,18 @@ async def check_stored_chunks(
     Raises:
         AlreadyExists: one of them differs (ID_TAKEN).
     """
-    query = sa.select(_chunk.chunk_index, _chunk.text, _chunk.vector).where(
+    # Hashes are compared, since the stored chunks may be much larger than those of the request.
+    query = sa.select(
+        _chunk.chunk_index,
+        sa.func.sha256(sa.func.convert_to(_chunk.text, sa.literal_column("'UTF8'"))),
+        sa.func.sha256(_chunk.vector),
+    ).where(
         _chunk.user_id == document.user_id,
         _chunk.document_id == document.id,
         _chunk.chunk_index.between(first_index, first_index + len(chunks) - 1),
     )
-    for chunk_index, text, vector in await connection.execute(query):
-        if chunks[chunk_index - first_index] != (text, vector):
+    for chunk_index, *hashes in await connection.execute(query):
+        if _hashes(chunks[chunk_index - first_index]) != hashes:
             raise AlreadyExists(
                 "another chunk is stored at this index",
                 reason="ID_TAKEN",
@@ -84,14 +104,22 @@ async def check_stored_chunks(
             )
 
 
+def _hashes(chunk: Chunk) -> list[bytes | None]:
+    text_hash = hashlib.sha256(chunk.text.encode()).digest()
+    return [text_hash, None if chunk.vector is None else hashlib.sha256(chunk.vector).digest()]
+
+
 def _array(values: list[Any], column: sa.Column[Any]) -> sa.ColumnElement[Any]:
     return sa.literal(values, sa.ARRAY(column.type))
 
 
 async def find_chunks(
-    connection: AsyncConnection, owner_ids: Sequence[str], keys: Sequence[ChunkKey]
-) -> dict[ChunkKey, tuple[DocumentRow, str]]:
-    """Read the document and the text of chunks, by key.
+    connection: AsyncConnection,
+    owner_ids: Sequence[str],
+    keys: Sequence[ChunkKey],
+    max_bytes: int,
+) -> Page[FoundChunk]:
+    """Read the document and the text of chunks in the order of `keys`, up to `max_bytes`.
 
     Chunks that do not exist, or belong to other owners than these, are left out.
     """
@@ -101,12 +129,12 @@ async def find_chunks(
             _array([document_id for _, document_id, _ in keys], _document.id),
             _array([chunk_index for _, _, chunk_index in keys], _chunk.chunk_index),
         )
-        .table_valued("user_id", "document_id", "chunk_index")
+        .table_valued("user_id", "document_id", "chunk_index", with_ordinality="position")
         .render_derived("wanted")
     )
     key = wanted.c
     query = (
-        sa.select(*DOCUMENT_COLUMNS, _chunk.chunk_index, _chunk.text)
+        sa.select(documents, _chunk.chunk_index, _chunk.text, key.position)
         .select_from(wanted)
         .join(documents, (_document.user_id == key.user_id) & (_document.id == key.document_id))
         .join(
@@ -117,8 +145,12 @@ async def find_chunks(
         )
         .where(_document.user_id.in_(owner_ids), _chunk.user_id.in_(owner_ids))
     )
-    chunks: dict[ChunkKey, tuple[DocumentRow, str]] = {}
-    for *document_columns, chunk_index, text in await connection.execute(query):
-        document = DocumentRow._make(document_columns)
-        chunks[document.user_id, document.id, chunk_index] = (document, text)
-    return chunks
+    return await fetch_bounded(
+        connection,
+        query,
+        lambda values: FoundChunk(DocumentRow._make(values[:-2]), values[-2], values[-1]),
+        lambda rows: (*document_columns(rows), rows.c.chunk_index, rows.c.text),
+        lambda rows: document_bytes(rows) + chunk_text_bytes(rows),
+        lambda rows: (rows.c.position,),
+        max_bytes,
+    )
