@@ -11,7 +11,7 @@ from chathistory.v1 import message_pb2, session_pb2, user_pb2
 from google.protobuf.message import Message as ProtoMessage
 
 from service.errors import InvalidArgument
-from service.rpc.convert_structs import StructReader, dump_json, metadata_json
+from service.rpc.convert_structs import StructReader, count_digits, dump_json, metadata_json
 from service.store.append.request import NewMessage
 from service.store.rows import MessageRow, SessionRow, UserRow
 from service.store.token_estimate import estimate_tokens
@@ -137,28 +137,31 @@ def message(
     return resource
 
 
-def stored_size(resource: message_pb2.Message) -> int:
-    """Return the approximate size of a message in a reply, in bytes.
+def stored_size(
+    resource: message_pb2.Message, parts: str | None, metadata: str | None, *, is_checked: bool
+) -> int:
+    """Return the approximate size of an updated message in a reply, in bytes.
 
     It is that of its append: the output-only fields, which are cleared, count as a constant.
-    """
-    for name in _MESSAGE_OUTPUT_ONLY:
-        resource.ClearField(name)  # type: ignore[arg-type]
-    return resource.ByteSize() + _OVERHEAD_BYTES
 
-
-def check_stored_size(size_bytes: int) -> None:
-    """Check that an updated message is not larger than one that can be appended.
+    Args:
+        resource: The message.
+        parts: Its parts as JSON.
+        metadata: Its metadata as JSON.
+        is_checked: Whether to check that it is not larger than one that can be appended.
 
     Raises:
         InvalidArgument: it is.
     """
-    if size_bytes - _OVERHEAD_BYTES > MAX_MESSAGE_BYTES:
+    for name in _MESSAGE_OUTPUT_ONLY:
+        resource.ClearField(name)  # type: ignore[arg-type]
+    if is_checked and resource.ByteSize() > MAX_MESSAGE_BYTES:
         raise InvalidArgument.field(
             "message",
             f"must be at most {MAX_MESSAGE_BYTES} bytes, with the stored fields counted that the "
             "request does not change",
         )
+    return resource.ByteSize() + _OVERHEAD_BYTES + count_digits(parts) + count_digits(metadata)
 
 
 def parse_json(text: str | None) -> Any:
@@ -186,11 +189,13 @@ def new_message(
         raise InvalidArgument.field(field, f"must be at most {MAX_MESSAGE_BYTES} bytes")
     content = message.content
     parts = metadata = None
+    digit_count = 0
     if message.parts or message.HasField("metadata"):
         reader = reader or StructReader()
         reader.start_message()
         parts = parts_json(message.parts, f"{field}.parts", reader)
         metadata = metadata_json(message.metadata, f"{field}.metadata", reader)
+        digit_count = reader.digit_count
     # The Structs come first, because the fingerprint sorts their keys, of which they limit the
     # number.
     fingerprint = canonical_fingerprint(message, _MESSAGE_OUTPUT_ONLY, id_)
@@ -203,7 +208,7 @@ def new_message(
         metadata,
         message.token_count if message.HasField("token_count") else None,
         estimate_tokens(content, parts),
-        message.ByteSize() + _OVERHEAD_BYTES,
+        message.ByteSize() + _OVERHEAD_BYTES + digit_count,
         message.author,
         feedback.score if feedback else None,
         feedback.comment if feedback else None,

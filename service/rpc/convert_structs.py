@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from google.protobuf.struct_pb2 import Struct, Value
@@ -19,9 +20,15 @@ MAX_VALUES = 10_000
 """Values in all Structs of one message, session, user or document."""
 MAX_REQUEST_VALUES = 50_000
 """Values in all Structs of one request."""
+MAX_DIGITS = 1024 * 1024
+"""Digits of the numbers of 20 and more digits in one message. PostgreSQL's text of jsonb has no
+exponents: 1e308 becomes 309 digits."""
 MAX_DEPTH = 32
 """Levels of objects and arrays. With more, replies that contain the Struct could not be parsed:
 protobuf limits the nesting of its messages to 100, and an object takes three of them."""
+
+_MIN_SHORT, _MAX_SHORT = 1e-15, 1e20
+"""Between them, numbers have few digits."""
 
 STRUCT = "google.protobuf.Struct"
 """Full name of the type."""
@@ -32,12 +39,14 @@ TOO_DEEP = f"must have at most {MAX_DEPTH} levels of objects and arrays"
 class StructReader:
     """Converts the Structs of one request, and counts their values."""
 
-    __slots__ = ("_field", "_message_limit", "_remaining", "_request_remaining")
+    __slots__ = ("_field", "_message_limit", "_remaining", "_request_remaining", "digit_count")
 
     def __init__(self) -> None:
         self._field = ""
         self._request_remaining = MAX_REQUEST_VALUES
         self._message_limit = self._remaining = MAX_VALUES
+        self.digit_count = 0
+        """Digits of the numbers of 20 and more digits in the present message."""
 
     @property
     def request_value_count(self) -> int:
@@ -48,6 +57,7 @@ class StructReader:
         """Count the values of the next message from zero; those of the request continue."""
         self._request_remaining -= self._message_limit - self._remaining
         self._message_limit = self._remaining = min(MAX_VALUES, self._request_remaining)
+        self.digit_count = 0
 
     def read(self, struct: Struct, field: str) -> dict[str, Any]:
         """Return a Struct as a dict; `field` is its path in the request.
@@ -79,6 +89,8 @@ class StructReader:
             case "number_value":
                 if not math.isfinite(value.number_value):
                     raise self._error("must not contain NaN or an infinity")
+                if value.number_value and not _MIN_SHORT < abs(value.number_value) < _MAX_SHORT:
+                    self._count_digits(value.number_value)
                 return value.number_value
             case "bool_value":
                 return value.bool_value
@@ -89,6 +101,14 @@ class StructReader:
                 return [self._read_value(item, depth + 1) for item in value.list_value.values]
             case _:
                 return None
+
+    def _count_digits(self, number: float) -> None:
+        self.digit_count += round(abs(math.log10(abs(number))))
+        if self.digit_count > MAX_DIGITS:
+            raise self._error(
+                f"must have at most {MAX_DIGITS} digits in numbers of 20 and more digits; 1e308 "
+                "has 309 digits"
+            )
 
     def _check_depth(self, depth: int) -> None:
         if depth > MAX_DEPTH:
@@ -125,6 +145,26 @@ def metadata_json(struct: Struct, field: str, reader: StructReader | None = None
     if struct.ByteSize() > MAX_METADATA_BYTES:
         raise InvalidArgument.field(field, f"must be at most {MAX_METADATA_BYTES} bytes")
     return dump_json((reader or StructReader()).read(struct, field))
+
+
+_STRINGS_AND_NUMBERS = re.compile(r'"(?:[^"\\]|\\.)*"|\de[+-](\d+)|\d{20,}')
+
+
+def count_digits(json_text: str | None) -> int:
+    """Return the digits that the database writes for a JSON text's numbers of 20 and more digits.
+
+    Args:
+        json_text: The text, of Python or of PostgreSQL.
+    """
+    if json_text is None:
+        return 0
+    total = 0
+    for match in _STRINGS_AND_NUMBERS.finditer(json_text):
+        if match[1]:
+            total += int(match[1])
+        elif match[0][0] != '"':
+            total += len(match[0])
+    return total
 
 
 def dump_json(value: Any) -> str:

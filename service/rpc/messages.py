@@ -175,10 +175,10 @@ class Messages(Handler):
 
         async def measure(updated: MessageRow) -> int:
             resource = await self.conversions.message(updated, "", user_id, call.deadline)
-            size_bytes = convert.stored_size(resource)
-            if not values.keys().isdisjoint(("content", "parts", "metadata")):
-                convert.check_stored_size(size_bytes)
-            return size_bytes
+            changes_size = not values.keys().isdisjoint(("content", "parts", "metadata"))
+            return convert.stored_size(
+                resource, updated.parts, updated.metadata, is_checked=changes_size
+            )
 
         row = await self.database.write(
             lambda connection: messages.update(

@@ -60,7 +60,7 @@ class Searches(Handler):
         vector_scores = await self._nearest_chunks(request, owner_ids, limit, call)
         if not vector_scores:
             return document_pb2.SearchDocumentsResponse()
-        found = await read_large(
+        page = await read_large(
             self.database,
             call,
             MAX_REPLY_BYTES,
@@ -70,7 +70,7 @@ class Searches(Handler):
             owner_id=owner_ids[0],
             deadline=call.deadline,
         )
-        texts = {chunk.key: (chunk.document, chunk.text) for chunk in found.rows}
+        texts = {chunk.key: (chunk.document, chunk.text) for chunk in page.rows}
         scores = {key: score for key, score in vector_scores.items() if key in texts}
         if scores and not request.vector:
             scores = await self._rerank(owner_ids[0], request.query, scores, texts, call)

@@ -13,7 +13,7 @@ from service.store.message_pages import MAX_SCANNED
 from service.store.rows import MAX_PAGE_BYTES
 from tests.support.chat import ASSISTANT, SYSTEM, TOOL, Chat, new_id, new_message, new_messages
 from tests.support.cluster import connected_to, fetch
-from tests.support.failures import assert_fails
+from tests.support.failures import assert_fails, assert_field_violations
 from tests.support.plans import SentStatement, explain, recording
 
 ASC, DESC = message_pb2.MESSAGE_ORDER_ASC, message_pb2.MESSAGE_ORDER_DESC
@@ -369,3 +369,49 @@ async def test_rows_beyond_the_first_read_are_read_by_expensive_work(
     rest = await chat.list_sessions(page_size=1000, page_token=page.next_page_token)
     assert len(rest.sessions) == FIRST_READ_ROWS
     assert not {session.id for session in page.sessions} & {s.id for s in rest.sessions}
+
+
+# --- Numbers that the database writes out: 1e308 has 309 digits.
+
+
+def numbers(count: int) -> message_pb2.Message:
+    half = count // 2
+    return new_message("x", parts=[{"data": {"n": [1e308] * half + [1e-300] * (count - half)}}])
+
+
+async def test_size_of_a_message_counts_the_digits_of_its_numbers(
+    server: Server, chat: Chat, database_url: str
+) -> None:
+    session_id = await chat.start([numbers(300), new_message("x")])
+    page = await chat.page(session_id)
+    updated = page.messages[1]
+    updated.parts.extend(numbers(300).parts)
+    updated.metadata.update({"n": [1e308] * 100})
+    changed = {"parts": updated.parts, "metadata": updated.metadata}
+    await chat.update(session_id, updated.id, tuple(changed), **changed)
+    await chat.update(session_id, updated.id, ("content",), content="another")
+    rows = await fetch(
+        database_url,
+        "SELECT size, octet_length(parts::text) + coalesce(octet_length(metadata::text), 0) AS n"
+        " FROM chat_messages WHERE user_id = $1",
+        chat.user_id,
+    )
+    assert len(rows) == 2
+    for row in rows:
+        assert 90_000 < row["n"] <= row["size"]
+    for _ in range(10):
+        await chat.append(session_id, [numbers(600)])
+    async with recording(server) as sent:
+        page = await chat.page(session_id)
+    assert len(page.messages) == 12
+    first, *_ = reads_of(sent, "chat_messages")
+    assert await fetched_bytes(database_url, first) <= HOT_READ_BYTES
+
+
+async def test_message_with_too_many_long_numbers_is_rejected(chat: Chat) -> None:
+    session_id = await chat.start()
+    await assert_field_violations(
+        chat.append(session_id, [numbers(4_000)]), "messages[0].parts[0].data"
+    )
+    text = new_message("1e308 " * 10_000, parts=[{"text": "1e308 " * 10_000}])
+    await chat.append(session_id, [text])

@@ -114,7 +114,8 @@ Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 @_typing.final
 class Message(_message.Message):
     """One message of a session, at most 1 MiB serialised. `metadata` and the `data` parts together hold
-    at most 10,000 values: objects, arrays, strings, numbers, booleans and nulls.
+    at most 10,000 values: objects, arrays, strings, numbers, booleans and nulls. Numbers of 20 and
+    more digits, such as 1e308, have at most 1,048,576 digits together.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
