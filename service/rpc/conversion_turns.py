@@ -102,7 +102,7 @@ class ConversionTurns:
                 value_count = count_values(row.parts) + count_values(row.metadata)
                 remaining_values -= value_count
                 if remaining_values < 0:
-                    remaining_values = STEP_VALUES
+                    remaining_values = STEP_VALUES - value_count
                     if value_count > THREAD_VALUES:
                         messages.append(await self.message(row, session_id, owner_id, deadline))
                         continue

@@ -6,6 +6,7 @@ Callers read a user's own documents and the shared ones. Only services write sha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeVar
 
 from chathistory.v1 import document_pb2
@@ -132,8 +133,12 @@ class Documents(Handler):
             return tokens.make(f"{row.created_us} {row.id} {row.user_id}")
 
         rows, has_more = await read_page(self.database, list_rows, page_size, owner_id, call)
-        page, next_page_token = paging.build_page(
-            rows, convert.document, token_after, has_more=has_more
+        page, next_page_token = await paging.build_page(
+            rows,
+            convert.document,
+            token_after,
+            partial(self.conversions.pause, owner_id, call.deadline),
+            has_more=has_more,
         )
         return document_pb2.ListDocumentsResponse(documents=page, next_page_token=next_page_token)
 
@@ -205,8 +210,12 @@ class Documents(Handler):
             return tokens.make(str(row.chunk_index + 1))
 
         rows, has_more = await read_page(self.database, list_rows, page_size, owner_ids[0], call)
-        page, next_page_token = paging.build_page(
-            rows, convert.chunk, token_after, has_more=has_more
+        page, next_page_token = await paging.build_page(
+            rows,
+            convert.chunk,
+            token_after,
+            partial(self.conversions.pause, owner_ids[0], call.deadline),
+            has_more=has_more,
         )
         return document_pb2.ListDocumentChunksResponse(chunks=page, next_page_token=next_page_token)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import Message
+
+from service.rpc.conversion_turns import STEP_VALUES, count_values
 
 Row = TypeVar("Row")
 Resource = TypeVar("Resource", bound=Message)
@@ -22,10 +24,11 @@ def effective_page_size(requested: int) -> int:
     return min(requested, MAX_PAGE_SIZE) if requested else DEFAULT_PAGE_SIZE
 
 
-def build_page(
+async def build_page(
     rows: Sequence[Row],
     convert: Callable[[Row], Resource],
     token_after: Callable[[Row], str],
+    pause: Callable[[], Awaitable[None]],
     *,
     has_more: bool,
 ) -> tuple[list[Resource], str]:
@@ -35,6 +38,7 @@ def build_page(
         rows: The rows.
         convert: Returns the resource of a row.
         token_after: Returns the page token of the rows after a row.
+        pause: Awaited after every STEP_VALUES values of metadata.
         has_more: Whether the list continues after the rows.
 
     Returns:
@@ -42,7 +46,13 @@ def build_page(
     """
     page: list[Resource] = []
     total_bytes = 0
+    remaining_values = STEP_VALUES
     for row in rows:
+        value_count = count_values(getattr(row, "metadata", None))
+        remaining_values -= value_count
+        if remaining_values < 0:
+            await pause()
+            remaining_values = STEP_VALUES - value_count
         resource = convert(row)
         total_bytes += resource.ByteSize()
         if page and total_bytes > MAX_REPLY_BYTES:

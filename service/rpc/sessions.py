@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from chathistory.v1 import session_pb2
 
 from service.errors import InvalidArgument, NotFound
@@ -71,10 +73,11 @@ class Sessions(Handler):
             return await sessions.list_page(connection, user_id, state, after, limit, max_bytes)
 
         rows, has_more = await read_page(self.database, list_rows, page_size, user_id, call)
-        page, next_page_token = paging.build_page(
+        page, next_page_token = await paging.build_page(
             rows,
             convert.session,
             lambda row: tokens.make(f"{row.updated_us} {row.id}"),
+            partial(self.conversions.pause, user_id, call.deadline),
             has_more=has_more,
         )
         return session_pb2.ListSessionsResponse(sessions=page, next_page_token=next_page_token)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from chathistory.v1 import user_pb2
 
 from service.auth.authenticators import FindUserId
@@ -85,10 +87,11 @@ class Users(Handler):
             return await users.list_page(connection, after, limit, max_bytes)
 
         rows, has_more = await read_page(self.database, list_rows, page_size, NO_OWNER, call)
-        page, next_page_token = paging.build_page(
+        page, next_page_token = await paging.build_page(
             rows,
             convert.user,
             lambda row: tokens.make(row.id),
+            partial(self.conversions.pause, NO_OWNER, call.deadline),
             has_more=has_more,
         )
         return user_pb2.ListUsersResponse(users=page, next_page_token=next_page_token)

@@ -243,6 +243,22 @@ async def test_large_conversions_of_many_calls_run_in_different_turns(
     assert max(Counter(turns).values()) <= 2
 
 
+async def test_lists_of_large_metadata_pause(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[str] = []
+    pause = conversion_turns.ConversionTurns.pause
+
+    async def recorded(turns: Any, owner_id: str, deadline: float) -> None:
+        pauses.append(owner_id)
+        await pause(turns, owner_id, deadline)
+
+    monkeypatch.setattr(conversion_turns.ConversionTurns, "pause", recorded)
+    for _ in range(8):
+        await chat.create_session(metadata={"k": [True] * 1_500})
+    assert len((await chat.list_sessions()).sessions) == 8
+    assert 6 <= len(pauses) <= 8
+    assert set(pauses) == {chat.user_id}
+
+
 async def test_small_conversions_wait_for_no_turn(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +271,8 @@ async def test_small_conversions_wait_for_no_turn(
     assert len((await chat.page(session_id)).messages) == 31
     assert len((await chat.context(session_id)).messages) == 31
     await chat.update(session_id, small.id, content="z")
+    await chat.update_session(id=session_id, metadata={"k": numbers(50)})
+    assert len((await chat.list_sessions()).sessions) == 1
 
 
 async def test_stored_message_above_the_limit_is_converted_in_a_thread(
