@@ -63,9 +63,9 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
         if row is not None:
             return row
         row = await _find(connection, users.c.id == values["id"])
-        if row is not None:
-            if row.fingerprint == values["fingerprint"]:
-                return row
+        if row is not None and row.fingerprint == values["fingerprint"]:
+            return row
+        if row is not None or values["id"] == SYSTEM_USER_ID:  # `_find` does not return that one.
             raise AlreadyExists("another user has this id", reason="ID_TAKEN", user_id=values["id"])
         for unique in (_EMAIL, _EXTERNAL_ID):
             await _check_holder(connection, unique, values.get(unique.column), values["id"])

@@ -10,9 +10,11 @@ from chathistory.v1 import user_pb2
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import aio
 
+from service.errors import AlreadyExists
 from service.ids import SYSTEM_USER_ID
 from service.server import Server
-from service.store import slices
+from service.store import importing, slices
+from service.store.db.database import NO_OWNER
 from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import fetch
 from tests.support.failures import assert_fails, assert_field_violations, read_failure
@@ -258,6 +260,16 @@ async def test_system_user_cannot_be_read_or_changed(stub: AsyncStub) -> None:
     await assert_field_violations(update(stub, id=SYSTEM_USER_ID, name="x"), "user_id")
     await assert_field_violations(delete(stub, SYSTEM_USER_ID), "user_id")
     assert await list_ids(stub) == []
+
+
+async def test_system_user_cannot_be_imported(server: Server) -> None:
+    values = {"id": SYSTEM_USER_ID, "name": "x", "fingerprint": b"1"}
+    with pytest.raises(AlreadyExists, match="id"):
+        await server.database.write(
+            lambda connection: importing.import_user(connection, values),
+            owner_id=NO_OWNER,
+            deadline=asyncio.get_running_loop().time() + 30,
+        )
 
 
 async def test_users_are_listed_once_in_order_of_id(stub: AsyncStub) -> None:
