@@ -75,7 +75,8 @@ async def test_unread_replies_are_bounded_and_other_users_are_served(
         assert set(raw.statuses.values()) == {RESOURCE_EXHAUSTED}
         await until(lambda: server.calls.in_flight == fitting)
         assert limit - 2_900_000 < server.budget.held <= limit
-        assert server.budget.rejections["user"] == 60 - fitting
+        # Large pages are also expensive work, of which one user may let few wait.
+        assert sum(server._rejections().values()) == 60 - fitting
         await failures.assert_fails(chat.page(session_id), "OVERLOADED")
         await assert_served(server)
         assert raw.n_bytes_received == 0
