@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
@@ -32,6 +33,8 @@ LARGE_REQUEST_BYTES = 64 * 1024
 """Larger requests are scanned, and parsed in slices."""
 SLICE_BYTES = 256 * 1024
 """Bytes that are parsed at a time, unless one field has more."""
+MAX_SEARCHED_FIELDS = 1_000
+"""Fields of a message among which a Struct that cannot be parsed is searched for."""
 
 
 class _Slice(NamedTuple):
@@ -189,6 +192,9 @@ class RequestParser:
     ) -> str | None:
         """Return the path of the first Struct that makes the parser fail.
 
+        None if it is not among the first MAX_SEARCHED_FIELDS fields of a message, each of which is
+        parsed alone.
+
         Args:
             data: A message.
             start: The first position of its fields in question.
@@ -197,7 +203,7 @@ class RequestParser:
             wrap: Returns a request with nothing but the given fields of the message.
         """
         counts: Counter[int] = Counter()
-        for field in read_fields(data):
+        for field in islice(read_fields(data), MAX_SEARCHED_FIELDS):
             counts[field.number] += 1
             definition = descriptor.fields_by_number.get(field.number)
             if definition is None or definition.message_type is None:
