@@ -20,7 +20,6 @@ from service.rpc.paging import MAX_REPLY_BYTES
 from service.search.types import pack_vector
 from service.store import document_chunks, fulltext
 from service.store.bounded_reads import read_large
-from service.store.db.work_class import WorkClass
 from service.store.document_chunks import ChunkKey
 from service.store.rows import DocumentRow
 
@@ -102,7 +101,10 @@ class Searches(Handler):
             scores = _fused_scores(lexical, semantic)
             return list(scores)[: limit + SPARE_HITS]
 
-        matches = await self.database.read(
+        page = await read_large(
+            self.database,
+            call,
+            MAX_REPLY_BYTES,
             lambda connection: fulltext.find(
                 connection,
                 user_id,
@@ -114,9 +116,8 @@ class Searches(Handler):
             ),
             owner_id=user_id,
             deadline=call.deadline,
-            work_class=WorkClass.EXPENSIVE,
         )
-        return await self._messages_reply(matches[:limit], scores, user_id, call)
+        return await self._messages_reply(page.rows[:limit], scores, user_id, call)
 
     async def RebuildSearchIndex(
         self, request: search_pb2.RebuildSearchIndexRequest, call: Call

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import InvalidArgument
 from service.store import tsquery
+from service.store.bounded_reads import Page
 from service.store.db.db_errors import sqlstate
 from service.store.db.hot_pool import Statement, fetch_on
 from service.store.rows import MAX_PAGE_BYTES, MessageRow, message_columns
@@ -262,7 +263,7 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL (
     SELECT ts_headline('simple', e.text, $4::tsquery, '{_SNIPPET_OPTIONS}') AS snippet OFFSET 0
 ) AS s
-WHERE f.running_bytes - f.size < {MAX_PAGE_BYTES}
+WHERE f.running_bytes <= {MAX_PAGE_BYTES}
 ORDER BY f.n
 """)  # noqa: S608 - only constants of this module are inserted
 
@@ -276,7 +277,7 @@ async def find(
     rank: Callable[[Sequence[Match]], Sequence[tuple[str, str]]],
     *,
     is_cut: bool,
-) -> list[MatchedMessage]:
+) -> Page[MatchedMessage]:
     """Search a user's messages by words, and read those that a ranking selects.
 
     Args:
@@ -328,17 +329,18 @@ async def read_matches(
     user_id: str,
     keys: Sequence[tuple[str, str]],
     query: LexicalQuery | None,
-) -> list[MatchedMessage]:
+) -> Page[MatchedMessage]:
     """Read messages by (session id, message id), in this order, up to MAX_PAGE_BYTES.
 
     Messages that were deleted are left out.
     """
     if not keys:
-        return []
+        return Page([], 0)
     session_ids = [session_id for session_id, _ in keys]
     message_ids = [message_id for _, message_id in keys]
     marked = "" if query is None else query.marked
     records = await fetch_on(connection, _READ_MATCHES, user_id, session_ids, message_ids, marked)
-    return [
+    matches = [
         MatchedMessage(record[0], MessageRow._make(record[2:]), record[1]) for record in records
     ]
+    return Page(matches, sum(match.message.size for match in matches))

@@ -76,7 +76,7 @@ async def test_random_queries_match_what_postgresql_matches(
         results: dict[int, list[str]] = {}
         for n, text in enumerate(queries):
             fulltext.check_query(text)
-            matches = await fulltext.find(
+            page = await fulltext.find(
                 connection,
                 library.user_id,
                 text,
@@ -85,8 +85,8 @@ async def test_random_queries_match_what_postgresql_matches(
                 lambda matches: [(match.session_id, match.message_id) for match in matches],
                 is_cut=False,
             )
-            if matches:
-                results[n] = sorted(match.message.content for match in matches)
+            if page.rows:
+                results[n] = sorted(match.message.content for match in page.rows)
         return results
 
     results = await server.database.write(

@@ -238,3 +238,21 @@ async def test_snippet_is_short_and_marks_only_the_match(
         assert snippet in hit.snippet
         assert len(hit.snippet) < 5 * fulltext.MAX_SNIPPET_CHARS + 100
         assert hit.snippet.count("<mark>") == hit.snippet.count("</mark>") == 1
+
+
+async def test_search_holds_the_bytes_of_its_hits_and_is_refused_beyond_the_budget(
+    server: Server, library: Library
+) -> None:
+    session = await library.chat.start("needle")
+    budget = server.budget
+    before = budget.held
+    budget.charge(library.user_id, "", budget.per_user - MAX_PAGE_BYTES + 1)
+    failure = await failure_of(library.search_messages("needle", LEXICAL))
+    assert failure.reason == "OVERLOADED"
+    budget.release(library.user_id, "", 1)
+    (hit,) = await library.search_messages("needle", LEXICAL)
+    assert hit.message.session_id == session
+    budget.release(library.user_id, "", budget.per_user - MAX_PAGE_BYTES)
+    async with asyncio.timeout(20):  # The reply counts until gRPC has sent it.
+        while budget.held != before:
+            await asyncio.sleep(0.01)
