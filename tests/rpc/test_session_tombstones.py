@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from chathistory.v1 import message_pb2, session_pb2, user_pb2
@@ -13,8 +14,10 @@ from service.server import Server
 from service.store import session_tombstones, sessions
 from service.store.append.appender import Appender
 from service.store.append.request import Append, Appended
+from service.store.append.sql import LOOK_UP
 from service.store.db.database import Database
 from service.store.db.dsn import parse
+from service.store.db.hot_pool import Statement
 from tests.rpc.test_append_log import reason_of, wait_for_lock
 from tests.support import appends
 from tests.support.appends import new_user
@@ -164,15 +167,21 @@ class Store:
         self.user_id = user_id
         self.search = search
 
-    def start(self, message_id: str, session_id: str = "") -> asyncio.Task[Appended]:
-        """Start an append of a message to a session, or without a session id."""
+    def start(
+        self, message_id: str, session_id: str = "", *, sent_id: str = "", **options: Any
+    ) -> asyncio.Task[Appended]:
+        """Start an append of a message to a session, or without a session id.
+
+        `sent_id` is the id of another message to send instead.
+        """
         append = Append(
             self.user_id,
             session_id or self.session_id(message_id),
-            [appends.new_message(message_id)],
+            [appends.new_message(sent_id or message_id)],
             asyncio.get_running_loop().time() + 30,
             may_create=True,
             has_derived_id=not session_id,
+            **options,
         )
         return asyncio.create_task(self.appender.append(append))
 
@@ -265,6 +274,26 @@ async def test_session_created_and_deleted_during_the_retry_is_not_restored(
         assert await reason_of_append(retry) == "SESSION_NOT_FOUND"
     await unrelated
     assert await store.stored() == {first_id: 2} | ({session_id: 1} if is_created_again else {})
+
+
+async def test_session_deleted_before_the_look_up_of_a_refused_retry_is_not_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statement has refused the retry because of `expected_last_seq`."""
+    message_id = new_id()
+    session_id = store.session_id(message_id)
+    await store.start(message_id)
+    await store.start(new_id(), session_id)
+    fetch_once = store.database.fetch_once
+
+    async def delete_before_look_up(statement: Statement, *args: Any) -> Any:
+        if statement is LOOK_UP:
+            await store.delete(session_id)
+        return await fetch_once(statement, *args)
+
+    monkeypatch.setattr(store.database, "fetch_once", delete_before_look_up)
+    retry = store.start(message_id, sent_id=new_id(), expected_last_seq=1)
+    assert await reason_of_append(retry) == "SESSION_NOT_FOUND"
 
 
 async def test_retries_racing_a_deletion_never_restore_the_session(chat: Chat) -> None:

@@ -16,6 +16,7 @@ from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.tables import SessionState
 from tests.support.appends import (
+    ERASED,
     Add,
     Content,
     EraseSession,
@@ -289,7 +290,8 @@ async def test_messages_found_in_a_deleted_session_are_stored_again(
         finally:
             await database.close()
         assert is_deleted
-        start = Content(words=(Word(2, 0), Word(3, 0))) if is_created_again else None
+        again = Content(words=(Word(2, 0), Word(3, 0)), has_tombstone=True)
+        start = again if is_created_again else ERASED
         assert explain(start, content, [done]), (done, content)
 
 

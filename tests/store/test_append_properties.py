@@ -20,6 +20,7 @@ from service.store.db.database import Database
 from service.store.tables import SessionState
 from tests.support.appends import (
     CANCELLED,
+    ERASED,
     NAMES,
     Add,
     Content,
@@ -52,6 +53,7 @@ _adds = st.builds(
     words=_words,
     expected=st.none() | st.none() | st.integers(0, 5),
     may_create=st.booleans(),
+    has_derived_id=st.sampled_from([False, False, True]),
 )
 _leaving = st.builds(Add, words=_words, may_create=st.booleans(), cancel_after=st.integers(0, 40))
 _others = st.one_of(
@@ -114,6 +116,11 @@ def test_search_for_an_order_rejects_impossible_answers() -> None:
     assert explain(None, None, [unknown])
     assert explain(None, Content(words=(word,)), [unknown])
     assert not explain(None, Content(words=(word, word)), [unknown])
+    restored = Content(words=(word,), has_tombstone=True)
+    retry = Done(Add((word,), has_derived_id=True), ("added", True, ((1, False),)), 0, 1)
+    assert not explain(ERASED, restored, [retry])
+    afresh = Done(Add((word,), may_create=True), ("added", True, ((1, False),)), 0, 1)
+    assert explain(ERASED, restored, [afresh])
 
 
 async def _any_interleaving(

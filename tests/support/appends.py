@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import math
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -55,13 +56,15 @@ class Add:
     words: tuple[Word, ...]
     expected: int | None = None
     may_create: bool = False
+    has_derived_id: bool = False
+    """Whether the request named no session, so that a tombstone refuses it."""
     cancel_after: int | None = None
     """Turns of the event loop after which the caller is cancelled."""
 
 
 @dataclass(frozen=True)
 class EraseSession:
-    """Delete the session with its messages."""
+    """Delete the session with its messages, which leaves a tombstone."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,20 @@ Operation = Add | EraseSession | EraseMessage | SetState
 
 
 class Content(NamedTuple):
-    """A session in the model; a missing one is None."""
+    """A session in the model; one that never existed is None."""
 
     state: SessionState = SessionState.ACTIVE
     words: tuple[Word, ...] = ()
     """In order of seq."""
     erased: frozenset[int] = frozenset()
-    """Names of the tombstones."""
+    """Names of the tombstones of messages."""
+    is_missing: bool = False
+    """Whether it was deleted, and not created again."""
+    has_tombstone: bool = False
+    """Whether it was deleted once."""
+
+
+ERASED = Content(is_missing=True, has_tombstone=True)
 
 
 Answer = tuple[Any, ...]
@@ -98,13 +108,14 @@ CONTENTION: Answer = ("contention",)
 
 def run(content: Content | None, operation: Operation) -> tuple[Content | None, Answer]:
     """Apply one operation to the model."""
+    is_missing = content is None or content.is_missing
     match operation:
         case Add():
             return _add(content, operation)
         case EraseSession():
-            return None, ("erased", content is not None)
-        case _ if content is None:
-            return None, ("no session",)
+            return content if is_missing else ERASED, ("erased", not is_missing)
+        case _ if content is None or content.is_missing:
+            return content, ("no session",)
         case EraseMessage(name):
             there = any(word.name == name for word in content.words) and name not in content.erased
             return content._replace(erased=content.erased | {name}) if there else content, (
@@ -116,20 +127,22 @@ def run(content: Content | None, operation: Operation) -> tuple[Content | None, 
 
 
 def _add(content: Content | None, add: Add) -> tuple[Content | None, Answer]:
-    created = content is None
-    if content is None and not add.may_create:
-        return None, ("no session",)
-    now = content or Content()
+    now = content or Content(is_missing=True)
+    created = now.is_missing
+    if now.is_missing and not (add.may_create or add.has_derived_id):
+        return content, ("no session",)
     seqs_by_name = {word.name: (seq, word.variant) for seq, word in enumerate(now.words, 1)}
     for word in add.words:
         if word.name in seqs_by_name and seqs_by_name[word.name][1] != word.variant:
             return content, ("reused", word.name)
     fresh = tuple(word for word in add.words if word.name not in seqs_by_name)
+    if fresh and add.has_derived_id and now.has_tombstone:
+        return content, ("no session",)
     if fresh and now.state is SessionState.ARCHIVED:
         return content, ("archived",)
     if fresh and add.expected not in (None, len(now.words)):
         return content, ("mismatch", len(now.words))
-    after = now._replace(words=now.words + fresh)
+    after = now._replace(words=now.words + fresh, is_missing=False)
     seqs = {word.name: seq for seq, word in enumerate(after.words, 1)}
     return after, (
         "added",
@@ -197,7 +210,7 @@ class World:
     url: str
     databases: list[Database]
     user_id: str
-    session_ids: list[str] = field(default_factory=lambda: [new_id(), new_id()])
+    session_ids: list[str] = field(default_factory=lambda: [_derived_id(), _derived_id()])
     lanes: int = 2
     search_enabled: bool = False
     """Whether appends are enqueued for the search index, by another statement."""
@@ -215,14 +228,24 @@ class World:
 
     async def content(self, session: int) -> tuple[History | None, Content | None]:
         """Read a session from the tables, check its invariants, and return it as in the model."""
-        history = await read_history(self.url, self.user_id, self.session_ids[session])
+        session_id = self.session_ids[session]
+        history = await read_history(self.url, self.user_id, session_id)
+        tombstones = await fetch(
+            self.url,
+            "SELECT FROM session_tombstones WHERE user_id = $1 AND session_id = $2"
+            " AND deleted_at > '-infinity'",
+            self.user_id,
+            session_id,
+        )
         if history is None:
-            return None, None
+            return None, ERASED if tombstones else None
         history.check()
         names = {self.message_id(session, name): name for name in range(NAMES)}
         words = tuple(Word(names[m.id], _variant(m.fingerprint)) for m in history.messages)
         erased = frozenset(names[m.id] for m in history.messages if m.is_deleted)
-        return history, Content(SessionState(history.state), words, erased)
+        return history, Content(
+            SessionState(history.state), words, erased, has_tombstone=bool(tombstones)
+        )
 
     async def perform(self, store: int, session: int, delay: int, operation: Operation) -> Done:
         """Run an operation and record its answer."""
@@ -277,7 +300,8 @@ class World:
             self.session_ids[session],
             new,
             deadline,
-            may_create=add.may_create,
+            may_create=add.may_create or add.has_derived_id,
+            has_derived_id=add.has_derived_id,
             expected_last_seq=add.expected,
             new_session=NewSession(fingerprint=b"x"),
         )
@@ -309,6 +333,11 @@ class World:
             case Unavailable() | DeadlineExceeded():
                 return CANCELLED
         raise error
+
+
+def _derived_id() -> str:
+    """Return an id of the kind that is derived for a session: only these leave a tombstone."""
+    return str(uuid.uuid5(uuid.uuid4(), ""))
 
 
 def new_message(message_id: str, variant: int = 0) -> NewMessage:

@@ -284,10 +284,11 @@ class _Lane:
         The reasons are checked in the contract's order.
         """
         try:
+            sessions = await self._look_up(items)
+            # In this order: a session that the look-up does not show may have been deleted.
             tombstones = await find_tombstones(
                 self._database, [item.key for item in items if item.has_derived_id]
             )
-            sessions = await self._look_up(items)
         except DATABASE_ERRORS as error:
             await self._recover(items, error)
             return
