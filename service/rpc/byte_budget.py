@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict, deque
+from typing import NoReturn
 
 from service import errors
 from service.rpc.backoff import RejectionBackoff
@@ -21,6 +22,8 @@ class ByteBudget:
         self.limit = limit
         self.per_user = per_user
         self.per_connection = per_connection
+        self.unchecked_bytes = min(per_user, per_connection) * 7 // 8
+        """While no more is held, `check_room` passes for every user and connection."""
         self.held = 0
         self.rejections: Counter[str] = Counter()
         """Charges that were rejected, by limit: total, user, connection."""
@@ -48,9 +51,28 @@ class ByteBudget:
         """
         exceeded = self._exceeded_limit(owner_id, connection, n_bytes)
         if exceeded:
-            self.rejections[exceeded] += 1
-            raise errors.Overloaded(_MESSAGES[exceeded], retry_after=self._backoff.next_delay_s())
+            self._reject(exceeded)
         self.add(owner_id, connection, n_bytes)
+
+    def check_room(self, owner_id: str, connection: str) -> None:
+        """Check that a user and a connection are not close to their limits.
+
+        Their calls are rejected before any work is done, which the limits would probably waste.
+
+        Raises:
+            Overloaded: they hold nearly all that they may.
+        """
+        if self._users.get(owner_id, 0) > self.per_user - self.per_user // 8:
+            exceeded = "user"
+        elif self._connections.get(connection, 0) > self.per_connection - self.per_connection // 8:
+            exceeded = "connection"
+        else:
+            return
+        self._reject(exceeded)
+
+    def _reject(self, exceeded: str) -> NoReturn:
+        self.rejections[exceeded] += 1
+        raise errors.Overloaded(_MESSAGES[exceeded], retry_after=self._backoff.next_delay_s())
 
     def add(self, owner_id: str, connection: str, n_bytes: int) -> None:
         """Count bytes as held, even beyond the limits."""

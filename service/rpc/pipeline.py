@@ -132,7 +132,7 @@ class Pipeline:
     ) -> Callable[[Any, Context], Awaitable[bytes]]:
         loop = self._loop
         parse = parser.parse
-        receive, unread = self._receiver.receive, self._unread
+        receive, unread, budget = self._receiver.receive, self._unread, self._budget
         is_write = POLICIES[name].is_write
         check = self._request_check(name)
         if self._audit is not None:
@@ -147,7 +147,9 @@ class Pipeline:
                 owner_id = _owner_id(caller, request)
                 remaining_s: float | None = context.time_remaining()
                 timeout_s = self._call_timeout_s if remaining_s is None else remaining_s
-                call = Call(caller, loop.time() + timeout_s, owner_id, self._budget, context)
+                call = Call(caller, loop.time() + timeout_s, owner_id, budget, context)
+                if budget.held > budget.unchecked_bytes:
+                    budget.check_room(owner_id, call.connection)
                 self._calls.enter(owner_id)
                 # gRPC runs the callback once the reply has left this process, or the call has
                 # failed: until then the call holds its reply.

@@ -23,7 +23,7 @@ from tests.support.chat import Chat, new_message
 from tests.support.cluster import Cluster
 from tests.support.raw_http2 import SERVICE, RawConnection
 from tests.support.servers import channel, connected, serving
-from tests.support.statements import database_name
+from tests.support.statements import SentStatements, database_name
 
 MIB = 1024 * 1024
 OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = "0", "3", "4", "8"
@@ -129,6 +129,8 @@ async def test_reply_of_a_write_is_never_rejected_since_the_write_is_committed(
 ) -> None:
     session_id = await large_session(chat)
     [stored, *_] = (await chat.page(session_id, page_size=1)).messages
+    # Admits calls of a user who holds nearly the limit, as if they had begun earlier.
+    server.budget.unchecked_bytes = server.budget.limit
     await until(lambda: not server.budget.held)
     async with RawConnection(server.address) as raw:
         for _ in range(20):
@@ -257,6 +259,22 @@ async def test_watches_that_end_while_a_write_waits_count_as_cancelled(
                 if labels["grpc_method"] == "WatchMessages" and sample.name.endswith("_total"):
                     codes[labels["grpc_code"]] += int(sample.value)
         assert codes == {"CANCELLED": 50}
+
+
+async def test_calls_of_a_user_close_to_the_limit_are_rejected_before_any_work(
+    server: Server, chat: Chat, cluster: Cluster, database_url: str
+) -> None:
+    session_id = await chat.start()
+    await until(lambda: not server.calls.in_flight)
+    n_bytes = server.budget.per_user * 15 // 16
+    server.budget.add(chat.user_id, "", n_bytes)
+    sent = SentStatements(cluster, database_url)
+    await failures.assert_fails(chat.get_session(session_id), "OVERLOADED")
+    await failures.assert_fails(chat.append(session_id, "more"), "OVERLOADED")
+    assert sent.so_far() == []
+    await assert_served(server)
+    server.budget.release(chat.user_id, "", n_bytes)
+    await chat.append(session_id, "more")
 
 
 # --- Requests.

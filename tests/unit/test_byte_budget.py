@@ -54,6 +54,23 @@ def test_many_users_with_a_charge_each_are_bounded_by_the_limit() -> None:
     assert budget.rejections == {"total": 1000}
 
 
+def test_user_and_connection_close_to_their_limits_have_no_room() -> None:
+    budget = ByteBudget(1000, per_user=160, per_connection=240)
+    budget.charge("a", "one", 140)
+    assert budget.held <= budget.unchecked_bytes
+    budget.check_room("a", "one")
+    budget.charge("a", "one", 1)
+    assert budget.held > budget.unchecked_bytes
+    with pytest.raises(Overloaded):
+        budget.check_room("a", "two")
+    budget.check_room("b", "one")
+    budget.charge("b", "one", 70)
+    with pytest.raises(Overloaded):
+        budget.check_room("c", "one")
+    budget.check_room("c", "two")
+    assert budget.rejections == {"user": 1, "connection": 1}
+
+
 @given(
     st.lists(
         st.tuples(st.booleans(), st.sampled_from("abc"), st.sampled_from("xy"), st.integers(1, 40)),
