@@ -29,7 +29,7 @@ from tests.support import issuer
 from tests.support.chat import new_id
 from tests.support.cluster import Cluster
 from tests.support.failures import read_failure
-from tests.support.servers import AsyncStub, ServerProcess, channel
+from tests.support.servers import AsyncStub, ServerProcess, channel, defects_in
 from tests.support.untyped_messages import Message, Part, Session, User
 
 SERVICE = DESCRIPTOR.services_by_name["ChatHistoryService"]
@@ -194,9 +194,8 @@ async def run(database_url: str, folder: Path, *, cases: int, seed: int) -> Repo
         fuzzer.report.grown_mib = (process.memory_info().rss - before) / 2**20
     log = server.log.read_text()
     fuzzer.report.problems += [line for line in log.splitlines() if "internal error" in line]
-    for report in ("Traceback", "unhandled exception", "message of a library"):
-        if report in log:
-            fuzzer.report.problems.append(f"in the log:\n{log[log.index(report) :]}")
+    for line in defects_in(log):
+        fuzzer.report.problems.append(f"in the log:\n{line}")
     fuzzer.report.seconds = time.monotonic() - started
     return fuzzer.report
 

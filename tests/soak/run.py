@@ -25,7 +25,7 @@ from tests.support.chat import Chat
 from tests.support.cluster import fetch, wait_until_idle
 from tests.support.history import read_history
 from tests.support.record import judge
-from tests.support.servers import channel
+from tests.support.servers import channel, defects_in
 from tests.support.statements import SentStatements
 
 RECOVERY_TIMEOUT_S = 60.0
@@ -238,15 +238,12 @@ class Soak:
             self.tally.add_problem("IDLE", "no statements were counted, not even those of calls")
 
 
-_DEFECTS = ("internal error", "Traceback", "unhandled exception", "message of a library")
-
-
 async def check_logs(stack: Stack, tally: Tally) -> None:
     """Add a problem for every internal error and traceback in the logs."""
     for replica in stack.replicas:
         with suppress(FileNotFoundError):
             for line in replica.process.log.read_text().splitlines():
-                if any(report in line for report in _DEFECTS):
+                if "internal error" in line or defects_in(line):
                     tally.add_problem(
                         "ERROR", f"the log of the {replica.name} replica: {line[:500]}"
                     )

@@ -119,6 +119,17 @@ async def connected(address: str) -> AsyncGenerator[AsyncStub]:
         yield ChatHistoryServiceStub(connection)
 
 
+def defects_in(log: str) -> list[str]:
+    """Return the lines of a log that report an exception which nothing has handled."""
+    return [
+        line
+        for line in log.splitlines()
+        if "Traceback" in line
+        or '"unhandled exception"' in line
+        or ('"message of a library"' in line and '"error": null' not in line)
+    ]
+
+
 class ServerProcess:
     """A server in a process of its own, as an async context manager.
 
@@ -236,8 +247,7 @@ class ServerProcess:
         if not self._ended_by_test:
             assert code == 0, f"the server ended with {code}:\n{self.log.read_text()}"
             log = self.log.read_text()
-            for report in ("Traceback", "unhandled exception", "message of a library"):
-                assert report not in log, log
+            assert not defects_in(log), log
 
     async def __aenter__(self) -> Self:
         return await self.start()
