@@ -308,15 +308,16 @@ async def list_page(
     ids = {"user_id": user_id, "session_id": session_id}
     records = await reads.fetch(read, deadline, **ids, seq=cursor, limit=limit + 1)
     rows, unread = split_read(records)
-    if not records:
-        # Messages cannot exist without their session, so only an empty page needs this check.
+    may_have_gap = not descending and _may_have_gap(rows, unread, cursor, limit + 1)
+    # Messages cannot exist without their session, so only an empty page needs this check.
+    if may_have_gap or not records:
         session = await reads.database.read(
             lambda connection: sessions.get(connection, user_id, session_id),
             owner_id=user_id,
             deadline=deadline,
         )
-        if not descending:
-            unread = _behind_gap(session, cursor, limit + 1)
+        if may_have_gap:
+            unread = _behind_gap(session, rows, cursor, limit + 1)
     if unread is None:
         return rows[:limit], len(rows) > limit
     if unread.size and len(rows) == limit:
@@ -343,11 +344,21 @@ async def list_page(
     return rows[:limit], len(rows) > limit or rest.unread_bytes is not None
 
 
-def _behind_gap(session: SessionRow, seq: int, limit: int) -> Unread | None:
-    """Return where an empty hot read goes on, if the session has messages beyond its scan."""
-    return (
-        Unread(seq + 1, 0) if session.last_seq > seq + limit + limit // 2 + SPARE_SCANNED else None
-    )
+def _may_have_gap(rows: Sequence[MessageRow], unread: Unread | None, seq: int, limit: int) -> bool:
+    """Return whether a hot read after `seq` may have ended early because of a gap in front.
+
+    A session has one while it is being deleted, and if that was cut off.
+    """
+    return unread is None and len(rows) < limit and (not rows or rows[0].seq > seq + 1)
+
+
+def _behind_gap(
+    session: SessionRow, rows: Sequence[MessageRow], seq: int, limit: int
+) -> Unread | None:
+    """Return where such a read goes on; None if the session has no messages beyond its scan."""
+    if session.last_seq <= seq + limit + limit // 2 + SPARE_SCANNED:
+        return None
+    return Unread((rows[-1].seq if rows else seq) + 1, 0)
 
 
 class WatchPosition(NamedTuple):
@@ -375,7 +386,8 @@ async def list_since(
     records = await reads.fetch(
         _AFTER_SEQ_IN_SAME_SESSION, deadline, **position._asdict(), limit=limit
     )
-    if not records:
+    rows, unread = split_read(records)
+    if _may_have_gap(rows, unread, position.seq, limit):
         user_id, session_id, session_created_us, _ = position
         session = await reads.database.read(
             lambda connection: sessions.get(connection, user_id, session_id),
@@ -384,8 +396,8 @@ async def list_since(
         )
         if session.created_us != session_created_us:
             raise NotFound.session(session_id)
-        return [], _behind_gap(session, position.seq, limit)
-    return split_read(records)
+        unread = _behind_gap(session, rows, position.seq, limit)
+    return rows, unread
 
 
 async def list_large_since(

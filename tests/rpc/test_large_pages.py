@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
@@ -415,3 +416,29 @@ async def test_message_with_too_many_long_numbers_is_rejected(chat: Chat) -> Non
     )
     text = new_message("1e308 " * 10_000, parts=[{"text": "1e308 " * 10_000}])
     await chat.append(session_id, [text])
+
+
+@pytest.mark.parametrize("deleted", [1, 40, 74, 75, 76, 77, 96, 150])
+async def test_list_and_watch_of_a_session_whose_deletion_was_cut_off(
+    server: Server, chat: Chat, database_url: str, deleted: int
+) -> None:
+    """A deletion in slices begins with the oldest messages, and its deadline may end it."""
+    count = 300
+    session_id = await chat.start(new_messages(100))
+    for _ in range(2):
+        await chat.append(session_id, new_messages(100))
+    await fetch(
+        database_url,
+        "DELETE FROM chat_messages WHERE user_id = $1 AND session_id = $2 AND seq <= $3",
+        chat.user_id,
+        session_id,
+        deleted,
+    )
+    expected = list(range(deleted + 1, count + 1))
+    for order, seqs in ((ASC, expected), (DESC, expected[::-1])):
+        listed = await chat.all(session_id, order=order, page_size=50)
+        assert [message.seq for message in listed] == seqs
+    async with asyncio.timeout(20):
+        watch = chat.watch(session_id)
+        assert [(await watch.read()).message.seq for _ in expected] == expected
+        watch.cancel()
