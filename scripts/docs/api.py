@@ -48,7 +48,8 @@ answers `grpc.health.v1` and reflection. Generated Python stubs are in the distr
 - An update mask names writable fields. An empty mask means every field that is set. A path that is
   unknown or output only is a `FIELD_VIOLATION`.
 - A request may have 4 MiB, one message or one list of chunks 1 MiB, and `metadata` 16 KiB, all
-  serialised.
+  serialised. The Structs of one message (`metadata` and `data` parts) may have 10,000 values
+  together, those of one request 50,000, and each of them 32 levels.
 - The limits in the tables are the protovalidate rules of the protos. A request that breaks one is
   rejected with `INVALID_ARGUMENT`, reason `FIELD_VIOLATION`, and one entry for each field.
 - [Errors](errors.md) lists every reason.
