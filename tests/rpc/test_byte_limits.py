@@ -201,9 +201,9 @@ async def test_connections_that_are_not_read_are_closed_together_and_off_the_loo
         for raw in raws:
             await raw.closed.wait()
         await until(lambda: not server.calls.in_flight)
-    [(thread_id, peers)] = passes
-    assert peers == {raw.local_name for raw in raws}
-    assert thread_id != threading.get_ident()
+    # A later pass may see calls that are about to end.
+    assert passes[0][1] == {raw.local_name for raw in raws}
+    assert threading.get_ident() not in {thread_id for thread_id, _ in passes}
 
 
 async def test_unread_reply_of_a_stream_is_closed_only_while_other_streams_wait(
