@@ -147,7 +147,7 @@ def metadata_json(struct: Struct, field: str, reader: StructReader | None = None
     return dump_json((reader or StructReader()).read(struct, field))
 
 
-_STRINGS_AND_NUMBERS = re.compile(r'"(?:[^"\\]|\\.)*"|\de[+-](\d+)|\d{20,}')
+_STRINGS_AND_NUMBERS = re.compile(r'"[^"]*"|\de[+-](\d+)|\d{20,}')
 
 
 def count_digits(json_text: str | None) -> int:
@@ -158,8 +158,10 @@ def count_digits(json_text: str | None) -> int:
     """
     if json_text is None:
         return 0
+    # A pattern that knows escapes would take 0.1 s for a string of 1 MiB.
+    without_escapes = json_text.replace(r"\\", "").replace(r"\"", "")
     total = 0
-    for match in _STRINGS_AND_NUMBERS.finditer(json_text):
+    for match in _STRINGS_AND_NUMBERS.finditer(without_escapes):
         if match[1]:
             total += int(match[1])
         elif match[0][0] != '"':
