@@ -187,6 +187,19 @@ def _patterns(words: Iterable[str]) -> list[str]:
     return [f"%{word.translate(escape)}%" for word in words]
 
 
+def _without_long_runs(text: str) -> str:
+    """Return the SQL expression of a text whose runs without white space are broken.
+
+    PostgreSQL's parser takes a time that is quadratic in the length of a run with many of these
+    characters: 5 s for 32,768 characters such as `a_a_a_`.
+    """
+    return f"""CASE
+        WHEN {text} ~ '\\S{{200}}'
+             AND char_length({text}) - char_length(translate({text}, '_~/.', '')) > 20
+        THEN regexp_replace({text}, '(\\S{{100,199}}[^[:alnum:]\\s]|\\S{{200}})', '\\1 ', 'g')
+        ELSE {text} END"""
+
+
 def _search_statement(*, in_session: bool) -> Statement:
     # Comparing text is cheap and excludes most messages; only the others are then parsed. Sizes are
     # summed before any text is parsed.
@@ -215,8 +228,9 @@ SELECT c.session_id::text, m.id::text,
        coalesce(ts_rank_cd(v.lexemes, $5::tsquery), 0)::float8 AS rank
 FROM candidates AS c
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = c.session_id AND m.seq = c.seq
+CROSS JOIN LATERAL (SELECT left(m.content, {MAX_TEXT_CHARS}) AS text OFFSET 0) AS t
 CROSS JOIN LATERAL (
-    SELECT to_tsvector('simple', left(m.content, {MAX_TEXT_CHARS})) AS lexemes OFFSET 0
+    SELECT to_tsvector('simple', {_without_long_runs("t.text")}) AS lexemes OFFSET 0
 ) AS v
 WHERE c.bytes_before < {MAX_CANDIDATE_BYTES} AND v.lexemes @@ $2::tsquery
 ORDER BY rank DESC, m.created_at DESC, m.session_id, m.seq DESC
@@ -251,7 +265,8 @@ JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = f.session_id AND m.
 CROSS JOIN LATERAL (
     SELECT translate(left(m.content, {MAX_TEXT_CHARS}), '{MATCH_START}{MATCH_END}', '  ') AS text
     OFFSET 0
-) AS t
+) AS unbroken
+CROSS JOIN LATERAL (SELECT {_without_long_runs("unbroken.text")} AS text OFFSET 0) AS t
 CROSS JOIN LATERAL (
     SELECT substr(t.text, first, {_EXCERPT_CHARS}) AS text
     FROM generate_series(1, greatest(1, char_length(t.text)), {_EXCERPT_STEP_CHARS}) AS first
