@@ -116,8 +116,10 @@ async def test_append_is_stored_once_when_its_connection_breaks_after_the_commit
     The service looks the messages up, and reports one append and no replay.
     """
     chat, proxy = proxied.chat, proxied.proxy
-    # This also prepares the statement, so that the next append is sent in one piece.
+    # These also prepare the statements with and without a session id, so that the next append is
+    # sent in one piece.
     session_id = await chat.start()
+    await chat.append(session_id, "second")
     messages = new_messages(2)
     proxy.block(Direction.TO_CLIENT)
     call = asyncio.ensure_future(chat.append("" if is_new else session_id, messages))
@@ -127,7 +129,7 @@ async def test_append_is_stored_once_when_its_connection_breaks_after_the_commit
     proxy.unblock()
     reply = await call
     assert [(entry.seq, entry.replayed) for entry in reply.messages] == (
-        [(1, False), (2, False)] if is_new else [(2, False), (3, False)]
+        [(1, False), (2, False)] if is_new else [(3, False), (4, False)]
     )
     assert reply.session_created == is_new
     (await read_valid_history(database_url, chat.user_id, reply.session_id)).check_contains([reply])
