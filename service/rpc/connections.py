@@ -11,8 +11,8 @@ import ipaddress
 import os
 import socket
 import struct
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +22,9 @@ _TCP_INFO = struct.Struct("=B51xI")
 """The fields `tcpi_state` and `tcpi_last_data_recv` of Linux's `struct tcp_info`."""
 _ESTABLISHED = 1
 
+_Name = tuple[str, int]
+"""The address and the port of the other end of a connection."""
+
 
 def close_connections(port: int) -> None:
     """Stop accepting connections on a TCP port, and close those that were accepted there.
@@ -29,14 +32,14 @@ def close_connections(port: int) -> None:
     Data that was already written is still delivered. On platforms without /dev/fd, and for
     listeners outside Linux, nothing happens, and gRPC closes the connections in its own way.
     """
-    sockets = list(_sockets(lambda sock: _is_of_port(sock, port)))
     # Listeners first: a client whose connection is closed reconnects immediately, and gRPC stops
     # listening only a moment later. On Linux SHUT_RD makes a listener refuse connections. gRPC then
     # logs "Closing acceptor. Failed accept4", which is expected at this point.
-    sockets.sort(key=_is_listening, reverse=True)
-    for sock in sockets:
-        with sock, suppress(OSError):
-            sock.shutdown(socket.SHUT_RD if _is_listening(sock) else socket.SHUT_RDWR)
+    for how, is_listener in ((socket.SHUT_RD, True), (socket.SHUT_RDWR, False)):
+        for sock in _sockets(lambda sock: _is_of_port(sock, port)):
+            if _is_listening(sock) == is_listener:
+                with suppress(OSError):
+                    sock.shutdown(how)
 
 
 def close_peers(port: int, peers: Iterable[str]) -> None:
@@ -46,10 +49,7 @@ def close_peers(port: int, peers: Iterable[str]) -> None:
         port: The port.
         peers: gRPC's names of the connections, such as `ipv4:127.0.0.1:40000`.
     """
-    names = {_name(peer) for peer in peers}
-    for sock in _sockets(lambda sock: _is_of_port(sock, port) and _peer(sock) in names):
-        with sock, suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    _close(port, {_name(peer) for peer in peers})
 
 
 def close_excess(port: int, per_address: int) -> dict[str, int]:
@@ -60,21 +60,28 @@ def close_excess(port: int, per_address: int) -> dict[str, int]:
     Returns:
         The number of connections that were closed, by address.
     """
-    by_address: dict[str, list[tuple[int, socket.socket]]] = defaultdict(list)
+    by_address: dict[str, list[tuple[int, _Name]]] = defaultdict(list)
     for sock in _sockets(lambda sock: _is_of_port(sock, port) and not _is_listening(sock)):
         peer, silent_ms = _peer(sock), _silent_ms(sock)
-        if peer is None or silent_ms is None:
-            sock.close()
-        else:
-            by_address[peer[0]].append((silent_ms, sock))
-    closed: dict[str, int] = {}
-    for address, connections in by_address.items():
-        connections.sort(key=itemgetter(0))
-        for index, (_, sock) in enumerate(connections):
-            with sock, suppress(OSError):
-                if index >= per_address:
-                    sock.shutdown(socket.SHUT_RDWR)
-                    closed[address] = closed.get(address, 0) + 1
+        if peer is not None and silent_ms is not None:
+            by_address[peer[0]].append((silent_ms, peer))
+    excess = {
+        peer
+        for connections in by_address.values()
+        for _, peer in sorted(connections, key=itemgetter(0))[per_address:]
+    }
+    return Counter(address for address, _ in _close(port, excess)) if excess else {}
+
+
+def _close(port: int, names: Collection[_Name]) -> list[_Name]:
+    """Close the connections of peers on a port, and return those that were still open."""
+    closed: list[_Name] = []
+    for sock in _sockets(lambda sock: _is_of_port(sock, port)):
+        peer = _peer(sock)
+        if peer is not None and peer in names:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+                closed.append(peer)
     return closed
 
 
@@ -98,13 +105,13 @@ def _silent_ms(sock: socket.socket) -> int | None:
     return 0
 
 
-def _name(peer: str) -> tuple[str, int]:
+def _name(peer: str) -> _Name:
     """Return the address and the port in gRPC's name of a connection, which `_peer` returns too."""
     address, _, port = unquote(peer).partition(":")[2].rpartition(":")
     return _canonical(address.strip("[]")), int(port)
 
 
-def _peer(sock: socket.socket) -> tuple[str, int] | None:
+def _peer(sock: socket.socket) -> _Name | None:
     """Return the address and the port of the other end; None without one."""
     try:
         address, port, *_ = sock.getpeername()
@@ -121,19 +128,26 @@ def _canonical(address: str) -> str:
 
 
 def _sockets(is_wanted: Callable[[socket.socket], bool]) -> Iterator[socket.socket]:
-    """Yield duplicates of the sockets of this process that are wanted."""
+    """Yield duplicates of the sockets of this process that are wanted.
+
+    Each is closed before the next one: together they could exhaust the process's descriptors.
+    """
     with suppress(OSError):
         for descriptor in list(Path("/dev/fd").iterdir()):
             with suppress(OSError):
                 if descriptor.is_socket():
                     # A duplicate, because gRPC may close its descriptor at any time, and the number
                     # may then be reused.
-                    sock = socket.socket(fileno=os.dup(int(descriptor.name)))
+                    duplicate = os.dup(int(descriptor.name))
                     try:
-                        wanted = is_wanted(sock)
-                    except OSError:
-                        wanted = False
-                    if wanted:
-                        yield sock
-                    else:
-                        sock.close()
+                        sock = socket.socket(fileno=duplicate)
+                    except OSError:  # The number belongs to something else now.
+                        os.close(duplicate)
+                        continue
+                    with sock:
+                        try:
+                            wanted = is_wanted(sock)
+                        except OSError:
+                            wanted = False
+                        if wanted:
+                            yield sock

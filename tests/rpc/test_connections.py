@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,6 +16,7 @@ from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
+from service.rpc import connections
 from service.server import Server
 from tests.support.certificates import CertificateAuthority, write_tls_files
 from tests.support.chat import Chat
@@ -188,3 +190,29 @@ async def _is_served(server: Server) -> None:
             except grpc.aio.AioRpcError:
                 continue
             return
+
+
+async def test_looking_for_connections_takes_one_descriptor_at_a_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a check would exhaust the descriptors that a process with many connections has."""
+    port = int(server.address.rpartition(":")[2])
+    duplicates: list[int] = []
+    dup = os.dup
+
+    def record(descriptor: int) -> int:
+        duplicates.append(dup(descriptor))
+        return duplicates[-1]
+
+    async with silent_connections(server.address, 20) as opened, asyncio.timeout(20):
+        closed = 0
+        while closed < 5:  # Until the server has accepted all of them.
+            closed += sum(connections.close_excess(port, 15).values())
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(os, "dup", record)
+        assert connections.close_excess(port, 15) == {}
+        connections.close_connections(port)
+        for connection in opened:
+            await connection.wait_closed()
+    assert len(duplicates) > 30
+    assert len(set(duplicates)) < 10, "the number of a closed descriptor is used again"
