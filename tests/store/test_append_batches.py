@@ -10,7 +10,9 @@ import pytest
 
 from service.errors import AlreadyExists, Conflict, DeadlineExceeded, FailedPrecondition, NotFound
 from service.store.append import appender as append_module
+from service.store.append import sql
 from service.store.append.appender import Appender
+from service.store.append.batches import LARGE_ITEM_BYTES
 from service.store.append.request import Append, Appended, NewMessage
 from service.store.db.database import Database
 from service.store.db.dsn import parse
@@ -224,6 +226,50 @@ async def test_append_cancelled_in_the_queue_is_not_stored(store: Sessions) -> N
     await asyncio.gather(in_flight, remaining)
     await store.appender.drain()
     assert len(await store.stored(session_id)) == 2
+
+
+async def test_appends_cancelled_in_a_queue_hold_no_messages(store: Sessions) -> None:
+    """Their calls have released the bytes, and their turn may come late."""
+    appender = store.appender
+    large = new_message(new_id())._replace(size=LARGE_ITEM_BYTES + 1)
+    async with appender.permits(for_large_item=True).hold("somebody", None):
+        session_ids = [new_id() for _ in range(3)]
+        appends = [store.start(id_, large, may_create=True) for id_ in session_ids]
+        while not all(appender.is_apart((store.user_id, id_)) for id_ in session_ids):
+            await asyncio.sleep(0)
+        for append in appends[:2]:
+            append.cancel()
+        await asyncio.wait(appends[:2])
+        queued = [item for lane in appender._apart.values() for item in lane.queue]
+        assert len([message for item in queued for message in item.messages]) == 1
+        assert len([message for item in queued for message in item.pending]) == 1
+    assert (await appends[2]).entries[0].seq == 1
+    await appender.drain()
+    assert [len(await store.stored(id_)) for id_ in session_ids[2:]] == [1]
+
+
+async def test_append_cancelled_during_its_look_up_is_withdrawn(database_url: str) -> None:
+    database = Interrupted(parse(database_url), hot_pool_size=1)
+    looking_up, may_look_up = asyncio.Event(), asyncio.Event()
+
+    async def before(statement: str) -> None:
+        if statement == sql.LOOK_UP.text:
+            looking_up.set()
+            await may_look_up.wait()
+
+    database.before = before
+    store = Sessions(database, database_url, await new_user(database_url))
+    session_id = await store.new()
+    message = new_message(new_id())
+    first, second = store.start(session_id, message), store.start(session_id, message)
+    await looking_up.wait()
+    second.cancel()
+    await asyncio.wait([second])
+    may_look_up.set()
+    assert (await first).entries[0].seq == 1
+    await store.appender.drain()
+    assert await store.stored(session_id) == [message.id]
+    await database.close()
 
 
 async def test_append_cancelled_in_flight_is_stored(

@@ -106,7 +106,11 @@ class Appender:
         """
         lane = self._apart.get(item.key) or self._lanes[hash(item.key) % len(self._lanes)]
         lane.enqueue(item)
-        return await item.future
+        try:
+            return await item.future
+        except asyncio.CancelledError:
+            item.withdraw()
+            raise
 
     def statement_for(self, *, has_derived_ids: bool) -> Statement:
         """Return the statement for a batch, by whether any of its items has a derived id."""
@@ -250,7 +254,8 @@ class _Lane:
         stored = {(row["user_id"], row["session_id"], row["id"]): row for row in rows}
         for item in items:
             item.look_up_first = False
-            apply_stored(item, stored)
+            if not item.future.done():
+                apply_stored(item, stored)
         return {(row["user_id"], row["session_id"]): row for row in rows}
 
     async def _store(self, batch: list[Append]) -> None:

@@ -159,6 +159,15 @@ class Append:
         """Microseconds since it arrived."""
         return (asyncio.get_running_loop().time() - self.arrived_at) * 1e6
 
+    def withdraw(self) -> None:
+        """Release the messages of a cancelled caller, who no longer accounts for their bytes.
+
+        The item remains in its queue until its turn, which may take as long as the database does.
+        An item in a statement keeps them: the seqs of other items in it follow from their number.
+        """
+        if not self.attempts:
+            self.messages = self.pending = []
+
     def fail(self, error: BaseException) -> None:
         """Answer with an error, unless the caller was cancelled."""
         if not self.future.done():
