@@ -98,6 +98,7 @@ class RequestReceiver:
             self._sweep_timer = self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep)
         try:
             data = await context.read()
+            receipt.is_received = True
         finally:
             self._receipts.discard(receipt)
             if self._queues:
@@ -193,7 +194,7 @@ class RequestReceiver:
     def _expire(self, receipt: _Receipt, error: errors.ServiceError) -> None:
         self._expired_count += 1
         self._receipts.discard(receipt)
-        task = self._loop.create_task(_abort(receipt.context, error))
+        task = self._loop.create_task(_abort(receipt, error))
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
@@ -206,11 +207,12 @@ class RequestReceiver:
 class _Receipt:
     """A request that is being received, or waits for it."""
 
-    __slots__ = ("_caller", "_key", "_permit", "context", "started_at")
+    __slots__ = ("_caller", "_key", "_permit", "context", "is_received", "started_at")
 
     def __init__(self, context: Context, caller: Caller, started_at: float) -> None:
         self.context = context
         self.started_at = started_at
+        self.is_received = False
         self._permit: asyncio.Future[None] | None = None
         self._caller = caller
         self._key = ""
@@ -230,10 +232,13 @@ class _Receipt:
         return self._key
 
 
-async def _abort(context: Context, error: errors.ServiceError) -> None:
+async def _abort(receipt: _Receipt, error: errors.ServiceError) -> None:
     """End a call from outside its task, whose `read` then raises AbortError.
 
-    Cancelling the task would leave the read to gRPC, which would leak the request.
+    Cancelling the task would leave the read to gRPC, which would leak the request. A call whose
+    request has arrived at the last moment is served: the client must not repeat it.
     """
+    if receipt.is_received:
+        return
     with suppress(aio.AbortError, ExecuteBatchError):
-        await status.abort(context, error)
+        await status.abort(receipt.context, error)
