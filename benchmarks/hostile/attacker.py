@@ -1,8 +1,8 @@
 """The process that runs one attack: `python -m benchmarks.hostile.attacker`.
 
 It reads the account and the attack from its input, prepares, prints `ready`, reads the number of
-seconds, attacks, and prints the tally. Its priority is the lowest, so that it never takes processor
-time from the process that measures the other user.
+seconds, attacks, and prints the tally. Its priority is the lowest from its start, so that it never
+takes processor time from the process that measures the other user.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import sys
-from contextlib import suppress
 
 import uvloop
 
@@ -21,15 +20,12 @@ from benchmarks.hostile.attacks import MATRIX, Attack
 from benchmarks.hostile.matrix import Field, request
 from benchmarks.hostile.specials import SPECIALS
 
-NICENESS = 19
 _BODIES = 4
 """Requests of one attack of the matrix, which differ in random content."""
 
 
 def main() -> None:
     """Run the attack that the input describes."""
-    with suppress(OSError):
-        os.nice(NICENESS)
     account = Account.from_json(sys.stdin.readline())
     attack = Attack.from_json(sys.stdin.readline())
     tally = uvloop.run(_run(account, attack))

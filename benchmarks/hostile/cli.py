@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
@@ -14,6 +15,10 @@ from benchmarks.hostile.attacks import MATRIX, attacks
 from benchmarks.hostile.outcome import Outcome, Quiet, summary
 from benchmarks.hostile.specials import SPECIALS
 
+_PROGRESS_ATTACKS = 25
+"""Attacks after which a line shows the progress."""
+_VERBOSE_ATTACKS = 60
+"""A run of more attacks prints only those that break a bound."""
 DEFAULT_BUDGET_MIB = 512.0
 """Memory of the container for which the service's defaults are chosen."""
 
@@ -88,21 +93,28 @@ async def measure(
         if not numbers or attack.number in numbers
     ]
     outcomes: list[Outcome] = []
-    quiets: list[Quiet] = []
+    results: list[dict[str, Any]] = []
+    broken: list[Outcome] = []
+    started = time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
 
     def report(outcome: Outcome, quiet: Quiet) -> None:
         outcomes.append(outcome)
-        quiets.append(quiet)
-        _print(console, outcome, quiet, budget_mib, is_verbose=len(drawn) <= 60)  # noqa: PLR2004
-        measured.save(f"seed-{seed}", outcomes, quiets[0], budget_mib)
+        results.append(outcome.to_dict(quiet, budget_mib))
+        if results[-1]["breaks"]:
+            broken.append(outcome)
+        _print(console, outcome, quiet, budget_mib, is_verbose=len(drawn) <= _VERBOSE_ATTACKS)
+        if len(outcomes) % _PROGRESS_ATTACKS == 0:
+            minutes = (time.monotonic() - started) / 60
+            say(
+                f"{len(outcomes)} of {len(drawn)} attacks in {minutes:.1f} minutes, "
+                f"{len(broken)} broke a bound"
+            )
+        measured.save(f"seed-{seed}", results, quiet)
 
-    plan = measured.Plan(drawn, seconds, scale)
-    quiet = await measured.run(plan, report, lambda line: console.print(line, highlight=False))
-    broken = [
-        outcome
-        for outcome, its_quiet in zip(outcomes, quiets, strict=True)
-        if outcome.breaks(its_quiet, budget_mib)
-    ]
+    quiet = await measured.run(measured.Plan(drawn, seconds, scale), report, say)
     console.print(summary(outcomes, quiet, budget_mib).rich())
     rest = [outcome.resident_mib for outcome in outcomes]
     console.print(

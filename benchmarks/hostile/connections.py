@@ -18,6 +18,7 @@ from benchmarks.hostile import http2
 from benchmarks.hostile.calls import stream_method, unary_method
 from benchmarks.hostile.http2 import Http2Connection, frame, grpc_message
 from benchmarks.hostile.matrix import BASE_REQUESTS, STREAMS
+from benchmarks.hostile.pace import Pace
 
 if TYPE_CHECKING:
     from benchmarks.hostile.assault import Assault
@@ -27,6 +28,11 @@ _STREAMS = 500
 _LONG_LIVED_STREAMS = 250
 _BOMB_BYTES = 50 * 1024 * 1024
 """Size of a message of zeros that fits into the first window of a stream when it is compressed."""
+_CONNECTIONS_PER_SECOND = 500
+_FRAMES_PER_SECOND = 20_000
+"""Rates of the attacks whose cost is in the kernel and in gRPC's own threads, about what a limit in
+front of the service passes. No code of the service sees such connections and frames."""
+_FRAMES_PER_WRITE = 100
 _IN_FLIGHT = 8
 """Malformed calls in flight on one connection."""
 
@@ -111,12 +117,14 @@ async def silent(assault: Assault) -> None:
 
 
 async def churn(assault: Assault) -> None:
-    """Open and close connections, as fast as possible."""
+    """Open and close connections."""
     host, port = assault.account.address.rsplit(":", 1)
     await assault.begin()
+    pace = Pace(_CONNECTIONS_PER_SECOND)
 
     async def loop() -> None:
         while assault.seconds_left > 0:
+            await pace.wait()
             try:
                 _reader, writer = await asyncio.open_connection(host, int(port))
             except OSError:
@@ -276,19 +284,24 @@ async def forged_bearers(assault: Assault) -> None:
 def _control_frames(connection: Http2Connection, kind: str, stream: int) -> None:
     match kind:
         case "ping":
-            connection.send(frame(http2.PING, 0, 0, bytes(8)) * 100)
+            connection.send(frame(http2.PING, 0, 0, bytes(8)) * _FRAMES_PER_WRITE)
         case "settings":
-            connection.send(frame(http2.SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535)) * 100)
+            connection.send(
+                frame(http2.SETTINGS, 0, 0, struct.pack(">HI", 4, 65_535)) * _FRAMES_PER_WRITE
+            )
         case "empty data":
-            connection.send(frame(http2.DATA, 0, stream) * 100)
+            connection.send(frame(http2.DATA, 0, stream) * _FRAMES_PER_WRITE)
         case _:
-            connection.send(frame(http2.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)) * 100)
+            connection.send(
+                frame(http2.WINDOW_UPDATE, 0, 0, struct.pack(">I", 1)) * _FRAMES_PER_WRITE
+            )
 
 
 async def control_frames(assault: Assault) -> None:
     """Send frames that cost the caller nothing and have to be answered or counted."""
     metadata = assault.account.metadata()
     await assault.begin()
+    pace = Pace(_FRAMES_PER_SECOND)
 
     async def loop() -> None:
         while assault.seconds_left > 0:
@@ -296,9 +309,9 @@ async def control_frames(assault: Assault) -> None:
             stream = connection.start_call("AppendMessages", metadata, None)
             while assault.seconds_left > 0 and not connection.is_closed:
                 _control_frames(connection, assault.parameter("frame"), stream)
-                assault.tally["frames"] += 100
+                assault.tally["frames"] += _FRAMES_PER_WRITE
                 await connection.drain()
-                await asyncio.sleep(0)
+                await pace.wait(_FRAMES_PER_WRITE)
             await connection.close()
 
     await asyncio.gather(*(loop() for _ in range(4)))

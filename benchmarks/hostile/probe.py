@@ -74,14 +74,14 @@ class Probe:
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._stopped = asyncio.Event()
         self.durations_s: dict[str, list[float]] = {}
         self.failures: list[str] = []
 
     def start(self) -> None:
         """Begin a measurement, with a new session."""
         self._session_id = str(uuid.uuid4())
-        self._stopping = False
+        self._stopped.clear()
         self.durations_s = {"append": [], "read": [], "other": [], "liveness": []}
         self.failures = []
         loops = (
@@ -94,7 +94,7 @@ class Probe:
 
     async def stop(self) -> dict[str, Any]:
         """End the measurement after the calls in flight, and return it."""
-        self._stopping = True
+        self._stopped.set()
         await asyncio.gather(*self._tasks)
         return {"durations_s": self.durations_s, "failures": self.failures}
 
@@ -106,13 +106,19 @@ class Probe:
             self.durations_s[name].append(duration_s)
             if status != "OK":
                 self.failures.append(f"{rpc} {status}")
-            if self._stopping:
+            if await self._stops_within(max(interval_s - duration_s, 0.0)):
                 return
-            await asyncio.sleep(max(interval_s - duration_s, 0.0))
+
+    async def _stops_within(self, delay_s: float) -> bool:
+        """Wait, and return early with True once the measurement is to end."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), delay_s)
+        return self._stopped.is_set()
 
     async def _liveness(self) -> None:
         request = health_pb2.HealthCheckRequest(service="liveness")
-        while not self._stopping:
+        is_stopped = False
+        while not is_stopped:
             started = time.perf_counter()
             try:
                 reply = await self._check(request, timeout=CALL_TIMEOUT_S)
@@ -121,7 +127,7 @@ class Probe:
             except aio.AioRpcError as error:
                 self.failures.append(f"liveness {error.code().name}")
             self.durations_s["liveness"].append(time.perf_counter() - started)
-            await asyncio.sleep(LIVENESS_INTERVAL_S)
+            is_stopped = await self._stops_within(LIVENESS_INTERVAL_S)
 
     def _appends(self) -> Iterator[tuple[str, bytes]]:
         # The first call creates the session, which the other loops may find missing until then;

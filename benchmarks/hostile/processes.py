@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ _END_TIMEOUT_S = 5.0
 _MEASURE_TIMEOUT_S = 60.0
 _CHECK_TIMEOUT_S = 600.0
 _MAX_LINE_BYTES = 64 * 1024 * 1024
+_ATTACKER_NICENESS = 19
 
 
 class _Child:
@@ -40,6 +42,10 @@ class _Child:
         if cores is not None:
             pin(process.pid, cores.attacker)
         return cls(process, errors)
+
+    def renice(self, niceness: int) -> None:
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
 
     def write(self, line: str) -> None:
         assert self._process.stdin is not None  # noqa: S101 - a pipe
@@ -133,7 +139,9 @@ class AttackerProcess:
     @classmethod
     async def start(cls, cores: Cores | None, folder: Path) -> Self:
         """Start the process; it loads its modules and waits."""
-        return cls(await _Child.start("attacker", cores, folder / "attacker.log"))
+        child = await _Child.start("attacker", cores, folder / "attacker.log")
+        child.renice(_ATTACKER_NICENESS)
+        return cls(child)
 
     async def prepare(self, account: Account, attack: Attack) -> bool:
         """Let it prepare an attack. False if the process failed."""

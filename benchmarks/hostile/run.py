@@ -31,7 +31,10 @@ _QUIET_SECONDS = 6.0
 _LEAD_S = 0.1
 """Time that is measured before an attack begins."""
 _TAIL_S = 0.5
-"""Time that is measured after an attack: its requests may still be in the service."""
+"""Time that is measured after an attack: its requests may still be in the service. Some attackers
+wait for replies in this time."""
+_MIN_TAIL_S = 0.1
+"""The same after the end of the attacker's process."""
 _CALM_TIMEOUT_S = 30.0
 _CALM_INTERVAL_S = 0.1
 _INDEX_TIMEOUT_S = 300.0
@@ -165,11 +168,7 @@ class Phase:
                 f"{quiet.resident_mib:.0f} MiB"
             )
             for attack in attacks:
-                attacker, standby = (
-                    standby,
-                    await AttackerProcess.start(self._cores, self._folder),
-                )
-                outcome = await self._measure(attack, attacker, probe, seconds)
+                outcome, standby = await self._measure(attack, standby, probe, seconds)
                 report(outcome, quiet)
                 if not self._server.is_running:
                     raise BenchError(f"the service ended during {attack}")
@@ -199,7 +198,8 @@ class Phase:
 
     async def _measure(
         self, attack: Attack, attacker: AttackerProcess, probe: ProbeProcess, seconds: float
-    ) -> Outcome:
+    ) -> tuple[Outcome, AttackerProcess]:
+        """Measure during an attack; also return a process for the next one."""
         server = self._server
         server.pin(self._cores)
         log_start = self._log.stat().st_size
@@ -209,13 +209,16 @@ class Phase:
         probe.begin()
         await asyncio.sleep(_LEAD_S)
         memory = asyncio.create_task(self._other_memory(seconds))
+        ends_at = time.monotonic() + seconds
         tally = await attacker.attack(seconds)
-        await asyncio.sleep(_TAIL_S)
+        # It loads its modules while nothing is attacked, and not during the next attack.
+        standby = await AttackerProcess.start(self._cores, self._folder)
+        await asyncio.sleep(max(ends_at + _TAIL_S - time.monotonic(), _MIN_TAIL_S))
         result = await probe.end()
         peak_mib = server.peak_mib()
         postgres_mib, search_mib = await memory
         is_calm = await self._wait_until_calm()
-        return Outcome(
+        outcome = Outcome(
             attack,
             result["durations_s"],
             result["failures"],
@@ -228,6 +231,7 @@ class Phase:
             log_events(self._log, log_start),
             server.is_running,
         )
+        return outcome, standby
 
     async def _other_memory(self, seconds: float) -> tuple[float, float]:
         """Return the memory of the other processes towards the end of an attack."""
@@ -262,14 +266,8 @@ class Phase:
         return True
 
 
-def save(
-    name: str, outcomes: Sequence[Outcome], quiet: Quiet | None, budget_mib: float
-) -> Path | None:
-    """Write all results into a file and return its path."""
-    if quiet is None:
-        return None
+def save(name: str, results: Sequence[dict[str, Any]], quiet: Quiet) -> None:
+    """Write all results into a file."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    results = [outcome.to_dict(quiet, budget_mib) for outcome in outcomes]
-    path.write_text(json.dumps({"quiet": quiet.__dict__, "attacks": results}, indent=1) + "\n")
-    return path
+    text = json.dumps({"quiet": quiet.__dict__, "attacks": results})
+    (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -110,6 +110,9 @@ SPECIALS: dict[str, Special] = {
     "silent connections": Special(
         connections.silent, {"sends": ("nothing", "preface", "garbage"), "connections": (500,)}
     ),
+    # 500 new connections a second. Without a rate this would measure the kernel and gRPC's own
+    # threads, as it would for control frames (20,000 a second): a limit in front of the service,
+    # and not its code, bounds them.
     "connection churn": Special(connections.churn, {"concurrency": (8, 64)}),
     # Thousands of new connections a second, each with calls: an attack by volume, which a proxy or
     # a firewall in front of the service has to limit.
