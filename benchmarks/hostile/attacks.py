@@ -53,7 +53,7 @@ class Attack:
 
 
 def attacks(seed: int, count: int, only: Sequence[str] = ()) -> list[Attack]:
-    """Draw attacks: half of them of the matrix, half special ones, those without search first.
+    """Draw attacks: half of them of the matrix, half special ones, those with search first.
 
     Every kind, and every RPC of the matrix, is drawn once before any is drawn again.
 
@@ -66,7 +66,7 @@ def attacks(seed: int, count: int, only: Sequence[str] = ()) -> list[Attack]:
     kinds = _kinds(chance, only)
     rpcs = _deck(sorted(method.name for method in SERVICE.methods), chance)
     drawn = [_draw(number, next(kinds), rpcs, chance) for number in range(count)]
-    return sorted(drawn, key=lambda attack: attack.needs_search)
+    return sorted(drawn, key=lambda attack: not attack.needs_search)
 
 
 def _kinds(chance: random.Random, only: Sequence[str]) -> Iterator[str]:

@@ -27,6 +27,10 @@ _ATTEMPTS = 100
 _RETRIED = ("RESOURCE_EXHAUSTED", "ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _WORDS = ("hello", "world", "plan", "office", "needle", "alpha", "beta", "lease", "cabling", "date")
 _METADATA_BYTES = 15_000
+_SYSTEM_MESSAGES = 100_000
+_INDEXED_SHARE = 0.1
+"""Share of the SYSTEM messages that is stored while search is on: to index all of them would take
+minutes, and contexts, for which they are stored, do not use the index."""
 DOCUMENT_CHUNKS = 100
 """Chunks of each user's document."""
 
@@ -139,10 +143,7 @@ async def _store_long(data: _Store, account: Account, scale: float) -> None:
     ]
     account.long_count = len(long)
     await data.send_all("AppendMessages", _appends(account, "long", long))
-    system = _message("you are helpful", role=message_pb2.ROLE_SYSTEM)
-    await data.send_all(
-        "AppendMessages", _appends(account, "system", [system] * int(100_000 * scale))
-    )
+    await _store_system(data, account, _INDEXED_SHARE * scale)
     ids = [str(uuid.uuid4()) for _ in range(int(5_000 * scale))]
     deleted = [_message("gone", id=message_id) for message_id in ids]
     await data.send_all("AppendMessages", _appends(account, "tombstones", deleted))
@@ -158,6 +159,18 @@ async def _store_long(data: _Store, account: Account, scale: float) -> None:
         ),
     )
     await data.send_all("AppendMessages", _appends(account, "tombstones", [_message("hello")] * 10))
+
+
+async def store_remaining(account: Account, scale: float) -> None:
+    """Store the messages of an attacker that are not to be indexed."""
+    async with aio.insecure_channel(account.address, options=CHANNEL_OPTIONS) as channel:
+        await _store_system(_Store(channel, account), account, (1 - _INDEXED_SHARE) * scale)
+
+
+async def _store_system(data: _Store, account: Account, share: float) -> None:
+    system = _message("you are helpful", role=message_pb2.ROLE_SYSTEM)
+    messages = [system] * int(_SYSTEM_MESSAGES * share)
+    await data.send_all("AppendMessages", _appends(account, "system", messages))
 
 
 async def _store_large(data: _Store, account: Account, scale: float) -> None:

@@ -66,7 +66,10 @@ async def run_folder() -> AsyncIterator[Path]:
 
 
 async def run(plan: Plan, report: Report, say: Callable[[str], None]) -> Quiet:
-    """Run all attacks: those without search on one server, the others on a second one.
+    """Run all attacks: those with search on one server, the others on a second one.
+
+    Those with search come first, so that only the stored data has to be indexed, and not what the
+    other attacks have written.
 
     Args:
         plan: The attacks.
@@ -83,7 +86,7 @@ async def run(plan: Plan, report: Report, say: Callable[[str], None]) -> Quiet:
     first_quiet: Quiet | None = None
     async with run_folder() as folder:
         accounts: tuple[Account, Account] | None = None
-        for is_search_on in (False, True):
+        for is_search_on in (True, False):
             attacks = [attack for attack in plan.attacks if attack.needs_search is is_search_on]
             if not attacks:
                 continue
@@ -95,7 +98,10 @@ async def run(plan: Plan, report: Report, say: Callable[[str], None]) -> Quiet:
                     account.address = server.address
                 if is_search_on:
                     say("waiting for the index")
-                    await wait_for_index(server)
+                    if not await wait_for_index(server):
+                        say("the index is still being built")
+                else:
+                    await data.store_remaining(accounts[0], plan.scale)
                 phase = Phase(server, cores, folder, accounts)
                 quiet = await phase.run(attacks, plan.seconds, report, say)
                 first_quiet = first_quiet or quiet
@@ -114,14 +120,15 @@ async def store_accounts(server: HostileServer, key: str, scale: float) -> tuple
     return attacker, other
 
 
-async def wait_for_index(server: HostileServer) -> None:
-    """Wait until everything stored is indexed, as in production."""
+async def wait_for_index(server: HostileServer) -> bool:
+    """Wait until everything stored is indexed, as in production; False if it takes too long."""
     deadline = time.monotonic() + _INDEX_TIMEOUT_S
     while time.monotonic() < deadline:
         gauges = await server.gauges()
         if gauges.get("search_ready") and not gauges.get("search_waiting", 1):
-            return
+            return True
         await asyncio.sleep(0.5)
+    return False
 
 
 def keep_logs(folder: Path) -> None:

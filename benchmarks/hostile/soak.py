@@ -109,6 +109,7 @@ async def soak(
         try:
             say("storing the data")
             attacker, _ = await store_accounts(server, key, scale)
+            await data.store_remaining(attacker, scale)
             users = [data.new_account(server.address, key) for _ in range(_USERS)]
             for user in users:
                 await data.store(user, is_attacker=False)
