@@ -23,6 +23,10 @@ T = TypeVar("T")
 
 STEP_VALUES = 2_000
 """JSON values converted between two pauses: one to two milliseconds of work."""
+ROW_VALUES = 10
+"""Values that take as long as a message without any."""
+LONG_VALUE_CHARACTERS = 256
+"""Characters of JSON that count as one more value."""
 THREAD_VALUES = 20_000
 """A single message with more JSON values is converted in a thread. Only messages that were stored
 before `convert_structs.MAX_VALUES` became a limit have that number of values."""
@@ -34,10 +38,14 @@ PAUSE_PARTS = 500
 
 
 def count_values(json_text: str | None) -> int:
-    """Return an upper bound of the number of values in a JSON text; 0 for None."""
+    """Return an upper bound of the number of values in a JSON text; 0 for None.
+
+    Numbers of hundreds of digits count as two.
+    """
     if json_text is None:
         return 0
-    return json_text.count(",") + json_text.count("[") + json_text.count("{")
+    values = json_text.count(",") + json_text.count("[") + json_text.count("{")
+    return values + len(json_text) // LONG_VALUE_CHARACTERS
 
 
 class ConversionTurns:
@@ -98,15 +106,16 @@ class ConversionTurns:
         """
         remaining_values = STEP_VALUES
         for row in rows:
+            value_count = ROW_VALUES
             if row.parts is not None or row.metadata is not None:
-                value_count = count_values(row.parts) + count_values(row.metadata)
-                remaining_values -= value_count
-                if remaining_values < 0:
-                    remaining_values = STEP_VALUES - value_count
-                    if value_count > THREAD_VALUES:
-                        messages.append(await self.message(row, session_id, owner_id, deadline))
-                        continue
-                    await self.pause(owner_id, deadline)
+                value_count += count_values(row.parts) + count_values(row.metadata)
+            remaining_values -= value_count
+            if remaining_values < 0:
+                remaining_values = STEP_VALUES - value_count
+                if value_count > THREAD_VALUES:
+                    messages.append(await self.message(row, session_id, owner_id, deadline))
+                    continue
+                await self.pause(owner_id, deadline)
             convert.message(row, session_id, messages.add)
 
     async def _run_in_thread(self, owner_id: str, deadline: float, work: Callable[[], T]) -> T:

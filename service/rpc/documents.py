@@ -132,7 +132,9 @@ class Documents(Handler):
         def token_after(row: DocumentRow) -> str:
             return tokens.make(f"{row.created_us} {row.id} {row.user_id}")
 
-        rows, has_more = await read_page(self.database, list_rows, page_size, owner_id, call)
+        rows, has_more = await read_page(
+            self.database, "ListDocuments", list_rows, page_size, owner_id, call
+        )
         page, next_page_token = await paging.build_page(
             rows,
             convert.document,
@@ -209,7 +211,9 @@ class Documents(Handler):
         def token_after(row: ChunkRow) -> str:
             return tokens.make(str(row.chunk_index + 1))
 
-        rows, has_more = await read_page(self.database, list_rows, page_size, owner_ids[0], call)
+        rows, has_more = await read_page(
+            self.database, "ListDocumentChunks", list_rows, page_size, owner_ids[0], call
+        )
         page, next_page_token = await paging.build_page(
             rows,
             convert.chunk,

@@ -72,7 +72,9 @@ class Sessions(Handler):
             after = SessionCursor(last_row.updated_us, last_row.id) if last_row else cursor
             return await sessions.list_page(connection, user_id, state, after, limit, max_bytes)
 
-        rows, has_more = await read_page(self.database, list_rows, page_size, user_id, call)
+        rows, has_more = await read_page(
+            self.database, "ListSessions", list_rows, page_size, user_id, call
+        )
         page, next_page_token = await paging.build_page(
             rows,
             convert.session,

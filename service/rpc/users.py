@@ -86,7 +86,9 @@ class Users(Handler):
             after = last_row.id if last_row else cursor
             return await users.list_page(connection, after, limit, max_bytes)
 
-        rows, has_more = await read_page(self.database, list_rows, page_size, NO_OWNER, call)
+        rows, has_more = await read_page(
+            self.database, "ListUsers", list_rows, page_size, NO_OWNER, call
+        )
         page, next_page_token = await paging.build_page(
             rows,
             convert.user,

@@ -42,6 +42,7 @@ from service.store.db.work_class import WorkClass
 from service.store.message_pages import (
     MAX_SEQ,
     PAGE_PARAMETERS,
+    SIZE_COLUMN,
     Unread,
     split_read,
     total_bytes,
@@ -112,16 +113,25 @@ async def get(
         Overloaded: the prompt is large, and there is no room for it.
     """
     ids = {"user_id": user_id, "session_id": session_id}
-    records = await reads.fetch(
-        _FIRST_READ, deadline, **ids, seq=MAX_SEQ, limit=limits.max_messages
-    )
-    first = _unpack_first_read(records)
-    if first is None:
-        raise NotFound.session(session_id)
-    selected = await _select_by_hot_reads(reads, ids, first, limits, deadline)
-    if selected is not None:
-        return _context(first.session, selected)
-    return await _get_by_outlines(reads.database, ids, limits, budget, deadline)
+    large_reads = reads.database.large_reads
+    key = (user_id, session_id, limits)
+    if key not in large_reads:
+        records = await reads.fetch(
+            _FIRST_READ, deadline, **ids, seq=MAX_SEQ, limit=limits.max_messages
+        )
+        first = _unpack_first_read(records)
+        if first is None:
+            raise NotFound.session(session_id)
+        selected = await _select_by_hot_reads(reads, ids, first, limits, deadline)
+        if selected is not None:
+            return _context(first.session, selected)
+        # The hot reads were a waste. The next call for this prompt does without them.
+        large_reads.add(key)
+        large_reads.add(user_id)
+    context = await _get_by_outlines(reads.database, ids, limits, budget, deadline)
+    if total_bytes(context.messages) <= HOT_READ_BYTES // 2:
+        large_reads.discard(key)
+    return context
 
 
 def _context(session: SessionRow, selected: list[MessageRow]) -> Context:
@@ -357,8 +367,10 @@ def _select_first(parameters: Parameters) -> sa.CompoundSelect[Any]:
     )
 
 
-_FIRST_READ = BatchedRead(_select_first, PAGE_PARAMETERS)
-_OLDER_READ = BatchedRead(context_outlines.select_newest, PAGE_PARAMETERS)
+_FIRST_READ = BatchedRead(
+    _select_first, PAGE_PARAMETERS, size_column=_FIRST_MESSAGE_COLUMN + SIZE_COLUMN
+)
+_OLDER_READ = BatchedRead(context_outlines.select_newest, PAGE_PARAMETERS, size_column=SIZE_COLUMN)
 
 
 class _FirstRead(NamedTuple):

@@ -152,6 +152,8 @@ class Unread(NamedTuple):
 
 
 _CONTENT, _SEQ, _SIZE = map(MessageRow._fields.index, ("content", "seq", "size"))
+SIZE_COLUMN = _SIZE
+"""Index of the size in the records of `select_bounded`."""
 _TEXT_COLUMNS = frozenset(map(MessageRow._fields.index, ("content", "parts", "metadata")))
 
 
@@ -201,8 +203,8 @@ def _watch_page(parameters: Parameters) -> sa.Select[Any]:
     return _select_after_seq_in_same_session(parameters, max_bytes=STREAM_PAGE_BYTES)
 
 
-_AFTER_SEQ = BatchedRead(_select_after_seq, PAGE_PARAMETERS)
-_BEFORE_SEQ = BatchedRead(_select_before_seq, PAGE_PARAMETERS)
+_AFTER_SEQ = BatchedRead(_select_after_seq, PAGE_PARAMETERS, size_column=SIZE_COLUMN)
+_BEFORE_SEQ = BatchedRead(_select_before_seq, PAGE_PARAMETERS, size_column=SIZE_COLUMN)
 _SAME_SESSION_PARAMETERS = PAGE_PARAMETERS | {"session_created_us": sa.BigInteger()}
 _AFTER_SEQ_IN_SAME_SESSION = BatchedRead(_watch_page, _SAME_SESSION_PARAMETERS)
 
@@ -320,8 +322,10 @@ async def list_page(
             unread = _behind_gap(session, rows, cursor, limit + 1)
     if unread is None:
         return rows[:limit], len(rows) > limit
-    if unread.size and len(rows) == limit:
-        return rows, True
+    if unread.size:
+        reads.database.large_reads.add(user_id)
+        if len(rows) == limit:
+            return rows, True
     max_bytes = MAX_PAGE_BYTES - total_bytes(rows)
     rest = await read_large(
         reads.database,

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 from chathistory.v1 import document_pb2, message_pb2, user_pb2
 
+from service.rpc.page_reads import FIRST_LARGE_STEP
 from service.server import Server
 from service.store.bounded_reads import FIRST_READ_ROWS, HOT_READ_BYTES
 from service.store.message_pages import MAX_SCANNED
@@ -127,8 +128,28 @@ async def test_large_context_reads_only_the_texts_that_it_returns(
     assert sizes[-1] <= MAX_PAGE_BYTES
 
 
+async def test_next_large_context_begins_with_the_outlines(server: Server, chat: Chat) -> None:
+    session_id = (await chat.create_session()).id
+    for _ in range(3):
+        await chat.append(session_id, [new_message("x" * 200_000)])
+    counts = []
+    for _ in range(2):
+        async with recording(server) as sent:
+            reply = await chat.context(session_id)
+        assert [message.seq for message in reply.messages] == [1, 2, 3]
+        assert is_expensive(sent)
+        counts.append(len(sent))
+    assert counts[1] == counts[0] - 1, "the hot read, whose rows were of no use, is left out"
+    await chat.append(session_id, [new_message("short")])
+    await chat.update_session(id=session_id, summary="xxx", summarized_through_seq=3)
+    assert len((await chat.context(session_id)).messages) == 1
+    async with recording(server) as sent:
+        assert len((await chat.context(session_id)).messages) == 1
+    assert len(sent) == 1, "the prompt has become small"
+
+
 async def test_large_page_needs_room_in_the_budget_and_a_small_one_does_not(
-    server: Server, chat: Chat, other: Chat
+    server: Server, chat: Chat, other: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session_id = (await chat.create_session()).id
     for _ in range(4):
@@ -137,7 +158,9 @@ async def test_large_page_needs_room_in_the_budget_and_a_small_one_does_not(
     theirs = (await other.create_session()).id
     for _ in range(4):
         await other.append(theirs, [new_message("x" * 200_000)])
-    held_bytes = server.budget.per_user - 1000
+    # Beyond seven eighths, all calls of the user are rejected.
+    monkeypatch.setattr(server.budget, "per_user", 4 * 1024 * 1024)
+    held_bytes = server.budget.per_user * 7 // 8
     server.budget.add(chat.user_id, "", held_bytes)
     try:
         await assert_fails(chat.page(session_id), "OVERLOADED")
@@ -350,6 +373,32 @@ async def test_small_list_is_one_ordinary_read(server: Server, chat: Chat) -> No
     assert len(page.sessions) == 5
     assert len(sent) == 1
     assert not is_expensive(sent)
+
+
+async def test_next_large_list_is_read_by_expensive_work_from_the_start(
+    server: Server, chat: Chat
+) -> None:
+    for _ in range(12):
+        await chat.create_session(metadata={"n": [1e308] * 1_000})
+    async with recording(server) as sent:
+        first = await chat.list_sessions()
+    assert is_expensive(sent)
+    async with recording(server) as sent:
+        second = await chat.list_sessions()
+    assert second == first
+    reads = reads_of(sent, "chat_sessions")
+    assert is_expensive(sent)
+    assert reads[0] is not sent[0], "the limits of expensive work are set first"
+    assert FIRST_LARGE_STEP in reads[0].args, "few sizes are computed"
+    rest = await chat.list_sessions(page_token=first.next_page_token)
+    ids = {session.id for page in (first, rest) for session in page.sessions}
+    assert len(ids) == 12 > len(first.sessions)
+    for session in (*first.sessions, *rest.sessions):
+        await chat.update_session(("metadata",), id=session.id)
+    assert len((await chat.list_sessions()).sessions) == 12
+    async with recording(server) as sent:
+        assert len((await chat.list_sessions()).sessions) == 12
+    assert len(sent) == 1
 
 
 async def test_rows_beyond_the_first_read_are_read_by_expensive_work(

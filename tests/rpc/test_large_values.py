@@ -259,6 +259,25 @@ async def test_lists_of_large_metadata_pause(chat: Chat, monkeypatch: pytest.Mon
     assert set(pauses) == {chat.user_id}
 
 
+async def test_pages_of_many_small_messages_pause(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[str] = []
+    pause = conversion_turns.ConversionTurns.pause
+
+    async def recorded(turns: Any, owner_id: str, deadline: float) -> None:
+        pauses.append(owner_id)
+        await pause(turns, owner_id, deadline)
+
+    session_id = await chat.start([new_message("y") for _ in range(100)])
+    for _ in range(5):
+        await chat.append(session_id, [new_message("y") for _ in range(100)])
+    monkeypatch.setattr(conversion_turns.ConversionTurns, "pause", recorded)
+    assert len((await chat.page(session_id, page_size=1000)).messages) == 600
+    assert len((await chat.context(session_id, max_messages=1000)).messages) == 600
+    assert pauses == [chat.user_id] * 4
+
+
 async def test_small_conversions_wait_for_no_turn(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ from service.store.db.hot_pool import (
     Statement,
     fetch_in_transaction,
 )
+from service.store.db.recent_keys import RecentKeys
 from service.store.db.work_class import (
     MAX_WAIT_S,
     STATEMENT_TIMEOUT_S,
@@ -155,6 +156,9 @@ class Database:
         self._permits = FairSemaphore(permit_count)
         self._write_permits = FairSemaphore(permit_count - permit_count // 3)
         self.expensive_work = ExpensiveWork(permit_count)
+        self.large_reads = RecentKeys()
+        """Users with large hot reads, and contexts and lists that were large when they were read
+        last. The next such read is sent apart from others from the start."""
         self.rejected_count = 0
         """Calls that found no connection in time, because others used them all."""
         self._pool_timeout_s = pool_timeout_s

@@ -7,12 +7,15 @@ is sent alone and immediately.
 A batched statement joins the requests' arguments (`unnest`) with the rows that each of them reads
 (LATERAL), each under its own user's id. The query of a read is written once, as a function of its
 parameters, next to the code that uses it.
+
+Users take turns in a batch. A user whose last read was large shares no statement with others, who
+would wait for these rows: such reads are sent alone, and one of each user at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,12 +36,22 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeEngine
 
 from service.store.db.batch_window import BatchWindow
-from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.database import DATABASE_ERRORS, NO_OWNER, Database
 from service.store.db.db_errors import FEATURE_NOT_SUPPORTED, sqlstate
+from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
 from service.store.db.hot_pool import Statement
+from service.store.db.work_class import overloaded_error
 
 MAX_BATCH_SIZE = 16
-"""Reads in one statement; each may return a page of 3 MiB."""
+"""Reads in one statement."""
+LARGE_ROWS = 200
+LARGE_BYTES = 128 * 1024
+"""A read with more rows, or with more bytes of rows, is large."""
+MAX_ROWS_PER_USER = 800
+"""Rows for which one user's reads in a statement ask, unless it is a single read: users who ask for
+large pages must not make others wait before the first of these has shown that it is large."""
+LARGE_IN_FLIGHT = 2
+"""Large reads in flight, of different users."""
 MAX_IN_FLIGHT = 4
 """Statements of one kind in flight; more than one only if a batch is full or a statement slow."""
 NEXT_BATCH_AFTER_S = 0.01
@@ -78,9 +91,11 @@ class BatchedRead:
     Args:
         query: Builds the SELECT from its parameters.
         types: The parameters; the batched statement takes an array of each.
+        size_column: Index of the column with the size of a row in bytes, if there is one.
     """
 
-    def __init__(self, query: Query, types: Types) -> None:
+    def __init__(self, query: Query, types: Types, *, size_column: int | None = None) -> None:
+        self.size_column = size_column
         self.single = Statement(query(Parameters.bound(types)))
         # In the order of the single statement's arguments: a batch's arguments are their transpose.
         columns: Types = {"request_index": Integer()} | {
@@ -105,6 +120,9 @@ class BatchedRead:
 
 
 class _Request(NamedTuple):
+    owner_id: str
+    limit: int
+    """Maximum number of rows."""
     arguments: tuple[Any, ...]
     future: asyncio.Future[Rows]
 
@@ -115,6 +133,8 @@ class ReadBatcher:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._queues: dict[BatchedRead, _ReadQueue] = {}
+        self._large_permits = FairSemaphore(LARGE_IN_FLIGHT, max_held_per_owner=1)
+        self._loop = asyncio.get_running_loop()
 
     async def fetch(self, read: BatchedRead, deadline: float, **values: Any) -> Rows:
         """Run one read, alone or in a batch, and return its rows.
@@ -122,15 +142,83 @@ class ReadBatcher:
         Args:
             read: The kind of read.
             deadline: A time of the running loop's clock, in seconds.
-            values: The read's parameters.
+            values: The read's parameters. The user in `user_id` is the one in whose turn it waits.
 
         Raises:
             Unavailable, Conflict, DeadlineExceeded: as `Database.fetch`.
+            Overloaded: the user's large reads took until the deadline.
         """
-        queue = self._queues.get(read)
+        owner_id = values.get("user_id", NO_OWNER)
+        arguments = read.single.bind(**values)
+        large_reads = self.database.large_reads
+        if owner_id not in large_reads:
+            queue = self._queues.get(read)
+            if queue is None:
+                queue = self._queues[read] = _ReadQueue(self.database, read)
+            try:
+                rows = await queue.fetch(owner_id, values.get("limit", 1), arguments, deadline)
+            except _IsLarge:
+                pass  # An earlier read of the user was.
+            else:
+                if len(rows) > LARGE_ROWS:
+                    large_reads.add(owner_id)
+                return rows
+        try:
+            async with self._large_permits.hold(owner_id, deadline - self._loop.time()):
+                rows = await self.database.fetch(read.single, *arguments, deadline=deadline)
+        except AcquireTimeout:
+            raise overloaded_error() from None
+        if len(rows) <= LARGE_ROWS and _total_bytes(rows, read.size_column) <= LARGE_BYTES:
+            large_reads.discard(owner_id)
+        return rows
+
+
+def _total_bytes(rows: Rows, size_column: int | None) -> int:
+    if size_column is None:
+        return 0
+    return sum(row[size_column] or 0 for row in rows)
+
+
+class _RequestQueue:
+    """Requests of several users, who take turns."""
+
+    def __init__(self) -> None:
+        self._queues: OrderedDict[str, deque[_Request]] = OrderedDict()
+        """The requests of each user; the user in front is next."""
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, request: _Request) -> None:
+        queue = self._queues.get(request.owner_id)
         if queue is None:
-            queue = self._queues[read] = _ReadQueue(self.database, read)
-        return await queue.fetch(read.single.bind(**values), deadline)
+            queue = self._queues[request.owner_id] = deque()
+        queue.append(request)
+        self._size += 1
+
+    def take(self, max_size: int) -> list[_Request]:
+        """Remove up to `max_size` requests, in rotation between the users, for one statement."""
+        taken: list[_Request] = []
+        row_counts: dict[str, int] = {}
+        full: dict[str, deque[_Request]] = {}
+        queues = self._queues
+        while queues and len(taken) < max_size:
+            owner_id, queue = next(iter(queues.items()))
+            row_count = row_counts.get(owner_id, 0)
+            if row_count and row_count + queue[0].limit > MAX_ROWS_PER_USER:
+                full[owner_id] = queues.pop(owner_id)
+                continue
+            request = queue.popleft()
+            row_counts[owner_id] = row_count + request.limit
+            taken.append(request)
+            if queue:
+                queues.move_to_end(owner_id)
+            else:
+                del queues[owner_id]
+        queues.update(full)
+        self._size -= len(taken)
+        return taken
 
 
 class _ReadQueue:
@@ -139,7 +227,7 @@ class _ReadQueue:
     def __init__(self, database: Database, read: BatchedRead) -> None:
         self._database = database
         self._read = read
-        self._queue: deque[_Request] = deque()
+        self._queue = _RequestQueue()
         self._in_flight = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -148,10 +236,15 @@ class _ReadQueue:
         """False once the database has rejected the batched statement, as Citus does: it supports no
         LATERAL with LIMIT over several users."""
 
-    async def fetch(self, arguments: tuple[Any, ...], deadline: float) -> Rows:
+    async def fetch(
+        self, owner_id: str, limit: int, arguments: tuple[Any, ...], deadline: float
+    ) -> Rows:
         """Send a read alone if none is in flight and the last batch was one read, else queue it.
 
         Without support for batches, every read is sent alone.
+
+        Raises:
+            _IsLarge: another read of the user, which was large, has ended while this one waited.
         """
         is_alone = not self._in_flight and self._window.last_size <= 1
         if is_alone or not self._is_batching_supported:
@@ -161,7 +254,7 @@ class _ReadQueue:
             finally:
                 self._in_flight -= 1
                 self._start_batch()
-        request = _Request(arguments, self._loop.create_future())
+        request = _Request(owner_id, limit, arguments, self._loop.create_future())
         self._queue.append(request)
         self._start_batch()
         try:
@@ -201,10 +294,15 @@ class _ReadQueue:
     def _take_batch(self) -> list[_Request]:
         """Remove up to MAX_BATCH_SIZE requests whose callers still wait from the queue."""
         batch: list[_Request] = []
-        while self._queue and len(batch) < MAX_BATCH_SIZE:
-            request = self._queue.popleft()
-            if not request.future.done():
-                batch.append(request)
+        large_reads = self._database.large_reads
+        while self._queue and not batch:
+            for request in self._queue.take(MAX_BATCH_SIZE):
+                if request.future.done():
+                    continue
+                if request.owner_id in large_reads:
+                    request.future.set_exception(_IsLarge())
+                else:
+                    batch.append(request)
         return batch
 
     async def _run_batch(self, batch: list[_Request]) -> None:
@@ -227,8 +325,14 @@ class _ReadQueue:
         for record in records:
             rows[record[0]].append(record[1:])
         for request, own_rows in zip(batch, rows, strict=True):
+            if len(batch) > 1 and _total_bytes(own_rows, self._read.size_column) > LARGE_BYTES:
+                self._database.large_reads.add(request.owner_id)
             if not request.future.done():
                 request.future.set_result(own_rows)
+
+
+class _IsLarge(Exception):
+    """The read must not be sent with those of other users."""
 
 
 class _BatchFailed(Exception):
