@@ -79,7 +79,7 @@ async def read_page(
     if is_cut and len(rows) == page_size:
         return rows, True
     max_bytes = MAX_PAGE_BYTES - page.size_bytes
-    step = FIRST_LARGE_STEP if is_cut else 2 * len(rows)
+    step = FIRST_LARGE_STEP if is_cut else limit
     rest = await read_large(
         database,
         call,
@@ -90,7 +90,9 @@ async def read_page(
         owner_id=owner_id,
         deadline=call.deadline,
     )
-    if rest.unread_bytes is None and page.size_bytes + rest.size_bytes <= HOT_READ_BYTES:
+    if rest.unread_bytes is not None:
+        large_reads.add(key)
+    elif page.size_bytes + rest.size_bytes <= HOT_READ_BYTES:
         large_reads.discard(key)
     rows += rest.rows
     return rows[:page_size], len(rows) > page_size or rest.unread_bytes is not None

@@ -210,3 +210,41 @@ async def test_statement_ends_at_the_deadline_of_the_call(database: Database) ->
             deadline=soon(0.4),
             work_class=EXPENSIVE,
         )
+
+
+async def test_rejection_is_delayed_so_that_immediate_retries_do_not_pile_up(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING_PER_USER", 1)
+    pauses: list[float] = []
+    may_end = asyncio.Event()
+
+    class PausedSleep:
+        """The module's `asyncio`, with a sleep that the test ends."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(asyncio, name)
+
+        async def sleep(self, delay_s: float) -> None:
+            pauses.append(delay_s)
+            await may_end.wait()
+
+    monkeypatch.setattr(module, "asyncio", PausedSleep())
+    database = Database(parse(database_url))
+    started: list[str] = []
+    holders = [Holder(database, "a", started) for _ in range(2)]
+    expensive_work = database.expensive_work
+    await wait_for(lambda: expensive_work.permits.waiting_count == 1 and started == ["a"])
+    rejected = [Holder(database, "a", started) for _ in range(3)]
+    await wait_for(lambda: expensive_work.rejected_count == 3)
+    assert pauses == [module.REJECTION_PAUSE_S] * 3
+    assert expensive_work.permits.waiting_count == 1, "rejected work does not wait for a permit"
+    other = Holder(database, "b", started)
+    await wait_for(lambda: started == ["a", "b"])
+    may_end.set()
+    for holder in rejected:
+        with pytest.raises(Overloaded):
+            await holder.end()
+    for holder in (other, *holders):
+        await holder.end()
+    await database.close()

@@ -24,6 +24,10 @@ MAX_WAITING_PER_USER = 32
 MAX_WAITING = 256
 """Expensive work that may wait, of one user and of all."""
 RETRY_AFTER_S = 1.0
+REJECTION_PAUSE_S = 0.25
+"""Seconds before a call is rejected because too many wait. gRPC takes up one call of a method at a
+time: the calls of clients that retry immediately would always wait there, in front of those of
+other users."""
 
 _SET_LIMITS = sa.select(
     sa.func.set_config("statement_timeout", sa.bindparam("timeout", type_=sa.Text()), True),
@@ -85,7 +89,11 @@ class ExpensiveWork:
         hold = self.permits.hold(owner_id, min(MAX_WAIT_S, wait_until - self._loop.time()))
         try:
             await hold.__aenter__()
-        except (QueueFull, AcquireTimeout):
+        except QueueFull:
+            self.rejected_count += 1
+            await asyncio.sleep(REJECTION_PAUSE_S)
+            raise overloaded_error() from None
+        except AcquireTimeout:
             self.rejected_count += 1
             raise overloaded_error() from None
         try:
