@@ -20,6 +20,14 @@ _document, _chunk = documents.c, document_chunks.c
 ChunkKey = tuple[str, str, int]
 """A chunk: owner id, document id, chunk index."""
 
+# One statement for all chunks: SQLAlchemy and the driver would take 20 ms of the event loop to bind
+# the parameters of 1,000 rows.
+_INSERT = """
+INSERT INTO document_chunks (user_id, document_id, chunk_index, text, vector)
+SELECT $1::uuid, $2::uuid, $3::integer + n - 1, chunk_text, chunk_vector
+FROM unnest($4::text[], $5::bytea[]) WITH ORDINALITY AS c (chunk_text, chunk_vector, n)
+"""
+
 
 class Chunk(NamedTuple):
     """A chunk to store."""
@@ -61,19 +69,16 @@ async def insert_chunks(
         return
     if first_index < 0:
         raise ValueError("the index of a chunk must not be negative")
-    rows: list[dict[str, Any]] = [
-        {
-            "user_id": user_id,
-            "document_id": document_id,
-            "chunk_index": chunk_index,
-            "text": chunk.text,
-            "vector": chunk.vector,
-        }
-        for chunk_index, chunk in enumerate(chunks, first_index)
-    ]
-    for row in rows:
-        check_required(document_chunks, row, is_new=True)
-    await connection.execute(sa.insert(document_chunks), rows)
+    texts = [chunk.text for chunk in chunks]
+    row = {
+        "user_id": user_id,
+        "document_id": document_id,
+        "chunk_index": first_index,
+        "text": None if None in texts else "",
+    }
+    check_required(document_chunks, row, is_new=True)
+    vectors = [chunk.vector for chunk in chunks]
+    await connection.exec_driver_sql(_INSERT, (user_id, document_id, first_index, texts, vectors))
 
 
 async def check_stored_chunks(

@@ -1,4 +1,4 @@
-"""Reads of chunks are bounded by bytes."""
+"""Reads of chunks are bounded by bytes, and all chunks of a request are written together."""
 
 from __future__ import annotations
 
@@ -89,3 +89,28 @@ async def test_repeated_chunks_are_compared_in_the_database(server: Server, chat
     del small.chunks[:]
     small.chunks.append(same)
     await assert_fails(chat.stub.AppendDocumentChunks(small), "ID_TAKEN")
+
+
+async def test_chunks_of_a_request_are_inserted_by_one_statement(
+    server: Server, chat: Chat
+) -> None:
+    """The parameters of 1,000 rows would be bound one by one on the event loop."""
+    document_id = await create_document(chat, 1)
+    chunks = [document_pb2.DocumentChunk(text=f"{index}") for index in range(1, 300)]
+    chunks[7].vector.extend([0.5, 1.0])
+    async with recording(server) as sent:
+        await chat.stub.AppendDocumentChunks(
+            document_pb2.AppendDocumentChunksRequest(
+                user_id=chat.user_id, document_id=document_id, first_index=1, chunks=chunks
+            )
+        )
+    inserts = [statement for statement in sent if "INTO document_chunks" in statement.sql]
+    assert [len(statement.args) for statement in inserts] == [5]
+    stored = await chat.stub.ListDocumentChunks(
+        document_pb2.ListDocumentChunksRequest(
+            user_id=chat.user_id, document_id=document_id, page_size=1000
+        )
+    )
+    assert [(chunk.index, chunk.text) for chunk in stored.chunks[1:]] == [
+        (index, f"{index}") for index in range(1, 300)
+    ]
