@@ -7,6 +7,7 @@ checked only afterwards. These checks end at the first limit.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Generator
 from typing import Any
 
 from buf.validate import validate_pb2
@@ -19,6 +20,8 @@ CHECKED_BYTES = 128 * 1024
 """Smaller messages are parsed without a check: they take at most 5 ms."""
 MAX_FIELDS = 10_000
 """Fields of one message, those of its messages not counted. The limits of the lists are lower."""
+STEP_FIELDS = 4_000
+"""Fields that are looked at between two pauses: 3 to 7 ms of work."""
 MAX_STRUCT_FIELDS = 4 * MAX_VALUES
 """Fields on the wire of a Struct: at most four for a value, with its key."""
 _VISITED_VALUE_BYTES = 16
@@ -48,8 +51,8 @@ def max_items(field: Any) -> int:
     return 1 if field.message_type is not None or field.name == "user_id" else 0
 
 
-def check_message(data: bytes, start: int, end: int, descriptor: Any, path: str) -> None:
-    """Check the lists and Structs of a message.
+def check_message(data: bytes, start: int, end: int, descriptor: Any, path: str) -> Generator[None]:
+    """Check the lists and Structs of a message in steps, and yield where the caller may pause.
 
     Args:
         data: The request.
@@ -63,7 +66,7 @@ def check_message(data: bytes, start: int, end: int, descriptor: Any, path: str)
         MalformedWire: it is not a message.
     """
     if descriptor.full_name == STRUCT:
-        if _has_too_many_fields(data, start, end):
+        if (yield from _has_too_many_fields(data, start, end)):
             raise too_many_values(path)
         return
     counts: Counter[int] = Counter()
@@ -75,7 +78,7 @@ def check_message(data: bytes, start: int, end: int, descriptor: Any, path: str)
                 raise too_many_items(f"{path}.{definition.name}", limit)
             if definition.message_type is not None and field.end - field.start > CHECKED_BYTES:
                 index = f"[{counts[field.number] - 1}]" if definition.is_repeated else ""
-                check_message(
+                yield from check_message(
                     data,
                     field.value_start,
                     field.end,
@@ -84,6 +87,8 @@ def check_message(data: bytes, start: int, end: int, descriptor: Any, path: str)
                 )
         if count == MAX_FIELDS:
             raise MalformedWire
+        if count % STEP_FIELDS == STEP_FIELDS - 1:
+            yield
 
 
 def too_many_items(path: str, limit: int) -> errors.InvalidArgument:
@@ -91,8 +96,8 @@ def too_many_items(path: str, limit: int) -> errors.InvalidArgument:
     return errors.InvalidArgument.field(path, f"must contain no more than {limit} item(s)")
 
 
-def _has_too_many_fields(data: bytes, start: int, end: int) -> bool:
-    """Return whether a Struct has more than MAX_STRUCT_FIELDS fields on the wire.
+def _has_too_many_fields(data: bytes, start: int, end: int) -> Generator[None, None, bool]:
+    """Return whether a Struct has more than MAX_STRUCT_FIELDS fields on the wire, in steps.
 
     Values up to _VISITED_VALUE_BYTES count as one field. It does not recurse, since the nesting of
     the request has not been checked.
@@ -105,6 +110,8 @@ def _has_too_many_fields(data: bytes, start: int, end: int) -> bool:
             count += 1
             if count > MAX_STRUCT_FIELDS:
                 return True
+            if count % STEP_FIELDS == 0:
+                yield
             tag, position = read_varint(data, position)
             wire_type = tag & 7
             if wire_type == 2:  # noqa: PLR2004 - length-delimited

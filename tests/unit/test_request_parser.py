@@ -15,12 +15,13 @@ from service.rpc.convert_structs import MAX_VALUES
 from service.rpc.request_parser import (
     LARGE_REQUEST_BYTES,
     MAX_REQUEST_BYTES,
+    MAX_REQUEST_FIELDS,
     SLICE_BYTES,
     RequestParser,
     ScannedRequest,
 )
 from service.rpc.wire import MalformedWire, delimited, read_fields
-from service.rpc.wire_limits import CHECKED_BYTES, MAX_FIELDS, check_message, max_items
+from service.rpc.wire_limits import CHECKED_BYTES, STEP_FIELDS, check_message, max_items
 
 ID = "0192d3a4-0000-7000-8000-000000000001"
 APPEND = RequestParser(message_pb2.AppendMessagesRequest)
@@ -124,7 +125,7 @@ def test_chunks_are_limited_together() -> None:
 
 def test_request_with_too_many_fields_is_malformed() -> None:
     unknown = b"\x98\x06\x01"  # Field 99, a number.
-    data = unknown * (MAX_FIELDS + 1) + delimited(98, b"x" * LARGE_REQUEST_BYTES)
+    data = unknown * (MAX_REQUEST_FIELDS + 1) + delimited(98, b"x" * LARGE_REQUEST_BYTES)
     assert rejection(APPEND, data).reason == "MALFORMED_REQUEST"
 
 
@@ -255,11 +256,21 @@ async def test_struct_of_the_maximum_number_of_values_is_parsed() -> None:
         assert parsed == message_pb2.AppendMessagesRequest.FromString(data)
 
 
+async def test_check_of_a_long_struct_pauses() -> None:
+    value = delimited(3, b"x" * 20)
+    entry = delimited(1, delimited(1, b"key") + delimited(2, value))
+    struct = entry * 9_000
+    assert len(struct) > CHECKED_BYTES
+    _, pause_count = await parse(APPEND, delimited(3, delimited(7, struct)))
+    # Four fields for each entry: itself, its key, its value, and the text of that.
+    assert pause_count == 1 + 9_000 * 4 // STEP_FIELDS
+
+
 @given(st.binary(max_size=200))
 def test_check_of_arbitrary_bytes_raises_nothing_else(data: bytes) -> None:
     for descriptor in (struct_pb2.Struct.DESCRIPTOR, message_pb2.Message.DESCRIPTOR):
         try:
-            check_message(data, 0, len(data), descriptor, "message")
+            list(check_message(data, 0, len(data), descriptor, "message"))
         except (MalformedWire, InvalidArgument):
             continue
 
