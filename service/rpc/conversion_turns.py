@@ -31,8 +31,7 @@ THREAD_VALUES = 20_000
 """A single message with more JSON values is converted in a thread. Only messages that were stored
 before `convert_structs.MAX_VALUES` became a limit have that number of values."""
 PAUSE_REQUEST_BYTES = 8 * 1024
-"""A message of a request that is larger than this is converted after a pause."""
-
+"""Bytes of a request's messages with parts or metadata that are converted between two pauses."""
 PAUSE_PARTS = 500
 """Parts of a request's messages that are converted between two pauses."""
 

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 MAX_CHUNKS_BYTES = 1024 * 1024
 """Limit of the serialized chunks of one request, added up."""
+PAUSE_NUMBERS = 16 * 1024
+"""Numbers of vectors that are converted between two pauses: one millisecond of work."""
 _WRITABLE = ("title", "source_uri", "mime_type", "metadata")
 
 
@@ -51,7 +53,7 @@ class Documents(Handler):
         document_id = document.id.lower() or new_id()
         values = convert.document_values(document, request.chunks, document_id)
         values["user_id"] = user_id
-        chunks = self._new_chunks(request.chunks)
+        chunks = await self._new_chunks(request.chunks, call)
         row = await self._write_and_wake(
             lambda connection: documents.create(
                 connection, values, chunks, search_enabled=self.search.is_enabled
@@ -66,7 +68,7 @@ class Documents(Handler):
     ) -> document_pb2.AppendDocumentChunksResponse:
         """Append chunks; repeating a request changes nothing."""
         document_id = request.document_id.lower()
-        chunks = self._new_chunks(request.chunks)
+        chunks = await self._new_chunks(request.chunks, call)
         owner_id = await self._writable_owner_id(request.user_id, document_id, call)
         row = await self._write_and_wake(
             lambda connection: documents.append_chunks(
@@ -223,8 +225,10 @@ class Documents(Handler):
         )
         return document_pb2.ListDocumentChunksResponse(chunks=page, next_page_token=next_page_token)
 
-    def _new_chunks(self, chunks: Sequence[document_pb2.DocumentChunk]) -> list[Chunk]:
-        """Convert chunks to store.
+    async def _new_chunks(
+        self, chunks: Sequence[document_pb2.DocumentChunk], call: Call
+    ) -> list[Chunk]:
+        """Convert chunks to store, and pause after each PAUSE_NUMBERS numbers of vectors.
 
         Raises:
             InvalidArgument: together they are too large, or a vector does not fit the index.
@@ -240,7 +244,15 @@ class Documents(Handler):
                     f"chunks[{index}].vector",
                     f"must have {dimensions} dimensions, as the index has",
                 )
-        return [convert.new_chunk(chunk) for chunk in chunks]
+        new_chunks: list[Chunk] = []
+        number_count = 0
+        for chunk in chunks:
+            number_count += len(chunk.vector)
+            if number_count > PAUSE_NUMBERS:
+                await self.conversions.pause(call.owner_id, call.deadline)
+                number_count = 0
+            new_chunks.append(convert.new_chunk(chunk))
+        return new_chunks
 
     async def _writable_owner_id(self, user_id: str, document_id: str, call: Call) -> str:
         """Return the owner of a document that the caller may write.

@@ -89,7 +89,7 @@ class Messages(Handler):
         new_messages: list[NewMessage] = []
         session_id = request.session_id.lower()
         reader = StructReader()
-        part_count = 0
+        part_count = step_bytes = 0
         for index, message in enumerate(request.messages):
             field = f"messages[{index}]"
             if message.session_id:
@@ -100,9 +100,11 @@ class Messages(Handler):
                 raise InvalidArgument.field(f"{field}.id", "is used twice in this request")
             ids.add(message_id)
             part_count += len(message.parts)
-            if part_count > PAUSE_PARTS or message.ByteSize() > PAUSE_REQUEST_BYTES:
+            if message.parts or message.HasField("metadata"):
+                step_bytes += message.ByteSize()
+            if part_count > PAUSE_PARTS or step_bytes > PAUSE_REQUEST_BYTES:
                 await self.conversions.pause(owner_id, deadline)
-                part_count = 0
+                part_count = step_bytes = 0
             new_messages.append(convert.new_message(message, message_id, field, reader))
         return new_messages
 
