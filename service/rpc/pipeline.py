@@ -13,14 +13,13 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
 import grpc
-import protovalidate
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
-from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import aio
 from grpc._cython.cygrpc import (  # type: ignore[import-not-found]
@@ -37,11 +36,11 @@ from service.rpc.audit import AuditTrail
 from service.rpc.byte_budget import ByteBudget
 from service.rpc.call import UNCOUNTED_BYTES, Call, StreamMethod, UnaryMethod
 from service.rpc.conversion_turns import ConversionTurns
-from service.rpc.convert_structs import STRUCT
 from service.rpc.method_policies import POLICIES, Access
 from service.rpc.receiving import RequestReceiver
 from service.rpc.request_parser import RequestParser, ScannedRequest
 from service.rpc.unread_replies import UnreadReplies
+from service.rpc.validation import RequestValidator
 from service.store.db.db_errors import to_service_error
 from service.telemetry.exceptions import locations
 from service.telemetry.metrics import CallObserver
@@ -49,11 +48,6 @@ from service.telemetry.metrics import CallObserver
 _log = structlog.get_logger(__name__)
 
 Context = aio.ServicerContext[Any, Any]
-
-SMALL_REQUEST_BYTES = 2 * 1024
-"""Larger requests that are invalid may have too many violations to collect."""
-MAX_COUNTED_ELEMENTS = 1_000
-"""Elements of a larger request up to which all its violations are collected."""
 
 
 class Pipeline:
@@ -93,7 +87,7 @@ class Pipeline:
         self._unread = unread or UnreadReplies(budget, lambda _connections: None)
         self._observe = observe
         self._audit = audit
-        self._validator = protovalidate.Validator()
+        self._validator = RequestValidator()
         self._turns = ConversionTurns()
         self._loop = asyncio.get_running_loop()
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_a_disconnect)
@@ -158,13 +152,10 @@ class Pipeline:
                 )
                 n_bytes = len(data)
                 if n_bytes > UNCOUNTED_BYTES:
-                    call.charge(n_bytes)
                     data = b""  # No longer needed, and large.
-                    if isinstance(request, ScannedRequest):
-                        request = await request.parse(
-                            lambda: self._turns.pause(owner_id, call.deadline)
-                        )
-                check(request, caller, n_bytes)
+                    request = await self._check_large(name, request, call, n_bytes)
+                else:
+                    check(request, caller)
                 if remaining_s is not None:  # gRPC itself enforces the client's deadline.
                     reply = await method(request, call)
                 else:
@@ -219,7 +210,7 @@ class Pipeline:
                 deadline = self._loop.time() + (context.time_remaining() or self._call_timeout_s)
                 call = Call(caller, deadline, _owner_id(caller, request), self._budget, context)
                 with self._streams.admitted(call.owner_id, call.connection):
-                    check(request, caller, len(data))
+                    check(request, caller)
                     try:
                         async with aclosing(method(request, call)) as replies:
                             async for reply in replies:
@@ -252,58 +243,42 @@ class Pipeline:
         if n_bytes:
             call.release(n_bytes)
 
-    def _request_check(self, name: str) -> Callable[[Any, Caller, int], None]:
-        """Return a function that checks a request: that it is allowed and valid.
-
-        It takes the request, the caller and the size of the request in bytes.
-        """
+    def _request_check(self, name: str) -> Callable[[Any, Caller], None]:
+        """Return a function that checks a small request: that it is allowed and valid."""
         validate = self._validator.validate
-        authorise = self._authorisation(name)
 
-        def check(request: Any, caller: Caller, size_bytes: int) -> None:
-            if caller.user_id is not None:  # A service may act for every user.
-                authorise(request, caller)
-            try:
-                if size_bytes <= SMALL_REQUEST_BYTES:
-                    validate(request)
-                else:
-                    self._validate_large(request)
-            except protovalidate.ValidationError as error:
-                violations = tuple(map(_field_violation, error.violations))
-                raise errors.InvalidArgument.fields(violations) from None
+        def check(request: Any, caller: Caller) -> None:
+            if caller.user_id is not None:
+                self._authorise(name, request, caller)
+            validate(request)
 
         return check
 
-    def _validate_large(self, request: Any) -> None:
-        """Validate a request, and stop at the first violation if it has many elements.
-
-        Each violation takes longer than the validation of many elements.
+    async def _check_large(self, name: str, request: Any, call: Call, n_bytes: int) -> Any:
+        """Check a large request as `_request_check` does, in turns with others; return it parsed.
 
         Raises:
-            protovalidate.ValidationError: the request is invalid.
+            Overloaded: the budget has no room for its bytes.
         """
+        call.charge(n_bytes)
+        pause = partial(self._turns.pause, call.owner_id, call.deadline)
+        if isinstance(request, ScannedRequest):
+            request = await request.parse(pause)
+        if call.caller.user_id is not None:
+            self._authorise(name, request, call.caller)
+        await self._validator.validate_in_turns(request, pause)
+        return request
+
+    def _authorise(self, name: str, request: Any, caller: Caller) -> None:
+        """Reject a request that a user may not send; a service may act for every user."""
         try:
-            self._validator.validate(request, fail_fast=True)
-        except protovalidate.ValidationError:
-            if _count_elements(request) > MAX_COUNTED_ELEMENTS:
-                raise
-            self._validator.validate(request)
-
-    def _authorisation(self, name: str) -> Callable[[Any, Caller], None]:
-        """Return a function that rejects the requests that a user may not send."""
-        is_service_only = POLICIES[name].access is Access.SERVICE_ONLY
-
-        def authorise(request: Any, caller: Caller) -> None:
-            try:
-                if is_service_only:
-                    caller.require_service()
-                caller.resolve_user_id(getattr(request, "user_id", ""))
-            except errors.PermissionDenied as error:
-                if self._audit is not None:
-                    self._audit.record_denial(name, request, caller, error)
-                raise
-
-        return authorise
+            if POLICIES[name].access is Access.SERVICE_ONLY:
+                caller.require_service()
+            caller.resolve_user_id(getattr(request, "user_id", ""))
+        except errors.PermissionDenied as error:
+            if self._audit is not None:
+                self._audit.record_denial(name, request, caller, error)
+            raise
 
     async def _abort(
         self, name: str, context: Context, error: BaseException, started: float
@@ -362,40 +337,11 @@ def _owner_id(caller: Caller, request: Any) -> str:
     return caller.user_id or getattr(request, "user_id", "") or ""
 
 
-def _count_elements(message: Message) -> int:
-    """Count the elements of the lists in a message, and stop beyond MAX_COUNTED_ELEMENTS."""
-    count = 0
-    for field, value in message.ListFields():
-        is_struct = field.message_type is not None and field.message_type.full_name == STRUCT
-        if is_struct or (field.message_type is None and not field.is_repeated):
-            continue
-        items = value if field.is_repeated else (value,)
-        count += len(items)
-        if field.message_type is not None:
-            for item in items:
-                if count > MAX_COUNTED_ELEMENTS:
-                    break
-                count += _count_elements(item)
-    return count
-
-
 def _parse_small(parse: Callable[[bytes], Any], data: bytes) -> Any:
     """Parse the request of a stream, which is kept while the stream is open."""
     if len(data) > UNCOUNTED_BYTES:
         raise errors.TooLarge(f"the request of a stream may have at most {UNCOUNTED_BYTES} bytes")
     return parse(data)
-
-
-def _field_violation(violation: protovalidate.Violation) -> errors.FieldViolation:
-    proto = violation.proto
-    path = ""
-    for element in proto.field.elements if proto.field else ():
-        path += f".{element.field_name}" if path else element.field_name
-        if element.subscript is not None:
-            path += f"[{element.subscript.value}]"
-    if proto.rule_id == "string.not_contains":
-        return errors.FieldViolation(path, "must not contain NUL")
-    return errors.FieldViolation(path, proto.message or proto.rule_id)
 
 
 def _internal_error(name: str, error: BaseException) -> errors.ServiceError:

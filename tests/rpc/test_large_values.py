@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from buf.validate import validate_pb2
-from chathistory.v1 import export_pb2, message_pb2
+from chathistory.v1 import document_pb2, export_pb2, message_pb2
 from google.protobuf.descriptor import Descriptor
 
-from service.rpc import conversion_turns, convert
+from service.rpc import conversion_turns, convert, convert_documents, validation
 from service.rpc.convert_structs import MAX_DEPTH, MAX_REQUEST_VALUES, MAX_VALUES
 from service.rpc.servicer import DESCRIPTOR
 from service.rpc.wire import delimited
@@ -381,6 +381,82 @@ async def test_large_request_with_an_invalid_element_names_one_violation(chat: C
     parts = [message_pb2.Part() for _ in range(64)]
     messages = [new_message("x", parts=parts) for _ in range(100)]
     await assert_field_violations(chat.start(messages), "messages[0].parts[0].kind")
+
+
+async def test_large_request_is_validated_in_different_turns(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    pause = conversion_turns.ConversionTurns.pause
+    split = validation._split
+
+    def recorded(request: Any) -> Any:
+        for path, message in split(request):
+            counts[-1] += len(getattr(message, "parts", ()))
+            yield path, message
+
+    async def recorded_pause(*args: Any) -> None:
+        await pause(*args)
+        counts.append(0)
+
+    monkeypatch.setattr(validation, "_split", recorded)
+    monkeypatch.setattr(conversion_turns.ConversionTurns, "pause", recorded_pause)
+    counts.append(0)
+    await chat.start([new_message("x", parts=[{"text": "y"}] * 64) for _ in range(100)])
+    assert sum(counts) == 6400
+    # The message after which a pause is due has been yielded before it.
+    assert counts[0] <= validation.FIRST_STEP_MESSAGES + 64
+    assert max(counts) <= validation.STEP_MESSAGES + 64
+
+
+async def test_vectors_are_converted_in_different_turns(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    pause = conversion_turns.ConversionTurns.pause
+    new_chunk = convert_documents.new_chunk
+
+    def recorded(chunk: Any) -> Any:
+        sizes[-1] += len(chunk.vector)
+        return new_chunk(chunk)
+
+    async def recorded_pause(*args: Any) -> None:
+        sizes.append(0)
+        await pause(*args)
+
+    monkeypatch.setattr(convert_documents, "new_chunk", recorded)
+    monkeypatch.setattr(conversion_turns.ConversionTurns, "pause", recorded_pause)
+    sizes.append(0)
+    chunks = [document_pb2.DocumentChunk(text="x", vector=[0.5] * 1_000) for _ in range(200)]
+    request = document_pb2.CreateDocumentRequest(
+        user_id=chat.user_id, document=document_pb2.Document(), chunks=chunks
+    )
+    assert (await chat.stub.CreateDocument(request)).document.chunk_count == 200
+    assert sum(sizes) == 200_000
+    assert max(sizes) <= 16 * 1024 + 1_000
+
+
+async def test_messages_with_metadata_are_converted_in_different_turns(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    pause = conversion_turns.ConversionTurns.pause
+    new_row = convert.new_message
+
+    def recorded(*args: Any) -> Any:
+        sizes[-1] += args[0].ByteSize()
+        return new_row(*args)
+
+    async def recorded_pause(*args: Any) -> None:
+        sizes.append(0)
+        await pause(*args)
+
+    monkeypatch.setattr(convert, "new_message", recorded)
+    monkeypatch.setattr(conversion_turns.ConversionTurns, "pause", recorded_pause)
+    sizes.append(0)
+    await chat.start([new_message("x", metadata={"k": numbers(400)}) for _ in range(100)])
+    assert sum(sizes) > 400_000
+    assert max(sizes) <= 2 * conversion_turns.PAUSE_REQUEST_BYTES
 
 
 async def test_request_with_few_large_elements_names_every_violation(chat: Chat) -> None:
