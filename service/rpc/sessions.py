@@ -110,6 +110,7 @@ class Sessions(Handler):
         """Delete a session with its messages; many messages are deleted in slices."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
+        self.appender.contention.add_session((user_id, session_id))
         await self.delete_in_slices(message_slices(user_id, session_id), user_id, call)
         was_deleted = await self.database.write(
             lambda connection: sessions.delete(

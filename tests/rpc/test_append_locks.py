@@ -5,6 +5,7 @@ import asyncio
 import asyncpg
 import pytest
 
+from service.server import Server
 from tests.support import failures
 from tests.support.chat import Chat
 
@@ -49,6 +50,15 @@ async def test_append_that_waits_for_a_delete_is_not_found(chat: Chat, database_
             asyncio.create_task(failures.failure_of(chat.append(session.id, f"{n}")))
             for n in range(3)
         ]
-        await asyncio.sleep(2)  # Each attempt waits 75 ms for the lock.
+        await asyncio.sleep(2)  # Each attempt waits up to 75 ms for the lock.
     await deleter.close()
     assert {failure.reason for failure in await asyncio.gather(*waiting)} == {"SESSION_NOT_FOUND"}
+
+
+async def test_deleted_session_takes_its_next_appends_apart(chat: Chat, server: Server) -> None:
+    """A shared statement would wait for the deletion with the appends of other users."""
+    deleted, other = await chat.create_session(), await chat.create_session()
+    await chat.delete_session(deleted.id)
+    contention = server.appender.contention
+    assert contention.covers((chat.user_id, deleted.id))
+    assert not contention.covers((chat.user_id, other.id))

@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 
-from service.store.append.appender import Appender
+from service.store.append.appender import (
+    MAX_APART_STATEMENTS,
+    MAX_APART_STATEMENTS_PER_USER,
+    Appender,
+)
 from service.store.append.request import Append, Appended, NewMessage
 from service.store.db.database import Database
 from service.store.db.dsn import parse
 from tests.support.appends import new_message, new_user
 from tests.support.chat import new_id
+from tests.support.cluster import connected_to
 from tests.support.history import read_valid_history
 
 KIB = 1024
@@ -240,3 +245,56 @@ async def test_few_appends_of_many_users_share_one_statement(users: Users) -> No
     users.database.opened.set()
     await asyncio.gather(first, *appends)
     assert [len(batch.sizes) for batch in users.database.batches] == [1, 64]
+
+
+async def test_appends_to_a_session_that_is_being_deleted_share_no_statement(users: Users) -> None:
+    """The appender knows of the deletion, so that not even the first statement waits for it."""
+    session_id = new_id()
+    users.appender.contention.add_session((users.attacker_id, session_id))
+    appends = users.attack(8, SMALL, session_id=session_id)
+    appends += [users.start(users.user_id, SMALL) for _ in range(8)]
+    await users.settle()
+    users.database.opened.set()
+    await asyncio.gather(*appends)
+    assert all(len(set(batch.owner_ids)) == 1 for batch in users.database.batches)
+
+
+async def test_user_whose_session_stays_locked_shares_no_more_statements(users: Users) -> None:
+    """Another replica holds the lock: one shared statement waits for it, and no later one."""
+    users.database.opened.set()
+    locked = new_id()
+    await users.start(users.attacker_id, SMALL, session_id=locked)
+    async with connected_to(users.url) as holder, holder.transaction():
+        await holder.execute("SELECT FROM chat_sessions WHERE id = $1 FOR UPDATE", locked)
+        waiting = users.start(users.attacker_id, SMALL, session_id=locked)
+        await users.start(users.user_id, SMALL)
+        while not users.appender.contention.covers((users.attacker_id, locked)):
+            await asyncio.sleep(0.01)
+        del users.database.batches[:]
+        other_session = users.start(users.attacker_id, SMALL)
+        await asyncio.gather(users.start(users.user_id, SMALL), other_session)
+    await waiting
+    await asyncio.gather(users.start(users.attacker_id, SMALL), users.start(users.user_id, SMALL))
+    assert not users.appender.contention.covers((users.user_id, new_id()))
+    assert all(len(set(batch.owner_ids)) == 1 for batch in users.database.batches)
+
+
+async def test_locked_sessions_of_a_user_have_few_statements_in_flight(users: Users) -> None:
+    users.appender.contention.add_user(users.attacker_id)
+    appends = users.attack(12, SMALL)
+    await users.settle()
+    assert len(users.database.batches) == MAX_APART_STATEMENTS_PER_USER < MAX_APART_STATEMENTS
+    users.database.opened.set()
+    await asyncio.gather(*appends)
+
+
+async def test_contention_is_forgotten(users: Users, monkeypatch: pytest.MonkeyPatch) -> None:
+    contention = users.appender.contention
+    contention.add_session((users.attacker_id, new_id()))
+    monkeypatch.setattr("service.store.append.contention.CONTENTION_S", -1.0)
+    key = (users.user_id, new_id())
+    contention.add_session(key)
+    assert not contention.covers(key)
+    contention._ends = dict.fromkeys(contention._ends, 0.0)
+    contention.add_user(users.user_id)
+    assert len(contention) == 0

@@ -9,7 +9,6 @@ import pytest
 
 from service.errors import Conflict, NotFound, Unavailable
 from service.store.append.recovery import (
-    MAX_SHARED_ATTEMPTS,
     Action,
     FailedBatch,
     decide,
@@ -17,11 +16,8 @@ from service.store.append.recovery import (
 )
 from service.store.db.db_errors import Failure
 
-ONE_ITEM = FailedBatch(
-    Failure.FATAL, None, item_count=1, session_count=1, attempts=1, is_apart=False
-)
-ONE_SESSION = ONE_ITEM._replace(item_count=3)
-TWO_SESSIONS = ONE_ITEM._replace(item_count=3, session_count=2)
+ONE_ITEM = FailedBatch(Failure.FATAL, None, item_count=1, attempts=1, is_apart=False)
+ITEMS = ONE_ITEM._replace(item_count=3)
 
 LOST = {"failure": Failure.LOST, "sqlstate": "57P01"}
 REFUSED = {"failure": Failure.REFUSED}
@@ -32,44 +28,42 @@ NO_CONTENT = {"sqlstate": "23502"}
 LOCKED = {"failure": Failure.LOCKED, "sqlstate": "55P03"}
 NO_USER = {"sqlstate": "23503"}
 SECOND = {"attempts": 2}
-LAST_SHARED = {"attempts": MAX_SHARED_ATTEMPTS}
-BEYOND_SHARED = {"attempts": MAX_SHARED_ATTEMPTS + 1}
 APART = {"is_apart": True}
 
 TABLE = {
-    "no caller waits": (TWO_SESSIONS, LOST | {"item_count": 0, "session_count": 0}, Action.NOTHING),
-    "connection lost": (TWO_SESSIONS, LOST, Action.WAIT_FOR_DATABASE),
-    "connection refused": (TWO_SESSIONS, REFUSED, Action.WAIT_FOR_DATABASE),
-    "connection lost, one item, late": (ONE_ITEM, LOST | BEYOND_SHARED, Action.WAIT_FOR_DATABASE),
-    "duplicate id, first attempt": (TWO_SESSIONS, DUPLICATE, Action.LOOK_UP),
+    "no caller waits": (ITEMS, LOST | {"item_count": 0}, Action.NOTHING),
+    "connection lost": (ITEMS, LOST, Action.WAIT_FOR_DATABASE),
+    "connection lost, apart": (ITEMS, LOST | APART, Action.WAIT_FOR_DATABASE),
+    "connection refused": (ITEMS, REFUSED, Action.WAIT_FOR_DATABASE),
+    "connection lost, one item, late": (ONE_ITEM, LOST | SECOND, Action.WAIT_FOR_DATABASE),
+    "duplicate id, first attempt": (ITEMS, DUPLICATE, Action.LOOK_UP),
     "duplicate id, one item, first attempt": (ONE_ITEM, DUPLICATE, Action.LOOK_UP),
-    "duplicate id, second attempt": (TWO_SESSIONS, DUPLICATE | SECOND, Action.RUN_SESSIONS_APART),
-    "duplicate id, one session": (ONE_SESSION, DUPLICATE | SECOND, Action.RUN_ITEMS_ALONE),
-    "duplicate id, one item": (ONE_ITEM, DUPLICATE | SECOND, Action.LOOK_UP_AND_RETRY),
-    "deadlock": (TWO_SESSIONS, DEADLOCK, Action.RETRY),
-    "deadlock, last shared attempt": (TWO_SESSIONS, DEADLOCK | LAST_SHARED, Action.RETRY),
-    "deadlock, beyond": (TWO_SESSIONS, DEADLOCK | BEYOND_SHARED, Action.RUN_SESSIONS_APART),
-    "deadlock, one session, beyond": (ONE_SESSION, DEADLOCK | BEYOND_SHARED, Action.RETRY),
-    "session deleted": (TWO_SESSIONS, SESSION_DELETED, Action.RETRY),
-    "session deleted, beyond": (
-        TWO_SESSIONS,
-        SESSION_DELETED | BEYOND_SHARED,
-        Action.RUN_SESSIONS_APART,
+    "duplicate id, second attempt": (ITEMS, DUPLICATE | SECOND, Action.RUN_SESSIONS_APART),
+    "duplicate id, one item, second": (ONE_ITEM, DUPLICATE | SECOND, Action.RUN_SESSIONS_APART),
+    "duplicate id, apart": (ITEMS, DUPLICATE | SECOND | APART, Action.RUN_ITEMS_ALONE),
+    "duplicate id, apart, one item": (
+        ONE_ITEM,
+        DUPLICATE | SECOND | APART,
+        Action.LOOK_UP_AND_RETRY,
     ),
-    "session deleted, one item, beyond": (ONE_ITEM, SESSION_DELETED | BEYOND_SHARED, Action.RETRY),
+    "deadlock": (ITEMS, DEADLOCK, Action.RUN_SESSIONS_APART),
+    "deadlock, one item": (ONE_ITEM, DEADLOCK, Action.RUN_SESSIONS_APART),
+    "deadlock, apart": (ITEMS, DEADLOCK | SECOND | APART, Action.RETRY),
+    "session deleted": (ITEMS, SESSION_DELETED, Action.RUN_SESSIONS_APART),
+    "session deleted, one item": (ONE_ITEM, SESSION_DELETED, Action.RUN_SESSIONS_APART),
+    "session deleted, apart": (ITEMS, SESSION_DELETED | SECOND | APART, Action.RETRY),
     "NULL in a NOT NULL column": (ONE_ITEM, NO_CONTENT, Action.FAIL),
-    "locked": (TWO_SESSIONS, LOCKED, Action.RUN_SESSIONS_APART),
-    "locked, one session": (ONE_SESSION, LOCKED, Action.RUN_SESSIONS_APART),
+    "locked": (ITEMS, LOCKED, Action.RUN_SESSIONS_APART),
     "locked, one item": (ONE_ITEM, LOCKED, Action.RUN_SESSIONS_APART),
-    "locked, apart": (ONE_SESSION, LOCKED | APART, Action.RUN_ITEMS_ALONE),
+    "locked, apart": (ITEMS, LOCKED | APART, Action.RUN_ITEMS_ALONE),
     "locked, apart, one item": (ONE_ITEM, LOCKED | APART, Action.RETRY),
-    "no such user": (TWO_SESSIONS, NO_USER, Action.RUN_SESSIONS_APART),
-    "no such user, one session": (ONE_SESSION, NO_USER, Action.RUN_ITEMS_ALONE),
+    "no such user": (ITEMS, NO_USER, Action.RUN_SESSIONS_APART),
+    "no such user, apart": (ITEMS, NO_USER | APART, Action.RUN_ITEMS_ALONE),
     "no such user, one item": (ONE_ITEM, NO_USER, Action.FAIL),
     "no such user, one item, apart": (ONE_ITEM, NO_USER | APART, Action.FAIL),
     "defect": (ONE_ITEM, {}, Action.FAIL),
     "statement cancelled": (ONE_ITEM, {"failure": Failure.CANCELLED}, Action.FAIL),
-    "bad data": (TWO_SESSIONS, {"failure": Failure.BAD_DATA}, Action.RUN_SESSIONS_APART),
+    "bad data": (ITEMS, {"failure": Failure.BAD_DATA}, Action.RUN_SESSIONS_APART),
 }
 
 

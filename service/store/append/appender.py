@@ -5,7 +5,9 @@ arrive while its statement is in flight are sent together in the next one. Sessi
 lanes by a hash, so that two lanes of a process never wait for the same session.
 
 A session *runs apart*, in a lane of its own, while its row is locked or a large item is in its
-queue. Others then wait for neither. If the queue of a lane exceeds one batch, users take turns.
+queue. Others then wait for neither. It also runs apart for some seconds after it was deleted here,
+or after another writer has delayed its user again (`contention.py`). If the queue of a lane exceeds
+one batch, users take turns.
 
 This is correct under READ COMMITTED, with any number of writers and replicas, for these reasons:
 
@@ -39,6 +41,7 @@ from collections.abc import Callable, Iterable
 from service.errors import Conflict, Unavailable
 from service.store.append import batches, recovery, sql
 from service.store.append.batches import LARGE_ITEM_BYTES, in_turns, take_batch
+from service.store.append.contention import Contention
 from service.store.append.recovery import Action, final_error
 from service.store.append.request import Append, Appended, Key, apply_stored, find_refusal
 from service.store.db.batch_window import BatchWindow
@@ -54,10 +57,14 @@ from service.store.db.fair_semaphore import FairSemaphore
 from service.store.db.hot_pool import Record, Statement
 from service.store.session_tombstones import TombstonePurger, find_tombstones
 
-LOCK_TIMEOUT = "75ms"
-"""Time that a statement waits for a locked session before that session runs apart."""
+LOCK_TIMEOUT = "25ms"
+"""Time that a shared statement waits for a locked session before its sessions run apart."""
+APART_LOCK_TIMEOUT = "75ms"
+"""The same for the statement of a session that runs apart, which is then repeated."""
 MAX_APART_STATEMENTS = 4
 """Concurrent statements of sessions that run apart, except those with a large item."""
+MAX_APART_STATEMENTS_PER_USER = 2
+"""Those of one user, whose sessions may all be locked."""
 MAX_LARGE_STATEMENTS = 1
 """Concurrent statements with a large item."""
 MAX_LOST_RACES = 8
@@ -83,9 +90,12 @@ class Appender:
             else (sql.APPEND, sql.APPEND_DERIVED)
         )
         self.tombstones = TombstonePurger(database)
+        self.contention = Contention()
         self._lanes = [_Lane(self) for _ in range(lanes)]
         self._apart: dict[Key, _Lane] = {}
-        self._apart_permits = FairSemaphore(MAX_APART_STATEMENTS)
+        self._apart_permits = FairSemaphore(
+            MAX_APART_STATEMENTS, max_held_per_owner=MAX_APART_STATEMENTS_PER_USER
+        )
         self._large_permits = FairSemaphore(MAX_LARGE_STATEMENTS)
         self.on_appended: Callable[[str, str], None] = lambda _user_id, _session_id: None
         """Called after each commit, with the user and the session that were appended to."""
@@ -133,8 +143,8 @@ class Appender:
         self._apart.pop(key, None)
 
     def is_apart(self, key: Key) -> bool:
-        """Whether the session has a lane of its own."""
-        return key in self._apart
+        """Whether the session has a lane of its own, or must get one."""
+        return key in self._apart or self.contention.covers(key)
 
     @property
     def queued_count(self) -> int:
@@ -264,7 +274,8 @@ class _Lane:
             return
         has_derived_ids = any(item.has_derived_id for item in batch)
         statement = self._appender.statement_for(has_derived_ids=has_derived_ids)
-        arguments = sql.append_arguments(batch, LOCK_TIMEOUT, has_derived_ids=has_derived_ids)
+        lock_timeout = LOCK_TIMEOUT if self._key is None else APART_LOCK_TIMEOUT
+        arguments = sql.append_arguments(batch, lock_timeout, has_derived_ids=has_derived_ids)
         for item in batch:
             item.attempts += 1
         try:
@@ -324,7 +335,6 @@ class _Lane:
             classify(error),
             sqlstate(error),
             item_count=len(batch),
-            session_count=len({item.key for item in batch}),
             attempts=max((item.attempts for item in batch), default=0),
             is_apart=self._key is not None,
         )
@@ -375,6 +385,7 @@ class _Lane:
         self, batch: list[Append], error: BaseException, *, look_up_first: bool = False
     ) -> None:
         """Requeue a batch that lost a race, except for items that have lost too many, and pause."""
+        self._appender.contention.add_user(batch[0].key[0])
         now = self._loop.time()
         for item in batch:
             item.lost_races += sqlstate(error) != LOCK_NOT_AVAILABLE

@@ -23,8 +23,6 @@ from service.store.db.db_errors import (
 
 SESSION_DELETED = DIVISION_BY_ZERO
 """The error that the statement causes where a session was deleted between snapshot and lock."""
-MAX_SHARED_ATTEMPTS = 3
-"""Contended attempts of a batch before its sessions run apart, as one may conflict each time."""
 
 
 class Action(Enum):
@@ -55,7 +53,6 @@ class FailedBatch(NamedTuple):
     sqlstate: str | None
     item_count: int
     """Items whose callers still wait."""
-    session_count: int
     attempts: int
     """The most attempts that any of its items has had, this one included."""
     is_apart: bool
@@ -64,19 +61,19 @@ class FailedBatch(NamedTuple):
 
 def decide(batch: FailedBatch) -> Action:
     """Return what to do with the items of a failed statement."""
-    is_single_session = batch.session_count == 1
     if batch.item_count == 0:
         return Action.NOTHING
     if batch.failure in (Failure.LOST, Failure.REFUSED):
         return Action.WAIT_FOR_DATABASE
     if batch.sqlstate == UNIQUE_VIOLATION and batch.attempts <= 1:
         return Action.LOOK_UP
-    if _is_contention(batch) and (is_single_session or batch.attempts <= MAX_SHARED_ATTEMPTS):
-        return Action.RETRY
-    # A session whose row is locked waits in a lane of its own: here it would delay the sessions
-    # that follow it.
-    if not is_single_session or (batch.sqlstate == LOCK_NOT_AVAILABLE and not batch.is_apart):
+    is_contended = _is_contention(batch)
+    is_delayed = is_contended or batch.sqlstate in (UNIQUE_VIOLATION, LOCK_NOT_AVAILABLE)
+    # Immediately: waits, pauses and statements of one item would delay those that follow.
+    if not batch.is_apart and (batch.item_count > 1 or is_delayed):
         return Action.RUN_SESSIONS_APART
+    if is_contended:
+        return Action.RETRY
     if batch.item_count > 1:
         return Action.RUN_ITEMS_ALONE
     if batch.sqlstate == UNIQUE_VIOLATION:
