@@ -50,7 +50,6 @@ Hold = Annotated[
 
 def main() -> None:
     """Run the command line."""
-    hostile.add_command(app, console, _run)
     app(prog_name="python -m benchmarks")
 
 
@@ -71,6 +70,9 @@ def _run(command: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         console.print("stopped")
         raise typer.Exit(130) from None
+
+
+hostile.add_command(app, console, _run)
 
 
 @app.command("all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,10 @@ NOT_RUN: dict[tuple[str, str], str] = {
         "docs/explanation/stability.md",
         "make soak                          # five minutes of load and a minute idle",
     ): ("tests/soak/test_soak.py::test_mixed_load_under_faults_has_no_problems"),
+    (
+        "docs/explanation/stability.md",
+        "make hostile                                # 300 attacks, about 20 minutes",
+    ): ("tests/docs/test_examples.py::test_the_command_of_hostile_attacks_has_these_options"),
     ("README.md", "make test"): _TARGETS,
     ("README.md", "pip install 'chathistory-service[auth,embedded,search]'"): _INSTALL,
     ("docs/how-to/fastapi.md", "pip install chathistory-client"): _CLIENT_INSTALL,
@@ -157,6 +162,21 @@ def test_the_commands_of_the_benchmarks_have_these_options() -> None:
         result = CliRunner().invoke(cli.app, [*command, "--help"])
         assert result.exit_code == 0, result.output
     assert commands
+
+
+def test_the_command_of_hostile_attacks_has_these_options() -> None:
+    dry_run = subprocess.run(
+        ["make", "-n", "hostile", "SEED=2", "ATTACKS=60", "SOAK=1800"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    options = dry_run.replace("\\\n", " ").partition("-m benchmarks")[2].split()
+    assert {"2", "60", "1800"} <= set(options)
+    for arguments in (options, ["hostile", "--only", "resets"]):
+        result = CliRunner().invoke(cli.app, [*arguments, "--help"])
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

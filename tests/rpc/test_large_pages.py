@@ -158,6 +158,8 @@ async def test_large_page_needs_room_in_the_budget_and_a_small_one_does_not(
     theirs = (await other.create_session()).id
     for _ in range(4):
         await other.append(theirs, [new_message("x" * 200_000)])
+    while server.budget.held:  # Of the appends, until gRPC has sent the replies.
+        await asyncio.sleep(0.01)
     # Beyond seven eighths, all calls of the user are rejected.
     monkeypatch.setattr(server.budget, "per_user", 4 * 1024 * 1024)
     held_bytes = server.budget.per_user * 7 // 8
