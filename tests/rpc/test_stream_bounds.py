@@ -81,9 +81,8 @@ async def test_unread_streams_hold_a_bounded_part_of_the_budget_and_wait_in_the_
         )
         async with unread(open_stream, STREAMS) as streams:
             async with asyncio.timeout(30):
-                while not server.budget.waiting_count:
+                while not server.budget.waiting_count or server.streams.in_flight < STREAMS:
                     await asyncio.sleep(0.01)
-            assert server.streams.in_flight == STREAMS
             # Streams that wait in the database keep no other call out, not even the user's own.
             assert len((await chat.page(session_id, page_size=5)).messages) == 5
             theirs = await other.start(new_messages(3))
