@@ -49,6 +49,9 @@ from service.telemetry.metrics import CounterSource, Metrics
 
 HOT_METHODS = ("AppendMessages", "GetContext", "ListMessages")
 """Methods whose calls gRPC queues apart from those of the others."""
+GC_THRESHOLDS = (10_000, 10, 10)
+"""A call allocates about 200 objects that a collection traverses and that form no cycle: the default
+of 700 costs 2% of the processor time of an append."""
 REFUSE_BEFORE_CLOSE_S = 0.5
 """Seconds to keep rejecting new calls and flushing replies before the connections are closed.
 
@@ -128,6 +131,7 @@ class Server:
         self.address = settings.listen
         """Address the server listens on; after `start` with the actual port."""
         self._servers: list[tuple[aio.Server, int]] = []
+        self._gc_thresholds = gc.get_threshold()
 
     async def start(self) -> None:
         """Listen. Calls are served as soon as the database responds and its schema fits.
@@ -157,6 +161,7 @@ class Server:
         # Objects that live as long as the process need not be traversed by every collection.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         self.readiness.request_probe()
         self.search.start()
         self.loop_monitor.start()
@@ -232,6 +237,7 @@ class Server:
         if self.metrics:
             self.metrics.close()
         gc.unfreeze()
+        gc.set_threshold(*self._gc_thresholds)
 
     def _create_search(self) -> AnySearch:
         if self.settings.search == "off":

@@ -97,7 +97,13 @@ def _frozen_imports() -> Generator[None]:
         patch.setattr(
             server_module,
             "gc",
-            SimpleNamespace(collect=lambda: 0, freeze=lambda: None, unfreeze=lambda: None),
+            SimpleNamespace(
+                collect=lambda: 0,
+                freeze=lambda: None,
+                unfreeze=lambda: None,
+                get_threshold=gc.get_threshold,
+                set_threshold=lambda *_thresholds: None,
+            ),
         )
         yield
     gc.unfreeze()
