@@ -50,8 +50,8 @@ from service.telemetry.metrics import CounterSource, Metrics
 HOT_METHODS = ("AppendMessages", "GetContext", "ListMessages")
 """Methods whose calls gRPC queues apart from those of the others."""
 GC_THRESHOLDS = (10_000, 10, 10)
-"""A call allocates about 200 objects that a collection traverses and that form no cycle: the default
-of 700 costs 2% of the processor time of an append."""
+"""A call allocates many objects that a collection traverses, and that form no cycle. With the
+default of 700, collections take 2% of the processor time of an append."""
 REFUSE_BEFORE_CLOSE_S = 0.5
 """Seconds to keep rejecting new calls and flushing replies before the connections are closed.
 

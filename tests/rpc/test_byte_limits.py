@@ -154,6 +154,7 @@ async def test_reply_of_a_write_is_never_rejected_since_the_write_is_committed(
     await until(lambda: not server.budget.held)
 
 
+@pytest.mark.faults
 async def test_connection_whose_client_does_not_read_is_closed(
     server: Server, chat: Chat, caplog: pytest.LogCaptureFixture
 ) -> None:

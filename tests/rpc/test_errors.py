@@ -146,6 +146,7 @@ async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
         await connection.close()
 
 
+@pytest.mark.faults
 async def test_append_to_a_session_that_stays_locked_is_contention(
     chat: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +230,7 @@ async def test_call_to_a_draining_server_is_unavailable(chat: Chat, server: Serv
         assert (failure.code, failure.retry_after is not None) == (StatusCode.UNAVAILABLE, True)
 
 
+@pytest.mark.faults
 async def test_call_is_unavailable_during_an_outage_and_served_after_it(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,7 @@ async def test_server_starts_without_a_database_and_becomes_ready(database_url: 
             await probe.becomes(True)
 
 
+@pytest.mark.faults
 async def test_readiness_follows_a_restart_of_postgres_under_traffic() -> None:
     """A PostgreSQL of its own is stopped (57P01 on every connection) and started again."""
     with Cluster() as cluster:
@@ -211,6 +212,7 @@ async def test_readiness_follows_a_restart_of_postgres_under_traffic() -> None:
                         await asyncio.sleep(0.1)
 
 
+@pytest.mark.faults
 @pytest.mark.case(n=12)
 async def test_readiness_follows_a_silent_outage_under_traffic(database_url: str) -> None:
     """No connection is refused and none is answered; the server recovers automatically."""
@@ -230,6 +232,7 @@ async def test_readiness_follows_a_silent_outage_under_traffic(database_url: str
                 await chat.start()
 
 
+@pytest.mark.faults
 @pytest.mark.case(n=12)
 @pytest.mark.parametrize("deadline_of", ["client", "server"])
 async def test_calls_end_at_their_deadline_during_a_silent_outage(
@@ -386,6 +389,7 @@ async def probed(probe: Probe, chat: Chat, before: SentStatements, seconds: floa
     watch.cancel()
 
 
+@pytest.mark.faults
 async def test_locked_rows_do_not_end_readiness(database_url: str, cluster: Cluster) -> None:
     """Every connection of a small pool waits for a locked row, but the database answers."""
     async with (

@@ -343,6 +343,7 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
     return int(pool.checkedin())
 
 
+@pytest.mark.faults
 @pytest.mark.case(n=5)
 @pytest.mark.timeout(300)
 async def test_cancelling_five_hundred_calls_leaks_no_connection(

@@ -212,6 +212,7 @@ async def test_service_searches_by_the_endpoints_vectors(
         await wait_for_status(library, late.id, INDEXED)
 
 
+@pytest.mark.faults
 async def test_rejected_text_fails_alone_and_is_retried_at_the_next_start(
     database_url: str,
     endpoint: EmbeddingsEndpoint,
@@ -260,6 +261,7 @@ async def test_rejected_text_fails_alone_and_is_retried_at_the_next_start(
         assert await fetch(database_url, "SELECT FROM search_outbox") == []
 
 
+@pytest.mark.faults
 async def test_overloaded_endpoint_is_retried_with_back_off_and_stays_healthy(
     database_url: str, endpoint: EmbeddingsEndpoint, remote_embeddings: dict[str, Any]
 ) -> None:

@@ -106,6 +106,7 @@ async def test_searches_whose_callers_are_gone_are_not_computed(
     assert len(model.computed("abandoned")) <= computed_count + 2
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(180)
 async def test_text_that_ends_the_search_process_is_blocked_and_the_rest_is_indexed(
     server: Server,

@@ -83,6 +83,7 @@ async def test_abandoned_queries_are_not_computed(
     assert model.computed("last query") == ["last query"]
 
 
+@pytest.mark.faults
 async def test_query_that_is_abandoned_while_it_is_computed_keeps_its_turn(
     process: SearchProcess, embeddings: OfflineEmbeddings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ async def test_query_that_is_abandoned_while_it_is_computed_keeps_its_turn(
     assert process.restart_count == 1
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("mark", [CRASH, HANG])
 async def test_query_that_ends_the_process_twice_is_blocked_and_others_are_served(
     process: SearchProcess,
