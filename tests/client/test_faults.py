@@ -33,7 +33,8 @@ async def proxied(proxy: Proxy) -> AsyncGenerator[ChatHistoryClient]:
         yield opened
 
 
-@pytest.mark.parametrize("size", [10, 240_000], ids=["small", "large"])
+# A request beyond 64 KiB would wait for the server's window, which the proxy holds back, too.
+@pytest.mark.parametrize("size", [10, 14_000], ids=["small", "large"])
 async def test_append_with_a_lost_reply_is_retried_and_stored_once(
     client: ChatHistoryClient, proxied: ChatHistoryClient, proxy: Proxy, owner: str, size: int
 ) -> None:
