@@ -8,7 +8,7 @@ from service.rpc.request_parser import MAX_REQUEST_BYTES
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_PENDING_CALLS = 8192
-MAX_DEALLOCATING_STREAMS = 128
+MAX_DEALLOCATING_STREAMS = 1000
 """Finished calls of a connection whose memory is not released yet."""
 WINDOW_BYTES = 64 * 1024
 """Bytes of a request that a client may send before the service reads it."""

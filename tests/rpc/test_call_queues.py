@@ -15,7 +15,7 @@ from tests.support.raw_http2 import RawConnection
 from tests.support.servers import connected, serving
 
 CONNECTIONS, CALLS_PER_CONNECTION = 10, 190
-RESETS = 3000
+RESETS = 6000
 
 
 async def test_hot_calls_do_not_wait_behind_a_flood_of_other_calls(database_url: str) -> None:
