@@ -70,10 +70,7 @@ async def run() -> None:
         # uvicorn handles the signals while it serves, and raises them again afterwards, when the
         # service must still be stopped. From here on a signal only ends the chatbot.
         _on_stop_signals(lambda: setattr(chatbot, "should_exit", True))
-        print(
-            f"\n  the chatbot is at http://{settings.listen}  (Ctrl-C stops everything)\n",
-            flush=True,
-        )
+        chatbot.announcement = f"\n  {chatbot.announcement}  (Ctrl-C stops everything)\n"
         await chatbot.serve()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import uvicorn
 
 from .app import create_app
@@ -11,10 +13,22 @@ STREAM_GRACE_S = 3
 """Seconds that open streams get at shutdown; partial answers are stored afterwards."""
 
 
-def create_server(settings: Settings) -> uvicorn.Server:
-    """Return a uvicorn server of the application, not started yet."""
+class Server(uvicorn.Server):
+    """A uvicorn server that prints its address once it listens."""
+
+    announcement = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        await super().startup(sockets)
+        if self.started:
+            print(self.announcement, flush=True)
+
+
+def create_server(settings: Settings) -> Server:
+    """Return a server of the application, not started yet."""
     host, _, port = settings.listen.rpartition(":")
-    return uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             create_app(settings),
             host=host.strip("[]"),
@@ -24,10 +38,10 @@ def create_server(settings: Settings) -> uvicorn.Server:
             proxy_headers=True,
         )
     )
+    server.announcement = f"the chatbot is at http://{settings.listen}"
+    return server
 
 
 def serve() -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    settings = Settings()
-    print(f"the chatbot is at http://{settings.listen}")
-    create_server(settings).run()
+    create_server(Settings()).run()
