@@ -53,13 +53,19 @@ demo: install ## run the service and the example chatbot, with sample documents;
 
 .PHONY: test
 test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
-	$(BIN)/pytest -n $(TEST_WORKERS) -m 'not faults' $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) -m 'not faults and not examples' $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: install ## run the long tests: faults, outages, the browser, all RPCs through PgBouncer
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m faults $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,\
-		$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal --through pgbouncer tests/rpc)
+test-faults: install ## run the long tests: faults, outages, hostile requests
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m 'faults and not examples' $(PYTEST_ARGS)
+
+.PHONY: test-examples
+test-examples: install ## run the examples: of the documentation, the chatbot in a browser, Node
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m examples $(PYTEST_ARGS)
+
+.PHONY: test-poolers
+test-poolers: install ## run the tests of all RPCs through PgBouncer
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal --through pgbouncer tests/rpc $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: install ## measure the service and its baselines; QUICK=1: two minutes, docs/ unchanged

@@ -67,15 +67,22 @@ def pytest_configure(config: pytest.Config) -> None:
         remove_abandoned_clusters()
 
 
-LONG = ("chatbot", "faults", "security")
-"""Folders that `make test-faults` runs, so that `make test` ends within five minutes."""
+SUITES = {
+    "chatbot": pytest.mark.examples,
+    "docs": pytest.mark.examples,
+    "faults": pytest.mark.faults,
+    "node": pytest.mark.examples,
+    "security": pytest.mark.faults,
+}
+"""Folders that targets of their own run, so that `make test` ends within five minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the long folders, except the quick ones that must check every change."""
+    """Mark the tests of these folders, except the quick ones that must check every change."""
     for item in items:
-        if item.path.parent.name in LONG and not item.get_closest_marker("quick"):
-            item.add_marker(pytest.mark.faults)
+        mark = SUITES.get(item.path.parent.name)
+        if mark is not None and not item.get_closest_marker("quick"):
+            item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)

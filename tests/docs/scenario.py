@@ -29,7 +29,6 @@ Directives, in a comment `<!-- example: NAME=VALUE … -->` directly before the 
 - `role=NAME`: the role that runs SQL.
 - `migration`: Python that is the body of a migration, with Alembic's `op`.
 - `setup=NAME,…`: what must exist before: see `_SETUPS`.
-- `slow`: leave the page to `make test-faults`.
 """
 
 from __future__ import annotations

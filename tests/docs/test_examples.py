@@ -100,9 +100,8 @@ def _scenarios() -> list[object]:
         for title in titles:
             own = [fence for fence in fences if fence.tab in ("", title)]
             if own:
-                marks = [pytest.mark.faults] if any("slow" in f.directives for f in own) else []
-                if any(fence.language in _NODE for fence in own):
-                    marks.append(pytest.mark.network)
+                needs_node = any(fence.language in _NODE for fence in own)
+                marks = [pytest.mark.network] if needs_node else []
                 name = f"{page}[{title}]" if title else page
                 parameters.append(pytest.param(own, id=name, marks=marks))
     return parameters

@@ -47,7 +47,7 @@ def test_fences_in_tabs_and_lists_are_found_with_their_directives(tmp_path: Path
 
         === "TypeScript"
 
-            <!-- example: slow -->
+            <!-- example: output -->
 
             ```ts title="chatbot.ts"
             let x = 1;
@@ -64,13 +64,13 @@ def test_fences_in_tabs_and_lists_are_found_with_their_directives(tmp_path: Path
         (5, "python", "", {"file": "a.py", "input": "you> "}),
         (13, "sh", "Python", {}),
         (19, "json", "Python", {}),
-        (27, "ts", "TypeScript", {"slow": ""}),
+        (27, "ts", "TypeScript", {"output": ""}),
         (33, "yaml", "", {}),
     ]
 
 
 def test_a_directive_belongs_to_the_fence_directly_after_it(tmp_path: Path) -> None:
-    [fence] = parse(tmp_path, "<!-- example: slow -->\n\nText.\n\n```sh\ntrue\n```\n")
+    [fence] = parse(tmp_path, "<!-- example: output -->\n\nText.\n\n```sh\ntrue\n```\n")
     assert fence.directives == {}
 
 

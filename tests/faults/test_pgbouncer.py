@@ -1,6 +1,6 @@
 """A transaction pooler between the service and PostgreSQL: few connections, outages, migrations.
 
-`make test-faults` also runs all of tests/rpc through it (`pytest --through pgbouncer tests/rpc`).
+`make test-poolers` runs all of tests/rpc through it (`pytest --through pgbouncer tests/rpc`).
 """
 
 from __future__ import annotations
