@@ -30,6 +30,11 @@ LONG_VALUE_CHARACTERS = 256
 THREAD_VALUES = 20_000
 """A single message with more JSON values is converted in a thread. Only messages that were stored
 before `convert_structs.MAX_VALUES` became a limit have that number of values."""
+PAUSE_TURNS = 16
+"""Turns of the loop between two steps: a small call takes about that many until its reply. With a
+step in each turn, it would wait for as many steps. An idle loop makes them in 0.1 milliseconds."""
+MAX_PAUSE_S = 0.005
+"""Seconds after which the next step starts in any case: a busy loop is shared equally."""
 PAUSE_REQUEST_BYTES = 8 * 1024
 """Bytes of a request's messages with parts or metadata that are converted between two pauses."""
 PAUSE_PARTS = 500
@@ -66,7 +71,11 @@ class ConversionTurns:
         """
         try:
             async with self._turnstile.hold(owner_id, deadline - self._loop.time()):
-                await asyncio.sleep(0)
+                closes_at = self._loop.time() + MAX_PAUSE_S
+                for _ in range(PAUSE_TURNS):
+                    await asyncio.sleep(0)
+                    if self._loop.time() > closes_at:
+                        break
         except AcquireTimeout:
             raise _deadline_exceeded() from None
 
