@@ -22,6 +22,8 @@ from service.store import tables
 from tests.cli.conftest import Command, Start
 from tests.support.cluster import fetch
 
+pytestmark = pytest.mark.faults  # Processes start and stop.
+
 SECRET = "s3cret"
 READY = "Ctrl-C"
 MAX_IDLE_RESIDENT_KB = 130_000

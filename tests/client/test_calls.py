@@ -126,6 +126,7 @@ async def test_unavailable_call_is_attempted_five_times(
     assert len(attempts) == 5
 
 
+@pytest.mark.faults
 async def test_call_to_draining_replica_is_repeated_until_it_is_accepted_or_times_out(
     client: ChatHistoryClient, owner: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,6 +284,7 @@ async def test_calls_end_at_their_deadline_during_a_silent_outage(
                 await asyncio.sleep(0.05)
 
 
+@pytest.mark.faults
 async def test_database_check_of_an_idle_service_makes_a_round_trip(database_url: str) -> None:
     async with (
         postgres_proxy(database_url) as (proxy, url),
@@ -320,6 +321,7 @@ async def test_concurrent_database_checks_share_one_round_trip(
     assert len(sent.so_far()) == together, "fifty checks cost as much as one"
 
 
+@pytest.mark.faults
 async def test_health_watch_sends_every_change(database_url: str) -> None:
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.refuse_connections()
@@ -360,6 +362,7 @@ async def test_open_health_watch_does_not_delay_shutdown(database_url: str) -> N
             await stopping
 
 
+@pytest.mark.faults
 async def test_probes_of_an_idle_service_send_no_statement(
     probe: Probe, chat: Chat, cluster: Cluster, database_url: str
 ) -> None:

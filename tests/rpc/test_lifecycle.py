@@ -27,6 +27,8 @@ from tests.support.servers import ServerProcess, channel, connected, serving, ta
 from tests.support.servers import settings as server_settings
 from tests.support.statements import database_name
 
+pytestmark = pytest.mark.faults  # Servers start and stop.
+
 
 class Writer:
     """Appends messages to a session of its own, and records the acknowledged ones."""

@@ -20,6 +20,8 @@ from tests.support.cluster import Cluster
 from tests.support.servers import channel, connected, serving
 from tests.support.statements import SentStatements, database_name
 
+pytestmark = pytest.mark.faults  # Locks are waited for.
+
 BLOCKED = 40
 TIMEOUT_S = 10.0
 """For calls that do not need the row: much longer than they take, shorter than the row is held."""

@@ -16,6 +16,8 @@ from tests.support.cluster import Cluster
 from tests.support.servers import channel
 from tests.support.statements import SentStatements
 
+pytestmark = pytest.mark.faults  # An idle service is observed.
+
 
 @pytest.mark.parametrize(
     "seconds", [4, pytest.param(60, marks=[pytest.mark.faults, pytest.mark.timeout(150)])]

@@ -13,6 +13,8 @@ from tests.support.appends import new_message, new_user, stores
 from tests.support.chat import new_id
 from tests.support.proxy import postgres_proxy
 
+pytestmark = pytest.mark.faults  # Outages take seconds.
+
 OUTAGE_S = 4.0
 LANES = 2
 

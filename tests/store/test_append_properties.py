@@ -182,7 +182,7 @@ _commit_failures = given(
     kind=st.sampled_from(["40001", "40P01", "terminate"]),
     counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
 )
-test_append_whose_commit_fails_is_retried = settings(max_examples=25)(
+test_append_whose_commit_fails_is_retried = settings(max_examples=10)(
     _commit_failures(_fails_at_its_commit)
 )
 test_append_whose_commit_fails_is_retried_at_length = _at_length(
@@ -258,7 +258,7 @@ _losses = given(
     bursts=_bursts(st.one_of(_adds, _adds, _leaving), 8),
     cuts=st.lists(_cuts, min_size=3, max_size=3),
 )
-test_append_with_a_lost_connection_is_stored_once = settings(max_examples=25)(
+test_append_with_a_lost_connection_is_stored_once = settings(max_examples=10)(
     _losses(_lost_on_the_way)
 )
 test_append_with_a_lost_connection_is_stored_once_at_length = _at_length(

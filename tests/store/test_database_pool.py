@@ -81,6 +81,7 @@ async def test_pool_uses_the_last_used_connection_first(database_url: str) -> No
     await database.close()
 
 
+@pytest.mark.faults
 async def test_connection_older_than_recycle_is_replaced(database_url: str) -> None:
     database = Database(parse(database_url), recycle_s=3)
     first = await database.read(backend, owner_id=OWNER, deadline=soon())
