@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from functools import partial
 
 import grpc
 import structlog
@@ -22,6 +23,7 @@ from service.auth.authenticators import trust_all
 from service.auth.tls import Certificates
 from service.config import BadConfiguration, Settings, split_address
 from service.rpc import connections
+from service.rpc.accepting import create_server, waiting_count
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
 from service.rpc.byte_budget import ByteBudget
@@ -47,7 +49,12 @@ from service.store.watch import WatchHub
 from service.telemetry.loop_monitor import LoopMonitor
 from service.telemetry.metrics import CounterSource, Metrics
 
-HOT_METHODS = ("AppendMessages", "GetContext", "ListMessages")
+OWN_QUEUES = frozenset(
+    {
+        "/grpc.health.v1.Health/Check",
+        *(f"/{SERVICE}/{name}" for name in ("AppendMessages", "GetContext", "ListMessages")),
+    }
+)
 """Methods whose calls gRPC queues apart from those of the others."""
 GC_THRESHOLDS = (10_000, 10, 10)
 """A call allocates many objects that a collection traverses, and that form no cycle. With the
@@ -117,7 +124,7 @@ class Server:
             settings.max_bytes_per_user,
             settings.max_bytes_per_connection,
         )
-        self.receiver = RequestReceiver()
+        self.receiver = RequestReceiver(calls=self.calls)
         self.unread_replies = UnreadReplies(self.budget, self._close_peers)
         self.connection_limit = ConnectionLimit(
             max(1, connection_count(settings.max_connections) // 2)
@@ -146,7 +153,8 @@ class Server:
             handshake_timeout_s=self.handshake_timeout_s,
             idle_timeout_s=self.idle_timeout_s,
         )
-        server = aio.server(options=options)
+        server = create_server(options, OWN_QUEUES)
+        self.receiver.untaken_count = partial(waiting_count, server)
         self._add_services(server)
         self.address, port = _listen(server, settings.listen, self.certificates)
         self._servers.append((server, port))
@@ -192,11 +200,8 @@ class Server:
         )
         handlers = pipeline.handlers(DESCRIPTOR, servicer)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        # gRPC takes up one call of each registered method, and one of all others, in a turn of the
-        # event loop. Without a queue of their own, the calls of a chat wait behind a flood of other
-        # calls, even of rejected ones. Each further method costs every call a little.
         server.add_registered_method_handlers(  # type: ignore[attr-defined] # missing in the stubs
-            SERVICE, {name: handlers[name] for name in HOT_METHODS}
+            SERVICE, handlers
         )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (

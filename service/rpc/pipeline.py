@@ -83,7 +83,7 @@ class Pipeline:
         self._streams = streams
         self._budget = budget
         self._call_timeout_s = call_timeout_s
-        self._receiver = receiver or RequestReceiver()
+        self._receiver = receiver or RequestReceiver(calls=calls)
         self._unread = unread or UnreadReplies(budget, lambda _connections: None)
         self._observe = observe
         self._audit = audit
@@ -175,6 +175,7 @@ class Pipeline:
 
     def _end_call(self, call: Call) -> None:
         self._calls.leave(call.owner_id)
+        self._receiver.call_ended()
         self._unread.remove(call)
         if call.held_bytes:
             call.release(call.held_bytes)

@@ -3,12 +3,17 @@
 gRPC keeps a whole request in memory before a method sees it, and admission cannot know a request's
 size or, when a service calls, its user. Until a call reads its request, the client may only send
 the first bytes of it (`server_options.WINDOW_BYTES`).
+
+A user's large requests are also paced: receiving and parsing them takes more time than all that a
+chat does, even if they are rejected afterwards.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -30,8 +35,30 @@ RECEIVE_TIMEOUT_S = 30.0
 """Time in which a request must arrive."""
 CONTENDED_TIMEOUT_S = 2.0
 """The same while calls of a caller who receives less wait for a permit."""
-MAX_WAITING = 1024
+USER_PERMITS = 4
+"""Requests of one user that are received at the same time. A service may have more."""
+MAX_QUEUED_PER_USER = 16
+"""Calls of a user that may wait before the user's requests are received one by one. Such a flood
+must wait here, where users take turns, and not in gRPC, where its calls precede those of others."""
+MAX_CALLS_PER_USER = 64
+"""Calls of one user in flight, except streams. The replies to more of them, which may be sent
+together, would bring as many new calls at the same time."""
+MAX_UNTAKEN = 8
+"""Calls that wait to be taken up, above which a flood waits: others' calls may be among them."""
+BACKLOG_PAUSE_S = 0.02
+"""Seconds between two calls of a flood during that time. It takes a quarter of the time to take a
+call up that it takes to reject it."""
+_BACKLOG_INTERVAL_S = 0.002
+MAX_WAITING = 4096
 """Calls that wait for a permit. Each may hold `server_options.WINDOW_BYTES`."""
+PACED_BYTES = 64 * 1024
+"""Requests of a user that are larger count for the user's pace."""
+USER_BYTES_PER_SECOND = 16 * 1024 * 1024
+"""Bytes that a user may send in requests of this size."""
+PACE_BURST_S = 0.25
+"""Seconds of this pace that a user may be ahead: one request of the greatest size."""
+FAILED_BYTES = USER_BYTES_PER_SECOND // 4
+"""Bytes for which a request counts that was not received: gRPC may have decompressed megabytes."""
 _SWEEP_INTERVAL_S = 1.0
 
 Context = aio.ServicerContext[Any, Any]
@@ -42,7 +69,8 @@ class RequestReceiver:
 
     A caller may receive as many requests as there are free permits: one alone uses half of them,
     and there are always some left for others. A user counts as one caller on all connections, and
-    a service as one on each connection.
+    a service as one on each connection. A user has USER_PERMITS at most, and one after a large
+    request.
     """
 
     def __init__(
@@ -50,15 +78,30 @@ class RequestReceiver:
         permit_count: int = PERMIT_COUNT,
         timeout_s: float = RECEIVE_TIMEOUT_S,
         contended_timeout_s: float = CONTENDED_TIMEOUT_S,
+        calls: Admission | None = None,
     ) -> None:
-        """Set the limits."""
+        """Set the limits.
+
+        Args:
+            permit_count: Requests that are received at the same time.
+            timeout_s: Time in which a request must arrive.
+            contended_timeout_s: The same while callers who receive less wait.
+            calls: Knows the calls in flight, for the limit of each user.
+        """
         self.permit_count = permit_count
         self._timeout_s = timeout_s
         self._contended_timeout_s = contended_timeout_s
         self._uncontended_count = permit_count // 2
+        self._calls = calls or Admission(0)
+        self.untaken_count: Callable[[], int] = lambda: 0
+        """Returns how many calls of one method wait to be taken up."""
+        self._next_of_flood_at = 0.0
         self._receipts: set[_Receipt] = set()
         self._queues: OrderedDict[str, deque[_Receipt]] = OrderedDict()
         """The waiting calls of each caller; the caller in front is next."""
+        self._paces: dict[str, float] = {}
+        """When each user who has sent a large request may send the next request."""
+        self._pace_timer: asyncio.TimerHandle | None = None
         self._waiting = Admission(MAX_WAITING)
         self._expired_count = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -90,17 +133,28 @@ class RequestReceiver:
         """
         receipt = _Receipt(context, caller, self._loop.time())
         # Up to this number every caller has a permit, so that most calls need no further check.
-        if self._queues or len(self._receipts) >= self._uncontended_count:
+        is_busy = (
+            self._queues
+            or self._paces
+            or len(self._receipts) >= USER_PERMITS
+            or self._calls.in_flight >= MAX_CALLS_PER_USER
+        )
+        if is_busy and self._must_wait(receipt):
             await self._wait_for_permit(receipt)
         else:
             self._receipts.add(receipt)
         if self._sweep_timer is None:
             self._sweep_timer = self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep)
+        n_bytes = FAILED_BYTES
         try:
             data = await context.read()
             receipt.is_received = True
+            if data is not EOF:
+                n_bytes = len(data)
         finally:
             self._receipts.discard(receipt)
+            if n_bytes > PACED_BYTES and caller.user_id is not None:
+                self._pace(caller.user_id, n_bytes)
             if self._queues:
                 self._grant()
         if data is EOF:
@@ -109,20 +163,48 @@ class RequestReceiver:
             )
         return data  # type: ignore[no-any-return]
 
+    def _must_wait(self, receipt: _Receipt) -> bool:
+        user_id = receipt.user_id
+        return (
+            bool(self._queues)
+            or len(self._receipts) >= self._uncontended_count
+            or user_id in self._paces
+            or (
+                user_id is not None
+                and (
+                    self._calls.in_flight_of(user_id) >= MAX_CALLS_PER_USER
+                    or self._counts()[user_id] >= USER_PERMITS
+                )
+            )
+        )
+
+    def call_ended(self) -> None:
+        """Let calls of the user start whose calls in flight were too many."""
+        if self._queues:
+            self._grant()
+
+    def _pace(self, user_id: str, n_bytes: int) -> None:
+        """Count a large request of a user."""
+        earliest = self._loop.time() - PACE_BURST_S
+        starts_at = max(self._paces.get(user_id, earliest), earliest)
+        self._paces[user_id] = starts_at + n_bytes / USER_BYTES_PER_SECOND
+
     async def _wait_for_permit(self, receipt: _Receipt) -> None:
         key = receipt.key
         self._waiting.enter(key)
         permit = receipt.permit
-        self._queues.setdefault(key, deque()).append(receipt)
+        queue = self._queues.setdefault(key, deque())
+        queue.append(receipt)
         try:
-            self._grant()
+            if len(queue) == 1:  # Otherwise the call before it waits for a time or an event.
+                self._grant()
             await permit
         except asyncio.CancelledError:
             self._receipts.discard(receipt)
-            if queue := self._queues.get(key):
+            if remaining := self._queues.get(key):
                 with suppress(ValueError):
-                    queue.remove(receipt)
-                if not queue:
+                    remaining.remove(receipt)
+                if not remaining:
                     del self._queues[key]
             self._grant()
             raise
@@ -133,16 +215,54 @@ class RequestReceiver:
         """Grant permits to callers in rotation, while there are some for them."""
         counts = self._counts()
         free_count = self.permit_count - counts.total()
-        for key in list(self._queues):
+        now = self._loop.time()
+        resumes_at = math.inf
+        for key, queue in list(self._queues.items()):
             if counts[key] >= free_count:
+                continue
+            starts_at = self._starts_at(queue, counts[key], now)
+            if starts_at > now:
+                resumes_at = min(resumes_at, starts_at)
                 continue
             receipt = self._next_of(key)
             if receipt is not None:
                 self._receipts.add(receipt)
                 counts[key] += 1
                 free_count -= 1
-                receipt.started_at = self._loop.time()
+                receipt.started_at = now
                 receipt.permit.set_result(None)
+        if self._pace_timer is not None:
+            self._pace_timer.cancel()
+            self._pace_timer = None
+        if resumes_at < math.inf:
+            self._pace_timer = self._loop.call_at(resumes_at, self._grant)
+
+    def _starts_at(self, queue: deque[_Receipt], count: int, now: float) -> float:
+        """Return when a caller's next call may start.
+
+        Args:
+            queue: The caller's waiting calls.
+            count: The caller's requests that are being received.
+            now: The time.
+
+        Returns:
+            The time; infinity for the end of another call of the caller.
+        """
+        user_id = queue[0].user_id
+        if user_id is None:
+            return now
+        paced_until = self._paces.get(user_id)
+        if paced_until is not None and paced_until > now:
+            return paced_until
+        is_flood = paced_until is not None or len(queue) > MAX_QUEUED_PER_USER
+        max_count = 1 if is_flood else USER_PERMITS
+        if count >= max_count or self._calls.in_flight_of(user_id) >= MAX_CALLS_PER_USER:
+            return math.inf
+        if is_flood:
+            if now < self._next_of_flood_at and self.untaken_count() > MAX_UNTAKEN:
+                return now + _BACKLOG_INTERVAL_S
+            self._next_of_flood_at = now + BACKLOG_PAUSE_S
+        return now
 
     def _next_of(self, key: str) -> _Receipt | None:
         """Take the first call of a caller's queue that still waits; the caller becomes the last."""
@@ -167,10 +287,16 @@ class RequestReceiver:
                 message = f"the request did not arrive within {self._timeout_s:g} s"
                 self._expire(receipt, errors.DeadlineExceeded(message))
         self._expire_for_waiting(now)
+        self._paces = {
+            user_id: starts_at
+            for user_id, starts_at in self._paces.items()
+            if starts_at > now - PACE_BURST_S
+        }
         if self._queues:
             self._grant()
+        is_used = self._receipts or self._paces
         self._sweep_timer = (
-            self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep) if self._receipts else None
+            self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep) if is_used else None
         )
 
     def _expire_for_waiting(self, now: float) -> None:
@@ -199,9 +325,10 @@ class RequestReceiver:
         task.add_done_callback(self._aborts.discard)
 
     def close(self) -> None:
-        """Stop the timer."""
-        if self._sweep_timer is not None:
-            self._sweep_timer.cancel()
+        """Stop the timers."""
+        for timer in (self._sweep_timer, self._pace_timer):
+            if timer is not None:
+                timer.cancel()
 
 
 class _Receipt:
@@ -216,6 +343,11 @@ class _Receipt:
         self._permit: asyncio.Future[None] | None = None
         self._caller = caller
         self._key = ""
+
+    @property
+    def user_id(self) -> str | None:
+        """The user who calls; None for a service."""
+        return self._caller.user_id
 
     @property
     def permit(self) -> asyncio.Future[None]:

@@ -1,26 +1,37 @@
-"""Receiving of requests, in races that a client cannot cause on purpose."""
+"""Receiving of requests: who waits, and races that a client cannot cause on purpose."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
+import pytest
 from grpc import aio
+from grpc._cython.cygrpc import EOF  # type: ignore[import-not-found]
 
 from service.auth.caller import Caller
+from service.rpc import receiving
 from service.rpc.receiving import RequestReceiver
 
 USER_ID = "0192d3a4-0000-7000-8000-000000000001"
+OTHER_ID = "0192d3a4-0000-7000-8000-000000000002"
 
 
 class FakeContext:
     """The context of a call whose request arrives when the test says so."""
 
-    def __init__(self) -> None:
-        self.request: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    def __init__(self, peer: str = "") -> None:
+        self.request: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.is_aborted = False
+        self.is_read = False
+        self._peer = peer
 
-    async def read(self) -> bytes:
+    def peer(self) -> str:
+        return self._peer
+
+    async def read(self) -> Any:
+        self.is_read = True
         data = await self.request
         if self.is_aborted:
             raise aio.AbortError
@@ -62,3 +73,119 @@ async def test_call_that_is_ended_before_its_request_arrives_is_not_served() -> 
     context, result = await expired_while_arriving(arrives_first=False)
     assert isinstance(result, aio.AbortError)
     assert context.is_aborted
+
+
+class Callers:
+    """Calls to one receiver, whose requests arrive when the test says so."""
+
+    def __init__(self) -> None:
+        self.receiver = RequestReceiver()
+        self.tasks: list[asyncio.Task[bytes]] = []
+
+    async def start(self, user_id: str | None, count: int = 1) -> list[FakeContext]:
+        """Start calls of a user, or of a service, and let them read if they may."""
+        contexts: list[Any] = [FakeContext(f"ipv4:{user_id}") for _ in range(count)]
+        for context in contexts:
+            received = self.receiver.receive(context, Caller(user_id=user_id))
+            self.tasks.append(asyncio.create_task(received))
+        await turn()
+        return contexts
+
+    async def send(self, user_id: str | None, n_bytes: int) -> None:
+        """Send a request that is received immediately."""
+        [context] = await self.start(user_id)
+        assert context.is_read
+        context.request.set_result(bytes(n_bytes))
+        await turn()
+
+    async def end(self) -> None:
+        """Cancel the calls that are left."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.receiver.close()
+
+
+@pytest.fixture
+async def callers() -> AsyncGenerator[Callers]:
+    callers = Callers()
+    yield callers
+    await callers.end()
+
+
+async def turn() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def read_count(contexts: list[FakeContext]) -> int:
+    return sum(context.is_read for context in contexts)
+
+
+async def test_user_who_has_sent_large_requests_waits_and_others_do_not(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    await callers.send(USER_ID, receiving.PACED_BYTES + 1)
+    waiting = await callers.start(USER_ID, 3)
+    assert read_count(waiting) == 0
+    assert read_count(await callers.start(OTHER_ID)) == 1
+    callers.receiver._paces[USER_ID] = 0
+    callers.receiver._grant()
+    await turn()
+    assert read_count(waiting) == 1, "after a large request they are received one by one"
+
+
+async def test_burst_and_small_requests_are_not_paced(callers: Callers) -> None:
+    await callers.send(USER_ID, receiving.USER_BYTES_PER_SECOND // 8)
+    for _ in range(100):
+        await callers.send(USER_ID, receiving.PACED_BYTES)
+
+
+async def test_service_is_not_paced(callers: Callers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    for _ in range(3):
+        await callers.send(None, receiving.PACED_BYTES + 1)
+
+
+async def test_waiting_calls_are_received_once_the_pace_allows(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "PACE_BURST_S", 0)
+    n_bytes = receiving.PACED_BYTES + 1
+    for _ in range(3):
+        [context] = await callers.start(USER_ID)
+        while not context.is_read:
+            await asyncio.sleep(0.001)
+        context.request.set_result(bytes(n_bytes))
+        await turn()
+    assert [len(task.result()) for task in callers.tasks] == [n_bytes] * 3
+
+
+async def test_request_that_fails_to_arrive_counts_as_a_large_one(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRPC decompresses a request before it finds that it is too large."""
+    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    [context] = await callers.start(USER_ID)
+    context.request.set_result(EOF)
+    await turn()
+    assert read_count(await callers.start(USER_ID)) == 0
+
+
+async def test_pace_is_forgotten_once_it_is_over(callers: Callers) -> None:
+    await callers.send(USER_ID, receiving.PACED_BYTES + 1)
+    callers.receiver._paces[USER_ID] -= 1
+    callers.receiver._sweep()
+    assert not callers.receiver._paces
+
+
+async def test_flood_of_a_user_is_received_one_by_one(callers: Callers) -> None:
+    few = await callers.start(USER_ID, receiving.USER_PERMITS + 2)
+    assert read_count(few) == receiving.USER_PERMITS
+    many = await callers.start(USER_ID, receiving.MAX_QUEUED_PER_USER)
+    for context in few[: receiving.USER_PERMITS]:
+        context.request.set_result(b"request")
+        await turn()
+    assert read_count([*few, *many]) == receiving.USER_PERMITS + 1
+    assert read_count(await callers.start(OTHER_ID)) == 1
