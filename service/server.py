@@ -124,7 +124,7 @@ class Server:
             settings.max_bytes_per_user,
             settings.max_bytes_per_connection,
         )
-        self.receiver = RequestReceiver(calls=self.calls)
+        self.receiver = RequestReceiver()
         self.unread_replies = UnreadReplies(self.budget, self._close_peers)
         self.connection_limit = ConnectionLimit(
             max(1, connection_count(settings.max_connections) // 2)
@@ -221,13 +221,16 @@ class Server:
         self.readiness.drain()
         await asyncio.sleep(self.settings.shutdown_delay)
         self.calls.is_draining = self.streams.is_draining = True
-        # An open stream would otherwise use up the grace period.
-        self.watchers.close()
-        await self._drain_calls(loop.time() + self.settings.shutdown_grace)
-        self.health.close()
-        await asyncio.gather(
-            *(self._close_connections(server, port) for server, port in self._servers)
-        )
+        try:
+            # An open stream would otherwise use up the grace period.
+            self.watchers.close()
+            await self._drain_calls(loop.time() + self.settings.shutdown_grace)
+        finally:
+            # Whatever failed: gRPC must end before the tasks whose memory it writes into.
+            self.health.close()
+            await asyncio.gather(
+                *(self._close_connections(server, port) for server, port in self._servers)
+            )
         self.receiver.close()
         self.unread_replies.close()
         await self.connection_limit.stop()

@@ -21,16 +21,18 @@ from grpc._cython import cygrpc
 
 FEW_ACCEPTS = 16
 """Calls of a method that are accepted at the same time."""
-MANY_ACCEPTS = 128
+MANY_ACCEPTS = 64
 """The same while many wait. Each accept takes several turns of the loop, in which calls are taken
 up: fewer accepts would leave calls in gRPC, others' among them."""
 MAX_IN_ORDER = 16
 """Calls of a method that are taken up in the order of their arrival. If more wait, connections take
 turns."""
 DROP_INTERVAL_S = 0.01
-DROPS_PER_INTERVAL = 10
-"""Calls whose deadlines have passed that are dropped after each interval, if many calls wait."""
-MAX_WAITING = 4096
+MIN_DROPS = 10
+"""Calls whose deadlines have passed that are dropped after each interval, at least."""
+DROPPED_SHARE = 1 / 100
+"""Share of them that is dropped, so that most stay for about a second, however many they are."""
+MAX_WAITING = 32_768
 """Calls of a method that wait here. Further ones wait in gRPC."""
 
 
@@ -68,6 +70,8 @@ class _Calls:
         return self._waiting_count
 
     def _start_accepts(self) -> None:
+        if self._is_closed:
+            return
         limit = MANY_ACCEPTS if self._by_connection else FEW_ACCEPTS
         while self._accepting_count < limit and self._waiting_count < MAX_WAITING:
             self._accepting_count += 1
@@ -75,8 +79,10 @@ class _Calls:
 
     def _accepted(self, task: asyncio.Future[Any]) -> None:
         self._accepting_count -= 1
+        if task.cancelled():  # By the end of the loop: gRPC is not asked again.
+            return
         if self._is_closed:
-            if task.cancelled() or task.exception() is None:
+            if task.exception() is None:
                 return
             self._failed = task  # Wakes grpc.aio, which ends then.
             if self._callback is not None:
@@ -105,7 +111,8 @@ class _Calls:
             self._drop_timer = self._loop.call_later(DROP_INTERVAL_S, self._drop)
 
     def _drop(self) -> None:
-        for _ in range(min(len(self._dropped), DROPS_PER_INTERVAL)):
+        count = max(MIN_DROPS, int(len(self._dropped) * DROPPED_SHARE))
+        for _ in range(min(len(self._dropped), count)):
             del self._dropped[0]
         self._drop_timer = (
             self._loop.call_later(DROP_INTERVAL_S, self._drop) if self._dropped else None
@@ -159,22 +166,25 @@ class _Calls:
 
 
 def _connection_of(task: asyncio.Future[Any]) -> str:
-    """Return gRPC's name of a call's connection; empty for a call whose deadline has passed."""
+    """Return gRPC's name of a call's connection; empty for a call whose deadline has passed.
+
+    gRPC clears the name when it cancels a call for its deadline. If gRPC has failed the accept,
+    there is no call, and any name will do: the failure is taken up like a call.
+    """
     if task.exception() is not None:
         return "none"
     context = cygrpc._ServicerContext(task.result(), None, None, None)  # noqa: SLF001
     peer: str = context.peer()
-    return peer
+    return peer if peer or context.time_remaining() == 0 else "unknown"
 
 
 class _Server(cygrpc.AioServer):  # type: ignore[misc] # it has no types
-    """Overrides the methods that register RPCs and that ask gRPC for the next call."""
+    """Overrides the methods that register RPCs, that ask gRPC for the next call, and that stop."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._calls: dict[bytes | None, _Calls] = {}
         """The waiting calls of each registered method and, under None, of all others."""
-        self._is_stopping = False
         self.own_queues: Collection[str] = ()
 
     @property

@@ -34,10 +34,6 @@ class Admission:
         self._counts: dict[str, int] = {}
         self._backoff = RejectionBackoff()
 
-    def in_flight_of(self, owner_id: str) -> int:
-        """Return the number of a user's calls in flight."""
-        return self._counts.get(owner_id, 0)
-
     def enter(self, owner_id: str) -> None:
         """Admit a user's call; `leave` must follow.
 

@@ -45,6 +45,12 @@ from service.store.db.db_errors import to_service_error
 from service.telemetry.exceptions import locations
 from service.telemetry.metrics import CallObserver
 
+PROMPT_FAILURES = 32
+"""Calls without a valid identity that are answered immediately in each second."""
+FAILURE_DELAY_S = 0.25
+"""Time after which further ones are answered: their caller is unknown, so nothing else bounds the
+processor time that a flood of them takes."""
+
 _log = structlog.get_logger(__name__)
 
 Context = aio.ServicerContext[Any, Any]
@@ -83,13 +89,15 @@ class Pipeline:
         self._streams = streams
         self._budget = budget
         self._call_timeout_s = call_timeout_s
-        self._receiver = receiver or RequestReceiver(calls=calls)
+        self._receiver = receiver or RequestReceiver()
         self._unread = unread or UnreadReplies(budget, lambda _connections: None)
         self._observe = observe
         self._audit = audit
         self._validator = RequestValidator()
         self._turns = ConversionTurns()
         self._loop = asyncio.get_running_loop()
+        self._failures_second = 0.0
+        self._failures = 0
         logging.getLogger("grpc._cython.cygrpc").addFilter(_is_not_a_disconnect)
 
     def handlers(
@@ -145,6 +153,7 @@ class Pipeline:
                 if budget.held > budget.unchecked_bytes:
                     budget.check_room(owner_id, call.connection)
                 self._calls.enter(owner_id)
+                self._receiver.call_started(caller)
                 # gRPC runs the callback once the reply has left this process, or the call has
                 # failed: until then the call holds its reply.
                 context.add_done_callback(
@@ -175,7 +184,7 @@ class Pipeline:
 
     def _end_call(self, call: Call) -> None:
         self._calls.leave(call.owner_id)
-        self._receiver.call_ended()
+        self._receiver.call_ended(call.caller)
         self._unread.remove(call)
         if call.held_bytes:
             call.release(call.held_bytes)
@@ -313,11 +322,22 @@ class Pipeline:
         if service_error is None:
             service_error = _internal_error(name, error)
         error.__traceback__ = error.__context__ = error.__cause__ = None
+        if isinstance(service_error, errors.Unauthenticated):
+            await self._delay_failure()
         self._record_end(name, status.CODES[type(service_error)], started)
         try:
             await status.abort(context, service_error)
         except ExecuteBatchError:
             raise asyncio.CancelledError from None
+
+    async def _delay_failure(self) -> None:
+        """Wait before a failed authentication is answered, if there are many in this second."""
+        now = self._loop.time()
+        if now - self._failures_second > 1:
+            self._failures_second, self._failures = now, 0
+        self._failures += 1
+        if self._failures > PROMPT_FAILURES:
+            await asyncio.sleep(FAILURE_DELAY_S)
 
     def _record_end(self, name: str, code: grpc.StatusCode, started: float) -> None:
         if self._observe:

@@ -34,23 +34,24 @@ PERMIT_COUNT = 32
 RECEIVE_TIMEOUT_S = 30.0
 """Time in which a request must arrive."""
 CONTENDED_TIMEOUT_S = 2.0
-"""The same while calls of a caller who receives less wait for a permit."""
+"""The same while a permit is all that a caller with fewer requests waits for."""
 USER_PERMITS = 4
 """Requests of one user that are received at the same time. A service may have more."""
 MAX_QUEUED_PER_USER = 16
 """Calls of a user that may wait before the user's requests are received one by one. Such a flood
 must wait here, where users take turns, and not in gRPC, where its calls precede those of others."""
-MAX_CALLS_PER_USER = 64
+MAX_CALLS_PER_USER = 16
 """Calls of one user in flight, except streams. The replies to more of them, which may be sent
 together, would bring as many new calls at the same time."""
 MAX_UNTAKEN = 8
 """Calls that wait to be taken up, above which a flood waits: others' calls may be among them."""
 BACKLOG_PAUSE_S = 0.02
-"""Seconds between two calls of a flood during that time. It takes a quarter of the time to take a
-call up that it takes to reject it."""
+"""Seconds between two calls of all floods during that time. To take a call up takes a quarter of
+the time that it takes to reject it."""
 _BACKLOG_INTERVAL_S = 0.002
+_TIMER_RESOLUTION_S = 0.001
 MAX_WAITING = 4096
-"""Calls that wait for a permit. Each may hold `server_options.WINDOW_BYTES`."""
+"""Calls that wait to be received. Each may hold `server_options.WINDOW_BYTES`."""
 PACED_BYTES = 64 * 1024
 """Requests of a user that are larger count for the user's pace."""
 USER_BYTES_PER_SECOND = 16 * 1024 * 1024
@@ -78,21 +79,15 @@ class RequestReceiver:
         permit_count: int = PERMIT_COUNT,
         timeout_s: float = RECEIVE_TIMEOUT_S,
         contended_timeout_s: float = CONTENDED_TIMEOUT_S,
-        calls: Admission | None = None,
     ) -> None:
-        """Set the limits.
-
-        Args:
-            permit_count: Requests that are received at the same time.
-            timeout_s: Time in which a request must arrive.
-            contended_timeout_s: The same while callers who receive less wait.
-            calls: Knows the calls in flight, for the limit of each user.
-        """
+        """Set the limits."""
         self.permit_count = permit_count
         self._timeout_s = timeout_s
         self._contended_timeout_s = contended_timeout_s
         self._uncontended_count = permit_count // 2
-        self._calls = calls or Admission(0)
+        self._unchecked_count = min(USER_PERMITS, self._uncontended_count)
+        self._in_flight: dict[str, int] = {}
+        """Calls of each user whose requests were received, except streams."""
         self.untaken_count: Callable[[], int] = lambda: 0
         """Returns how many calls of one method wait to be taken up."""
         self._next_of_flood_at = 0.0
@@ -100,8 +95,11 @@ class RequestReceiver:
         self._queues: OrderedDict[str, deque[_Receipt]] = OrderedDict()
         """The waiting calls of each caller; the caller in front is next."""
         self._paces: dict[str, float] = {}
-        """When each user who has sent a large request may send the next request."""
-        self._pace_timer: asyncio.TimerHandle | None = None
+        """When each user whose request was large, or failed to arrive, may send the next one. For
+        as long as a user has an entry, its requests are received one by one."""
+        self._grant_timer: asyncio.TimerHandle | None = None
+        self._grants_at = math.inf
+        self._is_closed = False
         self._waiting = Admission(MAX_WAITING)
         self._expired_count = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -115,7 +113,7 @@ class RequestReceiver:
 
     @property
     def waiting_count(self) -> int:
-        """Number of calls that wait for a permit."""
+        """Number of calls that wait to be received."""
         return self._waiting.in_flight
 
     @property
@@ -133,19 +131,21 @@ class RequestReceiver:
         """
         receipt = _Receipt(context, caller, self._loop.time())
         # Up to this number every caller has a permit, so that most calls need no further check.
-        is_busy = (
-            self._queues
+        is_checked = (
+            len(self._receipts) >= self._unchecked_count
             or self._paces
-            or len(self._receipts) >= USER_PERMITS
-            or self._calls.in_flight >= MAX_CALLS_PER_USER
+            or self._queues
+            or caller.user_id in self._in_flight
         )
-        if is_busy and self._must_wait(receipt):
+        if is_checked and self._must_wait(receipt):
             await self._wait_for_permit(receipt)
         else:
             self._receipts.add(receipt)
         if self._sweep_timer is None:
             self._sweep_timer = self._loop.call_later(_SWEEP_INTERVAL_S, self._sweep)
-        n_bytes = FAILED_BYTES
+        # A call that was over before it was received has cost nothing.
+        is_over = is_checked and context.time_remaining() == 0
+        n_bytes = 0 if is_over else FAILED_BYTES
         try:
             data = await context.read()
             receipt.is_received = True
@@ -155,7 +155,9 @@ class RequestReceiver:
             self._receipts.discard(receipt)
             if n_bytes > PACED_BYTES and caller.user_id is not None:
                 self._pace(caller.user_id, n_bytes)
-            if self._queues:
+            if self._queues and (
+                len(self._receipts) >= self._uncontended_count - 1 or receipt.key in self._queues
+            ):
                 self._grant()
         if data is EOF:
             raise errors.InvalidArgument(
@@ -164,23 +166,35 @@ class RequestReceiver:
         return data  # type: ignore[no-any-return]
 
     def _must_wait(self, receipt: _Receipt) -> bool:
+        # With fewer receipts, no call waits for a permit: only the caller's own calls matter.
+        if len(self._receipts) >= self._uncontended_count:
+            return True
+        if self._queues and receipt.key in self._queues:
+            return True
         user_id = receipt.user_id
-        return (
-            bool(self._queues)
-            or len(self._receipts) >= self._uncontended_count
-            or user_id in self._paces
-            or (
-                user_id is not None
-                and (
-                    self._calls.in_flight_of(user_id) >= MAX_CALLS_PER_USER
-                    or self._counts()[user_id] >= USER_PERMITS
-                )
-            )
+        return user_id is not None and (
+            user_id in self._paces
+            or self._in_flight.get(user_id, 0) >= MAX_CALLS_PER_USER
+            or self._counts()[user_id] >= USER_PERMITS
         )
 
-    def call_ended(self) -> None:
-        """Let calls of the user start whose calls in flight were too many."""
-        if self._queues:
+    def call_started(self, caller: Caller) -> None:
+        """Count a call that is in flight now; `call_ended` must follow."""
+        user_id = caller.user_id
+        if user_id is not None:
+            self._in_flight[user_id] = self._in_flight.get(user_id, 0) + 1
+
+    def call_ended(self, caller: Caller) -> None:
+        """Count a call as ended, and let a call of its user start that waited for that."""
+        user_id = caller.user_id
+        if user_id is None:
+            return
+        count = self._in_flight[user_id] - 1
+        if count:
+            self._in_flight[user_id] = count
+        else:
+            del self._in_flight[user_id]
+        if user_id in self._queues:
             self._grant()
 
     def _pace(self, user_id: str, n_bytes: int) -> None:
@@ -224,18 +238,30 @@ class RequestReceiver:
             if starts_at > now:
                 resumes_at = min(resumes_at, starts_at)
                 continue
+            is_flood = _is_flood(queue)
             receipt = self._next_of(key)
             if receipt is not None:
+                if is_flood:
+                    self._next_of_flood_at = now + BACKLOG_PAUSE_S
                 self._receipts.add(receipt)
                 counts[key] += 1
                 free_count -= 1
                 receipt.started_at = now
                 receipt.permit.set_result(None)
-        if self._pace_timer is not None:
-            self._pace_timer.cancel()
-            self._pace_timer = None
-        if resumes_at < math.inf:
-            self._pace_timer = self._loop.call_at(resumes_at, self._grant)
+        if resumes_at != self._grants_at and not self._is_closed:
+            self._grants_at = resumes_at
+            if self._grant_timer is not None:
+                self._grant_timer.cancel()
+                self._grant_timer = None
+            if resumes_at < math.inf:
+                # The clock of the loop and its timers have a resolution of a millisecond.
+                at = resumes_at + _TIMER_RESOLUTION_S
+                self._grant_timer = self._loop.call_at(at, self._grant_later)
+
+    def _grant_later(self) -> None:
+        self._grant_timer = None
+        self._grants_at = math.inf
+        self._grant()
 
     def _starts_at(self, queue: deque[_Receipt], count: int, now: float) -> float:
         """Return when a caller's next call may start.
@@ -251,17 +277,15 @@ class RequestReceiver:
         user_id = queue[0].user_id
         if user_id is None:
             return now
-        paced_until = self._paces.get(user_id)
-        if paced_until is not None and paced_until > now:
+        paced_until = self._paces.get(user_id, 0.0)
+        if paced_until > now:
             return paced_until
-        is_flood = paced_until is not None or len(queue) > MAX_QUEUED_PER_USER
-        max_count = 1 if is_flood else USER_PERMITS
-        if count >= max_count or self._calls.in_flight_of(user_id) >= MAX_CALLS_PER_USER:
+        is_flood = _is_flood(queue)
+        max_count = 1 if is_flood or paced_until else USER_PERMITS
+        if count >= max_count or self._in_flight.get(user_id, 0) >= MAX_CALLS_PER_USER:
             return math.inf
-        if is_flood:
-            if now < self._next_of_flood_at and self.untaken_count() > MAX_UNTAKEN:
-                return now + _BACKLOG_INTERVAL_S
-            self._next_of_flood_at = now + BACKLOG_PAUSE_S
+        if is_flood and now < self._next_of_flood_at and self.untaken_count() > MAX_UNTAKEN:
+            return now + _BACKLOG_INTERVAL_S
         return now
 
     def _next_of(self, key: str) -> _Receipt | None:
@@ -302,8 +326,15 @@ class RequestReceiver:
     def _expire_for_waiting(self, now: float) -> None:
         """End a slow call for each caller that waits: of those who receive most, the oldest."""
         counts = self._counts()
-        fewest = min((counts[key] for key in self._queues), default=0)
-        for _ in range(len(self._queues)):
+        free_count = self.permit_count - counts.total()
+        # Others wait for their pace or for a call of their own.
+        waiting = [
+            key
+            for key, queue in self._queues.items()
+            if counts[key] >= free_count and self._starts_at(queue, counts[key], now) <= now
+        ]
+        fewest = min((counts[key] for key in waiting), default=0)
+        for _ in waiting:
             slow = [
                 receipt
                 for receipt in self._receipts
@@ -326,9 +357,14 @@ class RequestReceiver:
 
     def close(self) -> None:
         """Stop the timers."""
-        for timer in (self._sweep_timer, self._pace_timer):
+        self._is_closed = True
+        for timer in (self._sweep_timer, self._grant_timer):
             if timer is not None:
                 timer.cancel()
+
+
+def _is_flood(queue: deque[_Receipt]) -> bool:
+    return queue[0].user_id is not None and len(queue) > MAX_QUEUED_PER_USER
 
 
 class _Receipt:

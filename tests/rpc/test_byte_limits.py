@@ -365,7 +365,7 @@ async def test_request_that_does_not_arrive_ends_at_the_time_limit(
 ) -> None:
     monkeypatch.setattr(
         "service.server.RequestReceiver",
-        lambda calls: RequestReceiver(permit_count=4, timeout_s=0.5, calls=calls),
+        lambda: RequestReceiver(permit_count=4, timeout_s=0.5),
     )
     async with (
         serving(database_url) as server,
@@ -389,7 +389,7 @@ async def test_slow_request_is_rejected_while_a_caller_with_fewer_waits(
 ) -> None:
     monkeypatch.setattr(
         "service.server.RequestReceiver",
-        lambda calls: RequestReceiver(4, timeout_s=1000, contended_timeout_s=0, calls=calls),
+        lambda: RequestReceiver(permit_count=4, timeout_s=1000, contended_timeout_s=0),
     )
     async with (
         serving(database_url) as server,

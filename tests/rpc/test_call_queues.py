@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import asyncio
+import time
+from collections.abc import Callable, Generator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import pytest
 from chathistory.v1 import message_pb2, session_pb2
 from google.protobuf.message import Message
+from structlog.testing import capture_logs
 
 from service.auth.caller import Caller
+from service.rpc import accepting
+from service.rpc.accepting import _Calls, waiting_count
 from service.rpc.receiving import RequestReceiver
 from tests.support.chat import Chat
 from tests.support.raw_http2 import RawConnection
@@ -17,6 +23,7 @@ from tests.support.servers import connected, serving
 
 CONNECTIONS, CALLS_PER_CONNECTION = 10, 190
 RESETS = 6000
+INVALID_ARGUMENT = "3"
 REJECTED: dict[str, Message] = {
     "ListSessions": session_pb2.ListSessionsRequest(user_id="not an id"),
     "AppendMessages": message_pb2.AppendMessagesRequest(user_id="not an id"),
@@ -24,10 +31,31 @@ REJECTED: dict[str, Message] = {
 """Requests that are rejected immediately."""
 
 
+@contextmanager
+def nothing_is_taken_up() -> Generator[None]:
+    """Let the calls that arrive in this block wait until its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Calls, "done", lambda _calls: False)
+        yield
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> list[Caller]:
+    """Return a list that collects the callers whose requests are received."""
+    callers: list[Caller] = []
+    receive = RequestReceiver.receive
+
+    async def record(receiver: RequestReceiver, context: Any, caller: Caller) -> bytes:
+        callers.append(caller)
+        return await receive(receiver, context, caller)
+
+    monkeypatch.setattr(RequestReceiver, "receive", record)
+    return callers
+
+
 @pytest.mark.parametrize("method", ["ListSessions", "AppendMessages"])
 async def test_append_does_not_wait_behind_a_flood(database_url: str, method: str) -> None:
     """Neither of calls of another method nor of the same one."""
-    rejected = REJECTED[method]
     async with (
         serving(database_url) as server,
         connected(server.address) as stub,
@@ -39,40 +67,77 @@ async def test_append_does_not_wait_behind_a_flood(database_url: str, method: st
             await stack.enter_async_context(RawConnection(server.address, window_bytes=1 << 16))
             for _ in range(CONNECTIONS)
         ]
-        for connection in flood:
-            for _ in range(CALLS_PER_CONNECTION):
-                await connection.call(method, rejected)
-        finished_before = _finished_count(flood)
+        with nothing_is_taken_up():
+            for connection in flood:
+                for _ in range(CALLS_PER_CONNECTION):
+                    await connection.call(method, REJECTED[method])
         await chat.append(session_id, "one message")
-        waiting = CONNECTIONS * CALLS_PER_CONNECTION - finished_before
-        assert waiting > 500, "the flood has ended before the append: the test shows nothing"
-        assert _finished_count(flood) - finished_before < waiting / 2
+        assert _finished_count(flood) < CONNECTIONS * CALLS_PER_CONNECTION / 2
         for connection in flood:
             await connection.wait_for(CALLS_PER_CONNECTION)
-            assert set(connection.statuses.values()) == {"3"}  # INVALID_ARGUMENT
+            assert set(connection.statuses.values()) == {INVALID_ARGUMENT}
 
 
 async def test_calls_that_are_reset_immediately_do_not_pile_up(
-    monkeypatch: pytest.MonkeyPatch, database_url: str
+    received: list[Caller], database_url: str
 ) -> None:
     """GRPC refuses calls of a connection whose earlier ones still occupy memory."""
-    received = 0
-    receive = RequestReceiver.receive
-
-    async def count(receiver: RequestReceiver, context: Any, caller: Caller) -> bytes:
-        nonlocal received
-        received += 1
-        return await receive(receiver, context, caller)
-
-    monkeypatch.setattr(RequestReceiver, "receive", count)
     async with serving(database_url) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         async with RawConnection(server.address, window_bytes=1 << 16) as flood:
-            for _ in range(RESETS):
-                flood.reset(await flood.call("ListSessions", REJECTED["ListSessions"]))
-            # Answered after most of the calls that wait.
+            with nothing_is_taken_up():
+                for _ in range(RESETS):
+                    flood.reset(await flood.call("ListSessions", REJECTED["ListSessions"]))
             await chat.list_sessions()
-    assert received < RESETS * 0.9
+            grpc_server, _ = server._servers[0]
+            await until(lambda: not waiting_count(grpc_server))
+    assert 200 < len(received) < RESETS / 2
+
+
+async def test_calls_whose_deadlines_have_passed_are_not_taken_up_and_others_are(
+    received: list[Caller], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepting, "MAX_IN_ORDER", 0)
+    async with (
+        serving(database_url) as server,
+        RawConnection(server.address, window_bytes=1 << 16) as late,
+        RawConnection(server.address, window_bytes=1 << 16) as patient,
+        asyncio.timeout(30),
+    ):
+        with nothing_is_taken_up():
+            for timeout in ("1M", None):
+                for _ in range(25):
+                    await patient.call("ListSessions", REJECTED["ListSessions"], timeout=timeout)
+            for _ in range(25):
+                late.start_call("ListSessions", timeout="20m")
+            # The loop is busy: the deadlines pass before it sees the calls.
+            time.sleep(0.3)  # noqa: ASYNC251
+        await patient.call("ListSessions", REJECTED["ListSessions"])
+        await patient.wait_for(51)
+        assert set(patient.statuses.values()) == {INVALID_ARGUMENT}
+        grpc_server, _ = server._servers[0]
+        await until(lambda: not waiting_count(grpc_server))
+    assert len(received) == 51
+
+
+async def test_server_stops_while_many_calls_wait(database_url: str) -> None:
+    with capture_logs() as events, nothing_is_taken_up():
+        async with (
+            serving(database_url) as server,
+            RawConnection(server.address, window_bytes=1 << 16) as connection,
+        ):
+            for _ in range(CALLS_PER_CONNECTION):
+                await connection.call("ListSessions", REJECTED["ListSessions"])
+            grpc_server, _ = server._servers[0]
+            await until(lambda: waiting_count(grpc_server) == CALLS_PER_CONNECTION)
+    assert not [event for event in events if event["event"] == "shutdown step timed out"]
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    """Wait until a condition holds."""
+    async with asyncio.timeout(30):
+        while not is_true():
+            await asyncio.sleep(0.01)
 
 
 def _finished_count(connections: list[RawConnection]) -> int:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from service.auth import bearer, credentials, jwks
 from service.config import BadConfiguration
+from service.rpc import pipeline
 from tests.support import issuer
 from tests.support.chat import Chat, new_id
 from tests.support.failures import Failure, assert_fails, failure_of
@@ -67,6 +68,26 @@ async def test_every_invalid_token_gets_the_same_error(database_url: str) -> Non
             answers[kind] = await assert_fails(list_sessions(stub, metadata), "TOKEN_INVALID")
         await list_sessions(stub, [("authorization", f"bearer  {good}")])
     assert len(set(map(str, answers.values()))) == 1, "an error reveals more than the others"
+
+
+async def test_flood_of_invalid_tokens_is_answered_late(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "PROMPT_FAILURES", 3)
+    monkeypatch.setattr(pipeline, "FAILURE_DELAY_S", 3600)
+    metadata = bearer_metadata("invalid")
+    async with serving(database_url, **HS) as server, connected(server.address) as stub:
+        calls = [list_sessions(stub, metadata) for _ in range(5)]
+        async with asyncio.timeout(30):
+            while sum(call.done() for call in calls) < 3:
+                await asyncio.sleep(0.01)
+        await list_sessions(stub, bearer_metadata(token(USER)))
+        answered = [call for call in calls if call.done()]
+        assert len(answered) == 3
+        for call in answered:
+            await assert_fails(call, "TOKEN_INVALID")
+        for call in calls:
+            call.cancel()
 
 
 async def test_user_id_is_the_tokens_subject(database_url: str) -> None:

@@ -64,9 +64,9 @@ class RawConnection:
         await asyncio.wait([self._reading])
         self._writer.transport.abort()
 
-    async def call(self, method: str, request: Message) -> int:
+    async def call(self, method: str, request: Message, *, timeout: str | None = None) -> int:
         """Send a complete request, and return its stream."""
-        stream = self.start_call(method)
+        stream = self.start_call(method, timeout=timeout)
         await self.send(stream, self.frame(request))
         self.end(stream)
         return stream
@@ -77,8 +77,13 @@ class RawConnection:
         data = request.SerializeToString()
         return b"\0" + struct.pack(">I", len(data)) + data
 
-    def start_call(self, method: str) -> int:
-        """Send the headers of a call only, and return its stream."""
+    def start_call(self, method: str, *, timeout: str | None = None) -> int:
+        """Send the headers of a call only, and return its stream.
+
+        Args:
+            method: Name of the RPC.
+            timeout: Its timeout as gRPC writes it, such as `20m` for 20 milliseconds.
+        """
         stream = self._h2.get_next_available_stream_id()
         headers = [
             (":method", "POST"),
@@ -88,6 +93,8 @@ class RawConnection:
             ("te", "trailers"),
             ("content-type", "application/grpc"),
         ]
+        if timeout is not None:
+            headers.append(("grpc-timeout", timeout))
         self._h2.send_headers(stream, headers)
         self._flush()
         return stream

@@ -73,8 +73,9 @@ async def test_calls_whose_deadlines_have_passed_are_dropped_if_many_wait(
     await grpc.hand_over(*["a"] * MAX_IN_ORDER, *[DEAD] * 25, "b")
     assert grpc.take(MAX_IN_ORDER + 1)[-1] == "b"
     assert not grpc.calls.done()
-    while grpc.calls._dropped:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while grpc.calls._dropped:
+            await asyncio.sleep(0)
 
 
 async def test_calls_beyond_the_limit_stay_in_grpc(
@@ -131,3 +132,12 @@ async def test_another_grpcio_serves_as_usual(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(server, aio.Server)
     assert type(server._server) is usual  # type: ignore[attr-defined]
     assert accepting.waiting_count(server) == 0
+
+
+async def test_failed_accept_is_taken_up_like_a_call(grpc: Grpc) -> None:
+    grpc.requests.pop(0).set_exception(ConnectionError())
+    await asyncio.sleep(0)
+    assert grpc.calls.done()
+    with pytest.raises(ConnectionError):
+        grpc.calls.result()
+    assert len(grpc.requests) == accepting.FEW_ACCEPTS

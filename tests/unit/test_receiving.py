@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -25,10 +26,14 @@ class FakeContext:
         self.request: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.is_aborted = False
         self.is_read = False
+        self.is_over = False
         self._peer = peer
 
     def peer(self) -> str:
         return self._peer
+
+    def time_remaining(self) -> float | None:
+        return 0 if self.is_over else None
 
     async def read(self) -> Any:
         self.is_read = True
@@ -130,7 +135,7 @@ async def test_user_who_has_sent_large_requests_waits_and_others_do_not(
     waiting = await callers.start(USER_ID, 3)
     assert read_count(waiting) == 0
     assert read_count(await callers.start(OTHER_ID)) == 1
-    callers.receiver._paces[USER_ID] = 0
+    callers.receiver._paces[USER_ID] = 1.0
     callers.receiver._grant()
     await turn()
     assert read_count(waiting) == 1, "after a large request they are received one by one"
@@ -153,8 +158,9 @@ async def test_waiting_calls_are_received_once_the_pace_allows(
 ) -> None:
     monkeypatch.setattr(receiving, "PACE_BURST_S", 0)
     n_bytes = receiving.PACED_BYTES + 1
-    for _ in range(3):
+    for number in range(3):
         [context] = await callers.start(USER_ID)
+        assert context.is_read is (number == 0)
         while not context.is_read:
             await asyncio.sleep(0.001)
         context.request.set_result(bytes(n_bytes))
@@ -189,3 +195,74 @@ async def test_flood_of_a_user_is_received_one_by_one(callers: Callers) -> None:
         await turn()
     assert read_count([*few, *many]) == receiving.USER_PERMITS + 1
     assert read_count(await callers.start(OTHER_ID)) == 1
+
+
+async def test_call_that_was_over_before_it_was_received_does_not_count(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the calls that an overload has ended would slow down their users."""
+    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(receiving, "USER_PERMITS", 0)  # Every call of a user is checked.
+    callers.receiver._unchecked_count = 0
+    [context] = await callers.start(USER_ID)
+    assert not context.is_read
+    context.is_over = True
+    monkeypatch.setattr(receiving, "USER_PERMITS", 4)
+    callers.receiver._grant()
+    await turn()
+    context.request.set_result(EOF)
+    await turn()
+    assert not callers.receiver._paces
+
+
+async def test_slow_request_is_not_ended_for_a_user_who_waits_for_its_pace(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    callers.receiver._contended_timeout_s = -1
+    [slow] = await callers.start(OTHER_ID)
+    await callers.send(USER_ID, receiving.PACED_BYTES + 1)
+    await callers.start(USER_ID)
+    callers.receiver._sweep()
+    await turn()
+    assert not slow.is_aborted
+
+
+async def test_user_with_many_calls_in_flight_waits_until_one_ends(callers: Callers) -> None:
+    user, service = Caller(user_id=USER_ID), Caller()
+    for _ in range(receiving.MAX_CALLS_PER_USER):
+        callers.receiver.call_started(user)
+        callers.receiver.call_started(service)
+    waiting = await callers.start(USER_ID)
+    assert read_count(waiting) == 0
+    assert read_count(await callers.start(OTHER_ID)) == 1
+    assert read_count(await callers.start(None)) == 1
+    callers.receiver.call_ended(service)
+    await turn()
+    assert read_count(waiting) == 0
+    callers.receiver.call_ended(user)
+    await turn()
+    assert read_count(waiting) == 1
+
+
+async def test_ended_calls_of_a_user_are_forgotten(callers: Callers) -> None:
+    for caller in (Caller(user_id=USER_ID), Caller()):
+        callers.receiver.call_started(caller)
+        callers.receiver.call_ended(caller)
+    assert not callers.receiver._in_flight
+
+
+async def test_flood_waits_while_others_calls_may_wait_to_be_taken_up(callers: Callers) -> None:
+    callers.receiver.untaken_count = lambda: receiving.MAX_UNTAKEN + 1
+    callers.receiver._next_of_flood_at = math.inf
+    few = await callers.start(USER_ID, receiving.USER_PERMITS)
+    many = await callers.start(USER_ID, receiving.MAX_QUEUED_PER_USER + 1)
+    for context in few:
+        context.request.set_result(b"request")
+    await turn()
+    assert read_count(many) == 0
+    assert read_count(await callers.start(OTHER_ID)) == 1
+    callers.receiver.untaken_count = lambda: 0
+    callers.receiver._grant()
+    await turn()
+    assert read_count(many) == 1
