@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
-from functools import partial
 
 import grpc
 import structlog
@@ -23,7 +22,7 @@ from service.auth.authenticators import trust_all
 from service.auth.tls import Certificates
 from service.config import BadConfiguration, Settings, split_address
 from service.rpc import connections
-from service.rpc.accepting import create_server, waiting_count
+from service.rpc.accepting import UntakenCalls, create_server
 from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
 from service.rpc.byte_budget import ByteBudget
@@ -42,12 +41,13 @@ from service.rpc.unread_replies import UnreadReplies
 from service.rpc.users import external_id_lookup
 from service.search import packages
 from service.search.disabled import AnySearch, SearchDisabled
+from service.server_metrics import counters, gauges
 from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.watch import WatchHub
 from service.telemetry.loop_monitor import LoopMonitor
-from service.telemetry.metrics import CounterSource, Metrics
+from service.telemetry.metrics import Metrics
 
 OWN_QUEUES = frozenset(
     {
@@ -124,7 +124,8 @@ class Server:
             settings.max_bytes_per_user,
             settings.max_bytes_per_connection,
         )
-        self.receiver = RequestReceiver()
+        self.untaken_calls = UntakenCalls()
+        self.receiver = RequestReceiver(untaken=self.untaken_calls)
         self.unread_replies = UnreadReplies(self.budget, self._close_peers)
         self.connection_limit = ConnectionLimit(
             max(1, connection_count(settings.max_connections) // 2)
@@ -153,8 +154,7 @@ class Server:
             handshake_timeout_s=self.handshake_timeout_s,
             idle_timeout_s=self.idle_timeout_s,
         )
-        server = create_server(options, OWN_QUEUES)
-        self.receiver.untaken_count = partial(waiting_count, server)
+        server = create_server(options, OWN_QUEUES, self.untaken_calls)
         self._add_services(server)
         self.address, port = _listen(server, settings.listen, self.certificates)
         self._servers.append((server, port))
@@ -309,96 +309,7 @@ class Server:
         if self.settings.metrics_listen is None:
             return None
         host, port = split_address(self.settings.metrics_listen)
-        pool = self.database.engine.pool
-        return Metrics(
-            host,
-            port,
-            {
-                "chat_history_calls_in_flight": ("Calls in flight.", lambda: self.calls.in_flight),
-                "chat_history_bytes_in_flight": (
-                    "Bytes of requests and replies that calls hold.",
-                    lambda: self.budget.held,
-                ),
-                "chat_history_watches_open": (
-                    "Open WatchMessages streams.",
-                    lambda: len(self.watchers),
-                ),
-                "chat_history_appends_waiting": (
-                    "Appends that wait for their statement.",
-                    lambda: self.appender.queued_count,
-                ),
-                "chat_history_connections_in_use": (
-                    "Database connections checked out.",
-                    pool.checkedout,  # type: ignore[attr-defined]
-                ),
-                "chat_history_database_calls_waiting": (
-                    "Calls that wait for a database connection.",
-                    lambda: self.database.waiting_count,
-                ),
-                "chat_history_expensive_work": (
-                    "Searches, large reads, forks and deletes in progress in the database.",
-                    lambda: self.database.expensive_work.in_progress_count,
-                ),
-                "chat_history_expensive_work_waiting": (
-                    "Searches, large reads, forks and deletes that wait for their turn.",
-                    lambda: self.database.expensive_work.permits.waiting_count,
-                ),
-                "chat_history_search_ready": (
-                    "1 if the search index responds, else 0.",
-                    lambda: self.search.is_healthy,
-                ),
-                "chat_history_search_waiting": (
-                    "Documents and sessions that wait to be indexed, at the last check.",
-                    lambda: self.search.stats.pending,
-                ),
-                "chat_history_search_failed": (
-                    "Documents and sessions that could not be indexed, at the last check.",
-                    lambda: self.search.stats.failed,
-                ),
-                "chat_history_search_lag_seconds": (
-                    "Age of the oldest change that is not indexed, at the last check.",
-                    lambda: self.search.stats.lag_s,
-                ),
-                "chat_history_search_points": (
-                    "Points written to the search index since the start.",
-                    lambda: self.search.stats.indexed,
-                ),
-                "chat_history_search_queries_waiting": (
-                    "Searches that wait for the index or the embeddings.",
-                    lambda: self.search.query_stats.waiting,
-                ),
-                "chat_history_search_queries_rejected": (
-                    "Searches rejected since the start because too many waited.",
-                    lambda: self.search.query_stats.rejected,
-                ),
-                "chat_history_search_process_restarts": (
-                    "Restarts of the search process since the start.",
-                    lambda: self.search.query_stats.process_restarts,
-                ),
-                "chat_history_ready": (
-                    "1 if the service is ready, else 0.",
-                    lambda: self.readiness.is_ready,
-                ),
-            },
-            {
-                "chat_history_rejections": CounterSource(
-                    "Calls rejected or ended because of a limit.", "limit", self._rejections
-                )
-            },
-        )
-
-    def _rejections(self) -> dict[str, int]:
-        of_bytes = self.budget.rejections
-        return {
-            "calls": self.calls.rejected_count,
-            "streams": self.streams.rejected_count,
-            "receiving": self.receiver.rejected_count,
-            "bytes": of_bytes["total"],
-            "bytes_of_user": of_bytes["user"],
-            "bytes_of_connection": of_bytes["connection"],
-            "database": self.database.rejected_count,
-            "expensive_work": self.database.expensive_work.rejected_count,
-        }
+        return Metrics(host, port, gauges(self), counters(self))
 
 
 def _listen(

@@ -36,6 +36,32 @@ MAX_WAITING = 32_768
 """Calls of a method that wait here. Further ones wait in gRPC."""
 
 
+class UntakenCalls:
+    """The calls of all methods that wait to be taken up."""
+
+    def __init__(self) -> None:
+        self._methods: list[_Calls] = []
+
+    def add(self, calls: _Calls) -> None:
+        """Count the calls of another method."""
+        self._methods.append(calls)
+
+    @property
+    def waiting_count(self) -> int:
+        """Number of calls that wait."""
+        return sum(calls.waiting_count for calls in self._methods)
+
+    @property
+    def longest_queue(self) -> int:
+        """The same of the method with most of them."""
+        return max((calls.waiting_count for calls in self._methods), default=0)
+
+    @property
+    def dropped_count(self) -> int:
+        """Calls since the start that were not taken up, since their deadlines had passed."""
+        return sum(calls.dropped_count for calls in self._methods)
+
+
 class _Calls:
     """The calls of a method that wait to be taken up, as a future of the next one.
 
@@ -54,6 +80,8 @@ class _Calls:
         """The calls of each connection, if many wait; the connection in front is next."""
         self._waiting_count = 0
         self._accepting_count = 0
+        self.dropped_count = 0
+        """Calls since the start that were not taken up, since their deadlines had passed."""
         self._dropped: deque[asyncio.Future[Any]] = deque()
         """Calls that are not taken up, since their deadlines have passed."""
         self._drop_timer: asyncio.TimerHandle | None = None
@@ -106,6 +134,7 @@ class _Calls:
         Not immediately: until then it occupies a stream of its connection, so that gRPC refuses
         further ones.
         """
+        self.dropped_count += 1
         self._dropped.append(task)
         if self._drop_timer is None:
             self._drop_timer = self._loop.call_later(DROP_INTERVAL_S, self._drop)
@@ -186,11 +215,7 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc] # it has no types
         self._calls: dict[bytes | None, _Calls] = {}
         """The waiting calls of each registered method and, under None, of all others."""
         self.own_queues: Collection[str] = ()
-
-    @property
-    def waiting_count(self) -> int:
-        """Number of calls that wait to be taken up, of the method with most of them."""
-        return max((calls.waiting_count for calls in self._calls.values()), default=0)
+        self.untaken = UntakenCalls()
 
     def add_registered_method_handlers(self, handlers: dict[str, Any]) -> None:
         # Generated code registers every method. Each one costs every call a little.
@@ -203,6 +228,7 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc] # it has no types
         if calls is None:
             make = super()._make_request_call_future
             calls = self._calls[method] = _Calls(lambda: make(method))
+            self.untaken.add(calls)
         return calls
 
     async def shutdown(self, grace: float | None) -> None:
@@ -211,13 +237,16 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc] # it has no types
         await super().shutdown(grace)
 
 
-def create_server(options: Sequence[tuple[str, int]], own_queues: Collection[str]) -> aio.Server:
+def create_server(
+    options: Sequence[tuple[str, int]], own_queues: Collection[str], untaken: UntakenCalls
+) -> aio.Server:
     """Return a server; a usual one if grpcio has changed.
 
     Args:
         options: Its channel arguments.
         own_queues: Full names of the methods with queues of their own, once they are registered:
             their calls do not wait behind those of other methods.
+        untaken: Counts the calls that wait.
     """
     usual = cygrpc.AioServer
     if not hasattr(usual, "_make_request_call_future"):
@@ -227,11 +256,6 @@ def create_server(options: Sequence[tuple[str, int]], own_queues: Collection[str
         server = aio.server(options=options)
     finally:
         cygrpc.AioServer = usual
-    server._server.own_queues = own_queues  # type: ignore[attr-defined] # noqa: SLF001
-    return server
-
-
-def waiting_count(server: aio.Server) -> int:
-    """Return how many calls of one method wait to be taken up, at most."""
     calls = server._server  # type: ignore[attr-defined] # noqa: SLF001
-    return calls.waiting_count if isinstance(calls, _Server) else 0
+    calls.own_queues, calls.untaken = own_queues, untaken
+    return server

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +25,7 @@ from grpc._cython.cygrpc import (  # type: ignore[import-not-found]
 from service import errors
 from service.auth.caller import Caller
 from service.rpc import status
+from service.rpc.accepting import UntakenCalls
 from service.rpc.admission import Admission
 from service.rpc.backoff import MAX_RETRY_AFTER_S
 
@@ -79,8 +79,16 @@ class RequestReceiver:
         permit_count: int = PERMIT_COUNT,
         timeout_s: float = RECEIVE_TIMEOUT_S,
         contended_timeout_s: float = CONTENDED_TIMEOUT_S,
+        untaken: UntakenCalls | None = None,
     ) -> None:
-        """Set the limits."""
+        """Set the limits.
+
+        Args:
+            permit_count: Requests that are received at the same time.
+            timeout_s: Time in which a request must arrive.
+            contended_timeout_s: The same while a permit is all that another caller waits for.
+            untaken: The calls that wait to be taken up, which precede those of a flood.
+        """
         self.permit_count = permit_count
         self._timeout_s = timeout_s
         self._contended_timeout_s = contended_timeout_s
@@ -88,8 +96,7 @@ class RequestReceiver:
         self._unchecked_count = min(USER_PERMITS, self._uncontended_count)
         self._in_flight: dict[str, int] = {}
         """Calls of each user whose requests were received, except streams."""
-        self.untaken_count: Callable[[], int] = lambda: 0
-        """Returns how many calls of one method wait to be taken up."""
+        self._untaken = untaken or UntakenCalls()
         self._next_of_flood_at = 0.0
         self._receipts: set[_Receipt] = set()
         self._queues: OrderedDict[str, deque[_Receipt]] = OrderedDict()
@@ -284,7 +291,7 @@ class RequestReceiver:
         max_count = 1 if is_flood or paced_until else USER_PERMITS
         if count >= max_count or self._in_flight.get(user_id, 0) >= MAX_CALLS_PER_USER:
             return math.inf
-        if is_flood and now < self._next_of_flood_at and self.untaken_count() > MAX_UNTAKEN:
+        if is_flood and now < self._next_of_flood_at and self._untaken.longest_queue > MAX_UNTAKEN:
             return now + _BACKLOG_INTERVAL_S
         return now
 

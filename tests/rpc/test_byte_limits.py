@@ -18,6 +18,7 @@ from service.rpc import connections
 from service.rpc.receiving import RequestReceiver
 from service.rpc.server_options import WINDOW_BYTES
 from service.server import Server
+from service.server_metrics import rejections
 from tests.support import failures
 from tests.support.chat import Chat, new_message
 from tests.support.cluster import Cluster
@@ -76,7 +77,7 @@ async def test_unread_replies_are_bounded_and_other_users_are_served(
         await until(lambda: server.calls.in_flight == fitting)
         assert limit - 2_900_000 < server.budget.held <= limit
         # Large pages are also expensive work, of which one user may let few wait.
-        assert sum(server._rejections().values()) == 60 - fitting
+        assert sum(rejections(server).values()) == 60 - fitting
         await failures.assert_fails(chat.page(session_id), "OVERLOADED")
         await assert_served(server)
         assert raw.n_bytes_received == 0
@@ -365,7 +366,7 @@ async def test_request_that_does_not_arrive_ends_at_the_time_limit(
 ) -> None:
     monkeypatch.setattr(
         "service.server.RequestReceiver",
-        lambda: RequestReceiver(permit_count=4, timeout_s=0.5),
+        lambda **_: RequestReceiver(permit_count=4, timeout_s=0.5),
     )
     async with (
         serving(database_url) as server,
@@ -389,7 +390,7 @@ async def test_slow_request_is_rejected_while_a_caller_with_fewer_waits(
 ) -> None:
     monkeypatch.setattr(
         "service.server.RequestReceiver",
-        lambda: RequestReceiver(permit_count=4, timeout_s=1000, contended_timeout_s=0),
+        lambda **_: RequestReceiver(permit_count=4, timeout_s=1000, contended_timeout_s=0),
     )
     async with (
         serving(database_url) as server,

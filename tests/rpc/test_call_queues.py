@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from service.auth.caller import Caller
 from service.rpc import accepting
-from service.rpc.accepting import _Calls, waiting_count
+from service.rpc.accepting import _Calls
 from service.rpc.receiving import RequestReceiver
 from tests.support.chat import Chat
 from tests.support.raw_http2 import RawConnection
@@ -89,8 +89,7 @@ async def test_calls_that_are_reset_immediately_do_not_pile_up(
                 for _ in range(RESETS):
                     flood.reset(await flood.call("ListSessions", REJECTED["ListSessions"]))
             await chat.list_sessions()
-            grpc_server, _ = server._servers[0]
-            await until(lambda: not waiting_count(grpc_server))
+            await until(lambda: not server.untaken_calls.waiting_count)
     assert 200 < len(received) < RESETS / 2
 
 
@@ -115,8 +114,8 @@ async def test_calls_whose_deadlines_have_passed_are_not_taken_up_and_others_are
         await patient.call("ListSessions", REJECTED["ListSessions"])
         await patient.wait_for(51)
         assert set(patient.statuses.values()) == {INVALID_ARGUMENT}
-        grpc_server, _ = server._servers[0]
-        await until(lambda: not waiting_count(grpc_server))
+        await until(lambda: not server.untaken_calls.waiting_count)
+        assert server.untaken_calls.dropped_count == 25
     assert len(received) == 51
 
 
@@ -128,8 +127,7 @@ async def test_server_stops_while_many_calls_wait(database_url: str) -> None:
         ):
             for _ in range(CALLS_PER_CONNECTION):
                 await connection.call("ListSessions", REJECTED["ListSessions"])
-            grpc_server, _ = server._servers[0]
-            await until(lambda: waiting_count(grpc_server) == CALLS_PER_CONNECTION)
+            await until(lambda: server.untaken_calls.waiting_count == CALLS_PER_CONNECTION)
     assert not [event for event in events if event["event"] == "shutdown step timed out"]
 
 

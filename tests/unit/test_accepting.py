@@ -12,7 +12,7 @@ from grpc import aio
 from grpc._cython import cygrpc
 
 from service.rpc import accepting
-from service.rpc.accepting import MAX_IN_ORDER, _Calls, create_server
+from service.rpc.accepting import MAX_IN_ORDER, UntakenCalls, _Calls, create_server
 
 DEAD = ""
 
@@ -128,10 +128,9 @@ async def test_end_of_grpc_wakes_the_server(grpc: Grpc) -> None:
 async def test_another_grpcio_serves_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = cygrpc.AioServer
     monkeypatch.setattr(accepting, "cygrpc", SimpleNamespace(AioServer=object))
-    server = create_server([], ())
+    server = create_server([], (), UntakenCalls())
     assert isinstance(server, aio.Server)
     assert type(server._server) is usual  # type: ignore[attr-defined]
-    assert accepting.waiting_count(server) == 0
 
 
 async def test_failed_accept_is_taken_up_like_a_call(grpc: Grpc) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,7 +254,8 @@ async def test_ended_calls_of_a_user_are_forgotten(callers: Callers) -> None:
 
 
 async def test_flood_waits_while_others_calls_may_wait_to_be_taken_up(callers: Callers) -> None:
-    callers.receiver.untaken_count = lambda: receiving.MAX_UNTAKEN + 1
+    queue = SimpleNamespace(waiting_count=receiving.MAX_UNTAKEN + 1)
+    callers.receiver._untaken.add(queue)  # type: ignore[arg-type]
     callers.receiver._next_of_flood_at = math.inf
     few = await callers.start(USER_ID, receiving.USER_PERMITS)
     many = await callers.start(USER_ID, receiving.MAX_QUEUED_PER_USER + 1)
@@ -262,7 +264,7 @@ async def test_flood_waits_while_others_calls_may_wait_to_be_taken_up(callers: C
     await turn()
     assert read_count(many) == 0
     assert read_count(await callers.start(OTHER_ID)) == 1
-    callers.receiver.untaken_count = lambda: 0
+    queue.waiting_count = 0
     callers.receiver._grant()
     await turn()
     assert read_count(many) == 1

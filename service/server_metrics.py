@@ -1,0 +1,112 @@
+"""The gauges and counters that read the state of a server (docs/reference/metrics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from service.telemetry.metrics import CounterSource
+
+if TYPE_CHECKING:
+    from service.server import Server
+
+
+def gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
+    """Return the help text and the reader of each gauge, by name."""
+    pool = server.database.engine.pool
+    return {
+        "chat_history_calls_in_flight": ("Calls in flight.", lambda: server.calls.in_flight),
+        "chat_history_calls_waiting": (
+            "Calls that wait to be taken up, or for their requests to be received.",
+            lambda: server.untaken_calls.waiting_count + server.receiver.waiting_count,
+        ),
+        "chat_history_bytes_in_flight": (
+            "Bytes of requests and replies that calls hold.",
+            lambda: server.budget.held,
+        ),
+        "chat_history_watches_open": (
+            "Open WatchMessages streams.",
+            lambda: len(server.watchers),
+        ),
+        "chat_history_appends_waiting": (
+            "Appends that wait for their statement.",
+            lambda: server.appender.queued_count,
+        ),
+        "chat_history_connections_in_use": (
+            "Database connections checked out.",
+            pool.checkedout,  # type: ignore[attr-defined]
+        ),
+        "chat_history_database_calls_waiting": (
+            "Calls that wait for a database connection.",
+            lambda: server.database.waiting_count,
+        ),
+        "chat_history_expensive_work": (
+            "Searches, large reads, forks and deletes in progress in the database.",
+            lambda: server.database.expensive_work.in_progress_count,
+        ),
+        "chat_history_expensive_work_waiting": (
+            "Searches, large reads, forks and deletes that wait for their turn.",
+            lambda: server.database.expensive_work.permits.waiting_count,
+        ),
+        "chat_history_search_ready": (
+            "1 if the search index responds, else 0.",
+            lambda: server.search.is_healthy,
+        ),
+        "chat_history_search_waiting": (
+            "Documents and sessions that wait to be indexed, at the last check.",
+            lambda: server.search.stats.pending,
+        ),
+        "chat_history_search_failed": (
+            "Documents and sessions that could not be indexed, at the last check.",
+            lambda: server.search.stats.failed,
+        ),
+        "chat_history_search_lag_seconds": (
+            "Age of the oldest change that is not indexed, at the last check.",
+            lambda: server.search.stats.lag_s,
+        ),
+        "chat_history_search_points": (
+            "Points written to the search index since the start.",
+            lambda: server.search.stats.indexed,
+        ),
+        "chat_history_search_queries_waiting": (
+            "Searches that wait for the index or the embeddings.",
+            lambda: server.search.query_stats.waiting,
+        ),
+        "chat_history_search_queries_rejected": (
+            "Searches rejected since the start because too many waited.",
+            lambda: server.search.query_stats.rejected,
+        ),
+        "chat_history_search_process_restarts": (
+            "Restarts of the search process since the start.",
+            lambda: server.search.query_stats.process_restarts,
+        ),
+        "chat_history_ready": (
+            "1 if the service is ready, else 0.",
+            lambda: server.readiness.is_ready,
+        ),
+    }
+
+
+def counters(server: Server) -> dict[str, CounterSource]:
+    """Return the counters, by name without its suffix."""
+    return {
+        "chat_history_rejections": CounterSource(
+            "Calls rejected or ended because of a limit.", "limit", lambda: rejections(server)
+        )
+    }
+
+
+def rejections(server: Server) -> dict[str, int]:
+    """Return the calls that each limit has rejected or ended since the start."""
+    of_bytes = server.budget.rejections
+    return {
+        "calls": server.calls.rejected_count,
+        "streams": server.streams.rejected_count,
+        "receiving": server.receiver.rejected_count,
+        "deadline": server.untaken_calls.dropped_count,
+        "bytes": of_bytes["total"],
+        "bytes_of_user": of_bytes["user"],
+        "bytes_of_connection": of_bytes["connection"],
+        "database": server.database.rejected_count,
+        "expensive_work": server.database.expensive_work.rejected_count,
+    }
