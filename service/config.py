@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -169,10 +170,11 @@ class Settings(BaseSettings):
     users who hold little, as with calls. Further calls are rejected with RESOURCE_EXHAUSTED and a
     retry delay; streams wait, and use at most half of each limit."""
     max_bytes_per_user: Annotated[int, Field(ge=8 * MIB)] = 32 * MIB
-    """Maximum bytes that the calls of one user hold."""
+    """Maximum bytes that the calls of one user hold, with those that services make for the user;
+    never more than `max_bytes_in_flight`."""
     max_bytes_per_connection: Annotated[int, Field(ge=8 * MIB)] = 48 * MIB
-    """Maximum bytes that the calls of one connection hold. Connections over a Unix socket have no
-    limit of their own."""
+    """Maximum bytes that the calls of one connection hold; never more than `max_bytes_in_flight`.
+    Connections over a Unix socket have no limit of their own."""
     shutdown_grace: PositiveFloat = 20.0
     """Seconds that calls in flight may take to finish at shutdown."""
     shutdown_delay: Annotated[float, Field(ge=0)] = 0.0
@@ -215,6 +217,13 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{PREFIX}TLS_CERT and {PREFIX}TLS_KEY go together: set both or neither"
             )
+        for field in ("max_bytes_per_user", "max_bytes_per_connection"):
+            limit = getattr(self, field)
+            if field in self.model_fields_set and limit > self.max_bytes_in_flight:
+                raise ValueError(
+                    f"{_variable(field)}={limit} is above {PREFIX}MAX_BYTES_IN_FLIGHT="
+                    f"{self.max_bytes_in_flight}: lower it, or raise the total"
+                )
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise ValueError(f"{PREFIX}TLS_CLIENT_CA needs {PREFIX}TLS_CERT and {PREFIX}TLS_KEY")
         if self.auth == "jwt":
@@ -266,7 +275,7 @@ def load() -> Settings:
         return Settings()
     except ValidationError as error:
         problems = [
-            f"{_variable(str(problem['loc'][0]))}: {_lower_first(problem['msg'])}"
+            f"{_variable(str(problem['loc'][0]))}: {_describe(problem)}"
             if problem["loc"]
             else problem["msg"].removeprefix("Value error, ")
             for problem in error.errors()
@@ -276,8 +285,13 @@ def load() -> Settings:
     raise BadConfiguration(problems) from None
 
 
-def _lower_first(message: str) -> str:
-    message = message.removeprefix("Value error, ")
+def _describe(problem: Mapping[str, Any]) -> str:
+    """Return pydantic's description of a problem, in the words of the reference."""
+    if problem["type"] == "too_short":
+        return f"must have at least {problem['ctx']['min_length']} characters"
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "int_parsing":
+        message = "must be a whole number, without a unit"
     return message[:1].lower() + message[1:]
 
 

@@ -121,8 +121,8 @@ class Server:
         )
         self.budget = ByteBudget(
             settings.max_bytes_in_flight,
-            settings.max_bytes_per_user,
-            settings.max_bytes_per_connection,
+            min(settings.max_bytes_per_user, settings.max_bytes_in_flight),
+            min(settings.max_bytes_per_connection, settings.max_bytes_in_flight),
         )
         self.untaken_calls = UntakenCalls()
         self.receiver = RequestReceiver(untaken=self.untaken_calls)
@@ -309,7 +309,11 @@ class Server:
         if self.settings.metrics_listen is None:
             return None
         host, port = split_address(self.settings.metrics_listen)
-        return Metrics(host, port, gauges(self), counters(self))
+        try:
+            return Metrics(host, port, gauges(self), counters(self))
+        except OSError as error:
+            error.filename = self.settings.metrics_listen
+            raise
 
 
 def _listen(

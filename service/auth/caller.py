@@ -42,7 +42,7 @@ class Caller:
         if not requested:
             raise InvalidArgument.field("user_id", "is required")
         if requested == SYSTEM_USER_ID:
-            raise InvalidArgument.field("user_id", "is the system's own user")
+            raise InvalidArgument.field("user_id", "is the system's own user: name another one")
         return requested
 
     def document_owner_ids(self, user_id: str) -> tuple[str, ...]:

@@ -111,9 +111,13 @@ def _serve(
         if reason is None:
             raise
         address = error.filename or settings.listen
+        setting = {
+            settings.health_listen: "CHAT_HISTORY_HEALTH_LISTEN",
+            settings.metrics_listen: "CHAT_HISTORY_METRICS_LISTEN",
+        }.get(address, "CHAT_HISTORY_LISTEN")
         fail(
             f"{address} {reason}: stop the process that uses it, "
-            "or set CHAT_HISTORY_LISTEN to another address",
+            f"or set {setting} to another address",
             1,
         )
 

@@ -38,7 +38,7 @@ class Users(Handler):
         """Create a user; a retry with the same id and content returns it."""
         user_id = request.user.id.lower() or new_id()
         if user_id == SYSTEM_USER_ID:
-            raise InvalidArgument.field("user.id", "is the system's own user")
+            raise InvalidArgument.field("user.id", "is the system's own user: choose another id")
         values = convert.user_values(request.user, user_id)
         row = await self.database.write(
             lambda connection: users.create(connection, values),

@@ -151,7 +151,9 @@ async def read_query(
             raise
         if is_cut:
             return None
-        raise InvalidArgument.field("query", "has too many operators in a row") from None
+        raise InvalidArgument.field(
+            "query", "has more than 32 operators, such as `-`, in a row"
+        ) from None
     node = tsquery.parse(parsed)
     if node is None:
         return None

@@ -87,7 +87,7 @@ def test_version_option_prints_the_version(start: Start) -> None:
         (
             "serve",
             {"CHAT_HISTORY_DB_POOL_SIZE": SECRET, "CHAT_HISTORY_AUTH": SECRET},
-            ["CHAT_HISTORY_DB_POOL_SIZE: input", "CHAT_HISTORY_AUTH: input"],
+            ["CHAT_HISTORY_DB_POOL_SIZE: must be", "CHAT_HISTORY_AUTH: input"],
         ),
         ("check", {"DATABASE_URL": f"mysql://u:{SECRET}@h/d"}, ["the database URL is for mysql"]),
         (
@@ -380,16 +380,20 @@ def test_signal_in_a_weak_reference_callback_still_stops_serve(
     assert running_url(folder / ".data") is None
 
 
-def test_serve_on_an_address_in_use_reports_it(start: Start, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["LISTEN", "HEALTH_LISTEN", "METRICS_LISTEN"])
+def test_serve_on_an_address_in_use_reports_it(name: str, start: Start, folder: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        command = start("serve", CHAT_HISTORY_LISTEN=address)
+        command = start(
+            "serve",
+            **{"CHAT_HISTORY_LISTEN": "127.0.0.1:0", f"CHAT_HISTORY_{name}": address},
+        )
         assert command.wait() == 1
     assert (
         f"chat-history: {address} is in use: stop the process that uses it, "
-        "or set CHAT_HISTORY_LISTEN to another address"
+        f"or set CHAT_HISTORY_{name} to another address"
     ) in command.stderr.splitlines()
     assert "Traceback" not in command.stderr
     assert running_url(folder / ".data") is None

@@ -90,7 +90,17 @@ def test_environment_overrides_env_file(
         (
             "CHAT_HISTORY_DB_POOL_SIZE",
             SECRET,
-            "CHAT_HISTORY_DB_POOL_SIZE: input should be a valid integer",
+            "CHAT_HISTORY_DB_POOL_SIZE: must be a whole number, without a unit",
+        ),
+        (
+            "CHAT_HISTORY_PAGE_TOKEN_KEY",
+            "short",
+            "CHAT_HISTORY_PAGE_TOKEN_KEY: must have at least 16 characters",
+        ),
+        (
+            "CHAT_HISTORY_MAX_BYTES_PER_USER",
+            "999999999999",
+            "CHAT_HISTORY_MAX_BYTES_PER_USER=999999999999 is above CHAT_HISTORY_MAX_BYTES_IN",
         ),
         ("CHAT_HISTORY_DB_PREPARED_STATEMENTS", SECRET, "should be 'auto', 'on' or 'off'"),
     ],
@@ -106,6 +116,13 @@ def test_invalid_value_is_reported_in_one_line_that_names_the_setting(
     assert words in problem
     assert "\n" not in problem
     assert SECRET not in str(refused.value)
+
+
+def test_total_may_be_lowered_below_the_defaults_of_users_and_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CHAT_HISTORY_MAX_BYTES_IN_FLIGHT", str(16 * config.MIB))
+    assert config.load().max_bytes_in_flight == 16 * config.MIB
 
 
 def test_all_invalid_values_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
