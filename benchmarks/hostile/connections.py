@@ -110,7 +110,7 @@ async def silent(assault: Assault) -> None:
     writers: list[asyncio.StreamWriter] = []
     for _ in range(assault.parameter("connections")):
         with suppress(OSError):
-            _reader, writer = await asyncio.open_connection(host, int(port))
+            _reader, writer = await http2.open_connection(host, int(port))
             if assault.parameter("sends") == "preface":
                 writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
             elif assault.parameter("sends") == "garbage":
@@ -130,7 +130,7 @@ async def churn(assault: Assault) -> None:
         while assault.seconds_left > 0:
             await pace.wait()
             try:
-                _reader, writer = await asyncio.open_connection(host, int(port))
+                _reader, writer = await http2.open_connection(host, int(port))
             except OSError:
                 await asyncio.sleep(0.01)
                 continue

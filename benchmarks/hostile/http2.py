@@ -14,6 +14,7 @@ from typing import Self
 
 from benchmarks.hostile.matrix import SERVICE
 
+_ATTACKER_ADDRESS = "127.0.0.2"
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _MAX_FRAME_BYTES = 16_384
 _READ_BYTES = 65_536
@@ -60,6 +61,17 @@ def varint(number: int) -> bytes:
     return bytes(data)
 
 
+async def open_connection(
+    host: str, port: int
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect from an address of the attacker's own.
+
+    The service limits the connections of each address, and closes the newest beyond that: with one
+    address for all users, the attack would end connections of the others.
+    """
+    return await asyncio.open_connection(host, port, local_addr=(_ATTACKER_ADDRESS, 0))
+
+
 class Http2Connection:
     """One connection to the service."""
 
@@ -86,7 +98,7 @@ class Http2Connection:
             reads: Whether to read, and discard, what the service sends.
         """
         host, port = address.rsplit(":", 1)
-        connection = cls(*await asyncio.open_connection(host, int(port)))
+        connection = cls(*await open_connection(host, int(port)))
         settings = struct.pack(">HI", _INITIAL_WINDOW_SIZE, window_bytes)
         connection.send(_PREFACE + frame(SETTINGS, 0, 0, settings))
         if reads:
