@@ -13,7 +13,9 @@ from service.store.db import database as module
 from service.store.db import engine
 from service.store.db.database import Database
 from service.store.db.dsn import parse
-from tests.support.cluster import Cluster
+from service.store.db.work_class import WorkClass
+from tests.support.chat import new_id
+from tests.support.cluster import Cluster, fetch
 from tests.support.proxy import Direction, postgres_proxy
 from tests.support.servers import serving, settings
 from tests.support.statements import SentStatements
@@ -152,3 +154,64 @@ async def test_hot_pool_is_available_while_all_permits_are_held(
     released.set()
     assert len(set(await asyncio.gather(*held))) <= 12
     await database.close()
+
+
+@pytest.mark.parametrize("work_class", WorkClass)
+async def test_call_that_is_cancelled_at_any_moment_leaves_no_transaction_to_the_next(
+    database_url: str, work_class: WorkClass
+) -> None:
+    """asyncpg would nest the next transaction in one whose BEGIN was cancelled, and never commit.
+
+    The two connections of this pool serve the cancelled calls and the writes between them.
+    """
+    await fetch(database_url, "CREATE TABLE marks (id text)")
+    database = Database(parse(database_url), pool_size=1, max_overflow=1)
+    stored: list[str] = []
+
+    async def read(connection: AsyncConnection) -> None:
+        await connection.execute(text("SELECT 1"))
+
+    async def write(connection: AsyncConnection) -> None:
+        values = {"id": new_id()}
+        await connection.execute(text("INSERT INTO marks VALUES (:id)"), values)
+        stored.append(values["id"])
+
+    for run in (database.read, database.write):
+        for turns in range(40):
+            call = run(read, owner_id=OWNER, deadline=soon(), work_class=work_class)
+            task = asyncio.create_task(call)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            await database.write(write, owner_id=OWNER, deadline=soon())
+    await database.close(5)
+    rows = await fetch(database_url, "SELECT id FROM marks")
+    assert set(stored) <= {row["id"] for row in rows}
+
+
+@pytest.mark.parametrize("is_known_to_the_driver", [True, False])
+async def test_connection_that_comes_back_with_a_transaction_is_closed(
+    database_url: str, is_known_to_the_driver: bool
+) -> None:
+    await fetch(database_url, "CREATE TABLE marks (id text)")
+    database = Database(parse(database_url), pool_size=1, max_overflow=0)
+
+    async def leave_a_transaction(connection: AsyncConnection) -> int:
+        raw = await connection.get_raw_connection()
+        driver = raw.driver_connection
+        assert driver is not None
+        if is_known_to_the_driver:
+            await driver.transaction().start()
+        else:
+            await driver.execute("BEGIN;")
+        return int(await driver.fetchval("SELECT pg_backend_pid()"))
+
+    async def write(connection: AsyncConnection) -> int:
+        await connection.execute(text("INSERT INTO marks VALUES ('stored')"))
+        return await backend(connection)
+
+    left = await database.read(leave_a_transaction, owner_id=OWNER, deadline=soon())
+    assert await database.write(write, owner_id=OWNER, deadline=soon()) != left
+    await database.close(5)
+    assert len(await fetch(database_url, "SELECT id FROM marks")) == 1

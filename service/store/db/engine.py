@@ -7,6 +7,7 @@ import re
 import time
 from typing import Any
 
+import asyncpg
 from sqlalchemy import NullPool, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -47,7 +48,7 @@ def pooled_engine(
         hide_parameters=True,
         json_serializer=_json_text,
     )
-    _ping_after_idle(engine)
+    _check_connections(engine)
     return engine
 
 
@@ -84,15 +85,31 @@ def _connect_args(target: Target, connect_timeout_s: float) -> dict[str, Any]:
     }
 
 
-def _ping_after_idle(engine: AsyncEngine) -> None:
-    """Ping a connection only after a long idle time: each ping costs up to four round trips."""
+def _has_transaction(driver: asyncpg.Connection) -> bool:
+    """Return whether a connection of the pool is in a transaction, by the server or the driver.
 
-    def checked_in(_connection: object, entry: ConnectionPoolEntry) -> None:
+    A caller that is cancelled in BEGIN or COMMIT may leave one. asyncpg would nest the next
+    transaction in it, whose COMMIT would commit nothing, or refuse every further one.
+    """
+    return driver.is_in_transaction() or driver._top_xact is not None  # type: ignore[attr-defined] # noqa: SLF001
+
+
+def _check_connections(engine: AsyncEngine) -> None:
+    """Close connections that come back with a transaction, and ping those that were long idle.
+
+    Only those: each ping costs up to four round trips.
+    """
+
+    def checked_in(connection: Any, entry: ConnectionPoolEntry) -> None:
+        if connection is not None and _has_transaction(connection.driver_connection):
+            entry.invalidate()
         entry.info["idle_since"] = time.monotonic()
 
     def checked_out(
         connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
     ) -> None:
+        if _has_transaction(connection.driver_connection):  # It ended after the check-in.
+            raise DisconnectionError("the connection was left in a transaction")
         idle_since = entry.info.get("idle_since")
         if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE_S:
             try:
