@@ -19,20 +19,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from typing import NamedTuple
 
 from sqlalchemy import (
-    Boolean,
     ColumnElement,
+    bindparam,
     case,
     exists,
     func,
-    literal,
     literal_column,
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.db.database import Database
@@ -80,31 +80,45 @@ async def enqueue(
     """
     if not (search_enabled or wipe):
         return
-    values = {
-        "kind": literal(int(kind), _outbox.kind.type),
-        "user_id": literal(user_id, _outbox.user_id.type),
-        "entity_id": literal(entity_id, _outbox.entity_id.type),
-        "since": literal(since, _outbox.since.type),
-        "through": literal(through, _outbox.through.type),
-        "wipe": literal(wipe, Boolean),
-    }
-    source = select(*values.values())
+    await connection.execute(
+        _enqueue_statement(search_enabled=search_enabled),
+        {
+            "new_kind": int(kind),
+            "new_user_id": user_id,
+            "new_entity_id": entity_id,
+            "new_since": since,
+            "new_through": through,
+            "new_wipe": wipe,
+        },
+    )
+
+
+@cache
+def _enqueue_statement(*, search_enabled: bool) -> Insert:
+    """Return the statement of `enqueue`. To build it takes a millisecond."""
+    columns = (
+        _outbox.kind,
+        _outbox.user_id,
+        _outbox.entity_id,
+        _outbox.since,
+        _outbox.through,
+        _outbox.wipe,
+    )
+    source = select(*(bindparam(f"new_{column.name}", type_=column.type) for column in columns))
     if not search_enabled:
         source = source.where(exists(select(search_indexes.c.alias)))
-    insertion = insert(search_outbox).from_select(list(values), source)
+    insertion = insert(search_outbox).from_select([column.name for column in columns], source)
     new = insertion.excluded
-    await connection.execute(
-        insertion.on_conflict_do_update(
-            index_elements=list(_KEY),
-            set_={
-                "version": _outbox.version + 1,
-                "since": func.least(_outbox.since, new.since),
-                "through": func.greatest(_outbox.through, new.through),
-                "wipe": _outbox.wipe | new.wipe,
-                # A dead letter becomes due again when its entity changes.
-                "due_at": case((_outbox.due_at == _NEVER, new.due_at), else_=_outbox.due_at),
-            },
-        )
+    return insertion.on_conflict_do_update(
+        index_elements=list(_KEY),
+        set_={
+            "version": _outbox.version + 1,
+            "since": func.least(_outbox.since, new.since),
+            "through": func.greatest(_outbox.through, new.through),
+            "wipe": _outbox.wipe | new.wipe,
+            # A dead letter becomes due again when its entity changes.
+            "due_at": case((_outbox.due_at == _NEVER, new.due_at), else_=_outbox.due_at),
+        },
     )
 
 
