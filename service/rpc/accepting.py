@@ -53,7 +53,7 @@ class UntakenCalls:
 
     @property
     def longest_queue(self) -> int:
-        """The same of the method with most of them."""
+        """Number of calls that wait, of the method with most of them."""
         return max((calls.waiting_count for calls in self._methods), default=0)
 
     @property

@@ -1,7 +1,7 @@
 """Conversion of large JSON values without holding the event loop.
 
 A conversion of many values pauses after every STEP_VALUES of them. `pause` is a turnstile: only one
-conversion passes in each turn of the loop, in rotation between users, so that many large
+conversion passes after each PAUSE_TURNS of the loop, in rotation between users, so that many large
 conversions delay other calls no more than one does.
 """
 

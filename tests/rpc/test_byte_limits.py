@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -25,16 +25,10 @@ from tests.support.cluster import Cluster
 from tests.support.raw_http2 import SERVICE, RawConnection
 from tests.support.servers import channel, connected, serving
 from tests.support.statements import SentStatements, database_name
+from tests.support.waits import until
 
 MIB = 1024 * 1024
 OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED = "0", "3", "4", "8"
-
-
-async def until(is_true: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    async with asyncio.timeout(30):
-        while not is_true():
-            await asyncio.sleep(0.01)
 
 
 async def large_session(chat: Chat) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from service.rpc.receiving import RequestReceiver
 from tests.support.chat import Chat
 from tests.support.raw_http2 import RawConnection
 from tests.support.servers import connected, serving
+from tests.support.waits import until
 
 CONNECTIONS, CALLS_PER_CONNECTION = 10, 190
 RESETS = 6000
@@ -129,13 +130,6 @@ async def test_server_stops_while_many_calls_wait(database_url: str) -> None:
                 await connection.call("ListSessions", REJECTED["ListSessions"])
             await until(lambda: server.untaken_calls.waiting_count == CALLS_PER_CONNECTION)
     assert not [event for event in events if event["event"] == "shutdown step timed out"]
-
-
-async def until(is_true: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
-    async with asyncio.timeout(30):
-        while not is_true():
-            await asyncio.sleep(0.01)
 
 
 def _finished_count(connections: list[RawConnection]) -> int:

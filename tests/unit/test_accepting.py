@@ -22,7 +22,6 @@ class Grpc:
 
     def __init__(self) -> None:
         self.requests: list[asyncio.Future[Any]] = []
-        self.notified = 0
         self.calls = _Calls(self._accept)
 
     def _accept(self) -> Any:

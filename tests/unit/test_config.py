@@ -100,7 +100,10 @@ def test_environment_overrides_env_file(
         (
             "CHAT_HISTORY_MAX_BYTES_PER_USER",
             "999999999999",
-            "CHAT_HISTORY_MAX_BYTES_PER_USER=999999999999 is above CHAT_HISTORY_MAX_BYTES_IN",
+            (
+                "CHAT_HISTORY_MAX_BYTES_PER_USER=999999999999 is above "
+                "CHAT_HISTORY_MAX_BYTES_IN_FLIGHT=100663296: lower it"
+            ),
         ),
         ("CHAT_HISTORY_DB_PREPARED_STATEMENTS", SECRET, "should be 'auto', 'on' or 'off'"),
     ],

@@ -108,7 +108,7 @@ def _check_connections(engine: AsyncEngine) -> None:
     def checked_out(
         connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
     ) -> None:
-        if _has_transaction(connection.driver_connection):  # It ended after the check-in.
+        if _has_transaction(connection.driver_connection):  # Begun after the check-in.
             raise DisconnectionError("the connection was left in a transaction")
         idle_since = entry.info.get("idle_since")
         if idle_since is not None and time.monotonic() - idle_since > PING_AFTER_IDLE_S:
