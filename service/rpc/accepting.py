@@ -19,6 +19,8 @@ from typing import Any
 from grpc import aio
 from grpc._cython import cygrpc
 
+from service.rpc import wake_ups
+
 FEW_ACCEPTS = 16
 """Calls of a method that are accepted at the same time."""
 MANY_ACCEPTS = 64
@@ -249,13 +251,15 @@ def create_server(
         untaken: Counts the calls that wait.
     """
     usual = cygrpc.AioServer
-    if not hasattr(usual, "_make_request_call_future"):
-        return aio.server(options=options)
-    cygrpc.AioServer = _Server
-    try:
-        server = aio.server(options=options)
-    finally:
-        cygrpc.AioServer = usual
+    is_known = hasattr(usual, "_make_request_call_future")
+    with wake_ups.all_read_together():
+        if not is_known:
+            return aio.server(options=options)
+        cygrpc.AioServer = _Server
+        try:
+            server = aio.server(options=options)
+        finally:
+            cygrpc.AioServer = usual
     calls = server._server  # type: ignore[attr-defined] # noqa: SLF001
     calls.own_queues, calls.untaken = own_queues, untaken
     return server
