@@ -13,6 +13,7 @@ from grpc import aio
 from grpc._cython.cygrpc import EOF  # type: ignore[import-not-found]
 
 from service.auth.caller import Caller
+from service.errors import Overloaded
 from service.rpc import receiving
 from service.rpc.receiving import RequestReceiver
 
@@ -268,3 +269,42 @@ async def test_flood_waits_while_others_calls_may_wait_to_be_taken_up(callers: C
     callers.receiver._grant()
     await turn()
     assert read_count(many) == 1
+
+
+async def test_calls_that_are_cancelled_together_are_counted_once(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look for the next call after each one would hold the loop for all that wait."""
+    count = 500
+    grants = 0
+    grant = RequestReceiver._grant
+
+    def count_grants(receiver: RequestReceiver) -> None:
+        nonlocal grants
+        grants += 1
+        grant(receiver)
+
+    reading = await callers.start(USER_ID, receiving.USER_PERMITS)
+    waiting = await callers.start(USER_ID, count)
+    other = await callers.start(OTHER_ID)
+    monkeypatch.setattr(RequestReceiver, "_grant", count_grants)
+    for task in callers.tasks[len(reading) : len(reading) + count]:
+        task.cancel()
+    await turn()
+    await turn()
+    assert callers.receiver.waiting_count == 0
+    assert grants < 10
+    assert other[0].is_read
+    assert not any(context.is_read for context in waiting)
+
+
+async def test_excess_of_a_callers_waiting_calls_is_rejected(
+    callers: Callers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "MAX_WAITING", 8)
+    callers.receiver = RequestReceiver()
+    await callers.start(USER_ID, receiving.USER_PERMITS + 20)
+    assert callers.receiver.waiting_count <= 10
+    rejected = [task for task in callers.tasks if task.done()]
+    assert rejected
+    assert all(isinstance(task.exception(), Overloaded) for task in rejected)
