@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from service.store.db.db_errors import driver_error, sqlstate
 from service.store.db.dsn import Target
 from service.store.db.engine import PING_AFTER_IDLE_S
+from service.store.db.sqlstates import rule_of
 from service.store.outbox.outbox import BACKLOG, Backlog
 from service.store.schema.version import SchemaVersion, schema_version
 from service.store.tables import BUILD, REQUIRED_REVISION
@@ -32,6 +33,8 @@ SLOW_ROUND_TRIP_S = 0.02
 """Round trip in seconds above which the database is probably in another region."""
 INDEX_LAG_NOTE_S = 60.0
 """Age in seconds of the oldest pending index change from which the report mentions it."""
+SHORT_TIMEOUT_MS = 5_000
+"""Milliseconds below which a timeout of the server ends statements that the service allows."""
 
 _SERVER = text(
     "SELECT current_setting('server_version') AS version, "
@@ -41,6 +44,12 @@ _SERVER = text(
     "current_setting('synchronous_commit') AS synchronous_commit, "
     "current_setting('server_encoding') AS encoding, "
     "(SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS tls"
+)
+
+_TIMEOUTS = text(
+    "SELECT name, setting FROM pg_settings WHERE name IN "
+    "('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout') "
+    "ORDER BY name"
 )
 
 _DEAD_LETTER_EXAMPLE = text(
@@ -94,6 +103,8 @@ class Description:
     schema: SchemaVersion
     index_state: IndexState | None = None
     """None when the schema does not fit this build."""
+    short_timeouts_ms: tuple[tuple[str, int], ...] = ()
+    """The server's timeouts that end the service's statements: their names, and milliseconds."""
 
 
 async def describe(target: Target, timeout_s: float) -> Description:
@@ -118,10 +129,21 @@ async def describe(target: Target, timeout_s: float) -> Description:
             schema = await schema_version(connection)
             index_state = await _index_state(connection) if schema.problem is None else None
             return Description(
-                **row, round_trip_s=round_trip_s, schema=schema, index_state=index_state
+                **row,
+                round_trip_s=round_trip_s,
+                schema=schema,
+                index_state=index_state,
+                short_timeouts_ms=await _short_timeouts_ms(connection),
             )
     finally:
         await engine.dispose()
+
+
+async def _short_timeouts_ms(connection: AsyncConnection) -> tuple[tuple[str, int], ...]:
+    """Return the names and values of the server's timeouts that end the service's statements."""
+    rows = (await connection.execute(_TIMEOUTS)).all()
+    timeouts = ((name, int(value)) for name, value in rows)
+    return tuple((name, value) for name, value in timeouts if 0 < value < SHORT_TIMEOUT_MS)
 
 
 async def _index_state(connection: AsyncConnection) -> IndexState:
@@ -175,6 +197,7 @@ def diagnose(description: Description, target: Target, pool: Pool) -> list[Findi
         _check_pool_size(description, target, pool.size + pool.overflow),
         _check_connections(target, pool),
         *_check_settings(description),
+        *_check_timeouts(description),
         *_check_search(description.index_state),
     ]
 
@@ -321,6 +344,18 @@ def _check_settings(description: Description) -> list[Finding]:
     return findings
 
 
+def _check_timeouts(description: Description) -> list[Finding]:
+    return [
+        Finding(
+            name,
+            f"{timeout_ms} ms: the server ends statements that take longer, and their callers "
+            f"receive UNAVAILABLE; run ALTER ROLE … SET {name} = 0",
+            Verdict.TODO,
+        )
+        for name, timeout_ms in description.short_timeouts_ms
+    ]
+
+
 def _check_search(state: IndexState | None) -> list[Finding]:
     if state is None:
         return []
@@ -341,6 +376,8 @@ def _check_search(state: IndexState | None) -> list[Finding]:
         findings.append(Finding("search", failures, Verdict.NOTE))
     return findings
 
+
+CANNOT_CONNECT_NOW = "57P03"
 
 _DATA_ERROR_CLASSES = ("22", "23")
 """Classes of SQLSTATEs whose messages quote data: data exceptions and violated constraints."""
@@ -389,14 +426,10 @@ def _explain_refusal(code: str, message: str, target: Target) -> str:
     """Add advice to the server's own message, which may contain names but never the password."""
     if code[:2] in _DATA_ERROR_CLASSES:
         return f"{target.location} rejected a value or a row (SQLSTATE {code})"
-    advice = {
-        "28P01": "check user and password in DATABASE_URL",
-        "28000": "check user and password in DATABASE_URL",
-        "3D000": "create the database, or change the name in DATABASE_URL",
-        "42501": "grant the missing privilege, or migrate as the owner of the schema",
-        "53300": "lower CHAT_HISTORY_DB_POOL_SIZE, or use a pooler",
-        "57P03": "the server is starting or stopping: retry in a moment",
-    }.get(code)
-    return f"{target.location} rejected the connection: {message}" + (
-        f" ({advice})" if advice else ""
+    advice = (
+        "the server is starting or stopping: retry in a moment"
+        if code == CANNOT_CONNECT_NOW
+        else rule_of(code).cause
     )
+    suffix = f": {advice}" if advice else ""
+    return f"{target.location} rejected the connection: {message} (SQLSTATE {code}{suffix})"

@@ -282,7 +282,7 @@ async def test_internal_error_reveals_no_exception_text(
     assert "a secret message" not in written + str(failure)
 
 
-async def test_internal_error_reveals_no_database_message(
+async def test_error_of_the_database_reveals_no_database_message(
     chat: Chat, database_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session_id = await chat.start("a secret message")
@@ -292,8 +292,8 @@ async def test_internal_error_reveals_no_database_message(
         chat.update_session(id=session_id, title="hunter2"),
         chat.context(session_id),
     ):
-        failure = await assert_fails(call, "INTERNAL")
-        assert failure.message == "internal error"
+        failure = await assert_fails(call, "DATABASE_UNAVAILABLE")
+        assert "operator" in failure.message
         assert "title" not in str(failure)
     written = "".join(capsys.readouterr())
     assert "hunter2" not in written

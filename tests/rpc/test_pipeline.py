@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from service.server import Server
 from service.store import sessions
 from tests.conftest import StartProcess
-from tests.support import failures
+from tests.support import commit_faults, failures
 from tests.support.chat import Chat, new_id, new_message
 from tests.support.cluster import Cluster, fetch, wait_until_idle
 from tests.support.servers import ServerProcess, channel, connected, serving
@@ -450,18 +450,26 @@ async def test_database_error_is_not_described_to_clients(
     async with connected(process.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
+        await commit_faults.install(database_url)
+        await commit_faults.arm(database_url, "23514", 1)
+        failure = await failures.assert_fails(chat.append(session_id, "more"), "INTERNAL")
+        assert failure.message == "internal error"
+        assert set(failure.metadata) == {"request_id"}
+        assert failure.metadata["request_id"] in process.log.read_text()
+        assert "a fault of the tests" not in process.log.read_text()
         await fetch(database_url, "ALTER TABLE chat_messages RENAME COLUMN content TO s3cr3t")
         for call in (
             chat.page(session_id),
             chat.append(session_id, "more"),
             chat.watch(session_id).read(),
         ):
-            failure = await failures.assert_fails(call, "INTERNAL")
-            assert failure.message == "internal error"
-            assert set(failure.metadata) == {"request_id"}
-            log = process.log.read_text()
-            assert failure.metadata["request_id"] in log
-            assert "s3cr3t" not in log
+            failure = await failures.assert_fails(call, "DATABASE_UNAVAILABLE")
+            assert "content" not in failure.message
+            assert not failure.metadata
+        log = process.log.read_text()
+        assert log.count('"database error"') == 1
+        assert "42703" in log
+        assert "s3cr3t" not in log
         await chat.get_session(session_id)
 
 

@@ -14,27 +14,37 @@ from service.store.append.recovery import (
     decide,
     final_error,
 )
-from service.store.db.db_errors import Failure
+from service.store.db.sqlstates import Failure
+from tests.support.sqlstates import error_of as error_with_code
 
-ONE_ITEM = FailedBatch(Failure.FATAL, None, item_count=1, attempts=1, is_apart=False)
+ONE_ITEM = FailedBatch(Failure.DEFECT, None, item_count=1, attempts=1, is_apart=False)
 ITEMS = ONE_ITEM._replace(item_count=3)
 
 LOST = {"failure": Failure.LOST, "sqlstate": "57P01"}
-REFUSED = {"failure": Failure.REFUSED}
+OUTAGE = {"failure": Failure.OUTAGE}
 DUPLICATE = {"sqlstate": "23505"}
 DEADLOCK = {"failure": Failure.CONTENTION, "sqlstate": "40P01"}
 SESSION_DELETED = {"failure": Failure.BAD_DATA, "sqlstate": "22012"}
 NO_CONTENT = {"sqlstate": "23502"}
 LOCKED = {"failure": Failure.LOCKED, "sqlstate": "55P03"}
 NO_USER = {"sqlstate": "23503"}
+CANCELLED = {"failure": Failure.CANCELLED, "sqlstate": "57014"}
+DENIED = {"failure": Failure.DENIED}
+NO_PRIVILEGE = DENIED | {"sqlstate": "42501"}
+FOREIGN_TRIGGER = DENIED | {"sqlstate": "P0001"}
+DAMAGE = DENIED | {"sqlstate": "XX001"}
+LOOK_UP = {"is_look_up": True}
 SECOND = {"attempts": 2}
+THIRD = {"attempts": 3}
 APART = {"is_apart": True}
 
 TABLE = {
     "no caller waits": (ITEMS, LOST | {"item_count": 0}, Action.NOTHING),
     "connection lost": (ITEMS, LOST, Action.WAIT_FOR_DATABASE),
     "connection lost, apart": (ITEMS, LOST | APART, Action.WAIT_FOR_DATABASE),
-    "connection refused": (ITEMS, REFUSED, Action.WAIT_FOR_DATABASE),
+    "connection refused": (ITEMS, OUTAGE, Action.WAIT_FOR_DATABASE),
+    "read-only": (ITEMS, OUTAGE | {"sqlstate": "25006"}, Action.WAIT_FOR_DATABASE),
+    "disk full": (ITEMS, OUTAGE | {"sqlstate": "53100"}, Action.WAIT_FOR_DATABASE),
     "connection lost, one item, late": (ONE_ITEM, LOST | SECOND, Action.WAIT_FOR_DATABASE),
     "duplicate id, first attempt": (ITEMS, DUPLICATE, Action.LOOK_UP),
     "duplicate id, one item, first attempt": (ONE_ITEM, DUPLICATE, Action.LOOK_UP),
@@ -62,8 +72,36 @@ TABLE = {
     "no such user, one item": (ONE_ITEM, NO_USER, Action.FAIL),
     "no such user, one item, apart": (ONE_ITEM, NO_USER | APART, Action.FAIL),
     "defect": (ONE_ITEM, {}, Action.FAIL),
-    "statement cancelled": (ONE_ITEM, {"failure": Failure.CANCELLED}, Action.FAIL),
+    "cancelled": (ITEMS, CANCELLED, Action.RUN_SESSIONS_APART),
+    "cancelled, one item": (ONE_ITEM, CANCELLED, Action.RUN_SESSIONS_APART),
+    "cancelled, apart": (ITEMS, CANCELLED | SECOND | APART, Action.RUN_ITEMS_ALONE),
+    "cancelled, apart, one item": (ONE_ITEM, CANCELLED | SECOND | APART, Action.RETRY),
+    "cancelled, apart, third": (ONE_ITEM, CANCELLED | THIRD | APART, Action.FAIL),
+    "cancelled, one item, third": (ONE_ITEM, CANCELLED | THIRD, Action.FAIL),
     "bad data": (ITEMS, {"failure": Failure.BAD_DATA}, Action.RUN_SESSIONS_APART),
+    "no privilege": (ITEMS, NO_PRIVILEGE, Action.FAIL),
+    "no privilege, apart": (ITEMS, NO_PRIVILEGE | APART, Action.FAIL),
+    "no table": (ITEMS, DENIED | {"sqlstate": "42P01"}, Action.FAIL),
+    "no schema": (ITEMS, DENIED | {"sqlstate": "3F000"}, Action.FAIL),
+    "foreign trigger": (ITEMS, FOREIGN_TRIGGER, Action.RUN_SESSIONS_APART),
+    "foreign trigger, apart": (ITEMS, FOREIGN_TRIGGER | APART, Action.RUN_ITEMS_ALONE),
+    "foreign trigger, one item": (ONE_ITEM, FOREIGN_TRIGGER, Action.FAIL),
+    "damage": (ITEMS, DAMAGE, Action.RUN_SESSIONS_APART),
+    "damage, apart, one item": (ONE_ITEM, DAMAGE | APART, Action.FAIL),
+    "look-up, no caller waits": (ITEMS, LOOK_UP | {"item_count": 0}, Action.NOTHING),
+    "look-up, no privilege": (ITEMS, LOOK_UP | NO_PRIVILEGE, Action.FAIL),
+    "look-up, connection lost": (ITEMS, LOOK_UP | LOST, Action.WAIT_FOR_DATABASE),
+    "look-up, connection refused": (ITEMS, LOOK_UP | OUTAGE, Action.WAIT_FOR_DATABASE),
+    "look-up, defect": (ITEMS, LOOK_UP, Action.RUN_SESSIONS_APART),
+    "look-up, defect, apart": (ITEMS, LOOK_UP | APART, Action.FAIL),
+    "look-up, defect, one item": (ONE_ITEM, LOOK_UP, Action.FAIL),
+    "look-up, damage": (ITEMS, LOOK_UP | DAMAGE, Action.RUN_SESSIONS_APART),
+    "look-up, damage, apart": (ITEMS, LOOK_UP | DAMAGE | APART, Action.FAIL),
+    "look-up, deadlock": (ITEMS, LOOK_UP | DEADLOCK, Action.LOOK_UP_AND_RETRY),
+    "look-up, locked": (ITEMS, LOOK_UP | LOCKED | APART, Action.LOOK_UP_AND_RETRY),
+    "look-up, cancelled": (ITEMS, LOOK_UP | CANCELLED | SECOND, Action.LOOK_UP_AND_RETRY),
+    "look-up, cancelled, third": (ONE_ITEM, LOOK_UP | CANCELLED | THIRD, Action.FAIL),
+    "look-up, cancelled, apart": (ITEMS, LOOK_UP | CANCELLED | THIRD | APART, Action.FAIL),
 }
 
 
@@ -109,5 +147,13 @@ def test_unavailable_database_is_reported_as_unavailable() -> None:
 
 
 def test_defect_is_passed_on() -> None:
-    error = error_of(asyncpg.UndefinedTableError)
+    error = error_of(asyncpg.PostgresSyntaxError)
     assert final_error("alice", error) is error
+
+
+@pytest.mark.parametrize("code", ["42501", "42P01", "57014", "P0001", "XX001"])
+def test_error_that_an_operator_must_act_on_is_reported_as_unavailable(code: str) -> None:
+    answer = final_error("alice", error_with_code(code))
+    assert isinstance(answer, Unavailable)
+    assert answer.reason == "DATABASE_UNAVAILABLE"
+    assert answer.retry_after is not None

@@ -48,8 +48,8 @@ from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.db.db_errors import (
     LOCK_NOT_AVAILABLE,
-    Failure,
     classify,
+    may_have_committed,
     sqlstate,
     to_service_error,
 )
@@ -207,11 +207,13 @@ class _Lane:
     async def _run_batch(self) -> None:
         """Run one batch. Each of its items is then answered or back in a queue, whatever failed."""
         batch: list[Append] = []
+        is_look_up = False
         try:
             if any(item.look_up_first for item in self.queue):
-                batch = self._take_unverified()
+                batch, is_look_up = self._take_unverified(), True
                 await self._look_up(batch)
                 self._requeue(batch)
+                batch, is_look_up = [], False  # A later error is not theirs.
             if self._key is None:
                 self.queue = in_turns(self.queue)
                 batch = self._take_batch(accepts_large=False)
@@ -225,7 +227,7 @@ class _Lane:
                     await self._store(batch)
             self._consecutive_outages = 0
         except DATABASE_ERRORS as error:
-            await self._recover(batch, error)
+            await self._recover(batch, error, is_look_up=is_look_up)
         except Exception as error:  # noqa: BLE001 - a defect must fail these callers, not hang all
             for item in batch:
                 item.fail(error)
@@ -281,7 +283,7 @@ class _Lane:
         try:
             rows = await self._database.fetch_once(statement, *arguments)
         except DATABASE_ERRORS as error:
-            if classify(error) is Failure.LOST:
+            if may_have_committed(error):
                 for item in batch:
                     item.may_have_committed = True
             raise
@@ -306,7 +308,7 @@ class _Lane:
                 self._database, [item.key for item in items if item.has_derived_id]
             )
         except DATABASE_ERRORS as error:
-            await self._recover(items, error)
+            await self._recover(items, error, is_look_up=True)
             return
         retries: list[Append] = []
         for item in items:
@@ -328,15 +330,22 @@ class _Lane:
                 retries.append(item)
         self._requeue(retries)
 
-    async def _recover(self, batch: list[Append], error: BaseException) -> None:
+    async def _recover(
+        self, batch: list[Append], error: BaseException, *, is_look_up: bool = False
+    ) -> None:
         """Requeue the items of a failed statement where they can succeed, or fail them."""
         batch = [item for item in batch if not item.future.done()]
+        if is_look_up:
+            for item in batch:
+                item.attempts += 1
+        self._database.report(error)
         failed = recovery.FailedBatch(
             classify(error),
             sqlstate(error),
             item_count=len(batch),
             attempts=max((item.attempts for item in batch), default=0),
             is_apart=self._key is not None,
+            is_look_up=is_look_up,
         )
         await self._execute(recovery.decide(failed), batch, error)
 
@@ -365,7 +374,6 @@ class _Lane:
 
         Items that time out during the wait fail. The wait ends early when no item is left.
         """
-        self._database.on_suspected_outage()
         self._requeue(batch, look_up_first=True)
         retry_at = self._loop.time() + backoff(self._consecutive_outages)
         self._consecutive_outages += 1

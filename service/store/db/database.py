@@ -27,9 +27,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
-from service.store.db.db_errors import Failure, classify, to_service_error
+from service.store.db.db_errors import classify, may_have_committed, rule, to_service_error
 from service.store.db.dsn import Target
 from service.store.db.engine import pooled_engine, unpooled_engine
+from service.store.db.error_log import ErrorLog
 from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
 from service.store.db.hot_pool import (
     LOCK_TIMEOUT_S,
@@ -39,6 +40,7 @@ from service.store.db.hot_pool import (
     fetch_in_transaction,
 )
 from service.store.db.recent_keys import RecentKeys
+from service.store.db.sqlstates import Failure, Scope
 from service.store.db.work_class import (
     MAX_WAIT_S,
     STATEMENT_TIMEOUT_S,
@@ -66,6 +68,8 @@ SUSPICIOUS_WAITS_S = {
 """The same for `read` and `write`, by the class of their work."""
 MAX_ATTEMPTS = 6
 """Attempts of a transaction that is rolled back by contention."""
+MAX_CANCELLED_ATTEMPTS = 3
+"""Attempts of a statement that the server cancels."""
 OUTAGE_TIMEOUT_S = 15.0
 """Seconds that a call waits for an unavailable database, at most."""
 REPLY_MARGIN_S = 0.25
@@ -171,6 +175,7 @@ class Database:
         )
         self.on_suspected_outage: Callable[[], None] = lambda: None
         """Called when a call has shown, or suggests, that the database is unavailable."""
+        self._error_log = ErrorLog()
         # Looked up at each call, since the attribute is assigned later.
         self.hot_pool.on_slow_statement = lambda: self.on_suspected_outage()  # noqa: PLW0108
 
@@ -305,7 +310,7 @@ class Database:
                 try:
                     await connection.commit()
                 except DATABASE_ERRORS as error:
-                    is_outcome_unknown |= classify(error) is Failure.LOST
+                    is_outcome_unknown |= may_have_committed(error)
                     raise
                 return result
 
@@ -390,8 +395,7 @@ class Database:
     async def _back_off(self, error: BaseException, attempts: int, wait_until: float) -> None:
         """Wait before the next attempt, or raise the caller's error when there is none."""
         failure = classify(error)
-        if failure in (Failure.LOST, Failure.REFUSED):
-            self.on_suspected_outage()
+        self.report(error)
         pause = backoff(attempts)
         if failure is Failure.LOCKED:
             wait_until -= LOCK_TIMEOUT_S  # The next attempt may time out on the lock, too.
@@ -408,10 +412,18 @@ class Database:
         match failure:
             case Failure.CONTENTION:
                 return attempts + 1 < MAX_ATTEMPTS
-            case Failure.LOCKED | Failure.LOST | Failure.REFUSED:
+            case Failure.CANCELLED:
+                return attempts + 1 < MAX_CANCELLED_ATTEMPTS
+            case Failure.LOCKED | Failure.LOST | Failure.OUTAGE:
                 return True
             case _:
                 return False
+
+    def report(self, error: BaseException) -> None:
+        """Take a database error as evidence against the database, and log its cause."""
+        self._error_log.add(error)
+        if rule(error).scope is not Scope.NOTHING:
+            self.on_suspected_outage()
 
     def _suspect_outage(self, started_at: float, wait_s: float = SUSPICIOUS_WAIT_S) -> None:
         """Report a suspected outage if an unsuccessful call has waited for long enough."""

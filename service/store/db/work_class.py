@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import DeadlineExceeded, Overloaded
-from service.store.db.db_errors import Failure, classify
+from service.store.db.db_errors import classify
 from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore, QueueFull
+from service.store.db.sqlstates import Failure
 
 STATEMENT_TIMEOUT_S = 5.0
 """Seconds that a statement of expensive work may take."""
@@ -128,9 +129,11 @@ class ExpensiveWork:
         try:
             yield
         except Exception as error:
-            if classify(error) is Failure.CANCELLED and time_left_s > STATEMENT_TIMEOUT_S:
+            if classify(error) is not Failure.CANCELLED:
+                raise
+            if time_left_s > STATEMENT_TIMEOUT_S:
                 raise _too_expensive_error() from None
-            raise
+            raise DeadlineExceeded("the database did not respond in time") from None
 
 
 def overloaded_error() -> Overloaded:

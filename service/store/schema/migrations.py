@@ -19,8 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 import service
 from service.store import tables
 from service.store.db.database import DATABASE_ERRORS
-from service.store.db.db_errors import Failure, classify, driver_error
+from service.store.db.db_errors import classify, driver_error, rule, sqlstate
 from service.store.db.dsn import Target
+from service.store.db.sqlstates import Failure
 from service.store.schema.version import SchemaVersion, schema_version
 
 T = TypeVar("T")
@@ -46,6 +47,8 @@ CONNECT_TIMEOUT_S = 15.0
 ADVISORY_LOCK_KEY = 0x63686174_68697374
 """Key of the advisory lock that one migrator at a time holds."""
 MIGRATOR_POLL_INTERVAL_S = 0.25
+TOO_MANY_CONNECTIONS = "53300"
+"""SQLSTATE of an error that the service, or another migrator, may cause for a moment."""
 
 _LOCKS_HELD = (
     "other transactions hold the locks that the migration needs;"
@@ -141,7 +144,7 @@ async def _migrate(
                 on_wait("other transactions hold the locks that the migration needs: retrying")
                 await asyncio.sleep(RETRY_PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             elif (
-                failure is Failure.REFUSED
+                failure is Failure.OUTAGE
                 and loop.time() < start_timeout_at
                 and not _is_permanent(error)
             ):
@@ -154,8 +157,10 @@ async def _migrate(
 
 
 def _is_permanent(error: BaseException) -> bool:
-    """Return whether waiting cannot help: the host's name is wrong, or TLS fails."""
-    cause = driver_error(error)
+    """Return whether waiting cannot help: an operator must act, the name is wrong, or TLS fails."""
+    cause, state = driver_error(error), sqlstate(error)
+    if state is not None:
+        return bool(rule(error).cause) and state != TOO_MANY_CONNECTIONS
     return isinstance(cause, socket.gaierror | ssl.SSLError) or "rejected SSL upgrade" in str(cause)
 
 
