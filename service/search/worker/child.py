@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 
     from service.search.qdrant import QdrantIndex
 
-NICENESS = 19
+NICENESS = 10
+"""Leaves nine tenths of a processor to the server where both want it. With the lowest priority (19)
+a search of one text waited for seconds behind batch jobs of the same machine."""
 OOM_SCORE = 500
 """Makes the kernel end this process rather than the server when memory runs out (-1000 to 1000)."""
 MAX_CPU_S = 10.0
