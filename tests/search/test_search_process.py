@@ -55,12 +55,14 @@ def read_oom_score(pid: int) -> int:
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
-async def test_process_runs_at_lowest_priority_and_is_the_first_victim_of_the_oom_killer(
+async def test_process_runs_at_a_lower_priority_and_is_the_first_victim_of_the_oom_killer(
     process: SearchProcess, embeddings: OfflineEmbeddings
 ) -> None:
     await embeddings.embed_query("some query")
     assert process.pid is not None
-    assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == min(
+        os.getpriority(os.PRIO_PROCESS, 0) + 10, 19
+    )
     assert read_oom_score(process.pid) > read_oom_score(os.getpid())
 
 

@@ -2,7 +2,7 @@
 
 `python -m service.search.worker.child FD` serves the requests that arrive on the socket FD, one at
 a time, and exits when its parent does. It is a process of its own because Qdrant's local mode and
-the embeddings hold the interpreter lock while they work. It runs at the lowest priority, so that
+the embeddings hold the interpreter lock while they work. It runs at a lower priority, so that
 indexing does not slow chat down.
 """
 
