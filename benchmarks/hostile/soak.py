@@ -24,8 +24,8 @@ _USERS = 6
 _ATTACKS = 300
 """Attacks of the list. Each third of the time begins it again, so that the thirds are alike."""
 _WARM_UP_SHARE = 0.5
-"""Time of attacks before the memory is measured, as a share of the length of the soak. In about
-a quarter of an hour it rises to what the largest attacks take, and then stays there."""
+"""Time of attacks before the memory is measured, as a share of the length of the soak. Within
+a quarter of an hour the memory rises to what the largest attacks take, and then stays there."""
 _PAUSE_S = 3.0
 """Pause between two attacks: the rate of the attacks is moderate."""
 _SAMPLE_INTERVAL_S = 1.0

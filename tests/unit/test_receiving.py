@@ -271,7 +271,7 @@ async def test_flood_waits_while_others_calls_may_wait_to_be_taken_up(callers: C
     assert read_count(many) == 1
 
 
-async def test_calls_that_are_cancelled_together_are_counted_once(
+async def test_end_of_many_waiting_calls_starts_one_search_for_the_next(
     callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To look for the next call after each one would hold the loop for all that wait."""
