@@ -60,8 +60,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("DATABASE_URL", "NEON_DATABASE_URL")
     )
-    """Connection string of PostgreSQL, in libpq's form or as Neon's console shows it. Unset: an
-    embedded PostgreSQL under `data_dir`."""
+    """Connection string of PostgreSQL, in libpq's forms or as Neon's console shows it. It may name
+    several hosts, of which the service uses the primary. Unset: an embedded PostgreSQL under
+    `data_dir`."""
     db_pool_size: PositiveInt = 8
     """Connections that the pool keeps open."""
     db_max_overflow: NonNegativeInt = 4

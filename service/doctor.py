@@ -11,12 +11,12 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import asyncpg
-from sqlalchemy import NullPool, text
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store.db.db_errors import driver_error, sqlstate
+from service.store.db.db_errors import NoServer, WrongRole, driver_error, sqlstate
 from service.store.db.dsn import Target
-from service.store.db.engine import PING_AFTER_IDLE_S
+from service.store.db.engine import PING_AFTER_IDLE_S, single_use_engine
 from service.store.db.sqlstates import rule_of
 from service.store.outbox.outbox import BACKLOG, Backlog
 from service.store.schema.version import SchemaVersion, schema_version
@@ -113,12 +113,7 @@ async def describe(target: Target, timeout_s: float) -> Description:
     Raises:
         Exception: Any error of connecting. `explain` turns it into advice.
     """
-    engine = create_async_engine(
-        target.url,
-        connect_args={"timeout": timeout_s} | target.connect_args,
-        poolclass=NullPool,
-        hide_parameters=True,
-    )
+    engine = single_use_engine(target, connect_timeout_s=timeout_s)
     try:
         async with engine.connect() as connection:
             row = (await connection.execute(_SERVER)).one()._asdict()
@@ -257,8 +252,10 @@ def _check_tls(description: Description, target: Target) -> Finding:
 
 
 def _is_local(target: Target) -> bool:
-    host = target.url.host or str(target.url.query.get("host", "/"))
-    return host.startswith(("/", "127.")) or host in ("localhost", "::1")
+    return all(
+        host.startswith(("/", "127.")) or host in ("localhost", "::1")
+        for host, _ in target.addresses
+    )
 
 
 def _describe_statements(target: Target) -> str:
@@ -388,8 +385,8 @@ def explain(error: BaseException, target: Target) -> str:
     cause = driver_error(error)
     code = sqlstate(error)
     host = target.url.host
-    if code is not None:
-        return _explain_refusal(code, str(cause), target)
+    if code is not None or isinstance(cause, NoServer | WrongRole):
+        return _explain_refusal(code, cause, target)
     if isinstance(cause, socket.gaierror):
         return f"the host name {host} does not resolve: check DATABASE_URL and this machine's DNS"
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -422,8 +419,13 @@ def _explain_certificate(message: str, target: Target) -> str:
     )
 
 
-def _explain_refusal(code: str, message: str, target: Target) -> str:
+def _explain_refusal(code: str | None, cause: BaseException, target: Target) -> str:
     """Add advice to the server's own message, which may contain names but never the password."""
+    if isinstance(cause, NoServer):
+        return f"none of the servers in DATABASE_URL can be used: {cause}"
+    if isinstance(cause, WrongRole):
+        return f"{target.location} is {cause}: connect to the primary"
+    assert code is not None  # noqa: S101 - the server has sent the error
     if code[:2] in _DATA_ERROR_CLASSES:
         return f"{target.location} rejected a value or a row (SQLSTATE {code})"
     advice = (
@@ -432,4 +434,4 @@ def _explain_refusal(code: str, message: str, target: Target) -> str:
         else rule_of(code).cause
     )
     suffix = f": {advice}" if advice else ""
-    return f"{target.location} rejected the connection: {message} (SQLSTATE {code}{suffix})"
+    return f"{target.location} rejected the connection: {cause} (SQLSTATE {code}{suffix})"

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.search.disabled import AnySearch
 from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.db_errors import describe
 
 SERVICE = "chathistory.v1.ChatHistoryService"
 PROBE_INTERVAL_S = 1.0
@@ -104,7 +105,7 @@ class Readiness:
             self._database.hot_pool.terminate()
             return "the database does not answer in time"
         except DATABASE_ERRORS as error:
-            return f"the database does not answer ({type(error).__name__})"
+            return describe(error)
         except Exception as error:  # noqa: BLE001 - if probing ended, the service would never be ready
             return f"the schema cannot be read ({type(error).__name__})"
 

@@ -13,6 +13,7 @@ from service.store.db import database as module
 from service.store.db import engine
 from service.store.db.database import Database
 from service.store.db.dsn import parse
+from service.store.db.hot_pool import Statement
 from service.store.db.work_class import WorkClass
 from tests.support.chat import new_id
 from tests.support.cluster import Cluster, fetch
@@ -215,3 +216,29 @@ async def test_connection_that_comes_back_with_a_transaction_is_closed(
     assert await database.write(write, owner_id=OWNER, deadline=soon()) != left
     await database.close(5)
     assert len(await fetch(database_url, "SELECT id FROM marks")) == 1
+
+
+async def test_next_generation_replaces_idle_connections_now_and_busy_ones_when_released(
+    database_url: str,
+) -> None:
+    database = Database(parse(database_url), pool_size=4, max_overflow=0, hot_pool_size=2)
+    read = Statement.from_text("SELECT pg_backend_pid()")
+    busy = await database.hot_pool.acquire()
+    before = {
+        busy.driver.get_server_pid(),
+        (await database.fetch_once(read))[0][0],
+        await database.read(backend, owner_id=OWNER, deadline=soon()),
+    }
+    database.start_generation()
+    after = {
+        (await database.fetch_once(read))[0][0],
+        await database.read(backend, owner_id=OWNER, deadline=soon()),
+    }
+    assert len(before) == 3
+    assert after.isdisjoint(before)
+    assert await busy.driver.fetchval("SELECT 1") == 1
+    database.hot_pool.release(busy)
+    async with asyncio.timeout(20):
+        while not busy.driver.is_closed():
+            await asyncio.sleep(0.01)
+    await database.close()

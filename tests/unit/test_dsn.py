@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
-from service.store.db.dsn import Target, parse
+from service.store.db.dsn import Address, Target, parse
 
 SECRET = "npg_s3cret"
 POOLED = "ep-cool-sun-a1b2c3-pooler.eu-central-1.aws.neon.tech"
@@ -207,13 +207,21 @@ def test_password_with_escaped_characters_is_decoded() -> None:
     [
         "",
         SECRET,
-        f"host=h user=u password={SECRET}",
+        f"host=h user=u password={SECRET} x",
+        f"host=h user=u password='{SECRET}",
         f"jdbc:postgresql://h/d?user=u&password={SECRET}",
         f"mysql://u:{SECRET}@h/d",
         f"postgresql://u:{SECRET}@h:port/d",
         f"postgresql://u:x@{SECRET}:y@h/d",
         f"postgresql://u:x@{SECRET}@h/d",
-        f"postgresql://u:{SECRET}@h1:5432,h2:5432/d",
+        f"postgresql://u:{SECRET}@h1:5432,h2:port/d",
+        f"postgresql://u:{SECRET}@h1,h2/d?port=1,2,3",
+        f"postgresql://u:{SECRET}@h1:0/d",
+        f"postgresql://u:{SECRET}@h1:65536/d",
+        f"postgresql://u:{SECRET}@h:1:2/d",
+        f"postgresql://u:{SECRET}@[::1/d",
+        f"postgresql://u:{SECRET}@[::1]5432/d",
+        f"postgresql://u:{SECRET}@h1,h2/d?target_session_attrs={SECRET}",
         f"postgresql://u:{SECRET}@h/d?sslmode={SECRET}",
         f"postgresql://u:{SECRET}@h/d?connect_timeout={SECRET}",
         f"postgresql://u:{SECRET}@/d?host=h&port={SECRET}",
@@ -234,3 +242,121 @@ def test_repr_contains_no_password(tmp_path: Path) -> None:
         SECRET
         not in f"{target!r} {target.url!r} {target.location} {target.notes} {target.direct()!r}"
     )
+
+
+# --- Several hosts.
+
+TWO = (Address("h1", 5433), Address("h2", 5432))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"postgresql://u:{SECRET}@h1:5433,h2:5432/d",
+        f"postgresql://u:{SECRET}@h1:5433,h2/d",
+        f"psql 'postgresql://u:{SECRET}@h1:5433,h2/d'",
+        f"postgresql://u:{SECRET}@/d?host=h1,h2&port=5433,5432",
+        f"postgresql://u:{SECRET}@/d?host=h1&host=h2&port=5433&port=5432",
+        f"postgresql://u:{SECRET}@/d?host=h1:5433&host=h2:5432",
+        f"postgresql://u:{SECRET}@/d?host=h1:5433,h2",
+        f"postgresql://u:{SECRET}@h1,h2/d?port=5433,5432",
+        f"postgresql://u:{SECRET}@h1,h2/d?port=5433,",
+        f"postgresql://h1:5433,h2:5432/d?user=u&password={SECRET}",
+        f"host=h1,h2 port=5433,5432 user=u password={SECRET} dbname=d",
+        f"host = 'h1,h2' port='5433,5432'\nuser=u password='{SECRET}' dbname=d",
+    ],
+)
+def test_several_hosts_are_accepted_in_every_form(text: str) -> None:
+    target = parse(text)
+    assert target.addresses == TWO
+    assert target.location == "h1:5433,h2:5432/d"
+    driver = connection(target)
+    assert (driver["host"], driver["port"], driver["user"]) == ("h1", 5433, "u")
+    assert (driver["password"], driver["database"]) == (SECRET, "d")
+    assert target.notes == ()
+    assert not target.is_pooled
+    assert target.connect_args["ssl"] == "prefer"
+
+
+@pytest.mark.parametrize(
+    ("text", "addresses"),
+    [
+        ("postgresql://u@[::1]:5433,h2/d", (Address("::1", 5433), Address("h2", 5432))),
+        ("postgresql://u@[::1],h2/d?port=6000", (Address("::1", 6000), Address("h2", 6000))),
+        ("postgresql://u@h1:5433,h2:5434/d?port=6000", (Address("h1", 6000), Address("h2", 6000))),
+        ("host=::1,h2 user=u", (Address("::1", 5432), Address("h2", 5432))),
+        ("host=,h2 user=u", (Address("localhost", 5432), Address("h2", 5432))),
+        ("postgresql://u@%2Frun%2Fa,h2/d", (Address("/run/a", 5432), Address("h2", 5432))),
+        ("postgresql://u@%2Frun%2Fa:5433/d", (Address("/run/a", 5433),)),
+        (
+            "hostaddr=10.0.0.1,10.0.0.2 user=u",
+            (Address("10.0.0.1", 5432), Address("10.0.0.2", 5432)),
+        ),
+        ("user=u dbname=d", ()),
+        ("postgresql:///d?port=5433", ()),
+    ],
+)
+def test_addresses_are_those_of_libpq(text: str, addresses: tuple[Address, ...]) -> None:
+    assert parse(text).addresses == addresses
+
+
+def test_text_of_an_ipv6_address_has_brackets() -> None:
+    assert str(Address("::1", 6000)) == "[::1]:6000"
+    assert parse("postgresql://u@[::1]:6000/d").url.host == "::1"
+
+
+def test_socket_in_the_url_is_a_socket() -> None:
+    target = parse("postgresql://u@%2Frun%2Fa:5433/d")
+    driver = connection(target)
+    assert (driver["host"], driver["port"]) == ("/run/a", 5433)
+    assert target.connect_args["ssl"] is False
+    assert target.location == "the socket in /run/a"
+    assert connection(parse("postgresql:///d?port=5433"))["port"] == 5433
+
+
+def test_quoted_values_of_the_other_form_are_decoded() -> None:
+    driver = connection(parse(r"host=h user='a b' password='it\'s \\' dbname=d"))
+    assert (driver["user"], driver["password"]) == ("a b", "it's \\")
+    assert connection(parse("host=h user=u password=it's"))["password"] == "it's"
+
+
+def test_several_neon_hosts_are_verified_and_migrated_directly() -> None:
+    other = POOLED.replace("ep-cool", "ep-warm")
+    target = parse(f"postgresql://u:{SECRET}@{POOLED},{other}/d")
+    assert target.is_neon
+    assert target.is_pooled
+    assert tls_context(target).check_hostname
+    direct = target.direct()
+    assert [address.host for address in direct.addresses] == [
+        DIRECT,
+        DIRECT.replace("ep-cool", "ep-warm"),
+    ]
+    assert direct.url.host == DIRECT
+
+
+def test_one_pooler_among_the_hosts_makes_the_target_pooled() -> None:
+    assert parse("postgresql://u@h1:5432,h2:6432/d").is_pooled
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "prefer-read-write"),
+        ("any", "prefer-read-write"),
+        ("read-write", "read-write"),
+        ("primary", "primary"),
+    ],
+)
+def test_session_attributes_that_a_primary_has_are_accepted(
+    value: str | None, expected: str
+) -> None:
+    option = f"?target_session_attrs={value}" if value else ""
+    target = parse(f"postgresql://u@h1,h2/d{option}")
+    assert target.session_attrs == expected
+    assert target.notes == ()
+
+
+@pytest.mark.parametrize("value", ["standby", "prefer-standby", "read-only", SECRET])
+def test_other_session_attributes_are_rejected(value: str) -> None:
+    with pytest.raises(ValueError, match=r"target_session_attrs.* in the database URL is not"):
+        parse(f"postgresql://u@h1,h2/d?target_session_attrs={value}")

@@ -27,20 +27,29 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import DeadlineExceeded, ServiceError, Unavailable
-from service.store.db.db_errors import classify, may_have_committed, rule, to_service_error
+from service.store.db.connector import Connector
+from service.store.db.db_errors import (
+    READ_ONLY,
+    classify,
+    may_have_committed,
+    rule,
+    sqlstate,
+    to_service_error,
+)
 from service.store.db.dsn import Target
 from service.store.db.engine import pooled_engine, unpooled_engine
 from service.store.db.error_log import ErrorLog
 from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
 from service.store.db.hot_pool import (
     LOCK_TIMEOUT_S,
+    Generation,
     HotPool,
     Record,
     Statement,
     fetch_in_transaction,
 )
 from service.store.db.recent_keys import RecentKeys
-from service.store.db.sqlstates import Failure, Scope
+from service.store.db.sqlstates import Failure, Policy, Scope
 from service.store.db.work_class import (
     MAX_WAIT_S,
     STATEMENT_TIMEOUT_S,
@@ -76,6 +85,8 @@ REPLY_MARGIN_S = 0.25
 """Seconds before its deadline at which a waiting call fails, so that the reply still arrives."""
 CLOSE_TIMEOUT_S = 1.0
 """Seconds in which connections may close gracefully."""
+GENERATION_INTERVAL_S = 1.0
+"""Minimum seconds between two replacements of all connections that failed statements cause."""
 MIN_OTHER_CONNECTIONS = 2
 """Connections of a small pool that the hot statements leave for everything else."""
 
@@ -134,8 +145,14 @@ class Database:
         """
         self._loop = asyncio.get_running_loop()
         self.target = target
+        connector, self._generation = Connector(target), Generation()
+        self._generation_started_at = -GENERATION_INTERVAL_S
+        self.writes_are_down = False
+        """Set while the database is known to be read-only: connections that can read stay open."""
         self.engine = pooled_engine(
             target,
+            connector,
+            self._generation,
             pool_size=pool_size,
             max_overflow=max_overflow,
             pool_timeout_s=pool_timeout_s,
@@ -151,11 +168,11 @@ class Database:
             else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
         # For probes, while calls that wait for locks hold every connection of the pool.
-        self._probe_engine = unpooled_engine(target, connect_timeout_s=connect_timeout_s)
+        self._probe_engine = unpooled_engine(target, connector, connect_timeout_s=connect_timeout_s)
         self._max_connections = pool_size + max_overflow
         max_hot_size = self._max_connections - MIN_OTHER_CONNECTIONS
         hot_size = max(1, min(hot_pool_size, pool_size, max_hot_size))
-        self.hot_pool = HotPool(self.engine, hot_size)
+        self.hot_pool = HotPool(self.engine, hot_size, self._generation)
         permit_count = max(1, self._max_connections - hot_size)
         self._permits = FairSemaphore(permit_count)
         self._write_permits = FairSemaphore(permit_count - permit_count // 3)
@@ -207,6 +224,10 @@ class Database:
             if not self.target.is_pooled:
                 return await connection.driver.fetch(statement.text, *args)
             return await fetch_in_transaction(connection.driver, statement, *args)
+        except asyncpg.PostgresError as error:
+            if self._is_unusable(error):
+                connection.driver.terminate()
+            raise
         except (TimeoutError, asyncpg.InternalClientError):
             # Either the driver's own timeout has passed, and the server may have disappeared
             # without closing the connection; or the server has announced that it closes the
@@ -220,6 +241,38 @@ class Database:
             raise
         finally:
             release(connection)
+
+    def _is_unusable(self, error: BaseException) -> bool:
+        """Return whether a failed statement's connection must be closed.
+
+        A read-only session also suggests that all connections are to a server of another role.
+        """
+        if rule(error).policy is not Policy.RECONNECT:
+            return False
+        if sqlstate(error) != READ_ONLY:
+            return True
+        if self.writes_are_down:
+            return False
+        now = self._loop.time()
+        # Limited, since the replacements are read-only, too, until the database is writable again.
+        if now - self._generation_started_at >= GENERATION_INTERVAL_S:
+            self._generation_started_at = now
+            self.start_generation()
+        return True
+
+    def start_generation(self) -> None:
+        """Replace all connections: the idle ones now, the others when they are returned."""
+        self._generation.number += 1
+        self.hot_pool.return_idle()
+
+    async def _run_work(self, work: Work[T], connection: AsyncConnection) -> T:
+        """Run an attempt's statements on a connection, and close it if they show it unusable."""
+        try:
+            return await work(connection)
+        except DATABASE_ERRORS as error:
+            if self._is_unusable(error):
+                await connection.invalidate()
+            raise
 
     async def read(
         self,
@@ -254,7 +307,7 @@ class Database:
                 engine.connect() as connection,
                 self.expensive_work.limits(work_class, connection, wait_until),
             ):
-                return await work(connection)
+                return await self._run_work(work, connection)
 
         return await self._retry(
             attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class]
@@ -300,7 +353,7 @@ class Database:
             ):
                 has_begun = True
                 try:
-                    result = await work(connection)
+                    result = await self._run_work(work, connection)
                 except ServiceError as error:
                     if not is_outcome_unknown:
                         raise

@@ -196,6 +196,8 @@ def describe(error: BaseException) -> str:
     cause, state = driver_error(error), sqlstate(error)
     if isinstance(cause, NoServer):
         return f"no server can be used: {cause}"
+    if isinstance(cause, WrongRole):
+        return f"the server is {cause}: connect to the primary (SQLSTATE {cause.sqlstate})"
     if state is not None and (advice := rule(error).cause):
         return f"{advice} (SQLSTATE {state})"
     return f"the database does not answer ({state or type(cause).__name__})"

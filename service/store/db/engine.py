@@ -13,8 +13,9 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+from service.store.db.connector import Connector
 from service.store.db.dsn import Target
-from service.store.db.hot_pool import DriverConnection, PoolerConnection
+from service.store.db.hot_pool import DriverConnection, Generation, PoolerConnection
 
 PING_AFTER_IDLE_S = 30.0
 """Seconds after which an idle connection is pinged before use."""
@@ -27,6 +28,8 @@ COMMAND_TIMEOUT_S = 60.0
 
 def pooled_engine(
     target: Target,
+    connector: Connector,
+    generation: Generation,
     *,
     pool_size: int,
     max_overflow: int,
@@ -37,7 +40,7 @@ def pooled_engine(
     """Create an engine that keeps connections open, recycles them, and pings those long idle."""
     engine = create_async_engine(
         target.url,
-        connect_args=_connect_args(target, connect_timeout_s),
+        connect_args=_connect_args(target, connector, connect_timeout_s),
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=pool_timeout_s,
@@ -48,18 +51,34 @@ def pooled_engine(
         hide_parameters=True,
         json_serializer=_json_text,
     )
-    _check_connections(engine)
+    _check_connections(engine, generation)
     return engine
 
 
-def unpooled_engine(target: Target, *, connect_timeout_s: float) -> AsyncEngine:
+def unpooled_engine(
+    target: Target, connector: Connector, *, connect_timeout_s: float
+) -> AsyncEngine:
     """Create an engine that opens a connection for each use."""
     return create_async_engine(
         target.url,
-        connect_args=_connect_args(target, connect_timeout_s),
+        connect_args=_connect_args(target, connector, connect_timeout_s),
         poolclass=NullPool,
         hide_parameters=True,
         json_serializer=_json_text,
+    )
+
+
+def single_use_engine(target: Target, *, connect_timeout_s: float) -> AsyncEngine:
+    """Create an engine for one connection of a command, such as a migration, without timeouts."""
+    return create_async_engine(
+        target.url,
+        connect_args={
+            "timeout": connect_timeout_s,
+            **target.connect_args,
+            "async_creator_fn": Connector(target).connect,
+        },
+        poolclass=NullPool,
+        hide_parameters=True,
     )
 
 
@@ -75,13 +94,14 @@ def _json_text(value: Any) -> str:
     return text
 
 
-def _connect_args(target: Target, connect_timeout_s: float) -> dict[str, Any]:
+def _connect_args(target: Target, connector: Connector, connect_timeout_s: float) -> dict[str, Any]:
     """Return asyncpg's arguments; the target's own, such as a connect timeout, have precedence."""
     return {
         "timeout": connect_timeout_s,
         "command_timeout": COMMAND_TIMEOUT_S,
         **target.connect_args,
         "connection_class": PoolerConnection if target.is_pooled else DriverConnection,
+        "async_creator_fn": connector.connect,
     }
 
 
@@ -94,11 +114,14 @@ def _has_transaction(driver: asyncpg.Connection) -> bool:
     return driver.is_in_transaction() or driver._top_xact is not None  # type: ignore[attr-defined] # noqa: SLF001
 
 
-def _check_connections(engine: AsyncEngine) -> None:
-    """Close connections that come back with a transaction, and ping those that were long idle.
+def _check_connections(engine: AsyncEngine, generation: Generation) -> None:
+    """Close connections that come back with a transaction or are of an earlier generation.
 
-    Only those: each ping costs up to four round trips.
+    Those that were idle for long are pinged. Only those: each ping costs up to four round trips.
     """
+
+    def connected(_connection: object, entry: ConnectionPoolEntry) -> None:
+        entry.info["generation"] = generation.number
 
     def checked_in(connection: Any, entry: ConnectionPoolEntry) -> None:
         if connection is not None and _has_transaction(connection.driver_connection):
@@ -108,6 +131,8 @@ def _check_connections(engine: AsyncEngine) -> None:
     def checked_out(
         connection: Any, entry: ConnectionPoolEntry, _proxy: PoolProxiedConnection
     ) -> None:
+        if entry.info.get("generation") != generation.number:
+            raise DisconnectionError("the server may have another role by now")
         if _has_transaction(connection.driver_connection):  # Begun after the check-in.
             raise DisconnectionError("the connection was left in a transaction")
         idle_since = entry.info.get("idle_since")
@@ -117,5 +142,6 @@ def _check_connections(engine: AsyncEngine) -> None:
             except Exception as error:
                 raise DisconnectionError("the connection was lost while idle") from error
 
+    event.listen(engine.sync_engine, "connect", connected)
     event.listen(engine.sync_engine, "checkin", checked_in)
     event.listen(engine.sync_engine, "checkout", checked_out)

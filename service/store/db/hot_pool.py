@@ -135,14 +135,30 @@ async def fetch_on(connection: AsyncConnection, statement: Statement, *args: Any
     return records
 
 
+class Generation:
+    """The current generation of connections. Those of an earlier one are closed and replaced.
+
+    Their server may have become a standby, or their session is read-only although the server is
+    writable again.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
 class HotConnection:
     """One connection that is checked out of SQLAlchemy's pool."""
 
-    __slots__ = ("checkout", "driver", "used_at")
+    __slots__ = ("checkout", "driver", "generation", "used_at")
 
-    def __init__(self, checkout: AsyncConnection, driver: asyncpg.Connection, now: float) -> None:
+    def __init__(
+        self, checkout: AsyncConnection, driver: asyncpg.Connection, generation: int, now: float
+    ) -> None:
         self.checkout = checkout
         self.driver = driver
+        self.generation = generation
         self.used_at = now
         """When it was last acquired or released, on the event loop's clock."""
 
@@ -150,9 +166,10 @@ class HotConnection:
 class HotPool:
     """A pool of at most `size` connections, last in, first out. Further callers wait in line."""
 
-    def __init__(self, engine: AsyncEngine, size: int) -> None:
+    def __init__(self, engine: AsyncEngine, size: int, generation: Generation) -> None:
         self._engine = engine
         self._size = size
+        self._generation = generation
         # Stored, since before Python 3.12 each look-up of the running loop costs a system call.
         self._loop = asyncio.get_running_loop()
         self._idle: list[HotConnection] = []
@@ -211,7 +228,11 @@ class HotPool:
         An open one goes to the first waiter directly. If it became idle, a caller that acquires
         again without a pause would overtake the waiter every time.
         """
-        if connection.driver.is_closed() or self._is_closed:
+        if (
+            connection.driver.is_closed()
+            or self._is_closed
+            or connection.generation != self._generation.number
+        ):
             self._busy.discard(connection)
             self._return_to_engine(connection)
             self._serve_next_waiter(None)
@@ -245,6 +266,10 @@ class HotPool:
         """Close every connection now, so that calls on them do not wait for their timeouts."""
         for connection in (*self._idle, *self._busy):
             connection.driver.terminate()
+        self.return_idle()
+
+    def return_idle(self) -> None:
+        """Return the idle connections to SQLAlchemy's pool now."""
         idle, self._idle = self._idle, []
         for connection in idle:
             self._return_to_engine(connection)
@@ -254,14 +279,14 @@ class HotPool:
         self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()
-        for connection in self._idle:
-            self._return_to_engine(connection)
-        self._idle.clear()
+        self.return_idle()
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _open(self) -> HotConnection:
         self._opening += 1
+        # The next generation may start before the connection is open.
+        generation = self._generation.number
         try:
             checkout = await self._engine.connect()
             try:
@@ -276,7 +301,7 @@ class HotPool:
             self._serve_next_waiter(None)
             raise
         self._opening -= 1
-        connection = HotConnection(checkout, driver, self._loop.time())
+        connection = HotConnection(checkout, driver, generation, self._loop.time())
         self._busy.add(connection)
         if self._timer is None:
             self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check_connections)
@@ -307,12 +332,11 @@ class HotPool:
             self._timer = self._loop.call_later(SLOW_STATEMENT_S / 2, self._check_connections)
 
     def _return_to_engine(self, connection: HotConnection) -> None:
-        """Return a connection to SQLAlchemy's pool, which forgets it if it is closed."""
+        """Return a connection to SQLAlchemy's pool, which forgets it if it is closed or too old."""
         self._start_task(self._end_checkout(connection))
 
-    @staticmethod
-    async def _end_checkout(connection: HotConnection) -> None:
-        if connection.driver.is_closed():
+    async def _end_checkout(self, connection: HotConnection) -> None:
+        if connection.driver.is_closed() or connection.generation != self._generation.number:
             await connection.checkout.invalidate()
         await connection.checkout.close()
 

@@ -13,14 +13,22 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Connection, NullPool, func, select, text
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy import Connection, func, select, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 import service
 from service.store import tables
 from service.store.db.database import DATABASE_ERRORS
-from service.store.db.db_errors import classify, driver_error, rule, sqlstate
+from service.store.db.db_errors import (
+    NoServer,
+    WrongRole,
+    classify,
+    driver_error,
+    rule,
+    sqlstate,
+)
 from service.store.db.dsn import Target
+from service.store.db.engine import single_use_engine
 from service.store.db.sqlstates import Failure
 from service.store.schema.version import SchemaVersion, schema_version
 
@@ -135,6 +143,8 @@ async def _migrate(
     while True:
         try:
             return await _attempt(target, work, on_wait)
+        except WrongRole as error:
+            raise MigrationError(f"{target.location} is {error}: migrate the primary") from None
         except DATABASE_ERRORS as error:
             failure = classify(error)
             if failure in (Failure.CONTENTION, Failure.LOCKED):
@@ -159,6 +169,8 @@ async def _migrate(
 def _is_permanent(error: BaseException) -> bool:
     """Return whether waiting cannot help: an operator must act, the name is wrong, or TLS fails."""
     cause, state = driver_error(error), sqlstate(error)
+    if isinstance(cause, NoServer):
+        return False  # A failover may be in progress.
     if state is not None:
         return bool(rule(error).cause) and state != TOO_MANY_CONNECTIONS
     return isinstance(cause, socket.gaierror | ssl.SSLError) or "rejected SSL upgrade" in str(cause)
@@ -168,6 +180,9 @@ async def _attempt(
     target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]
 ) -> MigrationResult:
     async def step(connection: AsyncConnection) -> MigrationResult:
+        # Only a pooler connects to one: otherwise the connector has rejected it.
+        if await connection.scalar(select(func.pg_is_in_recovery())):
+            raise WrongRole("a standby")
         before = await schema_version(connection)
         # Without this, Alembic would be imported, and use memory until the process ends.
         if work is _upgrade and before.revision >= tables.BUILD:
@@ -196,12 +211,7 @@ async def _with_migrator_lock(
     target: Target, step: Callable[[AsyncConnection], Awaitable[T]], on_wait: Callable[[str], None]
 ) -> T:
     """Run `step` in a transaction that holds the migrators' lock."""
-    engine = create_async_engine(
-        target.url,
-        connect_args={"timeout": CONNECT_TIMEOUT_S} | target.connect_args,
-        poolclass=NullPool,
-        hide_parameters=True,
-    )
+    engine = single_use_engine(target, connect_timeout_s=CONNECT_TIMEOUT_S)
     loop = asyncio.get_running_loop()
     timeout_at = loop.time() + MIGRATOR_TIMEOUT_S
     has_reported = False

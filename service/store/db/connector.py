@@ -1,0 +1,249 @@
+"""Opens connections: tries the servers of a target in order, and checks the role of each.
+
+asyncpg's own list of hosts is not used. Its timeout is for all hosts together, so that one which
+does not answer uses it up (github.com/MagicStack/asyncpg/issues/1155). It goes on to the next host
+after an OSError and 57P03 only. Behind a pooler it would trust parameters that the pooler has
+stored from an earlier server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from enum import Enum, auto
+from typing import Any
+
+import asyncpg
+
+from service.store.db.db_errors import NoServer, WrongRole, sqlstate
+from service.store.db.dsn import Address, Target
+from service.store.db.hot_pool import Statement, fetch_in_transaction
+
+MAX_HOST_TIMEOUT_S = 3.0
+"""Seconds that connecting to one of several servers may take, unless the URL limits it itself."""
+SLOW_HOST_S = 30.0
+"""Seconds for which a server that did not answer in time is tried after the others."""
+SUSPICIOUS_WAIT_S = 0.5
+"""Seconds after which a cancelled attempt shows that a server does not answer."""
+_CONNECT_ERRORS = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+_ROLE = Statement.from_text(
+    "SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'"
+)
+
+
+class Role(Enum):
+    """The use of a server; the value is its description in messages."""
+
+    WRITABLE = "writable"
+    READ_ONLY = "read-only"
+    """A primary whose sessions are read-only. It serves reads while no server is writable."""
+    STANDBY = "a standby"
+    """Never used: its data may lag, and a read must return what was acknowledged before."""
+
+
+class Suitability(Enum):
+    """The suitability of a role for a target."""
+
+    SUITABLE = auto()
+    FALLBACK = auto()
+    UNSUITABLE = auto()
+
+
+class Connector:
+    """Opens connections of one target, as SQLAlchemy's `async_creator_fn`."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._preferred: Address | None = None
+        """The server of the last suitable connection: the first one to be tried."""
+        self._slow_until: dict[Address, float] = {}
+        self._unverified_tls = _unverified_tls()
+
+    async def connect(self, **options: Any) -> asyncpg.Connection:
+        """Open a connection to the first server with a suitable role.
+
+        Args:
+            options: The arguments of `asyncpg.connect`. Host and port are replaced.
+
+        Raises:
+            WrongRole: the only server has an unsuitable role.
+            NoServer: none of several servers can be used.
+            OSError, asyncpg.PostgresError, asyncpg.InterfaceError: connecting to the only server
+                failed.
+        """
+        # Neither the driver's environment variable for this nor the password file in the home
+        # folder, which may belong to another user.
+        options["target_session_attrs"] = "any"
+        if "PGPASSFILE" not in os.environ:
+            options.setdefault("password", os.environ.get("PGPASSWORD", ""))
+        addresses = self._target.addresses
+        if len(addresses) > 1:
+            return await self._connect_to_one_of(addresses, options)
+        if addresses:
+            options |= addresses[0]._asdict()
+        connection = await self._open(options)
+        # A pooler may have no server yet. The probe of readiness checks the role behind it.
+        role = Role.WRITABLE if self._target.is_pooled else _reported_role(connection)
+        if self._suitability(role) is Suitability.UNSUITABLE:
+            connection.terminate()
+            raise WrongRole(role.value)
+        return connection
+
+    async def _connect_to_one_of(
+        self, addresses: tuple[Address, ...], options: dict[str, Any]
+    ) -> asyncpg.Connection:
+        if not self._target.has_connect_timeout:
+            options["timeout"] = min(options["timeout"], MAX_HOST_TIMEOUT_S)
+        failures: list[tuple[Address, BaseException]] = []
+        fallback: asyncpg.Connection | None = None
+        try:
+            for address in self._in_order(addresses):
+                try:
+                    connection, role = await self._open_and_check(address, options)
+                except _CONNECT_ERRORS as error:
+                    failures.append((address, error))
+                    continue
+                suitability = self._suitability(role)
+                if suitability is Suitability.SUITABLE:
+                    self._preferred = address
+                    return connection
+                if suitability is Suitability.FALLBACK and fallback is None:
+                    fallback = connection
+                else:
+                    connection.terminate()
+                    failures.append((address, WrongRole(role.value)))
+            if fallback is None:
+                raise NoServer(failures)
+            connection, fallback = fallback, None
+            return connection
+        finally:
+            if fallback is not None:
+                fallback.terminate()
+
+    def _in_order(self, addresses: tuple[Address, ...]) -> list[Address]:
+        """Return the servers: the last suitable one first, those that did not answer last."""
+        now = _now()
+        return sorted(
+            addresses,
+            key=lambda address: (
+                self._slow_until.get(address, now) > now,
+                address != self._preferred,
+            ),
+        )
+
+    def _suitability(self, role: Role) -> Suitability:
+        if role is Role.WRITABLE:
+            return Suitability.SUITABLE
+        if role is Role.STANDBY or self._target.session_attrs == "read-write":
+            return Suitability.UNSUITABLE
+        if self._target.session_attrs == "primary":
+            return Suitability.SUITABLE
+        return Suitability.FALLBACK
+
+    async def _open_and_check(
+        self, address: Address, options: dict[str, Any]
+    ) -> tuple[asyncpg.Connection, Role]:
+        started_at = _now()
+        try:
+            # asyncpg's own timeout does not include the statement.
+            async with asyncio.timeout(options["timeout"]):
+                connection = await self._open(options | address._asdict())
+                try:
+                    role = await self._find_role(connection)
+                except BaseException:
+                    connection.terminate()
+                    raise
+        except (TimeoutError, asyncio.CancelledError):
+            # The caller's own timeout may be shorter. Its next attempt begins with another server.
+            if _now() - started_at >= min(options["timeout"], SUSPICIOUS_WAIT_S):
+                self._slow_until[address] = _now() + SLOW_HOST_S
+            raise
+        self._slow_until.pop(address, None)
+        return connection, role
+
+    async def _find_role(self, connection: asyncpg.Connection) -> Role:
+        if not self._target.is_pooled:
+            return _reported_role(connection)
+        # A pooler reports the parameters of the first server to which it has ever connected.
+        [(is_standby, is_read_only)] = await fetch_in_transaction(connection, _ROLE)
+        return _role(is_standby=is_standby, is_read_only=is_read_only)
+
+    async def _open(self, options: dict[str, Any]) -> asyncpg.Connection:
+        """Open one connection; `prefer` and `allow` try both transports, as in libpq.
+
+        The driver's own `prefer` would read a certificate and a key in the home folder.
+        """
+        transports: list[ssl.SSLContext | bool]
+        match options.get("ssl"):
+            case "prefer":
+                transports = [self._unverified_tls, False]
+            case "allow":
+                transports = [False, self._unverified_tls]
+            case _:
+                connection: asyncpg.Connection = await asyncpg.connect(**options)
+                return connection
+        async with asyncio.timeout(options.get("timeout")):
+            try:
+                connection = await asyncpg.connect(**options | {"ssl": transports[0]})
+            except (ConnectionError, ssl.SSLError, asyncpg.PostgresError) as error:
+                if not _is_about_transport(error):
+                    raise
+                connection = await self._open_otherwise(options | {"ssl": transports[1]}, error)
+        return connection
+
+    @staticmethod
+    async def _open_otherwise(options: dict[str, Any], refusal: Exception) -> asyncpg.Connection:
+        try:
+            connection: asyncpg.Connection = await asyncpg.connect(**options)
+        except (ConnectionError, ssl.SSLError):
+            if isinstance(refusal, asyncpg.PostgresError):
+                # The server's own reason is clearer than a second transport that does not work.
+                raise refusal from None
+            raise
+        return connection
+
+
+def _unverified_tls() -> ssl.SSLContext:
+    """Return TLS without verification, as in libpq's `prefer` and `allow`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _is_about_transport(error: BaseException) -> bool:
+    """Return whether the server has no TLS, or accepts this client with the other transport only.
+
+    A server without a process for the client reports that before TLS, which the driver rejects.
+    """
+    return (
+        isinstance(error, ssl.SSLError)
+        or sqlstate(error) == "28000"
+        or "rejected SSL upgrade" in str(error)
+        or "during SSL exchange" in str(error)
+    )
+
+
+def _reported_role(connection: asyncpg.Connection) -> Role:
+    """Return the role that the server, from version 14 on, reports at the start of a session."""
+    settings = connection.get_settings()
+    return _role(
+        is_standby=getattr(settings, "in_hot_standby", "off") == "on",
+        is_read_only=getattr(settings, "default_transaction_read_only", "off") == "on",
+    )
+
+
+def _role(*, is_standby: bool, is_read_only: bool) -> Role:
+    if is_standby:
+        return Role.STANDBY
+    return Role.READ_ONLY if is_read_only else Role.WRITABLE
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
