@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ COMMANDS = {
     "reindex": """Calls `RebuildSearchIndex` of the running server and shows its progress.
         Interrupting the command does not stop the rebuild. Exit code 1: the server rejected the
         call or cannot be reached. Exit code 2: a certificate file cannot be read.""",
+    "embedded upgrade": """Upgrades the data directory of the embedded PostgreSQL by dump and
+        restore, and keeps the old data. The service must be stopped. An interrupted upgrade loses
+        nothing and can be repeated. Exit code 1: the upgrade is not possible, and the data is
+        unchanged. Exit code 2: also when the service runs. See
+        [Embedded PostgreSQL](../how-to/embedded.md).""",
 }
 """Text on each command that its help lacks: effects, exit codes, further reading."""
 
@@ -93,6 +99,15 @@ def _rows(command: Any) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the full name of each command and the command, also those of nested groups."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def render() -> str:
     """Return the page.
 
@@ -100,13 +115,14 @@ def render() -> str:
         ValueError: COMMANDS lacks a command or describes one that does not exist.
     """
     group: Any = typer.main.get_command(cli.app)
-    if unsorted := set(group.commands) ^ set(COMMANDS):
+    commands = dict(_commands(group))
+    if unsorted := set(commands) ^ set(COMMANDS):
         raise ValueError(f"COMMANDS in {__file__} and the command line differ in {unsorted}")
     parts = [HEAD, table(("Code", "Meaning"), ((f"`{k}`", v) for k, v in EXIT_CODES.items()))]
     parts += ["\n## Options of every command\n\n"]
     head = ("Option", "Type", "Default", "Meaning")
     parts.append(table(head, [*_rows(group), ("`--help`", "flag", "", "Show the help and exit.")]))
-    for name, command in group.commands.items():
+    for name, command in commands.items():
         arguments = "".join(
             f" {_metavar(parameter)}" for parameter in command.params if _is_argument(parameter)
         )

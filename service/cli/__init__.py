@@ -15,6 +15,7 @@ import typer
 import service
 from service.cli.check import check_command
 from service.cli.common import print_message
+from service.cli.embedded import embedded_app
 from service.cli.export_import import export_command, import_command
 from service.cli.migrate import migrate_command
 from service.cli.reindex import reindex_command
@@ -36,6 +37,7 @@ app.command("export")(export_command)
 app.command("import")(import_command)
 app.command("token")(token_command)
 app.command("reindex")(reindex_command)
+app.add_typer(embedded_app, name="embedded")
 
 
 def main() -> None:

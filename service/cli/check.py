@@ -95,7 +95,8 @@ def _check_embedded(settings: Settings) -> list[Finding]:
                 "database",
                 f"{location}: not running; start it with `make run` or `chat-history serve`",
                 Verdict.TODO,
-            )
+            ),
+            *_check_data_version(settings),
         ]
     holder = data_dir.owner(settings.data_dir)
     service_finding = (
@@ -107,7 +108,33 @@ def _check_embedded(settings: Settings) -> list[Finding]:
             Verdict.TODO,
         )
     )
-    return [Finding("data", location), service_finding, *_check_database(settings, parse(url))]
+    return [
+        Finding("data", location),
+        *_check_data_version(settings),
+        service_finding,
+        *_check_database(settings, parse(url)),
+    ]
+
+
+def _check_data_version(settings: Settings) -> list[Finding]:
+    """Return findings on data that is damaged, or of another version than the newest installed."""
+    from service.doctor import Finding, Verdict
+    from service.embedded import database_folder, programs
+    from service.embedded.data_dir import EmbeddedError
+
+    pgdata = settings.data_dir.expanduser().resolve() / "postgres"
+    try:
+        installed = programs.find_programs()
+        version = database_folder.supported_version(pgdata, installed)
+    except EmbeddedError as error:
+        return [Finding("data", str(error), Verdict.TODO)]
+    if version is None or version == max(installed):
+        return []
+    message = (
+        f"of PostgreSQL {version}, and PostgreSQL {max(installed)} is installed: "
+        "`chat-history embedded upgrade` upgrades it"
+    )
+    return [Finding("data", message, Verdict.NOTE)]
 
 
 def _show(report: list[Finding]) -> None:

@@ -52,19 +52,21 @@ class Lock:
 
         Raises:
             AlreadyRunning: Another process holds the lock.
-            OSError: The file cannot be created.
+            OSError: The file cannot be created or written.
         """
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._fd = fd
+            self.write(owner)
         except BlockingIOError:
             os.close(fd)
             raise AlreadyRunning(_already_running_message(self.path)) from None
         except BaseException:
+            # For example on a full disk. A file that stays open would stay locked.
+            self._fd = None
             os.close(fd)
             raise
-        self._fd = fd
-        self.write(owner)
 
     def write(self, owner: Owner) -> None:
         """Record the owner in the file. Does nothing when this object does not hold the lock."""

@@ -7,9 +7,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from service.embedded.data_dir import EmbeddedError
+from service.embedded.programs import PACKAGE
 
 SYSTEM_USER = "pgserver"
 
@@ -59,6 +60,39 @@ def _create_system_user() -> None:
             check=False,
             capture_output=True,
         )
+
+
+def identity(account: Account | None) -> dict[str, Any]:
+    """Return the arguments of `subprocess` that start a program as the account, if there is one."""
+    if account is None:
+        return {}
+    return {"user": account.uid, "group": account.gid, "extra_groups": []}
+
+
+def grant_access(account: Account, pgdata: Path, programs: Path) -> list[str]:
+    """Let the account reach its data and programs: search permission, not read, on parents.
+
+    Returns:
+        What was changed outside of the data folder, to be shown to the operator.
+    """
+    opened_folders: list[Path] = []
+    for target in (pgdata, programs):
+        for folder in closed_folders(target, account):
+            folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IXOTH)
+            opened_folders.append(folder)
+    # The package may have been installed under a strict umask. Its libraries are in a folder next
+    # to the package's.
+    for tree in (programs, *programs.parent.parent.glob(f"{PACKAGE}.libs")):
+        sample = next((path for path in tree.rglob("*") if path.is_file()), tree)
+        if not all(path.stat().st_mode & stat.S_IROTH for path in (tree, sample)):
+            make_readable(tree)
+    if all(folder == pgdata.parent for folder in opened_folders):
+        return []
+    note = (
+        "PostgreSQL refuses to run as root and runs as another user; that user was granted "
+        f"search permission (chmod o+x) on: {', '.join(map(str, opened_folders))}"
+    )
+    return [note]
 
 
 def closed_folders(path: Path, account: Account) -> Iterator[Path]:

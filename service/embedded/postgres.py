@@ -16,71 +16,30 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import stat
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from service.embedded.data_dir import (
-    EmbeddedError,
-    Lock,
-    Owner,
-    Postmaster,
-    is_postgres,
-    socket_url,
-    stop_server,
-)
-from service.embedded.os_account import Account, choose_account, closed_folders, make_readable
-from service.embedded.programs import PACKAGE, environment, find_programs, format_versions
+from service.embedded.data_dir import EmbeddedError, Lock, Owner, socket_url
+from service.embedded.database_folder import initialize, stop_orphaned_server, supported_version
+from service.embedded.failures import explain_os_error
+from service.embedded.os_account import choose_account, grant_access
+from service.embedded.programs import find_programs
+from service.embedded.server import Server
+from service.embedded.upgraded_folder import recover
 
-START_TIMEOUT_S = 300.0
-"""Seconds in which a started server must become ready. After a crash it first replays its log."""
 RESTART_DELAY_S = 10.0
 """Seconds between the unexpected end of the server and its restart.
 
 Long enough for an operator who stopped it to see that it is stopped, and short enough for calls to
 wait for it.
 """
-SHARED_MEMORY_TIMEOUT_S = 10.0
-"""Seconds to wait for the processes of a crashed server to release their shared memory."""
-
-_SETTINGS = {
-    "listen_addresses": "",
-    "port": "5432",
-    "unix_socket_permissions": "0700",
-    "max_connections": "100",
-    "shared_buffers": "128MB",
-    "cluster_name": "chat-history",
-    "timezone": "UTC",
-    "log_timezone": "UTC",
-    "log_checkpoints": "off",
-    "jit": "off",
-    # Neither rows nor values of parameters are logged, also when a statement has a defect. Terse
-    # omits the lines DETAIL, HINT and CONTEXT.
-    "log_error_verbosity": "terse",
-    "log_parameter_max_length": "0",
-    "log_parameter_max_length_on_error": "0",
-}
-_INITDB = (
-    "--username=postgres",
-    "--auth=trust",
-    "--encoding=UTF8",
-    "--locale=C",
-    "--no-instructions",
-)
-# Makes comparison and case mapping of text independent of the machine's locale and C library.
-_BUILTIN_LOCALE = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8")
-SOCKET = ".s.PGSQL.5432"
-_MAX_SOCKET_PATH_BYTES = 103  # The limit of macOS; that of Linux is 107.
-_MAX_LOG_BYTES = 8 * 1024 * 1024
-# Characters that need no quoting in connection strings and in PostgreSQL's lists of paths.
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
+REPEAT_REPORT_S = 600.0
+"""Seconds after which an unchanged reason for a failed restart is reported again."""
 
 
 class EmbeddedPostgres:
@@ -97,15 +56,12 @@ class EmbeddedPostgres:
         self.pgdata = self.data_dir / "postgres"
         self.log = self.data_dir / "postgres.log"
         self.notes: list[str] = []
-        """Changes that were made to the machine, to be shown to the operator."""
+        """Changes that were made to the machine, and advice, to be shown to the operator."""
         self._listen = listen
         self._lock = Lock(self.data_dir / "lock")
-        self._account: Account | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._server: Server | None = None
         self._supervisor: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._socket_dir: Path | None = None
-        self._bin_dir = Path()
 
     def __enter__(self) -> Self:
         self.start()
@@ -122,17 +78,13 @@ class EmbeddedPostgres:
     @property
     def pid(self) -> int | None:
         """Process id of PostgreSQL while it runs as a child of this process, else None."""
-        return (
-            self._process.pid
-            if self._process is not None and self._process.poll() is None
-            else None
-        )
+        return self._server.pid if self._server is not None else None
 
     @property
     def url(self) -> str:
         """Connection string of the started server."""
-        assert self._socket_dir is not None, "not started"  # noqa: S101
-        return socket_url(self._socket_dir)
+        assert self._server is not None, "not started"  # noqa: S101
+        return socket_url(self._server.socket_dir)
 
     def start(self) -> str:
         """Lock the folder, create the database if there is none, and start PostgreSQL.
@@ -153,16 +105,17 @@ class EmbeddedPostgres:
             )
             self._lock.acquire(Owner(os.getpid(), self._listen))
         except OSError as error:
+            reason = explain_os_error(error, self.data_dir)
             raise EmbeddedError(
-                f"the data folder {self.data_dir} cannot be used: {error.strerror}; "
-                "set CHAT_HISTORY_DATA_DIR to another folder"
+                f"the data folder {self.data_dir} cannot be used: {reason}; "
+                "CHAT_HISTORY_DATA_DIR selects another folder"
             ) from None
         try:
             self._start(programs)
         except OSError as error:
             self.stop()
             raise EmbeddedError(
-                f"the embedded PostgreSQL cannot start: {error.filename or ''} {error.strerror}"
+                f"the embedded PostgreSQL cannot start: {explain_os_error(error, self.data_dir)}"
             ) from None
         except BaseException:
             self.stop()
@@ -171,7 +124,9 @@ class EmbeddedPostgres:
 
     def announce(self, listen: str) -> None:
         """Record the address that this process serves, once it is known."""
-        self._lock.write(Owner(os.getpid(), listen))
+        # A full disk need not end a process that serves.
+        with suppress(OSError):
+            self._lock.write(Owner(os.getpid(), listen))
 
     def supervise(self, report: Callable[[str], None]) -> None:
         """Restart PostgreSQL whenever it ends, until `stop` is called.
@@ -186,222 +141,77 @@ class EmbeddedPostgres:
         """Shut PostgreSQL down and release the folder. Does nothing when it is already stopped."""
         self._stopping.set()
         try:
-            self._stop_process()
-            while self._supervisor is not None and self._supervisor.is_alive():
-                self._supervisor.join(0.05)
-                self._stop_process()  # The supervisor may have started it at this moment.
-            self._process = self._supervisor = None
-            if self._socket_dir is not None and self._socket_dir != self.pgdata:
-                shutil.rmtree(self._socket_dir, ignore_errors=True)
-            self._socket_dir = None
+            if self._server is not None:
+                self._server.stop()
+                while self._supervisor is not None and self._supervisor.is_alive():
+                    self._supervisor.join(0.05)
+                    self._server.stop()  # The supervisor may have started it at this moment.
+                self._server.close()
+            self._server = self._supervisor = None
         finally:
             self._lock.release()
 
-    def _stop_process(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            stop_server(self._process.pid, self._process)
+    def _start(self, programs: dict[int, Path]) -> None:
+        account = choose_account(self.pgdata) if os.geteuid() == 0 else None
+        recover(self.pgdata)
+        stop_orphaned_server(self.pgdata)
+        version = self._choose_version(programs)
+        bin_dir = programs[version]
+        if account is not None:
+            self.notes += grant_access(account, self.pgdata, bin_dir.parent)
+        if not (self.pgdata / "PG_VERSION").exists():
+            initialize(self.pgdata, bin_dir, version, account)
+        self._server = Server(bin_dir, self.pgdata, self.log, account)
+        self._server.start()
+
+    def _choose_version(self, programs: dict[int, Path]) -> int:
+        """Return the major version of the data, or the newest one when there is no data."""
+        version, newest = supported_version(self.pgdata, programs), max(programs)
+        if version is not None and version < newest:
+            self.notes.append(
+                f"the data is of PostgreSQL {version}, and PostgreSQL {newest} is installed: "
+                "`chat-history embedded upgrade` upgrades the data"
+            )
+        return version or newest
 
     def _supervise(self, report: Callable[[str], None]) -> None:
-        while self._process is not None:
-            code = self._process.wait()
+        server = self._server
+        assert server is not None, "not started"  # noqa: S101
+        while True:
+            code = server.wait()
             if self._stopping.is_set():
                 return
             report(
                 f"the embedded PostgreSQL ended with code {code} and will be restarted in "
-                f"{RESTART_DELAY_S:g} seconds"
+                f"{RESTART_DELAY_S:g} seconds{_reason(server)}"
             )
-            while not self._stopping.wait(RESTART_DELAY_S):
-                try:
-                    self._stop_orphaned_server()
-                    self._launch()
-                except (EmbeddedError, OSError) as error:
-                    if not self._stopping.is_set():
-                        report(str(error))
-                else:
-                    report("the embedded PostgreSQL was restarted")
-                    break
-
-    def _start(self, programs: dict[int, Path]) -> None:
-        if os.geteuid() == 0:
-            self._account = choose_account(self.pgdata)
-        self._stop_orphaned_server()
-        version = self._choose_version(programs)
-        self._bin_dir = bin_dir = programs[version]
-        if self._account is not None:
-            self._grant_access(bin_dir.parent, self._account)
-        if not self.pgdata.exists():
-            self._initialize(bin_dir, version)
-        self._socket_dir = self._choose_socket_dir()
-        self._launch()
-
-    def _choose_version(self, programs: dict[int, Path]) -> int:
-        """Return the major version of the data, or the newest one when there is no data."""
-        try:
-            version = int((self.pgdata / "PG_VERSION").read_text())
-        except FileNotFoundError:
-            return max(programs)
-        if version not in programs:
-            raise EmbeddedError(
-                f"the data in {self.pgdata} is of PostgreSQL {version}, but the installed "
-                f"{PACKAGE} contains {format_versions(programs)}: install a version of it that "
-                "contains both and upgrade the data, or set CHAT_HISTORY_DATA_DIR to another folder"
-            )
-        return version
-
-    def _stop_orphaned_server(self) -> None:
-        """Stop a server that outlived its owner, so that ours is a child with our settings."""
-        orphan = Postmaster.read(self.pgdata)
-        if orphan is None:
-            return
-        if orphan.is_alive():
-            stop_server(orphan.pid)
-        if not is_postgres(orphan.pid):
-            # PostgreSQL refuses to start while any process has the process id in these files, such
-            # as a zombie, or another program that reused the id in a restarted container. Deleting
-            # them is safe: PostgreSQL also recognizes a server on its data by the shared memory.
-            for file in (
-                self.pgdata / "postmaster.pid",
-                self.pgdata / SOCKET,
-                self.pgdata / f"{SOCKET}.lock",
-            ):
-                file.unlink(missing_ok=True)
-        in_use = (self.pgdata, self._socket_dir)  # `_socket_dir` is set at a restart.
-        if orphan.socket_dir not in in_use and orphan.socket_dir.name.startswith("chat-history-"):
-            shutil.rmtree(orphan.socket_dir, ignore_errors=True)
-
-    def _initialize(self, bin_dir: Path, version: int) -> None:
-        """Run initdb in a temporary folder and rename it, so that `pgdata` is never incomplete."""
-        for leftover in self.pgdata.parent.glob(f"{self.pgdata.name}.new*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        # A unique name: processes of an interrupted initdb may still write to the old folder.
-        unfinished = Path(
-            tempfile.mkdtemp(prefix=f"{self.pgdata.name}.new-", dir=self.pgdata.parent)
-        )
-        if self._account is not None:
-            os.chown(unfinished, *self._account)
-        locale = _BUILTIN_LOCALE if version >= 17 else ()  # noqa: PLR2004 - the first version with the builtin provider
-        result = subprocess.run(  # noqa: S603
-            [bin_dir / "initdb", *_INITDB, *locale, "-D", unfinished],
-            check=False,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-            cwd="/",
-            env=environment(),
-            **self._identity(),
-        )
-        if result.returncode != 0:
-            lines = (result.stderr.strip() or result.stdout.strip()).splitlines()
-            raise EmbeddedError(f"initdb failed in {unfinished}: {' '.join(lines[-3:])}")
-        unfinished.rename(self.pgdata)
-
-    def _launch(self) -> None:
-        settings = _SETTINGS | {"unix_socket_directories": str(self._socket_dir)}
-        command = [
-            str(self._bin_dir / "postgres"),
-            "-D",
-            str(self.pgdata),
-            *(f"--{name}={value}" for name, value in settings.items()),
-        ]
-        if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
-            self.log.replace(self.log.with_suffix(".log.old"))
-        deadline = time.monotonic() + SHARED_MEMORY_TIMEOUT_S
-        while True:
-            earlier_bytes = self.log.stat().st_size if self.log.exists() else 0
-            self._process = self._spawn(command)
-            if self._wait_until_ready(self._process):
+            if not self._restart(server, report):
                 return
-            output = self.log.read_bytes()[earlier_bytes:].decode(errors="replace")
-            # After a crash, child processes of the old server hold its shared memory for a moment.
-            # They write to the same log, so the message need not be among the last lines.
-            if "shared memory block" not in output or time.monotonic() > deadline:
-                tail = " | ".join(output.splitlines()[-3:])
-                raise EmbeddedError(
-                    f"the embedded PostgreSQL cannot start; {self.log} ends with: {tail}"
-                )
-            time.sleep(0.2)
+            report("the embedded PostgreSQL was restarted")
 
-    def _spawn(self, command: list[str]) -> subprocess.Popen[bytes]:
-        """Start PostgreSQL in a process session of its own, with its output in the log file."""
-        with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-            return subprocess.Popen(  # noqa: S603
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                env=environment(),
-                start_new_session=True,
-                **self._identity(),
-            )
-
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> bool:
-        """Wait until PostgreSQL accepts connections; return False when it ended instead.
-
-        Raises:
-            EmbeddedError: It was not ready within START_TIMEOUT_S.
-        """
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while process.poll() is None:
-            server = Postmaster.read(self.pgdata)
-            if server is not None and server.pid == process.pid and server.status == "ready":
+    def _restart(self, server: Server, report: Callable[[str], None]) -> bool:
+        """Try until the server runs; return False when `stop` was called before that."""
+        last_reason, reported_at = "", 0.0
+        while not self._stopping.wait(RESTART_DELAY_S):
+            try:
+                stop_orphaned_server(self.pgdata, server.socket_dir)
+                server.start()
                 return True
-            if time.monotonic() > deadline:
-                raise EmbeddedError(
-                    f"the embedded PostgreSQL is not ready after {START_TIMEOUT_S:.0f} seconds; "
-                    f"see {self.log}"
-                )
-            time.sleep(0.01)
+            except EmbeddedError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = explain_os_error(error, self.data_dir)
+            # Ids of processes and numbers of bytes differ between attempts.
+            reason = re.sub(r"\d+", "", problem)
+            is_repeated = reason == last_reason and time.monotonic() < reported_at + REPEAT_REPORT_S
+            if not is_repeated and not self._stopping.is_set():
+                report(problem)
+                last_reason, reported_at = reason, time.monotonic()
         return False
 
-    def _choose_socket_dir(self) -> Path:
-        """Return a folder with a path that is short and plain enough for a socket.
 
-        It is `pgdata`, or else a new private folder for temporary files.
-        """
-        if _PLAIN_PATH.fullmatch(str(self.pgdata)) and _fits_socket(self.pgdata):
-            return self.pgdata
-        for parent in (Path(tempfile.gettempdir()), Path("/tmp")):  # noqa: S108 - mkdtemp makes a private folder there
-            if not _PLAIN_PATH.fullmatch(str(parent)) or not _fits_socket(
-                parent / "chat-history-12345678"
-            ):
-                continue
-            if self._account is not None and any(closed_folders(parent / "x", self._account)):
-                continue
-            folder = Path(tempfile.mkdtemp(prefix="chat-history-", dir=parent))
-            if self._account is not None:
-                os.chown(folder, *self._account)
-            return folder
-        raise EmbeddedError(
-            f"no folder for the socket: the path {self.pgdata} is too long, and /tmp cannot be used"
-        )
-
-    def _grant_access(self, programs: Path, account: Account) -> None:
-        """Let the account reach its data and programs: search permission, not read, on parents."""
-        opened_folders: list[str] = []
-        for target in (self.pgdata, programs):
-            for folder in closed_folders(target, account):
-                folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IXOTH)
-                opened_folders.append(str(folder))
-        if any(folder != str(self.data_dir) for folder in opened_folders):
-            self.notes.append(
-                "PostgreSQL refuses to run as root and runs as another user; that user was granted "
-                "search permission (chmod o+x) on: " + ", ".join(opened_folders)
-            )
-        # The package may have been installed under a strict umask. Its libraries are in a folder
-        # next to the package's.
-        for tree in (programs, *programs.parent.parent.glob(f"{PACKAGE}.libs")):
-            sample = next((path for path in tree.rglob("*") if path.is_file()), tree)
-            if not all(path.stat().st_mode & stat.S_IROTH for path in (tree, sample)):
-                make_readable(tree)
-
-    def _identity(self) -> dict[str, Any]:
-        """Return the arguments of `subprocess` that start a program as the account."""
-        if self._account is None:
-            return {}
-        return {"user": self._account.uid, "group": self._account.gid, "extra_groups": []}
-
-
-def _fits_socket(folder: Path) -> bool:
-    return len(os.fsencode(folder / SOCKET)) <= _MAX_SOCKET_PATH_BYTES
+def _reason(server: Server) -> str:
+    with suppress(OSError):
+        if reason := server.explain_end():
+            return f": {reason}"
+    return ""

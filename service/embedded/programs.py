@@ -32,21 +32,33 @@ def find_programs() -> dict[int, Path]:
     programs: dict[int, Path] = {}
     for server in Path(spec.origin).parent.glob("pginstall*/bin/postgres"):
         try:
-            output = subprocess.run(  # noqa: S603 - the package's own program
-                [server, "--version"], check=True, capture_output=True, text=True
-            ).stdout
+            major = read_major(server)
         except (OSError, subprocess.CalledProcessError) as error:
             raise EmbeddedError(
                 f"the embedded PostgreSQL cannot be executed ({error}): "
                 f"reinstall the package {PACKAGE}, or set DATABASE_URL"
             ) from None
-        if major := re.search(r"\b(\d+)", output):
-            programs[int(major[1])] = server.parent
+        if major is not None:
+            programs[major] = server.parent
     if not programs:
         raise EmbeddedError(
             f"the package {PACKAGE} contains no PostgreSQL for this platform: set DATABASE_URL"
         )
     return programs
+
+
+def read_major(server: Path) -> int | None:
+    """Return the major version of the program `postgres`, or None if it does not print one.
+
+    Raises:
+        OSError: It cannot be executed.
+        subprocess.CalledProcessError: It fails.
+    """
+    output = subprocess.run(  # noqa: S603 - the package's own program, or one that the operator names
+        [server, "--version"], check=True, capture_output=True, text=True
+    ).stdout
+    major = re.search(r"\b(\d+)", output)
+    return int(major[1]) if major else None
 
 
 def format_versions(programs: dict[int, Path]) -> str:

@@ -26,7 +26,9 @@ from service.embedded.data_dir import (
     owner,
     running_url,
 )
-from service.embedded.postgres import SOCKET, EmbeddedPostgres
+from service.embedded.database_folder import SOCKET
+from service.embedded.postgres import EmbeddedPostgres
+from service.embedded.server import Server
 from tests.support.cluster import fetch
 
 _HOLD_SCRIPT = """
@@ -320,10 +322,10 @@ def test_start_waits_for_the_memory_of_a_crashed_server_whatever_it_logs_after_t
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The processes of the crashed server write to the same log while the new one fails."""
-    spawn = EmbeddedPostgres._spawn
+    spawn = Server._spawn
     attempts = 0
 
-    def fail_first(self: EmbeddedPostgres, command: list[str]) -> subprocess.Popen[bytes]:
+    def fail_first(self: Server, command: list[str]) -> subprocess.Popen[bytes]:
         nonlocal attempts
         attempts += 1
         if attempts > 1:
@@ -333,7 +335,7 @@ def test_start_waits_for_the_memory_of_a_crashed_server_whatever_it_logs_after_t
         self.log.write_text("\n".join(lines) + "\n")
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
 
-    monkeypatch.setattr(EmbeddedPostgres, "_spawn", fail_first)
+    monkeypatch.setattr(Server, "_spawn", fail_first)
     with EmbeddedPostgres(data, "here") as postgres:
         assert postgres.pid is not None
     assert attempts == 2
@@ -346,12 +348,12 @@ def test_earlier_message_about_shared_memory_does_not_hide_a_failed_start(
     (data / "postgres.log").write_text("FATAL:  shared memory block of an earlier start\n")
     attempts = 0
 
-    def fail(self: EmbeddedPostgres, command: list[str]) -> subprocess.Popen[bytes]:
+    def fail(self: Server, command: list[str]) -> subprocess.Popen[bytes]:
         nonlocal attempts
         attempts += 1
         return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
 
-    monkeypatch.setattr(EmbeddedPostgres, "_spawn", fail)
+    monkeypatch.setattr(Server, "_spawn", fail)
     with pytest.raises(EmbeddedError, match="cannot start"):
         EmbeddedPostgres(data, "here").start()
     assert attempts == 1

@@ -53,6 +53,11 @@ CASES = {
     24: "Qdrant is down: chat is not affected, search is UNAVAILABLE, and the index catches up "
     "afterwards, also on deletions.",
     25: "A mixed load with cancellations: memory stays flat.",
+    505: "The disk is full: UNAVAILABLE with RetryInfo and NOT_SERVING for writes; the embedded "
+    "PostgreSQL and the log say so in one line.",
+    519: "The service is killed (-9) twelve times during its first start: the next start recovers.",
+    521: "Files of the embedded database are lost or damaged: one line that names the file and "
+    "what to do.",
 }
 
 MISSING: set[int] = set()
