@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import sqlalchemy as sa
@@ -26,6 +27,7 @@ from service.store import tsquery
 from service.store.bounded_reads import Page
 from service.store.db.db_errors import sqlstate
 from service.store.db.hot_pool import Statement, fetch_on
+from service.store.letter_case import find_collation, folded, folds_case, lowered
 from service.store.rows import MAX_PAGE_BYTES, MessageRow, message_columns
 from service.store.tables import chat_messages
 
@@ -60,7 +62,10 @@ _SNIPPET_OPTIONS = (
     f"StartSel={MATCH_START}, StopSel={MATCH_END}"
 )
 _PARSE = sa.select(
-    sa.cast(sa.func.websearch_to_tsquery("simple", sa.bindparam("query", type_=sa.Text())), sa.Text)
+    sa.cast(
+        sa.func.websearch_to_tsquery("simple", sa.bindparam("query", type_=sa.Text())), sa.Text
+    ),
+    folds_case(),
 )
 _WORD = re.compile(r"\S*\w\S*")
 _PARSE_ERRORS = ("XX000", "54000", "54001")
@@ -94,12 +99,14 @@ class LexicalQuery:
     """The query that decides whether a message matches."""
     ranked: str | None
     """The query that ranks a message; None if the query only excludes words."""
-    marked: str
-    """The query whose words are marked in snippets."""
+    marked: str | list[str]
+    """The query whose words are marked in snippets; with a collation, these words."""
     all_patterns: Sequence[str]
     """LIKE patterns that all apply to a text that matches."""
     any_patterns: Sequence[str]
     """LIKE patterns of which one applies to a text that matches, unless there are none."""
+    collation: str | None
+    """The collation that converts texts to lower case; None if the database does it."""
 
 
 def check_query(text: str) -> None:
@@ -145,7 +152,11 @@ async def read_query(
     try:
         # In a savepoint if the transaction goes on after an error.
         async with connection.begin_nested() if is_cut else nullcontext():
-            parsed: str = (await connection.execute(_PARSE, values)).scalar_one()
+            parsed, is_folding = (await connection.execute(_PARSE, values)).one()
+            collation = None if is_folding else await find_collation(connection)
+            if collation:
+                statement = _parse_statement(collation)
+                parsed = (await fetch_on(connection, statement, values["query"]))[0][0]
     except DBAPIError as error:
         if sqlstate(error) not in _PARSE_ERRORS:
             raise
@@ -160,12 +171,19 @@ async def read_query(
     count = tsquery.count_terms(node)
     if count > MAX_TERMS and not is_cut:
         raise _too_many_terms_error(count)
-    return derive(tsquery.first_terms(node, MAX_TERMS))
+    return derive(tsquery.first_terms(node, MAX_TERMS), collation)
 
 
-def derive(node: tsquery.Node) -> LexicalQuery:
+@cache
+def _parse_statement(collation: str) -> Statement:
+    text = folded("$1::text", collation)
+    return Statement.from_text(f"SELECT websearch_to_tsquery('simple', {text})::text")
+
+
+def derive(node: tsquery.Node, collation: str | None = None) -> LexicalQuery:
     """Return a query with what a search needs of it."""
     wanted = tsquery.without_exclusions(node)
+    words = tsquery.words(wanted)
     required = tsquery.required_words(node, MAX_COMPARED_WORDS)
     return LexicalQuery(
         matched=tsquery.render(node),
@@ -174,9 +192,10 @@ def derive(node: tsquery.Node) -> LexicalQuery:
             if wanted is None
             else tsquery.render(tsquery.first_terms(wanted, MAX_RANKED_TERMS))
         ),
-        marked=" | ".join(tsquery.render(tsquery.Term(word)) for word in tsquery.words(wanted)),
+        marked=words if collation else " | ".join(tsquery.render(tsquery.Term(w)) for w in words),
         all_patterns=_patterns(required.all),
         any_patterns=_patterns(required.any),
+        collation=collation,
     )
 
 
@@ -202,10 +221,13 @@ def _without_long_runs(text: str) -> str:
         ELSE {text} END"""
 
 
-def _search_statement(*, in_session: bool) -> Statement:
+@cache
+def _search_statement(*, in_session: bool, collation: str | None) -> Statement:
     # Comparing text is cheap and excludes most messages; only the others are then parsed. Sizes are
     # summed before any text is parsed.
     match = "AND m.session_id = $7" if in_session else ""
+    start = f"left(m.content, {MAX_TEXT_CHARS})"
+    text = start if collation is None else folded(start, collation)
     return Statement.from_text(f"""
 WITH newest AS (
     SELECT m.session_id, m.seq, m.created_at,
@@ -215,8 +237,7 @@ WITH newest AS (
       AND CASE WHEN cardinality($3::text[]) = 0 AND cardinality($4::text[]) = 0 THEN true
                ELSE (SELECT lowered.text LIKE ALL ($3::text[])
                         AND (cardinality($4::text[]) = 0 OR lowered.text LIKE ANY ($4::text[]))
-                     FROM (SELECT lower(left(m.content, {MAX_TEXT_CHARS})) AS text OFFSET 0)
-                         AS lowered)
+                     FROM (SELECT {lowered(start, collation)} AS text OFFSET 0) AS lowered)
           END
     ORDER BY m.created_at DESC, m.session_id, m.seq DESC
     LIMIT {MAX_CANDIDATES}
@@ -230,7 +251,7 @@ SELECT c.session_id::text, m.id::text,
        coalesce(ts_rank_cd(v.lexemes, $5::tsquery), 0)::float8 AS rank
 FROM candidates AS c
 JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = c.session_id AND m.seq = c.seq
-CROSS JOIN LATERAL (SELECT left(m.content, {MAX_TEXT_CHARS}) AS text OFFSET 0) AS t
+CROSS JOIN LATERAL (SELECT {text} AS text OFFSET 0) AS t
 CROSS JOIN LATERAL (
     SELECT to_tsvector('simple', {_without_long_runs("t.text")}) AS lexemes OFFSET 0
 ) AS v
@@ -240,15 +261,34 @@ LIMIT $6
 """)  # noqa: S608 - only constants of this module are inserted
 
 
-_SEARCH_USER = _search_statement(in_session=False)
-_SEARCH_SESSION = _search_statement(in_session=True)
-
 _message_columns = (
     Statement(sa.select(*message_columns(chat_messages.alias("m"))))
     .text.partition("FROM")[0]
     .removeprefix("SELECT ")
 )
-_READ_MATCHES = Statement.from_text(f"""
+
+
+@cache
+def _read_statement(collation: str | None) -> Statement:
+    # ts_headline compares words in the locale C. It gets them as the text itself spells them.
+    marked = "$4::tsquery" if collation is None else "spelled.query"
+    spelled = (
+        ""
+        if collation is None
+        else f"""
+CROSS JOIN LATERAL (
+    SELECT coalesce(
+        string_agg(
+            '''' || replace(replace(w.lexeme, '\\', '\\\\'), '''', '''''') || '''', ' | '
+        ),
+        ''
+    )::tsquery AS query
+    FROM unnest(to_tsvector('simple', t.text)) AS w
+    WHERE btrim({folded("w.lexeme", collation)}) = ANY ($4::text[])
+    OFFSET 0
+) AS spelled"""  # noqa: S608 - only constants are inserted
+    )
+    return Statement.from_text(f"""
 WITH matches AS (
     SELECT w.n, m.session_id, m.seq, m.size, sum(m.size) OVER (ORDER BY w.n) AS running_bytes
     FROM unnest($2::uuid[], $3::uuid[]) WITH ORDINALITY AS w (session_id, id, n)
@@ -268,17 +308,17 @@ CROSS JOIN LATERAL (
     SELECT translate(left(m.content, {MAX_TEXT_CHARS}), '{MATCH_START}{MATCH_END}', '  ') AS text
     OFFSET 0
 ) AS unbroken
-CROSS JOIN LATERAL (SELECT {_without_long_runs("unbroken.text")} AS text OFFSET 0) AS t
+CROSS JOIN LATERAL (SELECT {_without_long_runs("unbroken.text")} AS text OFFSET 0) AS t{spelled}
 CROSS JOIN LATERAL (
     SELECT substr(t.text, first, {_EXCERPT_CHARS}) AS text
     FROM generate_series(1, greatest(1, char_length(t.text)), {_EXCERPT_STEP_CHARS}) AS first
     ORDER BY
-        ts_rank(to_tsvector('simple', substr(t.text, first, {_EXCERPT_CHARS})), $4::tsquery) DESC,
+        ts_rank(to_tsvector('simple', substr(t.text, first, {_EXCERPT_CHARS})), {marked}) DESC,
         first
     LIMIT 1
 ) AS e
 CROSS JOIN LATERAL (
-    SELECT ts_headline('simple', e.text, $4::tsquery, '{_SNIPPET_OPTIONS}') AS snippet OFFSET 0
+    SELECT ts_headline('simple', e.text, {marked}, '{_SNIPPET_OPTIONS}') AS snippet OFFSET 0
 ) AS s
 WHERE f.running_bytes <= {MAX_PAGE_BYTES}
 ORDER BY f.n
@@ -324,9 +364,8 @@ async def search(
     limit: int,
 ) -> list[Match]:
     """Find up to `limit` of a user's messages by words, best first, newer first at equal rank."""
-    statement, session = (
-        (_SEARCH_USER, ()) if session_id is None else (_SEARCH_SESSION, (session_id,))
-    )
+    session = () if session_id is None else (session_id,)
+    statement = _search_statement(in_session=bool(session), collation=query.collation)
     records = await fetch_on(
         connection,
         statement,
@@ -355,8 +394,9 @@ async def read_matches(
         return Page([], 0)
     session_ids = [session_id for session_id, _ in keys]
     message_ids = [message_id for _, message_id in keys]
-    marked = "" if query is None else query.marked
-    records = await fetch_on(connection, _READ_MATCHES, user_id, session_ids, message_ids, marked)
+    marked, collation = ("", None) if query is None else (query.marked, query.collation)
+    statement = _read_statement(collation)
+    records = await fetch_on(connection, statement, user_id, session_ids, message_ids, marked)
     matches = [
         MatchedMessage(record[0], MessageRow._make(record[2:]), record[1]) for record in records
     ]
