@@ -365,6 +365,12 @@ def _check_search(state: IndexState | None) -> list[Finding]:
     findings = [
         Finding("search", message, Verdict.NOTE if age_s > INDEX_LAG_NOTE_S else Verdict.OK)
     ]
+    if state.backlog.dated_ahead:
+        ahead = (
+            f"{state.backlog.dated_ahead} of them are dated ahead, as after PostgreSQL's clock was "
+            "set back: a running service indexes them, so start it if it is stopped"
+        )
+        findings.append(Finding("search", ahead, Verdict.NOTE))
     if failed:
         failures = (
             f"{failed} could not be indexed, for example {state.dead_letter_example}: "

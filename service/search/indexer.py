@@ -195,6 +195,9 @@ class Indexer:
 
     async def _count_backlog(self) -> Backlog:
         backlog = await self._outbox.backlog()
+        if backlog.dated_ahead and (count := await self._outbox.date_again()):
+            _log.warning("outbox rows dated ahead are due now", rows=count)
+            backlog = await self._outbox.backlog()
         stats = self.stats
         stats.pending, stats.failed = backlog.pending, backlog.failed
         stats.oldest_pending_at = (

@@ -201,6 +201,23 @@ async def test_check_reports_pending_and_failed_index_changes(
     assert f"1 could not be indexed, for example {example}" in unwrapped
 
 
+async def test_check_after_a_clock_step_shows_no_negative_age(
+    start: Start, database_url: str
+) -> None:
+    insert = (
+        "INSERT INTO search_outbox "
+        "(kind, user_id, entity_id, since, through, owed_at, due_at) VALUES "
+        "(2, gen_random_uuid(), gen_random_uuid(), 0, 1, "
+        "now() + interval '1 hour', now() + interval '1 hour')"
+    )
+    await fetch(database_url, insert)
+    code, report = await run_check(start, database_url)
+    assert code == 0, report
+    unwrapped = " ".join(report.split())
+    assert "1 documents and sessions wait to be indexed, the oldest for 0 s" in unwrapped
+    assert "1 of them are dated ahead, as after PostgreSQL's clock was set back" in unwrapped
+
+
 async def test_check_of_an_unmigrated_database_advises_what_to_do(
     start: Start, empty_database_url: str
 ) -> None:

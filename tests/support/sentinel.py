@@ -39,6 +39,11 @@ NAMED = {
         r" ORDER BY session_tombstones\.deleted_at LIMIT [^;]* FOR UPDATE SKIP LOCKED\)"
         r" AS expired WHERE [^;]*"
     ),
+    "date rows of the outbox again": (
+        r"WITH ahead AS \( SELECT o\.kind, o\.user_id, o\.entity_id FROM search_outbox AS o"
+        r" [^;]* FOR UPDATE OF o SKIP LOCKED \) "
+        r"UPDATE search_outbox AS o SET due_at = [^;]*"
+    ),
     "count the rows of the outbox": r"SELECT count\(\*\)[^;]* FROM search_outbox",
     "name one dead letter of the outbox": (
         r"SELECT min\([^;]*\) FROM search_outbox WHERE due_at = 'infinity'"

@@ -42,6 +42,13 @@ from service.store.tables import OutboxKind, search_indexes, search_outbox
 MAX_POSITION = 2**63 - 1
 """Greater than the index of any chunk and the seq of any message: the end of a whole entity."""
 
+MAX_DELAY_S = 60.0
+"""Longest lease of a row, and longest pause before a rejected row is processed again."""
+CLOCK_STEP_S = 90.0
+"""A row that is due later than this from now is dated ahead: PostgreSQL's clock was set back.
+
+Without a correction it would wait for as long as the clock was set back.
+"""
 MAX_ATTEMPTS = 5
 """Attempts to index an entity that the index rejects, before its row becomes a dead letter.
 
@@ -162,6 +169,8 @@ class Backlog(NamedTuple):
     """Seconds since the oldest pending change."""
     next_due_s: float | None
     """Seconds until the next row can be claimed; None when no row is pending."""
+    dated_ahead: int
+    """Pending rows that are due later than CLOCK_STEP_S from now; see `Outbox.date_again`."""
 
 
 # A session's dead letter is due again because the session has grown: only the new messages are
@@ -193,7 +202,7 @@ FROM due AS d
 WHERE o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id
 RETURNING o.kind, o.user_id::text, o.entity_id::text, o.version,
           o.taken_since, o.taken_through, o.taken_wipe, o.attempts,
-          date_part('epoch', clock_timestamp() - o.owed_at)
+          greatest(0, date_part('epoch', clock_timestamp() - o.owed_at))
 """)  # noqa: S608 - only constants are inserted
 
 # The rows that are still held under the lease, without those that another transaction has locked.
@@ -237,13 +246,35 @@ UPDATE search_outbox AS o SET
 FROM held AS h WHERE {_IS_HELD} RETURNING {_KEY_COLUMNS}
 """)  # noqa: S608 - only constants are inserted
 
-BACKLOG = Statement.from_text("""
+_IS_DATED_AHEAD = (
+    f"(due_at < 'infinity' AND due_at > clock_timestamp() + {CLOCK_STEP_S} * interval '1 second')"
+)
+BACKLOG = Statement.from_text(f"""
 SELECT count(*) FILTER (WHERE due_at < 'infinity'), count(*) FILTER (WHERE due_at = 'infinity'),
-       coalesce(date_part('epoch',
-           clock_timestamp() - min(owed_at) FILTER (WHERE due_at < 'infinity')), 0),
-       date_part('epoch', min(due_at) FILTER (WHERE due_at < 'infinity') - clock_timestamp())
+       greatest(0, date_part('epoch',
+           clock_timestamp() - min(owed_at) FILTER (WHERE due_at < 'infinity'))),
+       date_part('epoch',
+           min(CASE WHEN {_IS_DATED_AHEAD} THEN clock_timestamp() ELSE due_at END)
+               FILTER (WHERE due_at < 'infinity') - clock_timestamp()),
+       count(*) FILTER (WHERE {_IS_DATED_AHEAD})
 FROM search_outbox
-""")
+""")  # noqa: S608 - only constants are inserted
+
+# A lease is kept for its full length: its indexer may still write, and must be the only one then.
+_DATE_AGAIN = Statement.from_text(f"""
+WITH ahead AS (
+    SELECT o.kind, o.user_id, o.entity_id FROM search_outbox AS o
+    WHERE {_IS_DATED_AHEAD}
+    FOR UPDATE OF o SKIP LOCKED
+)
+UPDATE search_outbox AS o SET
+    due_at = clock_timestamp()
+        + CASE WHEN o.lease_id IS NULL THEN 0 ELSE {MAX_DELAY_S} END * interval '1 second',
+    owed_at = least(o.owed_at, clock_timestamp())
+FROM ahead AS a
+WHERE o.kind = a.kind AND o.user_id = a.user_id AND o.entity_id = a.entity_id
+RETURNING {_KEY_COLUMNS}
+""")  # noqa: S608 - only constants are inserted
 
 _RETRY_FAILED = Statement.from_text(
     "UPDATE search_outbox SET due_at = now(), attempts = 0 WHERE due_at = 'infinity'"
@@ -329,6 +360,14 @@ class Outbox:
     async def backlog(self) -> Backlog:
         """Count the pending rows and the dead letters."""
         return Backlog(*(await self._database.fetch_once(BACKLOG))[0])
+
+    async def date_again(self) -> int:
+        """Make rows that are dated ahead due now; leased ones at the end of a lease from now.
+
+        Returns:
+            Number of these rows. Rows that another transaction has locked stay as they are.
+        """
+        return len(await self._database.fetch_once(_DATE_AGAIN))
 
     async def retry_failed(self) -> None:
         """Make all dead letters due now."""

@@ -11,20 +11,22 @@ from typing import NamedTuple
 
 from service.store.db.database import Database
 from service.store.db.hot_pool import Statement
-from service.store.outbox.outbox import MAX_POSITION
+from service.store.outbox.outbox import CLOCK_STEP_S, MAX_POSITION
 from service.store.tables import OutboxKind
 
 _BUILDING = Statement.from_text("SELECT building FROM search_indexes WHERE alias = $1")
 
-# One process at a time runs a rebuild; another one continues it after the lease has expired.
-_ACQUIRE = Statement.from_text("""
+# One process at a time runs a rebuild; another one continues it after the lease has expired. A
+# lease that ends too late was taken before PostgreSQL's clock was set back.
+_ACQUIRE = Statement.from_text(f"""
 INSERT INTO search_indexes AS i (alias, lease_id, lease_until)
 VALUES ($1, $2, clock_timestamp() + $3 * interval '1 second')
 ON CONFLICT (alias) DO UPDATE SET
     lease_id = excluded.lease_id, lease_until = excluded.lease_until
 WHERE i.lease_until IS NULL OR i.lease_until < clock_timestamp() OR i.lease_id = excluded.lease_id
+      OR i.lease_until > clock_timestamp() + {CLOCK_STEP_S} * interval '1 second'
 RETURNING building, after_kind, after_user_id::text, after_entity_id::text, handed_out, total
-""")
+""")  # noqa: S608 - only a constant is inserted
 
 _BEGIN = Statement.from_text("""
 UPDATE search_indexes SET
