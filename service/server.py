@@ -27,8 +27,9 @@ from service.rpc.admission import Admission, StreamAdmission
 from service.rpc.audit import AuditTrail
 from service.rpc.byte_budget import ByteBudget
 from service.rpc.connection_limit import ConnectionLimit
-from service.rpc.health import SERVICE, Health, Readiness
+from service.rpc.health import SERVICE, Health
 from service.rpc.pipeline import Pipeline, find_method
+from service.rpc.readiness import Readiness
 from service.rpc.receiving import RequestReceiver
 from service.rpc.server_options import (
     HANDSHAKE_TIMEOUT_S,
@@ -41,13 +42,12 @@ from service.rpc.unread_replies import UnreadReplies
 from service.rpc.users import external_id_lookup
 from service.search import packages
 from service.search.disabled import AnySearch, SearchDisabled
-from service.server_metrics import counters, gauges
+from service.server_metrics import start_metrics
 from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.watch import WatchHub
 from service.telemetry.loop_monitor import LoopMonitor
-from service.telemetry.metrics import Metrics
 
 OWN_QUEUES = frozenset(
     {
@@ -132,7 +132,7 @@ class Server:
         )
         self.handshake_timeout_s = HANDSHAKE_TIMEOUT_S
         self.idle_timeout_s = IDLE_TIMEOUT_S
-        self.metrics = self._start_metrics()
+        self.metrics = start_metrics(self)
         self.loop_monitor = LoopMonitor(
             find_method, self.metrics.observe_loop_lag if self.metrics else None
         )
@@ -304,16 +304,6 @@ class Server:
         """Close connections of clients, by gRPC's names of them."""
         _, port = self._servers[0]  # The health port has no other calls.
         connections.close_peers(port, peers)
-
-    def _start_metrics(self) -> Metrics | None:
-        if self.settings.metrics_listen is None:
-            return None
-        host, port = split_address(self.settings.metrics_listen)
-        try:
-            return Metrics(host, port, gauges(self), counters(self))
-        except OSError as error:
-            error.filename = self.settings.metrics_listen
-            raise
 
 
 def _listen(

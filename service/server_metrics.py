@@ -1,18 +1,67 @@
-"""The gauges and counters that read the state of a server (docs/reference/metrics.md)."""
+"""The metrics that read the state of a server (docs/reference/metrics.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from service.telemetry.metrics import CounterSource
+from service.config import split_address
+from service.rpc.readiness import Half
+from service.telemetry.metrics import CounterSource, Metrics
 
 if TYPE_CHECKING:
     from service.server import Server
 
 
+def start_metrics(server: Server) -> Metrics | None:
+    """Serve the metrics of a server, if its settings name an address for them.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    address = server.settings.metrics_listen
+    if address is None:
+        return None
+    host, port = split_address(address)
+    try:
+        return Metrics(host, port, gauges(server), counters(server))
+    except OSError as error:
+        error.filename = address
+        raise
+
+
 def gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
     """Return the help text and the reader of each gauge, by name."""
+    return {
+        **_load_gauges(server),
+        **_search_gauges(server),
+        **_readiness_gauges(server),
+    }
+
+
+def _readiness_gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
+    readiness, prober = server.readiness, server.database.prober
+    return {
+        "chat_history_ready": (
+            "1 if the service is ready, else 0.",
+            lambda: readiness.is_ready,
+        ),
+        "chat_history_reads_ready": (
+            "1 if the database can be read, else 0.",
+            lambda: readiness.is_up(Half.READS),
+        ),
+        "chat_history_writes_ready": (
+            "1 if the database can be written, else 0.",
+            lambda: readiness.is_up(Half.WRITES),
+        ),
+        "chat_history_tables_locked": (
+            "1 while calls wait for a lock on a whole table, else 0.",
+            lambda: prober.table_lock is not None,
+        ),
+    }
+
+
+def _load_gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
     pool = server.database.engine.pool
     return {
         "chat_history_calls_in_flight": ("Calls in flight.", lambda: server.calls.in_flight),
@@ -48,6 +97,11 @@ def gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
             "Searches, large reads, forks and deletes that wait for their turn.",
             lambda: server.database.expensive_work.permits.waiting_count,
         ),
+    }
+
+
+def _search_gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
+    return {
         "chat_history_search_ready": (
             "1 if the search index responds, else 0.",
             lambda: server.search.is_healthy,
@@ -79,10 +133,6 @@ def gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
         "chat_history_search_process_restarts": (
             "Restarts of the search process since the start.",
             lambda: server.search.query_stats.process_restarts,
-        ),
-        "chat_history_ready": (
-            "1 if the service is ready, else 0.",
-            lambda: server.readiness.is_ready,
         ),
     }
 

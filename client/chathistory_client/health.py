@@ -44,14 +44,15 @@ class Health(Connection):
 
         An unreachable service is a status, not an error.
 
-        A check of `"database"` causes a round trip to PostgreSQL. Do not probe it periodically,
+        A check of `"database"` reads and commits in PostgreSQL. Do not probe it periodically,
         because that keeps a database awake that would suspend itself when idle.
 
         >>> await client.check_health("database")
         <HealthStatus.SERVING: 'serving'>
 
         Args:
-            name: `""` for readiness, or `"liveness"`, `"database"` or `"search"`.
+            name: `""` for readiness, `"reads"` or `"writes"` for one half of it, or `"liveness"`,
+                `"database"` or `"search"`.
             timeout: Seconds to wait for the response.
         """
         # HealthCheckRequest is one string and HealthCheckResponse one enum. The well-known wrappers

@@ -51,7 +51,7 @@ async def open_database(target: Target) -> AsyncGenerator[Database]:
     """
     database = Database(target, pool_size=2, max_overflow=0, hot_pool_size=1)
     try:
-        problem = (await database.probe(STEP_TIMEOUT_S)).problem
+        problem = await database.prober.schema_problem(STEP_TIMEOUT_S)
         if problem:
             raise TransferError(problem)
         yield database

@@ -141,7 +141,7 @@ class WatchHub:
                     error=type(error).__name__,
                 )
                 if isinstance(error, DATABASE_ERRORS):
-                    self._database.on_suspected_outage()
+                    self._database.report(error)
                 self._wake_all()
 
     async def _poll_once(self) -> None:

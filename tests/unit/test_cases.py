@@ -53,9 +53,15 @@ CASES = {
     24: "Qdrant is down: chat is not affected, search is UNAVAILABLE, and the index catches up "
     "afterwards, also on deletions.",
     25: "A mixed load with cancellations: memory stays flat.",
+    501: "The database is read-only for some time: writes are UNAVAILABLE, reads go on, and both "
+    "recover without a restart.",
     505: "The disk is full: UNAVAILABLE with RetryInfo and NOT_SERVING for writes; the embedded "
     "PostgreSQL and the log say so in one line.",
+    506: "The server rejects the role, its password or the database: UNAVAILABLE with the cause.",
+    509: "Tables are locked: a status of our own before the deadline, and the holder is named.",
+    518: "The schema is removed below a running service: NOT_SERVING.",
     519: "The service is killed (-9) twelve times during its first start: the next start recovers.",
+    520: "PostgreSQL rejects further connections while those of the pool serve: ready.",
     521: "Files of the embedded database are lost or damaged: one line that names the file and "
     "what to do.",
 }

@@ -287,6 +287,7 @@ class _Lane:
                 for item in batch:
                     item.may_have_committed = True
             raise
+        self._database.outcomes.writes.successes += len(batch)
         sessions = {(row["user_id"], row["session_id"]): row for row in rows}
         left_out = sql.answer(batch, sessions)
         for user_id, session_id in sessions:
@@ -338,7 +339,6 @@ class _Lane:
         if is_look_up:
             for item in batch:
                 item.attempts += 1
-        self._database.report(error)
         failed = recovery.FailedBatch(
             classify(error),
             sqlstate(error),
@@ -347,7 +347,10 @@ class _Lane:
             is_apart=self._key is not None,
             is_look_up=is_look_up,
         )
-        await self._execute(recovery.decide(failed), batch, error)
+        action = recovery.decide(failed)
+        failed_calls = len(batch) if action is Action.FAIL else 0
+        self._database.report(error, is_write=True, failed_calls=failed_calls)
+        await self._execute(action, batch, error)
 
     async def _execute(self, action: Action, batch: list[Append], error: BaseException) -> None:
         match action:
@@ -379,12 +382,13 @@ class _Lane:
         self._consecutive_outages += 1
         while True:
             now = self._loop.time()
-            for item in self.queue:
-                if now >= item.wait_until:
-                    item.fail(
-                        to_service_error(error) or Unavailable("the database does not respond")
-                    )
-            waiting = [item.wait_until for item in self.queue if not item.future.done()]
+            unanswered = [item for item in self.queue if not item.future.done()]
+            late = [item for item in unanswered if now >= item.wait_until]
+            for item in late:
+                item.fail(to_service_error(error) or Unavailable("the database does not respond"))
+            if late:
+                self._database.report(error, is_write=True, failed_calls=len(late))
+            waiting = [item.wait_until for item in unanswered if not item.future.done()]
             if now >= retry_at or not waiting:
                 return
             await asyncio.sleep(min(retry_at, *waiting) - now)
@@ -400,6 +404,9 @@ class _Lane:
             if item.lost_races >= MAX_LOST_RACES or now >= item.wait_until:
                 item.fail(final_error(item.key[0], error))
         unanswered = [item for item in batch if not item.future.done()]
+        if len(unanswered) < len(batch):
+            failed_calls = len(batch) - len(unanswered)
+            self._database.report(error, is_write=True, failed_calls=failed_calls)
         self._requeue(unanswered, look_up_first=look_up_first)
         await asyncio.sleep(backoff(batch[0].attempts, base_s=0.002, cap_s=0.05))
 

@@ -32,6 +32,8 @@ _CONNECT_ERRORS = (
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
 )
+LOCK_TIMEOUT = "lock_timeout"
+"""A start-up parameter of connections to a server."""
 _ROLE = Statement.from_text(
     "SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'"
 )
@@ -64,6 +66,8 @@ class Connector:
         """The server of the last suitable connection: the first one to be tried."""
         self._slow_until: dict[Address, float] = {}
         self._unverified_tls = _unverified_tls()
+        self._omits_lock_timeout = False
+        """Whether it was rejected, as by a pooler that was not recognized."""
 
     async def connect(self, **options: Any) -> asyncpg.Connection:
         """Open a connection to the first server with a suitable role.
@@ -175,6 +179,19 @@ class Connector:
         return _role(is_standby=is_standby, is_read_only=is_read_only)
 
     async def _open(self, options: dict[str, Any]) -> asyncpg.Connection:
+        """Open one connection, without the lock timeout if the other end does not accept it."""
+        if not self._omits_lock_timeout:
+            try:
+                return await self._open_transport(options)
+            except asyncpg.ProtocolViolationError as error:
+                if LOCK_TIMEOUT not in str(error):
+                    raise
+            self._omits_lock_timeout = True
+        settings = dict(options.get("server_settings") or {})
+        settings.pop(LOCK_TIMEOUT, None)
+        return await self._open_transport(options | {"server_settings": settings})
+
+    async def _open_transport(self, options: dict[str, Any]) -> asyncpg.Connection:
         """Open one connection; `prefer` and `allow` try both transports, as in libpq.
 
         The driver's own `prefer` would read a certificate and a key in the home folder.

@@ -48,8 +48,10 @@ from service.store.db.hot_pool import (
     Statement,
     fetch_in_transaction,
 )
+from service.store.db.outcomes import Outcomes
+from service.store.db.proofs import Prober
 from service.store.db.recent_keys import RecentKeys
-from service.store.db.sqlstates import Failure, Policy, Scope
+from service.store.db.sqlstates import Failure, Policy
 from service.store.db.work_class import (
     MAX_WAIT_S,
     STATEMENT_TIMEOUT_S,
@@ -57,7 +59,6 @@ from service.store.db.work_class import (
     WorkClass,
     overloaded_error,
 )
-from service.store.schema.version import SchemaVersion, schema_version
 
 T = TypeVar("T")
 
@@ -107,9 +108,14 @@ def backoff(attempt: int, *, base_s: float = 0.02, cap_s: float = 1.0) -> float:
     return random.uniform(0, min(cap_s, base_s * 2**attempt))  # noqa: S311 - not a secret
 
 
+def reply_margin_s(deadline: float, now: float) -> float:
+    """Return the seconds before its deadline at which a call stops waiting."""
+    return min(REPLY_MARGIN_S, (deadline - now) / 4)
+
+
 def outage_deadline(deadline: float, now: float) -> float:
     """Return when a call stops waiting for an unavailable database, on the event loop's clock."""
-    return min(deadline - min(REPLY_MARGIN_S, (deadline - now) / 4), now + OUTAGE_TIMEOUT_S)
+    return min(deadline - reply_margin_s(deadline, now), now + OUTAGE_TIMEOUT_S)
 
 
 class Database:
@@ -147,8 +153,6 @@ class Database:
         self.target = target
         connector, self._generation = Connector(target), Generation()
         self._generation_started_at = -GENERATION_INTERVAL_S
-        self.writes_are_down = False
-        """Set while the database is known to be read-only: connections that can read stay open."""
         self.engine = pooled_engine(
             target,
             connector,
@@ -169,11 +173,20 @@ class Database:
         )
         # For probes, while calls that wait for locks hold every connection of the pool.
         self._probe_engine = unpooled_engine(target, connector, connect_timeout_s=connect_timeout_s)
-        self._max_connections = pool_size + max_overflow
-        max_hot_size = self._max_connections - MIN_OTHER_CONNECTIONS
+        max_connections = pool_size + max_overflow
+        max_hot_size = max_connections - MIN_OTHER_CONNECTIONS
         hot_size = max(1, min(hot_pool_size, pool_size, max_hot_size))
         self.hot_pool = HotPool(self.engine, hot_size, self._generation)
-        permit_count = max(1, self._max_connections - hot_size)
+        self.outcomes = Outcomes()
+        self.prober = Prober(
+            self.outcomes,
+            pooled=self._read_engine,
+            unpooled=self._probe_engine,
+            max_connections=max_connections,
+        )
+        self.prober.on_writable = self.start_generation
+        self.prober.release_connections = self.hot_pool.return_idle
+        permit_count = max(1, max_connections - hot_size)
         self._permits = FairSemaphore(permit_count)
         self._write_permits = FairSemaphore(permit_count - permit_count // 3)
         self.expensive_work = ExpensiveWork(permit_count)
@@ -222,8 +235,11 @@ class Database:
         release = self.hot_pool.release
         try:
             if not self.target.is_pooled:
-                return await connection.driver.fetch(statement.text, *args)
-            return await fetch_in_transaction(connection.driver, statement, *args)
+                records = await connection.driver.fetch(statement.text, *args)
+            else:
+                records = await fetch_in_transaction(connection.driver, statement, *args)
+            self.outcomes.reads.successes += 1
+            return records
         except asyncpg.PostgresError as error:
             if self._is_unusable(error):
                 connection.driver.terminate()
@@ -251,8 +267,8 @@ class Database:
             return False
         if sqlstate(error) != READ_ONLY:
             return True
-        if self.writes_are_down:
-            return False
+        if self.prober.is_read_only:
+            return False  # Connections that can read stay open.
         now = self._loop.time()
         # Limited, since the replacements are read-only, too, until the database is writable again.
         if now - self._generation_started_at >= GENERATION_INTERVAL_S:
@@ -307,7 +323,9 @@ class Database:
                 engine.connect() as connection,
                 self.expensive_work.limits(work_class, connection, wait_until),
             ):
-                return await self._run_work(work, connection)
+                result = await self._run_work(work, connection)
+                self.outcomes.reads.successes += 1
+                return result
 
         return await self._retry(
             attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class]
@@ -365,9 +383,15 @@ class Database:
                 except DATABASE_ERRORS as error:
                     is_outcome_unknown |= may_have_committed(error)
                     raise
+                self.outcomes.writes.successes += 1
                 return result
 
-        retries = self._retry(attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class])
+        retries = self._retry(
+            attempt,
+            deadline,
+            suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class],
+            is_write=True,
+        )
         return await self.shield(retries, lambda: has_begun)
 
     async def shield(
@@ -407,6 +431,8 @@ class Database:
         deadline: float,
         error: BaseException | None = None,
         suspicious_wait_s: float = SUSPICIOUS_WAIT_S,
+        *,
+        is_write: bool = False,
     ) -> T:
         """Repeat attempts until one succeeds, an error is final, or the time is up.
 
@@ -415,15 +441,19 @@ class Database:
             deadline: The call's deadline.
             error: The error of a first attempt by the caller, if there was one.
             suspicious_wait_s: Seconds after which the end of the caller's time suggests an outage.
+            is_write: Whether the attempts are evidence about writes, and not about reads.
         """
-        wait_until = outage_deadline(deadline, self._loop.time())
+        now = self._loop.time()
+        wait_until = outage_deadline(deadline, now)
+        # An attempt in flight at `wait_until` may still end with an error that says more.
+        end_at = deadline - reply_margin_s(deadline, now) / 2
         attempts = 0
         while True:
             if error is not None:
-                await self._back_off(error, attempts, wait_until)
+                await self._back_off(error, attempts, wait_until, is_write=is_write)
                 attempts += 1
             started_at = self._loop.time()
-            scope = asyncio.timeout_at(deadline)
+            scope = asyncio.timeout_at(end_at)
             try:
                 async with scope:
                     return await attempt(wait_until)
@@ -445,14 +475,17 @@ class Database:
     def _acquire_timeout_s(self, wait_until: float) -> float:
         return min(self._pool_timeout_s, wait_until - self._loop.time())
 
-    async def _back_off(self, error: BaseException, attempts: int, wait_until: float) -> None:
+    async def _back_off(
+        self, error: BaseException, attempts: int, wait_until: float, *, is_write: bool
+    ) -> None:
         """Wait before the next attempt, or raise the caller's error when there is none."""
         failure = classify(error)
-        self.report(error)
         pause = backoff(attempts)
         if failure is Failure.LOCKED:
             wait_until -= LOCK_TIMEOUT_S  # The next attempt may time out on the lock, too.
-        if self._may_retry(failure, attempts) and self._loop.time() + pause < wait_until:
+        may_retry = self._may_retry(failure, attempts) and self._loop.time() + pause < wait_until
+        self.report(error, is_write=is_write, failed_calls=0 if may_retry else 1)
+        if may_retry:
             await asyncio.sleep(pause)
             return
         service_error = to_service_error(error)
@@ -472,30 +505,24 @@ class Database:
             case _:
                 return False
 
-    def report(self, error: BaseException) -> None:
-        """Take a database error as evidence against the database, and log its cause."""
+    def report(
+        self, error: BaseException, *, is_write: bool = False, failed_calls: int = 0
+    ) -> None:
+        """Take a database error as evidence against the database, and log its cause.
+
+        Args:
+            error: The error.
+            is_write: Whether the work was a write.
+            failed_calls: Number of calls that fail with it; 0 if the work is repeated.
+        """
         self._error_log.add(error)
-        if rule(error).scope is not Scope.NOTHING:
+        if self.outcomes.report(error, is_write=is_write, failed_calls=failed_calls):
             self.on_suspected_outage()
 
     def _suspect_outage(self, started_at: float, wait_s: float = SUSPICIOUS_WAIT_S) -> None:
         """Report a suspected outage if an unsuccessful call has waited for long enough."""
         if self._loop.time() - started_at > wait_s:
             self.on_suspected_outage()
-
-    async def probe(self, timeout_s: float) -> SchemaVersion:
-        """Read the schema version in one attempt, on an extra connection if the pool is exhausted.
-
-        Raises:
-            Any error of connecting or of the statement, and TimeoutError.
-        """
-        checked_out = self.engine.pool.checkedout()  # type: ignore[attr-defined]
-        is_exhausted = checked_out >= self._max_connections
-        async with (
-            asyncio.timeout(timeout_s),
-            (self._probe_engine if is_exhausted else self._read_engine).connect() as connection,
-        ):
-            return await schema_version(connection)
 
     def terminate(self) -> None:
         """Close every connection without waiting for a response."""

@@ -13,9 +13,14 @@ from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-from service.store.db.connector import Connector
+from service.store.db.connector import LOCK_TIMEOUT, Connector
 from service.store.db.dsn import Target
-from service.store.db.hot_pool import DriverConnection, Generation, PoolerConnection
+from service.store.db.hot_pool import (
+    LOCK_TIMEOUT_S,
+    DriverConnection,
+    Generation,
+    PoolerConnection,
+)
 
 PING_AFTER_IDLE_S = 30.0
 """Seconds after which an idle connection is pinged before use."""
@@ -96,13 +101,21 @@ def _json_text(value: Any) -> str:
 
 def _connect_args(target: Target, connector: Connector, connect_timeout_s: float) -> dict[str, Any]:
     """Return asyncpg's arguments; the target's own, such as a connect timeout, have precedence."""
-    return {
+    arguments = {
         "timeout": connect_timeout_s,
         "command_timeout": COMMAND_TIMEOUT_S,
         **target.connect_args,
         "connection_class": PoolerConnection if target.is_pooled else DriverConnection,
         "async_creator_fn": connector.connect,
     }
+    if not target.is_pooled:
+        # A statement waits for locks on its tables before it can set a timeout of its own. Those
+        # through a pooler are in transactions that set it, and the pooler rejects the parameter.
+        arguments["server_settings"] = {
+            LOCK_TIMEOUT: f"{LOCK_TIMEOUT_S * 1000:.0f}",
+            **target.connect_args["server_settings"],
+        }
+    return arguments
 
 
 def _has_transaction(driver: asyncpg.Connection) -> bool:
