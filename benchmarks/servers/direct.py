@@ -17,7 +17,7 @@ from benchmarks.servers.lifecycle import database_url, run, serve
 from benchmarks.workload import estimated_tokens, reply_size
 from service.store.append.appender import LOCK_TIMEOUT
 from service.store.append.request import Append, NewMessage
-from service.store.append.sql import APPEND, append_arguments
+from service.store.append.sql import append_arguments, statements
 
 
 class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
@@ -50,8 +50,9 @@ class Direct(chat_history_service_pb2_grpc.ChatHistoryServiceServicer):
         ]
         append = Append(request.user_id, request.session_id, new_messages, 0.0)
         async with self._lock:
+            statement = statements(enqueues=False).append
             [row] = await self._connection.fetch(
-                APPEND.text, *append_arguments([append], LOCK_TIMEOUT)
+                statement.text, *append_arguments([append], LOCK_TIMEOUT)
             )
         create_time: Any = {
             "seconds": row["at"] // 1_000_000,

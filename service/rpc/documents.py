@@ -186,8 +186,10 @@ class Documents(Handler):
         except NotFound:
             if not request.allow_missing:
                 raise
-        if not was_deleted and not request.allow_missing:
-            raise NotFound.document(document_id)
+        if not was_deleted:
+            if not request.allow_missing:
+                raise NotFound.document(document_id)
+            await self.confirm_absence(call.owner_id, call)
         return document_pb2.DeleteDocumentResponse()
 
     async def ListDocumentChunks(

@@ -10,6 +10,7 @@ from service.search.disabled import AnySearch
 from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.read_batching import ReadBatcher
+from service.store.db.replication import confirm_replication
 from service.store.db.work_class import WorkClass
 from service.store.slices import Slices
 from service.store.watch import WatchHub
@@ -69,6 +70,15 @@ class Handler:
                 work_class=WorkClass.EXPENSIVE,
             )
         return count
+
+    async def confirm_absence(self, owner_id: str, call: Call) -> None:
+        """Wait until the standbys have the deletion of what a repeated request did not find.
+
+        Args:
+            owner_id: The user in whose turn the call waits.
+            call: The call that deletes.
+        """
+        await self.database.write(confirm_replication, owner_id=owner_id, deadline=call.deadline)
 
 
 def require_same_id(field: str, inner_id: str, request_id: str) -> None:

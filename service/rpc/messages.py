@@ -224,9 +224,11 @@ class Messages(Handler):
         except NotFound:
             if not request.allow_missing:
                 raise
-            was_deleted = True
-        if not was_deleted and not request.allow_missing:
-            raise NotFound.message_in(session_id, message_id)
+            was_deleted = False
+        if not was_deleted:
+            if not request.allow_missing:
+                raise NotFound.message_in(session_id, message_id)
+            await self.confirm_absence(user_id, call)
         return message_pb2.DeleteMessageResponse()
 
     async def GetContext(

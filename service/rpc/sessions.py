@@ -119,8 +119,10 @@ class Sessions(Handler):
             owner_id=user_id,
             deadline=call.deadline,
         )
-        if not was_deleted and not request.allow_missing:
-            raise NotFound.session(session_id)
+        if not was_deleted:
+            if not request.allow_missing:
+                raise NotFound.session(session_id)
+            await self.confirm_absence(user_id, call)
         self.appender.tombstones.wake()
         self.watchers.session_deleted(user_id, session_id)
         self.search.wake()

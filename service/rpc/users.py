@@ -134,6 +134,7 @@ class Users(Handler):
         if counts is None:
             if not request.allow_missing:
                 raise NotFound.user(user_id)
+            await self.confirm_absence(user_id, call)
             return user_pb2.DeleteUserResponse()
         self.appender.tombstones.wake()
         message_count += counts.messages

@@ -19,6 +19,7 @@ from service.ids import new_id
 from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required, reserve
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
+from service.store.db.replication import confirm_replication
 from service.store.document_chunks import Chunk, ChunkRow, check_stored_chunks, insert_chunks
 from service.store.outbox import outbox
 from service.store.rows import (
@@ -70,6 +71,7 @@ async def create(
     user_id, document_id = values["user_id"], values["id"]
     row, is_new = await _insert(connection, values | {"chunk_count": len(chunks)})
     if not is_new:
+        await confirm_replication(connection)
         return row
     await insert_chunks(connection, user_id, document_id, 0, chunks)
     await outbox.enqueue(
@@ -180,6 +182,7 @@ async def append_chunks(
         await check_stored_chunks(connection, row, first_index, chunks)
     new_chunks = chunks[stored_count:]
     if not new_chunks:
+        # Its lock on the row makes the commit wait for the standbys, as a write would.
         return row
     await insert_chunks(connection, row.user_id, document_id, row.chunk_count, new_chunks)
     statement = (

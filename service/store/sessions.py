@@ -15,6 +15,7 @@ from service.store import session_tombstones
 from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required
 from service.store.db.db_errors import FOREIGN_KEY_VIOLATION, sqlstate
+from service.store.db.replication import confirm_replication
 from service.store.outbox import outbox
 from service.store.rows import (
     SESSION_COLUMNS,
@@ -66,6 +67,7 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> Session
         row = await find(connection, values["user_id"], values["id"])
         if row is not None:
             if row.fingerprint == values["fingerprint"]:
+                await confirm_replication(connection)
                 return row
             raise AlreadyExists(
                 "another session has this id", reason="ID_TAKEN", session_id=values["id"]
@@ -252,6 +254,7 @@ async def fork(
     """
     earlier = await find(connection, user_id, new_id)
     if earlier is not None and earlier.fingerprint == fingerprint:
+        await confirm_replication(connection)
         return earlier  # A replay succeeds even if the source has changed or was deleted since.
     # KEY SHARE prevents a concurrent delete of the source, and does not block appends.
     lock = (

@@ -13,6 +13,7 @@ from service.ids import SYSTEM_USER_ID, new_id
 from service.store import documents, session_tombstones, sessions
 from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required, reserve
+from service.store.db.replication import confirm_replication
 from service.store.outbox import outbox
 from service.store.rows import (
     USER_COLUMNS,
@@ -64,6 +65,7 @@ async def create(connection: AsyncConnection, values: dict[str, Any]) -> UserRow
             return row
         row = await _find(connection, users.c.id == values["id"])
         if row is not None and row.fingerprint == values["fingerprint"]:
+            await confirm_replication(connection)
             return row
         if row is not None or values["id"] == SYSTEM_USER_ID:  # `_find` does not return that one.
             raise AlreadyExists("another user has this id", reason="ID_TAKEN", user_id=values["id"])

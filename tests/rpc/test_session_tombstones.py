@@ -14,7 +14,6 @@ from service.server import Server
 from service.store import session_tombstones, sessions
 from service.store.append.appender import Appender
 from service.store.append.request import Append, Appended
-from service.store.append.sql import LOOK_UP
 from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.db.hot_pool import Statement
@@ -287,7 +286,7 @@ async def test_session_deleted_before_the_look_up_of_a_refused_retry_is_not_foun
     fetch_once = store.database.fetch_once
 
     async def delete_before_look_up(statement: Statement, *args: Any) -> Any:
-        if statement is LOOK_UP:
+        if statement is store.appender.statements.look_up:
             await store.delete(session_id)
         return await fetch_once(statement, *args)
 

@@ -10,7 +10,6 @@ import pytest
 
 from service.errors import AlreadyExists, Conflict, DeadlineExceeded, FailedPrecondition, NotFound
 from service.store.append import appender as append_module
-from service.store.append import sql
 from service.store.append.appender import Appender
 from service.store.append.batches import LARGE_ITEM_BYTES
 from service.store.append.request import Append, Appended, NewMessage
@@ -251,14 +250,14 @@ async def test_appends_cancelled_in_a_queue_hold_no_messages(store: Sessions) ->
 async def test_append_cancelled_during_its_look_up_is_withdrawn(database_url: str) -> None:
     database = Interrupted(parse(database_url), hot_pool_size=1)
     looking_up, may_look_up = asyncio.Event(), asyncio.Event()
+    store = Sessions(database, database_url, await new_user(database_url))
 
     async def before(statement: str) -> None:
-        if statement == sql.LOOK_UP.text:
+        if statement == store.appender.statements.look_up.text:
             looking_up.set()
             await may_look_up.wait()
 
     database.before = before
-    store = Sessions(database, database_url, await new_user(database_url))
     session_id = await store.new()
     message = new_message(new_id())
     first, second = store.start(session_id, message), store.start(session_id, message)

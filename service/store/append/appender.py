@@ -29,7 +29,8 @@ This is correct under READ COMMITTED, with any number of writers and replicas, f
   locked version. An item that does not meet them has no row in the result, its neighbours are
   stored, and a look-up finds the reason.
 - A connection that is lost during a statement leaves the outcome unknown. A look-up of the message
-  ids, which every item has, then finds it out.
+  ids, which every item has, then finds it out. A message may be stored on this server only: the
+  look-up's own commit waits until the synchronous standbys have it, too.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ from service.store.db.batch_window import BatchWindow
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
 from service.store.db.db_errors import (
     LOCK_NOT_AVAILABLE,
+    WrongRole,
     classify,
     may_have_committed,
     sqlstate,
     to_service_error,
 )
 from service.store.db.fair_semaphore import FairSemaphore
-from service.store.db.hot_pool import Record, Statement
+from service.store.db.hot_pool import Record
 from service.store.session_tombstones import TombstonePurger, find_tombstones
 
 LOCK_TIMEOUT = "25ms"
@@ -74,20 +76,27 @@ MAX_LOST_RACES = 8
 class Appender:
     """Accepts appends and batches them into shared statements."""
 
-    def __init__(self, database: Database, lanes: int = 2, *, search_enabled: bool = False) -> None:
+    def __init__(
+        self,
+        database: Database,
+        lanes: int = 2,
+        *,
+        search_enabled: bool = False,
+        raises_synchronous_commit: bool = True,
+    ) -> None:
         """Create an appender.
 
         Args:
             database: Where the messages are stored.
             lanes: Shared statements that may be in flight concurrently.
             search_enabled: Whether appends are enqueued for the search index.
+            raises_synchronous_commit: Whether appends set `synchronous_commit` where the server or
+                the role has a weaker value.
         """
         self.database = database
         self.loop = asyncio.get_running_loop()
-        self._statement, self._derived_statement = (
-            (sql.APPEND_AND_ENQUEUE, sql.APPEND_DERIVED_AND_ENQUEUE)
-            if search_enabled
-            else (sql.APPEND, sql.APPEND_DERIVED)
+        self.statements = sql.statements(
+            enqueues=search_enabled, raises_synchronous_commit=raises_synchronous_commit
         )
         self.tombstones = TombstonePurger(database)
         self.contention = Contention()
@@ -121,10 +130,6 @@ class Appender:
         except asyncio.CancelledError:
             item.withdraw()
             raise
-
-    def statement_for(self, *, has_derived_ids: bool) -> Statement:
-        """Return the statement for a batch, by whether any of its items has a derived id."""
-        return self._derived_statement if has_derived_ids else self._statement
 
     def permits(self, *, for_large_item: bool) -> FairSemaphore:
         """Return the permits for the statements of sessions that run apart."""
@@ -262,7 +267,10 @@ class _Lane:
         """
         if not items:
             return {}
-        rows = await self._database.fetch_once(sql.LOOK_UP, *sql.look_up_arguments(items))
+        look_up = self._appender.statements.look_up
+        rows = await self._database.fetch_once(look_up, *sql.look_up_arguments(items))
+        if rows and rows[0]["is_confirmed"] is False:
+            raise WrongRole("the server is a standby")
         stored = {(row["user_id"], row["session_id"], row["id"]): row for row in rows}
         for item in items:
             item.look_up_first = False
@@ -275,7 +283,8 @@ class _Lane:
         if not batch:
             return
         has_derived_ids = any(item.has_derived_id for item in batch)
-        statement = self._appender.statement_for(has_derived_ids=has_derived_ids)
+        statements = self._appender.statements
+        statement = statements.append_derived if has_derived_ids else statements.append
         lock_timeout = LOCK_TIMEOUT if self._key is None else APART_LOCK_TIMEOUT
         arguments = sql.append_arguments(batch, lock_timeout, has_derived_ids=has_derived_ids)
         for item in batch:

@@ -191,7 +191,7 @@ def apply_stored(item: Append, stored: dict[tuple[str, str, str], Record]) -> No
 
     Args:
         item: The append.
-        stored: Rows of sql.LOOK_UP, by user, session and message id.
+        stored: Rows of the look-up, by user, session and message id.
     """
     item.replayed, item.session_created_us, item.pending = {}, None, []
     for message in item.messages:
@@ -232,7 +232,7 @@ def find_refusal(
 
     Args:
         item: The append.
-        session: The session's row of sql.LOOK_UP, or None if there is no such session.
+        session: The session's row of the look-up, or None if there is no such session.
         tombstone: The row of find_tombstones if a tombstone refuses the append, or None.
     """
     user_id, session_id = item.key

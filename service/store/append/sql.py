@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from service.store.append.request import Append, Entry, Key
 from service.store.db.hot_pool import Record, Statement
+from service.store.db.replication import CONFIRM
 from service.store.session_tombstones import RETENTION
 from service.store.tables import OPEN_END, OutboxKind, SessionState
 
@@ -63,7 +65,14 @@ _GUARD = f""", guarded AS (
 )"""  # noqa: S608 - only a constant is inserted
 
 
-def _append_statement(enqueue: str, *, has_derived_ids: bool) -> Statement:
+# An append is as durable as promised also where the server or the role has a weaker setting. A
+# start-up parameter would lower `remote_apply`.
+_RAISE_SYNCHRONOUS_COMMIT = """,
+               CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write')
+                    THEN set_config('synchronous_commit', 'on', true) END"""
+
+
+def _append_statement(enqueue: str, durability: str, *, has_derived_ids: bool) -> Statement:
     argument, column, condition, guard = "", "", "", ""
     if has_derived_ids:
         argument, column = ", $30::boolean[]", ", is_derived"
@@ -77,7 +86,7 @@ WITH appended AS (
            i.fingerprint
     FROM (
         SELECT i.*, clock_timestamp() AS at
-        FROM (SELECT set_config('lock_timeout', $13, true)) AS _,
+        FROM (SELECT set_config('lock_timeout', $13, true){durability}) AS _,
              unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::boolean[], $5::text[], $6::text[],
                     $7::jsonb[], $8::bytea[]{argument})
              AS i (user_id, id, count, may_create, title, summary, metadata,
@@ -124,24 +133,59 @@ FROM appended
 """)  # noqa: S608 - only constants are inserted
 
 
-APPEND = _append_statement("", has_derived_ids=False)
-APPEND_AND_ENQUEUE = _append_statement(_ENQUEUE, has_derived_ids=False)
-# Only for batches with a derived id, so that other appends do not pay for the tombstones.
-APPEND_DERIVED = _append_statement("", has_derived_ids=True)
-APPEND_DERIVED_AND_ENQUEUE = _append_statement(_ENQUEUE, has_derived_ids=True)
+def _look_up_statement(durability: str) -> Statement:
+    # One row for each message whose session exists, so that one snapshot holds both; `id` is NULL
+    # if the message is not stored.
+    #
+    # A message that is found is acknowledged, although the commit that stored it may not have
+    # waited for the synchronous standbys: the connection of its attempt was cut during the wait, or
+    # the server restarted. So the look-up commits a message in PostgreSQL's log, and its own commit
+    # waits for everything before it. A look-up that finds nothing acknowledges nothing, and writes
+    # nothing. A standby cannot write, and `is_confirmed` is then false.
+    return Statement.from_text(f"""
+WITH looked_up AS MATERIALIZED (
+    SELECT s.user_id::text AS user_id, s.id::text AS session_id, s.state, s.last_seq,
+           (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us,
+           m.id::text AS id, m.seq, m.fingerprint,
+           (date_part('epoch', m.created_at) * 1e6)::bigint AS at,
+           date_part('epoch', clock_timestamp() - m.created_at) * 1e6 AS age
+    FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
+    JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.session_id
+    LEFT JOIN chat_messages AS m
+           ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
+), confirmed AS MATERIALIZED (
+    SELECT {CONFIRM} AS is_confirmed{durability}
+    WHERE EXISTS (SELECT FROM looked_up WHERE id IS NOT NULL)
+)
+SELECT looked_up.*, confirmed.is_confirmed FROM looked_up LEFT JOIN confirmed ON true
+""")  # noqa: S608 - only constants are inserted
 
-# One row for each message whose session exists, so that one snapshot holds both; `id` is NULL if
-# the message is not stored.
-LOOK_UP = Statement.from_text("""
-SELECT s.user_id::text, s.id::text AS session_id, s.state, s.last_seq,
-       (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us,
-       m.id::text, m.seq, m.fingerprint, (date_part('epoch', m.created_at) * 1e6)::bigint AS at,
-       date_part('epoch', clock_timestamp() - m.created_at) * 1e6 AS age
-FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
-JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.session_id
-LEFT JOIN chat_messages AS m
-       ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
-""")
+
+class Statements(NamedTuple):
+    """The statements of an appender."""
+
+    append: Statement
+    append_derived: Statement
+    """For batches with a derived id, so that other appends do not pay for the tombstones."""
+    look_up: Statement
+
+
+@cache
+def statements(*, enqueues: bool, raises_synchronous_commit: bool = True) -> Statements:
+    """Return the statements of an appender.
+
+    Args:
+        enqueues: Whether appended messages are enqueued for the search index.
+        raises_synchronous_commit: Whether the statements wait for their commits to be durable,
+            where the server or the role has a weaker `synchronous_commit`.
+    """
+    enqueue = _ENQUEUE if enqueues else ""
+    durability = _RAISE_SYNCHRONOUS_COMMIT if raises_synchronous_commit else ""
+    return Statements(
+        _append_statement(enqueue, durability, has_derived_ids=False),
+        _append_statement(enqueue, durability, has_derived_ids=True),
+        _look_up_statement(durability),
+    )
 
 
 def in_seq_order(batch: Iterable[Append]) -> list[Append]:
@@ -152,13 +196,13 @@ def in_seq_order(batch: Iterable[Append]) -> list[Append]:
 def append_arguments(
     batch: Sequence[Append], lock_timeout: str, *, has_derived_ids: bool = False
 ) -> tuple[Any, ...]:
-    """Return the arguments of APPEND, or of APPEND_DERIVED.
+    """Return the arguments of the append statement, or of the one for derived ids.
 
     Args:
         batch: The items. Those of one session share its row. An item that is conditional or has a
             derived id is the only one of its session.
         lock_timeout: Time to wait for a locked session, with its unit.
-        has_derived_ids: Whether any item has a derived id, so that the statement is APPEND_DERIVED.
+        has_derived_ids: Whether any item has a derived id, which selects the statement.
     """
     items = in_seq_order(batch)
     counts: dict[Key, int] = {}
@@ -233,6 +277,6 @@ def answer(batch: list[Append], sessions: dict[Key, Record]) -> list[Append]:
 
 
 def look_up_arguments(items: Iterable[Append]) -> tuple[list[str], list[str], list[str]]:
-    """Return the arguments of LOOK_UP for every message of these items."""
+    """Return the arguments of the look-up for every message of these items."""
     keys = [(*item.key, message.id) for item in items for message in item.messages]
     return [key[0] for key in keys], [key[1] for key in keys], [key[2] for key in keys]

@@ -51,6 +51,7 @@ from service.store.db.hot_pool import (
 from service.store.db.outcomes import Outcomes
 from service.store.db.proofs import Prober
 from service.store.db.recent_keys import RecentKeys
+from service.store.db.replication import check_replicated, confirm_replication
 from service.store.db.sqlstates import Failure, Policy
 from service.store.db.work_class import (
     MAX_WAIT_S,
@@ -234,10 +235,13 @@ class Database:
         connection = await self.hot_pool.acquire()
         release = self.hot_pool.release
         try:
-            if not self.target.is_pooled:
-                records = await connection.driver.fetch(statement.text, *args)
+            driver = connection.driver
+            if self.target.is_pooled:
+                records = await fetch_in_transaction(driver, statement, *args)
             else:
-                records = await fetch_in_transaction(connection.driver, statement, *args)
+                records = await driver.fetch(statement.text, *args)
+            if driver.is_unreplicated:
+                driver.check_replicated()
             self.outcomes.reads.successes += 1
             return records
         except asyncpg.PostgresError as error:
@@ -372,6 +376,9 @@ class Database:
                 has_begun = True
                 try:
                     result = await self._run_work(work, connection)
+                    if is_outcome_unknown:
+                        # It may have found what an earlier attempt has stored.
+                        await confirm_replication(connection)
                 except ServiceError as error:
                     if not is_outcome_unknown:
                         raise
@@ -380,6 +387,7 @@ class Database:
                     ) from error
                 try:
                     await connection.commit()
+                    check_replicated(connection)
                 except DATABASE_ERRORS as error:
                     is_outcome_unknown |= may_have_committed(error)
                     raise

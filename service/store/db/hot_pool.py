@@ -18,6 +18,8 @@ from sqlalchemy import ClauseElement
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from service.store.db.db_errors import CommitNotReplicated
+
 MAX_IDLE_S = 2.0
 """Seconds after which an unused connection goes back to SQLAlchemy's pool."""
 
@@ -56,19 +58,47 @@ class Statement:
         return tuple(values[name] for name in self.names)
 
 
+def _note_cancelled_wait(connection: Any, message: asyncpg.PostgresLogMessage) -> None:
+    # By the function that sends it, since its text is translated. It is the only message of that
+    # function: a wait for the synchronous standbys was cancelled, and COMMIT is going to succeed.
+    if message.server_source_function == "SyncRepWaitForLSN":
+        connection.is_unreplicated = True
+
+
 class DriverConnection(asyncpg.Connection):
     """An asyncpg connection that sets a transaction's lock timeout in the same round trip as BEGIN.
 
     A transaction pooler rejects it as a start-up parameter, and a separate statement would cost
     each write a round trip.
+
+    It also notices the warning that the wait for the synchronous standbys was cancelled. The driver
+    calls the listener before the caller of the statement goes on: it schedules both, in the order
+    of the server's messages.
     """
 
-    __slots__ = ()
+    __slots__ = ("is_unreplicated",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_unreplicated = False
+        """Whether the last commit is stored on this server only, although standbys must have it."""
+        self.add_log_listener(_note_cancelled_wait)
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         if query.startswith("BEGIN"):
+            self.is_unreplicated = False  # Of a commit whose caller did not wait for its end.
             query += f" SET LOCAL lock_timeout = {LOCK_TIMEOUT_S * 1000:.0f};"
         return await super().execute(query, *args, timeout=timeout)
+
+    def check_replicated(self) -> None:
+        """Check that the last commit was not one whose wait for the standbys was cancelled.
+
+        Raises:
+            CommitNotReplicated: the commit is stored on this server, and must not be acknowledged.
+        """
+        if self.is_unreplicated:
+            self.is_unreplicated = False
+            raise CommitNotReplicated("the wait for the synchronous standbys was cancelled")
 
 
 class PoolerConnection(DriverConnection):
@@ -154,7 +184,7 @@ class HotConnection:
     __slots__ = ("checkout", "driver", "generation", "used_at")
 
     def __init__(
-        self, checkout: AsyncConnection, driver: asyncpg.Connection, generation: int, now: float
+        self, checkout: AsyncConnection, driver: DriverConnection, generation: int, now: float
     ) -> None:
         self.checkout = checkout
         self.driver = driver
@@ -257,6 +287,7 @@ class HotPool:
         try:
             async with asyncio.timeout(SYNC_TIMEOUT_S):
                 await connection.driver.execute("")
+                connection.driver.is_unreplicated = False  # No caller waits for it.
         except Exception:  # noqa: BLE001 - whatever failed, the connection cannot be used again
             connection.driver.terminate()
         finally:
