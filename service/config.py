@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     wake."""
     db_prepared_statements: Literal["auto", "on", "off"] = "auto"
     """Whether statements are prepared. `auto`: yes, except on a pooler's host."""
+    db_synchronous_commit: Literal["on", "server"] = "on"
+    """PostgreSQL's `synchronous_commit` for appends. `on`: at least `on`, also where the server or
+    the role has a weaker value. `server`: the value of the server or the role."""
     append_lanes: Annotated[int, Field(ge=1, le=16)] = 2
     """Append statements in flight at the same time."""
     read_connections: Annotated[int, Field(ge=1, le=64)] = 4

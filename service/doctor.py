@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.db.db_errors import NoServer, WrongRole, driver_error, sqlstate
 from service.store.db.dsn import Target
+from service.store.db.durability import DURABLE, Durability, find_weaknesses, read_durability
 from service.store.db.engine import PING_AFTER_IDLE_S, single_use_engine
 from service.store.db.sqlstates import rule_of
 from service.store.outbox.outbox import BACKLOG, Backlog
@@ -41,7 +42,6 @@ _SERVER = text(
     "current_setting('server_version_num')::int / 10000 AS major, current_user AS account, "
     "current_setting('max_connections')::int AS max_connections, "
     "current_setting('transaction_read_only') = 'on' AS read_only, "
-    "current_setting('synchronous_commit') AS synchronous_commit, "
     "current_setting('server_encoding') AS encoding, "
     "(SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()) AS tls"
 )
@@ -94,7 +94,6 @@ class Description:
     account: str
     max_connections: int
     read_only: bool
-    synchronous_commit: str
     encoding: str
     tls: str | None
     """TLS version of the connection, or None."""
@@ -105,6 +104,7 @@ class Description:
     """None when the schema does not fit this build."""
     short_timeouts_ms: tuple[tuple[str, int], ...] = ()
     """The server's timeouts that end the service's statements: their names, and milliseconds."""
+    durability: Durability = DURABLE
 
 
 async def describe(target: Target, timeout_s: float) -> Description:
@@ -123,12 +123,14 @@ async def describe(target: Target, timeout_s: float) -> Description:
             round_trip_s = await _measure_round_trip(connection)
             schema = await schema_version(connection)
             index_state = await _index_state(connection) if schema.problem is None else None
+            durability = await read_durability(connection)
             return Description(
                 **row,
                 round_trip_s=round_trip_s,
                 schema=schema,
                 index_state=index_state,
                 short_timeouts_ms=await _short_timeouts_ms(connection),
+                durability=durability,
             )
     finally:
         await engine.dispose()
@@ -179,7 +181,9 @@ class Pool(NamedTuple):
     connect_timeout_s: float
 
 
-def diagnose(description: Description, target: Target, pool: Pool) -> list[Finding]:
+def diagnose(
+    description: Description, target: Target, pool: Pool, *, raises_synchronous_commit: bool = True
+) -> list[Finding]:
     """Return the findings on a database and on its use by a service with this pool."""
     return [
         Finding("database", f"{target.location} as {description.account}"),
@@ -191,8 +195,8 @@ def diagnose(description: Description, target: Target, pool: Pool) -> list[Findi
         _check_schema(description.schema),
         _check_pool_size(description, target, pool.size + pool.overflow),
         _check_connections(target, pool),
-        *_check_settings(description),
         *_check_timeouts(description),
+        *_check_settings(description, target, raises_synchronous_commit=raises_synchronous_commit),
         *_check_search(description.index_state),
     ]
 
@@ -324,14 +328,21 @@ def _check_connections(target: Target, pool: Pool) -> Finding:
     return Finding("connections", f"{message}: suitable for Neon's suspend and wake times")
 
 
-def _check_settings(description: Description) -> list[Finding]:
-    findings = []
-    if description.synchronous_commit == "off":
-        message = (
-            "off: a crash may lose acknowledged messages; "
-            "run ALTER DATABASE … SET synchronous_commit = on"
+def _check_settings(
+    description: Description, target: Target, *, raises_synchronous_commit: bool
+) -> list[Finding]:
+    findings = [
+        Finding(
+            weakness.setting,
+            f"{weakness.value}: {weakness.advice}",
+            Verdict.TODO if weakness.is_severe else Verdict.NOTE,
         )
-        findings.append(Finding("synchronous_commit", message, Verdict.TODO))
+        for weakness in find_weaknesses(
+            description.durability,
+            raises_synchronous_commit=raises_synchronous_commit,
+            is_neon=target.is_neon,
+        )
+    ]
     if description.encoding != "UTF8":
         message = (
             f"{description.encoding} cannot store every text: "

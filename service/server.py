@@ -46,6 +46,7 @@ from service.server_metrics import start_metrics
 from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
+from service.store.db.durability import log_weaknesses
 from service.store.watch import WatchHub
 from service.telemetry.loop_monitor import LoopMonitor
 
@@ -109,7 +110,10 @@ class Server:
         self.search = search = self._create_search()
         self.health = Health(self.database, self.readiness, search)
         self.appender = Appender(
-            self.database, settings.append_lanes, search_enabled=search.indexes_messages
+            self.database,
+            settings.append_lanes,
+            search_enabled=search.indexes_messages,
+            raises_synchronous_commit=settings.db_synchronous_commit == "on",
         )
         self.watchers = WatchHub(self.database)
         self.appender.on_appended = (
@@ -379,6 +383,9 @@ async def run(
         ready_task = loop.create_task(server.readiness.wait_ready())
         await asyncio.wait((stop_task, ready_task), return_when=asyncio.FIRST_COMPLETED)
         if ready_task.done():
+            await log_weaknesses(
+                server.database, raises_synchronous_commit=settings.db_synchronous_commit == "on"
+            )
             on_ready(server.address)
         await stop_task
         ready_task.cancel()

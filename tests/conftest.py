@@ -142,6 +142,14 @@ def cluster() -> Generator[Cluster]:
         yield cluster
 
 
+@pytest.fixture
+async def durable_server(cluster: Cluster) -> AsyncGenerator[None]:
+    """Make the tests' server as durable as an operator's, for tests of `chat-history check`."""
+    await cluster.set_durable(is_durable=True)
+    yield
+    await cluster.set_durable(is_durable=False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _route(request: pytest.FixtureRequest) -> Generator[None]:
     with use_route(request.config.getoption("--through")):

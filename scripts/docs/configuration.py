@@ -41,6 +41,7 @@ TOPICS = {
         "db_pool_recycle",
         "db_connect_timeout",
         "db_prepared_statements",
+        "db_synchronous_commit",
         "append_lanes",
         "read_connections",
     ),

@@ -77,7 +77,13 @@ def _check_database(settings: Settings, target: Target) -> list[Finding]:
         settings.db_pool_recycle,
         settings.db_connect_timeout,
     )
-    return [*doctor.diagnose(description, target, pool), *notes]
+    findings = doctor.diagnose(
+        description,
+        target,
+        pool,
+        raises_synchronous_commit=settings.db_synchronous_commit == "on",
+    )
+    return [*findings, *notes]
 
 
 def _check_embedded(settings: Settings) -> list[Finding]:

@@ -21,6 +21,7 @@ from service.embedded.data_dir import Postmaster, is_postgres, owner, running_ur
 from service.store import tables
 from tests.cli.conftest import Command, Start
 from tests.support.cluster import fetch
+from tests.support.statements import database_name
 
 pytestmark = pytest.mark.faults  # Processes start and stop.
 
@@ -155,6 +156,7 @@ async def run_check(start: Start, url: str, **environment: str) -> tuple[int, st
     return code, command.stdout
 
 
+@pytest.mark.usefixtures("durable_server")
 async def test_check_of_a_healthy_database_reports_every_property(
     start: Start, database_url: str
 ) -> None:
@@ -179,6 +181,7 @@ async def test_check_of_a_healthy_database_reports_every_property(
     assert "todo" not in report
 
 
+@pytest.mark.usefixtures("durable_server")
 async def test_check_reports_pending_and_failed_index_changes(
     start: Start, database_url: str
 ) -> None:
@@ -201,6 +204,7 @@ async def test_check_reports_pending_and_failed_index_changes(
     assert f"1 could not be indexed, for example {example}" in unwrapped
 
 
+@pytest.mark.usefixtures("durable_server")
 async def test_check_after_a_clock_step_shows_no_negative_age(
     start: Start, database_url: str
 ) -> None:
@@ -218,6 +222,7 @@ async def test_check_after_a_clock_step_shows_no_negative_age(
     assert "1 of them are dated ahead, as after PostgreSQL's clock was set back" in unwrapped
 
 
+@pytest.mark.usefixtures("durable_server")
 async def test_check_of_an_unmigrated_database_advises_what_to_do(
     start: Start, empty_database_url: str
 ) -> None:
@@ -232,6 +237,30 @@ async def test_check_of_an_unmigrated_database_advises_what_to_do(
     assert re.search(
         r"note +configuration +CHAT_HISTORY_LISTN .* did you mean CHAT_HISTORY_LISTEN", report
     )
+    assert "To do: 2." in report
+
+
+async def test_check_names_each_setting_that_is_weaker_than_promised(
+    start: Start, database_url: str
+) -> None:
+    """The tests' own server runs with `fsync` and `full_page_writes` off."""
+    name = database_name(database_url)
+    for setting in (
+        "synchronous_commit = local",
+        "client_min_messages = error",
+        "default_transaction_isolation = serializable",
+    ):
+        await fetch(database_url, f"ALTER DATABASE {name} SET {setting}")
+    code, report = await run_check(start, database_url)
+    assert code == 1
+    for words in (
+        "todo +fsync +off: a crash of the machine may destroy the database",
+        "todo +full_page_writes +off: a crash of the machine may destroy pages",
+        "note +synchronous_commit +local: a failover to a synchronous standby may lose",
+        "note +client_min_messages +error: hides the warning",
+        "note +default_transaction_isolation +serializable: concurrent writes",
+    ):
+        assert re.search(words, report), report
     assert "To do: 2." in report
 
 

@@ -143,6 +143,7 @@ async def test_optional_ssl_modes_connect_without_tls_when_the_server_has_none(
 
 
 @only_tls
+@pytest.mark.usefixtures("durable_server")
 async def test_check_reports_a_verified_certificate(server: Server, start: Start) -> None:
     command = start(
         "check", DATABASE_URL=server.url(f"sslmode=verify-full&sslrootcert={server.certificate}")
@@ -188,7 +189,7 @@ def test_finding_on_remote_tls_depends_on_certificate_verification(
     query: str, tls: str | None, verdict: Verdict, advice: str
 ) -> None:
     description = Description(
-        "18.1", 18, "u", 100, False, "on", "UTF8", tls, 0.001, SchemaVersion(BUILD, 1)
+        "18.1", 18, "u", 100, False, "UTF8", tls, 0.001, SchemaVersion(BUILD, 1)
     )
     url = f"postgresql://u@db.example.com/d?{query}"
     finding = findings_by_subject(description, url)["TLS"]
@@ -198,7 +199,7 @@ def test_finding_on_remote_tls_depends_on_certificate_verification(
 
 def test_diagnosis_of_an_unsuitable_database_advises_what_to_do() -> None:
     description = Description(
-        "14.9", 14, "u", 100, True, "on", "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1)
+        "14.9", 14, "u", 100, True, "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1)
     )
     url = "postgresql://u@ep-a-pooler.eu.aws.neon.tech/d"
     findings = findings_by_subject(description, url)
@@ -208,7 +209,7 @@ def test_diagnosis_of_an_unsuitable_database_advises_what_to_do() -> None:
     assert "deploy a newer one" in findings["schema"].message
     assert "in the database's region" in findings["round trip"].message
     newer = Description(
-        "19.0", 19, "u", 100, False, "on", "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1)
+        "19.0", 19, "u", 100, False, "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1)
     )
     findings = findings_by_subject(newer, url)
     assert {finding.verdict for finding in findings.values()} <= {Verdict.OK, Verdict.NOTE}
@@ -240,7 +241,7 @@ def test_finding_on_neon_connections_depends_on_recycle_age_and_connect_timeout(
     host: str, query: str, pool: Pool, verdict: Verdict, advice: str
 ) -> None:
     description = Description(
-        "18.1", 18, "u", 100, False, "on", "UTF8", "TLSv1.3", 0.001, SchemaVersion(BUILD, 1)
+        "18.1", 18, "u", 100, False, "UTF8", "TLSv1.3", 0.001, SchemaVersion(BUILD, 1)
     )
     url = f"postgresql://u@{host}/d{query}"
     finding = findings_by_subject(description, url, pool)["connections"]

@@ -108,6 +108,7 @@ def _scenarios() -> list[object]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("durable_server")
 @pytest.mark.parametrize("fences", _scenarios())
 async def test_examples_do_what_the_page_says(
     fences: list[Fence], folder: Path, cluster: Cluster

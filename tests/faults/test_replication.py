@@ -8,6 +8,7 @@ failover loses them.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
@@ -17,15 +18,18 @@ import pytest
 from chathistory.v1 import document_pb2, user_pb2
 from grpc import aio
 
+from service import doctor
 from service.store.db.dsn import parse
 from service.store.schema import migrations
+from tests.conftest import StartProcess
 from tests.support.chat import Chat, new_id, new_messages
 from tests.support.cluster import Cluster, fetch
-from tests.support.failures import assert_fails
+from tests.support.failures import assert_fails, failure_of
 from tests.support.history import read_valid_history
 from tests.support.proxy import Proxy
 from tests.support.replicated_postgres import Node, ReplicatedPostgres
 from tests.support.servers import connected, serving
+from tests.support.statements import database_name
 
 # The last statement of a session is that of its commit: a hot statement, or COMMIT.
 WAITING_COMMITS = """
@@ -259,3 +263,98 @@ async def test_repeated_requests_wait_for_the_standby_and_reads_do_not(
         replies = {name: await call for name, call in calls.items()}
     assert replies == expected
     assert all(entry.replayed for entry in replies["append"].messages)
+
+
+# --- Settings of the server or the role that are weaker than the promise.
+
+
+RECORD_SETTING = (
+    "CREATE TABLE recorded (setting text)",
+    """
+    CREATE FUNCTION record_setting() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        INSERT INTO recorded VALUES (current_setting('synchronous_commit'));
+        RETURN NULL;
+    END $$
+    """,
+    """
+    CREATE TRIGGER record_setting AFTER INSERT ON chat_messages
+    FOR EACH ROW EXECUTE FUNCTION record_setting()
+    """,
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "of_database", "expected"),
+    [
+        ("on", "off", "on"),
+        ("on", "local", "on"),
+        ("on", "remote_write", "on"),
+        ("on", "on", "on"),
+        ("on", "remote_apply", "remote_apply"),
+        ("server", "off", "off"),
+        ("server", "remote_apply", "remote_apply"),
+    ],
+)
+async def test_append_raises_a_weaker_synchronous_commit_unless_the_server_decides(
+    database_url: str, setting: str, of_database: str, expected: str
+) -> None:
+    for statement in RECORD_SETTING:
+        await fetch(database_url, statement)
+    name = database_name(database_url)
+    await fetch(database_url, f"ALTER DATABASE {name} SET synchronous_commit = {of_database}")
+    async with (
+        serving(database_url, db_synchronous_commit=setting) as server,
+        connected(server.address) as stub,
+    ):
+        chat = await Chat.of_new_user(stub)
+        session_id = await chat.start()
+        await chat.append(session_id, "more")
+    rows = await fetch(database_url, "SELECT setting FROM recorded")
+    assert [row["setting"] for row in rows] == [expected, expected]
+
+
+async def test_start_logs_settings_with_which_acknowledged_writes_can_be_lost(
+    database_url: str, start_process: StartProcess
+) -> None:
+    """The tests' own server runs with `fsync` and `full_page_writes` off."""
+    name = database_name(database_url)
+    await fetch(database_url, f"ALTER DATABASE {name} SET synchronous_commit = off")
+    process = await start_process()
+    log = process.log.read_text().splitlines()
+    lines = [json.loads(line) for line in log if "weak durability" in line]
+    weaknesses = {line["setting"]: line["value"] for line in lines}
+    assert weaknesses == {"synchronous_commit": "off", "fsync": "off", "full_page_writes": "off"}
+
+
+@pytest.fixture
+async def restricted_url(cluster: Cluster, database_url: str) -> AsyncGenerator[str]:
+    """Provide the connection string of a role that may not write messages to the log."""
+    await fetch(database_url, "CREATE ROLE restricted LOGIN")
+    await fetch(
+        database_url,
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO restricted",
+    )
+    functions = (
+        "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = 'pg_logical_emit_message'"
+    )
+    for [function] in await fetch(database_url, functions):
+        await fetch(database_url, f"REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC")
+    yield database_url.replace("postgres@", "restricted@", 1)
+    await fetch(database_url, "DROP OWNED BY restricted")
+    await fetch(database_url, "DROP ROLE restricted")
+
+
+async def test_role_that_may_not_write_to_the_log_is_reported(restricted_url: str) -> None:
+    """Its repeated requests fail, since they cannot wait for standbys. Others are not affected."""
+    target = parse(restricted_url)
+    async with serving(target) as server, connected(server.address) as stub:
+        chat = await Chat.of_new_user(stub)
+        messages = new_messages(2)
+        session_id = await chat.start(messages)
+        await failure_of(chat.append(session_id, messages))
+        reply = await chat.append(session_id, "more")
+        assert [entry.seq for entry in reply.messages] == [3]
+    description = await doctor.describe(target, 5.0)
+    findings = doctor.diagnose(description, target, doctor.Pool(8, 4, 240, 12))
+    [finding] = [finding for finding in findings if finding.subject == "pg_logical_emit_message"]
+    assert finding.verdict is doctor.Verdict.TODO

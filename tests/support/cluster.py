@@ -130,6 +130,16 @@ class Cluster:
         # The migration opens a new connection, to which the new settings apply.
         await migrations.upgrade(parse(self.url(_TEMPLATE)))
 
+    async def set_durable(self, *, is_durable: bool) -> None:
+        """Turn `fsync` and `full_page_writes` on, as the server of an operator has them, or off."""
+        value = "on" if is_durable else "off"
+        async with connected_to(self.url("postgres")) as connection:
+            for name in ("fsync", "full_page_writes"):
+                await connection.execute(f"ALTER SYSTEM SET {name} = {value}")
+            await connection.execute("SELECT pg_reload_conf()")
+        while (await fetch(self.url("postgres"), "SHOW fsync"))[0][0] != value:
+            await asyncio.sleep(0.01)
+
     async def connect(self, database: str = "postgres") -> asyncpg.Connection:
         """Open a connection for a test's own statements."""
         return await asyncpg.connect(

@@ -99,7 +99,6 @@ class TlsPostgres:
             "ssl_cert_file": str(self._write("tls.crt", self._certificate.cert)),
             "ssl_key_file": str(self._write("tls.key", self._certificate.key)),
             "hba_file": str(self._write("pg_hba.conf", _HBA.encode())),
-            "fsync": "off",
         }
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
