@@ -14,6 +14,7 @@ from qdrant_client import models
 
 from service import doctor
 from service.server import Server
+from service.store.outbox.outbox import Outbox
 from tests.search.index_check import assert_index_equals_postgres, searchable
 from tests.search.library import HYBRID, INDEXED, LEXICAL, SEMANTIC, Library
 from tests.search.qdrant_server import QdrantServer
@@ -215,6 +216,7 @@ async def test_statements_without_an_owner_are_the_named_ones(
         await wait_until_indexed(server)
         await rebuild(library)
         await doctor.describe(server.database.target, 20.0)
+        await Outbox(server.database).date_again()
     statements = all_new_statements()
     assert sentinel.complaints(statements) == []
     sent = {" ".join(statement.sql.split()).rstrip("; ") for statement in statements}
@@ -223,7 +225,7 @@ async def test_statements_without_an_owner_are_the_named_ones(
         for name, pattern in sentinel.NAMED.items()
         if "search_" in pattern or "slice" in pattern
     ]
-    assert len(names_of_search) == 7
+    assert len(names_of_search) == 8
     for name in names_of_search:
         assert any(re.fullmatch(sentinel.NAMED[name], sql) for sql in sent), (
             f"{name}: no statement matches its pattern any more"
