@@ -238,6 +238,7 @@ async def test_next_generation_replaces_idle_connections_now_and_busy_ones_when_
     assert after.isdisjoint(before)
     assert await busy.driver.fetchval("SELECT 1") == 1
     database.hot_pool.release(busy)
+    assert (await database.fetch_once(read))[0][0] not in before
     async with asyncio.timeout(20):
         while not busy.driver.is_closed():
             await asyncio.sleep(0.01)
