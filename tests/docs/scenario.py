@@ -63,7 +63,7 @@ from tests.docs import configurations
 from tests.docs.fences import Fence
 from tests.support.certificates import CertificateAuthority
 from tests.support.clients import client_of
-from tests.support.cluster import TESTS_APPLICATION, Cluster, fetch
+from tests.support.cluster import OWN_SETTINGS, TESTS_APPLICATION, Cluster, fetch
 from tests.support.demo import running_demo
 from tests.support.ports import free_port
 from tests.support.servers import ROOT, ServerProcess
@@ -303,9 +303,7 @@ class Scenario:
             exec(code, {"op": Operations(MigrationContext.configure(connection))})
 
         url = make_url(self._database_url).set(drivername="postgresql+asyncpg")
-        engine = create_async_engine(
-            url, connect_args={"server_settings": {"application_name": TESTS_APPLICATION}}
-        )
+        engine = create_async_engine(url, connect_args={"server_settings": OWN_SETTINGS})
         async with engine.begin() as connection:
             await connection.run_sync(run)
         await engine.dispose()

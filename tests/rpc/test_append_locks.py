@@ -8,6 +8,7 @@ import pytest
 from service.server import Server
 from tests.support import failures
 from tests.support.chat import Chat
+from tests.support.cluster import OWN_SETTINGS
 
 
 @pytest.mark.parametrize("ended", [0, 1, 2])
@@ -16,7 +17,9 @@ async def test_append_under_key_share_locks_reports_no_created_session(
 ) -> None:
     """Each foreign key check takes such a lock, which must not make the session look new."""
     session = await chat.create_session()
-    connections = [await asyncpg.connect(database_url) for _ in range(2)]
+    connections = [
+        await asyncpg.connect(database_url, server_settings=OWN_SETTINGS) for _ in range(2)
+    ]
     held = []
     for connection in connections:
         transaction = connection.transaction()
@@ -41,7 +44,7 @@ async def test_append_under_key_share_locks_reports_no_created_session(
 async def test_append_that_waits_for_a_delete_is_not_found(chat: Chat, database_url: str) -> None:
     """A large delete holds the lock for longer than an attempt waits: there are many attempts."""
     session = await chat.create_session()
-    deleter = await asyncpg.connect(database_url)
+    deleter = await asyncpg.connect(database_url, server_settings=OWN_SETTINGS)
     async with deleter.transaction():
         await deleter.execute(
             "DELETE FROM chat_sessions WHERE user_id = $1 AND id = $2", chat.user_id, session.id

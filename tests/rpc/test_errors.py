@@ -19,7 +19,7 @@ from service.store import sessions
 from service.store.db import database
 from tests.support import issuer
 from tests.support.chat import Chat, new_id, new_message, new_messages
-from tests.support.cluster import TESTS_APPLICATION, fetch
+from tests.support.cluster import OWN_SETTINGS, fetch
 from tests.support.failures import Failure, assert_fails, assert_field_violations, failure_of
 from tests.support.proxy import postgres_proxy
 from tests.support.servers import channel, connected, serving
@@ -135,7 +135,7 @@ async def test_unknown_method_is_unimplemented(server: Server) -> None:
 @asynccontextmanager
 async def locked(url: str, session_id: str) -> AsyncGenerator[None]:
     """Keep a session's row locked, as a long transaction would."""
-    connection = await asyncpg.connect(url, server_settings={"application_name": TESTS_APPLICATION})
+    connection = await asyncpg.connect(url, server_settings=OWN_SETTINGS)
     try:
         async with connection.transaction():
             await connection.execute(

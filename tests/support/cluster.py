@@ -24,9 +24,13 @@ from service.embedded.data_dir import Postmaster, owner, stop_server
 from service.embedded.postgres import EmbeddedPostgres
 from service.store.db.dsn import parse
 from service.store.schema import migrations
+from service.store.tables import metadata
 
 TESTS_APPLICATION = "test-support"
 """The application name of the tests' own connections, whose statements are not the service's."""
+OWN_SETTINGS = {"application_name": TESTS_APPLICATION, "search_path": "public, chathistory"}
+"""Settings of the tests' own connections. Their statements name the service's tables without a
+schema, while tables that a test creates are visible to the service."""
 _FOLDER = "chat-history-tests-"
 _OWNER_PID = "owner.pid"
 """File that holds the id of the process that created a folder. Its PostgreSQL alone does not show
@@ -48,6 +52,10 @@ _LOGGED = re.compile(
     r"(?:statement|execute [^:\n]+): (?P<sql>.*(?:\n\t.*)*)",
     re.MULTILINE,
 )
+_SCHEMA = re.compile(
+    rf"""(?:\b(?:chat\w*|public)|"chat[^"]*")\.(?=(?:{"|".join(metadata.tables)})\b)"""
+)
+"""The schema before the name of a table. The schemas of the tests begin with `chat`."""
 
 
 _COUNT_BUSY = """
@@ -144,7 +152,7 @@ class Cluster:
         """Open a connection for a test's own statements."""
         return await asyncpg.connect(
             self.url(database),
-            server_settings={"application_name": TESTS_APPLICATION},
+            server_settings=OWN_SETTINGS,
             statement_cache_size=0,
         )
 
@@ -193,10 +201,10 @@ def all_new_statements() -> list[LoggedStatement]:
 
 
 def statements_in(log: str) -> Iterator[LoggedStatement]:
-    """Yield the statements in a log of PostgreSQL, except the tests' own."""
+    """Yield the statements in a log of PostgreSQL, except the tests' own, without schemas."""
     for match in _LOGGED.finditer(log):
         if match["application"] != TESTS_APPLICATION:
-            sql = match["sql"].replace("\n\t", "\n")
+            sql = _SCHEMA.sub("", match["sql"].replace("\n\t", "\n"))
             yield LoggedStatement(match["application"], match["database"], sql)
 
 
@@ -218,9 +226,7 @@ def remove_abandoned_clusters() -> None:
 @asynccontextmanager
 async def connected_to(url: str) -> AsyncGenerator[asyncpg.Connection]:
     """Open a connection to a database for a test's own statements."""
-    connection = await asyncpg.connect(
-        url, server_settings={"application_name": TESTS_APPLICATION}, statement_cache_size=0
-    )
+    connection = await asyncpg.connect(url, server_settings=OWN_SETTINGS, statement_cache_size=0)
     try:
         yield connection
     finally:
@@ -231,6 +237,18 @@ async def fetch(url: str, sql: str, *args: Any) -> list[asyncpg.Record]:
     """Run one of a test's own statements on a database and return its rows."""
     async with connected_to(url) as connection:
         return await connection.fetch(sql, *args)
+
+
+async def execute(url: str, sql: str) -> None:
+    """Run several of a test's own statements, without arguments."""
+    async with connected_to(url) as connection:
+        await connection.execute(sql)
+
+
+async def tables_in(url: str, schema: str) -> set[str]:
+    """Return the names of the tables in a schema."""
+    rows = await fetch(url, "SELECT tablename FROM pg_tables WHERE schemaname = $1", schema)
+    return {row["tablename"] for row in rows}
 
 
 async def wait_until_idle(url: str) -> None:

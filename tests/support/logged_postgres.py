@@ -15,7 +15,7 @@ from service.store.db.dsn import parse
 from service.store.schema import migrations
 from tests.support import tls_postgres
 from tests.support.certificates import CertificateAuthority
-from tests.support.cluster import TESTS_APPLICATION
+from tests.support.cluster import OWN_SETTINGS
 from tests.support.tls_postgres import TlsPostgres
 from tests.support.tools import skip_or_fail
 
@@ -72,9 +72,7 @@ class LoggedPostgres:
 
     @staticmethod
     async def _connect(url: str) -> asyncpg.Connection:
-        return await asyncpg.connect(
-            url, server_settings={"application_name": TESTS_APPLICATION}, statement_cache_size=0
-        )
+        return await asyncpg.connect(url, server_settings=OWN_SETTINGS, statement_cache_size=0)
 
 
 @contextmanager

@@ -35,6 +35,8 @@ _DDL = (
     ast.CreateStmt,
     ast.IndexStmt,
     ast.AlterTableStmt,
+    ast.AlterObjectSchemaStmt,
+    ast.LockStmt,
     ast.DropStmt,
     ast.RenameStmt,
     ast.CommentStmt,
@@ -396,7 +398,9 @@ class OwnerChecker:
 
 def _table(node: Any) -> _Relation:
     """Return a table as a relation."""
-    is_known = node.schemaname in (None, "public") and node.relname in metadata.tables
+    is_known = (
+        node.schemaname in (None, "public", "chathistory") and node.relname in metadata.tables
+    )
     columns = list(metadata.tables[node.relname].c.keys()) if is_known else None
     return _Relation(
         _alias(node) or node.relname,

@@ -13,7 +13,7 @@ import asyncpg
 from sqlalchemy import event
 
 from service.server import Server
-from tests.support.cluster import TESTS_APPLICATION
+from tests.support.cluster import OWN_SETTINGS
 
 
 class SentStatement(NamedTuple):
@@ -91,9 +91,7 @@ async def explain(url: str, statements: Sequence[SentStatement], table: str) -> 
     There are two plans of each statement: one for its arguments, and the generic one.
     """
     plans: list[Plan] = []
-    connection = await asyncpg.connect(
-        url, server_settings={"application_name": TESTS_APPLICATION}, statement_cache_size=0
-    )
+    connection = await asyncpg.connect(url, server_settings=OWN_SETTINGS, statement_cache_size=0)
     try:
         for number, (sql, args) in enumerate(
             {repr(statement): statement for statement in statements}.values()
