@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK_DIR = ROOT / ".bench"
 """Folder of the load generator, databases and logs, on the disk of the embedded default."""
 START_TIMEOUT_S = 30.0
+SEARCH_PATH = "public, chathistory"
+"""Schemas of the service's tables: earlier versions have them in `public`."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,33 @@ class Environment:
         """Return the connection string of one of the databases."""
         return re.sub(r"/postgres\?", f"/{name}?", self._postgres.url)
 
-    async def new_database(self, name: str) -> str:
-        """Create a database with the service's schema and return its connection string."""
+    async def new_database(self, name: str, tree: Path = ROOT) -> str:
+        """Create a database with the schema of a source tree and return its connection string.
+
+        Raises:
+            BenchError: the tree could not migrate it.
+        """
         connection = await asyncpg.connect(self.database_url("postgres"))
         await connection.execute(f'CREATE DATABASE "{name}"')
         await connection.close()
         url = self.database_url(name)
-        await migrations.upgrade(dsn.parse(url))
+        if tree == ROOT:
+            await migrations.upgrade(dsn.parse(url))
+            return url
+        # Another version may keep its tables in another schema, and have other migrations.
+        log = f"migrate-{name}"
+        variables = {"DATABASE_URL": url, "PYTHONPATH": source_path(tree)}
+        async with self._run(log, "service", "migrate", **variables) as process:
+            if await process.wait():
+                raise BenchError(f"{tree} cannot migrate:\n{self.log(log)}")
         return url
 
     @asynccontextmanager
     async def connect(self, name: str) -> AsyncIterator[asyncpg.Connection]:
         """Connect to a database directly."""
-        connection = await asyncpg.connect(self.database_url(name))
+        connection = await asyncpg.connect(
+            self.database_url(name), server_settings={"search_path": SEARCH_PATH}
+        )
         try:
             yield connection
         finally:
@@ -201,6 +217,11 @@ class Environment:
     def log(self, name: str) -> str:
         """Return the end of a server's log."""
         return (self.folder / f"{name}.log").read_text(errors="replace")[-2000:]
+
+
+def source_path(tree: Path) -> str:
+    """Return the PYTHONPATH that runs the service of a source tree."""
+    return f"{tree}:{tree / 'generated'}"
 
 
 def _free_address() -> str:

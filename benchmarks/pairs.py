@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks import workload
 from benchmarks.comparison import Figures, Subject, measure_once
-from benchmarks.environment import ROOT, Environment, Server
+from benchmarks.environment import ROOT, Environment, Server, source_path
 from benchmarks.load_generator import BenchError, Load
 from benchmarks.workload import Session
 
@@ -92,7 +92,10 @@ async def _measure(
 ) -> list[Pair]:
     trees = {"before": before, "after": ROOT}
     names = {version: f"{kind}_{version}" for version in trees}
-    sessions = {version: await _seed(environment, name, kind) for version, name in names.items()}
+    sessions = {
+        version: await _seed(environment, names[version], tree, kind)
+        for version, tree in trees.items()
+    }
     figures: dict[str, list[Figures]] = {version: [] for version in trees}
     answered = dict.fromkeys(trees, 0.0)
     async with (
@@ -119,13 +122,12 @@ async def _measure(
 
 @asynccontextmanager
 async def _serve(environment: Environment, name: str, tree: Path) -> AsyncIterator[Server]:
-    path = f"{tree}:{tree / 'generated'}"
-    async with environment.service(name, name, PYTHONPATH=path) as server:
+    async with environment.service(name, name, PYTHONPATH=source_path(tree)) as server:
         yield server
 
 
-async def _seed(environment: Environment, database: str, kind: str) -> list[Session]:
-    await environment.new_database(database)
+async def _seed(environment: Environment, database: str, tree: Path, kind: str) -> list[Session]:
+    await environment.new_database(database, tree)
     sessions = workload.new_sessions(SESSIONS)
     messages = 0 if kind == "append" else workload.SESSION_MESSAGES
     async with environment.connect(database) as connection:

@@ -27,7 +27,11 @@ from service.store.db import dsn
 app = FastAPI()
 _target = dsn.parse(database_url())
 _engine = create_async_engine(
-    _target.url, connect_args=_target.connect_args, pool_size=16, max_overflow=0
+    _target.url,
+    connect_args=_target.connect_args,
+    pool_size=16,
+    max_overflow=0,
+    execution_options={"schema_translate_map": {None: tables.SCHEMA}},
 )
 _new_session = async_sessionmaker(_engine, expire_on_commit=False)
 
