@@ -44,7 +44,7 @@ def configured_target() -> Target:
     )
     if url is None:
         raise SystemExit("set DATABASE_URL, or start the embedded database: make run")
-    return parse(url).direct()
+    return parse(url, schema=settings.db_schema).direct()
 
 
 if context.is_offline_mode():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,6 +64,9 @@ class Settings(BaseSettings):
     """Connection string of PostgreSQL, in libpq's forms or as Neon's console shows it. It may name
     several hosts, of which the service uses the primary. Unset: an embedded PostgreSQL under
     `data_dir`."""
+    db_schema: str | None = None
+    """Schema that holds the tables. `migrate` creates it. Unset: the schema of this database that
+    holds them already, or else `chathistory`. Two installations in one database need it."""
     db_pool_size: PositiveInt = 8
     """Connections that the pool keeps open."""
     db_max_overflow: NonNegativeInt = 4
@@ -196,6 +200,13 @@ class Settings(BaseSettings):
             split_address(address)
         return address
 
+    @field_validator("db_schema")
+    @classmethod
+    def _check_db_schema(cls, name: str | None) -> str | None:
+        if name is not None and not is_schema_name(name):
+            raise ValueError("must be a name of lower-case letters, digits and _, not pg_...")
+        return name
+
     @field_validator("jwks_url")
     @classmethod
     def _check_jwks_url(cls, url: str | None) -> str | None:
@@ -255,6 +266,15 @@ class Settings(BaseSettings):
                 f"{PREFIX}JWKS_URL needs {PREFIX}JWT_ISSUER and {PREFIX}JWT_AUDIENCE: the same "
                 "keys also sign tokens for other applications"
             )
+
+
+def is_schema_name(name: str) -> bool:
+    """Return whether a name can be that of a schema of the service, and needs no quotes."""
+    return (
+        re.fullmatch(r"[a-z_][a-z0-9_]{0,62}", name) is not None
+        and not name.startswith("pg_")
+        and name != "information_schema"
+    )
 
 
 class BadConfiguration(Exception):

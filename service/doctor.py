@@ -18,10 +18,12 @@ from service.store.db.db_errors import NoServer, WrongRole, driver_error, sqlsta
 from service.store.db.dsn import Target
 from service.store.db.durability import DURABLE, Durability, find_weaknesses, read_durability
 from service.store.db.engine import PING_AFTER_IDLE_S, single_use_engine
+from service.store.db.schema_names import in_schema
 from service.store.db.sqlstates import rule_of
 from service.store.outbox.outbox import BACKLOG, Backlog
+from service.store.schema.location import UnusableDatabase, encoding_problem, find
 from service.store.schema.version import SchemaVersion, schema_version
-from service.store.tables import BUILD, REQUIRED_REVISION
+from service.store.tables import BUILD, REQUIRED_REVISION, SCHEMA
 
 OLDEST_MAJOR, NEWEST_MAJOR = 15, 18
 """Major versions of PostgreSQL that the tests cover."""
@@ -52,8 +54,8 @@ _TIMEOUTS = text(
     "ORDER BY name"
 )
 
-_DEAD_LETTER_EXAMPLE = text(
-    "SELECT min(entity_id::text || ' (' || detail || ')') FROM search_outbox "
+_DEAD_LETTER_EXAMPLE = (
+    "SELECT min(entity_id::text || ' (' || detail || ')') FROM chathistory.search_outbox "
     "WHERE due_at = 'infinity'"
 )
 
@@ -105,6 +107,8 @@ class Description:
     short_timeouts_ms: tuple[tuple[str, int], ...] = ()
     """The server's timeouts that end the service's statements: their names, and milliseconds."""
     durability: Durability = DURABLE
+    schema_name: str = SCHEMA
+    """The schema of the tables."""
 
 
 async def describe(target: Target, timeout_s: float) -> Description:
@@ -121,8 +125,11 @@ async def describe(target: Target, timeout_s: float) -> Description:
                 None if target.is_pooled else row["tls"]
             )
             round_trip_s = await _measure_round_trip(connection)
-            schema = await schema_version(connection)
-            index_state = await _index_state(connection) if schema.problem is None else None
+            schema_name = (await find(connection)).choose(target.schema)
+            schema = await schema_version(connection, schema_name)
+            index_state = (
+                await _index_state(connection, schema_name) if schema.problem is None else None
+            )
             durability = await read_durability(connection)
             return Description(
                 **row,
@@ -131,6 +138,7 @@ async def describe(target: Target, timeout_s: float) -> Description:
                 index_state=index_state,
                 short_timeouts_ms=await _short_timeouts_ms(connection),
                 durability=durability,
+                schema_name=schema_name,
             )
     finally:
         await engine.dispose()
@@ -143,9 +151,9 @@ async def _short_timeouts_ms(connection: AsyncConnection) -> tuple[tuple[str, in
     return tuple((name, value) for name, value in timeouts if 0 < value < SHORT_TIMEOUT_MS)
 
 
-async def _index_state(connection: AsyncConnection) -> IndexState:
-    backlog = (await connection.execute(text(BACKLOG.text))).one()
-    example = await connection.scalar(_DEAD_LETTER_EXAMPLE)
+async def _index_state(connection: AsyncConnection, schema: str) -> IndexState:
+    backlog = (await connection.execute(text(in_schema(BACKLOG.text, schema)))).one()
+    example = await connection.scalar(text(in_schema(_DEAD_LETTER_EXAMPLE, schema)))
     return IndexState(Backlog(*backlog), example or "")
 
 
@@ -192,7 +200,7 @@ def diagnose(
         _check_tls(description, target),
         Finding("statements", _describe_statements(target)),
         _check_round_trip(description),
-        _check_schema(description.schema),
+        _check_schema(description.schema, description.schema_name),
         _check_pool_size(description, target, pool.size + pool.overflow),
         _check_connections(target, pool),
         *_check_timeouts(description),
@@ -280,17 +288,24 @@ def _check_round_trip(description: Description) -> Finding:
     return Finding("round trip", message)
 
 
-def _check_schema(schema: SchemaVersion) -> Finding:
+def _check_schema(schema: SchemaVersion, name: str) -> Finding:
     if schema.problem is not None:
         return Finding("schema", schema.problem, Verdict.TODO)
-    message = f"revision {schema.revision:04d}; this build requires {REQUIRED_REVISION:04d}"
+    message = (
+        f"revision {schema.revision:04d} in {name}; this build requires {REQUIRED_REVISION:04d}"
+    )
     if schema.revision < BUILD:
         return Finding(
             "schema",
             f"{message} and provides {BUILD:04d}: run `chat-history migrate` when convenient",
             Verdict.NOTE,
         )
-    return Finding("schema", f"{message} or newer" if schema.revision > BUILD else message)
+    if schema.revision > BUILD:
+        message += " or newer"
+    if name == "public":
+        message += f"; `chat-history move-schema {SCHEMA}` moves it into a schema of its own"
+        return Finding("schema", message, Verdict.NOTE)
+    return Finding("schema", message)
 
 
 def _check_pool_size(description: Description, target: Target, max_connections: int) -> Finding:
@@ -343,12 +358,9 @@ def _check_settings(
             is_neon=target.is_neon,
         )
     ]
-    if description.encoding != "UTF8":
-        message = (
-            f"{description.encoding} cannot store every text: "
-            "create the database with ENCODING 'UTF8'"
-        )
-        findings.append(Finding("encoding", message, Verdict.TODO))
+    problem = encoding_problem(description.encoding, target.url.database or "")
+    if problem is not None:
+        findings.append(Finding("encoding", problem, Verdict.TODO))
     return findings
 
 
@@ -420,7 +432,8 @@ def explain(error: BaseException, target: Target) -> str:
     ) or "Connect call failed" in str(cause):
         return f"connection refused at {target.location}: is PostgreSQL running there?"
     if isinstance(cause, asyncpg.InterfaceError | OSError):
-        return f"{target.location} cannot be reached: {cause}"
+        problem = "" if isinstance(cause, UnusableDatabase) else " cannot be reached"
+        return f"{target.location}{problem}: {cause}"
     return f"{target.location} cannot be used: {type(cause).__name__}"
 
 

@@ -367,6 +367,7 @@ async def run(
 
     Raises:
         OSError: An address cannot be listened on.
+        UnusableDatabase: The database does not fit, by the first contact.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -381,12 +382,17 @@ async def run(
         await server.start()
         stop_task = loop.create_task(stopping.wait())
         ready_task = loop.create_task(server.readiness.wait_ready())
-        await asyncio.wait((stop_task, ready_task), return_when=asyncio.FIRST_COMPLETED)
+        refused_task = loop.create_task(server.database.locator.wait_refused())
+        tasks = (stop_task, ready_task, refused_task)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if ready_task.done():
             await log_weaknesses(
                 server.database, raises_synchronous_commit=settings.db_synchronous_commit == "on"
             )
             on_ready(server.address)
+        elif refused_task.done():
+            raise refused_task.result()  # To wait would not help.
+        refused_task.cancel()
         await stop_task
         ready_task.cancel()
         with suppress(asyncio.CancelledError):

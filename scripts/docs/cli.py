@@ -45,6 +45,10 @@ COMMANDS = {
         every deployment and in several places concurrently: one migrator works, the others wait.
         Exit code 1: the migration was rolled back, or the database cannot be reached. See
         [Migrations](../how-to/migrations.md).""",
+    "move-schema": """Moves the tables of a database into another schema, such as those that release
+        0.1.0 created in `public`; see [Migrations](../how-to/migrations.md#choose-the-schema).
+        The rights on them move along. Exit code 1: a service is connected, or a schema of that name
+        has other tables; nothing was changed.""",
     "check": """Prints one line for each finding, starting with `ok`, `note` or `todo`. Exit code 1:
         at least one `todo`.""",
     "export": """Writes JSON lines; see [Import and export](../how-to/import-export.md). An embedded

@@ -40,6 +40,7 @@ TOPICS = {
         "db_pool_timeout",
         "db_pool_recycle",
         "db_connect_timeout",
+        "db_schema",
         "db_prepared_statements",
         "db_synchronous_commit",
         "append_lanes",

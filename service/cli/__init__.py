@@ -18,6 +18,7 @@ from service.cli.common import print_message
 from service.cli.embedded import embedded_app
 from service.cli.export_import import export_command, import_command
 from service.cli.migrate import migrate_command
+from service.cli.move_schema import move_schema_command
 from service.cli.reindex import reindex_command
 from service.cli.serve import serve_command
 from service.cli.token import token_command
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve_command)
 app.command("migrate")(migrate_command)
+app.command("move-schema")(move_schema_command)
 app.command("check")(check_command)
 app.command("export")(export_command)
 app.command("import")(import_command)

@@ -118,7 +118,7 @@ def _check_embedded(settings: Settings) -> list[Finding]:
         Finding("data", location),
         *_check_data_version(settings),
         service_finding,
-        *_check_database(settings, parse(url)),
+        *_check_database(settings, parse(url, schema=settings.db_schema)),
     ]
 
 

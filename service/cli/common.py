@@ -30,7 +30,10 @@ def configuration() -> tuple[Settings, Target | None]:
         if settings.database_url is None:
             return settings, None
         url = settings.database_url.get_secret_value()
-        return settings, parse(url, prepared_statements=settings.db_prepared_statements)
+        target = parse(
+            url, prepared_statements=settings.db_prepared_statements, schema=settings.db_schema
+        )
+        return settings, target
     except config.BadConfiguration as error:
         fail_configuration(error)
     except ValueError as error:

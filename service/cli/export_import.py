@@ -81,8 +81,8 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[ItemCounts]]) -> Item
             if configured is not None:
                 return transfer(configured)
             if (url := running_url(settings.data_dir)) is not None:
-                return transfer(parse(url))
+                return transfer(parse(url, schema=settings.db_schema))
             with EmbeddedPostgres(settings.data_dir, "nothing, as it only copies data") as postgres:
-                return transfer(parse(postgres.url))
+                return transfer(parse(postgres.url, schema=settings.db_schema))
         except TransferError as error:
             fail(str(error), 1)

@@ -25,10 +25,10 @@ def migrate_command() -> None:
 
         with exit_on_embedded_errors():
             if (url := running_url(settings.data_dir)) is not None:
-                migrate(parse(url))
+                migrate(parse(url, schema=settings.db_schema))
                 return
             with EmbeddedPostgres(settings.data_dir, "nothing, as it only migrates") as postgres:
-                migrate(parse(postgres.url))
+                migrate(parse(postgres.url, schema=settings.db_schema))
 
 
 def migrate(target: Target, *, quiet: bool = False) -> None:
@@ -50,5 +50,7 @@ def migrate(target: Target, *, quiet: bool = False) -> None:
         fail(doctor.explain(error, target), 1)
     if result.before != result.after or not quiet:
         print_message(str(result))
+    if result.note is not None:
+        print_message(result.note)
     if result.problem is not None:
         fail(result.problem, 1)

@@ -62,7 +62,7 @@ def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> N
     ):
         for note in postgres.notes:
             print_message(note)
-        target = parse(postgres.url)
+        target = parse(postgres.url, schema=settings.db_schema)
         migrate_schema(target, quiet=True)
         postgres.supervise(log_problem)
         try:
@@ -87,6 +87,7 @@ def _serve(
     announce: Callable[[str], None] | None = None,
 ) -> None:
     from service import server
+    from service.store.schema.location import UnusableDatabase
     from service.telemetry.logs import configure_logging
 
     def on_ready(address: str) -> None:
@@ -102,6 +103,8 @@ def _serve(
         run(lambda: server.run(settings, target, on_ready=on_ready, stop_requested=stop_requested))
     except config.BadConfiguration as error:
         fail_configuration(error)
+    except UnusableDatabase as error:
+        fail(str(error), 1)
     except OSError as error:
         reason = {
             errno.EADDRINUSE: "is in use",

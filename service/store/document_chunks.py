@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import AlreadyExists
 from service.store.bounded_reads import Page, fetch_bounded
 from service.store.constraints import check_required
+from service.store.db.schema_names import in_schema, schema_of
 from service.store.rows import DocumentRow, chunk_text_bytes, document_bytes, document_columns
 from service.store.tables import document_chunks, documents
 
@@ -23,7 +24,7 @@ ChunkKey = tuple[str, str, int]
 # One statement for all chunks: SQLAlchemy and the driver would take 20 ms of the event loop to bind
 # the parameters of 1,000 rows.
 _INSERT = """
-INSERT INTO document_chunks (user_id, document_id, chunk_index, text, vector)
+INSERT INTO chathistory.document_chunks (user_id, document_id, chunk_index, text, vector)
 SELECT $1::uuid, $2::uuid, $3::integer + n - 1, chunk_text, chunk_vector
 FROM unnest($4::text[], $5::bytea[]) WITH ORDINALITY AS c (chunk_text, chunk_vector, n)
 """
@@ -78,7 +79,9 @@ async def insert_chunks(
     }
     check_required(document_chunks, row, is_new=True)
     vectors = [chunk.vector for chunk in chunks]
-    await connection.exec_driver_sql(_INSERT, (user_id, document_id, first_index, texts, vectors))
+    statement = in_schema(_INSERT, schema_of(connection))
+    arguments = (user_id, document_id, first_index, texts, vectors)
+    await connection.exec_driver_sql(statement, arguments)
 
 
 async def check_stored_chunks(

@@ -232,7 +232,7 @@ def _search_statement(*, in_session: bool, collation: str | None) -> Statement:
 WITH newest AS (
     SELECT m.session_id, m.seq, m.created_at,
            least(octet_length(m.content), {MAX_TEXT_CHARS}) AS size
-    FROM chat_messages AS m
+    FROM chathistory.chat_messages AS m
     WHERE m.user_id = $1 {match} AND m.deleted_at IS NULL AND m.content <> ''
       AND CASE WHEN cardinality($3::text[]) = 0 AND cardinality($4::text[]) = 0 THEN true
                ELSE (SELECT lowered.text LIKE ALL ($3::text[])
@@ -250,7 +250,8 @@ WITH newest AS (
 SELECT c.session_id::text, m.id::text,
        coalesce(ts_rank_cd(v.lexemes, $5::tsquery), 0)::float8 AS rank
 FROM candidates AS c
-JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = c.session_id AND m.seq = c.seq
+JOIN chathistory.chat_messages AS m
+  ON m.user_id = $1 AND m.session_id = c.session_id AND m.seq = c.seq
 CROSS JOIN LATERAL (SELECT {text} AS text OFFSET 0) AS t
 CROSS JOIN LATERAL (
     SELECT to_tsvector('simple', {_without_long_runs("t.text")}) AS lexemes OFFSET 0
@@ -292,7 +293,8 @@ CROSS JOIN LATERAL (
 WITH matches AS (
     SELECT w.n, m.session_id, m.seq, m.size, sum(m.size) OVER (ORDER BY w.n) AS running_bytes
     FROM unnest($2::uuid[], $3::uuid[]) WITH ORDINALITY AS w (session_id, id, n)
-    JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = w.session_id AND m.id = w.id
+    JOIN chathistory.chat_messages AS m
+  ON m.user_id = $1 AND m.session_id = w.session_id AND m.id = w.id
     WHERE m.deleted_at IS NULL
 )
 SELECT f.session_id::text,
@@ -303,7 +305,8 @@ SELECT f.session_id::text,
        ),
        {_message_columns}
 FROM matches AS f
-JOIN chat_messages AS m ON m.user_id = $1 AND m.session_id = f.session_id AND m.seq = f.seq
+JOIN chathistory.chat_messages AS m
+  ON m.user_id = $1 AND m.session_id = f.session_id AND m.seq = f.seq
 CROSS JOIN LATERAL (
     SELECT translate(left(m.content, {MAX_TEXT_CHARS}), '{MATCH_START}{MATCH_END}', '  ') AS text
     OFFSET 0

@@ -43,9 +43,9 @@ _session, _tombstone = chat_sessions.c, session_tombstones.c
 
 _FIND = Statement.from_text(f"""
 SELECT t.user_id::text, t.session_id::text,
-       EXISTS (SELECT FROM users AS u WHERE u.id = t.user_id) AS has_user
+       EXISTS (SELECT FROM chathistory.users AS u WHERE u.id = t.user_id) AS has_user
 FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, session_id)
-JOIN session_tombstones AS t ON t.user_id = w.user_id AND t.session_id = w.session_id
+JOIN chathistory.session_tombstones AS t ON t.user_id = w.user_id AND t.session_id = w.session_id
 WHERE t.deleted_at > clock_timestamp() - interval '{RETENTION}'
 """)  # noqa: S608 - only a constant is inserted
 

@@ -8,10 +8,12 @@ again, deletes the rest.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.store.db.schema_names import in_schema, schema_of
 
 MESSAGES_PER_DELETE = 10_000
 """Messages deleted in one transaction, at most.
@@ -47,8 +49,8 @@ class _Kind(NamedTuple):
 
 
 _MESSAGES = _Kind(
-    "chat_messages",
-    "chat_sessions",
+    "chathistory.chat_messages",
+    "chathistory.chat_sessions",
     "session_id",
     "seq",
     "size",
@@ -58,8 +60,8 @@ _MESSAGES = _Kind(
 )
 # From the end, so that the others are still numbered from 0.
 _CHUNKS = _Kind(
-    "document_chunks",
-    "documents",
+    "chathistory.document_chunks",
+    "chathistory.documents",
     "document_id",
     "chunk_index",
     "octet_length(text) + coalesce(octet_length(vector), 0)",
@@ -93,14 +95,16 @@ FROM (
     LIMIT CAST(:max_rows AS bigint) + 1
 ) AS rows
 """  # noqa: S608 - only constants of this module are inserted
-        return bool((await connection.execute(sa.text(statement), self._values)).scalar_one())
+        return bool((await self._execute(connection, statement)).scalar_one())
 
     async def delete_next(self, connection: AsyncConnection) -> int:
         """Delete the next slice and correct the counts; return how much they have decreased."""
-        await connection.execute(sa.text(self._lock_statement()), self._values)
-        return int(
-            (await connection.execute(sa.text(self._delete_statement()), self._values)).scalar_one()
-        )
+        await self._execute(connection, self._lock_statement())
+        return int((await self._execute(connection, self._delete_statement())).scalar_one())
+
+    async def _execute(self, connection: AsyncConnection, sql: str) -> sa.CursorResult[Any]:
+        statement = sa.text(in_schema(sql, schema_of(connection)))
+        return await connection.execute(statement, self._values)
 
     def _lock_statement(self) -> str:
         # The sessions first and in the order of their ids, as every other writer does: a writer

@@ -38,6 +38,8 @@ BUILD = 3
 """Number of this build: the revision of its newest migration."""
 REQUIRED_REVISION = 3
 """The oldest revision of the schema that this build works with."""
+SCHEMA = "chathistory"
+"""Schema of a new installation, and the one that the texts of statements name."""
 
 
 class SessionState(IntEnum):

@@ -24,7 +24,7 @@ _LAST_SEQS = Statement.from_text("""
 SELECT s.user_id::text, s.id::text AS session_id, s.last_seq,
        (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us
 FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, id)
-JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
+JOIN chathistory.chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 """)
 
 _log = structlog.get_logger(__name__)

@@ -226,7 +226,9 @@ async def test_documented_roles_have_exactly_the_needed_rights(
         engine = server.database.engine
         async with engine.connect() as connection:
             with pytest.raises(DATABASE_ERRORS, match="must be owner"):
-                await connection.execute(text("ALTER TABLE chat_messages ADD COLUMN x int"))
+                await connection.execute(
+                    text("ALTER TABLE chathistory.chat_messages ADD COLUMN x int")
+                )
 
 
 def _statements(sql: str) -> list[str]:

@@ -290,9 +290,10 @@ class Role(NamedTuple):
 async def role(cluster: Cluster, database_url: str) -> AsyncGenerator[Role]:
     admin, name = cluster.url("postgres"), f"chat_{database_name(database_url)}"
     await fetch(admin, f"CREATE ROLE {name} LOGIN")
+    await fetch(database_url, f"GRANT USAGE ON SCHEMA chathistory TO {name}")
     await fetch(
         database_url,
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {name}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA chathistory TO {name}",
     )
     url = make_url(database_url).set(username=name).render_as_string(hide_password=False)
     yield Role(name, url)

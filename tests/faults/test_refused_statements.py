@@ -40,8 +40,10 @@ async def role_url(cluster: Cluster, database_url: str) -> AsyncGenerator[str]:
     admin = cluster.url("postgres")
     await fetch(admin, "DROP ROLE IF EXISTS chat")
     await fetch(admin, "CREATE ROLE chat LOGIN")
+    await fetch(database_url, "GRANT USAGE ON SCHEMA chathistory TO chat")
     await fetch(
-        database_url, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO chat"
+        database_url,
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA chathistory TO chat",
     )
     url = database_url.replace("postgres@", "chat@", 1)
     assert url != database_url
@@ -71,7 +73,7 @@ def causes(events: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
 FAULTS = {
     "look-up denied": "REVOKE SELECT ON chat_messages FROM chat",
     "insert denied": "REVOKE INSERT ON chat_messages FROM chat",
-    "everything denied": "REVOKE ALL ON ALL TABLES IN SCHEMA public FROM chat",
+    "everything denied": "REVOKE ALL ON ALL TABLES IN SCHEMA chathistory FROM chat",
     "column renamed": "ALTER TABLE chat_messages RENAME COLUMN fingerprint TO other",
     "table renamed": "ALTER TABLE chat_messages RENAME TO other",
 }
@@ -121,12 +123,12 @@ async def test_calls_on_every_route_are_refused_while_a_privilege_is_missing(
         session_id = await chat.start()
         calls = calls_by_route(chat, session_id)
         await asyncio.gather(*(call() for call in calls.values()))
-        await fetch(database_url, "REVOKE ALL ON ALL TABLES IN SCHEMA public FROM chat")
+        await fetch(database_url, "REVOKE ALL ON ALL TABLES IN SCHEMA chathistory FROM chat")
         for call in calls.values():
             await failures.assert_fails(call(), UNAVAILABLE)
         await fetch(
             database_url,
-            "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO chat",
+            "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA chathistory TO chat",
         )
         await asyncio.gather(*(call() for call in calls.values()))
         (await read_valid_history(database_url, chat.user_id, session_id)).check()

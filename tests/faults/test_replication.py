@@ -330,9 +330,10 @@ async def test_start_logs_settings_with_which_acknowledged_writes_can_be_lost(
 async def restricted_url(cluster: Cluster, database_url: str) -> AsyncGenerator[str]:
     """Provide the connection string of a role that may not write messages to the log."""
     await fetch(database_url, "CREATE ROLE restricted LOGIN")
+    await fetch(database_url, "GRANT USAGE ON SCHEMA chathistory TO restricted")
     await fetch(
         database_url,
-        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO restricted",
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA chathistory TO restricted",
     )
     functions = (
         "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = 'pg_logical_emit_message'"

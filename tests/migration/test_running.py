@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import asyncpg
@@ -22,7 +23,7 @@ from service.store.schema import migrations
 from service.store.schema.migrations import MigrationError
 from service.store.schema.version import SchemaVersion
 from tests.migration.test_schema import url_of
-from tests.support.cluster import TESTS_APPLICATION, fetch
+from tests.support.cluster import OWN_SETTINGS, fetch
 
 ROOT = Path(migrations.SCRIPTS_DIR).parent
 
@@ -30,9 +31,7 @@ ROOT = Path(migrations.SCRIPTS_DIR).parent
 @asynccontextmanager
 async def holding(target: Target, statement: str) -> AsyncGenerator[asyncpg.Connection]:
     """Keep a transaction open in which a statement was executed."""
-    connection = await asyncpg.connect(
-        url_of(target), server_settings={"application_name": TESTS_APPLICATION}
-    )
+    connection = await asyncpg.connect(url_of(target), server_settings=OWN_SETTINGS)
     try:
         async with connection.transaction():
             await connection.execute(statement)
@@ -92,7 +91,8 @@ async def test_a_locked_migration_is_retried(empty: Target, short_timeouts: None
         waiting.set()
 
     # The uncommitted CREATE TABLE locks the name of a table that the migration creates.
-    async with holding(empty, "CREATE TABLE users (id int)") as other:
+    await fetch(url_of(empty), "CREATE SCHEMA chathistory")
+    async with holding(empty, "CREATE TABLE chathistory.users (id int)") as other:
         task = asyncio.create_task(migrations.upgrade(empty, on_wait=on_wait))
         await waiting.wait()
         with pytest.raises(asyncpg.PostgresSyntaxError):
@@ -158,16 +158,26 @@ def test_the_problem_of_an_older_schema_names_the_command() -> None:
     assert "chat-history migrate" in problem
 
 
-async def test_the_database_of_another_application_is_unchanged(empty: Target) -> None:
+async def test_the_tables_of_another_application_are_unchanged(empty: Target) -> None:
     await fetch(url_of(empty), "CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
     await fetch(url_of(empty), "INSERT INTO alembic_version VALUES ('ae1027a6acf')")
     with pytest.raises(MigrationError, match="another application"):
-        await migrations.upgrade(empty)
+        await migrations.upgrade(replace(empty, schema="public"))
+    assert (await migrations.upgrade(empty)).after == tables.BUILD
     [row] = await fetch(
         url_of(empty),
-        "SELECT version_num, to_regclass('users') IS NULL AS bare FROM alembic_version",
+        "SELECT version_num, to_regclass('public.users') IS NULL AS bare"
+        " FROM public.alembic_version",
     )
     assert tuple(row) == ("ae1027a6acf", True)
+
+
+async def test_a_revision_that_no_build_has_is_refused(empty: Target) -> None:
+    await migrations.upgrade(empty)
+    await migrations.downgrade(empty, "0001")
+    await fetch(url_of(empty), "UPDATE alembic_version SET version_num = '0000'")
+    with pytest.raises(MigrationError, match="another application"):
+        await migrations.upgrade(empty)
 
 
 async def test_missing_scripts_fail_with_a_message(

@@ -15,14 +15,14 @@ from service.ids import SYSTEM_USER_ID
 from service.store import tables
 from service.store.db.dsn import Target, parse
 from service.store.schema import migrations
-from tests.support.cluster import TESTS_APPLICATION, fetch
+from tests.support.cluster import OWN_SETTINGS, fetch
 
 # The parts of a schema in the catalog, as text that does not depend on the order of creation.
 _CATALOG = {
     "tables": """
         SELECT relname, relkind::text, relpersistence::text, reloptions::text, relrowsecurity
         FROM pg_class
-        WHERE relnamespace = 'public'::regnamespace
+        WHERE relnamespace = to_regnamespace('chathistory')
           AND relkind IN ('r', 'p', 'v', 'm', 'S', 'f')""",
     "columns": """
         SELECT relname, attname, format_type(atttypid, atttypmod), attnotnull, attidentity::text,
@@ -31,22 +31,22 @@ _CATALOG = {
         FROM pg_attribute
         JOIN pg_class c ON c.oid = attrelid
         LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
+        WHERE relnamespace = to_regnamespace('chathistory') AND relkind IN ('r', 'p')
           AND attnum > 0 AND NOT attisdropped""",
     "constraints": """
         SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid), convalidated
-        FROM pg_constraint WHERE connamespace = 'public'::regnamespace""",
+        FROM pg_constraint WHERE connamespace = to_regnamespace('chathistory')""",
     "indexes": """
         SELECT indrelid::regclass::text, pg_get_indexdef(indexrelid), indisvalid, indisunique
         FROM pg_index JOIN pg_class c ON c.oid = indexrelid
-        WHERE relnamespace = 'public'::regnamespace""",
+        WHERE relnamespace = to_regnamespace('chathistory')""",
     "functions": """
         SELECT pg_get_functiondef(oid) FROM pg_proc
-        WHERE pronamespace = 'public'::regnamespace""",
+        WHERE pronamespace = to_regnamespace('chathistory')""",
     "triggers": "SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal",
     "types": """
         SELECT typname FROM pg_type
-        WHERE typnamespace = 'public'::regnamespace AND typtype IN ('e', 'd')""",
+        WHERE typnamespace = to_regnamespace('chathistory') AND typtype IN ('e', 'd')""",
     "extensions": "SELECT extname FROM pg_extension",
 }
 
@@ -70,10 +70,11 @@ async def test_the_migrated_schema_equals_the_metadata(
     empty: Target, other_database_url: str
 ) -> None:
     await migrations.upgrade(empty)
+    await fetch(other_database_url, "CREATE SCHEMA chathistory")
     engine = create_async_engine(
         parse(other_database_url).url,
         poolclass=NullPool,
-        connect_args={"server_settings": {"application_name": TESTS_APPLICATION}},
+        connect_args={"server_settings": OWN_SETTINGS | {"search_path": "chathistory"}},
     )
     async with engine.begin() as connection:
         await connection.run_sync(tables.metadata.create_all)

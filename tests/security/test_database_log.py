@@ -34,16 +34,16 @@ MIN_RACES, MAX_RACES = 12, 100
 CONSTRAINTS = """
 SELECT conrelid::regclass::text, conname::text
 FROM pg_constraint
-WHERE connamespace = 'public'::regnamespace AND contype IN ('c', 'f', 'p', 'u', 'x')
+WHERE connamespace = 'chathistory'::regnamespace AND contype IN ('c', 'f', 'p', 'u', 'x')
 UNION
 SELECT indrelid::regclass::text, i.relname::text
 FROM pg_index JOIN pg_class AS i ON i.oid = indexrelid
-WHERE indisunique AND i.relnamespace = 'public'::regnamespace
+WHERE indisunique AND i.relnamespace = 'chathistory'::regnamespace
 """
 REQUIRED_COLUMNS = """
 SELECT c.relname::text, a.attname::text
 FROM pg_attribute AS a JOIN pg_class AS c ON c.oid = a.attrelid
-WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'p')
+WHERE c.relnamespace = 'chathistory'::regnamespace AND c.relkind IN ('r', 'p')
   AND a.attnum > 0 AND a.attnotnull AND NOT a.attisdropped
 ORDER BY c.relname, a.attnum
 """

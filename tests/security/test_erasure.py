@@ -42,7 +42,8 @@ async def dump(database_url: str) -> str:
 
 def without_tombstones(rows: str) -> str:
     """Remove the tombstones of sessions, which hold ids and a time for 24 hours."""
-    return re.sub(r"^public\.session_tombstones \(\S+,\S+,[^,]+\)$", "", rows, flags=re.MULTILINE)
+    tombstone = r"^chathistory\.session_tombstones \(\S+,\S+,[^,]+\)$"
+    return re.sub(tombstone, "", rows, flags=re.MULTILINE)
 
 
 async def create_marked_user(stub: AsyncStub, **call: Any) -> Chat:

@@ -56,7 +56,7 @@ class Recorder(Database):
         self._large_in_flight = 0
 
     async def fetch_once(self, statement: Any, *args: Any) -> Any:
-        if "INSERT INTO chat_messages" not in statement.text:
+        if "INSERT INTO chathistory.chat_messages" not in statement.text:
             return await super().fetch_once(statement, *args)
         owner_ids, sizes = args[13], args[24]
         is_large = max(sizes) > MAX_BATCH_BYTES / 2

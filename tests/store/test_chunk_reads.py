@@ -77,7 +77,9 @@ async def test_repeated_chunks_are_compared_in_the_database(server: Server, chat
     )
     async with recording(server) as sent:
         await assert_fails(chat.stub.AppendDocumentChunks(small), "ID_TAKEN")
-    reads = [statement.sql for statement in sent if "FROM document_chunks" in statement.sql]
+    reads = [
+        statement.sql for statement in sent if "FROM chathistory.document_chunks" in statement.sql
+    ]
     assert reads
     assert all("sha256" in sql for sql in reads)
     same = document_pb2.DocumentChunk(text="2" + "x" * TEXT_BYTES)
@@ -104,7 +106,9 @@ async def test_chunks_of_a_request_are_inserted_by_one_statement(
                 user_id=chat.user_id, document_id=document_id, first_index=1, chunks=chunks
             )
         )
-    inserts = [statement for statement in sent if "INTO document_chunks" in statement.sql]
+    inserts = [
+        statement for statement in sent if "INTO chathistory.document_chunks" in statement.sql
+    ]
     assert [len(statement.args) for statement in inserts] == [5]
     stored = await chat.stub.ListDocumentChunks(
         document_pb2.ListDocumentChunksRequest(

@@ -31,7 +31,8 @@ async def test_statement_on_a_closed_connection_raises_the_first_error(
 
 
 READ = Statement.from_text(
-    "SELECT count(*) FROM chat_sessions WHERE user_id = '00000000-0000-0000-0000-000000000000'"
+    "SELECT count(*) FROM chathistory.chat_sessions"
+    " WHERE user_id = '00000000-0000-0000-0000-000000000000'"
 )
 LOCKS = """
 SELECT count(*) FROM pg_locks JOIN pg_stat_activity AS a USING (pid)

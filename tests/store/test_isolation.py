@@ -151,7 +151,8 @@ def test_the_tables_of_users_data_have_owners() -> None:
 
 
 async def test_a_statement_of_the_driver_without_an_owner_is_reported(server: Server) -> None:
-    await server.database.fetch_once(Statement.from_text("SELECT count(*)\nFROM chat_messages"))
+    statement = Statement.from_text("SELECT count(*)\nFROM chathistory.chat_messages")
+    await server.database.fetch_once(statement)
     (problem,) = sentinel.complaints(all_new_statements())
     assert "chat_messages: user_id is not constrained" in problem.replace(" AS chat_messages", "")
     assert "SELECT count(*)\nFROM chat_messages" in problem
@@ -164,7 +165,7 @@ async def test_a_statement_of_another_process_without_an_owner_is_reported(
 import asyncio, asyncpg
 async def main():
     connection = await asyncpg.connect({database_url!r})
-    await connection.execute("UPDATE chat_sessions SET title = ''")
+    await connection.execute("UPDATE chathistory.chat_sessions SET title = ''")
     await connection.close()
 asyncio.run(main())
 """

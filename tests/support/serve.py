@@ -19,6 +19,7 @@ def main() -> None:
     target = parse(
         settings.database_url.get_secret_value(),
         prepared_statements=settings.db_prepared_statements,
+        schema=settings.db_schema,
     )
     uvloop.run(server.run(settings, target, on_ready=lambda address: print(address, flush=True)))
     sys.exit(0)

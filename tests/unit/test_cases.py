@@ -59,7 +59,13 @@ CASES = {
     "PostgreSQL and the log say so in one line.",
     506: "The server rejects the role, its password or the database: UNAVAILABLE with the cause.",
     509: "Tables are locked: a status of our own before the deadline, and the holder is named.",
-    518: "The schema is removed below a running service: NOT_SERVING.",
+    512: "A URL with search_path, direct or through a pooler: it names the schema of the tables. "
+    "An option that cannot be honoured is an error.",
+    513: "A database with an application's tables users and alembic_version: migrate leaves them "
+    "alone, and refuses a schema in which they are in the way.",
+    515: "A database in SQL_ASCII or LATIN1: refused at start and by migrate, with the command "
+    "that creates one in UTF8.",
+    518: "The schema stops fitting below a running service: NOT_SERVING until it fits again.",
     519: "The service is killed (-9) twelve times during its first start: the next start recovers.",
     520: "PostgreSQL rejects further connections while those of the pool serve: ready.",
     521: "Files of the embedded database are lost or damaged: one line that names the file and "

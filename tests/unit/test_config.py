@@ -173,3 +173,16 @@ def test_settings_are_immutable_and_hide_secrets(monkeypatch: pytest.MonkeyPatch
 )
 def test_split_address_returns_host_and_port(address: str, parts: tuple[str, int]) -> None:
     assert config.split_address(address) == parts
+
+
+@pytest.mark.parametrize("name", ["pg_chat", "information_schema", "Chat", "1a", "a-b", "a" * 64])
+def test_name_of_no_schema_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAT_HISTORY_DB_SCHEMA", name)
+    with pytest.raises(config.BadConfiguration, match="CHAT_HISTORY_DB_SCHEMA"):
+        config.load()
+
+
+def test_schema_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.load().db_schema is None
+    monkeypatch.setenv("CHAT_HISTORY_DB_SCHEMA", "chat_1")
+    assert config.load().db_schema == "chat_1"

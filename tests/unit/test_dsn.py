@@ -168,28 +168,63 @@ def test_unix_socket_uses_no_tls() -> None:
     assert target.location == "the socket in /run/some where"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "-c%20search_path%3Dchat",
-        "-csearch_path=chat",
-        "--search_path=chat",
-        "--search-path=chat",
-        "endpoint%3Dep-x%20-c%20search_path%3Dchat",
-    ],
-)
-def test_startup_options_apply_to_direct_connections_only(options: str) -> None:
-    target = parse(f"postgresql://u@db.internal/d?options={options}")
+SEARCH_PATHS = [
+    "options=-c%20search_path%3Dchat",
+    "options=-csearch_path=chat",
+    "options=--search_path=chat",
+    "options=--search-path=chat",
+    "options=endpoint%3Dep-x%20-c%20search_path%3Dchat",
+    "search_path=chat",
+    "search_path=%22chat%22",
+]
+
+
+@pytest.mark.parametrize("query", SEARCH_PATHS)
+@pytest.mark.parametrize("port", [5432, 6432], ids=["direct", "pooled"])
+def test_search_path_names_the_schema_and_is_not_sent(query: str, port: int) -> None:
+    target = parse(f"postgresql://u@db.internal:{port}/d?{query}")
+    assert target.schema == "chat"
+    assert "search_path" not in target.connect_args["server_settings"]
+    assert target.notes == ()
+    assert parse(f"postgresql://u@db.internal/d?{query}", schema="chat").schema == "chat"
+    with pytest.raises(ValueError, match="CHAT_HISTORY_DB_SCHEMA"):
+        parse(f"postgresql://u@db.internal/d?{query}", schema="other")
+
+
+def test_schema_is_found_by_its_columns_unless_one_is_named() -> None:
+    assert parse("postgresql://u@h/d").schema is None
+    assert parse("postgresql://u@h/d?search_path=%22%24user%22,%20public").schema is None
+    assert parse("postgresql://u@h/d?search_path=%22%24user%22,public", schema="a").schema == "a"
+    assert parse("postgresql://u@h/d", schema="chat").schema == "chat"
+    assert parse("postgresql://u@h/d?search_path=public").schema == "public"
+
+
+def test_startup_options_are_sent_on_direct_connections() -> None:
+    target = parse("postgresql://u@h/d?options=-c%20work_mem%3D8MB%20--jit%3Doff")
     assert target.connect_args["server_settings"] == {
         "application_name": "chat-history",
-        "search_path": "chat",
+        "work_mem": "8MB",
+        "jit": "off",
     }
-    pooled = parse(f"postgresql://u@db.internal:6432/d?options={options}")
-    assert pooled.connect_args["server_settings"].keys() == {"application_name", "client_encoding"}
-    assert any("options" in note for note in pooled.notes)
 
 
-def test_unsupported_option_is_noted_without_its_value() -> None:
+@pytest.mark.case(n=512)
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("pgbouncer=true&options=-cstatement_timeout%3D5s", "statement_timeout in the options"),
+        ("search_path=one,two", "several schemas"),
+        ("options=-d5", "-c name=value"),
+        ("schema=chat", "schema in the database URL is not supported"),
+        ("require_auth=scram-sha-256&sslcrl=x", "require_auth, sslcrl in the database URL"),
+    ],
+)
+def test_option_that_cannot_be_honoured_is_an_error(query: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse(f"postgresql://u@h/d?{query}")
+
+
+def test_option_without_effect_is_noted_without_its_value() -> None:
     target = parse(f"postgresql://u@h/d?sslpassword={SECRET}&gssencmode=disable")
     assert [note.split()[0] for note in target.notes] == ["gssencmode", "sslpassword"]
     assert SECRET not in str(target.notes)

@@ -29,7 +29,7 @@ from service.store.tables import OPEN_END, OutboxKind, SessionState
 # the indexer has leased it updates it, in place. It is locked nevertheless, so that the indexer
 # cannot lease it before this transaction's messages are visible.
 _ENQUEUE = f""", enqueued AS (
-    INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
+    INSERT INTO chathistory.search_outbox AS o (kind, user_id, entity_id, since, through)
     SELECT {OutboxKind.SESSION:d}, a.user_id, a.id, a.last_seq - i.count + 1, {OPEN_END}
     FROM appended AS a
     JOIN unnest($1::uuid[], $2::uuid[], $3::bigint[]) AS i (user_id, id, count)
@@ -48,11 +48,11 @@ _ENQUEUE = f""", enqueued AS (
 # refuses the append. `session_tombstones.py` explains why the statement also inserts a row for each
 # of these sessions. $30 has one element for each session.
 _NO_TOMBSTONE = f"""AND NOT (i.is_derived AND EXISTS (
-               SELECT FROM session_tombstones AS t
+               SELECT FROM chathistory.session_tombstones AS t
                WHERE t.user_id = i.user_id AND t.session_id = i.id
                  AND t.deleted_at > clock_timestamp() - interval '{RETENTION}'))"""
 _GUARD = f""", guarded AS (
-    INSERT INTO session_tombstones AS t (user_id, session_id, deleted_at)
+    INSERT INTO chathistory.session_tombstones AS t (user_id, session_id, deleted_at)
     SELECT a.user_id, a.id, '-infinity'
     FROM appended AS a
     JOIN unnest($1::uuid[], $2::uuid[], $30::boolean[]) AS d (user_id, id, is_derived)
@@ -79,7 +79,7 @@ def _append_statement(enqueue: str, durability: str, *, has_derived_ids: bool) -
         condition, guard = _NO_TOMBSTONE, _GUARD
     return Statement.from_text(f"""
 WITH appended AS (
-    INSERT INTO chat_sessions AS s
+    INSERT INTO chathistory.chat_sessions AS s
         (user_id, id, title, summary, metadata, last_seq, message_count, created_at, updated_at,
          fingerprint)
     SELECT i.user_id, i.id, i.title, i.summary, i.metadata, i.count, i.count, i.at, i.at,
@@ -92,7 +92,8 @@ WITH appended AS (
              AS i (user_id, id, count, may_create, title, summary, metadata,
                    fingerprint{column})
         WHERE (i.may_create
-           OR EXISTS (SELECT FROM chat_sessions AS c WHERE c.user_id = i.user_id AND c.id = i.id))
+           OR EXISTS (SELECT FROM chathistory.chat_sessions AS c
+                      WHERE c.user_id = i.user_id AND c.id = i.id))
            {condition}
         ORDER BY i.user_id, i.id
     ) AS i
@@ -110,7 +111,7 @@ WITH appended AS (
                OR e.session_created_us <> (date_part('epoch', s.created_at) * 1e6)::bigint))
     RETURNING s.user_id, s.id, s.last_seq, s.updated_at, s.updated_at = s.created_at AS created
 ), stored AS (
-    INSERT INTO chat_messages
+    INSERT INTO chathistory.chat_messages
         (user_id, session_id, seq, id, role, content, parts, metadata, token_count, token_estimate,
          size, author, feedback_score, feedback_comment, created_at, updated_at, fingerprint)
     SELECT a.user_id, a.id,
@@ -150,8 +151,8 @@ WITH looked_up AS MATERIALIZED (
            (date_part('epoch', m.created_at) * 1e6)::bigint AS at,
            date_part('epoch', clock_timestamp() - m.created_at) * 1e6 AS age
     FROM unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w (user_id, session_id, id)
-    JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.session_id
-    LEFT JOIN chat_messages AS m
+    JOIN chathistory.chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.session_id
+    LEFT JOIN chathistory.chat_messages AS m
            ON m.user_id = w.user_id AND m.session_id = w.session_id AND m.id = w.id
 ), confirmed AS MATERIALIZED (
     SELECT {CONFIRM} AS is_confirmed{durability}

@@ -60,6 +60,7 @@ from service.store.db.work_class import (
     WorkClass,
     overloaded_error,
 )
+from service.store.schema.location import SchemaLocator
 
 T = TypeVar("T")
 
@@ -164,6 +165,14 @@ class Database:
             recycle_s=recycle_s,
             connect_timeout_s=connect_timeout_s,
         )
+        self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
+        event.listen(
+            self.engine.sync_engine,
+            "connect",
+            lambda connection, _: self._connections.add(connection.driver_connection),
+        )
+        self.locator = SchemaLocator(target.schema)
+        self.locator.attach(self.engine)
         # Outside a transaction a read costs one round trip instead of three. Behind a transaction
         # pooler, BEGIN is needed to keep the statements of a driver without prepared statements on
         # one server (SQLAlchemy #12836).
@@ -174,6 +183,7 @@ class Database:
         )
         # For probes, while calls that wait for locks hold every connection of the pool.
         self._probe_engine = unpooled_engine(target, connector, connect_timeout_s=connect_timeout_s)
+        self.locator.attach(self._probe_engine)
         max_connections = pool_size + max_overflow
         max_hot_size = max_connections - MIN_OTHER_CONNECTIONS
         hot_size = max(1, min(hot_pool_size, pool_size, max_hot_size))
@@ -198,12 +208,6 @@ class Database:
         """Calls that found no connection in time, because others used them all."""
         self._pool_timeout_s = pool_timeout_s
         self._writes: set[asyncio.Task[Any]] = set()
-        self._connections: weakref.WeakSet[asyncpg.Connection] = weakref.WeakSet()
-        event.listen(
-            self.engine.sync_engine,
-            "connect",
-            lambda connection, _: self._connections.add(connection.driver_connection),
-        )
         self.on_suspected_outage: Callable[[], None] = lambda: None
         """Called when a call has shown, or suggests, that the database is unavailable."""
         self._error_log = ErrorLog()
@@ -235,6 +239,8 @@ class Database:
         connection = await self.hot_pool.acquire()
         release = self.hot_pool.release
         try:
+            # After a connection was opened, which finds the schema.
+            statement = self.locator.statements[statement]
             driver = connection.driver
             if self.target.is_pooled:
                 records = await fetch_in_transaction(driver, statement, *args)

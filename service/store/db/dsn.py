@@ -43,6 +43,30 @@ _SESSION_ATTRS: dict[str, SessionAttrs] = {
     "primary": "primary",
 }
 _REPLICA_ATTRS = ("read-only", "standby", "prefer-standby")
+_WITHOUT_EFFECT = frozenset(
+    {
+        "client_encoding",
+        "fallback_application_name",
+        "gssdelegation",
+        "gssencmode",
+        "gsslib",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "krbsrvname",
+        "load_balance_hosts",
+        "sslcert",
+        "sslcompression",
+        "sslkey",
+        "sslpassword",
+        "sslrootcert",
+        "sslsni",
+        "tcp_user_timeout",
+    }
+)
+"""libpq's options without which a connection does the same, and is as safe. Those for certificates
+have no effect without TLS."""
 
 
 class Address(NamedTuple):
@@ -75,6 +99,8 @@ class Target:
     session_attrs: SessionAttrs = "prefer-read-write"
     """Required role of a server. By default, a read-only primary serves reads while no server is
     writable; `read-write` excludes it, and `primary` accepts it. A standby is never used."""
+    schema: str | None = None
+    """Schema of the tables, if the configuration names it; else it is found by its columns."""
 
     @property
     def prepared_statements(self) -> bool:
@@ -125,7 +151,13 @@ def _direct_host(host: str) -> str:
     return host.replace("-pooler.", ".", 1)
 
 
-def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = "auto") -> Target:
+def parse(
+    text: str,
+    ssl_mode: str | None = None,
+    *,
+    prepared_statements: str = "auto",
+    schema: str | None = None,
+) -> Target:
     """Parse a connection string.
 
     Args:
@@ -134,10 +166,11 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
         ssl_mode: Overrides the string's `sslmode`.
         prepared_statements: `on`, `off` (behind a transaction pooler), or `auto` (off when the
             string shows that there is a pooler).
+        schema: Schema of the tables, as `search_path` in the string; None if it is not configured.
 
     Raises:
-        ValueError: it is not a PostgreSQL connection string; the message does not contain the
-            password.
+        ValueError: it is not a PostgreSQL connection string, or has an option that cannot be
+            honoured; the message does not contain the password.
     """
     url, query, addresses = _split(text)
     hosts = [address.host for address in addresses]
@@ -151,7 +184,10 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
         or is_pgbouncer
         or any("-pooler." in host or ".pooler." in host for host in hosts)
     )
-    settings, notes = _server_settings(query, is_pooled=is_pooled)
+    settings = _server_settings(query)
+    schema = _schema(query.pop("search_path", settings.pop("search_path", None)), schema)
+    _restrict(settings, is_pooled=is_pooled)
+    notes: list[str] = []
     session_attrs = _session_attrs(query)
     mode = query.pop("sslmode", None)
     mode = ssl_mode or mode or ("require" if is_neon else "prefer")
@@ -171,7 +207,9 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
         connect_args["timeout"] = timeout_s
     if is_pooled and prepared_statements != "on":
         connect_args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
-    notes += [f"{key} in the database URL is not supported and ignored" for key in sorted(query)]
+    if unknown := sorted(query.keys() - _WITHOUT_EFFECT):
+        raise ValueError(f"{', '.join(unknown)} in the database URL is not supported: remove it")
+    notes += [f"{key} in the database URL has no effect" for key in sorted(query)]
     return Target(
         url.set(drivername="postgresql+asyncpg"),
         connect_args,
@@ -180,6 +218,7 @@ def parse(text: str, ssl_mode: str | None = None, *, prepared_statements: str = 
         tuple(notes),
         addresses,
         session_attrs,
+        schema,
     )
 
 
@@ -323,27 +362,62 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-def _server_settings(query: dict[str, str], *, is_pooled: bool) -> tuple[dict[str, str], list[str]]:
-    """Remove the start-up parameters from the query and return those that the server takes."""
+def _server_settings(query: dict[str, str]) -> dict[str, str]:
+    """Remove the start-up parameters from the query and return them.
+
+    Raises:
+        ValueError: an option has no value.
+    """
     settings: dict[str, str] = {"application_name": query.pop("application_name", "chat-history")}
-    notes: list[str] = []
     # -c name=value, -cname=value or --name=value, or a bare name for Neon's own.
     for option in re.sub(r"(^|\s)-c\s*", " ", query.pop("options", "")).split():
         name, _, value = option.removeprefix("--").partition("=")
         if name in ("endpoint", "project"):
             continue  # Neon's name of the compute, for clients without SNI; asyncpg sends SNI.
-        if name and value:
-            settings[name.replace("-", "_")] = value
-    if is_pooled and len(settings) > 1:
-        notes.append(
-            "options in the database URL are ignored: a pooler rejects start-up parameters"
+        if not (name and value):
+            raise ValueError("options in the database URL are not of the form -c name=value")
+        settings[name.replace("-", "_")] = value
+    return settings
+
+
+def _schema(search_path: str | None, configured: str | None) -> str | None:
+    """Return the schema of the tables that the string or the configuration names, if any.
+
+    Raises:
+        ValueError: they differ, or the path has several schemas.
+    """
+    names = [name.strip().strip('"') for name in (search_path or "").split(",")]
+    if names in ([""], ["$user", "public"]):  # PostgreSQL's default.
+        return configured
+    if len(names) > 1:
+        raise ValueError(
+            "search_path in the database URL names several schemas: "
+            "name the one that holds the tables"
         )
-        settings = {"application_name": settings["application_name"]}
-    if is_pooled:
-        # PostgreSQL's own spelling: PgBouncer takes asyncpg's spelling for a different encoding,
-        # and sets that before each transaction.
-        settings["client_encoding"] = "UTF8"
-    return settings, notes
+    if configured not in (None, names[0]):
+        raise ValueError(
+            "search_path in the database URL and CHAT_HISTORY_DB_SCHEMA name different schemas: "
+            "remove one of them"
+        )
+    return names[0]
+
+
+def _restrict(settings: dict[str, str], *, is_pooled: bool) -> None:
+    """Restrict start-up parameters to those that a pooler takes, if there is one.
+
+    Raises:
+        ValueError: a parameter would be lost.
+    """
+    if not is_pooled:
+        return
+    if lost := sorted(settings.keys() - {"application_name", "client_encoding"}):
+        raise ValueError(
+            f"{', '.join(lost)} in the options of the database URL cannot be sent through a "
+            "pooler: set it by ALTER ROLE … SET, and remove it from the URL"
+        )
+    # PostgreSQL's own spelling: PgBouncer takes asyncpg's spelling for a different encoding, and
+    # sets that before each transaction.
+    settings["client_encoding"] = "UTF8"
 
 
 def _ssl(
@@ -365,7 +439,9 @@ def _ssl(
     try:
         context = ssl.create_default_context(cafile=None if root == "system" else root)
         if "sslcert" in query:
-            context.load_cert_chain(query.pop("sslcert"), query.pop("sslkey", None))
+            context.load_cert_chain(
+                query.pop("sslcert"), query.pop("sslkey", None), query.pop("sslpassword", None)
+            )
     except OSError as error:
         raise ValueError(
             f"a certificate file of the database URL cannot be read: {error.strerror}"

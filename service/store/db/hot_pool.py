@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
+from copy import copy
 from typing import Any
 
 import asyncpg
@@ -19,6 +20,8 @@ from sqlalchemy.dialects.postgresql import asyncpg as dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.store.db.db_errors import CommitNotReplicated
+from service.store.db.schema_names import in_schema, schema_of
+from service.store.tables import SCHEMA
 
 MAX_IDLE_S = 2.0
 """Seconds after which an unused connection goes back to SQLAlchemy's pool."""
@@ -37,12 +40,17 @@ _DIALECT = dialect.dialect()  # type: ignore[no-untyped-call]
 
 
 class Statement:
-    """A statement compiled once to the driver's text, with its parameters in order."""
+    """A statement compiled once to the driver's text, with its parameters in order.
+
+    Its tables are in the schema `tables.SCHEMA`; see `in_schema`.
+    """
 
     __slots__ = ("names", "text")
 
     def __init__(self, statement: ClauseElement) -> None:
-        compiled = statement.compile(dialect=_DIALECT)
+        compiled = statement.compile(
+            dialect=_DIALECT, schema_translate_map={None: SCHEMA}, render_schema_translate=True
+        )
         self.text: str = str(compiled)
         self.names: tuple[str, ...] = tuple(getattr(compiled, "positiontup", None) or ())
 
@@ -56,6 +64,32 @@ class Statement:
     def bind(self, **values: Any) -> tuple[Any, ...]:
         """Return named values in the order of the text."""
         return tuple(values[name] for name in self.names)
+
+    def in_schema(self, schema: str) -> Statement:
+        """Return the statement with its tables in a schema."""
+        if schema == SCHEMA:
+            return self
+        statement = copy(self)
+        statement.text = in_schema(self.text, schema)
+        return statement
+
+
+class SchemaStatements(dict[Statement, Statement]):
+    """The statements of an installation, by those for `tables.SCHEMA`, made at their first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._schema = SCHEMA
+
+    def use(self, schema: str) -> None:
+        """Make the statements for another schema from now on."""
+        if schema != self._schema:
+            self.clear()
+            self._schema = schema
+
+    def __missing__(self, statement: Statement) -> Statement:
+        translated = self[statement] = statement.in_schema(self._schema)
+        return translated
 
 
 def _note_cancelled_wait(connection: Any, message: asyncpg.PostgresLogMessage) -> None:
@@ -161,7 +195,8 @@ async def fetch_on(connection: AsyncConnection, statement: Statement, *args: Any
     raw = await connection.get_raw_connection()
     driver = raw.driver_connection
     assert driver is not None  # noqa: S101 - it is checked out
-    records: list[Record] = await driver.fetch(statement.text, *args)
+    text = in_schema(statement.text, schema_of(connection))
+    records: list[Record] = await driver.fetch(text, *args)
     return records
 
 

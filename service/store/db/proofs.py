@@ -80,7 +80,7 @@ _FIND_MISSING_PRIVILEGE = Statement.from_text("""
 SELECT t.name AS table_name, p.name AS privilege
 FROM unnest($1::text[]) AS t (name),
      unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p (name)
-WHERE NOT has_table_privilege(to_regclass(t.name), p.name)
+WHERE NOT has_table_privilege(to_regclass('chathistory.' || t.name), p.name)
   AND (p.name = 'SELECT' OR t.name <> ALL($2::text[]))
 ORDER BY p.name <> 'SELECT', t.name LIMIT 1
 """)

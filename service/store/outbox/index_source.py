@@ -66,7 +66,7 @@ _RANGES = """unnest($1::uuid[], $2::uuid[], $3::bigint[], $4::bigint[]) WITH ORD
 _CHUNKS = Statement.from_text(f"""
 SELECT w.n - 1, c.chunk_index, c.chunk_index::text, left(c.text, {MAX_TEXT_CHARS}), c.vector
 FROM {_RANGES}
-JOIN document_chunks AS c
+JOIN chathistory.document_chunks AS c
   ON c.user_id = w.user_id AND c.document_id = w.entity_id
  AND c.chunk_index BETWEEN w.since AND w.through
 ORDER BY w.n, c.chunk_index
@@ -76,7 +76,7 @@ _MESSAGES = Statement.from_text(f"""
 SELECT w.n - 1, m.seq, m.id::text,
        CASE WHEN m.deleted_at IS NULL THEN left(m.content, {MAX_TEXT_CHARS}) END, NULL
 FROM {_RANGES}
-JOIN chat_messages AS m
+JOIN chathistory.chat_messages AS m
   ON m.user_id = w.user_id AND m.session_id = w.entity_id AND m.seq BETWEEN w.since AND w.through
 ORDER BY w.n, m.seq
 """)  # noqa: S608 - only constants are inserted
@@ -85,12 +85,12 @@ _ITEM_COUNTS = {
     OutboxKind.DOCUMENT: Statement.from_text("""
 SELECT w.n - 1, d.chunk_count
 FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
-JOIN documents AS d ON d.user_id = w.user_id AND d.id = w.id
+JOIN chathistory.documents AS d ON d.user_id = w.user_id AND d.id = w.id
 """),
     OutboxKind.SESSION: Statement.from_text("""
 SELECT w.n - 1, s.last_seq
 FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS w (user_id, id, n)
-JOIN chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
+JOIN chathistory.chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
 """),
 }
 
@@ -101,7 +101,7 @@ EntityKey = tuple[str, str]
 """A document or session: user id, id."""
 
 _SET_DOCUMENT_STATUS = Statement.from_text("""
-UPDATE documents AS d SET status = $4, status_detail = $5
+UPDATE chathistory.documents AS d SET status = $4, status_detail = $5
 FROM unnest($1::uuid[], $2::uuid[], $3::integer[]) AS w (user_id, id, chunk_count)
 WHERE d.user_id = w.user_id AND d.id = w.id AND d.chunk_count = w.chunk_count
 """)

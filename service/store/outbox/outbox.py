@@ -181,16 +181,16 @@ _IS_DEAD_LETTER_OF_SESSION = f"o.kind = {OutboxKind.SESSION:d} AND o.attempts >=
 _CLAIM = Statement.from_text(f"""
 WITH due AS (
     SELECT o.kind, o.user_id, o.entity_id
-    FROM search_outbox AS o
+    FROM chathistory.search_outbox AS o
     WHERE o.due_at <= now()
       AND (o.kind = {OutboxKind.USER:d} OR NOT EXISTS (
-        SELECT FROM search_outbox AS u
+        SELECT FROM chathistory.search_outbox AS u
         WHERE u.kind = {OutboxKind.USER:d} AND u.user_id = o.user_id AND u.entity_id = o.user_id))
     ORDER BY o.due_at
     LIMIT $1
     FOR UPDATE OF o SKIP LOCKED
 )
-UPDATE search_outbox AS o SET
+UPDATE chathistory.search_outbox AS o SET
     lease_id = $2, due_at = clock_timestamp() + $3 * interval '1 second',
     taken_since = CASE WHEN {_IS_DEAD_LETTER_OF_SESSION}
                        THEN o.since ELSE least(o.taken_since, o.since) END,
@@ -211,7 +211,7 @@ WITH held AS (
     SELECT o.kind, o.user_id, o.entity_id, d.version, d.since
     FROM unnest($1::smallint[], $2::uuid[], $3::uuid[], $4::bigint[], $5::bigint[])
          AS d (kind, user_id, entity_id, version, since)
-    JOIN search_outbox AS o
+    JOIN chathistory.search_outbox AS o
       ON o.kind = d.kind AND o.user_id = d.user_id AND o.entity_id = d.entity_id
     WHERE o.lease_id = $6
     FOR UPDATE OF o SKIP LOCKED
@@ -220,10 +220,10 @@ _IS_HELD = "o.kind = h.kind AND o.user_id = h.user_id AND o.entity_id = h.entity
 _KEY_COLUMNS = "o.kind, o.user_id::text, o.entity_id::text"
 
 _FINISH = Statement.from_text(f"""{_HELD}, deleted AS (
-    DELETE FROM search_outbox AS o USING held AS h
+    DELETE FROM chathistory.search_outbox AS o USING held AS h
     WHERE {_IS_HELD} AND o.version = h.version RETURNING {_KEY_COLUMNS}
 ), released AS (
-    UPDATE search_outbox AS o SET
+    UPDATE chathistory.search_outbox AS o SET
         taken_since = NULL, taken_through = NULL, taken_wipe = false,
         lease_id = NULL, attempts = 0, detail = '',
         due_at = clock_timestamp(), owed_at = clock_timestamp()
@@ -233,13 +233,13 @@ SELECT * FROM deleted UNION ALL SELECT * FROM released
 """)  # noqa: S608 - only constants are inserted
 
 _RENEW = Statement.from_text(f"""{_HELD}
-UPDATE search_outbox AS o SET
+UPDATE chathistory.search_outbox AS o SET
     due_at = clock_timestamp() + $7 * interval '1 second', taken_since = h.since
 FROM held AS h WHERE {_IS_HELD} RETURNING {_KEY_COLUMNS}
 """)  # noqa: S608 - only constants are inserted
 
 _RELEASE = Statement.from_text(f"""{_HELD}
-UPDATE search_outbox AS o SET
+UPDATE chathistory.search_outbox AS o SET
     lease_id = NULL, taken_since = h.since, attempts = o.attempts + $8, detail = $9,
     due_at = CASE WHEN $7::float8 < 0 THEN 'infinity'
                   ELSE clock_timestamp() + $7 * interval '1 second' END
@@ -257,17 +257,17 @@ SELECT count(*) FILTER (WHERE due_at < 'infinity'), count(*) FILTER (WHERE due_a
            min(CASE WHEN {_IS_DATED_AHEAD} THEN clock_timestamp() ELSE due_at END)
                FILTER (WHERE due_at < 'infinity') - clock_timestamp()),
        count(*) FILTER (WHERE {_IS_DATED_AHEAD})
-FROM search_outbox
+FROM chathistory.search_outbox
 """)  # noqa: S608 - only constants are inserted
 
 # A lease is kept for its full length: its indexer may still write, and must be the only one then.
 _DATE_AGAIN = Statement.from_text(f"""
 WITH ahead AS (
-    SELECT o.kind, o.user_id, o.entity_id FROM search_outbox AS o
+    SELECT o.kind, o.user_id, o.entity_id FROM chathistory.search_outbox AS o
     WHERE {_IS_DATED_AHEAD}
     FOR UPDATE OF o SKIP LOCKED
 )
-UPDATE search_outbox AS o SET
+UPDATE chathistory.search_outbox AS o SET
     due_at = clock_timestamp()
         + CASE WHEN o.lease_id IS NULL THEN 0 ELSE {MAX_DELAY_S} END * interval '1 second',
     owed_at = least(o.owed_at, clock_timestamp())
@@ -277,7 +277,7 @@ RETURNING {_KEY_COLUMNS}
 """)  # noqa: S608 - only constants are inserted
 
 _RETRY_FAILED = Statement.from_text(
-    "UPDATE search_outbox SET due_at = now(), attempts = 0 WHERE due_at = 'infinity'"
+    "UPDATE chathistory.search_outbox SET due_at = now(), attempts = 0 WHERE due_at = 'infinity'"
 )
 
 OutboxKey = tuple[int, str, str]

@@ -14,12 +14,12 @@ from service.store.db.hot_pool import Statement
 from service.store.outbox.outbox import CLOCK_STEP_S, MAX_POSITION
 from service.store.tables import OutboxKind
 
-_BUILDING = Statement.from_text("SELECT building FROM search_indexes WHERE alias = $1")
+_BUILDING = Statement.from_text("SELECT building FROM chathistory.search_indexes WHERE alias = $1")
 
 # One process at a time runs a rebuild; another one continues it after the lease has expired. A
 # lease that ends too late was taken before PostgreSQL's clock was set back.
 _ACQUIRE = Statement.from_text(f"""
-INSERT INTO search_indexes AS i (alias, lease_id, lease_until)
+INSERT INTO chathistory.search_indexes AS i (alias, lease_id, lease_until)
 VALUES ($1, $2, clock_timestamp() + $3 * interval '1 second')
 ON CONFLICT (alias) DO UPDATE SET
     lease_id = excluded.lease_id, lease_until = excluded.lease_until
@@ -29,35 +29,36 @@ RETURNING building, after_kind, after_user_id::text, after_entity_id::text, hand
 """)  # noqa: S608 - only a constant is inserted
 
 _BEGIN = Statement.from_text("""
-UPDATE search_indexes SET
+UPDATE chathistory.search_indexes SET
     building = $3,
     after_kind = 0, after_user_id = DEFAULT, after_entity_id = DEFAULT, handed_out = 0,
-    total = (SELECT count(*) FROM documents)
-        + CASE WHEN $4 THEN (SELECT count(*) FROM chat_sessions) ELSE 0 END
+    total = (SELECT count(*) FROM chathistory.documents)
+        + CASE WHEN $4 THEN (SELECT count(*) FROM chathistory.chat_sessions) ELSE 0 END
 WHERE alias = $1 AND lease_id = $2
 """)
 
 # Only a rebuild and a delete enqueue a range up to MAX_POSITION, and a delete sets `wipe` too.
 _PROGRESS = Statement.from_text(f"""
 SELECT i.building, i.total, i.handed_out,
-       (SELECT count(*) FROM search_outbox AS o
+       (SELECT count(*) FROM chathistory.search_outbox AS o
         WHERE ((o.through = {MAX_POSITION} AND NOT o.wipe)
                OR (o.taken_through = {MAX_POSITION} AND NOT o.taken_wipe))
           AND o.due_at < 'infinity' AND i.building IS NOT NULL),
-       (SELECT count(*) FROM search_outbox AS o WHERE o.due_at = 'infinity')
-FROM search_indexes AS i WHERE i.alias = $1
+       (SELECT count(*) FROM chathistory.search_outbox AS o WHERE o.due_at = 'infinity')
+FROM chathistory.search_indexes AS i WHERE i.alias = $1
 """)  # noqa: S608 - only a constant is inserted
 
 # The cursor is reset, because its ids must not remain here when that user is deleted.
 _END = Statement.from_text("""
-UPDATE search_indexes SET
+UPDATE chathistory.search_indexes SET
     building = NULL, lease_id = NULL, lease_until = NULL,
     after_kind = 0, after_user_id = DEFAULT, after_entity_id = DEFAULT
 WHERE alias = $1 AND lease_id = $2
 """)
 
 _RELEASE = Statement.from_text("""
-UPDATE search_indexes SET lease_id = NULL, lease_until = NULL WHERE alias = $1 AND lease_id = $2
+UPDATE chathistory.search_indexes SET lease_id = NULL, lease_until = NULL
+WHERE alias = $1 AND lease_id = $2
 """)
 
 
@@ -67,7 +68,7 @@ WITH slice AS (
     SELECT t.user_id, t.id FROM {table} AS t
     WHERE (t.user_id, t.id) > ($3, $4) ORDER BY t.user_id, t.id LIMIT $5
 ), enqueued AS (
-    INSERT INTO search_outbox AS o (kind, user_id, entity_id, since, through)
+    INSERT INTO chathistory.search_outbox AS o (kind, user_id, entity_id, since, through)
     SELECT {kind:d}, s.user_id, s.id, 0, {MAX_POSITION} FROM slice AS s ORDER BY s.user_id, s.id
     ON CONFLICT (kind, user_id, entity_id) DO UPDATE SET
         version = o.version + 1, since = 0, through = {MAX_POSITION},
@@ -76,7 +77,7 @@ WITH slice AS (
     SELECT s.user_id, s.id, (SELECT count(*) FROM slice) AS count
     FROM slice AS s ORDER BY s.user_id DESC, s.id DESC LIMIT 1
 )
-UPDATE search_indexes AS i SET
+UPDATE chathistory.search_indexes AS i SET
     after_kind = {kind:d}, after_user_id = l.user_id, after_entity_id = l.id,
     handed_out = i.handed_out + l.count,
     lease_until = clock_timestamp() + $6 * interval '1 second'
@@ -86,8 +87,8 @@ RETURNING l.user_id::text, l.id::text
 
 
 _ENQUEUE_SLICE = {
-    OutboxKind.DOCUMENT: _enqueue_slice(OutboxKind.DOCUMENT, "documents"),
-    OutboxKind.SESSION: _enqueue_slice(OutboxKind.SESSION, "chat_sessions"),
+    OutboxKind.DOCUMENT: _enqueue_slice(OutboxKind.DOCUMENT, "chathistory.documents"),
+    OutboxKind.SESSION: _enqueue_slice(OutboxKind.SESSION, "chathistory.chat_sessions"),
 }
 
 

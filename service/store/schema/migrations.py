@@ -6,6 +6,7 @@ docs/how-to/migrations.md has the rules for migrations.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import socket
 import ssl
@@ -29,8 +30,10 @@ from service.store.db.db_errors import (
 )
 from service.store.db.dsn import Target
 from service.store.db.engine import single_use_engine
+from service.store.db.schema_names import quote
 from service.store.db.sqlstates import Failure
-from service.store.schema.version import SchemaVersion, schema_version
+from service.store.schema.location import UnusableDatabase, find
+from service.store.schema.version import VERSION_TABLE, SchemaVersion, schema_version
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ START_TIMEOUT_S = 10.0
 """Maximum wait for a database that is starting."""
 CONNECT_TIMEOUT_S = 15.0
 ADVISORY_LOCK_KEY = 0x63686174_68697374
-"""Key of the advisory lock that one migrator at a time holds."""
+"""Key of the advisory lock that one migrator of the first release at a time holds."""
 MIGRATOR_POLL_INTERVAL_S = 0.25
 TOO_MANY_CONNECTIONS = "53300"
 """SQLSTATE of an error that the service, or another migrator, may cause for a moment."""
@@ -76,11 +79,15 @@ class MigrationError(Exception):
 class MigrationResult:
     """Result of a migration; `str` returns it as a sentence."""
 
-    def __init__(self, before: SchemaVersion, after: SchemaVersion) -> None:
+    def __init__(
+        self, before: SchemaVersion, after: SchemaVersion, note: str | None = None
+    ) -> None:
         self.before = before.revision
         self.after = after.revision
         self.problem = after.problem
         """Why this build does not work with the migrated schema; None if it does."""
+        self.note = note
+        """A further note for the operator, if there is one."""
 
     def __str__(self) -> str:
         after = _revision_name(self.after)
@@ -179,38 +186,58 @@ def _is_permanent(error: BaseException) -> bool:
 async def _attempt(
     target: Target, work: Callable[[Connection], None], on_wait: Callable[[str], None]
 ) -> MigrationResult:
-    async def step(connection: AsyncConnection) -> MigrationResult:
-        # Only a pooler connects to one: otherwise the connector has rejected it.
-        if await connection.scalar(select(func.pg_is_in_recovery())):
-            raise WrongRole("a standby")
-        before = await schema_version(connection)
+    async def step(connection: AsyncConnection, schema: str) -> MigrationResult:
+        before = await schema_version(connection, schema)
         # Without this, Alembic would be imported, and use memory until the process ends.
         if work is _upgrade and before.revision >= tables.BUILD:
             return MigrationResult(before, before)
+        note = None if before.revision else await _note_others(connection)
         await connection.run_sync(work)
-        return MigrationResult(before, await schema_version(connection))
+        after = await schema_version(connection, schema)
+        if work is _upgrade and after.revision < tables.BUILD:
+            raise MigrationError(
+                f"the migrations ended at revision {after.revision:04d} of {tables.BUILD:04d}, and"
+                f" all of it was rolled back: does the table {VERSION_TABLE} in the schema {schema}"
+                " belong to another application?"
+            )
+        return MigrationResult(before, after, note)
 
     return await _with_migrator_lock(target, step, on_wait)
+
+
+async def _note_others(connection: AsyncConnection) -> str | None:
+    """Return a note on other installations in a database to which one is added."""
+    others = (await find(connection)).usable
+    if not others:
+        return None
+    return (
+        f"this database has another installation in the schema {', '.join(others)}: a service"
+        " without CHAT_HISTORY_DB_SCHEMA will not know which of them to use"
+    )
 
 
 async def in_transaction(target: Target, work: Callable[[Connection], None]) -> None:
     """Run `work` as a migration: in one transaction with timeouts, while no other migrator runs.
 
+    Its `search_path` is the schema of our tables only.
+
     Raises:
-        MigrationError: another migrator did not end.
+        MigrationError: another migrator did not end, or the database cannot be used.
         Exception: the connection or `work` failed.
     """
 
-    async def step(connection: AsyncConnection) -> None:
+    async def step(connection: AsyncConnection, _schema: str) -> None:
         await connection.run_sync(work)
 
     await _with_migrator_lock(target, step, _ignore)
 
 
 async def _with_migrator_lock(
-    target: Target, step: Callable[[AsyncConnection], Awaitable[T]], on_wait: Callable[[str], None]
+    target: Target,
+    step: Callable[[AsyncConnection, str], Awaitable[T]],
+    on_wait: Callable[[str], None],
 ) -> T:
-    """Run `step` in a transaction that holds the migrators' lock."""
+    """Run `step` in a transaction that holds the migrators' lock, in the schema of our tables."""
     engine = single_use_engine(target, connect_timeout_s=CONNECT_TIMEOUT_S)
     loop = asyncio.get_running_loop()
     timeout_at = loop.time() + MIGRATOR_TIMEOUT_S
@@ -219,8 +246,10 @@ async def _with_migrator_lock(
         async with engine.connect() as connection:
             while True:
                 async with connection.begin():
-                    if await _acquire_lock(connection):
-                        return await step(connection)
+                    schema = await acquire_lock(connection, target.schema)
+                    if schema is not None:
+                        await _enter_schema(connection, schema)
+                        return await step(connection, schema)
                 # Wait outside of the transaction: CREATE INDEX CONCURRENTLY of the other migrator
                 # would wait for the snapshot of this one.
                 if loop.time() > timeout_at:
@@ -236,15 +265,116 @@ async def _with_migrator_lock(
         await engine.dispose()
 
 
-async def _acquire_lock(connection: AsyncConnection) -> bool:
-    """Acquire the migrators' lock for the transaction and set its timeouts, or return False."""
-    # A transaction lock: a session lock would be lost behind a pooler.
-    lock = select(func.pg_try_advisory_xact_lock(ADVISORY_LOCK_KEY))
-    if not await connection.scalar(lock):
-        return False
+async def acquire_lock(connection: AsyncConnection, configured: str | None) -> str | None:
+    """Acquire the migrators' lock on the schema for the transaction, and set its timeouts.
+
+    Args:
+        connection: The connection, in a transaction.
+        configured: The schema that the configuration names, if any.
+
+    Returns:
+        The schema, which may not exist yet; None if another migrator works.
+
+    Raises:
+        MigrationError: the database cannot be used as it is.
+        WrongRole: the server is a standby.
+    """
+    if await connection.scalar(select(func.pg_is_in_recovery())):
+        # Only a pooler connects to one: otherwise the connector has rejected it.
+        raise WrongRole("a standby")
+    # Transaction locks: a session lock would be lost behind a pooler. The first one excludes
+    # migrators of the first release, which know no other, and not those of other schemas.
+    all_schemas = select(func.pg_try_advisory_xact_lock_shared(ADVISORY_LOCK_KEY))
+    if not await connection.scalar(all_schemas):
+        return None
+    schema = await _choose_schema(connection, configured)
+    if not await connection.scalar(select(func.pg_try_advisory_xact_lock(lock_key(schema)))):
+        return None
+    if await _choose_schema(connection, configured) != schema:
+        return None  # Another migrator has just created or moved the tables.
     for name, value in (("lock_timeout", LOCK_TIMEOUT), ("statement_timeout", STATEMENT_TIMEOUT)):
         await connection.execute(text(f"SET LOCAL {name} = '{value}'"))
-    return True
+    return schema
+
+
+async def _choose_schema(connection: AsyncConnection, configured: str | None) -> str:
+    try:
+        location = await find(connection)
+        location.check_encoding()
+        return location.choose(configured)
+    except UnusableDatabase as error:
+        raise MigrationError(str(error)) from None
+
+
+def lock_key(schema: str) -> int:
+    """Return the key of the advisory lock that one migrator of a schema at a time holds."""
+    digest = hashlib.blake2b(f"chathistory {schema}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+async def _enter_schema(connection: AsyncConnection, schema: str) -> None:
+    """Create the schema unless it exists, and make it the only one of the transaction's path.
+
+    Released migrations name their tables without a schema. With any other schema in the path, they
+    could change, or refer to, a table of another application.
+
+    Raises:
+        MigrationError: the role may not create it, or it holds tables of another application.
+    """
+    await create_schema(connection, schema)
+    await connection.exec_driver_sql(f"SET LOCAL search_path TO {quote(schema)}")
+
+
+async def create_schema(connection: AsyncConnection, schema: str) -> None:
+    """Create a schema unless it exists.
+
+    Raises:
+        MigrationError: the role may not create it, or it holds tables of another application.
+    """
+    statement = text("""
+        SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = :schema) AS schema_exists,
+               has_database_privilege(current_database(), 'CREATE') AS may_create,
+               current_user::text AS role
+    """)
+    row = (await connection.execute(statement, {"schema": schema})).one()
+    if not row.schema_exists:
+        if not row.may_create:
+            raise MigrationError(
+                f"the role {row.role} may not create the schema {schema}: run CREATE SCHEMA"
+                f" {quote(schema)} AUTHORIZATION {quote(row.role)} as the owner of the database"
+            )
+        # Not IF NOT EXISTS, which fails for a role without CREATE on the database even if the
+        # schema exists.
+        await connection.exec_driver_sql(f"CREATE SCHEMA {quote(schema)}")
+    elif schema not in (await find(connection)).usable and (
+        foreign := await _find_foreign_tables(connection, schema)
+    ):
+        raise MigrationError(
+            f"the schema {schema} holds {', '.join(foreign)} of another application:"
+            " set CHAT_HISTORY_DB_SCHEMA to the name of another schema"
+        )
+
+
+async def _find_foreign_tables(connection: AsyncConnection, schema: str) -> list[str]:
+    """Return the tables in a schema without our tables whose names would be in the way."""
+    statement = text("""
+        SELECT c.relname::text
+        FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        WHERE n.nspname = :schema AND c.relname = ANY (CAST(:names AS text[]))
+        ORDER BY 1
+    """)
+    names = [*tables.metadata.tables, VERSION_TABLE]
+    foreign = [
+        str(name)
+        for name in await connection.scalars(statement, {"schema": schema, "names": names})
+    ]
+    if VERSION_TABLE in foreign:
+        # Migrating down to nothing leaves the table without a row.
+        table = f"{quote(schema)}.{VERSION_TABLE}"
+        statement = text(f"SELECT EXISTS (SELECT FROM {table})")  # noqa: S608 - only names
+        if not await connection.scalar(statement):
+            foreign.remove(VERSION_TABLE)
+    return foreign
 
 
 def run_alembic(connection: Connection, command: str, revision: str) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select, text
+from typing import Any
+
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store import tables
+from service.store.db.schema_names import quote
+from service.store.schema.location import locator_of
+
+VERSION_TABLE = "alembic_version"
+"""The table of the revision, in the schema of our tables: no other Alembic uses it there."""
 
 
 class SchemaVersion:
@@ -38,17 +45,30 @@ class SchemaVersion:
         return None
 
 
-async def schema_version(connection: AsyncConnection) -> SchemaVersion:
-    """Read the version of the schema; revision 0 and build 0 when there is no schema."""
+async def schema_version(connection: AsyncConnection, schema: str | None = None) -> SchemaVersion:
+    """Read the version of a schema; revision 0 and build 0 when it has no tables.
+
+    Args:
+        connection: The connection.
+        schema: The name of the schema. None finds it again, as tables may be moved below a running
+            service: the connection is one of a `Database`.
+
+    Raises:
+        UnusableDatabase: the schema is not found, since there are several.
+    """
+    if schema is None:
+        schema = await locator_of(connection).locate(connection)
+    version_table = f"{quote(schema)}.{VERSION_TABLE}"
+    info_table = f"{quote(schema)}.{tables.schema_info.name}"
     has_schema = await connection.scalar(
-        text(
-            "SELECT to_regclass('alembic_version') IS NOT NULL"
-            " AND to_regclass('schema_info') IS NOT NULL"
-        )
+        text("SELECT to_regclass(:version) IS NOT NULL AND to_regclass(:info) IS NOT NULL"),
+        {"version": version_table, "info": info_table},
     )
     if not has_schema:
         return SchemaVersion(0, 0)
-    revision = select(text("version_num")).select_from(text("alembic_version")).scalar_subquery()
-    min_build = select(tables.schema_info.c.min_build).scalar_subquery()
-    row = (await connection.execute(select(revision, min_build))).one()
+    versions = (
+        f"SELECT (SELECT version_num FROM {version_table}),"  # noqa: S608 - only names
+        f" (SELECT min_build FROM {info_table})"
+    )
+    row: Any = (await connection.exec_driver_sql(versions)).one()
     return SchemaVersion(int(row[0] or 0), int(row[1] or 0))
