@@ -16,6 +16,7 @@ from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.db.db_errors import describe
 from service.store.db.outcomes import Judge, Tally
 from service.store.db.proofs import Problems
+from service.store.schema.location import UnusableDatabase
 
 PROBE_INTERVAL_S = 1.0
 """Pause between two probes while anything is wrong."""
@@ -127,6 +128,8 @@ class Readiness:
             # that wait on them, which would otherwise wait for their own timeouts.
             self._database.hot_pool.terminate()
             problem = "the database does not answer in time"
+        except UnusableDatabase as error:
+            return Problems(schema=str(error))
         except DATABASE_ERRORS as error:
             problem = describe(error)
         except Exception as error:  # noqa: BLE001 - if probing ended, the service would never be ready
