@@ -168,7 +168,18 @@ class Node:
         """Make a standby the primary, and wait until it accepts writes."""
         self._run("pg_ctl", "promote", "-w", "-D", str(self.data))
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def wait_until_streaming(self, standby: Node) -> None:
+        """Wait until a standby streams from this primary: only then does a stop wait for it."""
+        query = (
+            "SELECT count(*) FROM pg_stat_replication "
+            f"WHERE state = 'streaming' AND application_name = '{standby.name}'"
+        )
+        deadline = time.monotonic() + 60
+        while self._run("psql", "-AtX", "-c", query, f"{_conninfo(self)} dbname={DATABASE}") != "1":
+            assert time.monotonic() < deadline, f"{standby.name} does not stream"
+            time.sleep(0.02)
+
+    def _run(self, program: str, *arguments: str) -> str:
         completed = subprocess.run(
             [self._programs / program, *arguments],
             check=False,
@@ -179,6 +190,7 @@ class Node:
             **unprivileged_user(),
         )
         assert completed.returncode == 0, f"{program}: {completed.stdout}{completed.stderr}"
+        return str(completed.stdout).strip()
 
 
 def _conninfo(node: Node) -> str:
@@ -228,6 +240,7 @@ class ReplicatedPostgres:
 
     def switch_over(self, old: Node, new: Node) -> None:
         """Stop the primary, promote a standby, and start the old primary as its standby."""
+        old.wait_until_streaming(new)
         old.stop()
         new.promote()
         old.follow(new)
