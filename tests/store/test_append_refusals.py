@@ -39,7 +39,7 @@ class Faulty(Database):
     others = 0
 
     async def fetch_once(self, statement: Any, *args: Any) -> Any:
-        is_look_up = statement is sql.statements(enqueues=False).look_up
+        is_look_up = statement.text == sql.statements(enqueues=False).look_up.text
         self.look_ups += is_look_up
         self.others += not is_look_up
         if self.code is not None and is_look_up == self.fails_look_ups:
