@@ -13,6 +13,7 @@ from service.server import Server
 from service.store.bounded_reads import FIRST_READ_ROWS, HOT_READ_BYTES
 from service.store.message_pages import MAX_SCANNED
 from service.store.rows import MAX_PAGE_BYTES
+from service.store.tables import SCHEMA
 from tests.support.chat import ASSISTANT, SYSTEM, TOOL, Chat, new_id, new_message, new_messages
 from tests.support.cluster import connected_to, fetch
 from tests.support.failures import assert_fails, assert_field_violations
@@ -362,7 +363,7 @@ async def test_list_reads_rows_within_a_bound_of_bytes(
     async with recording(server) as sent:
         ids = await LISTS[table](chat, database_url)
     assert len(ids) == len(set(ids)) == COUNT
-    statements = reads_of(sent, f"FROM {table}")
+    statements = reads_of(sent, f"FROM {SCHEMA}.{table}")
     assert len(statements) > COUNT * 400_000 // MAX_PAGE_BYTES
     for statement in statements:
         assert await fetched_bytes(database_url, statement) <= MAX_PAGE_BYTES

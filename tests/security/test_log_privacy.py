@@ -20,6 +20,7 @@ import service
 from service import doctor
 from service.store.db.database import DATABASE_ERRORS
 from service.store.db.db_errors import sqlstate
+from service.store.tables import SCHEMA
 from tests.search.library import LEXICAL, Library
 from tests.security.test_erasure import MARKER, create_marked_user, provoke
 from tests.support import issuer
@@ -215,7 +216,7 @@ async def test_statements_hold_no_values(stub: AsyncStub, cluster: Cluster) -> N
     await stub.UpdateUser(user_pb2.UpdateUserRequest(user=user))
     await stub.GetUser(user_pb2.GetUserRequest(external_id=MARKER))
     log = cluster.postgres.log.read_bytes()[start:].decode(errors="replace")
-    assert "INSERT INTO users" in log
+    assert f"INSERT INTO {SCHEMA}.users" in log
     assert MARKER not in log
 
 

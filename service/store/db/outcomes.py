@@ -13,10 +13,8 @@ import asyncio
 from collections import deque
 from math import inf
 
-import structlog
-
 from service.store.db.db_errors import READ_ONLY, describe, rule, sqlstate
-from service.store.db.sqlstates import Failure, Rule, Scope
+from service.store.db.sqlstates import Failure, Scope
 
 WINDOW_S = 5.0
 """Seconds of outcomes by which a half is judged to fail although a probe succeeds."""
@@ -28,10 +26,6 @@ double when it happens again soon, so that readiness does not flap: a replica th
 no calls, whose outcomes would show that the fault lasts."""
 LOCK_CHECK_INTERVAL_S = 5.0
 """Seconds between two reports of lock timeouts that cause a probe: a hot row has many of them."""
-LOG_INTERVAL_S = 60.0
-"""Seconds between two log lines with the same SQLSTATE."""
-
-_log = structlog.get_logger(__name__)
 
 
 class Tally:
@@ -59,10 +53,9 @@ class Outcomes:
         self._loop = asyncio.get_running_loop()
         self._since = -inf
         self._locks_reported_at = -inf
-        self._logged_at: dict[str, float] = {}
 
     def report(self, error: BaseException, *, is_write: bool, failed_calls: int) -> bool:
-        """Count a database error, and log its cause once a minute.
+        """Count a database error.
 
         Args:
             error: The error.
@@ -89,7 +82,6 @@ class Outcomes:
         if failed_calls:
             tally.failures += failed_calls
             tally.cause = describe(error)
-        self._log_cause(known, state)
         return True
 
     def discard_old(self) -> None:
@@ -114,14 +106,6 @@ class Outcomes:
         self._locks_reported_at = now
         self.suspects.add(state or "")
         return True
-
-    def _log_cause(self, known: Rule, state: str | None) -> None:
-        if not known.cause or state is None:
-            return
-        now = self._loop.time()
-        if now - self._logged_at.get(state, -inf) > LOG_INTERVAL_S:
-            self._logged_at[state] = now
-            _log.warning("database error", sqlstate=state, cause=known.cause)
 
 
 class Judge:
