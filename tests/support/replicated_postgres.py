@@ -168,16 +168,24 @@ class Node:
         """Make a standby the primary, and wait until it accepts writes."""
         self._run("pg_ctl", "promote", "-w", "-D", str(self.data))
 
-    def wait_until_streaming(self, standby: Node) -> None:
-        """Wait until a standby streams from this primary: only then does a stop wait for it."""
-        query = (
-            "SELECT count(*) FROM pg_stat_replication "
-            f"WHERE state = 'streaming' AND application_name = '{standby.name}'"
+    def wait_until_received(self, standby: Node) -> None:
+        """Wait until a standby has everything that this primary has written so far.
+
+        Only then does a stop of the primary wait for it. That it streams is not enough: it may
+        still receive the end of the timeline before.
+        """
+        written = self._query("SELECT pg_current_wal_lsn()")
+        received = (
+            f"SELECT count(*) FROM pg_stat_replication WHERE flush_lsn >= '{written}' "
+            f"AND application_name = '{standby.name}'"
         )
         deadline = time.monotonic() + 60
-        while self._run("psql", "-AtX", "-c", query, f"{_conninfo(self)} dbname={DATABASE}") != "1":
+        while self._query(received) != "1":
             assert time.monotonic() < deadline, f"{standby.name} does not stream"
             time.sleep(0.02)
+
+    def _query(self, sql: str) -> str:
+        return self._run("psql", "-AtX", "-c", sql, f"{_conninfo(self)} dbname={DATABASE}")
 
     def _run(self, program: str, *arguments: str) -> str:
         completed = subprocess.run(
@@ -240,7 +248,7 @@ class ReplicatedPostgres:
 
     def switch_over(self, old: Node, new: Node) -> None:
         """Stop the primary, promote a standby, and start the old primary as its standby."""
-        old.wait_until_streaming(new)
+        old.wait_until_received(new)
         old.stop()
         new.promote()
         old.follow(new)
