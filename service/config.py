@@ -93,6 +93,10 @@ class Settings(BaseSettings):
     """Semantic search. `off` imports none of its packages; lexical search keeps working."""
     index_messages: bool = True
     """Whether messages are indexed for semantic search, in addition to documents."""
+    index_max_points: Annotated[int, Field(ge=1, le=10_000_000)] = 250_000
+    """Chunks and messages for which the embedded index has room. It holds them in memory: about
+    1.7 KB each with the offline embeddings, and 0.7 KB and 4 bytes for each dimension with others.
+    Further ones are not indexed. A Qdrant server has no limit."""
     search_timeout: PositiveFloat = 5.0
     """Seconds that one request to Qdrant or to the embeddings may take."""
     qdrant_url: str | None = Field(default=None, validation_alias=AliasChoices("QDRANT_URL"))

@@ -122,6 +122,10 @@ def _search_gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]
             "Points written to the search index since the start.",
             lambda: server.search.stats.indexed,
         ),
+        "chat_history_search_full": (
+            "1 if the embedded search index has no room for new points, else 0.",
+            lambda: server.search.stats.is_full,
+        ),
         "chat_history_search_queries_waiting": (
             "Searches that wait for the index or the embeddings.",
             lambda: server.search.query_stats.waiting,

@@ -49,6 +49,7 @@ TOPICS = {
     "Search": (
         "search",
         "index_messages",
+        "index_max_points",
         "search_timeout",
         "qdrant_url",
         "qdrant_api_key",

@@ -45,8 +45,9 @@ def create_index(
             "folder": str(settings.data_dir / "qdrant"),
             "alias": alias,
             "dimensions": dimensions,
+            "max_points": settings.index_max_points,
         }
-        return SearchProcessIndex(process)
+        return SearchProcessIndex(process, settings.index_max_points)
     # Imported late: with the embedded index only the search process needs the memory.
     from service.search.qdrant import QdrantIndex, connect  # noqa: PLC0415
 

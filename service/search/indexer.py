@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,10 +23,13 @@ import structlog
 from service.search import pacing
 from service.search.embeddings import Embeddings
 from service.search.index_changes import ChangeBuilder, Rejection
+from service.search.index_writer import IndexWriter, WriteFailed
 from service.search.types import (
     Changes,
+    IndexFull,
     IndexingStats,
     InputRejected,
+    Point,
     PointFilter,
     PointKind,
     SearchOverloaded,
@@ -114,7 +117,7 @@ class Indexer:
         self._outbox = Outbox(database)
         self._source = IndexSource(database)
         self._reindex_state = ReindexState(database, alias)
-        self._index = index
+        self._writer = IndexWriter(index, self.stats)
         self._changes = ChangeBuilder(embeddings, dimensions)
         self._indexes_messages = indexes_messages
         self._on_down = on_down
@@ -156,6 +159,12 @@ class Indexer:
             except SearchOverloaded:
                 failures += 1
                 wait_s = backoff(failures, base_s=0.5, cap_s=30.0) + 0.5
+            except WriteFailed as error:
+                if not await self._writer.is_searchable():
+                    self._on_down(str(error))
+                    return
+                await self._writer.pause(str(error))
+                wait_s = 0.0
             except SearchUnavailable as error:
                 # `Search` polls the index until it responds, and then starts this indexer again.
                 self._on_down(str(error))
@@ -301,15 +310,19 @@ class Indexer:
             if rejection.is_final or row not in batch.rejected:
                 batch.rejected[row] = rejection
         if changes.upserts or changes.deletes:
-            await self._write(batch, changes)
+            for point in await self._write(batch, changes):
+                row = by_entity[point.user_id, point.entity_id]
+                batch.rejected[row] = Rejection(IndexFull.REASON, is_final=True)
         duration_s = self._loop.time() - started_at
         rest_s = pacing.rest_s(duration_s, time.process_time() - cpu_started_s, self._cores)
         await asyncio.sleep(min(rest_s, LEASE_S - LEASE_MARGIN_S))
 
-    async def _write(self, batch: _Batch, changes: Changes) -> None:
+    async def _write(self, batch: _Batch, changes: Changes) -> Sequence[Point]:
+        """Write changes; return the new points for which the index has no room."""
         await self._ensure_lease(batch)
-        await self._index.write(changes, batch.building)
-        self.stats.indexed += len(changes.upserts)
+        refused = await self._writer.write(changes, batch.building)
+        self.stats.indexed += len(changes.upserts) - len(refused)
+        return refused
 
     async def _ensure_lease(self, batch: _Batch) -> None:
         """Renew the lease if it could expire during the next write.
@@ -344,13 +357,14 @@ class Indexer:
         reason = rejection.reason
         attempt_count = MAX_ATTEMPTS - row.attempts if rejection.is_final else 1
         is_final = row.attempts + attempt_count >= MAX_ATTEMPTS
-        _log.warning(
-            "entity rejected by the index",
-            kind=OutboxKind(row.kind).name,
-            entity_id=row.entity_id,
-            reason=reason,
-            final=is_final,
-        )
+        if reason != IndexFull.REASON:  # Logged once, and not for each entity.
+            _log.warning(
+                "entity rejected by the index",
+                kind=OutboxKind(row.kind).name,
+                entity_id=row.entity_id,
+                reason=reason,
+                final=is_final,
+            )
         retry_after_s = None if is_final else min(RETRY_CAP_S, RETRY_BASE_S * 2**row.attempts)
         await self._outbox.release(
             lease_id, [row], retry_after_s, attempts=attempt_count, detail=reason

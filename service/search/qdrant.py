@@ -50,6 +50,9 @@ _REJECTED_GRPC_CODES = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "FAILED_PRECONDITION
 class QdrantIndex:
     """A `VectorIndex` in Qdrant, a server or the local mode of its client."""
 
+    max_points: int | None = None
+    is_full = False
+
     def __init__(
         self, client: AsyncQdrantClient, alias: str, dimensions: int, timeout_s: float = 10.0
     ) -> None:

@@ -177,9 +177,12 @@ class Search:
         if self._embeddings is None:
             if backends.needs_search_process(settings):
                 self._process = SearchProcess()
+                self._process.on_unresponsive = self._note_unresponsive_process
             self._embeddings = backends.create_embeddings(settings, self._process)
+        # Each time: with a Qdrant server, only this asks whether the search process responds.
+        dimensions = await self._embeddings.dimensions()
         if self._index is None:
-            self.dimensions = await self._embeddings.dimensions()
+            self.dimensions = dimensions
             self._alias = alias_name(
                 settings.qdrant_collection, self._embeddings.model, self.dimensions
             )
@@ -204,6 +207,10 @@ class Search:
         self._down.set()
         if was_healthy:
             self.on_change()
+
+    def _note_unresponsive_process(self) -> None:
+        if self.is_healthy:
+            self._mark_down("the search process does not respond")
 
     # -- rebuilding --------------------------------------------------------------------------------
 

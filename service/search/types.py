@@ -65,6 +65,14 @@ class Changes(NamedTuple):
     vectors: bytes = b""
     """The vectors of `upserts`, concatenated: 32-bit floats, little-endian."""
 
+    def upserts_only(self, kept: Sequence[int]) -> Changes:
+        """Return the upserts with these indexes, and nothing else."""
+        if len(kept) == len(self.upserts):
+            return Changes(upserts=self.upserts, vectors=self.vectors)
+        size = len(self.vectors) // len(self.upserts)
+        vectors = b"".join(self.vectors[n * size : (n + 1) * size] for n in kept)
+        return Changes(upserts=[self.upserts[n] for n in kept], vectors=vectors)
+
 
 class VectorQuery(NamedTuple):
     """The conditions of a nearest-neighbour search, which returns only points that meet them."""
@@ -110,6 +118,20 @@ class TextBlocked(InputRejected):
     is_final = True
 
 
+class IndexFull(InputRejected):
+    """The index has applied a write, except for new points for which it has no room."""
+
+    is_final = True
+    REASON: ClassVar[str] = (
+        "the embedded search index is full: set QDRANT_URL to use a Qdrant server, "
+        "or raise CHAT_HISTORY_INDEX_MAX_POINTS"
+    )
+
+    def __init__(self, refused: Sequence[Point]) -> None:
+        super().__init__(self.REASON)
+        self.refused = refused
+
+
 class SearchMisconfigured(Exception):
     """Configuration, index and installed packages do not match; the message says what to do."""
 
@@ -121,6 +143,11 @@ class VectorIndex(Protocol):
         SearchUnavailable: the index does not respond.
         InputRejected: the index rejects its input.
     """
+
+    max_points: int | None
+    """Points for which the index has room; None for no limit."""
+    is_full: bool
+    """Whether the latest write found no room for a new point."""
 
     async def open(self) -> bool:
         """Check the collection behind the alias; return False if there is none.
@@ -142,7 +169,11 @@ class VectorIndex(Protocol):
         """Point the alias at a collection and drop the alias's other collections."""
 
     async def write(self, changes: Changes, building: str | None) -> None:
-        """Apply changes to the live collection, and to the one that a rebuild is filling."""
+        """Apply changes to the live collection, and to the one that a rebuild is filling.
+
+        Raises:
+            IndexFull: there was no room for new points; everything else is applied.
+        """
 
     async def search(self, vector: bytes, query: VectorQuery) -> list[ScoredPoint]:
         """Return the points nearest to a vector, nearest first."""
@@ -166,6 +197,8 @@ class IndexingStats:
     """Points written since the start of the process."""
     oldest_pending_at: float | None = None
     """Monotonic time of the oldest change that is not indexed."""
+    is_full: bool = False
+    """Whether the index has no room for new points."""
 
     @property
     def lag_s(self) -> float:

@@ -1,21 +1,25 @@
 """The search process: the embedded Qdrant and the offline embeddings.
 
-`python -m service.search.worker.child FD` serves the requests that arrive on the socket FD, one at
-a time, and exits when its parent does. It is a process of its own because Qdrant's local mode and
-the embeddings hold the interpreter lock while they work. It runs at a lower priority, so that
-indexing does not slow chat down.
+`python -m service.search.worker.child FD BEATS` serves the requests that arrive on the socket FD,
+one at a time, and exits when its parent does. A thread returns the bytes that arrive on the socket
+BEATS. It is a process of its own because Qdrant's local mode and the embeddings hold the
+interpreter lock while they work. It runs at a lower priority, so that indexing does not slow
+chat down.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
+import gc
 import os
 import pickle
 import signal
 import socket
 import sqlite3
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -32,7 +36,7 @@ from service.search.types import (
     SearchUnavailable,
     VectorQuery,
 )
-from service.search.worker import framing
+from service.search.worker import framing, heartbeat
 from service.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -50,6 +54,11 @@ OOM_SCORE = 500
 """Makes the kernel end this process rather than the server when memory runs out (-1000 to 1000)."""
 MAX_CPU_S = 10.0
 """Processor time of one request to the embeddings. The longest ones use about a second."""
+OUT_OF_MEMORY = errno.ENOMEM
+"""Exit code after a failed allocation: a new process has its memory again."""
+FAILED_DELETE = errno.EIO
+"""Exit code after a failed delete by a filter. In memory the points are deleted, so that a second
+attempt would find none, and they would stay in the file."""
 LOCK_TIMEOUT_S = 10.0
 """Time to wait for the folder's lock while the search process of a killed server exits."""
 _BATCH_CHARS = 65_536
@@ -145,6 +154,8 @@ class LocalIndex:
     def __init__(self) -> None:
         self._client: AsyncQdrantClient | None = None
         self._index: QdrantIndex | None = None
+        self._max_points = 0
+        self._is_full = False
 
     async def setup(self, argument: dict[str, Any], _blob: bytes) -> Reply:
         """Open the folder, once; return where a damaged folder was moved, if one was.
@@ -154,20 +165,22 @@ class LocalIndex:
             SearchUnavailable: another process has the folder open.
         """
         from service.search.qdrant import QdrantIndex  # noqa: PLC0415
-        from service.search.worker import qdrant_local  # noqa: PLC0415
+        from service.search.worker import qdrant_local, qdrant_memory  # noqa: PLC0415
 
         if self._index is not None:
             return None, b""
         folder = Path(argument["folder"])
         qdrant_local.check_package(folder.parent)
+        max_points: int = argument["max_points"]
+        qdrant_memory.install(max_points)
         client, moved_to = await _open(folder)
         try:
-            qdrant_local.patch_collections(client)
+            qdrant_local.patch_collections(client, max_points)
         except SearchMisconfigured:
             # Otherwise the next attempt would find the folder locked by this process.
             await client.close()
             raise
-        self._client = client
+        self._client, self._max_points = client, max_points
         self._index = QdrantIndex(client, argument["alias"], argument["dimensions"])
         return moved_to, b""
 
@@ -186,7 +199,7 @@ class LocalIndex:
 
         name = await self.index.create_collection()
         assert self._client is not None  # noqa: S101 - set together with the index
-        qdrant_local.patch_collections(self._client)
+        qdrant_local.patch_collections(self._client, self._max_points)
         return name, b""
 
     async def live_collection(self, _argument: Any, _blob: bytes) -> Reply:
@@ -194,6 +207,8 @@ class LocalIndex:
 
     async def publish(self, collection: str, _blob: bytes) -> Reply:
         await self.index.publish(collection)
+        # The collection that was dropped refers to itself, and holds its vectors until then.
+        gc.collect()
         return None, b""
 
     async def write(self, argument: dict[str, Any], blob: bytes) -> Reply:
@@ -204,11 +219,37 @@ class LocalIndex:
             blob,
         )
         try:
-            await self.index.write(changes, argument["building"])
-        finally:
-            # Also after a failure: the changes before it are valid and already in memory.
-            self._commit(purge_deleted=bool(changes.delete_filters or changes.deletes))
-        return None, b""
+            try:
+                refused, is_full = await self._apply(changes, argument["building"])
+            finally:
+                # Also after a failure: the changes before it are valid and already in memory.
+                self._commit(purge_deleted=bool(changes.delete_filters or changes.deletes))
+        except sqlite3.OperationalError as error:
+            if changes.delete_filters:
+                os._exit(FAILED_DELETE)
+            # Its messages are fixed texts, such as "database or disk is full".
+            raise SearchUnavailable(f"the embedded index cannot be written: {error}") from error
+        return (refused, is_full), b""
+
+    async def _apply(self, changes: Changes, building: str | None) -> tuple[list[int], bool]:
+        """Apply changes; return the indexes of upserts without room, and whether it is full."""
+        from service.search.worker import qdrant_local  # noqa: PLC0415
+
+        if changes.delete_filters or changes.deletes:
+            # First, since they make room.
+            await self.index.write(changes._replace(upserts=(), vectors=b""), building)
+        if not changes.upserts:
+            return [], self._is_full
+        assert self._client is not None  # noqa: S101 - set together with the index
+        names = {building, await self.index.live_collection()}
+        ids = [point.id for point in changes.upserts]
+        refused_ids, self._is_full = qdrant_local.find_room(
+            self._client, names, ids, was_full=self._is_full
+        )
+        accepted = [n for n, point_id in enumerate(ids) if point_id not in refused_ids]
+        if accepted:
+            await self.index.write(changes.upserts_only(accepted), building)
+        return sorted(set(range(len(ids))) - set(accepted)), self._is_full
 
     def _commit(self, *, purge_deleted: bool) -> None:
         from service.search.worker import qdrant_local  # noqa: PLC0415
@@ -318,6 +359,8 @@ async def _answer(handlers: dict[str, Handler], frame: framing.Frame) -> bytes:
         with _cpu_limit(operation):
             result, blob = await handlers[operation](argument, frame.blob)
         return framing.encode([number, None, result], blob)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
     except Exception as error:  # noqa: BLE001 - the parent raises it again
         if operation in framing.EMBEDDING_OPERATIONS and isinstance(
             error, (ValueError, TypeError, OverflowError)
@@ -343,8 +386,13 @@ def main() -> None:
         os.nice(NICENESS)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
-        asyncio.run(serve(connection))
+    beats = socket.socket(fileno=int(sys.argv[2]))
+    threading.Thread(target=heartbeat.answer, args=[beats], daemon=True).start()
+    try:
+        with socket.socket(fileno=int(sys.argv[1])) as connection:
+            asyncio.run(serve(connection))
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
     # Every write is committed already, and unloading the libraries takes longer than all else here.
     os._exit(0)
 

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ import structlog
 
 from service.search.types import (
     Changes,
+    IndexFull,
     InputRejected,
     Point,
     PointFilter,
@@ -25,7 +26,8 @@ from service.search.types import (
     TextBlocked,
     VectorQuery,
 )
-from service.search.worker import framing, restarts
+from service.search.worker import framing, heartbeat, restarts
+from service.search.worker.heartbeat import Heartbeat
 from service.search.worker.suspects import Suspects
 from service.search.worker.turns import Turns
 
@@ -72,6 +74,8 @@ class _Connection:
         process: subprocess.Popen[bytes],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        beats: socket.socket,
+        on_unresponsive: Callable[[], None],
     ) -> None:
         self.process = process
         self.writer = writer
@@ -81,6 +85,8 @@ class _Connection:
         """Whether the process has opened the embedded index."""
         self.started_at = asyncio.get_running_loop().time()
         self._is_killed = False
+        self._on_unresponsive = on_unresponsive
+        self._heartbeat = Heartbeat(beats, self._on_missed_beats)
         self._reader = reader
         self._receiver = asyncio.get_running_loop().create_task(self._receive())
 
@@ -111,6 +117,15 @@ class _Connection:
                 reply.set_exception(ProcessDied("the search process has died"))
         self.replies.clear()
 
+    def _on_missed_beats(self, count: int) -> None:
+        if self._is_killed:
+            return
+        if count == heartbeat.SUSPECT_AFTER:
+            self._on_unresponsive()
+        elif count == heartbeat.DEAD_AFTER:
+            _log.warning("the search process is stuck and is ended", operation="heartbeat")
+            self.kill()
+
     @property
     def is_alive(self) -> bool:
         return not self._is_killed and not self._receiver.done() and self.process.poll() is None
@@ -122,6 +137,7 @@ class _Connection:
 
     async def close(self) -> None:
         """Close the socket, which ends the process; kill it after _EXIT_TIMEOUT_S."""
+        await self._heartbeat.close()
         self.writer.close()
         self._receiver.cancel()
         with suppress(asyncio.CancelledError, ConnectionError):
@@ -147,6 +163,9 @@ class SearchProcess:
         """Options of the embedded index, if any; set them before the first request to it."""
         self.restart_count = 0
         """Times that the process was started again since the start of the service."""
+        self.on_unresponsive: Callable[[], None] = lambda: None
+        """Called when the process stops responding. If it does not respond again soon, it is ended,
+        and the next request starts it again."""
         self._connection: _Connection | None = None
         self._start_lock = asyncio.Lock()
         self._numbers = itertools.count()
@@ -305,22 +324,26 @@ class SearchProcess:
             async with asyncio.timeout(delay_s):
                 await self._closed.wait()
 
-    @staticmethod
-    async def _start() -> _Connection:
+    async def _start(self) -> _Connection:
         own_end, child_end = socket.socketpair()
-        with child_end:
+        own_beats, child_beats = socket.socketpair()
+        with child_end, child_beats:
+            ends = [child_end.fileno(), child_beats.fileno()]
             # A new interpreter instead of a fork, which would copy this process's threads, locks
             # and sockets.
             process = subprocess.Popen(  # noqa: ASYNC220, S603 - returns quickly; no external input
-                [sys.executable, "-m", "service.search.worker.child", str(child_end.fileno())],
-                pass_fds=[child_end.fileno()],
+                [sys.executable, "-m", "service.search.worker.child", *map(str, ends)],
+                pass_fds=ends,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=os.environ | _ONE_THREAD,
             )
         own_end.setblocking(False)
         reader, writer = await asyncio.open_connection(sock=own_end)
-        return _Connection(process, reader, writer)
+        return _Connection(process, reader, writer, own_beats, self._report_unresponsive)
+
+    def _report_unresponsive(self) -> None:
+        self.on_unresponsive()
 
     async def close(self) -> None:
         """End the process after the request that it has received."""
@@ -334,8 +357,10 @@ class SearchProcess:
 class SearchProcessIndex:
     """A `VectorIndex` in the search process."""
 
-    def __init__(self, process: SearchProcess) -> None:
+    def __init__(self, process: SearchProcess, max_points: int) -> None:
         self._process = process
+        self.max_points: int | None = max_points
+        self.is_full = False
 
     async def open(self) -> bool:
         return bool((await self._process.call("open"))[0])
@@ -357,7 +382,9 @@ class SearchProcessIndex:
             "upserts": changes.upserts,
             "building": building,
         }
-        await self._process.call("write", argument, changes.vectors)
+        (refused, self.is_full), _ = await self._process.call("write", argument, changes.vectors)
+        if refused:
+            raise IndexFull([changes.upserts[n] for n in refused])
 
     async def search(self, vector: bytes, query: VectorQuery) -> list[ScoredPoint]:
         hits, _ = await self._process.call("search", query, vector, is_query=True)

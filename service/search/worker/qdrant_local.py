@@ -1,4 +1,4 @@
-"""Replaces two parts of qdrant-client's local mode that are too slow for a service.
+"""Replaces parts of qdrant-client's local mode that are too slow for a service.
 
 Local mode commits each point in a transaction of its own. It also evaluates a filter in Python for
 every point of a collection, through a tree of models: 15 to 40 µs a point, at every search and
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,9 +21,12 @@ from qdrant_client import AsyncQdrantClient, models
 from qdrant_client.local.local_collection import LocalCollection
 
 from service.search import packages
-from service.search.types import Point, PointKind, SearchMisconfigured
+from service.search.types import Point, PointFilter, PointKind, SearchMisconfigured
+from service.search.worker import qdrant_memory
 
 _MASK_PARAMETERS = ["self", "payload_filter", "vector_name"]
+_FIELDS = tuple(PointFilter._fields)
+"""The fields of a payload that filters have."""
 
 
 def check_package(data_dir: Path) -> None:
@@ -42,6 +45,9 @@ def check_package(data_dir: Path) -> None:
         signature = inspect.signature(LocalCollection._payload_and_non_deleted_mask)  # noqa: SLF001
         if list(signature.parameters) != _MASK_PARAMETERS:
             raise _changed(f"LocalCollection._payload_and_non_deleted_mask{signature}")
+        for name, (function, parameters) in qdrant_memory.REPLACED.items():
+            if list((signature := inspect.signature(function)).parameters) != parameters:
+                raise _changed(f"{name}{signature}")
         _ = _collections(AsyncQdrantClient(location=":memory:"))
         with tempfile.TemporaryDirectory(prefix="qdrant-check-", dir=data_dir) as folder:
             _check_collection(folder)
@@ -50,7 +56,7 @@ def check_package(data_dir: Path) -> None:
 
 
 def _check_collection(folder: str) -> None:
-    """Check that a patched collection defers its commits and filters its points."""
+    """Check that a patched collection defers its commits, and adds and filters its points."""
     config = models.CreateCollection(
         vectors=models.VectorParams(size=1, distance=models.Distance.COSINE)
     )
@@ -70,20 +76,28 @@ def _check_collection(folder: str) -> None:
         mask = collection._payload_and_non_deleted_mask(models.Filter(must=[condition]), "")  # noqa: SLF001
         if list(mask) != [False, True]:
             raise _changed("LocalCollection filters points in another way")
+        if collection.deleted.dtype != bool:
+            raise _changed("LocalCollection adds points in another way")
     finally:
         collection.close()
 
 
-def patch_collections(client: AsyncQdrantClient) -> None:
+def patch_collections(
+    client: AsyncQdrantClient, max_points: int = qdrant_memory.MAX_POINTS
+) -> None:
     """Patch a client's collections, except those that are patched already.
+
+    Args:
+        client: The client.
+        max_points: Points for which each collection has room.
 
     Raises:
         SearchMisconfigured: a collection does not have the internals to replace.
     """
     try:
         for collection in _collections(client):
-            _patch(collection)
-    except (AttributeError, TypeError) as error:
+            _patch(collection, max_points)
+    except (AttributeError, TypeError, LookupError) as error:
         raise _changed(str(error)) from error
 
 
@@ -101,14 +115,45 @@ def commit(client: AsyncQdrantClient, *, purge_deleted: bool) -> None:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-def _patch(collection: Any) -> None:
+def find_room(
+    client: AsyncQdrantClient, names: Iterable[str | None], ids: Sequence[str], *, was_full: bool
+) -> tuple[set[str], bool]:
+    """Find out for which points some collections have room.
+
+    Args:
+        client: The client.
+        names: The collections; None and names of others are ignored.
+        ids: Points to be written to each of them.
+        was_full: Whether there was no room before. It ends only when a part of the room is free, so
+            that the state does not change with every delete.
+
+    Returns:
+        The ids for which there is no room, and whether there is no room now.
+    """
+    local: Any = client._client  # noqa: SLF001
+    adders: list[qdrant_memory.AddPoint] = [
+        local.collections[name]._add_point  # noqa: SLF001
+        for name in names
+        if name in local.collections
+    ]
+    refused = {point_id for adder in adders for point_id in adder.find_room(ids)}
+    is_full = bool(refused) or (
+        was_full and any(adder.free_count < adder.min_free_count for adder in adders)
+    )
+    return refused, is_full
+
+
+def _patch(collection: Any, max_points: int = qdrant_memory.MAX_POINTS) -> None:
     connection = collection.storage.storage
     if not isinstance(connection, _DeferredCommits):
         if not isinstance(connection, sqlite3.Connection):
             raise _changed(f"a collection's storage is a {type(connection).__name__}")
         collection.storage.storage = _DeferredCommits(connection)
     if not isinstance(collection._payload_and_non_deleted_mask, _PayloadMask):  # noqa: SLF001
-        collection._payload_and_non_deleted_mask = _PayloadMask(collection)  # noqa: SLF001
+        mask = collection._payload_and_non_deleted_mask = _PayloadMask(collection)  # noqa: SLF001
+        collection._add_point = qdrant_memory.AddPoint(  # noqa: SLF001
+            collection, max_points, mask.reset
+        )
 
 
 def _collections(client: AsyncQdrantClient) -> list[Any]:
@@ -154,9 +199,13 @@ class _PayloadMask:
     def __init__(self, collection: Any) -> None:
         self._collection = collection
         self._original = collection._payload_and_non_deleted_mask  # noqa: SLF001
+        self.reset()
+
+    def reset(self) -> None:
+        """Read all payloads again: points have changed their places."""
         self._count = 0
-        self._codes: dict[str, dict[Any, int]] = {field: {} for field in Point._fields}
-        self._columns = {field: np.empty(0, dtype=np.int32) for field in Point._fields}
+        self._codes: dict[str, dict[Any, int]] = {field: {} for field in _FIELDS}
+        self._columns = {field: np.empty(0, dtype=np.int32) for field in _FIELDS}
 
     def __call__(self, payload_filter: models.Filter | None, vector_name: str | None = None) -> Any:
         """Return a boolean array: which points exist and match the filter."""
@@ -205,7 +254,7 @@ def _match_any_conditions(
             not isinstance(condition, models.FieldCondition)
             or not isinstance(condition.match, models.MatchAny)
             or condition.model_fields_set != {"key", "match"}
-            or condition.key not in Point._fields
+            or condition.key not in _FIELDS
         ):
             return None
         conditions.append((condition.key, condition.match.any))
