@@ -172,6 +172,22 @@ class FailedPrecondition(ServiceError):
     default_reason = "SESSION_ARCHIVED"
 
 
+class OutOfRange(ServiceError):
+    """A position of the caller is beyond what the database holds, or names other data."""
+
+    default_reason = "HISTORY_RESTORED"
+
+    @classmethod
+    def history_restored(cls, session_id: str, last_seq: int) -> OutOfRange:
+        """Create the error for a session that has lost messages which its watcher has received."""
+        return cls(
+            "the session does not hold what was received: the database was restored to an earlier "
+            "state, or after_seq is wrong; list the messages again, and watch from the last one",
+            session_id=session_id,
+            last_seq=last_seq,
+        )
+
+
 class Unauthenticated(ServiceError):
     """The caller's identity is missing or invalid."""
 

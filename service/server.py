@@ -47,6 +47,7 @@ from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.db.durability import log_weaknesses
+from service.store.epoch import EpochKeeper
 from service.store.watch import WatchHub
 from service.telemetry.loop_monitor import LoopMonitor
 
@@ -107,6 +108,8 @@ class Server:
         )
         self.readiness = Readiness(self.database)
         self.database.on_suspected_outage = self.readiness.request_probe
+        self.epoch = EpochKeeper(self.database)
+        self.readiness.on_success = self.epoch.check_soon
         self.search = search = self._create_search()
         self.health = Health(self.database, self.readiness, search)
         self.appender = Appender(
@@ -115,9 +118,9 @@ class Server:
             search_enabled=search.indexes_messages,
             raises_synchronous_commit=settings.db_synchronous_commit == "on",
         )
-        self.watchers = WatchHub(self.database)
+        self.watchers = WatchHub(self.database, self.epoch)
         self.appender.on_appended = (
-            self._on_appended if search.indexes_messages else self.watchers.session_changed
+            self._on_indexed_append if search.indexes_messages else self._on_append
         )
         self.calls = Admission(settings.max_in_flight)
         self.streams = StreamAdmission(
@@ -239,6 +242,7 @@ class Server:
         self.unread_replies.close()
         await self.connection_limit.stop()
         credentials.close_authenticator(self.authenticate)
+        await _wait_at_most(LAST_WRITES_TIMEOUT_S, "history epoch", self.epoch.stop())
         await asyncio.gather(
             _wait_at_most(LAST_WRITES_TIMEOUT_S, "health checks", self.health.cancel_probes()),
             self.appender.drain(LAST_WRITES_TIMEOUT_S),
@@ -259,11 +263,16 @@ class Server:
         # Imported here so that a service without search does not load its packages.
         from service.search.service import Search  # noqa: PLC0415
 
-        search = Search(self.settings, self.database, self.readiness.wait_ready)
+        search = Search(self.settings, self.database, self.epoch, self.readiness.wait_ready)
         search.on_change = self.readiness.notify
         return search
 
-    def _on_appended(self, user_id: str, session_id: str) -> None:
+    def _on_append(self, user_id: str, session_id: str) -> None:
+        self.watchers.session_changed(user_id, session_id)
+        self.epoch.wake()
+
+    def _on_indexed_append(self, user_id: str, session_id: str) -> None:
+        # The indexer raises the counter of the epoch.
         self.watchers.session_changed(user_id, session_id)
         self.search.wake()
 

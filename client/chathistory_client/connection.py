@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -139,6 +139,7 @@ class Connection:
         request: Request,
         token: str,
         timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> AsyncGenerator[Response]:
         """Open one stream and yield its responses. Closing the generator cancels the call.
 
@@ -147,6 +148,7 @@ class Connection:
             request: The request.
             token: The bearer token, empty for none.
             timeout: Seconds for the whole stream. None for no limit.
+            metadata: Further metadata of the call.
 
         Raises:
             ChatHistoryError: The stream failed; the subclass depends on the status code.
@@ -155,7 +157,7 @@ class Connection:
             call = method(stub)(
                 request,
                 timeout=timeout,
-                metadata=_metadata(token),
+                metadata=_metadata(token, metadata),
                 wait_for_ready=self._wait_for_ready,
             )
             try:
@@ -233,8 +235,8 @@ def _is_local_deadline(error: errors.ChatHistoryError) -> bool:
     return error.code is grpc.StatusCode.DEADLINE_EXCEEDED and not error.reason
 
 
-def _metadata(token: str) -> aio.Metadata:
-    pairs: list[tuple[str, Any]] = list(tracing.headers())
+def _metadata(token: str, extra: Mapping[str, str] | None = None) -> aio.Metadata:
+    pairs: list[tuple[str, Any]] = [*tracing.headers(), *(extra or {}).items()]
     if token:
         # Sent as metadata: gRPC refuses call credentials in plaintext, even to this machine.
         pairs.append(("authorization", f"Bearer {token}"))

@@ -86,6 +86,13 @@ class FailedPrecondition(ChatHistoryError):
     """The state of the resource does not allow the call, or search is off."""
 
 
+class OutOfRange(ChatHistoryError):
+    """The database was restored to an earlier state, and lacks messages that a watch has received.
+
+    List the session's messages again, and watch from the last one.
+    """
+
+
 class Unauthenticated(ChatHistoryError):
     """The token is missing, invalid or expired."""
 
@@ -116,6 +123,7 @@ _CLASSES: dict[grpc.StatusCode, type[ChatHistoryError]] = {
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
     grpc.StatusCode.ABORTED: Conflict,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.OUT_OF_RANGE: OutOfRange,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,

@@ -25,6 +25,9 @@ from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
 from chathistory_client.resumption import ResumeBackoff, can_resume
 
+AFTER_CREATE_TIME = "chathistory-after-create-time"
+"""Metadata of WatchMessages: the creation time of the message at `after_seq`, in microseconds."""
+
 ROLES: dict[str, Role.ValueType] = {
     "user": Role.ROLE_USER,
     "assistant": Role.ROLE_ASSISTANT,
@@ -406,21 +409,27 @@ class Messages(Connection):
         Raises:
             NotFound: The session does not exist, or it was deleted during the stream
                 (SESSION_NOT_FOUND).
+            OutOfRange: The database was restored to an earlier state (HISTORY_RESTORED). List the
+                messages again, and watch from the last one.
         """
         request = message_pb2.WatchMessagesRequest(
             user_id=user_id, session_id=session_id, after_seq=after_seq
         )
         backoff = ResumeBackoff()
+        metadata: dict[str, str] = {}
         while True:
             token = await self._get_token(self._timeout_s)
             try:
                 async with aclosing(
-                    self._stream(lambda stub: stub.WatchMessages, request, token)
+                    self._stream(lambda stub: stub.WatchMessages, request, token, metadata=metadata)
                 ) as responses:
                     async for response in responses:
                         backoff.reset()
                         if response.message.seq > request.after_seq:
                             request.after_seq = response.message.seq
+                            # With it the service notices that the message was lost by a restore.
+                            created_us = response.message.create_time.ToMicroseconds()
+                            metadata[AFTER_CREATE_TIME] = str(created_us)
                             yield response.message
             except ChatHistoryError as error:
                 if self._pool.is_closed:

@@ -53,6 +53,11 @@ class Call:
             self._connection = "" if peer.startswith("unix:") else peer
         return self._connection
 
+    def metadata(self, key: str) -> str:
+        """Return the value of a key of the request's metadata; empty if there is none."""
+        pairs = self._context.invocation_metadata() or ()
+        return next((str(value) for name, value in pairs if name == key), "")
+
     def charge(self, n_bytes: int) -> None:
         """Count bytes that the call holds until its end, or until `release`.
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from chathistory.v1 import message_pb2, session_pb2
 
-from service.errors import FieldViolation, InvalidArgument, NotFound, Unauthenticated
+from service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange, Unauthenticated
 from service.ids import new_id
 from service.rpc import convert, field_masks, paging
 from service.rpc.admission import draining_error
@@ -18,16 +18,21 @@ from service.rpc.conversion_turns import PAUSE_PARTS, PAUSE_REQUEST_BYTES
 from service.rpc.convert_structs import StructReader, metadata_json
 from service.rpc.handler import Handler, require_same_id
 from service.rpc.page_tokens import parse_integer
-from service.store import context, message_pages, messages, sessions
+from service.store import context, message_pages, messages, sessions, watch_pages
 from service.store.append.request import Append, NewMessage, NewSession
 from service.store.bounded_reads import STREAM_PAGE_BYTES, read_held
-from service.store.message_pages import WatchPosition
 from service.store.rows import MessageRow
 from service.store.watch import Watcher
+from service.store.watch_pages import WatchPosition
 
 DEFAULT_MAX_MESSAGES = 50
 WATCH_PAGE_SIZE = 100
 """Messages that one read of a watch returns, at most."""
+AFTER_CREATE_TIME = "chathistory-after-create-time"
+"""Metadata of WatchMessages: microseconds since 1970 of the creation of the message at `after_seq`.
+
+With it a watch that is opened again notices that another message has taken this seq.
+"""
 _WRITABLE = ("content", "parts", "metadata", "token_count", "feedback")
 
 
@@ -255,30 +260,47 @@ class Messages(Handler):
         """Send the messages after a seq, then each new one: in order, no gap, no repetition."""
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
-        session = await self.database.read(
-            lambda connection: sessions.get(connection, user_id, session_id),
+        seen_created_us = _seen_created_us(call)
+        position = await self.database.read(
+            lambda connection: watch_pages.open_position(
+                connection, user_id, session_id, request.after_seq, seen_created_us
+            ),
             owner_id=user_id,
             deadline=call.deadline,
         )
         loop = asyncio.get_running_loop()
-        position = WatchPosition(user_id, session_id, session.created_us, request.after_seq)
         with Watcher(
-            self.watchers, (user_id, session_id), session.created_us, request.after_seq
+            self.watchers, (user_id, session_id), position.session_created_us, position.seq
         ) as watcher:
             while True:
                 watcher.arm()
                 remaining_s = self._remaining_s(watcher, call)
+                if watcher.history_restored:
+                    raise await self._restored_error(position)
                 rows, has_more = await self._next_watch_page(position, call)
                 for row in rows:
                     message = await self.conversions.message(
                         row, session_id, user_id, loop.time() + self.call_timeout_s
                     )
                     yield message_pb2.WatchMessagesResponse(message=message)
-                    position = position._replace(seq=row.seq)
+                    position = position._replace(seq=row.seq, seen_created_us=row.created_us)
                 call.release(message_pages.total_bytes(rows))
                 del rows  # The watch may wait for long.
                 if not has_more:
                     await watcher.wait(remaining_s)
+
+    async def _restored_error(self, position: WatchPosition) -> OutOfRange:
+        """Return the error that ends a watch because the database has gone back in time.
+
+        Raises:
+            NotFound: the session did not exist at that time.
+        """
+        session = await self.database.read(
+            lambda connection: sessions.get(connection, position.user_id, position.session_id),
+            owner_id=position.user_id,
+            deadline=asyncio.get_running_loop().time() + self.call_timeout_s,
+        )
+        return OutOfRange.history_restored(position.session_id, session.last_seq)
 
     async def _next_watch_page(
         self, position: WatchPosition, call: Call
@@ -289,7 +311,7 @@ class Messages(Handler):
         database.
         """
         await call.reserve(STREAM_PAGE_BYTES)
-        rows, unread = await message_pages.list_since(
+        rows, unread = await watch_pages.list_since(
             self.reads,
             position,
             WATCH_PAGE_SIZE,
@@ -301,7 +323,7 @@ class Messages(Handler):
         # A message that is larger than a page, or a long run of tombstones.
         page = await read_held(
             call,
-            partial(message_pages.list_large_since, self.database, position, WATCH_PAGE_SIZE),
+            partial(watch_pages.list_large_since, self.database, position, WATCH_PAGE_SIZE),
             self.call_timeout_s,
         )
         return page.rows, page.unread_bytes is not None or len(page.rows) == WATCH_PAGE_SIZE
@@ -325,6 +347,21 @@ class Messages(Handler):
         if remaining_s <= 0:
             raise Unauthenticated("the token has expired; open the stream again with a new one")
         return remaining_s
+
+
+def _seen_created_us(call: Call) -> int:
+    """Return when the message at `after_seq` was created, as the client knows; 0 if it does not.
+
+    Raises:
+        InvalidArgument: the metadata is not a number.
+    """
+    text = call.metadata(AFTER_CREATE_TIME)
+    try:
+        return parse_integer(text) if text else 0
+    except ValueError:
+        raise InvalidArgument.field(
+            AFTER_CREATE_TIME, "must be a number of microseconds since 1970"
+        ) from None
 
 
 def _derived_session_id(user_id: str, request: message_pb2.AppendMessagesRequest) -> str:

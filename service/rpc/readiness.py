@@ -7,6 +7,7 @@ what it must. An idle database is left alone.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from enum import StrEnum
 from math import inf
 
@@ -57,6 +58,8 @@ class Readiness:
         """Probes the database until it works; None while no failure suggests an outage."""
         self._subscriptions: set[asyncio.Event] = set()
         self._was_ready = asyncio.Event()
+        self.on_success: Callable[[], None] = lambda: None
+        """Called after each probe that has found no problem."""
 
     @property
     def is_ready(self) -> bool:
@@ -113,6 +116,8 @@ class Readiness:
                 if self.is_ready and problems.is_failing and not problems.schema:
                     await asyncio.sleep(OBSERVATION_S)
                 self._judge(problems)
+                if not problems.is_failing:
+                    self.on_success()
                 is_over = not problems.is_failing and problems.table_lock is None
                 if is_over and self.is_ready and not self._probe_requested:
                     return

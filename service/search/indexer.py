@@ -5,6 +5,10 @@ the index, and deletes the rows. No transaction is open during a call of the ind
 embeddings. A lease ensures that one replica at a time processes a row, and no write starts so late
 that it could arrive after the lease has expired.
 
+Before each write the indexer raises the counter of the history, and it stores the mark together
+with the changes. If PostgreSQL loses what the index holds, it loses that counter, too, and the
+index is rebuilt (`store/epoch.py`).
+
 The indexer runs at its start and after commits of its own process. It sets a timer only while rows
 are pending: an idle service sends no statement, so that a serverless database can suspend.
 """
@@ -37,6 +41,8 @@ from service.search.types import (
     VectorIndex,
 )
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.epoch import EpochKeeper
+from service.store.history_mark import Mark, is_index_ahead
 from service.store.outbox.index_source import EntityKey, IndexSource, Range, split_ranges
 from service.store.outbox.outbox import MAX_ATTEMPTS, Backlog, LeasedRow, Outbox
 from service.store.outbox.reindex_state import ReindexState
@@ -61,6 +67,8 @@ BUSY_BATCH_WINDOW_S = 0.25
 is processed a few times a second only."""
 BUSY_MAX_LAG_S = 2.0
 """Lag above which batches follow each other without BUSY_BATCH_WINDOW_S."""
+AHEAD_PAUSE_S = 0.2
+"""Pause while a rebuild begins because the index holds what the database does not."""
 FINISH_ATTEMPTS = 6
 """Attempts to delete finished rows, with pauses that double from 5 ms."""
 
@@ -79,6 +87,8 @@ class _Batch:
     rows: list[LeasedRow]
     building: str | None = None
     """The collection that a rebuild is filling."""
+    index_mark: Mark | None = None
+    """The mark of the collection that is filled, or of the live one, before the first write."""
     rejected: dict[LeasedRow, Rejection] = field(default_factory=dict)
     """Rows of which an item was rejected."""
 
@@ -87,12 +97,21 @@ class LeaseLost(Exception):
     """The lease has expired, and another process may have claimed the same rows."""
 
 
+class IndexAhead(Exception):
+    """The index may hold what the database has lost, and must be rebuilt before it is written."""
+
+
+_INTERRUPTIONS = (SearchUnavailable, IndexAhead, asyncio.CancelledError, *DATABASE_ERRORS)
+"""Errors that end a batch whose rows must be processed again."""
+
+
 class Indexer:
     """Processes the outbox in the background; one for each server process."""
 
     def __init__(
         self,
         database: Database,
+        epoch: EpochKeeper,
         index: VectorIndex,
         embeddings: Embeddings,
         alias: str,
@@ -100,27 +119,33 @@ class Indexer:
         dimensions: int,
         indexes_messages: bool,
         on_down: Callable[[str], None],
+        on_ahead: Callable[[], None],
     ) -> None:
         """Create a stopped indexer.
 
         Args:
             database: The database.
+            epoch: The epoch of the database's history.
             index: The index.
             embeddings: The embeddings.
             alias: The alias of the index.
             dimensions: Dimensions of the index's vectors.
             indexes_messages: Whether messages are indexed, in addition to documents.
             on_down: Called with the reason when the indexer stops because search is unavailable.
+            on_ahead: Called when the index may hold what the database has lost.
         """
         self.stats = IndexingStats()
         self._database = database
         self._outbox = Outbox(database)
         self._source = IndexSource(database)
+        self._epoch = epoch
         self._reindex_state = ReindexState(database, alias)
+        self._index = index
         self._writer = IndexWriter(index, self.stats)
         self._changes = ChangeBuilder(embeddings, dimensions)
         self._indexes_messages = indexes_messages
         self._on_down = on_down
+        self._on_ahead = on_ahead
         self._loop = asyncio.get_running_loop()
         self._wakeup = asyncio.Event()
         self._cores = pacing.usable_cores()
@@ -169,6 +194,9 @@ class Indexer:
                 # `Search` polls the index until it responds, and then starts this indexer again.
                 self._on_down(str(error))
                 return
+            except IndexAhead:
+                self._on_ahead()
+                wait_s = AHEAD_PAUSE_S
             except Exception as error:  # noqa: BLE001 - no row may end the indexer
                 if not isinstance(error, (*DATABASE_ERRORS, LeaseLost)):
                     _log.error("indexing failed", error=type(error).__name__, exc_info=True)
@@ -230,8 +258,10 @@ class Indexer:
         try:
             # Read after the claim: a rebuild that begins later enqueues every row again.
             batch.building = await self._reindex_state.building_collection()
+            batch.index_mark = await self._index.read_mark(batch.building)
+            self._require_same_history(batch, await self._epoch.read())
             await self._index_rows(batch, batch.rows)
-        except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
+        except _INTERRUPTIONS:
             await asyncio.shield(self._release_batch(batch))
             raise
         except InputRejected as error:
@@ -241,8 +271,17 @@ class Indexer:
         return True
 
     async def _release_batch(self, batch: _Batch) -> None:
+        """Release the rows for an immediate claim."""
+        rows = batch.rows
         with suppress(*DATABASE_ERRORS):
-            await self._outbox.release(batch.lease_id, batch.rows, 0.0)
+            for attempt in range(FINISH_ATTEMPTS):
+                released_keys = await self._outbox.release(batch.lease_id, rows, 0.0)
+                rows = [row for row in rows if row[:3] not in released_keys]
+                if not rows:
+                    return
+                # An append or a rebuild has locked the remaining rows, which would otherwise wait
+                # for the end of the lease.
+                await asyncio.sleep(0.005 * 2**attempt)
 
     async def _isolate_rejected(self, batch: _Batch, rejection: Rejection) -> None:
         """Process each row alone, so that a rejected one does not block the others."""
@@ -254,7 +293,7 @@ class Indexer:
                 await self._index_rows(batch, [row])
             except InputRejected as error:
                 batch.rejected[row] = Rejection.of(error)
-            except (SearchUnavailable, asyncio.CancelledError, *DATABASE_ERRORS):
+            except _INTERRUPTIONS:
                 await asyncio.shield(self._release_batch(batch))
                 raise
 
@@ -320,9 +359,22 @@ class Indexer:
     async def _write(self, batch: _Batch, changes: Changes) -> Sequence[Point]:
         """Write changes; return the new points for which the index has no room."""
         await self._ensure_lease(batch)
-        refused = await self._writer.write(changes, batch.building)
+        # After the items were read: what the index holds was committed before this mark.
+        mark = await self._epoch.raise_mark()
+        self._require_same_history(batch, mark)
+        refused = await self._writer.write(changes._replace(mark=mark), batch.building)
         self.stats.indexed += len(changes.upserts) - len(refused)
         return refused
+
+    @staticmethod
+    def _require_same_history(batch: _Batch, mark: Mark) -> None:
+        """Check that the database has not lost what the index holds.
+
+        Raises:
+            IndexAhead: it may have.
+        """
+        if batch.index_mark is not None and is_index_ahead(batch.index_mark, mark):
+            raise IndexAhead
 
     async def _ensure_lease(self, batch: _Batch) -> None:
         """Renew the lease if it could expire during the next write.

@@ -19,6 +19,7 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 
 from service.search.types import (
     FLOAT_BYTES,
+    MARK_POINT,
     Changes,
     InputRejected,
     Point,
@@ -30,6 +31,7 @@ from service.search.types import (
     VectorQuery,
     unpack_vector,
 )
+from service.store.history_mark import Mark
 
 T = TypeVar("T")
 
@@ -83,7 +85,7 @@ class QdrantIndex:
             None,
         )
 
-    async def create_collection(self) -> str:
+    async def create_collection(self, mark: Mark | None = None) -> str:
         # A fixed-width time, so that names sort by age.
         name = f"{self._alias}_{time.time_ns():016x}"
         vectors = models.VectorParams(size=self._dimensions, distance=models.Distance.COSINE)
@@ -92,16 +94,37 @@ class QdrantIndex:
             await self._request(
                 self._client.create_payload_index(name, field, field_schema=schema, wait=True)
             )
+        if mark is not None:
+            await self._update(self._client.upsert(name, [self._mark_point(mark)], wait=True))
         if await self.live_collection() is None:
             await self._set_alias(name, replace=False)
         return name
+
+    async def has_collection(self, collection: str) -> bool:
+        return collection in await self._collection_names()
+
+    async def _collection_names(self) -> list[str]:
+        reply = await self._request(self._client.get_collections())
+        return [description.name for description in reply.collections]
+
+    async def read_mark(self, collection: str | None = None) -> Mark | None:
+        records = await self._request(
+            self._client.retrieve(collection or self._alias, [MARK_POINT.id], with_payload=True)
+        )
+        payload = records[0].payload if records else None
+        return Mark(str(payload["epoch"]), int(payload["counter"])) if payload else None
+
+    def _mark_point(self, mark: Mark) -> models.PointStruct:
+        # Not the zero vector, which has no direction.
+        vector = [1.0] + [0.0] * (self._dimensions - 1)
+        payload = {**MARK_POINT._asdict(), **mark._asdict()}
+        return models.PointStruct(id=MARK_POINT.id, vector=vector, payload=payload)
 
     async def publish(self, collection: str) -> None:
         live = await self.live_collection()
         if live != collection:
             await self._set_alias(collection, replace=live is not None)
-        reply = await self._request(self._client.get_collections())
-        for name in [description.name for description in reply.collections]:
+        for name in await self._collection_names():
             if name != collection and self._collection_name.fullmatch(name):
                 await self._request(self._client.delete_collection(name))
 
@@ -123,9 +146,16 @@ class QdrantIndex:
             await self._write(building, changes)
             if live == building:
                 return
+            # The rebuild may be due because the live one is ahead of the database. Until it is
+            # replaced, its mark must show that.
+            changes = changes._replace(mark=None)
         await self._write(self._alias, changes)
 
     async def _write(self, collection: str, changes: Changes) -> None:
+        marks = [self._mark_point(changes.mark)] if changes.mark else []
+        if marks and (changes.delete_filters or changes.deletes):
+            await self._update(self._client.upsert(collection, marks, wait=True))
+            marks = []
         for point_filter in changes.delete_filters:
             selector = models.FilterSelector(filter=_filter(point_filter))
             await self._update(self._client.delete(collection, selector, wait=True))
@@ -133,7 +163,8 @@ class QdrantIndex:
             ids = models.PointIdsList(points=[point.id for point in changes.deletes])
             await self._update(self._client.delete(collection, ids, wait=True))
         for points in self._upserts(changes):
-            await self._update(self._client.upsert(collection, points, wait=True))
+            await self._update(self._client.upsert(collection, marks + points, wait=True))
+            marks = []
 
     def _upserts(self, changes: Changes) -> Iterator[list[models.PointStruct]]:
         """Yield the points to write, in parts of up to MAX_UPSERT_NUMBERS."""

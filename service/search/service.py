@@ -18,7 +18,7 @@ from service.search import backends
 from service.search.embeddings import Embeddings
 from service.search.indexer import Indexer
 from service.search.query_queue import QueryQueue
-from service.search.rebuild import Rebuild
+from service.search.rebuild import Rebuild, is_ahead
 from service.search.types import (
     FLOAT_BYTES,
     IndexingStats,
@@ -35,6 +35,7 @@ from service.search.types import (
 )
 from service.search.worker.parent import SearchProcess
 from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.epoch import EpochKeeper
 from service.store.outbox.index_source import MAX_TEXT_CHARS
 from service.store.outbox.outbox import Outbox
 from service.store.outbox.reindex_state import RebuildProgress, ReindexState
@@ -57,13 +58,18 @@ class Search:
     is_enabled = True
 
     def __init__(
-        self, settings: Settings, database: Database, wait_ready: Callable[[], Awaitable[None]]
+        self,
+        settings: Settings,
+        database: Database,
+        epoch: EpochKeeper,
+        wait_ready: Callable[[], Awaitable[None]],
     ) -> None:
         """Prepare search; `start` opens it.
 
         Args:
             settings: The settings.
             database: The database.
+            epoch: The epoch of the database's history.
             wait_ready: Returns when the database is ready.
         """
         self.indexes_messages = settings.index_messages
@@ -78,6 +84,8 @@ class Search:
         """Dimensions of a vector, once known."""
         self._settings = settings
         self._database = database
+        self._epoch = epoch
+        epoch.on_restored.append(self._rebuild_if_ahead)
         self._wait_ready = wait_ready
         self.queries = QueryQueue(backends.query_limits(settings))
         """The queries that run and wait."""
@@ -89,6 +97,7 @@ class Search:
         self._down = asyncio.Event()
         self._supervisor_task: asyncio.Task[None] | None = None
         self._rebuild_task: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     def start(self) -> None:
         """Open search in the background."""
@@ -96,6 +105,7 @@ class Search:
 
     async def stop(self) -> None:
         """Stop indexing and close everything."""
+        self._is_stopping = True
         for task in (self._supervisor_task, self._rebuild_task):
             if task is not None:
                 task.cancel()
@@ -156,17 +166,21 @@ class Search:
         if self._indexer is None:
             self._indexer = Indexer(
                 self._database,
+                self._epoch,
                 index,
                 embeddings,
                 self._alias,
                 dimensions=self.dimensions or 0,
                 indexes_messages=self.indexes_messages,
                 on_down=self._mark_down,
+                on_ahead=self._rebuild_if_ahead,
             )
             await Outbox(self._database).retry_failed()
         progress = await ReindexState(self._database, self._alias).progress()
-        if not has_collection or progress is None or progress.collection is not None:
-            # This is the first start, or the index was lost, or a rebuild is unfinished.
+        is_unbuilt = not has_collection or progress is None or progress.collection is not None
+        if is_unbuilt or await is_ahead(index, self._epoch):
+            # This is the first start, or the index was lost, or a rebuild is unfinished, or the
+            # database was restored.
             self._start_rebuild(force=False)
         if has_collection:
             self._mark_up()
@@ -214,36 +228,27 @@ class Search:
 
     # -- rebuilding --------------------------------------------------------------------------------
 
-    def _start_rebuild(self, *, force: bool) -> None:
-        if self._rebuild_task is None or self._rebuild_task.done():
-            self._rebuild_task = asyncio.get_running_loop().create_task(
-                self._run_rebuild(force=force)
-            )
+    def _rebuild_if_ahead(self) -> None:
+        """Rebuild the index if it may hold what the database has lost by a restore."""
+        if self._indexer is not None:
+            self._start_rebuild(force=False)
 
-    async def _run_rebuild(self, *, force: bool) -> None:
-        """Rebuild the index; retry with a back-off until it is built."""
+    def _start_rebuild(self, *, force: bool) -> None:
+        is_running = self._rebuild_task is not None and not self._rebuild_task.done()
+        if is_running or self._is_stopping:
+            return
         assert self._index is not None  # noqa: S101 - callers run after `_open`
         rebuild = Rebuild(
             self._database,
+            self._epoch,
             self._index,
             self._alias,
             indexes_messages=self.indexes_messages,
             wake=self._wake_or_start,
         )
-        attempt = 0
-        while True:
-            try:
-                await rebuild.run(force=force)
-                return
-            except Exception as error:  # noqa: BLE001 - search needs an index
-                attempt += 1
-                is_expected = isinstance(error, (SearchUnavailable, *DATABASE_ERRORS))
-                _log.warning(
-                    "search index rebuild failed and is retried",
-                    problem=type(error).__name__,
-                    exc_info=not is_expected,
-                )
-                await asyncio.sleep(0.5 + backoff(attempt, base_s=0.5, cap_s=30.0))
+        self._rebuild_task = asyncio.get_running_loop().create_task(
+            rebuild.run_until_built(force=force)
+        )
 
     def _wake_or_start(self) -> None:
         """Wake the indexer; start it if the rebuild has just created the first collection."""
@@ -365,7 +370,9 @@ class Search:
             self._translating_errors(timeout_at),
         ):
             vector = query if isinstance(query, bytes) else await embeddings.embed_query(query)
-            return await index.search(vector, vector_query)
+            hits = await index.search(vector, vector_query)
+        self._epoch.look()
+        return hits
 
     def _timeout_at(self, deadline: float) -> float:
         """Return when a query of a call with this deadline times out."""

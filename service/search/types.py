@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, NamedTuple, Protocol
 
+from service.store.history_mark import Mark
+
 FLOAT_BYTES = 4
 _NAMESPACE = uuid.UUID("5d2bd0a5-5d04-5c1e-9d4e-4f0a3a3f2b11")
 """Namespace of the points' ids. Changing it orphans all points that are stored."""
@@ -48,6 +50,13 @@ class Point(NamedTuple):
         return str(uuid.uuid5(_NAMESPACE, "/".join(self)))
 
 
+MARK_POINT = Point("", "mark", "", "")
+"""The point that holds an index's mark: how far the history in PostgreSQL had come.
+
+No search and no delete selects it, since they name a user.
+"""
+
+
 class PointFilter(NamedTuple):
     """Selects all points of a user, or of one of the user's documents or sessions."""
 
@@ -64,14 +73,17 @@ class Changes(NamedTuple):
     upserts: Sequence[Point] = ()
     vectors: bytes = b""
     """The vectors of `upserts`, concatenated: 32-bit floats, little-endian."""
+    mark: Mark | None = None
+    """A mark of the database from a time after these changes were read; stored before them."""
 
     def upserts_only(self, kept: Sequence[int]) -> Changes:
-        """Return the upserts with these indexes, and nothing else."""
+        """Return the upserts with these indexes, and the mark, without the deletes."""
         if len(kept) == len(self.upserts):
-            return Changes(upserts=self.upserts, vectors=self.vectors)
+            return self._replace(delete_filters=(), deletes=())
         size = len(self.vectors) // len(self.upserts)
         vectors = b"".join(self.vectors[n * size : (n + 1) * size] for n in kept)
-        return Changes(upserts=[self.upserts[n] for n in kept], vectors=vectors)
+        upserts = [self.upserts[n] for n in kept]
+        return Changes(upserts=upserts, vectors=vectors, mark=self.mark)
 
 
 class VectorQuery(NamedTuple):
@@ -156,8 +168,8 @@ class VectorIndex(Protocol):
             SearchMisconfigured: its vectors have another dimension than the model's.
         """
 
-    async def create_collection(self) -> str:
-        """Create an empty collection and return its name.
+    async def create_collection(self, mark: Mark | None = None) -> str:
+        """Create an empty collection, with a mark, and return its name.
 
         The first collection is published immediately; a later one is separate from the live one.
         """
@@ -165,11 +177,23 @@ class VectorIndex(Protocol):
     async def live_collection(self) -> str | None:
         """Return the name of the collection behind the alias, if any."""
 
+    async def has_collection(self, collection: str) -> bool:
+        """Return whether a collection exists."""
+
+    async def read_mark(self, collection: str | None = None) -> Mark | None:
+        """Return the mark of a collection; None if it was written by a build without marks.
+
+        Args:
+            collection: Its name; None for the live one.
+        """
+
     async def publish(self, collection: str) -> None:
         """Point the alias at a collection and drop the alias's other collections."""
 
     async def write(self, changes: Changes, building: str | None) -> None:
         """Apply changes to the live collection, and to the one that a rebuild is filling.
+
+        During a rebuild only the collection that is filled gets the mark.
 
         Raises:
             IndexFull: there was no room for new points; everything else is applied.

@@ -12,5 +12,6 @@ How a function reaches the database follows from its first parameter:
   reads of the same kind. It is retried until its `deadline`.
 
 Background work belongs to objects that are created with a `Database` (Outbox, IndexSource,
-ReindexState, WatchHub). They send each statement once, and the worker decides on retries.
+ReindexState, WatchHub, EpochKeeper). They send each statement once, and the worker decides on
+retries.
 """

@@ -1,4 +1,4 @@
-"""Pages of messages: lists and watches, within bounds of rows and bytes.
+"""Pages of messages within bounds of rows and bytes. The pages of watches are in `watch_pages`.
 
 A hot statement returns at most HOT_READ_BYTES of messages, and scans a bounded number of
 tombstones. Expensive work reads the rest of the page (`bounded_reads`).
@@ -12,19 +12,15 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.errors import NotFound
 from service.store import sessions
 from service.store.bounded_reads import (
     HOT_READ_BYTES,
-    STREAM_PAGE_BYTES,
     Budget,
     Page,
     read_large,
 )
-from service.store.db.database import Database
 from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows, Types
-from service.store.db.work_class import WorkClass
-from service.store.rows import MAX_PAGE_BYTES, MessageRow, SessionRow, epoch_us, message_columns
+from service.store.rows import MAX_PAGE_BYTES, MessageRow, SessionRow, message_columns
 from service.store.tables import chat_messages, chat_sessions
 
 MAX_SEQ = 2**63 - 1
@@ -184,29 +180,8 @@ def _select_before_seq(parameters: Parameters, **bounds: Any) -> sa.Select[Any]:
     return select_bounded(parameters, sa.true(), descending=True, **bounds)
 
 
-def _select_after_seq_in_same_session(parameters: Parameters, **bounds: Any) -> sa.Select[Any]:
-    """Select as `_select_after_seq`, but only from the session created at `session_created_us`."""
-    is_same_session = (
-        sa.select(_session.id)
-        .where(
-            _session.user_id == parameters["user_id"],
-            _session.id == parameters["session_id"],
-            epoch_us(_session.created_at) == parameters["session_created_us"],
-        )
-        .correlate(*parameters.tables)
-        .exists()
-    )
-    return select_bounded(parameters, is_same_session, **bounds)
-
-
-def _watch_page(parameters: Parameters) -> sa.Select[Any]:
-    return _select_after_seq_in_same_session(parameters, max_bytes=STREAM_PAGE_BYTES)
-
-
 _AFTER_SEQ = BatchedRead(_select_after_seq, PAGE_PARAMETERS, size_column=SIZE_COLUMN)
 _BEFORE_SEQ = BatchedRead(_select_before_seq, PAGE_PARAMETERS, size_column=SIZE_COLUMN)
-_SAME_SESSION_PARAMETERS = PAGE_PARAMETERS | {"session_created_us": sa.BigInteger()}
-_AFTER_SEQ_IN_SAME_SESSION = BatchedRead(_watch_page, _SAME_SESSION_PARAMETERS)
 
 
 def large_read(
@@ -220,9 +195,6 @@ def large_read(
 LARGE_AFTER_SEQ = large_read(_select_after_seq)
 """Reads the messages after `seq`, oldest first."""
 _LARGE_BEFORE_SEQ = large_read(_select_before_seq)
-_LARGE_AFTER_SEQ_IN_SAME_SESSION = large_read(
-    _select_after_seq_in_same_session, _SAME_SESSION_PARAMETERS
-)
 
 
 async def read_in_steps(
@@ -310,16 +282,16 @@ async def list_page(
     ids = {"user_id": user_id, "session_id": session_id}
     records = await reads.fetch(read, deadline, **ids, seq=cursor, limit=limit + 1)
     rows, unread = split_read(records)
-    may_have_gap = not descending and _may_have_gap(rows, unread, cursor, limit + 1)
+    has_gap = not descending and may_have_gap(rows, unread, cursor, limit + 1)
     # Messages cannot exist without their session, so only an empty page needs this check.
-    if may_have_gap or not records:
+    if has_gap or not records:
         session = await reads.database.read(
             lambda connection: sessions.get(connection, user_id, session_id),
             owner_id=user_id,
             deadline=deadline,
         )
-        if may_have_gap:
-            unread = _behind_gap(session, rows, cursor, limit + 1)
+        if has_gap:
+            unread = behind_gap(session, rows, cursor, limit + 1)
     if unread is None:
         return rows[:limit], len(rows) > limit
     if unread.size:
@@ -348,7 +320,7 @@ async def list_page(
     return rows[:limit], len(rows) > limit or rest.unread_bytes is not None
 
 
-def _may_have_gap(rows: Sequence[MessageRow], unread: Unread | None, seq: int, limit: int) -> bool:
+def may_have_gap(rows: Sequence[MessageRow], unread: Unread | None, seq: int, limit: int) -> bool:
     """Return whether a hot read after `seq` may have ended early because of a gap in front.
 
     A session has one while it is being deleted, and if that was cut off.
@@ -356,69 +328,10 @@ def _may_have_gap(rows: Sequence[MessageRow], unread: Unread | None, seq: int, l
     return unread is None and len(rows) < limit and (not rows or rows[0].seq > seq + 1)
 
 
-def _behind_gap(
+def behind_gap(
     session: SessionRow, rows: Sequence[MessageRow], seq: int, limit: int
 ) -> Unread | None:
     """Return where such a read goes on; None if the session has no messages beyond its scan."""
     if session.last_seq <= seq + limit + limit // 2 + SPARE_SCANNED:
         return None
     return Unread((rows[-1].seq if rows else seq) + 1, 0)
-
-
-class WatchPosition(NamedTuple):
-    """Position of a watcher in a session."""
-
-    user_id: str
-    session_id: str
-    session_created_us: int
-    """When the session was created: one that was created later with the same id is another one."""
-    seq: int
-    """The watcher has seen the messages up to here."""
-
-
-async def list_since(
-    reads: ReadBatcher, position: WatchPosition, limit: int, *, deadline: float
-) -> tuple[list[MessageRow], Unread | None]:
-    """Read up to `limit` messages, or STREAM_PAGE_BYTES, after a position.
-
-    Returns:
-        The messages, and a row after them that was reached but not read.
-
-    Raises:
-        NotFound: the session was deleted.
-    """
-    records = await reads.fetch(
-        _AFTER_SEQ_IN_SAME_SESSION, deadline, **position._asdict(), limit=limit
-    )
-    rows, unread = split_read(records)
-    if _may_have_gap(rows, unread, position.seq, limit):
-        user_id, session_id, session_created_us, _ = position
-        session = await reads.database.read(
-            lambda connection: sessions.get(connection, user_id, session_id),
-            owner_id=user_id,
-            deadline=deadline,
-        )
-        if session.created_us != session_created_us:
-            raise NotFound.session(session_id)
-        unread = _behind_gap(session, rows, position.seq, limit)
-    return rows, unread
-
-
-async def list_large_since(
-    database: Database, position: WatchPosition, limit: int, max_bytes: int, deadline: float
-) -> Page[MessageRow]:
-    """Read as `list_since`, but by expensive work, up to `max_bytes`."""
-    return await database.read(
-        lambda connection: read_in_steps(
-            connection,
-            _LARGE_AFTER_SEQ_IN_SAME_SESSION,
-            position._asdict(),
-            position.seq,
-            limit,
-            max_bytes,
-            skips_gap=True,
-        ),
-        owner_id=position.user_id,
-        deadline=deadline,
-        work_class=WorkClass.EXPENSIVE,
-    )

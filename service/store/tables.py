@@ -34,9 +34,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from service.ids import SYSTEM_USER_ID
 
-BUILD = 3
+BUILD = 4
 """Number of this build: the revision of its newest migration."""
-REQUIRED_REVISION = 3
+REQUIRED_REVISION = 4
 """The oldest revision of the schema that this build works with."""
 SCHEMA = "chathistory"
 """Schema of a new installation, and the one that the texts of statements name."""
@@ -303,4 +303,18 @@ schema_info = Table(
     Column("min_build", Integer, nullable=False),
     PrimaryKeyConstraint("id"),
     CheckConstraint("id = 1", name="single"),
+)
+
+history_epoch = Table(
+    "history_epoch",
+    metadata,
+    # One row: the epoch of the history, and a counter that rises with the traffic. `epoch.py`
+    # explains them.
+    Column("id", Integer, nullable=False, server_default=text("1")),
+    Column("epoch", _id, nullable=False, server_default=text("gen_random_uuid()")),
+    Column("counter", BigInteger, nullable=False, server_default=text("0")),
+    PrimaryKeyConstraint("id"),
+    CheckConstraint("id = 1", name="single"),
+    # Leaves space for the row versions of the counter (HOT).
+    postgresql_with={"fillfactor": 10},
 )

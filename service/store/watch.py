@@ -16,15 +16,19 @@ import structlog
 
 from service.store.db.database import DATABASE_ERRORS, Database
 from service.store.db.hot_pool import Record, Statement
+from service.store.epoch import EpochKeeper
+from service.store.history_mark import Mark
 
 POLL_INTERVAL_S = 0.3
 """Seconds between two polls for the appends of other processes."""
 
 _LAST_SEQS = Statement.from_text("""
 SELECT s.user_id::text, s.id::text AS session_id, s.last_seq,
-       (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us
+       (date_part('epoch', s.created_at) * 1e6)::bigint AS session_created_us,
+       e.epoch::text, e.counter
 FROM unnest($1::uuid[], $2::uuid[]) AS w (user_id, id)
 JOIN chathistory.chat_sessions AS s ON s.user_id = w.user_id AND s.id = w.id
+LEFT JOIN chathistory.history_epoch AS e ON true
 """)
 
 _log = structlog.get_logger(__name__)
@@ -43,9 +47,11 @@ class Watcher:
         self.session_created_us = session_created_us
         """Creation time of the session: a session created later with its id is another one."""
         self.known_seq = seq
-        """The highest `last_seq` for which a poll has woken this watcher."""
+        """The latest `last_seq` for which a poll has woken this watcher."""
         self.session_deleted = False
         """True once the session was deleted: the stream must end."""
+        self.history_restored = False
+        """True once the database has gone back in time: the stream must end."""
         self._woken = asyncio.Event()
 
     def __enter__(self) -> Self:
@@ -81,8 +87,10 @@ class Watcher:
 class WatchHub:
     """All watchers of this process, and the task that polls for them."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, epoch: EpochKeeper) -> None:
         self._database = database
+        self._epoch = epoch
+        epoch.on_restored.append(self._end_history)
         self._watchers: dict[SessionKey, set[Watcher]] = {}
         self._poller: asyncio.Task[None] | None = None
         self.is_closing = False
@@ -128,6 +136,12 @@ class WatchHub:
             for watcher in watchers:
                 watcher.wake()
 
+    def _end_history(self) -> None:
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.history_restored = True
+        self._wake_all()
+
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
@@ -147,17 +161,24 @@ class WatchHub:
     async def _poll_once(self) -> None:
         keys = list(self._watchers)
         arguments = ([user_id for user_id, _ in keys], [session_id for _, session_id in keys])
+        known_mark = self._epoch.mark
         records = await self._database.fetch_once(_LAST_SEQS, *arguments)
+        if records and records[0]["epoch"] is not None:
+            stored_mark = Mark(records[0]["epoch"], records[0]["counter"])
+            self._epoch.compare(stored_mark, known_mark)
         sessions = {(record["user_id"], record["session_id"]): record for record in records}
         for key in keys:
             self._notify(key, sessions.get(key))
 
     def _notify(self, key: SessionKey, session: Record | None) -> None:
-        """Wake the watchers of a session that was deleted, or appended to, since the last poll."""
+        """Wake the watchers of a session that was deleted, or appended to, since the last poll.
+
+        A `last_seq` that has fallen wakes them, too: their next read finds that history was lost.
+        """
         for watcher in self._watchers.get(key, ()):
             if session is None or session["session_created_us"] != watcher.session_created_us:
                 watcher.session_deleted = True
                 watcher.wake()
-            elif session["last_seq"] > watcher.known_seq:
+            elif session["last_seq"] != watcher.known_seq:
                 watcher.known_seq = session["last_seq"]
                 watcher.wake()

@@ -8,10 +8,18 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from chathistory_client import ChatHistoryClient, DeadlineExceeded, NotFound, Unavailable, message
+from chathistory_client import (
+    ChatHistoryClient,
+    DeadlineExceeded,
+    NotFound,
+    OutOfRange,
+    Unavailable,
+    message,
+)
 from service.server import Server
 from tests.conftest import StartProcess
 from tests.support.clients import client_of
+from tests.support.lost_history import lose_messages
 from tests.support.proxy import Direction, Proxy
 
 pytestmark = pytest.mark.faults
@@ -222,6 +230,42 @@ async def test_watch_resumes_after_a_crash_and_after_a_drain_of_the_server(
         await asyncio.wait([watching])
 
     assert seen == list(range(1, 10))
+
+
+@pytest.mark.case(n=517)
+async def test_resumed_watch_reports_messages_that_a_failover_lost(
+    client: ChatHistoryClient,
+    proxied: ChatHistoryClient,
+    proxy: Proxy,
+    owner: str,
+    database_url: str,
+) -> None:
+    """The stream breaks in the failover, and others take the lost seqs before it is resumed."""
+    session = await client.create_session(user_id=owner)
+
+    async def append(count: int) -> None:
+        for _ in range(count):
+            await client.append_messages(
+                user_id=owner, session_id=session.id, messages=[message("user", "x")]
+            )
+
+    await append(6)
+    seen: list[int] = []
+    watching = asyncio.create_task(watch(proxied, owner, session.id, seen))
+    await wait_for_seen(seen, 6)
+    proxy.refuse_connections()
+    proxy.reset_connections()
+    await lose_messages(database_url, session.id, after_seq=4)
+    await append(3)
+    proxy.accept_connections()
+
+    with pytest.raises(OutOfRange) as caught:
+        async with asyncio.timeout(TIMEOUT_S):
+            await watching
+
+    assert caught.value.reason == "HISTORY_RESTORED"
+    assert caught.value.metadata == {"session_id": session.id, "last_seq": "7"}
+    assert seen == [1, 2, 3, 4, 5, 6]
 
 
 async def test_replicas_of_one_target_share_calls_and_calls_survive_the_loss_of_one(

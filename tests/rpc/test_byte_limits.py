@@ -261,7 +261,7 @@ async def test_calls_of_a_user_close_to_the_limit_are_rejected_before_any_work(
     server: Server, chat: Chat, cluster: Cluster, database_url: str
 ) -> None:
     session_id = await chat.start()
-    await until(lambda: not server.calls.in_flight)
+    await until(lambda: not server.calls.in_flight and server.epoch._task is None)
     n_bytes = server.budget.per_user * 15 // 16
     server.budget.add(chat.user_id, "", n_bytes)
     sent = SentStatements(cluster, database_url)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from chathistory.v1 import message_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
+from grpc import StatusCode
 
+from service.rpc.messages import AFTER_CREATE_TIME
 from service.server import Server
 from service.store import watch
 from tests.conftest import StartProcess
@@ -115,7 +117,7 @@ async def test_watchers_of_two_processes_receive_every_append(
         followers = [
             await stack.enter_async_context(following(chat, session.id, after_seq))
             for chat in chats
-            for after_seq in (0, 5, 40)
+            for after_seq in (0, 5, 7)
         ]
 
         async def write(number: int) -> None:
@@ -168,17 +170,56 @@ async def test_watch_sends_no_deletions_or_edits(chat: Chat) -> None:
         assert follower.got[0].content == "message 1"
 
 
-async def test_watch_after_a_future_seq_waits_for_it(chat: Chat) -> None:
+@pytest.mark.parametrize("after_seq", [3, 4, 2**63 - 1])
+async def test_watch_after_a_seq_that_the_session_lacks_is_out_of_range(
+    chat: Chat, after_seq: int
+) -> None:
     session_id = await chat.start(new_messages(2))
-    async with (
-        following(chat, session_id, after_seq=4) as ahead,
-        following(chat, session_id) as reader,
-    ):
-        for n in range(4):
-            await chat.append(session_id, f"{n}")
-            await asyncio.sleep(0.2)  # Time for several polls.
-        await asyncio.gather(ahead.reaches(6), reader.reaches(6))
-        assert ahead.seqs == [5, 6]
+    async with following(chat, session_id, after_seq) as follower:
+        ended = await follower.ends()
+    assert ended.code is StatusCode.OUT_OF_RANGE
+    assert (ended.reason, ended.retry_after) == ("HISTORY_RESTORED", None)
+    assert ended.metadata == {"session_id": session_id, "last_seq": "2"}
+
+
+async def test_watch_after_the_last_seq_waits_for_the_next(chat: Chat) -> None:
+    messages = new_messages(2)
+    session_id = await chat.start(messages)
+    await chat.delete(session_id, messages[1].id)
+    async with following(chat, session_id, after_seq=2) as follower:
+        await chat.append(session_id, "next")
+        await follower.reaches(3)
+        assert follower.seqs == [3]
+
+
+async def test_watch_that_is_resumed_with_the_time_of_its_last_message_goes_on(chat: Chat) -> None:
+    messages = new_messages(3)
+    session_id = await chat.start(messages)
+    await chat.delete(session_id, messages[0].id)
+    stored = await chat.all(session_id)
+    for message in stored:
+        time_us = message.create_time.ToMicroseconds()
+        watch = chat.watch(session_id, message.seq, metadata=((AFTER_CREATE_TIME, str(time_us)),))
+        await chat.append(session_id, "next")
+        assert (await watch.read()).message.seq == message.seq + 1
+        watch.cancel()
+
+
+async def test_watch_that_is_resumed_after_another_message_is_out_of_range(chat: Chat) -> None:
+    session_id = await chat.start(new_messages(3))
+    last = (await chat.all(session_id))[-1]
+    time_us = last.create_time.ToMicroseconds() - 1
+    watch = chat.watch(session_id, 3, metadata=((AFTER_CREATE_TIME, str(time_us)),))
+    await failures.assert_fails(
+        anext(aiter(watch)), "HISTORY_RESTORED", session_id=session_id, last_seq=3
+    )
+
+
+@pytest.mark.parametrize("text", ["yesterday", "-1", "1.5", str(2**63), "9" * 400])
+async def test_time_of_a_resumed_watch_must_be_a_number(chat: Chat, text: str) -> None:
+    session_id = await chat.start()
+    watch = chat.watch(session_id, 1, metadata=((AFTER_CREATE_TIME, text),))
+    await failures.assert_field_violations(anext(aiter(watch)), AFTER_CREATE_TIME)
 
 
 @pytest.mark.parametrize("eraser", [0, 1], ids=["same server", "other server"])

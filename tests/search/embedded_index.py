@@ -7,14 +7,16 @@ from typing import Any
 
 from qdrant_client import QdrantClient
 
+from service.search.types import MARK_POINT
+
 
 def read_payloads(data_dir: Path) -> list[dict[str, Any]]:
-    """Return the payloads of all points of the only alias."""
+    """Return the payloads of all points of the only alias, without the mark."""
     client = QdrantClient(path=str(data_dir / "qdrant"))
     try:
         (alias,) = client.get_aliases().aliases
         records, _ = client.scroll(alias.collection_name, limit=10_000)
-        return [record.payload or {} for record in records]
+        return [record.payload or {} for record in records if record.id != MARK_POINT.id]
     finally:
         client.close()
 

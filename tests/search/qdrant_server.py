@@ -19,6 +19,7 @@ from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc
 from qdrant_client.grpc import collections_service_pb2_grpc as collections_grpc
 from qdrant_client.grpc import points_service_pb2_grpc as points_grpc
 
+from service.search.types import MARK_POINT
 from tests.support.ports import free_port
 
 
@@ -33,7 +34,7 @@ class QdrantServer:
         """Payload indexes by collection and field."""
         self.queries: list[q.QueryPoints] = []
         self.upserted: list[str] = []
-        """Ids of upserted points, in order."""
+        """Ids of upserted points, in order, without marks."""
         self.port = 0
         self._server: aio.Server | None = None
 
@@ -68,7 +69,7 @@ class QdrantServer:
             self._server = None
 
     async def points(self, collection: str) -> dict[str, tuple[dict[str, Any], list[float]]]:
-        """Return payload and vector of all points of a collection, by id."""
+        """Return payload and vector of all points of a collection, by id, without the mark."""
         points: dict[str, tuple[dict[str, Any], list[float]]] = {}
         offset: Any = None
         while True:
@@ -78,6 +79,7 @@ class QdrantServer:
             for record in records:
                 points[str(record.id)] = record.payload or {}, record.vector  # type: ignore[assignment]
             if offset is None:
+                points.pop(MARK_POINT.id, None)
                 return points
 
     async def live_collections(self) -> list[str]:
@@ -161,9 +163,15 @@ class _Points(_Servicer, points_grpc.PointsServicer):
 
     async def Upsert(self, request: Any, context: Any) -> Any:
         points = [GrpcToRest.convert_point_struct(point) for point in request.points]
-        self._server.upserted += [str(point.id) for point in points]
+        ids = [str(point.id) for point in points]
+        self._server.upserted += [id_ for id_ in ids if id_ != MARK_POINT.id]
         await self._engine.upsert(request.collection_name, points)
         return _completed()
+
+    async def Get(self, request: Any, context: Any) -> Any:
+        ids = [GrpcToRest.convert_point_id(id_) for id_ in request.ids]
+        records = await self._engine.retrieve(request.collection_name, ids, with_payload=True)
+        return q.GetResponse(result=[RestToGrpc.convert_record(record) for record in records])
 
     async def Delete(self, request: Any, context: Any) -> Any:
         await self._engine.delete(

@@ -36,7 +36,13 @@ SHA256 = hashlib.sha256(SECRET.encode()).hexdigest()
 
 PROVOCATIONS: dict[Callable[[Scene], Awaitable[None]], tuple[str, ...]] = {}
 WRITERS: dict[str, Callable[[Scene, str], Awaitable[None]]] = {}
-NO_USER_DATA = {"alembic_version", "schema_info", "search_indexes", "session_tombstones"}
+NO_USER_DATA = {
+    "alembic_version",
+    "history_epoch",
+    "schema_info",
+    "search_indexes",
+    "session_tombstones",
+}
 """Tables that hold nothing of users but ids, so that a row in the log reveals nothing."""
 
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Integer, Select, Text, func, literal_column, select
 
 from service.server import Server
-from service.store import context, message_pages
+from service.store import context, message_pages, watch_pages
 from service.store.db import read_batching
 from service.store.db.database import Database
 from service.store.db.dsn import parse
@@ -104,7 +104,7 @@ READS = {
     "older messages of a context": context._OLDER_READ,
     "a page forwards": message_pages._AFTER_SEQ,
     "a page backwards": message_pages._BEFORE_SEQ,
-    "a page of a watch": message_pages._AFTER_SEQ_IN_SAME_SESSION,
+    "a page of a watch": watch_pages.NEXT_PAGE,
 }
 
 
@@ -124,9 +124,12 @@ async def test_single_and_batched_statement_return_the_same_rows(
                     "session_id": session.id,
                     "session_created_us": session.create_time.ToMicroseconds(),
                     "seq": seq,
+                    "seen_seq": seq,
+                    "seen_created_us": seen_created_us,
                     "limit": limit,
                 }
                 for seq in (0, 7, message_pages.MAX_SEQ)
+                for seen_created_us in (0, 1)
             ]
     arguments = [
         read.single.bind(**{name: request[name] for name in read.single.names})

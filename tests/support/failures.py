@@ -27,6 +27,7 @@ TABLE: dict[StatusCode, frozenset[str]] = {
     ),
     StatusCode.ABORTED: frozenset({"ETAG_MISMATCH", "LAST_SEQ_MISMATCH", "CONTENTION"}),
     StatusCode.FAILED_PRECONDITION: frozenset({"SESSION_ARCHIVED", "SEARCH_DISABLED"}),
+    StatusCode.OUT_OF_RANGE: frozenset({"HISTORY_RESTORED"}),
     StatusCode.UNAUTHENTICATED: frozenset({"TOKEN_INVALID"}),
     StatusCode.PERMISSION_DENIED: frozenset({"USER_MISMATCH", "SERVICE_ONLY"}),
     StatusCode.RESOURCE_EXHAUSTED: frozenset({"OVERLOADED", "REQUEST_TOO_LARGE"}),

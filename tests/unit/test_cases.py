@@ -66,6 +66,9 @@ CASES = {
     515: "A database in SQL_ASCII or LATIN1: refused at start and by migrate, with the command "
     "that creates one in UTF8.",
     518: "The schema stops fitting below a running service: NOT_SERVING until it fits again.",
+    517: "The database goes back in time, by a restore or by a failover that loses commits: open "
+    "watches and those after a lost seq end in OUT_OF_RANGE with HISTORY_RESTORED, and the search "
+    "index is rebuilt. A failover that loses nothing changes nothing.",
     519: "The service is killed (-9) twelve times during its first start: the next start recovers.",
     520: "PostgreSQL rejects further connections while those of the pool serve: ready.",
     521: "Files of the embedded database are lost or damaged: one line that names the file and "

@@ -673,13 +673,17 @@ class ChatHistoryServiceServicer(object):
         Ordering: by `seq`, ascending.
 
         The stream has no end of its own and needs no deadline. After an error, resume with the last
-        `seq` that was received. An open stream keeps a database awake that would suspend itself when
-        idle.
+        `seq` that was received. If the metadata `chathistory-after-create-time` holds that message's
+        `create_time`, in microseconds since 1970, the service also notices that a restored database
+        has another message at this `seq`. An open stream keeps a database awake that would suspend
+        itself when idle.
 
         Errors:
 
         - `SESSION_NOT_FOUND`: the user has no session with this id, or it was deleted during the
         stream.
+        - `HISTORY_RESTORED`: `after_seq` is greater than the session's `last_seq`, or the database was
+        restored to an earlier state. List the messages again, then watch from the last one.
         - `TOKEN_INVALID`: the token expired during the stream.
         - `DRAINING`: this replica is shutting down; open the stream again.
         - `OVERLOADED`: too many streams are open, in total or on this connection.

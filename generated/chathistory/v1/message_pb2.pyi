@@ -904,7 +904,9 @@ class WatchMessagesRequest(_message.Message):
     session_id: _builtins.str
     """Id of the session."""
     after_seq: _builtins.int
-    """Messages after this `seq` are sent. 0 sends the whole session first."""
+    """Messages after this `seq` are sent. 0 sends the whole session first. A value above the
+    session's `last_seq` ends in `HISTORY_RESTORED`.
+    """
     def __init__(
         self,
         *,

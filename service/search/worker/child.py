@@ -37,6 +37,7 @@ from service.search.types import (
     VectorQuery,
 )
 from service.search.worker import framing, heartbeat
+from service.store.history_mark import Mark
 from service.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -194,16 +195,22 @@ class LocalIndex:
     async def open(self, _argument: Any, _blob: bytes) -> Reply:
         return await self.index.open(), b""
 
-    async def create_collection(self, _argument: Any, _blob: bytes) -> Reply:
+    async def create_collection(self, mark: Sequence[Any] | None, _blob: bytes) -> Reply:
         from service.search.worker import qdrant_local  # noqa: PLC0415
 
-        name = await self.index.create_collection()
+        name = await self.index.create_collection(_decode_mark(mark))
         assert self._client is not None  # noqa: S101 - set together with the index
         qdrant_local.patch_collections(self._client, self._max_points)
         return name, b""
 
     async def live_collection(self, _argument: Any, _blob: bytes) -> Reply:
         return await self.index.live_collection(), b""
+
+    async def has_collection(self, collection: str, _blob: bytes) -> Reply:
+        return await self.index.has_collection(collection), b""
+
+    async def read_mark(self, collection: str | None, _blob: bytes) -> Reply:
+        return await self.index.read_mark(collection), b""
 
     async def publish(self, collection: str, _blob: bytes) -> Reply:
         await self.index.publish(collection)
@@ -217,6 +224,7 @@ class LocalIndex:
             [Point(*fields) for fields in argument["deletes"]],
             [Point(*fields) for fields in argument["upserts"]],
             blob,
+            _decode_mark(argument["mark"]),
         )
         try:
             try:
@@ -262,6 +270,10 @@ class LocalIndex:
 
     async def count(self, argument: Sequence[Any], _blob: bytes) -> Reply:
         return await self.index.count(PointFilter(*argument)), b""
+
+
+def _decode_mark(fields: Sequence[Any] | None) -> Mark | None:
+    return None if fields is None else Mark(*fields)
 
 
 async def _open(folder: Path) -> tuple[AsyncQdrantClient, str | None]:
@@ -331,7 +343,8 @@ def _handlers() -> dict[str, Handler]:
     model, index = OfflineModel(), LocalIndex()
     methods: list[Handler] = [model.dimensions, model.embed, model.rerank]
     methods += [index.setup, index.open]
-    methods += [index.create_collection, index.live_collection, index.publish, index.write]
+    methods += [index.create_collection, index.live_collection, index.has_collection]
+    methods += [index.read_mark, index.publish, index.write]
     methods += [index.search, index.count]
     return {method.__name__: method for method in methods}
 

@@ -30,6 +30,7 @@ from service.search.worker import framing, heartbeat, restarts
 from service.search.worker.heartbeat import Heartbeat
 from service.search.worker.suspects import Suspects
 from service.search.worker.turns import Turns
+from service.store.history_mark import Mark
 
 REPLY_TIMEOUT_S = 60.0
 """After this time without a reply the process counts as stuck and is killed."""
@@ -365,12 +366,19 @@ class SearchProcessIndex:
     async def open(self) -> bool:
         return bool((await self._process.call("open"))[0])
 
-    async def create_collection(self) -> str:
-        return str((await self._process.call("create_collection"))[0])
+    async def create_collection(self, mark: Mark | None = None) -> str:
+        return str((await self._process.call("create_collection", mark))[0])
 
     async def live_collection(self) -> str | None:
         name: str | None = (await self._process.call("live_collection"))[0]
         return name
+
+    async def has_collection(self, collection: str) -> bool:
+        return bool((await self._process.call("has_collection", collection))[0])
+
+    async def read_mark(self, collection: str | None = None) -> Mark | None:
+        fields: list[Any] | None = (await self._process.call("read_mark", collection))[0]
+        return None if fields is None else Mark(*fields)
 
     async def publish(self, collection: str) -> None:
         await self._process.call("publish", collection)
@@ -381,6 +389,7 @@ class SearchProcessIndex:
             "deletes": changes.deletes,
             "upserts": changes.upserts,
             "building": building,
+            "mark": changes.mark,
         }
         (refused, self.is_full), _ = await self._process.call("write", argument, changes.vectors)
         if refused:

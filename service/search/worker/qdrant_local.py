@@ -193,7 +193,7 @@ class _DeferredCommits:
 class _PayloadMask:
     """Evaluates a filter on a collection's points with one integer column per payload field.
 
-    A column stays valid because the payload of a point never changes: its id is derived from it.
+    A column stays valid because these fields of a point never change: its id is derived from them.
     """
 
     def __init__(self, collection: Any) -> None:

@@ -342,7 +342,7 @@ class Outbox:
         *,
         attempts: int = 0,
         detail: str = "",
-    ) -> None:
+    ) -> set[OutboxKey]:
         """End the lease on rows that are not finished.
 
         Args:
@@ -351,11 +351,15 @@ class Outbox:
             retry_after_s: Seconds until they can be claimed again; None makes them dead letters.
             attempts: Number of failed attempts to add to their count.
             detail: The reason of the failure.
+
+        Returns:
+            The keys of the released rows. The others were locked, or the lease on them is lost.
         """
         wait_s = -1.0 if retry_after_s is None else retry_after_s
-        await self._database.fetch_once(
+        records = await self._database.fetch_once(
             _RELEASE, *_arguments(rows), lease_id, wait_s, attempts, detail
         )
+        return _keys(records)
 
     async def backlog(self) -> Backlog:
         """Count the pending rows and the dead letters."""
