@@ -79,6 +79,7 @@ class Model:
             "deletes": deletes,
             "upserts": list(upserts),
             "building": None,
+            "mark": None,
         }
         vectors = b"".join(map(pack_vector, upserts.values()))
         (refused, is_full), _ = await self.index.write(argument, vectors)

@@ -111,8 +111,8 @@ def test_failure_of_the_search_process_is_logged_without_its_text() -> None:
         "from service.search.worker import child\n"
         "async def fail(_): raise ValueError(secret)\n"
         "secret, child.serve = sys.argv.pop(), fail\n"
-        "ends = socket.socketpair()\n"
-        "sys.argv.append(str(ends[0].detach()))\n"
+        "pairs = socket.socketpair(), socket.socketpair()\n"
+        "sys.argv += [str(ends[0].detach()) for ends in pairs]\n"
         "child.main()\n"
     )
     result = run_python("-c", program, SECRET)
