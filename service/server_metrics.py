@@ -161,6 +161,6 @@ def rejections(server: Server) -> dict[str, int]:
         "bytes": of_bytes["total"],
         "bytes_of_user": of_bytes["user"],
         "bytes_of_connection": of_bytes["connection"],
-        "database": server.database.rejected_count,
+        "database": server.database.retries.rejected_count,
         "expensive_work": server.database.expensive_work.rejected_count,
     }

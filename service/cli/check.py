@@ -61,7 +61,7 @@ def _check_identity(settings: Settings) -> list[Finding]:
 
 def _check_database(settings: Settings, target: Target) -> list[Finding]:
     from service import doctor
-    from service.store.db.database import DATABASE_ERRORS
+    from service.store.db.db_errors import DATABASE_ERRORS
 
     notes = [doctor.Finding("database URL", note, doctor.Verdict.NOTE) for note in target.notes]
     try:

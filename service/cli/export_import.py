@@ -65,7 +65,7 @@ def _transfer(work: Callable[[Settings, Target], Awaitable[ItemCounts]]) -> Item
     from service.embedded.data_dir import running_url
     from service.embedded.postgres import EmbeddedPostgres
     from service.portability.transfer import TransferError
-    from service.store.db.database import DATABASE_ERRORS
+    from service.store.db.db_errors import DATABASE_ERRORS
     from service.telemetry.logs import configure_logging
 
     def transfer(target: Target) -> ItemCounts:

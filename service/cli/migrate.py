@@ -39,7 +39,7 @@ def migrate(target: Target, *, quiet: bool = False) -> None:
         quiet: Print nothing when there is nothing to do.
     """
     from service import doctor
-    from service.store.db.database import DATABASE_ERRORS
+    from service.store.db.db_errors import DATABASE_ERRORS
     from service.store.schema.migrations import MigrationError, upgrade
 
     try:

@@ -42,7 +42,7 @@ def move_schema_command(
 def _move(target: Target, name: str, *, force: bool) -> None:
     from service import doctor
     from service.config import is_schema_name
-    from service.store.db.database import DATABASE_ERRORS
+    from service.store.db.db_errors import DATABASE_ERRORS
     from service.store.schema.migrations import MigrationError
     from service.store.schema.moving import move
 

@@ -15,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.rpc.readiness import Half, Readiness
 from service.search.disabled import AnySearch
-from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.database import Database
+from service.store.db.db_errors import DATABASE_ERRORS
 
 SERVICE = "chathistory.v1.ChatHistoryService"
 DATABASE_CHECK_TIMEOUT_S = 5.0

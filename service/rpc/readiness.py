@@ -13,8 +13,8 @@ from math import inf
 
 import structlog
 
-from service.store.db.database import DATABASE_ERRORS, Database
-from service.store.db.db_errors import describe
+from service.store.db.database import Database
+from service.store.db.db_errors import DATABASE_ERRORS, describe
 from service.store.db.outcomes import Judge, Tally
 from service.store.db.proofs import Problems
 from service.store.schema.location import UnusableDatabase

@@ -21,7 +21,7 @@ from service.search.types import (
     SearchUnavailable,
     VectorIndex,
 )
-from service.store.db.database import backoff
+from service.store.db.retries import backoff
 
 PAUSE_BASE_S, PAUSE_CAP_S = 0.5, 60.0
 """First and longest pause after failed writes to an index that answers searches."""

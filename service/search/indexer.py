@@ -40,7 +40,9 @@ from service.search.types import (
     SearchUnavailable,
     VectorIndex,
 )
-from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.db.database import Database
+from service.store.db.db_errors import DATABASE_ERRORS
+from service.store.db.retries import backoff
 from service.store.epoch import EpochKeeper
 from service.store.history_mark import Mark, is_index_ahead
 from service.store.outbox.index_source import EntityKey, IndexSource, Range, split_ranges

@@ -18,7 +18,9 @@ import structlog
 
 from service.ids import SYSTEM_USER_ID
 from service.search.types import SearchUnavailable, VectorIndex
-from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.db.database import Database
+from service.store.db.db_errors import DATABASE_ERRORS
+from service.store.db.retries import backoff
 from service.store.epoch import EpochKeeper
 from service.store.history_mark import Mark, is_index_ahead
 from service.store.outbox.reindex_state import RebuildCursor, ReindexState

@@ -34,7 +34,9 @@ from service.search.types import (
     alias_name,
 )
 from service.search.worker.parent import SearchProcess
-from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.db.database import Database
+from service.store.db.db_errors import DATABASE_ERRORS
+from service.store.db.retries import backoff
 from service.store.epoch import EpochKeeper
 from service.store.outbox.index_source import MAX_TEXT_CHARS
 from service.store.outbox.outbox import Outbox

@@ -28,7 +28,8 @@ from typing import Any
 
 import structlog
 
-from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.database import Database
+from service.store.db.db_errors import DATABASE_ERRORS
 from service.store.db.hot_pool import Statement
 from service.store.history_mark import Mark, follows_declaration, is_restore
 

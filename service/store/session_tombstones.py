@@ -25,7 +25,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import ServiceError
-from service.store.db.database import DATABASE_ERRORS, NO_OWNER, Database
+from service.store.db.database import NO_OWNER, Database
+from service.store.db.db_errors import DATABASE_ERRORS
 from service.store.db.hot_pool import Record, Statement
 from service.store.tables import chat_sessions, session_tombstones
 

@@ -14,7 +14,8 @@ from typing import Self
 
 import structlog
 
-from service.store.db.database import DATABASE_ERRORS, Database
+from service.store.db.database import Database
+from service.store.db.db_errors import DATABASE_ERRORS
 from service.store.db.hot_pool import Record, Statement
 from service.store.epoch import EpochKeeper
 from service.store.history_mark import Mark
@@ -155,7 +156,7 @@ class WatchHub:
                     error=type(error).__name__,
                 )
                 if isinstance(error, DATABASE_ERRORS):
-                    self._database.report(error)
+                    self._database.retries.report(error)
                 self._wake_all()
 
     async def _poll_once(self) -> None:

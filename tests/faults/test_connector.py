@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from service import doctor
-from service.store.db.database import DATABASE_ERRORS
-from service.store.db.db_errors import sqlstate
+from service.store.db.db_errors import DATABASE_ERRORS, sqlstate
 from service.store.db.dsn import parse
 from tests.support import tls_postgres
 from tests.support.certificates import CertificateAuthority

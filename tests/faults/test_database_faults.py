@@ -17,7 +17,7 @@ from chathistory.v1 import message_pb2, session_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
 from grpc import StatusCode
 
-from service.store.db import database
+from service.store.db import retries
 from service.store.db.dsn import parse
 from service.store.schema.migrations import upgrade
 from tests.faults.conftest import ProxiedService, calls_by_route
@@ -273,7 +273,7 @@ async def test_calls_fail_as_unavailable_before_their_deadline(
 ) -> None:
     """Calls on every route fail with the service's own status, which has a retry delay."""
     # A long margin, because a busy machine may deliver the reply late.
-    monkeypatch.setattr(database, "REPLY_MARGIN_S", 1.0)
+    monkeypatch.setattr(retries, "REPLY_MARGIN_S", 1.0)
     user_id, session_id, stub = proxied.chat.user_id, await proxied.chat.start(), proxied.chat.stub
     proxied.proxy.refuse_connections()
     ids: Any = {"user_id": user_id, "session_id": session_id}

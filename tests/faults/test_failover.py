@@ -9,8 +9,8 @@ import pytest
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub as Stub
 
 from service import doctor
-from service.store.db import database
-from service.store.db.database import DATABASE_ERRORS
+from service.store.db import retries
+from service.store.db.db_errors import DATABASE_ERRORS
 from service.store.db.dsn import parse
 from service.store.schema import migrations
 from tests.rpc.test_health import NOT_SERVING, SERVING, started
@@ -175,7 +175,7 @@ async def test_read_only_primary_serves_reads_unless_the_url_requires_writes(
         server.database.start_generation()
         if attrs == "read-write":
             with monkeypatch.context() as patch:
-                patch.setattr(database, "OUTAGE_TIMEOUT_S", 0.5)
+                patch.setattr(retries, "OUTAGE_TIMEOUT_S", 0.5)
                 await failures.assert_fails(chat.page(session_id), "DATABASE_UNAVAILABLE")
         else:
             assert len((await chat.page(session_id)).messages) == 1

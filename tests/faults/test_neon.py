@@ -21,7 +21,7 @@ from sqlalchemy import text
 
 from service import doctor
 from service.store import tables
-from service.store.db.database import DATABASE_ERRORS
+from service.store.db.db_errors import DATABASE_ERRORS
 from service.store.db.dsn import parse
 from service.store.schema import migrations
 from tests.faults.conftest import calls_by_route

@@ -20,7 +20,7 @@ from sqlalchemy import make_url
 from structlog.testing import capture_logs
 
 from service.server import Server
-from service.store.db import database
+from service.store.db import retries
 from service.store.db.dsn import parse
 from service.store.schema import migrations
 from tests.rpc.test_health import NOT_SERVING, SERVING, Probe, started
@@ -47,7 +47,7 @@ TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datnam
 @pytest.fixture(autouse=True)
 def long_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer calls a second before their deadlines: a busy machine may deliver a reply late."""
-    monkeypatch.setattr(database, "REPLY_MARGIN_S", 1.0)
+    monkeypatch.setattr(retries, "REPLY_MARGIN_S", 1.0)
 
 
 class Service(NamedTuple):

@@ -16,7 +16,7 @@ from grpc import StatusCode, aio
 from structlog.testing import capture_logs
 
 from service import doctor
-from service.store.db import database as database_module
+from service.store.db import retries
 from service.store.db.dsn import parse
 from tests.faults.conftest import calls_by_route
 from tests.support import commit_faults, failures
@@ -182,7 +182,7 @@ async def test_append_that_a_timeout_of_the_server_ends_is_unavailable_and_the_s
         if await connection.fetchval("SELECT current_setting($1, true)", name) is None:
             pytest.skip(f"this PostgreSQL has no {name}")
     # The statement in flight ends after the call's last attempt should have begun.
-    monkeypatch.setattr(database_module, "REPLY_MARGIN_S", 2.0)
+    monkeypatch.setattr(retries, "REPLY_MARGIN_S", 2.0)
     admin, database = cluster.url("postgres"), database_name(database_url)
     await fetch(admin, f"ALTER DATABASE {database} SET {name} = '500ms'")
     async with serving(database_url) as server, connected(server.address) as stub:

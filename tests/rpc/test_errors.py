@@ -16,7 +16,7 @@ from grpc import StatusCode, aio
 from service.rpc import pipeline
 from service.server import Server
 from service.store import sessions
-from service.store.db import database
+from service.store.db import retries
 from tests.support import issuer
 from tests.support.chat import Chat, new_id, new_message, new_messages
 from tests.support.cluster import OWN_SETTINGS, fetch
@@ -151,7 +151,7 @@ async def test_append_to_a_session_that_stays_locked_is_contention(
     chat: Chat, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        database, "REPLY_MARGIN_S", 1.0
+        retries, "REPLY_MARGIN_S", 1.0
     )  # A busy machine may deliver the answer late.
     session_id = await chat.start()
     request = message_pb2.AppendMessagesRequest(
@@ -234,7 +234,7 @@ async def test_call_to_a_draining_server_is_unavailable(chat: Chat, server: Serv
 async def test_call_is_unavailable_during_an_outage_and_served_after_it(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "OUTAGE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(retries, "OUTAGE_TIMEOUT_S", 0.5)
     async with (
         postgres_proxy(database_url) as (proxy, url),
         serving(url) as server,

@@ -12,7 +12,7 @@ from chathistory.v1 import session_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.server import Server
-from service.store.db import database
+from service.store.db import retries
 from service.store.db.dsn import parse
 from tests.support import failures
 from tests.support.chat import Chat
@@ -92,7 +92,7 @@ async def test_update_of_a_locked_row_fails_before_the_deadline(
     busy: Server, cluster: Cluster, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A busy machine needs time to deliver 40 replies.
-    monkeypatch.setattr(database, "REPLY_MARGIN_S", 1.0)
+    monkeypatch.setattr(retries, "REPLY_MARGIN_S", 1.0)
     async with connected(busy.address) as stub:
         chat = await Chat.of_new_user(stub)
         session = await chat.create_session()

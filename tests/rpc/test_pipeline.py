@@ -318,7 +318,7 @@ async def connections_at_rest(server: Server, database_url: str) -> int:
     async with asyncio.timeout(40):
         while server.calls.in_flight or server.streams.in_flight or server.appender.queued_count:
             await asyncio.sleep(0.01)
-        await server.database.drain()
+        await server.database.writes_in_flight.drain()
         while pool.checkedout():  # The hot pool returns its idle connections after some seconds.
             await asyncio.sleep(0.05)
         async with AsyncExitStack() as all_of_them:
@@ -383,7 +383,7 @@ async def test_cancelling_five_hundred_calls_leaks_no_connection(
             await asyncio.wait(begun)
             assert all(task.cancelled() for task in begun)
         await (
-            server.database.drain()
+            server.database.writes_in_flight.drain()
         )  # Writes are completed, and would hold the locks that the next calls wait for.
     moments = random.Random(5)
     for turn in range(10):
@@ -414,7 +414,7 @@ async def test_write_of_a_cancelled_call_is_completed(
         async with asyncio.timeout(20):
             while server.calls.in_flight:
                 await asyncio.sleep(0.01)
-    await server.database.drain()
+    await server.database.writes_in_flight.drain()
     assert (await chat.get_session(session.id)).title == "all the same"
 
 

@@ -18,8 +18,7 @@ from sqlalchemy import make_url
 
 import service
 from service import doctor
-from service.store.db.database import DATABASE_ERRORS
-from service.store.db.db_errors import sqlstate
+from service.store.db.db_errors import DATABASE_ERRORS, sqlstate
 from service.store.tables import SCHEMA
 from tests.search.library import LEXICAL, Library
 from tests.security.test_erasure import MARKER, create_marked_user, provoke

@@ -8,7 +8,7 @@ import pytest
 
 from service.store.append.appender import Appender
 from service.store.append.request import Append
-from service.store.db import database as database_module
+from service.store.db import retries
 from tests.support.appends import new_message, new_user, stores
 from tests.support.chat import new_id
 from tests.support.proxy import postgres_proxy
@@ -52,7 +52,7 @@ async def test_append_times_out_while_its_lane_backs_off(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each append fails before its deadline, however long the lane backs off."""
-    monkeypatch.setattr(database_module, "REPLY_MARGIN_S", 1.0)
+    monkeypatch.setattr(retries, "REPLY_MARGIN_S", 1.0)
     user_id = await new_user(database_url)
     async with postgres_proxy(database_url) as (proxy, url), stores(url) as [database]:
         appender = Appender(database, 1)

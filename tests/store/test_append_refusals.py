@@ -16,9 +16,10 @@ from service.errors import Conflict, InvalidArgument, Unavailable
 from service.store.append import sql
 from service.store.append.appender import MAX_LOST_RACES, Appender
 from service.store.append.request import Append, Appended, NewMessage
-from service.store.db import database as database_module
-from service.store.db.database import MAX_CANCELLED_ATTEMPTS, Database
+from service.store.db import retries
+from service.store.db.database import Database
 from service.store.db.dsn import parse
+from service.store.db.retries import MAX_CANCELLED_ATTEMPTS
 from tests.support.appends import new_message, new_user
 from tests.support.chat import new_id
 from tests.support.sqlstates import error_of
@@ -173,7 +174,7 @@ async def test_appends_wait_for_an_outage_with_back_off(
     appends: Appends, monkeypatch: pytest.MonkeyPatch, code: str, is_look_up: bool
 ) -> None:
     # A long margin before the deadline, because a busy machine may be late.
-    monkeypatch.setattr(database_module, "REPLY_MARGIN_S", 1.0)
+    monkeypatch.setattr(retries, "REPLY_MARGIN_S", 1.0)
     (appends.fail_look_ups if is_look_up else appends.fail_statements)(code)
     answers = await appends.send(seconds=4.0)
     assert types(answers) == {Unavailable}

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import Overloaded, Unavailable
 from service.store.db import database as module
+from service.store.db import retries
 from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.db.work_class import WorkClass
@@ -79,7 +80,7 @@ async def test_call_behind_many_others_is_overloaded_and_suggests_no_outage(
 async def test_call_behind_calls_that_are_stuck_is_unavailable_and_suggests_an_outage(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "OUTAGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(retries, "OUTAGE_TIMEOUT_S", 0.1)
     suspected: list[bool] = []
     database.on_suspected_outage = lambda: suspected.append(True)
     async with permits_in_use(database, is_moving=False):
@@ -123,7 +124,7 @@ async def test_write_is_dropped_if_its_caller_leaves_before_it_begins(database: 
                 await asyncio.sleep(0.001)
             writing.cancel()
             await asyncio.wait([writing])
-            await database.drain()
+            await database.writes_in_flight.drain()
         assert (database.waiting_count, writing.cancelled()) == (0, True)
     assert not runs
     assert database._write_permits.free_count == database._write_permits.permit_count
@@ -145,7 +146,7 @@ async def test_write_that_has_begun_is_committed_although_its_caller_leaves(
         writing.cancel()
         await asyncio.wait([writing])
         may_end.set()
-        await database.drain()
+        await database.writes_in_flight.drain()
     rows = await database.read(
         lambda connection: connection.scalar(text("SELECT count(*) FROM written")),
         owner_id="b",

@@ -9,8 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import Unavailable
-from service.store.db import database as module
-from service.store.db import engine
+from service.store.db import engine, retries
 from service.store.db.database import Database
 from service.store.db.dsn import parse
 from service.store.db.hot_pool import Statement
@@ -116,7 +115,7 @@ async def test_connecting_stops_at_the_connect_timeout(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server does not respond; a timeout in the URL has precedence over the setting."""
-    monkeypatch.setattr(module, "OUTAGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(retries, "OUTAGE_TIMEOUT_S", 0.1)
     async with postgres_proxy(database_url) as (proxy, url):
         proxy.block(Direction.TO_CLIENT)
         for address, connect_timeout in ((url, 0.3), (f"{url}&connect_timeout=1", 600.0)):

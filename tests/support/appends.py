@@ -393,7 +393,7 @@ async def play(
             await appender.drain()
             assert appender.queued_count == 0
         for database in world.databases:
-            await database.drain()
+            await database.writes_in_flight.drain()
         # A statement whose connection was closed may still run.
         await wait_until_idle(world.url)
         for session, start in enumerate(before):

@@ -46,8 +46,9 @@ from service.store.append.contention import Contention
 from service.store.append.recovery import Action, final_error
 from service.store.append.request import Append, Appended, Key, apply_stored, find_refusal
 from service.store.db.batch_window import BatchWindow
-from service.store.db.database import DATABASE_ERRORS, Database, backoff
+from service.store.db.database import Database
 from service.store.db.db_errors import (
+    DATABASE_ERRORS,
     LOCK_NOT_AVAILABLE,
     WrongRole,
     classify,
@@ -57,6 +58,7 @@ from service.store.db.db_errors import (
 )
 from service.store.db.fair_semaphore import FairSemaphore
 from service.store.db.hot_pool import Record
+from service.store.db.retries import backoff
 from service.store.session_tombstones import TombstonePurger, find_tombstones
 
 LOCK_TIMEOUT = "25ms"
@@ -358,7 +360,7 @@ class _Lane:
         )
         action = recovery.decide(failed)
         failed_calls = len(batch) if action is Action.FAIL else 0
-        self._database.report(error, is_write=True, failed_calls=failed_calls)
+        self._database.retries.report(error, is_write=True, failed_calls=failed_calls)
         await self._execute(action, batch, error)
 
     async def _execute(self, action: Action, batch: list[Append], error: BaseException) -> None:
@@ -396,7 +398,7 @@ class _Lane:
             for item in late:
                 item.fail(to_service_error(error) or Unavailable("the database does not respond"))
             if late:
-                self._database.report(error, is_write=True, failed_calls=len(late))
+                self._database.retries.report(error, is_write=True, failed_calls=len(late))
             waiting = [item.wait_until for item in unanswered if not item.future.done()]
             if now >= retry_at or not waiting:
                 return
@@ -415,7 +417,7 @@ class _Lane:
         unanswered = [item for item in batch if not item.future.done()]
         if len(unanswered) < len(batch):
             failed_calls = len(batch) - len(unanswered)
-            self._database.report(error, is_write=True, failed_calls=failed_calls)
+            self._database.retries.report(error, is_write=True, failed_calls=failed_calls)
         self._requeue(unanswered, look_up_first=look_up_first)
         await asyncio.sleep(backoff(batch[0].attempts, base_s=0.002, cap_s=0.05))
 

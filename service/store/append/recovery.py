@@ -10,7 +10,6 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from service.errors import Conflict, NotFound
-from service.store.db.database import MAX_CANCELLED_ATTEMPTS
 from service.store.db.db_errors import (
     DIVISION_BY_ZERO,
     FOREIGN_KEY_VIOLATION,
@@ -20,6 +19,7 @@ from service.store.db.db_errors import (
     sqlstate,
     to_service_error,
 )
+from service.store.db.retries import MAX_CANCELLED_ATTEMPTS
 from service.store.db.sqlstates import Failure
 
 SESSION_DELETED = DIVISION_BY_ZERO

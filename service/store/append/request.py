@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from service.errors import AlreadyExists, Conflict, FailedPrecondition, NotFound, ServiceError
-from service.store.db.database import outage_deadline
 from service.store.db.hot_pool import Record
+from service.store.db.retries import outage_deadline
 from service.store.tables import SessionState
 
 Key = tuple[str, str]

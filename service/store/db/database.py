@@ -1,4 +1,4 @@
-"""Runs statements and transactions: connections, fairness, retries, and suspicion of an outage.
+"""Runs statements and transactions: connections, fairness, and retries as a whole.
 
 There are four entry points:
 
@@ -8,38 +8,33 @@ There are four entry points:
 - `write`: a transaction, which is retried as a whole and runs to its end when its caller is
   cancelled.
 
-A deadline is a time of the running loop's clock (`loop.time()`), in seconds. An attempt in flight
-is cancelled then, and retries end shortly before, so that the error still reaches the client.
+A deadline is a time of the running loop's clock (`loop.time()`), in seconds. `retries` says what
+happens when an attempt fails.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.errors import DeadlineExceeded, ServiceError, Unavailable
+from service.errors import ServiceError, Unavailable
 from service.store.db.connector import Connector
 from service.store.db.db_errors import (
+    DATABASE_ERRORS,
     READ_ONLY,
-    classify,
     may_have_committed,
     rule,
     sqlstate,
-    to_service_error,
 )
 from service.store.db.dsn import Target
 from service.store.db.engine import pooled_engine, unpooled_engine
-from service.store.db.error_log import ErrorLog
-from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
+from service.store.db.fair_semaphore import FairSemaphore
 from service.store.db.hot_pool import (
     LOCK_TIMEOUT_S,
     Generation,
@@ -52,14 +47,15 @@ from service.store.db.outcomes import Outcomes
 from service.store.db.proofs import Prober
 from service.store.db.recent_keys import RecentKeys
 from service.store.db.replication import check_replicated, confirm_replication
-from service.store.db.sqlstates import Failure, Policy
+from service.store.db.retries import SUSPICIOUS_WAIT_S, Retries
+from service.store.db.sqlstates import Policy
 from service.store.db.work_class import (
     MAX_WAIT_S,
     STATEMENT_TIMEOUT_S,
     ExpensiveWork,
     WorkClass,
-    overloaded_error,
 )
+from service.store.db.writes_in_flight import WritesInFlight
 from service.store.schema.location import SchemaLocator
 
 T = TypeVar("T")
@@ -70,54 +66,18 @@ Work = Callable[[AsyncConnection], Awaitable[T]]
 NO_OWNER = "no owner"
 """Owner id for work that concerns no single user, such as listing users: a queue of its own."""
 
-SUSPICIOUS_WAIT_S = 0.5
-"""Seconds that a call has waited for the database for its cancellation to suggest an outage."""
-SUSPICIOUS_WAITS_S = {
-    WorkClass.ORDINARY: SUSPICIOUS_WAIT_S,
-    # Expensive work may take that long although the database is well.
-    WorkClass.EXPENSIVE: MAX_WAIT_S + STATEMENT_TIMEOUT_S,
-}
-"""The same for `read` and `write`, by the class of their work."""
-MAX_ATTEMPTS = 6
-"""Attempts of a transaction that is rolled back by contention."""
-MAX_CANCELLED_ATTEMPTS = 3
-"""Attempts of a statement that the server cancels."""
-OUTAGE_TIMEOUT_S = 15.0
-"""Seconds that a call waits for an unavailable database, at most."""
-REPLY_MARGIN_S = 0.25
-"""Seconds before its deadline at which a waiting call fails, so that the reply still arrives."""
 CLOSE_TIMEOUT_S = 1.0
 """Seconds in which connections may close gracefully."""
 GENERATION_INTERVAL_S = 1.0
 """Minimum seconds between two replacements of all connections that failed statements cause."""
 MIN_OTHER_CONNECTIONS = 2
 """Connections of a small pool that the hot statements leave for everything else."""
-
-DATABASE_ERRORS = (
-    DBAPIError,
-    PoolTimeoutError,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    OSError,
-    TimeoutError,
-)
-"""The errors of the driver, SQLAlchemy and the socket when a statement or a connection fails."""
-
-
-def backoff(attempt: int, *, base_s: float = 0.02, cap_s: float = 1.0) -> float:
-    """Return the seconds to wait before the next attempt: full jitter, so that retries spread."""
-    return random.uniform(0, min(cap_s, base_s * 2**attempt))  # noqa: S311 - not a secret
-
-
-def reply_margin_s(deadline: float, now: float) -> float:
-    """Return the seconds before its deadline at which a call stops waiting."""
-    return min(REPLY_MARGIN_S, (deadline - now) / 4)
-
-
-def outage_deadline(deadline: float, now: float) -> float:
-    """Return when a call stops waiting for an unavailable database, on the event loop's clock."""
-    return min(deadline - reply_margin_s(deadline, now), now + OUTAGE_TIMEOUT_S)
+SUSPICIOUS_WAITS_S = {
+    WorkClass.ORDINARY: SUSPICIOUS_WAIT_S,
+    # Expensive work may take that long although the database is well.
+    WorkClass.EXPENSIVE: MAX_WAIT_S + STATEMENT_TIMEOUT_S,
+}
+"""`SUSPICIOUS_WAIT_S` of `read` and `write`, by the class of their work."""
 
 
 class Database:
@@ -189,6 +149,11 @@ class Database:
         hot_size = max(1, min(hot_pool_size, pool_size, max_hot_size))
         self.hot_pool = HotPool(self.engine, hot_size, self._generation)
         self.outcomes = Outcomes()
+        self.on_suspected_outage: Callable[[], None] = lambda: None
+        """Called when a call has shown, or suggests, that the database is unavailable."""
+        # Looked up at each call, since the attribute is assigned later.
+        self.retries = Retries(self.outcomes, lambda: self.on_suspected_outage())  # noqa: PLW0108
+        self.writes_in_flight = WritesInFlight()
         self.prober = Prober(
             self.outcomes,
             pooled=self._read_engine,
@@ -204,14 +169,7 @@ class Database:
         self.large_reads = RecentKeys()
         """Users with large hot reads, and contexts and lists that were large when they were read
         last. The next such read is sent apart from others from the start."""
-        self.rejected_count = 0
-        """Calls that found no connection in time, because others used them all."""
         self._pool_timeout_s = pool_timeout_s
-        self._writes: set[asyncio.Task[Any]] = set()
-        self.on_suspected_outage: Callable[[], None] = lambda: None
-        """Called when a call has shown, or suggests, that the database is unavailable."""
-        self._error_log = ErrorLog()
-        # Looked up at each call, since the attribute is assigned later.
         self.hot_pool.on_slow_statement = lambda: self.on_suspected_outage()  # noqa: PLW0108
 
     @property
@@ -228,7 +186,9 @@ class Database:
         try:
             return await self.fetch_once(statement, *args)
         except DATABASE_ERRORS as error:
-            return await self._retry(lambda _: self.fetch_once(statement, *args), deadline, error)
+            return await self.retries.run(
+                lambda _: self.fetch_once(statement, *args), deadline, error
+            )
 
     async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
         """Run one statement by the driver in a transaction of its own, without retries.
@@ -262,7 +222,7 @@ class Database:
             connection.driver.terminate()
             raise
         except asyncio.CancelledError:
-            self._suspect_outage(connection.used_at)
+            self.retries.suspect_outage(connection.used_at)
             release = self.hot_pool.release_abandoned
             raise
         finally:
@@ -337,7 +297,7 @@ class Database:
                 self.outcomes.reads.successes += 1
                 return result
 
-        return await self._retry(
+        return await self.retries.run(
             attempt, deadline, suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class]
         )
 
@@ -400,143 +360,16 @@ class Database:
                 self.outcomes.writes.successes += 1
                 return result
 
-        retries = self._retry(
+        retries = self.retries.run(
             attempt,
             deadline,
             suspicious_wait_s=SUSPICIOUS_WAITS_S[work_class],
             is_write=True,
         )
-        return await self.shield(retries, lambda: has_begun)
-
-    async def shield(
-        self, work: Coroutine[Any, Any, T], has_begun: Callable[[], bool] = lambda: True
-    ) -> T:
-        """Run `work` to its end even when the caller is cancelled; `drain` waits for it.
-
-        Args:
-            work: The work.
-            has_begun: Whether the work may have changed anything; if not, it is cancelled with its
-                caller, so that abandoned calls do not queue for connections.
-        """
-        task = self._loop.create_task(work)
-        self._writes.add(task)
-        task.add_done_callback(self._on_write_done)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not has_begun():
-                task.cancel()
-            raise
-
-    def _on_write_done(self, task: asyncio.Task[Any]) -> None:
-        self._writes.discard(task)
-        if not task.cancelled():
-            # Marks the exception as retrieved: the caller may have been cancelled.
-            task.exception()
-
-    async def drain(self) -> None:
-        """Wait for the writes in flight, including those of cancelled callers."""
-        while self._writes:
-            await asyncio.wait(self._writes)
-
-    async def _retry(
-        self,
-        attempt: Callable[[float], Awaitable[T]],
-        deadline: float,
-        error: BaseException | None = None,
-        suspicious_wait_s: float = SUSPICIOUS_WAIT_S,
-        *,
-        is_write: bool = False,
-    ) -> T:
-        """Repeat attempts until one succeeds, an error is final, or the time is up.
-
-        Args:
-            attempt: Is passed the time until which it may wait for a connection.
-            deadline: The call's deadline.
-            error: The error of a first attempt by the caller, if there was one.
-            suspicious_wait_s: Seconds after which the end of the caller's time suggests an outage.
-            is_write: Whether the attempts are evidence about writes, and not about reads.
-        """
-        now = self._loop.time()
-        wait_until = outage_deadline(deadline, now)
-        # An attempt in flight at `wait_until` may still end with an error that says more.
-        end_at = deadline - reply_margin_s(deadline, now) / 2
-        attempts = 0
-        while True:
-            if error is not None:
-                await self._back_off(error, attempts, wait_until, is_write=is_write)
-                attempts += 1
-            started_at = self._loop.time()
-            scope = asyncio.timeout_at(end_at)
-            try:
-                async with scope:
-                    return await attempt(wait_until)
-            except DATABASE_ERRORS as attempt_error:
-                if scope.expired():
-                    self._suspect_outage(started_at, suspicious_wait_s)
-                    raise DeadlineExceeded("the database did not respond in time") from None
-                if not isinstance(attempt_error, AcquireTimeout):
-                    error = attempt_error
-                elif error is None:  # An earlier error says more about the cause.
-                    if attempt_error.is_busy:
-                        self.rejected_count += 1
-                        raise overloaded_error() from None
-                    error = attempt_error
-            except asyncio.CancelledError:
-                self._suspect_outage(started_at, suspicious_wait_s)
-                raise
+        return await self.writes_in_flight.run(retries, lambda: has_begun)
 
     def _acquire_timeout_s(self, wait_until: float) -> float:
         return min(self._pool_timeout_s, wait_until - self._loop.time())
-
-    async def _back_off(
-        self, error: BaseException, attempts: int, wait_until: float, *, is_write: bool
-    ) -> None:
-        """Wait before the next attempt, or raise the caller's error when there is none."""
-        failure = classify(error)
-        pause = backoff(attempts)
-        if failure is Failure.LOCKED:
-            wait_until -= LOCK_TIMEOUT_S  # The next attempt may time out on the lock, too.
-        may_retry = self._may_retry(failure, attempts) and self._loop.time() + pause < wait_until
-        self.report(error, is_write=is_write, failed_calls=0 if may_retry else 1)
-        if may_retry:
-            await asyncio.sleep(pause)
-            return
-        service_error = to_service_error(error)
-        if service_error is None:
-            raise error
-        raise service_error from None
-
-    @staticmethod
-    def _may_retry(failure: Failure, attempts: int) -> bool:
-        match failure:
-            case Failure.CONTENTION:
-                return attempts + 1 < MAX_ATTEMPTS
-            case Failure.CANCELLED:
-                return attempts + 1 < MAX_CANCELLED_ATTEMPTS
-            case Failure.LOCKED | Failure.LOST | Failure.OUTAGE:
-                return True
-            case _:
-                return False
-
-    def report(
-        self, error: BaseException, *, is_write: bool = False, failed_calls: int = 0
-    ) -> None:
-        """Take a database error as evidence against the database, and log its cause.
-
-        Args:
-            error: The error.
-            is_write: Whether the work was a write.
-            failed_calls: Number of calls that fail with it; 0 if the work is repeated.
-        """
-        self._error_log.add(error)
-        if self.outcomes.report(error, is_write=is_write, failed_calls=failed_calls):
-            self.on_suspected_outage()
-
-    def _suspect_outage(self, started_at: float, wait_s: float = SUSPICIOUS_WAIT_S) -> None:
-        """Report a suspected outage if an unsuccessful call has waited for long enough."""
-        if self._loop.time() - started_at > wait_s:
-            self.on_suspected_outage()
 
     def terminate(self) -> None:
         """Close every connection without waiting for a response."""
@@ -545,13 +378,7 @@ class Database:
 
     async def close(self, timeout_s: float | None = None) -> None:
         """Wait up to `timeout_s` seconds for the writes in flight, then close every connection."""
-        if self._writes:
-            _, unfinished = await asyncio.wait(self._writes, timeout=timeout_s)
-            if unfinished:
-                self.terminate()
-                for task in unfinished:
-                    task.cancel()
-                await asyncio.wait(unfinished, timeout=CLOSE_TIMEOUT_S)
+        await self.writes_in_flight.close(timeout_s, self.terminate)
         closing = self._loop.create_task(self._close())
         _, unfinished = await asyncio.wait((closing,), timeout=CLOSE_TIMEOUT_S)
         if unfinished:

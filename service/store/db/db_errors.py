@@ -27,6 +27,17 @@ READ_ONLY = "25006"
 _CONTENTION = Rule(Policy.RETRY, Failure.CONTENTION)
 _LOST = Rule(Policy.RECONNECT, Failure.LOST, Scope.ALL)
 _OUTAGE = Rule(Policy.OUTAGE, Failure.OUTAGE, Scope.ALL)
+DATABASE_ERRORS = (
+    DBAPIError,
+    PoolTimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
+"""The errors of the driver, SQLAlchemy and the socket when a statement or a connection fails."""
+
 _FATAL_SEVERITIES = ("FATAL", "PANIC")
 # Neon's proxy, while it wakes a suspended compute, and PgBouncer, while its server is unavailable,
 # report this in the message only. No statement has reached a server then.

@@ -10,7 +10,8 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import ServiceError
-from service.store.db.database import DATABASE_ERRORS, NO_OWNER, Database
+from service.store.db.database import NO_OWNER, Database
+from service.store.db.db_errors import DATABASE_ERRORS
 
 READ_TIMEOUT_S = 2.0
 """Seconds in which the settings are read at the start; without an answer they are not logged."""

@@ -36,8 +36,8 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeEngine
 
 from service.store.db.batch_window import BatchWindow
-from service.store.db.database import DATABASE_ERRORS, NO_OWNER, Database
-from service.store.db.db_errors import FEATURE_NOT_SUPPORTED, sqlstate
+from service.store.db.database import NO_OWNER, Database
+from service.store.db.db_errors import DATABASE_ERRORS, FEATURE_NOT_SUPPORTED, sqlstate
 from service.store.db.fair_semaphore import AcquireTimeout, FairSemaphore
 from service.store.db.hot_pool import Statement
 from service.store.db.work_class import overloaded_error

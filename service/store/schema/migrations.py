@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 import service
 from service.store import tables
-from service.store.db.database import DATABASE_ERRORS
 from service.store.db.db_errors import (
+    DATABASE_ERRORS,
     NoServer,
     WrongRole,
     classify,
