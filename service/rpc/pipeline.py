@@ -154,11 +154,10 @@ class Pipeline:
                     budget.check_room(owner_id, call.connection)
                 self._calls.enter(owner_id)
                 self._receiver.call_started(caller)
-                # gRPC runs the callback once the reply has left this process, or the call has
-                # failed: until then the call holds its reply.
-                context.add_done_callback(
-                    lambda _context: self._end_call(call)  # type: ignore[arg-type] # the stub is wrong
-                )
+                # The task ends once the reply has left this process, or the call has failed: until
+                # then the call holds its reply. `context.add_done_callback` does the same, and
+                # leaves a cycle of references for the garbage collector.
+                _task().add_done_callback(lambda _task: self._end_call(call))
                 n_bytes = len(data)
                 if n_bytes > UNCOUNTED_BYTES:
                     data = b""  # No longer needed, and large.
@@ -174,7 +173,6 @@ class Pipeline:
                     call.hold_reply(len(reply_data), is_write=is_write)
                 unread.add(call)
             except BaseException as error:  # noqa: BLE001 - `_abort` always raises
-                data, request, reply, reply_data = b"", None, None, b""  # See `_abort`.
                 await self._abort(name, context, error, started)
             if self._observe:
                 self._observe(name, grpc.StatusCode.OK, time.perf_counter() - started)
@@ -296,13 +294,10 @@ class Pipeline:
         """End a call with an error's status.
 
         The text of an unexpected exception is never sent, since it may hold content or secrets.
-
-        The error that gRPC raises here and keeps refers to this frame, its caller and the error,
-        and they to it. Only a garbage collection frees such objects, so no large one may be among
-        them.
         """
         if isinstance(error, aio.AbortError):
             self._record_end(name, context.code(), started)
+            _free_when_done(error)
             raise error
         if isinstance(error, ExecuteBatchError | _ServerStoppedError):
             # The client has cancelled the call, or its connection is closed: a write failed before
@@ -327,6 +322,9 @@ class Pipeline:
         self._record_end(name, status.CODES[type(service_error)], started)
         try:
             await status.abort(context, service_error)
+        except aio.AbortError as abort_error:
+            _free_when_done(abort_error)
+            raise
         except ExecuteBatchError:
             raise asyncio.CancelledError from None
 
@@ -351,6 +349,26 @@ def find_method(frame: FrameType) -> str | None:
         return None
     name = frame.f_locals.get("name")
     return name if isinstance(name, str) else None
+
+
+def _task() -> asyncio.Task[Any]:
+    """Return the task of the call that is served."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - gRPC runs each handler in a task
+    return task
+
+
+def _free_when_done(error: aio.AbortError) -> None:
+    """Free what an error that gRPC keeps refers to, when the call's task ends.
+
+    Its traceback refers to the frames of the handler, these to the context, and the context to the
+    error: a cycle, and thousands of them make a garbage collection hold the event loop.
+    """
+
+    def drop_traceback(_task: asyncio.Task[Any]) -> None:
+        error.__traceback__ = None
+
+    _task().add_done_callback(drop_traceback)
 
 
 def _owner_id(caller: Caller, request: Any) -> str:
