@@ -254,7 +254,8 @@ def test_interrupted_command_leaves_the_data_and_no_server(start: Start, data: P
         time.sleep(0.005)
     os.killpg(command.process.pid, signal.SIGINT)
     assert command.wait() == 130
-    assert command.stderr.endswith("chat-history: interrupted\n")
+    # Python waits 0.25 s for an interrupted program, and then warns of it when warnings are on.
+    assert "chat-history: interrupted\n" in command.stderr
     assert "Traceback" not in command.stderr
     assert folders(data) == {"postgres"}
     assert Postmaster.read(data / "postgres") is None
