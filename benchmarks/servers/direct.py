@@ -15,7 +15,7 @@ from chathistory.v1 import chat_history_service_pb2_grpc, message_pb2
 
 from benchmarks.servers.lifecycle import database_url, run, serve
 from benchmarks.workload import estimated_tokens, reply_size
-from service.store.append.appender import LOCK_TIMEOUT
+from service.store.append.lane import LOCK_TIMEOUT
 from service.store.append.request import Append, NewMessage
 from service.store.append.sql import append_arguments, statements
 

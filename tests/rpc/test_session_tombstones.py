@@ -251,7 +251,7 @@ async def test_session_created_and_deleted_during_the_retry_is_not_restored(
     store: Store, monkeypatch: pytest.MonkeyPatch, is_created_again: bool
 ) -> None:
     """The statement's snapshot shows neither the session nor its deletion."""
-    monkeypatch.setattr("service.store.append.appender.LOCK_TIMEOUT", "30s")
+    monkeypatch.setattr("service.store.append.lane.LOCK_TIMEOUT", "30s")
     message_id = new_id()
     session_id = store.session_id(message_id)
     # Sessions are locked in the order of their ids: the statement waits for this one first.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from service.errors import AlreadyExists, Conflict, DeadlineExceeded, FailedPrecondition, NotFound
-from service.store.append import appender as append_module
+from service.store.append import lane
 from service.store.append.appender import Appender
 from service.store.append.batches import LARGE_ITEM_BYTES
 from service.store.append.request import Append, Appended, NewMessage
@@ -274,7 +274,7 @@ async def test_append_cancelled_during_its_look_up_is_withdrawn(database_url: st
 async def test_append_cancelled_in_flight_is_stored(
     store: Sessions, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(append_module, "LOCK_TIMEOUT", "30s")
+    monkeypatch.setattr(lane, "LOCK_TIMEOUT", "30s")
     session_id = await store.new()
     holder = await cluster.connect(store.appender.database.target.url.database or "")
     try:

@@ -14,7 +14,8 @@ import pytest
 
 from service.errors import Conflict, InvalidArgument, Unavailable
 from service.store.append import sql
-from service.store.append.appender import MAX_LOST_RACES, Appender
+from service.store.append.appender import Appender
+from service.store.append.lane import MAX_LOST_RACES
 from service.store.append.request import Append, Appended, NewMessage
 from service.store.db import retries
 from service.store.db.database import Database
