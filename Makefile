@@ -17,6 +17,8 @@ CASES ?= 100000
 MINUTES ?= 5
 IDLE ?= 1
 SEED ?=
+# Number of switchovers and kills of `make failover`, in each mode and by each route.
+ROUNDS ?= 20
 # Number of attacks of `make hostile`, and seconds of each. SOAK: run attacks and ordinary users
 # together for this many seconds instead.
 ATTACKS ?= 300
@@ -57,7 +59,8 @@ test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
 
 .PHONY: test-faults
 test-faults: install ## run the long tests: faults, outages, hostile requests
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m 'faults and not examples' $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m 'faults and not examples and not patroni' \
+		$(PYTEST_ARGS)
 
 .PHONY: test-examples
 test-examples: install ## run the examples: of the documentation, the chatbot in a browser, Node
@@ -66,6 +69,11 @@ test-examples: install ## run the examples: of the documentation, the chatbot in
 .PHONY: test-poolers
 test-poolers: install ## run the tests of all RPCs through PgBouncer
 	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal --through pgbouncer tests/rpc $(PYTEST_ARGS)
+
+# Without other tests, which would delay Patroni, so that it fails over without a fault.
+.PHONY: test-patroni
+test-patroni: install ## run the tests of failover by Patroni
+	$(BIN)/pytest -m patroni tests/faults/test_patroni.py $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: install ## measure the service and its baselines; QUICK=1: two minutes, docs/ unchanged
@@ -79,6 +87,10 @@ fuzz: install ## send malformed requests to a server; CASES=100000
 .PHONY: soak
 soak: install ## inject random faults under load and check the stored data; MINUTES=5 IDLE=1 SEED=
 	@$(BIN)/python -m tests.soak --minutes $(MINUTES) --idle $(IDLE) --seed '$(SEED)'
+
+.PHONY: failover
+failover: install ## measure failover by Patroni under load; ROUNDS=20 SEED=
+	@$(BIN)/python -m tests.soak.failover --rounds $(ROUNDS) --seed '$(SEED)'
 
 .PHONY: hostile
 hostile: install ## attack the service as one user, measure another; ATTACKS=300 SEED=1 SOAK=

@@ -54,8 +54,10 @@ def routed_url(database_url: str) -> str:
 
     A connection string without a socket already names a proxy or a pooler and is returned as it is.
     """
+    if _poolers is None:
+        return database_url  # It may name several hosts, which SQLAlchemy cannot parse.
     url = make_url(database_url)
     socket_dir = url.query.get("host")
-    if _poolers is None or not isinstance(socket_dir, str):
+    if not isinstance(socket_dir, str):
         return database_url
     return _poolers.pooler_for(socket_dir, database_url).url(url.database or "")

@@ -55,6 +55,8 @@ CASES = {
     25: "A mixed load with cancellations: memory stays flat.",
     501: "The database is read-only for some time: writes are UNAVAILABLE, reads go on, and both "
     "recover without a restart.",
+    502: "Several servers with a failover, planned or not: no restart, and nothing acknowledged is "
+    "lost with synchronous replication.",
     505: "The disk is full: UNAVAILABLE with RetryInfo and NOT_SERVING for writes; the embedded "
     "PostgreSQL and the log say so in one line.",
     506: "The server rejects the role, its password or the database: UNAVAILABLE with the cause.",
