@@ -4,17 +4,16 @@ gRPC keeps a whole request in memory before a method sees it, and admission cann
 size or, when a service calls, its user. Until a call reads its request, the client may only send
 the first bytes of it (`server_options.WINDOW_BYTES`).
 
-A user's large requests are also paced: receiving and parsing them takes more time than all that a
-chat does, even if they are rejected afterwards.
+Callers wait in queues of their own (`caller_queues`), and a user's large requests are also paced
+(`user_paces`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import suppress
-from typing import Any
 
 from grpc import aio
 from grpc._cython.cygrpc import (  # type: ignore[import-not-found]
@@ -28,6 +27,8 @@ from service.rpc import status
 from service.rpc.accepting import UntakenCalls
 from service.rpc.admission import Admission
 from service.rpc.backoff import MAX_RETRY_AFTER_S
+from service.rpc.caller_queues import CallerQueue, CallerQueues, Context, Receipt
+from service.rpc.user_paces import FAILED_BYTES, PACED_BYTES, UserPaces
 
 PERMIT_COUNT = 32
 """Requests that are received at the same time. One takes at most twice `MAX_REQUEST_BYTES`."""
@@ -37,9 +38,6 @@ CONTENDED_TIMEOUT_S = 2.0
 """The same while a permit is all that a caller with fewer requests waits for."""
 USER_PERMITS = 4
 """Requests of one user that are received at the same time. A service may have more."""
-MAX_QUEUED_PER_USER = 16
-"""Calls of a user that may wait before the user's requests are received one by one. Such a flood
-must wait here, where users take turns, and not in gRPC, where its calls precede those of others."""
 MAX_CALLS_PER_USER = 16
 """Calls of one user in flight, except streams. The replies to more of them, which may be sent
 together, would bring as many new calls at the same time."""
@@ -49,21 +47,13 @@ BACKLOG_PAUSE_S = 0.02
 """Seconds between two calls of all floods during that time. To take a call up takes a quarter of
 the time that it takes to reject it."""
 _BACKLOG_INTERVAL_S = 0.002
-_TIMER_RESOLUTION_S = 0.001
 MAX_WAITING = 1024
 """Calls that wait to be received. Each may hold `server_options.WINDOW_BYTES`, and when connections
 close, their calls end together: others wait for about 40 microseconds for each."""
-PACED_BYTES = 64 * 1024
-"""Requests of a user that are larger count for the user's pace."""
-USER_BYTES_PER_SECOND = 16 * 1024 * 1024
-"""Bytes that a user may send in requests of this size."""
-PACE_BURST_S = 0.25
-"""Seconds of this pace that a user may be ahead: one request of the greatest size."""
-FAILED_BYTES = USER_BYTES_PER_SECOND // 4
-"""Bytes for which a request counts that was not received: gRPC may have decompressed megabytes."""
+_TIMER_RESOLUTION_S = 0.001
+_SOON = 0.0
+"""A time that is over: in the next turn of the event loop."""
 _SWEEP_INTERVAL_S = 1.0
-
-Context = aio.ServicerContext[Any, Any]
 
 
 class RequestReceiver:
@@ -99,15 +89,11 @@ class RequestReceiver:
         """Calls of each user whose requests were received, except streams."""
         self._untaken = untaken or UntakenCalls()
         self._next_of_flood_at = 0.0
-        self._receipts: set[_Receipt] = set()
-        self._queues: OrderedDict[str, _Queue] = OrderedDict()
-        """The waiting calls of each caller; the caller in front is next."""
-        self._paces: dict[str, float] = {}
-        """When each user whose request was large, or failed to arrive, may send the next one. For
-        as long as a user has an entry, its requests are received one by one."""
+        self._receipts: set[Receipt] = set()
+        self._queues = CallerQueues()
+        self._paces = UserPaces()
         self._grant_timer: asyncio.TimerHandle | None = None
         self._grants_at = math.inf
-        self._is_grant_scheduled = False
         self._is_closed = False
         self._waiting = Admission(MAX_WAITING)
         self._expired_count = 0
@@ -138,7 +124,7 @@ class RequestReceiver:
             Overloaded: too many calls wait to be received.
             aio.AbortError: it did not arrive in time, and the call has ended.
         """
-        receipt = _Receipt(context, caller, self._loop.time())
+        receipt = Receipt(context, caller, self._loop.time())
         # Up to this number every caller has a permit, so that most calls need no further check.
         is_checked = (
             len(self._receipts) >= self._unchecked_count
@@ -163,7 +149,7 @@ class RequestReceiver:
         finally:
             self._receipts.discard(receipt)
             if n_bytes > PACED_BYTES and caller.user_id is not None:
-                self._pace(caller.user_id, n_bytes)
+                self._paces.count(caller.user_id, n_bytes, self._loop.time())
             if self._queues and (
                 len(self._receipts) >= self._uncontended_count - 1 or receipt.key in self._queues
             ):
@@ -174,7 +160,7 @@ class RequestReceiver:
             )
         return data  # type: ignore[no-any-return]
 
-    def _must_wait(self, receipt: _Receipt) -> bool:
+    def _must_wait(self, receipt: Receipt) -> bool:
         # With fewer receipts, no call waits for a permit: only the caller's own calls matter.
         if len(self._receipts) >= self._uncontended_count:
             return True
@@ -206,29 +192,19 @@ class RequestReceiver:
         if user_id in self._queues:
             self._grant()
 
-    def _pace(self, user_id: str, n_bytes: int) -> None:
-        """Count a large request of a user."""
-        earliest = self._loop.time() - PACE_BURST_S
-        starts_at = max(self._paces.get(user_id, earliest), earliest)
-        self._paces[user_id] = starts_at + n_bytes / USER_BYTES_PER_SECOND
-
-    async def _wait_for_permit(self, receipt: _Receipt) -> None:
+    async def _wait_for_permit(self, receipt: Receipt) -> None:
         key = receipt.key
         self._waiting.enter(key)
         permit = receipt.permit
-        queue = self._queues.setdefault(key, OrderedDict())
-        queue[receipt] = None
+        queue = self._queues.add(receipt)
         try:
             if len(queue) == 1:  # Otherwise the call before it waits for a time or an event.
                 self._grant()
             await permit
         except asyncio.CancelledError:
             self._receipts.discard(receipt)
-            if remaining := self._queues.get(key):
-                remaining.pop(receipt, None)
-                if not remaining:
-                    del self._queues[key]
-            self._grant_soon()
+            self._queues.remove(receipt)
+            self._schedule_grant(_SOON)
             raise
         finally:
             self._waiting.leave(key)
@@ -246,8 +222,8 @@ class RequestReceiver:
             if starts_at > now:
                 resumes_at = min(resumes_at, starts_at)
                 continue
-            is_flood = _is_flood(queue)
-            receipt = self._next_of(key)
+            is_flood = queue.is_flood
+            receipt = self._queues.take(key)
             if receipt is not None:
                 if is_flood:
                     self._next_of_flood_at = now + BACKLOG_PAUSE_S
@@ -256,32 +232,29 @@ class RequestReceiver:
                 free_count -= 1
                 receipt.started_at = now
                 receipt.permit.set_result(None)
-        if resumes_at != self._grants_at and not self._is_closed:
-            self._grants_at = resumes_at
-            if self._grant_timer is not None:
-                self._grant_timer.cancel()
-                self._grant_timer = None
-            if resumes_at < math.inf:
-                # The clock of the loop and its timers have a resolution of a millisecond.
-                at = resumes_at + _TIMER_RESOLUTION_S
-                self._grant_timer = self._loop.call_at(at, self._grant_later)
+        self._schedule_grant(resumes_at)
 
-    def _grant_soon(self) -> None:
-        """Grant once for all calls that are cancelled together: a connection may have thousands."""
-        if not self._is_grant_scheduled:
-            self._is_grant_scheduled = True
-            self._loop.call_soon(self._grant_scheduled)
+    def _schedule_grant(self, at: float) -> None:
+        """Set the time of the next `_grant`; infinity: an event causes it.
+
+        The calls that are cancelled together, thousands with one connection, cause only one.
+        """
+        if at == self._grants_at or self._is_closed:
+            return
+        self._grants_at = at
+        if self._grant_timer is not None:
+            self._grant_timer.cancel()
+            self._grant_timer = None
+        if at < math.inf:
+            # The clock of the loop and its timers have a resolution of a millisecond.
+            self._grant_timer = self._loop.call_at(at + _TIMER_RESOLUTION_S, self._grant_scheduled)
 
     def _grant_scheduled(self) -> None:
-        self._is_grant_scheduled = False
-        self._grant()
-
-    def _grant_later(self) -> None:
         self._grant_timer = None
         self._grants_at = math.inf
         self._grant()
 
-    def _starts_at(self, queue: _Queue, count: int, now: float) -> float:
+    def _starts_at(self, queue: CallerQueue, count: int, now: float) -> float:
         """Return when a caller's next call may start.
 
         Args:
@@ -292,31 +265,19 @@ class RequestReceiver:
         Returns:
             The time; infinity for the end of another call of the caller.
         """
-        user_id = _user_of(queue)
+        user_id = queue.user_id
         if user_id is None:
             return now
         paced_until = self._paces.get(user_id, 0.0)
         if paced_until > now:
             return paced_until
-        is_flood = _is_flood(queue)
+        is_flood = queue.is_flood
         max_count = 1 if is_flood or paced_until else USER_PERMITS
         if count >= max_count or self._in_flight.get(user_id, 0) >= MAX_CALLS_PER_USER:
             return math.inf
         if is_flood and now < self._next_of_flood_at and self._untaken.longest_queue > MAX_UNTAKEN:
             return now + _BACKLOG_INTERVAL_S
         return now
-
-    def _next_of(self, key: str) -> _Receipt | None:
-        """Take the first call of a caller's queue that still waits; the caller becomes the last."""
-        queue = self._queues.pop(key)
-        receipt: _Receipt | None = None
-        while queue and receipt is None:
-            receipt, _ = queue.popitem(last=False)
-            if receipt.permit.done():  # Its call was cancelled.
-                receipt = None
-        if queue:
-            self._queues[key] = queue
-        return receipt
 
     def _counts(self) -> Counter[str]:
         return Counter(receipt.key for receipt in self._receipts)
@@ -329,11 +290,7 @@ class RequestReceiver:
                 message = f"the request did not arrive within {self._timeout_s:g} s"
                 self._expire(receipt, errors.DeadlineExceeded(message))
         self._expire_for_waiting(now)
-        self._paces = {
-            user_id: starts_at
-            for user_id, starts_at in self._paces.items()
-            if starts_at > now - PACE_BURST_S
-        }
+        self._paces.forget(now)
         if self._queues:
             self._grant()
         is_used = self._receipts or self._paces
@@ -366,7 +323,7 @@ class RequestReceiver:
             message = "the request arrives slowly while others wait; retry after the given delay"
             self._expire(receipt, errors.Overloaded(message, retry_after=MAX_RETRY_AFTER_S))
 
-    def _expire(self, receipt: _Receipt, error: errors.ServiceError) -> None:
+    def _expire(self, receipt: Receipt, error: errors.ServiceError) -> None:
         self._expired_count += 1
         self._receipts.discard(receipt)
         task = self._loop.create_task(_abort(receipt, error))
@@ -381,52 +338,7 @@ class RequestReceiver:
                 timer.cancel()
 
 
-_Queue = OrderedDict["_Receipt", None]
-"""The waiting calls of a caller, in order. Thousands may be cancelled together, in any order."""
-
-
-def _user_of(queue: _Queue) -> str | None:
-    return next(iter(queue)).user_id
-
-
-def _is_flood(queue: _Queue) -> bool:
-    return _user_of(queue) is not None and len(queue) > MAX_QUEUED_PER_USER
-
-
-class _Receipt:
-    """A request that is being received, or waits for it."""
-
-    __slots__ = ("_caller", "_key", "_permit", "context", "is_received", "started_at")
-
-    def __init__(self, context: Context, caller: Caller, started_at: float) -> None:
-        self.context = context
-        self.started_at = started_at
-        self.is_received = False
-        self._permit: asyncio.Future[None] | None = None
-        self._caller = caller
-        self._key = ""
-
-    @property
-    def user_id(self) -> str | None:
-        """The user who calls; None for a service."""
-        return self._caller.user_id
-
-    @property
-    def permit(self) -> asyncio.Future[None]:
-        """Done once the call may receive its request."""
-        if self._permit is None:
-            self._permit = asyncio.get_running_loop().create_future()
-        return self._permit
-
-    @property
-    def key(self) -> str:
-        """The caller: a user, or the connection of a service."""
-        if not self._key:
-            self._key = self._caller.user_id or self.context.peer()
-        return self._key
-
-
-async def _abort(receipt: _Receipt, error: errors.ServiceError) -> None:
+async def _abort(receipt: Receipt, error: errors.ServiceError) -> None:
     """End a call from outside its task, whose `read` then raises AbortError.
 
     Cancelling the task would leave the read to gRPC, which would leak the request. A call whose

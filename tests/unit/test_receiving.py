@@ -14,7 +14,7 @@ from grpc._cython.cygrpc import EOF  # type: ignore[import-not-found]
 
 from service.auth.caller import Caller
 from service.errors import Overloaded
-from service.rpc import receiving
+from service.rpc import caller_queues, receiving, user_paces
 from service.rpc.receiving import RequestReceiver
 
 USER_ID = "0192d3a4-0000-7000-8000-000000000001"
@@ -132,8 +132,8 @@ def read_count(contexts: list[FakeContext]) -> int:
 async def test_user_who_has_sent_large_requests_waits_and_others_do_not(
     callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
-    await callers.send(USER_ID, receiving.PACED_BYTES + 1)
+    monkeypatch.setattr(user_paces, "USER_BYTES_PER_SECOND", 1)
+    await callers.send(USER_ID, user_paces.PACED_BYTES + 1)
     waiting = await callers.start(USER_ID, 3)
     assert read_count(waiting) == 0
     assert read_count(await callers.start(OTHER_ID)) == 1
@@ -144,22 +144,22 @@ async def test_user_who_has_sent_large_requests_waits_and_others_do_not(
 
 
 async def test_burst_and_small_requests_are_not_paced(callers: Callers) -> None:
-    await callers.send(USER_ID, receiving.USER_BYTES_PER_SECOND // 8)
+    await callers.send(USER_ID, user_paces.USER_BYTES_PER_SECOND // 8)
     for _ in range(100):
-        await callers.send(USER_ID, receiving.PACED_BYTES)
+        await callers.send(USER_ID, user_paces.PACED_BYTES)
 
 
 async def test_service_is_not_paced(callers: Callers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(user_paces, "USER_BYTES_PER_SECOND", 1)
     for _ in range(3):
-        await callers.send(None, receiving.PACED_BYTES + 1)
+        await callers.send(None, user_paces.PACED_BYTES + 1)
 
 
 async def test_waiting_calls_are_received_once_the_pace_allows(
     callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiving, "PACE_BURST_S", 0)
-    n_bytes = receiving.PACED_BYTES + 1
+    monkeypatch.setattr(user_paces, "PACE_BURST_S", 0)
+    n_bytes = user_paces.PACED_BYTES + 1
     for number in range(3):
         [context] = await callers.start(USER_ID)
         assert context.is_read is (number == 0)
@@ -174,7 +174,7 @@ async def test_request_that_fails_to_arrive_counts_as_a_large_one(
     callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GRPC decompresses a request before it finds that it is too large."""
-    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(user_paces, "USER_BYTES_PER_SECOND", 1)
     [context] = await callers.start(USER_ID)
     context.request.set_result(EOF)
     await turn()
@@ -182,7 +182,7 @@ async def test_request_that_fails_to_arrive_counts_as_a_large_one(
 
 
 async def test_pace_is_forgotten_once_it_is_over(callers: Callers) -> None:
-    await callers.send(USER_ID, receiving.PACED_BYTES + 1)
+    await callers.send(USER_ID, user_paces.PACED_BYTES + 1)
     callers.receiver._paces[USER_ID] -= 1
     callers.receiver._sweep()
     assert not callers.receiver._paces
@@ -191,7 +191,7 @@ async def test_pace_is_forgotten_once_it_is_over(callers: Callers) -> None:
 async def test_flood_of_a_user_is_received_one_by_one(callers: Callers) -> None:
     few = await callers.start(USER_ID, receiving.USER_PERMITS + 2)
     assert read_count(few) == receiving.USER_PERMITS
-    many = await callers.start(USER_ID, receiving.MAX_QUEUED_PER_USER)
+    many = await callers.start(USER_ID, caller_queues.MAX_QUEUED_PER_USER)
     for context in few[: receiving.USER_PERMITS]:
         context.request.set_result(b"request")
         await turn()
@@ -203,7 +203,7 @@ async def test_call_that_was_over_before_it_was_received_does_not_count(
     callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the calls that an overload has ended would slow down their users."""
-    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(user_paces, "USER_BYTES_PER_SECOND", 1)
     monkeypatch.setattr(receiving, "USER_PERMITS", 0)  # Every call of a user is checked.
     callers.receiver._unchecked_count = 0
     [context] = await callers.start(USER_ID)
@@ -220,10 +220,10 @@ async def test_call_that_was_over_before_it_was_received_does_not_count(
 async def test_slow_request_is_not_ended_for_a_user_who_waits_for_its_pace(
     callers: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiving, "USER_BYTES_PER_SECOND", 1)
+    monkeypatch.setattr(user_paces, "USER_BYTES_PER_SECOND", 1)
     callers.receiver._contended_timeout_s = -1
     [slow] = await callers.start(OTHER_ID)
-    await callers.send(USER_ID, receiving.PACED_BYTES + 1)
+    await callers.send(USER_ID, user_paces.PACED_BYTES + 1)
     await callers.start(USER_ID)
     callers.receiver._sweep()
     await turn()
@@ -259,7 +259,7 @@ async def test_flood_waits_while_others_calls_may_wait_to_be_taken_up(callers: C
     callers.receiver._untaken.add(queue)  # type: ignore[arg-type]
     callers.receiver._next_of_flood_at = math.inf
     few = await callers.start(USER_ID, receiving.USER_PERMITS)
-    many = await callers.start(USER_ID, receiving.MAX_QUEUED_PER_USER + 1)
+    many = await callers.start(USER_ID, caller_queues.MAX_QUEUED_PER_USER + 1)
     for context in few:
         context.request.set_result(b"request")
     await turn()
