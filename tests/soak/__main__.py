@@ -2,7 +2,7 @@
 
 The exit code is 1 if an acknowledged message was lost, duplicated or followed by a gap, a client
 read something impossible, a call failed in a way that it must not, a replica did not recover
-automatically, memory is not flat, or an idle service sent statements to the database.
+automatically, memory or descriptors are not flat, or an idle service sent the database statements.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ async def soak(minutes: float, idle: float, seed: int, round_s: float = ROUND_S)
             bar.follow(running)
             refreshing = asyncio.create_task(bar.refresh())
             try:
-                await running.run(rounds, round_s)
+                await running.run(rounds, round_s=round_s)
                 if idle:
                     await running.idle(idle)
             finally:

@@ -1,19 +1,23 @@
-"""Checks after a round: idle replicas hold no resources, and every RPC succeeds immediately."""
+"""Checks after a round, when nothing is broken and no client calls.
+
+Idle replicas hold no resources, every RPC succeeds immediately, and every document is indexed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from chathistory.v1 import user_pb2
+from chathistory.v1 import document_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
-from grpc import aio
+from grpc import StatusCode, aio
 
 from tests.soak.stack import Replica, Stack
 from tests.soak.tally import Tally
+from tests.soak.traffic import Document
 from tests.support.chat import Chat
 from tests.support.servers import channel, settings
 
@@ -21,6 +25,9 @@ CALL_TIMEOUT_S = 10.0
 """Limit for a call, which must succeed at the first attempt."""
 RELEASE_TIMEOUT_S = 20.0
 """Limit for the release of resources after the last call."""
+INDEX_TIMEOUT_S = 180.0
+"""Limit for the documents of a round to be indexed: more than two leases of a minute, of indexers
+that were killed, and less than the hour by which a fault dates rows ahead."""
 IDLE_GAUGES = ("calls_in_flight", "watches_open", "appends_waiting", "connections_in_use")
 """Metrics, without their prefix, that are zero on an idle replica."""
 
@@ -37,6 +44,40 @@ async def check_replicas(stack: Stack, tally: Tally) -> None:
             await _call(
                 replica, ChatHistoryServiceStub(mine), ChatHistoryServiceStub(others), tally
             )
+
+
+async def check_documents(stack: Stack, tally: Tally, documents: Sequence[Document]) -> None:
+    """Check that every acknowledged document is stored and indexed; add problems to the tally."""
+    deadline = time.monotonic() + INDEX_TIMEOUT_S
+    async with channel(stack.replicas[0].client_proxy.address) as opened:
+        stub: Any = ChatHistoryServiceStub(opened)
+        waiting = list(documents)
+        while waiting:
+            document = waiting[-1]
+            status = await _status(stub, document, tally)
+            if status == document_pb2.DOCUMENT_STATUS_PENDING:
+                if time.monotonic() > deadline:
+                    tally.add_problem("STUCK", f"{len(waiting)} documents wait to be indexed")
+                    return
+                await asyncio.sleep(0.1)
+                continue
+            waiting.pop()
+            if status == document_pb2.DOCUMENT_STATUS_INDEXED:
+                tally.documents += 1
+            elif status is not None:
+                tally.add_problem("ERROR", f"document {document.id} was not indexed")
+
+
+async def _status(stub: Any, document: Document, tally: Tally) -> int | None:
+    """Return the status of a document; None if it cannot be read, which is a problem."""
+    request = document_pb2.GetDocumentRequest(user_id=document.user_id, document_id=document.id)
+    try:
+        reply = await stub.GetDocument(request, timeout=CALL_TIMEOUT_S)
+    except aio.AioRpcError as error:
+        kind = "LOST" if error.code() == StatusCode.NOT_FOUND else "STUCK"
+        tally.add_problem(kind, f"document {document.id}: {error.code().name}")
+        return None
+    return int(reply.document.status)
 
 
 async def _check_idle(replica: Replica, tally: Tally) -> None:

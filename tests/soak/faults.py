@@ -1,4 +1,4 @@
-"""Faults of the service, its database and the network between them.
+"""Faults of the service, its database, its search, and the network between them.
 
 A fault ends as soon as the broken component could work again.
 """
@@ -14,6 +14,9 @@ from contextlib import suppress
 
 import asyncpg
 
+from tests.soak.database import finish
+from tests.soak.database_faults import DatabaseFaults
+from tests.soak.search_faults import SearchFaults
 from tests.soak.stack import Replica, Stack
 from tests.support.cluster import fetch
 from tests.support.pgbouncer import PgBouncer
@@ -32,6 +35,9 @@ class Faults:
     def __init__(self, stack: Stack, chance: random.Random) -> None:
         self._stack = stack
         self._rng = chance
+        search = SearchFaults(stack, chance)
+        self.of_search = frozenset(search.kinds)
+        """The names of the faults after which searches must succeed."""
         self._kinds: dict[str, Fault] = {
             "service killed (-9)": self._kill_service,
             "PostgreSQL killed (-9)": self._kill_postgres,
@@ -39,14 +45,18 @@ class Faults:
             "PostgreSQL restarted": self._restart_postgres,
             "all backends ended": self._terminate_backends,
             "suspended, 3 s to wake": self._suspend,
-            "database cut off": lambda: self._disturb_network("database_proxy", self._reset),
-            "database half-open": lambda: self._disturb_network("database_proxy", self._half_open),
-            "database refuses": lambda: self._disturb_network("database_proxy", self._refuse),
-            "database black-holed": lambda: self._disturb_network("database_proxy", self._block),
-            "database slow": lambda: self._disturb_network("database_proxy", self._delay),
-            "clients cut off": lambda: self._disturb_network("client_proxy", self._reset),
-            "clients refused": lambda: self._disturb_network("client_proxy", self._refuse),
-            "clients black-holed": lambda: self._disturb_network("client_proxy", self._block),
+            "database cut off": lambda: self._disturb_network("database_proxies", self._reset),
+            "database half-open": lambda: self._disturb_network(
+                "database_proxies", self._half_open
+            ),
+            "database refuses": lambda: self._disturb_network("database_proxies", self._refuse),
+            "database black-holed": lambda: self._disturb_network("database_proxies", self._block),
+            "database slow": lambda: self._disturb_network("database_proxies", self._delay),
+            "clients cut off": lambda: self._disturb_network("client_proxies", self._reset),
+            "clients refused": lambda: self._disturb_network("client_proxies", self._refuse),
+            "clients black-holed": lambda: self._disturb_network("client_proxies", self._block),
+            **DatabaseFaults(stack, chance).kinds,
+            **search.kinds,
         }
         if stack.pooler is not None:
             self._kinds |= {
@@ -68,6 +78,10 @@ class Faults:
         name = self._bag.pop()
         return name, self._kinds[name]
 
+    async def repair(self) -> None:
+        """Restore what a fault has left broken although the service could work again."""
+        await self._stack.database.repair()
+
     async def _wait(self, least: float, most: float) -> None:
         await asyncio.sleep(self._rng.uniform(least, most))
 
@@ -82,8 +96,8 @@ class Faults:
         return [replica]
 
     async def _kill_postgres(self) -> list[Replica]:
-        _kill(self._stack.cluster.pid)
-        await self._restart_stopped_postgres()
+        await self._stack.database.kill()
+        await self._restart_postgres()
         return self._stack.replicas
 
     async def _kill_backend(self) -> list[Replica]:
@@ -96,13 +110,12 @@ class Faults:
         return self._stack.replicas
 
     async def _restart_postgres(self) -> list[Replica]:
-        await self._restart_stopped_postgres()
+        await self._stack.database.stop()
+        try:
+            await self._wait(0, 1)
+        finally:
+            await self._stack.database.start()
         return self._stack.replicas
-
-    async def _restart_stopped_postgres(self) -> None:
-        await asyncio.to_thread(self._stack.cluster.postgres.stop)
-        await self._wait(0, 1)
-        await asyncio.to_thread(self._stack.cluster.postgres.start)
 
     async def _kill_pooler(self) -> list[Replica]:
         return await self._restart_stopped_pooler(PgBouncer.kill)
@@ -113,10 +126,12 @@ class Faults:
     async def _restart_stopped_pooler(self, end: Callable[[PgBouncer], None]) -> list[Replica]:
         pooler = self._stack.pooler
         assert pooler is not None
-        await asyncio.to_thread(end, pooler)
-        await self._wait(0, 1)
-        await asyncio.to_thread(pooler.start)
-        return [replica for replica in self._stack.replicas if replica.never_killed]
+        await finish(lambda: end(pooler))
+        try:
+            await self._wait(0, 1)
+        finally:
+            await finish(pooler.start)
+        return [replica for replica in self._stack.replicas if replica.is_pooled]
 
     async def _is_answering(self) -> bool:
         with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
@@ -131,22 +146,23 @@ class Faults:
         return self._stack.replicas
 
     async def _suspend(self) -> list[Replica]:
-        for replica in self._stack.replicas:
-            replica.database_proxy.block()
-        await fetch(self._stack.database_url, TERMINATE_BACKENDS)
-        await asyncio.sleep(3)
-        for replica in self._stack.replicas:
-            replica.database_proxy.unblock()
+        proxies = [proxy for replica in self._stack.replicas for proxy in replica.database_proxies]
+        try:
+            for proxy in proxies:
+                proxy.block()
+            await fetch(self._stack.database_url, TERMINATE_BACKENDS)
+            await asyncio.sleep(3)
+        finally:
+            for proxy in proxies:
+                proxy.unblock()
         return self._stack.replicas
 
     async def _disturb_network(
         self, side: str, break_it: Callable[[Proxy], Awaitable[None]]
     ) -> list[Replica]:
         """Break the network on one side of one replica or of all replicas, and restore it."""
-        replicas = self._rng.choice(
-            [self._stack.replicas, *([replica] for replica in self._stack.replicas)]
-        )
-        proxies = [getattr(replica, side) for replica in replicas]
+        replicas = self._stack.some_replicas(self._rng)
+        proxies = [proxy for replica in replicas for proxy in getattr(replica, side)]
         try:
             await asyncio.gather(*map(break_it, proxies))
         finally:

@@ -43,6 +43,8 @@ def show(tally: Tally, console: Console) -> None:
                 f"  at rest after each round: {' '.join(rest)} MiB"
                 + ("" if growth_mib is None else f"; growth {growth_mib:+.1f}")
             )
+            descriptors = [str(sample.descriptors) for sample in samples if sample.at_rest]
+            console.print(f"  open file descriptors, the same: {' '.join(descriptors)}")
     for problem in tally.problems[:20]:
         console.print(f"{problem.kind}: {problem.words[:2000]}", style="red", markup=False)
     if len(tally.problems) > 20:
@@ -64,8 +66,10 @@ def _counts(tally: Tally) -> Table:
         "calls of the client library": tally.library_calls,
         "of them failed": tally.library_errors.total(),
         "faults": len(tally.outages),
+        "kinds of faults": len({outage.kind for outage in tally.outages}),
         "stored messages checked": tally.checked,
         "views checked": tally.views,
+        "documents found indexed": tally.documents,
         "lost": tally.count_problems("LOST"),
         "doubled": tally.count_problems("DOUBLED"),
         "gaps": tally.count_problems("GAP"),
@@ -84,7 +88,7 @@ def _counts(tally: Tally) -> Table:
 def _outages(outages: list[Outage]) -> Table:
     table = Table(
         title="Faults, and seconds from their end to the next append that every affected replica "
-        "acknowledged"
+        "acknowledged (after faults of search: to the next search)"
     )
     table.add_column("fault")
     for name in ("times", "median s", "max s", "longest fault s", "failed calls, median", "max"):
@@ -157,6 +161,7 @@ def save(tally: Tally, folder: Path, **about: Any) -> None:
         "cancelled": tally.cancelled,
         "checked": tally.checked,
         "views": tally.views,
+        "documents": tally.documents,
         "errors": {" ".join(key): count for key, count in tally.errors.most_common()},
         "library": {
             "calls": tally.library_calls,
@@ -176,6 +181,7 @@ def save(tally: Tally, folder: Path, **about: Any) -> None:
                     round(sample.mib, 1),
                     sample.acknowledged,
                     sample.at_rest,
+                    sample.descriptors,
                 ]
                 for sample in samples
             ]

@@ -6,10 +6,12 @@ The data of each round is checked when the round is over, and again one round la
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
@@ -19,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.soak import checks
 from tests.soak.faults import TERMINATE_BACKENDS, Faults
 from tests.soak.stack import Replica, Stack
-from tests.soak.tally import Outage, Sample, Tally, growth
+from tests.soak.tally import ALLOWED_NEW_DESCRIPTORS, Outage, Sample, Tally, growth
 from tests.soak.traffic import SoakAborted, Traffic
 from tests.support.chat import Chat
 from tests.support.cluster import fetch, wait_until_idle
@@ -49,8 +51,16 @@ OnStatus = Callable[[str], None]
 class Soak:
     """One soak of one stack."""
 
-    def __init__(self, stack: Stack, seed: int, on_status: OnStatus) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        seed: int,
+        on_status: OnStatus,
+        pause_s: tuple[float, float] = (0.5, 3),
+    ) -> None:
+        """Take the least and the longest pause before a fault."""
         self.stack = stack
+        self._pause_s = pause_s
         self.tally = Tally()
         self._seed = seed
         self._on_status = on_status
@@ -58,20 +68,30 @@ class Soak:
         self._rng = random.Random(f"{seed} pauses")
         self._previous: Traffic | None = None
 
-    async def run(self, rounds: int, round_s: float) -> None:
-        """Run rounds of load under faults, and check the data of each."""
+    async def run(
+        self, rounds: int, *, round_s: float = math.inf, faults: float = math.inf
+    ) -> None:
+        """Run rounds of load under faults, and check the data of each.
+
+        Args:
+            rounds: The number of rounds.
+            round_s: Seconds after which a round ends when its last fault is over.
+            faults: The number of faults after which a round ends.
+        """
         sampling = asyncio.create_task(self._sample())
         try:
             for number in range(1, rounds + 1):
                 traffic = Traffic(self.stack, self.tally, f"{self._seed} traffic {number}")
                 async with traffic.running():
-                    await self._inject_faults(time.monotonic() + round_s)
+                    await self._inject_faults(time.monotonic() + round_s, faults)
                 self._on_status("checking the data")
                 await self._settle()
                 self._sample_memory(at_rest=True)
                 await checks.check_replicas(self.stack, self.tally)
                 await self._judge(traffic)
                 await self._finish_previous_round(traffic)
+            if self._previous is not None:
+                await checks.check_documents(self.stack, self.tally, self._previous.documents)
         except* SoakAborted:
             self._on_status("aborted")
         finally:
@@ -79,11 +99,12 @@ class Soak:
             await asyncio.wait([sampling])
         self._check_memory()
 
-    async def _inject_faults(self, until: float) -> None:
+    async def _inject_faults(self, until: float, count: float) -> None:
         """Inject one fault after another, each when the service has recovered from the last one."""
-        while time.monotonic() < until:
+        last = len(self.tally.outages) + count
+        while time.monotonic() < until and len(self.tally.outages) < last:
             self._on_status("no fault")
-            await asyncio.sleep(self._rng.uniform(0.5, 3))
+            await asyncio.sleep(self._rng.uniform(*self._pause_s))
             kind, fault = self.faults.draw()
             self._on_status(kind)
             began, failed_before = time.monotonic(), self.tally.failed
@@ -93,13 +114,19 @@ class Soak:
             self._on_status(f"recovering from: {kind}")
             await self._wait_for_recovery(outage, affected)
             outage.errors = self.tally.failed - failed_before
+            self._on_status(f"restoring the standby after: {kind}")
+            await self.faults.repair()
 
     async def _wait_for_recovery(self, outage: Outage, affected: list[Replica]) -> None:
-        acknowledged_at = self.tally.last_acknowledged
+        works_at = (
+            self.tally.last_searched
+            if outage.kind in self.faults.of_search
+            else self.tally.last_acknowledged
+        )
         deadline = outage.ended + RECOVERY_TIMEOUT_S
         waiting = {replica.name for replica in affected}
         while waiting:
-            waiting = {name for name in waiting if acknowledged_at.get(name, 0.0) <= outage.ended}
+            waiting = {name for name in waiting if works_at.get(name, 0.0) <= outage.ended}
             if time.monotonic() > deadline:
                 names = ", ".join(sorted(waiting))
                 self.tally.add_problem(
@@ -127,6 +154,8 @@ class Soak:
         self.tally.views += sum(len(record.views) for record in traffic.records)
         if previous is not None:
             await self._judge(previous)
+            # Not in its own round: a killed indexer holds its rows for a minute.
+            await checks.check_documents(self.stack, self.tally, previous.documents)
             known |= {(record.user_id, record.session_id) for record in previous.records}
         [[duplicates]] = await fetch(self.stack.database_url, COUNT_DUPLICATES)
         if duplicates:
@@ -167,6 +196,7 @@ class Soak:
                     mib,
                     acknowledged,
                     at_rest,
+                    replica.descriptors,
                 )
                 self.tally.samples.append(sample)
 
@@ -185,6 +215,11 @@ class Soak:
                     self.tally.add_problem(
                         "MEMORY", f"the {replica.name} replica grew by {growth_mib:.1f} MiB"
                     )
+                opened = growth(samples, attrgetter("descriptors"))
+                if opened is not None and opened > ALLOWED_NEW_DESCRIPTORS:
+                    self.tally.add_problem(
+                        "LEAK", f"the {replica.name} replica holds {opened:.0f} more descriptors"
+                    )
 
     # --- Idle.
 
@@ -193,7 +228,7 @@ class Soak:
         for statement in LOG_ALL:
             await fetch(self.stack.database_url, statement)
         await asyncio.sleep(5)  # Until then all connections have been returned to the pool.
-        sent = SentStatements(self.stack.cluster, self.stack.database_url)
+        sent = SentStatements(self.stack.database.primary, self.stack.database_url)
         idle_until = time.monotonic() + minutes * 60
         while (remaining_s := idle_until - time.monotonic()) > 0:
             self._on_status(f"idle for another {remaining_s:.0f} s")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from grpc import aio
 from grpc_status import rpc_status
@@ -18,6 +19,8 @@ GRPC_OWN = "(gRPC's own)"
 """The reason of a status of gRPC itself: no server listened, or the client's deadline was over."""
 ALLOWED_GROWTH_MIB = 10.0
 """Limit for the growth of resident memory between the first rounds and the last."""
+ALLOWED_NEW_DESCRIPTORS = 10.0
+"""The same for open file descriptors: as many as the pool's connections come and go."""
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Sample:
     acknowledged: int
     at_rest: bool = False
     """Whether there was no load and no fault, so that the sample can be compared with others."""
+    descriptors: int = 0
+    """Its open file descriptors."""
 
 
 @dataclass
@@ -70,6 +75,8 @@ class Tally:
     checked: int = 0
     """Stored messages that were checked, each at least once."""
     views: int = 0
+    documents: int = 0
+    """Documents that were acknowledged, and found to be indexed."""
     outages: list[Outage] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -79,6 +86,8 @@ class Tally:
     allowed_growth_mib: float = ALLOWED_GROWTH_MIB
     last_acknowledged: dict[str, float] = field(default_factory=dict)
     """The time of the last acknowledged append by replica."""
+    last_searched: dict[str, float] = field(default_factory=dict)
+    """The time of the last answered search by replica."""
 
     @property
     def seconds(self) -> float:
@@ -112,13 +121,16 @@ class Tally:
         return sum(problem.kind in kinds for problem in self.problems)
 
 
-def growth(samples: Sequence[Sample]) -> float | None:
+def growth(
+    samples: Sequence[Sample], level_of: Callable[[Sample], float] = attrgetter("mib")
+) -> float | None:
     """Return the growth of one process's memory in MiB, or None if there are too few samples.
 
-    It is the difference between the medians of the last and of the first third of the samples at
-    rest. The first of these samples is left out, because pools and caches were still being filled.
+    Another figure of the samples may be chosen instead of the memory. The growth is the difference
+    between the medians of the last and of the first third of the samples at rest. The first of
+    these samples is left out, because pools and caches were still being filled.
     """
-    levels = [sample.mib for sample in samples if sample.at_rest][1:]
+    levels = [level_of(sample) for sample in samples if sample.at_rest][1:]
     third = max(1, len(levels) // 3)
     if len(levels) < 2:
         return None

@@ -9,9 +9,9 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from chathistory.v1 import message_pb2, session_pb2, user_pb2
+from chathistory.v1 import document_pb2, message_pb2, session_pb2, user_pb2
 from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc import StatusCode, aio
 
@@ -56,6 +56,13 @@ class TrackedSession:
     """The newest acknowledged requests."""
 
 
+class Document(NamedTuple):
+    """A document that was acknowledged."""
+
+    user_id: str
+    id: str
+
+
 class CallFailed(Exception):
     """A call failed with this reason, and was counted."""
 
@@ -74,6 +81,10 @@ class Traffic:
         self._stubs: dict[str, AsyncStub] = {}
         self._users: list[str] = []
         self.sessions: list[TrackedSession] = []
+        self.documents: list[Document] = []
+        """The acknowledged documents."""
+        self._document_owners: dict[str, str] = {}
+        """The user of each document, acknowledged or not, by its id."""
         self._existing: list[TrackedSession] = []
         """Sessions that are known to be stored."""
         self._stopping = False
@@ -98,6 +109,8 @@ class Traffic:
             self._request_foreign_session: 3,
             self._cancel_many: 1,
             self._read_twice: 3,
+            self._create_document: 2,
+            self._search_documents: 4,
         }
         """The actions of workers and their weights."""
 
@@ -196,6 +209,8 @@ class Traffic:
             raise CallFailed("cancelled") from None
         if rpc == "AppendMessages":
             tally.last_acknowledged[replica.name] = time.monotonic()
+        elif rpc == "SearchDocuments":
+            tally.last_searched[replica.name] = time.monotonic()
         return reply
 
     async def _call_until_success(
@@ -559,8 +574,37 @@ class Traffic:
                 seen.append(seen_message(reply.message))  # noqa: PERF401 - kept if the stream fails
         except aio.AioRpcError as error:
             if error.code() != StatusCode.DEADLINE_EXCEEDED:
-                self._tally.count_failure("WatchMessages", error)
+                reason = self._tally.count_failure("WatchMessages", error)
+                if error.code() == StatusCode.OUT_OF_RANGE:
+                    self._tally.add_problem("LOST", f"WatchMessages: {reason} {error.details()}")
         tracked.record.saw_stream(started_at, after, seen)
+
+    # --- Documents.
+
+    async def _create_document(self, _tracked: TrackedSession) -> None:
+        document = Document(self._rng.choice(self._users), new_id())
+        self._document_owners[document.id] = document.user_id
+        request = document_pb2.CreateDocumentRequest(
+            user_id=document.user_id,
+            document=document_pb2.Document(id=document.id, title="notes"),
+            chunks=[
+                document_pb2.DocumentChunk(text=f"{word} wade in {document.id}")
+                for word in ("Herons", "Storks", "Flamingos")
+            ],
+        )
+        await self._call("CreateDocument", request)
+        self.documents.append(document)
+
+    async def _search_documents(self, tracked: TrackedSession) -> None:
+        """Search a user's documents, none of which may be missing an owner, or have another one."""
+        user_id = tracked.record.user_id
+        request = document_pb2.SearchDocumentsRequest(user_id=user_id, query="which bird wades")
+        reply = await self._call("SearchDocuments", request)
+        for hit in reply.hits:
+            if self._document_owners.get(hit.document.id) != user_id:
+                self._tally.add_problem(
+                    "FOREIGN", f"a search of user {user_id} returned document {hit.document.id}"
+                )
 
     # --- Users of the client library.
 

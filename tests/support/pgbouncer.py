@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -49,19 +50,23 @@ class PgBouncer:
         upstream: str,
         settings: dict[str, str] | None = None,
         files: dict[str, bytes] | None = None,
+        databases: Sequence[str] = ("*",),
     ) -> None:
         """Configure a pooler for the server of `upstream`, which must be running.
 
         Args:
             upstream: Connection string of any database of that server through its socket. All
-                server connections use its user.
+                server connections use its user. A server that listens on TCP is written as
+                `postgresql://user@/name?host=127.0.0.1&port=5432`.
             settings: Settings by name, which replace or extend those of all tests. `{folder}` in a
                 value is replaced by PgBouncer's own folder.
             files: Contents of files to write into that folder, by name.
+            databases: Names of the databases that it serves; `*`: all.
         """
         self._upstream = make_url(upstream)
         self._settings = _SETTINGS | (settings or {})
         self._files = files or {}
+        self._databases = databases
         self._exit = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -103,11 +108,9 @@ class PgBouncer:
             "listen_port": str(self.port),
             "auth_file": "{folder}/users.txt",
         }
-        lines = [
-            "[databases]",
-            f"* = host={host} port={self._upstream.query.get('port', 5432)} user={user}",
-            "[pgbouncer]",
-        ]
+        server = f"host={host} port={self._upstream.query.get('port', 5432)} user={user}"
+        databases = [f"{name} = {server}" for name in self._databases]
+        lines = ["[databases]", *databases, "[pgbouncer]"]
         lines += [
             f"{name} = {value.replace('{folder}', str(self.folder))}"
             for name, value in settings.items()
@@ -148,6 +151,16 @@ class PgBouncer:
                 if trial.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.01)
+
+    def redirect(self, upstream: str) -> None:
+        """Use another server from now on, as the scripts of an operator do after a failover.
+
+        PgBouncer closes its connections to the former server. Databases of `*` do not follow.
+        """
+        self._upstream = make_url(upstream)
+        self._configure()
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
         """Stop the pooler immediately, even with clients, by SIGTERM; a no-op if it is stopped."""

@@ -52,10 +52,11 @@ def use_route(through: str | None) -> Iterator[None]:
 def routed_url(database_url: str) -> str:
     """Return the connection string with which a service connects to a test's database.
 
-    A connection string without a socket already names a proxy or a pooler and is returned as it is.
+    A connection string without a socket already names a proxy, a pooler or several servers, and is
+    returned as it is.
     """
-    if _poolers is None:
-        return database_url  # It may name several hosts, which SQLAlchemy cannot parse.
+    if _poolers is None or "," in database_url:  # SQLAlchemy's URLs have one server.
+        return database_url
     url = make_url(database_url)
     socket_dir = url.query.get("host")
     if not isinstance(socket_dir, str):

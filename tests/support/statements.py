@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from tests.support.cluster import Cluster, LoggedStatement, statements_in
+from tests.support.replicated_postgres import Node
 
 
 class SentStatements:
     """Statements that a database received since this object was created, without the tests' own."""
 
-    def __init__(self, cluster: Cluster, database_url: str) -> None:
-        self._log = cluster.postgres.log
+    def __init__(self, server: Cluster | Node, database_url: str) -> None:
+        self._log = server.postgres.log if isinstance(server, Cluster) else server.log
         self._database = database_name(database_url)
         self._start = self._log.stat().st_size
 
