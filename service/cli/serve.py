@@ -74,7 +74,7 @@ def _serve_embedded(settings: Settings, stop_requested: Callable[[], bool]) -> N
                 postgres.announce,
             )
         finally:
-            # Stops the watchdog of `server.run`: what remains is the shutdown of PostgreSQL, which
+            # Stops the watchdog of `process.run`: what remains is the shutdown of PostgreSQL, which
             # has timeouts of its own.
             faulthandler.cancel_dump_traceback_later()
 
@@ -86,7 +86,7 @@ def _serve(
     stop_requested: Callable[[], bool],
     announce: Callable[[str], None] | None = None,
 ) -> None:
-    from service import server
+    from service import process
     from service.store.schema.location import UnusableDatabase
     from service.telemetry.logs import configure_logging
 
@@ -100,7 +100,7 @@ def _serve(
     for line in config.unknown_settings():
         print_message(line)
     try:
-        run(lambda: server.run(settings, target, on_ready=on_ready, stop_requested=stop_requested))
+        run(lambda: process.run(settings, target, on_ready=on_ready, stop_requested=stop_requested))
     except config.BadConfiguration as error:
         fail_configuration(error)
     except UnusableDatabase as error:

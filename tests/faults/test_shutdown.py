@@ -17,7 +17,7 @@ from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 
-from service.server import EXIT_TIMEOUT_S
+from service.process import EXIT_TIMEOUT_S
 from tests.conftest import StartProcess
 from tests.faults.conftest import calls_by_route
 from tests.support.chat import Chat, new_message
@@ -246,9 +246,9 @@ async def test_shutdown_ends_on_time_when_the_issuer_is_silent(start_process: St
 
 _HANGS = """
 import sys, time
-from service import server
+from service import process, server
 from tests.support import serve
-server.EXIT_TIMEOUT_S = 1.0
+process.EXIT_TIMEOUT_S = 1.0
 async def stop(self):
     print("hangs", file=sys.stderr, flush=True)
     time.sleep(600)

@@ -6,7 +6,7 @@ import sys
 
 import uvloop
 
-from service import server
+from service import process
 from service.config import Settings
 from service.store.db.dsn import parse
 from service.telemetry.logs import configure_logging
@@ -21,7 +21,7 @@ def main() -> None:
         prepared_statements=settings.db_prepared_statements,
         schema=settings.db_schema,
     )
-    uvloop.run(server.run(settings, target, on_ready=lambda address: print(address, flush=True)))
+    uvloop.run(process.run(settings, target, on_ready=lambda address: print(address, flush=True)))
     sys.exit(0)
 
 
