@@ -64,6 +64,15 @@ class Settings(BaseSettings):
     """Connection string of PostgreSQL, in libpq's forms or as Neon's console shows it. It may name
     several hosts, of which the service uses the primary. Unset: an embedded PostgreSQL under
     `data_dir`."""
+    database_read_url: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("DATABASE_READ_URL")
+    )
+    """Connection string of a replica of the database: a standby, several of them, or an endpoint
+    for reads. It serves calls with the metadata `read_consistency: eventual`. Unset: the primary
+    serves all calls."""
+    read_max_lag: Annotated[float, Field(ge=2, le=3600)] = 10.0
+    """Age in seconds of the oldest data that the replica may return. The primary is read instead
+    when the replica lags further."""
     db_schema: str | None = None
     """Schema that holds the tables. `migrate` creates it. Unset: the schema of this database that
     holds them already, or else `chathistory`. Two installations in one database need it."""

@@ -44,6 +44,7 @@ from service.store.append.appender import Appender
 from service.store.db.database import Database
 from service.store.db.dsn import Target
 from service.store.epoch import EpochKeeper
+from service.store.replica import create_lagging_database
 from service.store.watch import WatchHub
 from service.telemetry.loop_monitor import LoopMonitor
 
@@ -104,6 +105,7 @@ class Server:
         self.database.on_suspected_outage = self.readiness.request_probe
         self.epoch = EpochKeeper(self.database)
         self.readiness.on_success = self.epoch.check_soon
+        self.lagging = create_lagging_database(settings, self.database, self.epoch)
         self.search = search = self._create_search()
         self.health = Health(self.database, self.readiness, search)
         self.appender = Appender(
@@ -187,6 +189,7 @@ class Server:
             page_token_key=(
                 settings.page_token_key.get_secret_value() if settings.page_token_key else None
             ),
+            lagging=self.lagging,
         )
         pipeline = Pipeline(
             self.authenticate,
@@ -243,6 +246,8 @@ class Server:
             _wait_at_most(SEARCH_STOP_TIMEOUT_S, "search", self.search.stop()),
         )
         await self.database.close(LAST_WRITES_TIMEOUT_S)
+        if self.lagging is not None:
+            await self.lagging.close()
         self.loop_monitor.stop()
         if self.metrics:
             self.metrics.close()

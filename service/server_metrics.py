@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from service.config import split_address
 from service.rpc.readiness import Half
+from service.store.replica import OUTCOMES
 from service.telemetry.metrics import CounterSource, Metrics
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ def gauges(server: Server) -> dict[str, tuple[str, Callable[[], float]]]:
         **_load_gauges(server),
         **_search_gauges(server),
         **_readiness_gauges(server),
+        "chat_history_replica_lag_seconds": (
+            "Time for which the replica lags, at least, at the last read of it.",
+            lambda: server.lagging.gate.lag_s if server.lagging else 0,
+        ),
     }
 
 
@@ -146,8 +151,16 @@ def counters(server: Server) -> dict[str, CounterSource]:
     return {
         "chat_history_rejections": CounterSource(
             "Calls rejected or ended because of a limit.", "limit", lambda: rejections(server)
-        )
+        ),
+        "chat_history_replica_reads": CounterSource(
+            "Reads that may lag.", "outcome", lambda: replica_reads(server)
+        ),
     }
+
+
+def replica_reads(server: Server) -> dict[str, int]:
+    """Return the reads that may lag by their outcomes; zeros if there is no replica."""
+    return dict(server.lagging.counts) if server.lagging else dict.fromkeys(OUTCOMES, 0)
 
 
 def rejections(server: Server) -> dict[str, int]:

@@ -36,6 +36,7 @@ from chathistory.v1.user_pb2 import User
 from chathistory_client._version import __version__
 from chathistory_client.channels import Tls
 from chathistory_client.client import ChatHistoryClient
+from chathistory_client.connection import ReadConsistency
 from chathistory_client.errors import (
     AlreadyExists,
     ChatHistoryError,
@@ -86,6 +87,7 @@ __all__ = [
     "Overloaded",
     "Part",
     "PermissionDenied",
+    "ReadConsistency",
     "Role",
     "SearchMode",
     "Session",

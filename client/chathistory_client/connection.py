@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import grpc
 from grpc import aio
@@ -30,6 +30,9 @@ DRAIN_RETRY_S = 0.2
 
 The client repeats such calls itself, because the retries of gRPC may all reach the same replica.
 """
+
+ReadConsistency = Literal["strong", "eventual"]
+"""Whether a read must show every acknowledged change, or may come from a replica that lags."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -78,6 +81,7 @@ class Connection:
         request: Request,
         timeout: float | None = None,
         default_timeout: float | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Response:
         """Send one unary call and return its response.
 
@@ -89,6 +93,7 @@ class Connection:
             request: The request.
             timeout: Seconds for the call and all of its repetitions. None for the default.
             default_timeout: The method's default, in seconds. None for the client's.
+            metadata: Further metadata of the call.
 
         Raises:
             ChatHistoryError: The call failed; the subclass depends on the status code.
@@ -107,7 +112,7 @@ class Connection:
                 return await method(
                     request,
                     timeout=max(0.0, deadline - time.monotonic()),
-                    metadata=_metadata(token),
+                    metadata=_metadata(token, metadata),
                     wait_for_ready=self._wait_for_ready,
                 )
             except aio.AioRpcError as rpc_error:
@@ -217,6 +222,17 @@ class Connection:
             raise errors.Unavailable(
                 "the client was closed during the call", code=grpc.StatusCode.UNAVAILABLE
             ) from None
+
+
+def read_metadata(read_consistency: ReadConsistency) -> Mapping[str, str]:
+    """Return the metadata of a read.
+
+    Raises:
+        ValueError: The value is unknown.
+    """
+    if read_consistency not in get_args(ReadConsistency):
+        raise ValueError("read_consistency must be 'strong' or 'eventual'")
+    return {} if read_consistency == "strong" else {"read_consistency": read_consistency}
 
 
 def _rejected_while_draining(error: errors.ChatHistoryError) -> bool:

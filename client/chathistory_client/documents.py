@@ -13,7 +13,12 @@ from chathistory.v1.document_pb2 import (
     DocumentStatus,
 )
 
-from chathistory_client.connection import DELETE_TIMEOUT_S, Connection
+from chathistory_client.connection import (
+    DELETE_TIMEOUT_S,
+    Connection,
+    ReadConsistency,
+    read_metadata,
+)
 from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
@@ -176,6 +181,7 @@ class Documents(Connection):
         scope: DocumentScope.ValueType = DocumentScope.DOCUMENT_SCOPE_UNSPECIFIED,
         page_size: int = 0,
         page_token: str = "",
+        read_consistency: ReadConsistency = "strong",
         timeout: float | None = None,
     ) -> Pager[document_pb2.ListDocumentsResponse, Document]:
         """List a user's own documents and the shared ones, newest first.
@@ -197,11 +203,13 @@ class Documents(Connection):
             scope: Only documents of this scope. Unspecified for any.
             page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
             page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            read_consistency: `strong`, or `eventual` to accept the data of a replica that lags.
             timeout: Seconds for each page, including retries. None for the client's default.
 
         Returns:
             A pager: `async for` iterates over all items, `await` returns one page.
         """
+        metadata = read_metadata(read_consistency)
 
         async def fetch(token: str) -> document_pb2.ListDocumentsResponse:
             request = document_pb2.ListDocumentsRequest(
@@ -213,7 +221,7 @@ class Documents(Connection):
                 page_size=page_size,
                 page_token=token,
             )
-            return await self._call(self._stub.ListDocuments, request, timeout)
+            return await self._call(self._stub.ListDocuments, request, timeout, metadata=metadata)
 
         return Pager(fetch, lambda page: page.documents, page_token)
 
@@ -345,6 +353,7 @@ class Documents(Connection):
         vector: Sequence[float] = (),
         limit: int = 0,
         document_ids: Sequence[str] = (),
+        read_consistency: ReadConsistency = "strong",
         timeout: float | None = None,
     ) -> Sequence[DocumentHit]:
         """Find the chunks nearest in meaning to a text or a vector, best first.
@@ -359,6 +368,7 @@ class Documents(Connection):
             vector: Embedding to search for, of the search index's dimension.
             limit: Maximum number of hits, up to 100. 0 means 10.
             document_ids: Only chunks of these documents, at most 100. Empty for all.
+            read_consistency: `strong`, or `eventual` to accept the data of a replica that lags.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
@@ -368,10 +378,13 @@ class Documents(Connection):
             FailedPrecondition: Search is off (SEARCH_DISABLED).
             Unavailable: The search index does not answer (SEARCH_UNAVAILABLE).
         """
+        metadata = read_metadata(read_consistency)
         request = document_pb2.SearchDocumentsRequest(
             user_id=user_id, query=query, vector=vector, limit=limit, document_ids=document_ids
         )
-        return (await self._call(self._stub.SearchDocuments, request, timeout)).hits
+        return (
+            await self._call(self._stub.SearchDocuments, request, timeout, metadata=metadata)
+        ).hits
 
 
 def _chunk(chunk: str | DocumentChunk) -> DocumentChunk:

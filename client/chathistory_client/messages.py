@@ -18,7 +18,7 @@ from chathistory.v1.message_pb2 import (
 )
 from chathistory.v1.session_pb2 import Session
 
-from chathistory_client.connection import Connection
+from chathistory_client.connection import Connection, ReadConsistency, read_metadata
 from chathistory_client.errors import ChatHistoryError
 from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
@@ -172,6 +172,7 @@ class Messages(Connection):
         order: MessageOrder.ValueType = MessageOrder.MESSAGE_ORDER_ASC,
         page_size: int = 0,
         page_token: str = "",
+        read_consistency: ReadConsistency = "strong",
         timeout: float | None = None,
     ) -> Pager[message_pb2.ListMessagesResponse, Message]:
         """List the messages of a session, ordered by `seq`.
@@ -189,6 +190,7 @@ class Messages(Connection):
             order: Ascending or descending.
             page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
             page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            read_consistency: `strong`, or `eventual` to accept the data of a replica that lags.
             timeout: Seconds for each page, including retries. None for the client's default.
 
         Returns:
@@ -197,6 +199,7 @@ class Messages(Connection):
         Raises:
             NotFound: The user has no session with this id (SESSION_NOT_FOUND).
         """
+        metadata = read_metadata(read_consistency)
 
         async def fetch(token: str) -> message_pb2.ListMessagesResponse:
             request = message_pb2.ListMessagesRequest(
@@ -206,7 +209,7 @@ class Messages(Connection):
                 page_size=page_size,
                 page_token=token,
             )
-            return await self._call(self._stub.ListMessages, request, timeout)
+            return await self._call(self._stub.ListMessages, request, timeout, metadata=metadata)
 
         return Pager(fetch, lambda page: page.messages, page_token)
 
@@ -308,6 +311,7 @@ class Messages(Connection):
         session_id: str,
         max_messages: int = 0,
         max_tokens: int = 0,
+        read_consistency: ReadConsistency = "strong",
         timeout: float | None = None,
     ) -> message_pb2.GetContextResponse:
         """Return the messages for the next prompt: the newest ones within the limits, oldest first.
@@ -330,6 +334,7 @@ class Messages(Connection):
             session_id: Id of the session.
             max_messages: Maximum number of messages, up to 1000. 0 means 50.
             max_tokens: Maximum number of tokens. 0 means no limit.
+            read_consistency: `strong`, or `eventual` to accept the data of a replica that lags.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
@@ -338,10 +343,11 @@ class Messages(Connection):
         Raises:
             NotFound: The user has no session with this id (SESSION_NOT_FOUND).
         """
+        metadata = read_metadata(read_consistency)
         request = message_pb2.GetContextRequest(
             user_id=user_id, session_id=session_id, max_messages=max_messages, max_tokens=max_tokens
         )
-        return await self._call(self._stub.GetContext, request, timeout)
+        return await self._call(self._stub.GetContext, request, timeout, metadata=metadata)
 
     async def search_messages(
         self,
@@ -351,6 +357,7 @@ class Messages(Connection):
         session_id: str = "",
         limit: int = 0,
         mode: SearchMode.ValueType = SearchMode.SEARCH_MODE_UNSPECIFIED,
+        read_consistency: ReadConsistency = "strong",
         timeout: float | None = None,
     ) -> Sequence[MessageHit]:
         """Search one user's messages by words, by meaning, or by both.
@@ -372,6 +379,7 @@ class Messages(Connection):
             limit: Maximum number of hits, up to 100. 0 means 10.
             mode: How to compare the query with messages. Unspecified for HYBRID where the service
                 indexes messages, else LEXICAL.
+            read_consistency: `strong`, or `eventual` to accept the data of a replica that lags.
             timeout: Seconds for the call, including retries. None for the client's default.
 
         Returns:
@@ -382,10 +390,13 @@ class Messages(Connection):
                 (SEARCH_DISABLED).
             Unavailable: The search index does not answer (SEARCH_UNAVAILABLE).
         """
+        metadata = read_metadata(read_consistency)
         request = message_pb2.SearchMessagesRequest(
             user_id=user_id, query=query, session_id=session_id, limit=limit, mode=mode
         )
-        return (await self._call(self._stub.SearchMessages, request, timeout)).hits
+        return (
+            await self._call(self._stub.SearchMessages, request, timeout, metadata=metadata)
+        ).hits
 
     async def watch_messages(
         self, *, user_id: str = "", session_id: str, after_seq: int = 0

@@ -5,7 +5,12 @@ from __future__ import annotations
 from chathistory.v1 import session_pb2
 from chathistory.v1.session_pb2 import Session, SessionState
 
-from chathistory_client.connection import DELETE_TIMEOUT_S, Connection
+from chathistory_client.connection import (
+    DELETE_TIMEOUT_S,
+    Connection,
+    ReadConsistency,
+    read_metadata,
+)
 from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
@@ -80,6 +85,7 @@ class Sessions(Connection):
         state: SessionState.ValueType = SessionState.SESSION_STATE_UNSPECIFIED,
         page_size: int = 0,
         page_token: str = "",
+        read_consistency: ReadConsistency = "strong",
         timeout: float | None = None,
     ) -> Pager[session_pb2.ListSessionsResponse, Session]:
         """List a user's sessions, newest activity first.
@@ -93,17 +99,19 @@ class Sessions(Connection):
             state: Only sessions in this state. Unspecified for any state.
             page_size: Maximum number of items in a page. 0 means 50, values over 1000 mean 1000.
             page_token: `next_page_token` of the page to continue after. Empty for the first page.
+            read_consistency: `strong`, or `eventual` to accept the data of a replica that lags.
             timeout: Seconds for each page, including retries. None for the client's default.
 
         Returns:
             A pager: `async for` iterates over all items, `await` returns one page.
         """
+        metadata = read_metadata(read_consistency)
 
         async def fetch(token: str) -> session_pb2.ListSessionsResponse:
             request = session_pb2.ListSessionsRequest(
                 user_id=user_id, state=state, page_size=page_size, page_token=token
             )
-            return await self._call(self._stub.ListSessions, request, timeout)
+            return await self._call(self._stub.ListSessions, request, timeout, metadata=metadata)
 
         return Pager(fetch, lambda page: page.sessions, page_token)
 

@@ -8,7 +8,13 @@ from contextlib import aclosing
 from chathistory.v1 import export_pb2, user_pb2
 from chathistory.v1.user_pb2 import User
 
-from chathistory_client.connection import DELETE_TIMEOUT_S, EXPORT_TIMEOUT_S, Connection
+from chathistory_client.connection import (
+    DELETE_TIMEOUT_S,
+    EXPORT_TIMEOUT_S,
+    Connection,
+    ReadConsistency,
+    read_metadata,
+)
 from chathistory_client.fields import UNSET, Metadata, Unset, set_fields, struct
 from chathistory_client.ids import new_id
 from chathistory_client.paging import Pager
@@ -194,7 +200,11 @@ class Users(Connection):
         return await self._call(self._stub.DeleteUser, request, timeout, DELETE_TIMEOUT_S)
 
     async def export_user_data(
-        self, *, user_id: str = "", timeout: float = EXPORT_TIMEOUT_S
+        self,
+        *,
+        user_id: str = "",
+        read_consistency: ReadConsistency = "strong",
+        timeout: float = EXPORT_TIMEOUT_S,
     ) -> AsyncGenerator[export_pb2.ExportUserDataResponse]:
         """Stream all data of one user.
 
@@ -207,15 +217,17 @@ class Users(Connection):
 
         Args:
             user_id: Id of the user. Services must set it; user callers may leave it empty.
+            read_consistency: `strong`, or `eventual` to accept the data of a replica that lags.
             timeout: Seconds for the whole export.
 
         Raises:
             NotFound: No user has this id, or it was deleted during the export (USER_NOT_FOUND).
         """
+        metadata = read_metadata(read_consistency)
         request = export_pb2.ExportUserDataRequest(user_id=user_id)
         token = await self._get_token(self._timeout_s)
         async with aclosing(
-            self._stream(lambda stub: stub.ExportUserData, request, token, timeout)
+            self._stream(lambda stub: stub.ExportUserData, request, token, timeout, metadata)
         ) as items:
             async for item in items:
                 yield item

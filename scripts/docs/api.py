@@ -50,6 +50,13 @@ answers `grpc.health.v1` and reflection. Generated Python stubs are in the distr
 - A request may have 4 MiB, one message or one list of chunks 1 MiB, and `metadata` 16 KiB, all
   serialised. The Structs of one message (`metadata` and `data` parts) may have 10,000 values
   together, those of one request 50,000, and each of them 32 levels.
+- The metadata `read_consistency` of a read is `strong`, the default, or `eventual`. The reply may
+  then lack the changes of the last seconds, because a replica of the database returns it.
+  `ListSessions`, `ListDocuments`, `SearchMessages`, `SearchDocuments`, `ExportUserData`,
+  `GetContext`, and `ListMessages` with a page token honour it; see
+  [Use a read replica](../how-to/operations.md#use-a-read-replica). Another value is a
+  `FIELD_VIOLATION` of `read_consistency`. A server without a replica does not look at the metadata
+  of `GetContext` and `ListMessages`. All other calls ignore it.
 - The limits in the tables are the protovalidate rules of the protos. A request that breaks one is
   rejected with `INVALID_ARGUMENT`, reason `FIELD_VIOLATION`, and one entry for each field.
 - [Errors](errors.md) lists every reason.

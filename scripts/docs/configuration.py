@@ -35,6 +35,8 @@ TOPICS = {
     "Addresses and data": ("listen", "health_listen", "metrics_listen", "data_dir"),
     "PostgreSQL": (
         "database_url",
+        "database_read_url",
+        "read_max_lag",
         "db_pool_size",
         "db_max_overflow",
         "db_pool_timeout",

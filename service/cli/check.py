@@ -83,7 +83,38 @@ def _check_database(settings: Settings, target: Target) -> list[Finding]:
         pool,
         raises_synchronous_commit=settings.db_synchronous_commit == "on",
     )
-    return [*findings, *notes]
+    return [*findings, *_check_replica(settings, target), *notes]
+
+
+def _check_replica(settings: Settings, primary: Target) -> list[Finding]:
+    """Return a finding on the replica for reads that may lag, if there is one."""
+    from service import doctor
+    from service.store.db.db_errors import DATABASE_ERRORS
+    from service.store.db.read_target import read_target
+    from service.store.replica_status import compare_replica
+
+    replica = read_target(settings)
+    if replica is None:
+        return []
+    subject = "replica"
+    try:
+        status = run(lambda: compare_replica(primary, replica, settings.db_connect_timeout))
+    except DATABASE_ERRORS as error:
+        problem = doctor.explain(error, replica).replace("DATABASE_URL", "DATABASE_READ_URL")
+        return [doctor.Finding(subject, problem, doctor.Verdict.TODO)]
+    if status is None:
+        return []  # The finding on the schema says what to do.
+    if not status.is_same_history:
+        problem = (
+            f"{replica.location} does not hold the history of DATABASE_URL, and is not read: "
+            "set DATABASE_READ_URL to a replica of that database"
+        )
+        return [doctor.Finding(subject, problem, doctor.Verdict.TODO)]
+    if not status.is_standby:
+        note = f"{replica.location} is not a standby: reads of it may load the primary"
+        return [doctor.Finding(subject, note, doctor.Verdict.NOTE)]
+    lag = "" if status.behind_bytes is None else f", {status.behind_bytes} bytes behind"
+    return [doctor.Finding(subject, f"{replica.location} is a standby{lag}")]
 
 
 def _check_embedded(settings: Settings) -> list[Finding]:

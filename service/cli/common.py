@@ -15,6 +15,7 @@ import typer
 from service import config
 from service.config import Settings
 from service.store.db.dsn import Target, parse
+from service.store.db.read_target import read_target
 
 T = TypeVar("T")
 
@@ -27,7 +28,10 @@ def configuration() -> tuple[Settings, Target | None]:
     """
     try:
         settings = config.load()
+        replica = read_target(settings)
         if settings.database_url is None:
+            if replica is not None:
+                fail("bad configuration: DATABASE_READ_URL needs DATABASE_URL", 2)
             return settings, None
         url = settings.database_url.get_secret_value()
         target = parse(

@@ -12,7 +12,7 @@ from google.protobuf.message import Message as ProtoMessage
 
 from service.errors import InvalidArgument
 from service.rpc.convert_structs import StructReader, count_digits, dump_json, metadata_json
-from service.store.append.request import NewMessage
+from service.store.append.request import NewMessage, NewSession
 from service.store.rows import MessageRow, SessionRow, UserRow
 from service.store.token_estimate import estimate_tokens
 
@@ -293,6 +293,21 @@ def session_values(session: session_pb2.Session, id_: str) -> dict[str, Any]:
         "id": id_,
         "fingerprint": canonical_fingerprint(session, _SESSION_OUTPUT_ONLY, id_),
     }
+
+
+def new_session(session: session_pb2.Session, session_id: str) -> NewSession:
+    """Convert the session that an append may create.
+
+    Raises:
+        InvalidArgument: it breaks a rule that the protos cannot express.
+    """
+    if session.state == session_pb2.SESSION_STATE_ARCHIVED:
+        raise InvalidArgument.field(
+            "session.state", "must not be ARCHIVED: the session gets messages now"
+        )
+    values = session_values(session, session_id)
+    metadata = metadata_json(session.metadata, "session.metadata")
+    return NewSession(values["title"], values["summary"], metadata, values["fingerprint"])
 
 
 def session_changes(session: session_pb2.Session, paths: Iterable[str]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Documents(Handler):
             return tokens.make(f"{row.created_us} {row.id} {row.user_id}")
 
         rows, has_more = await read_page(
-            self.database, "ListDocuments", list_rows, page_size, owner_id, call
+            self.reader(call), "ListDocuments", list_rows, page_size, owner_id, call
         )
         page, next_page_token = await paging.build_page(
             rows,

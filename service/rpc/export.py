@@ -24,6 +24,7 @@ from service.store.bounded_reads import (
     read_held,
 )
 from service.store.db.database import Database
+from service.store.db.readers import Reader
 from service.store.db.work_class import WorkClass
 from service.store.rows import DocumentRow, SessionRow, UserRow
 
@@ -51,7 +52,12 @@ class Exports(Handler):
         """Send all data of one user, in order."""
         user_id = call.caller.resolve_user_id(request.user_id)
         user_export = UserExport(
-            self.database, user_id, self.call_timeout_s, self.conversions, call
+            self.database,
+            user_id,
+            self.call_timeout_s,
+            self.conversions,
+            call,
+            self.reader(call),
         )
         async for item in user_export.items():
             yield item
@@ -67,6 +73,7 @@ class UserExport:
         page_timeout_s: float,
         conversions: ConversionTurns | None = None,
         budget: StreamBudget = UNLIMITED,
+        reader: Reader | None = None,
     ) -> None:
         """Prepare the export.
 
@@ -76,12 +83,15 @@ class UserExport:
             page_timeout_s: Seconds for the read of each page.
             conversions: The turns in which large messages are converted.
             budget: Accounts for the bytes that the export holds.
+            reader: Runs the reads that may lag; None for the database. That the user exists is
+                always read from the database.
         """
         self._database = database
         self._user_id = user_id
         self._page_timeout_s = page_timeout_s
         self._conversions = conversions or ConversionTurns()
         self._budget = budget
+        self._reader = reader or database
 
     async def items(self) -> AsyncGenerator[Item]:
         """Yield the user, each session with its messages, and each document with its chunks.
@@ -206,7 +216,7 @@ class UserExport:
         page_bytes: int = STREAM_PAGE_BYTES,
     ) -> Page[Row]:
         async def read(max_bytes: int, deadline: float) -> Page[Row]:
-            return await self._database.read(
+            return await self._reader.read(
                 lambda connection: list_page(connection, max_bytes),
                 owner_id=self._user_id,
                 deadline=deadline,

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from functools import partial
 
-from chathistory.v1 import message_pb2, session_pb2
+from chathistory.v1 import message_pb2
 
 from service.errors import FieldViolation, InvalidArgument, NotFound, OutOfRange, Unauthenticated
 from service.ids import new_id
@@ -15,7 +15,7 @@ from service.rpc import convert, field_masks, paging
 from service.rpc.admission import draining_error
 from service.rpc.call import Call
 from service.rpc.conversion_turns import PAUSE_PARTS, PAUSE_REQUEST_BYTES
-from service.rpc.convert_structs import StructReader, metadata_json
+from service.rpc.convert_structs import StructReader
 from service.rpc.handler import Handler, require_same_id
 from service.rpc.page_tokens import parse_integer
 from service.store import context, message_pages, messages, sessions, watch_pages
@@ -65,7 +65,9 @@ class Messages(Handler):
             expected_last_seq=(
                 request.expected_last_seq if request.HasField("expected_last_seq") else None
             ),
-            new_session=_new_session(request.session, session_id) if may_create else NewSession(),
+            new_session=(
+                convert.new_session(request.session, session_id) if may_create else NewSession()
+            ),
             loop=self.appender.loop,
         )
         appended = await self.appender.append(append)
@@ -143,7 +145,23 @@ class Messages(Handler):
         page_size = paging.effective_page_size(request.page_size)
         cursor = tokens.read(request.page_token, parse_integer)
         seq = cursor if cursor is not None else message_pages.MAX_SEQ if descending else 0
-        rows, has_more = await message_pages.list_page(
+        page = None
+        if self.lagging is not None and cursor is not None:
+            page = await self.read_replica(
+                lambda reads: message_pages.list_older_page(
+                    reads,
+                    user_id,
+                    session_id,
+                    seq,
+                    page_size,
+                    call,
+                    descending=descending,
+                    deadline=call.deadline,
+                ),
+                user_id,
+                call,
+            )
+        rows, has_more = page or await message_pages.list_page(
             self.reads,
             user_id,
             session_id,
@@ -243,7 +261,16 @@ class Messages(Handler):
         user_id = call.caller.resolve_user_id(request.user_id)
         session_id = request.session_id.lower()
         limits = context.Limits(request.max_messages or DEFAULT_MAX_MESSAGES, request.max_tokens)
-        prompt = await context.get(self.reads, user_id, session_id, limits, call, call.deadline)
+        prompt = None
+        if self.lagging is not None:
+            prompt = await self.read_replica(
+                lambda reads: context.get(reads, user_id, session_id, limits, call, call.deadline),
+                user_id,
+                call,
+            )
+        prompt = prompt or await context.get(
+            self.reads, user_id, session_id, limits, call, call.deadline
+        )
         reply = message_pb2.GetContextResponse(
             session=convert.session(prompt.session),
             omitted_count=prompt.omitted_count,
@@ -370,18 +397,3 @@ def _derived_session_id(user_id: str, request: message_pb2.AppendMessagesRequest
     if not first_message_id:
         return new_id()
     return str(uuid.uuid5(uuid.UUID(user_id), first_message_id))
-
-
-def _new_session(session: session_pb2.Session, session_id: str) -> NewSession:
-    """Convert the session that an append may create.
-
-    Raises:
-        InvalidArgument: it breaks a rule that the protos cannot express.
-    """
-    if session.state == session_pb2.SESSION_STATE_ARCHIVED:
-        raise InvalidArgument.field(
-            "session.state", "must not be ARCHIVED: the session gets messages now"
-        )
-    values = convert.session_values(session, session_id)
-    metadata = metadata_json(session.metadata, "session.metadata")
-    return NewSession(values["title"], values["summary"], metadata, values["fingerprint"])

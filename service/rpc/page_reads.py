@@ -13,7 +13,7 @@ from service.store.bounded_reads import (
     Page,
     read_large,
 )
-from service.store.db.database import Database
+from service.store.db.readers import Reader
 from service.store.rows import MAX_PAGE_BYTES
 
 Row = TypeVar("Row")
@@ -31,7 +31,7 @@ many."""
 
 
 async def read_page(
-    database: Database,
+    database: Reader,
     name: str,
     list_rows: ListRows[Row],
     page_size: int,
@@ -41,7 +41,7 @@ async def read_page(
     """Read up to `page_size` rows.
 
     Args:
-        database: The database.
+        database: The primary, or what may lag.
         name: Name of the list. If the user's last page of it was large, this one is read by
             expensive work from the start.
         list_rows: Reads rows.

@@ -53,6 +53,7 @@ class Searches(Handler):
     ) -> document_pb2.SearchDocumentsResponse:
         """Find the nearest chunks of the user's own documents and the shared ones."""
         owner_ids = call.caller.document_owner_ids(request.user_id)
+        reader = self.reader(call)
         if bool(request.query.strip()) == bool(request.vector):
             raise InvalidArgument.field("query", "exactly one of query and vector is required")
         limit = request.limit or DEFAULT_LIMIT
@@ -60,7 +61,7 @@ class Searches(Handler):
         if not vector_scores:
             return document_pb2.SearchDocumentsResponse()
         page = await read_large(
-            self.database,
+            reader,
             call,
             MAX_REPLY_BYTES,
             lambda connection: document_chunks.find_chunks(
@@ -80,6 +81,7 @@ class Searches(Handler):
     ) -> message_pb2.SearchMessagesResponse:
         """Find a user's messages by words, by meaning, or by both."""
         user_id = call.caller.resolve_user_id(request.user_id)
+        reader = self.reader(call)
         if not request.query.strip():
             raise InvalidArgument.field("query", "is required")
         limit = request.limit or DEFAULT_LIMIT
@@ -102,7 +104,7 @@ class Searches(Handler):
             return list(scores)[: limit + SPARE_HITS]
 
         page = await read_large(
-            self.database,
+            reader,
             call,
             MAX_REPLY_BYTES,
             lambda connection: fulltext.find(

@@ -73,7 +73,7 @@ class Sessions(Handler):
             return await sessions.list_page(connection, user_id, state, after, limit, max_bytes)
 
         rows, has_more = await read_page(
-            self.database, "ListSessions", list_rows, page_size, user_id, call
+            self.reader(call), "ListSessions", list_rows, page_size, user_id, call
         )
         page, next_page_token = await paging.build_page(
             rows,

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import Overloaded
-from service.store.db.database import Database
+from service.store.db.readers import Reader
 from service.store.db.work_class import WorkClass
 
 HOT_READ_BYTES = 256 * 1024
@@ -87,7 +87,7 @@ class Page(Generic[RowT]):
 
 
 async def read_large(
-    database: Database,
+    database: Reader,
     budget: Budget,
     max_bytes: int,
     read: Callable[[AsyncConnection], Awaitable[Page[RowT]]],

@@ -36,8 +36,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.errors import Conflict, NotFound
 from service.store import context_outlines, sessions
 from service.store.bounded_reads import HOT_READ_BYTES, Budget
-from service.store.db.database import Database
-from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows
+from service.store.db.read_batching import BatchedRead, Parameters, Rows
+from service.store.db.readers import BatchReader, Reader
 from service.store.db.work_class import WorkClass
 from service.store.message_pages import (
     MAX_SEQ,
@@ -99,7 +99,7 @@ class Limits(NamedTuple):
 
 
 async def get(
-    reads: ReadBatcher,
+    reads: BatchReader,
     user_id: str,
     session_id: str,
     limits: Limits,
@@ -140,7 +140,7 @@ def _context(session: SessionRow, selected: list[MessageRow]) -> Context:
 
 
 async def _select_by_hot_reads(
-    reads: ReadBatcher, ids: dict[str, str], first: _FirstRead, limits: Limits, deadline: float
+    reads: BatchReader, ids: dict[str, str], first: _FirstRead, limits: Limits, deadline: float
 ) -> list[MessageRow] | None:
     """Select the messages of a prompt from hot reads; None if their bounds have cut them."""
     newest, unread = first.newest, first.unread
@@ -168,7 +168,7 @@ def _leading_system(newest: Sequence[MessageRow]) -> list[MessageRow]:
 
 
 async def _get_by_outlines(
-    database: Database, ids: dict[str, str], limits: Limits, budget: Budget, deadline: float
+    database: Reader, ids: dict[str, str], limits: Limits, budget: Budget, deadline: float
 ) -> Context:
     """Select the messages of a prompt by their outlines, then read them."""
     charged_bytes = 0

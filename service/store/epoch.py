@@ -74,6 +74,8 @@ class EpochKeeper:
         """The latest mark of the database that this process has seen; None before the first one."""
         self.on_restored: list[Callable[[], None]] = []
         """Called when the database has gone back in time."""
+        self.on_raised: Callable[[Mark, float], None] = lambda _mark, _time: None
+        """Called with each mark that this process has stored, and the loop's time before that."""
         self._database = database
         self._loop = asyncio.get_running_loop()
         self._declaration_lock = asyncio.Lock()
@@ -86,7 +88,11 @@ class EpochKeeper:
     def wake(self) -> None:
         """Raise the counter in the background if that is due; called after appends."""
         if self._loop.time() >= self._due_at:
-            self._start(self.raise_mark)
+            self.raise_soon()
+
+    def raise_soon(self) -> None:
+        """Raise the counter in the background; called before reads of a replica."""
+        self._start(self.raise_mark)
 
     def look(self) -> None:
         """Read the mark in the background if that is due; called after searches."""
@@ -130,7 +136,10 @@ class EpochKeeper:
         Raises:
             Any of `DATABASE_ERRORS`.
         """
-        return await self._observe(_RAISE)
+        started_at = self._loop.time()
+        mark = await self._observe(_RAISE)
+        self.on_raised(mark, started_at)
+        return mark
 
     async def stop(self) -> None:
         """End the statement in the background, and start no other."""

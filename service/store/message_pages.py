@@ -19,7 +19,9 @@ from service.store.bounded_reads import (
     Page,
     read_large,
 )
-from service.store.db.read_batching import BatchedRead, Parameters, ReadBatcher, Rows, Types
+from service.store.db.read_batching import BatchedRead, Parameters, Rows, Types
+from service.store.db.readers import BatchReader
+from service.store.lag_gate import ReplicaBehind
 from service.store.rows import MAX_PAGE_BYTES, MessageRow, SessionRow, message_columns
 from service.store.tables import chat_messages, chat_sessions
 
@@ -259,7 +261,7 @@ async def _next_seq(connection: AsyncConnection, values: Mapping[str, Any], seq:
 
 
 async def list_page(
-    reads: ReadBatcher,
+    reads: BatchReader,
     user_id: str,
     session_id: str,
     cursor: int,
@@ -318,6 +320,50 @@ async def list_page(
     )
     rows += rest.rows
     return rows[:limit], len(rows) > limit or rest.unread_bytes is not None
+
+
+async def list_older_page(
+    reads: BatchReader,
+    user_id: str,
+    session_id: str,
+    cursor: int,
+    limit: int,
+    budget: Budget,
+    *,
+    descending: bool = False,
+    deadline: float,
+) -> tuple[list[MessageRow], bool]:
+    """Read a page behind another one from a replica, as `list_page` does from the primary.
+
+    The pages before it may show messages that the replica lacks. Without the checks the list would
+    have a gap, or end too early.
+
+    Raises:
+        ReplicaBehind: the replica may lack messages of the page.
+        NotFound: it has no such session of this user.
+        Overloaded: as `list_page`.
+    """
+    if descending:
+        session = await reads.database.read(
+            lambda connection: sessions.get(connection, user_id, session_id),
+            owner_id=user_id,
+            deadline=deadline,
+        )
+        if session.last_seq < cursor - 1:
+            raise ReplicaBehind
+    rows, has_more = await list_page(
+        reads,
+        user_id,
+        session_id,
+        cursor,
+        limit,
+        budget,
+        descending=descending,
+        deadline=deadline,
+    )
+    if not (descending or has_more):
+        raise ReplicaBehind  # Only the primary knows the end.
+    return rows, has_more
 
 
 def may_have_gap(rows: Sequence[MessageRow], unread: Unread | None, seq: int, limit: int) -> bool:

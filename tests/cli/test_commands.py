@@ -96,6 +96,16 @@ def test_version_option_prints_the_version(start: Start) -> None:
             {"NEON_DATABASE_URL": f"{SECRET}"},
             ["the database URL is not of the form postgresql://"],
         ),
+        (
+            "serve",
+            {"DATABASE_READ_URL": f"{SECRET}"},
+            ["DATABASE_READ_URL: the database URL is not of the form postgresql://"],
+        ),
+        (
+            "serve",
+            {"DATABASE_READ_URL": "postgresql://u@h/d"},
+            ["DATABASE_READ_URL needs DATABASE_URL"],
+        ),
     ],
 )
 def test_bad_configuration_is_reported_before_anything_starts(

@@ -21,6 +21,7 @@ from pydantic_settings import SettingsConfigDict
 
 from service.config import Settings
 from service.server import Server
+from service.store.db.database import Database
 from service.store.db.dsn import Target, parse
 from tests.support.ports import free_port
 from tests.support.route import routed_url
@@ -71,7 +72,7 @@ async def serving(database_url: str | Target, **values: Any) -> AsyncGenerator[S
         # Skips the wait for recent callers at shutdown: the test has ended and makes no more calls.
         server.calls.last_finished_at = -math.inf
         await server.stop()
-    in_use = server.database.engine.pool.checkedout()  # type: ignore[attr-defined]
+    in_use = _checked_out(server.database)
     assert in_use == 0, "connections were not returned to the pool"
 
 
@@ -94,9 +95,17 @@ def _resources_in_use(server: Server) -> dict[str, int]:
             )
         ),
         # The connections of the hot pool stay checked out of the pool.
-        "connections checked out": database.engine.pool.checkedout() - len(hot_pool._idle),  # type: ignore[attr-defined]
+        "connections checked out": _checked_out(database) - len(hot_pool._idle),
     }
+    if server.lagging is not None:
+        counts["replica connections checked out"] = _checked_out(server.lagging.replica)
     return {name: count for name, count in counts.items() if count}
+
+
+def _checked_out(database: Database) -> int:
+    """Return the number of connections that are checked out of the pool."""
+    count: int = database.engine.pool.checkedout()  # type: ignore[attr-defined]
+    return count
 
 
 async def _wait_until_idle(server: Server, timeout_s: float = 20.0) -> None:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
+from service.config import BadConfiguration
 from service.store.db.dsn import Address, Target, parse
+from service.store.db.read_target import read_target
+from tests.support.servers import settings
 
 SECRET = "npg_s3cret"
 POOLED = "ep-cool-sun-a1b2c3-pooler.eu-central-1.aws.neon.tech"
@@ -395,3 +398,45 @@ def test_session_attributes_that_a_primary_has_are_accepted(
 def test_other_session_attributes_are_rejected(value: str) -> None:
     with pytest.raises(ValueError, match=r"target_session_attrs.* in the database URL is not"):
         parse(f"postgresql://u@h1,h2/d?target_session_attrs={value}")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "prefer-standby"),
+        ("any", "prefer-standby"),
+        ("prefer-standby", "prefer-standby"),
+        ("standby", "standby"),
+        ("read-only", "standby"),
+    ],
+)
+def test_session_attributes_that_a_replica_has_are_accepted(
+    value: str | None, expected: str
+) -> None:
+    option = f"?target_session_attrs={value}" if value else ""
+    target = parse(f"postgresql://u@h1,h2/d{option}", is_replica=True)
+    assert target.session_attrs == expected
+    assert target.is_replica
+    assert not parse("postgresql://u@h1,h2/d").is_replica
+
+
+@pytest.mark.parametrize("value", ["read-write", "primary", SECRET])
+def test_session_attributes_that_no_replica_has_are_rejected(value: str) -> None:
+    with pytest.raises(ValueError, match=r"target_session_attrs.* in the database URL is not"):
+        parse(f"postgresql://u@h1,h2/d?target_session_attrs={value}", is_replica=True)
+
+
+def test_replica_is_named_by_a_setting_of_its_own() -> None:
+    configured = settings(DATABASE_READ_URL="postgresql://u@replica/d", db_schema="chat")
+    target = read_target(configured)
+    assert target is not None
+    assert (target.location, target.schema, target.is_replica) == ("replica/d", "chat", True)
+    assert read_target(settings()) is None
+
+
+def test_malformed_connection_string_of_the_replica_names_its_setting() -> None:
+    with pytest.raises(BadConfiguration) as caught:
+        read_target(settings(DATABASE_READ_URL=f"mysql://u:{SECRET}@h/d"))
+    [problem] = caught.value.problems
+    assert problem.startswith("DATABASE_READ_URL: ")
+    assert SECRET not in problem

@@ -46,7 +46,7 @@ class Role(Enum):
     READ_ONLY = "read-only"
     """A primary whose sessions are read-only. It serves reads while no server is writable."""
     STANDBY = "a standby"
-    """Never used: its data may lag, and a read must return what was acknowledged before."""
+    """Used only for reads that may lag: others must return what was acknowledged before."""
 
 
 class Suitability(Enum):
@@ -93,10 +93,11 @@ class Connector:
             options |= addresses[0]._asdict()
         connection = await self._open(options)
         # A pooler may have no server yet. The probe of readiness checks the role behind it.
-        role = Role.WRITABLE if self._target.is_pooled else _reported_role(connection)
-        if self._suitability(role) is Suitability.UNSUITABLE:
-            connection.terminate()
-            raise WrongRole(role.value)
+        if not self._target.is_pooled:
+            role = _reported_role(connection)
+            if self._suitability(role) is Suitability.UNSUITABLE:
+                connection.terminate()
+                raise WrongRole(role.value)
         return connection
 
     async def _connect_to_one_of(
@@ -142,11 +143,16 @@ class Connector:
         )
 
     def _suitability(self, role: Role) -> Suitability:
+        attrs = self._target.session_attrs
+        if self._target.is_replica:
+            if role is not Role.WRITABLE:
+                return Suitability.SUITABLE
+            return Suitability.UNSUITABLE if attrs == "standby" else Suitability.FALLBACK
         if role is Role.WRITABLE:
             return Suitability.SUITABLE
-        if role is Role.STANDBY or self._target.session_attrs == "read-write":
+        if role is Role.STANDBY or attrs == "read-write":
             return Suitability.UNSUITABLE
-        if self._target.session_attrs == "primary":
+        if attrs == "primary":
             return Suitability.SUITABLE
         return Suitability.FALLBACK
 

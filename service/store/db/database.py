@@ -135,10 +135,10 @@ class Database:
         self.locator.attach(self.engine)
         # Outside a transaction a read costs one round trip instead of three. Behind a transaction
         # pooler, BEGIN is needed to keep the statements of a driver without prepared statements on
-        # one server (SQLAlchemy #12836).
+        # one server (SQLAlchemy #12836). On a replica, the age of its data holds for one server.
         self._read_engine = (
             self.engine
-            if target.is_pooled
+            if target.is_pooled or target.is_replica
             else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         )
         # For probes, while calls that wait for locks hold every connection of the pool.

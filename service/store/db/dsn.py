@@ -36,13 +36,18 @@ _FORM = (
 _MALFORMED_HOST = "a host in the database URL is malformed; an IPv6 address must be in brackets"
 _DEFAULT_PORT, _PGBOUNCER_PORT, _MAX_PORT = 5432, 6432, 65535
 
-SessionAttrs = Literal["prefer-read-write", "read-write", "primary"]
+SessionAttrs = Literal["prefer-read-write", "read-write", "primary", "prefer-standby", "standby"]
 _SESSION_ATTRS: dict[str, SessionAttrs] = {
     "any": "prefer-read-write",
     "read-write": "read-write",
     "primary": "primary",
 }
-_REPLICA_ATTRS = ("read-only", "standby", "prefer-standby")
+_REPLICA_ATTRS: dict[str, SessionAttrs] = {
+    "any": "prefer-standby",
+    "read-only": "standby",
+    "standby": "standby",
+    "prefer-standby": "prefer-standby",
+}
 _WITHOUT_EFFECT = frozenset(
     {
         "client_encoding",
@@ -98,7 +103,8 @@ class Target:
     """The servers in the order of the string. Empty: the driver's default socket."""
     session_attrs: SessionAttrs = "prefer-read-write"
     """Required role of a server. By default, a read-only primary serves reads while no server is
-    writable; `read-write` excludes it, and `primary` accepts it. A standby is never used."""
+    writable; `read-write` excludes it, and `primary` accepts it. A standby serves
+    only reads that may lag: `prefer-standby` falls back to a primary, and `standby` does not."""
     schema: str | None = None
     """Schema of the tables, if the configuration names it; else it is found by its columns."""
 
@@ -122,6 +128,11 @@ class Target:
             return f"the socket in {host}" if host else "the local socket"
         port = f":{self.url.port}" if self.url.port else ""
         return f"{host}{port}/{self.url.database or ''}"
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether it serves reads that may lag, and nothing else."""
+        return self.session_attrs in ("prefer-standby", "standby")
 
     @property
     def is_neon(self) -> bool:
@@ -157,6 +168,7 @@ def parse(
     *,
     prepared_statements: str = "auto",
     schema: str | None = None,
+    is_replica: bool = False,
 ) -> Target:
     """Parse a connection string.
 
@@ -167,6 +179,7 @@ def parse(
         prepared_statements: `on`, `off` (behind a transaction pooler), or `auto` (off when the
             string shows that there is a pooler).
         schema: Schema of the tables, as `search_path` in the string; None if it is not configured.
+        is_replica: Whether the database is for reads that may lag.
 
     Raises:
         ValueError: it is not a PostgreSQL connection string, or has an option that cannot be
@@ -188,7 +201,7 @@ def parse(
     schema = _schema(query.pop("search_path", settings.pop("search_path", None)), schema)
     _restrict(settings, is_pooled=is_pooled)
     notes: list[str] = []
-    session_attrs = _session_attrs(query)
+    session_attrs = _session_attrs(query, is_replica=is_replica)
     mode = query.pop("sslmode", None)
     mode = ssl_mode or mode or ("require" if is_neon else "prefer")
     if query.pop("channel_binding", "") == "require":
@@ -341,19 +354,22 @@ def _port(number: str) -> int:
     return int(number)
 
 
-def _session_attrs(query: dict[str, str]) -> SessionAttrs:
+def _session_attrs(query: dict[str, str], *, is_replica: bool) -> SessionAttrs:
     value = query.pop("target_session_attrs", "any")
-    if value in _REPLICA_ATTRS:
+    accepted, rejected = _SESSION_ATTRS, _REPLICA_ATTRS
+    if is_replica:
+        accepted, rejected = rejected, accepted
+    if value in accepted:
+        return accepted[value]
+    if value in rejected:
         raise ValueError(
             f"target_session_attrs={value} in the database URL is not supported: the service needs "
-            "the primary"
+            f"{'a replica' if is_replica else 'the primary'}"
         )
-    if value not in _SESSION_ATTRS:
-        raise ValueError(
-            "target_session_attrs in the database URL is not one of "
-            f"{', '.join((*_SESSION_ATTRS, *_REPLICA_ATTRS))}"
-        )
-    return _SESSION_ATTRS[value]
+    raise ValueError(
+        "target_session_attrs in the database URL is not one of "
+        f"{', '.join(dict.fromkeys((*_SESSION_ATTRS, *_REPLICA_ATTRS)))}"
+    )
 
 
 def _seconds(text: str) -> float:
