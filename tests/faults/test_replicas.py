@@ -19,9 +19,11 @@ from service.store.schema import migrations
 from tests.support.chat import Chat, new_messages
 from tests.support.cluster import Cluster, fetch
 from tests.support.lagging import ENOUGH, eventual, outcomes, read_from_replica
+from tests.support.pgbouncer import PgBouncer, find_program
 from tests.support.ports import UNUSED_ADDRESS
 from tests.support.replicated_postgres import Node, ReplicatedPostgres
 from tests.support.servers import connected, serving, settings
+from tests.support.tools import skip_or_fail
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -268,6 +270,27 @@ async def is_standby(url: str) -> bool:
             return bool(await connection.scalar(sa.text("SELECT pg_is_in_recovery()")))
     finally:
         await database.close()
+
+
+async def test_standby_is_read_through_a_pooler(pair: ReplicatedPostgres) -> None:
+    """The primary must not be a standby behind a pooler, and the replica may."""
+    if find_program() is None:
+        skip_or_fail("pgbouncer is not installed")
+    standby = pair.nodes[1]
+    upstream = f"postgresql://postgres@/postgres?host=127.0.0.1&port={standby.port}"
+    with PgBouncer(upstream) as pooler:
+        async with (
+            serving(
+                parse(pair.url()), DATABASE_READ_URL=pooler.url("postgres"), read_max_lag=LONG_LAG_S
+            ) as server,
+            connected(server.address) as stub,
+        ):
+            chat = await Chat.of_new_user(stub)
+            lagging, session_id = eventual(chat), await chat.start()
+            await read_from_replica(server, lagging.list_sessions)
+            context = await read_from_replica(server, lambda: lagging.context(session_id))
+            assert [message.content for message in context.messages] == ["hello"]
+            assert outcomes(server)["failed"] == 0
 
 
 async def test_check_reports_the_replica(pair: ReplicatedPostgres, database_url: str) -> None:

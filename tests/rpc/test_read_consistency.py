@@ -6,17 +6,20 @@ has a standby, whose data lags.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pytest
 from chathistory.v1 import document_pb2, export_pb2, message_pb2, session_pb2
+from grpc import aio
 
 from service.server import Server
 from tests.support.chat import Chat, new_message, new_messages
 from tests.support.cluster import Cluster, fetch
 from tests.support.failures import assert_fails, assert_field_violations
-from tests.support.lagging import eventual, outcomes, read_from_replica
+from tests.support.lagging import ENOUGH, eventual, outcomes, read_from_replica
 from tests.support.route import routed_url
 from tests.support.servers import connected, serving
 
@@ -193,6 +196,25 @@ async def test_service_without_a_replica_reads_the_primary(chat: Chat) -> None:
     request = session_pb2.ListSessionsRequest(user_id=chat.user_id)
     call = chat.stub.ListSessions(request, metadata=(("read_consistency", "weak"),))
     await assert_field_violations(call, "read_consistency")
+
+
+async def test_tables_that_are_moved_below_the_service_are_read_again(database_url: str) -> None:
+    async with (
+        serving(
+            database_url, DATABASE_READ_URL=routed_url(database_url), read_max_lag=60
+        ) as server,
+        connected(server.address) as stub,
+    ):
+        lagging = eventual(await Chat.of_new_user(stub))
+        await read_from_replica(server, lagging.list_sessions)
+        await fetch(database_url, "ALTER SCHEMA chathistory RENAME TO chat_moved")
+        failed = outcomes(server)["failed"]
+        async with asyncio.timeout(ENOUGH):
+            while outcomes(server)["failed"] == failed:
+                with suppress(aio.AioRpcError):  # The primary has not found the tables yet.
+                    await lagging.list_sessions()
+            await server.readiness.wait_ready()
+        await read_from_replica(server, lagging.list_sessions)
 
 
 @pytest.fixture
