@@ -36,7 +36,7 @@ PRIMARY_SHARE = 1 / 3
 """Share of a call's time that is left for the primary when a read of the replica fails."""
 OUTCOMES = ("replica", "stale", "missing", "failed")
 """Where reads that may lag were served: by the replica, or by the primary, and why: the replica
-was too old, did not have the resource, or failed."""
+might lack what the read must show, did not have the resource, or failed."""
 
 _ERRORS = (ServiceError, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
