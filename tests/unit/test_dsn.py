@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
 from service.config import BadConfiguration
-from service.store.db.dsn import Address, Target, parse
+from service.store.db.addresses import Address
+from service.store.db.dsn import Target, parse
 from service.store.db.read_target import read_target
 from tests.support.servers import settings
 

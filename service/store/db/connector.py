@@ -16,8 +16,9 @@ from typing import Any
 
 import asyncpg
 
+from service.store.db.addresses import Address
 from service.store.db.db_errors import NoServer, WrongRole, sqlstate
-from service.store.db.dsn import Address, Target
+from service.store.db.dsn import Target
 from service.store.db.hot_pool import Statement, fetch_in_transaction
 
 MAX_HOST_TIMEOUT_S = 3.0
