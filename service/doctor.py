@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.db.db_errors import NoServer, WrongRole, driver_error, sqlstate
-from service.store.db.dsn import Target
+from service.store.db.dsn import Route, Target
 from service.store.db.durability import DURABLE, Durability, find_weaknesses, read_durability
 from service.store.db.engine import PING_AFTER_IDLE_S, single_use_engine
 from service.store.db.schema_names import in_schema
@@ -233,11 +233,11 @@ def _check_route(description: Description, target: Target) -> Finding:
             "connect to a writable primary",
             Verdict.TODO,
         )
-    if not target.is_pooled:
+    if target.route in (None, Route.DIRECT):
         return Finding("connection", "direct")
     direct = target.direct()
     migrations = f"; migrations connect to {direct.location}" if direct is not target else ""
-    return Finding("connection", f"through a transaction pooler{migrations}")
+    return Finding("connection", f"{target.route.value} ({target.evidence}){migrations}")
 
 
 def _check_tls(description: Description, target: Target) -> Finding:

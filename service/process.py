@@ -61,6 +61,9 @@ async def run(
         tasks = (stop_task, ready_task, refused_task)
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if ready_task.done():
+            connector = server.database.connector
+            route = connector.route.value if connector.route else ""
+            _log.info("database route", route=route, evidence=connector.evidence)
             await log_weaknesses(
                 server.database, raises_synchronous_commit=settings.db_synchronous_commit == "on"
             )

@@ -62,10 +62,17 @@ def _check_identity(settings: Settings) -> list[Finding]:
 def _check_database(settings: Settings, target: Target) -> list[Finding]:
     from service import doctor
     from service.store.db.db_errors import DATABASE_ERRORS
+    from service.store.db.engine import find_target_route
 
     notes = [doctor.Finding("database URL", note, doctor.Verdict.NOTE) for note in target.notes]
+
+    async def describe() -> tuple[Target, doctor.Description]:
+        timeout_s = settings.db_connect_timeout
+        routed = await find_target_route(target, connect_timeout_s=timeout_s)
+        return routed, await doctor.describe(routed, timeout_s)
+
     try:
-        description = run(lambda: doctor.describe(target, settings.db_connect_timeout))
+        routed, description = run(describe)
     except DATABASE_ERRORS as error:
         return [
             doctor.Finding("database", doctor.explain(error, target), doctor.Verdict.TODO),
@@ -79,7 +86,7 @@ def _check_database(settings: Settings, target: Target) -> list[Finding]:
     )
     findings = doctor.diagnose(
         description,
-        target,
+        routed,
         pool,
         raises_synchronous_commit=settings.db_synchronous_commit == "on",
     )

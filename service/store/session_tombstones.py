@@ -63,7 +63,7 @@ async def find_tombstones(
     if not keys:
         return {}
     user_ids, session_ids = map(list, zip(*keys, strict=True))
-    rows = await database.fetch_once(_FIND, user_ids, session_ids)
+    rows = await database.fetch_once(_FIND, user_ids, session_ids, is_reading=True)
     return {(row["user_id"], row["session_id"]): row for row in rows}
 
 

@@ -163,7 +163,7 @@ class WatchHub:
         keys = list(self._watchers)
         arguments = ([user_id for user_id, _ in keys], [session_id for _, session_id in keys])
         known_mark = self._epoch.mark
-        records = await self._database.fetch_once(_LAST_SEQS, *arguments)
+        records = await self._database.fetch_once(_LAST_SEQS, *arguments, is_reading=True)
         if records and records[0]["epoch"] is not None:
             stored_mark = Mark(records[0]["epoch"], records[0]["counter"])
             self._epoch.compare(stored_mark, known_mark)

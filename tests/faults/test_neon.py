@@ -23,6 +23,7 @@ from service import doctor
 from service.store import tables
 from service.store.db.db_errors import DATABASE_ERRORS
 from service.store.db.dsn import parse
+from service.store.db.engine import find_target_route
 from service.store.schema import migrations
 from tests.faults.conftest import calls_by_route
 from tests.support import pgbouncer, tls_postgres
@@ -150,9 +151,9 @@ async def proxy(neon: Neon) -> AsyncGenerator[Proxy]:
 async def test_connection_strings_of_the_console_work_unchanged(
     neon: Neon, url: str, is_prepared: bool
 ) -> None:
-    target = parse(url)
+    target = await find_target_route(parse(url), connect_timeout_s=10)
     assert (target.prepared_statements, target.is_pooled) == (is_prepared, not is_prepared)
-    async with serving(target) as server, connected(server.address) as stub:
+    async with serving(parse(url)) as server, connected(server.address) as stub:
         chat = await Chat.of_new_user(stub)
         session_id = await chat.start()
         for _ in range(3):

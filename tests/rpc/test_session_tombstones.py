@@ -285,10 +285,10 @@ async def test_session_deleted_before_the_look_up_of_a_refused_retry_is_not_foun
     await store.start(new_id(), session_id)
     fetch_once = store.database.fetch_once
 
-    async def delete_before_look_up(statement: Statement, *args: Any) -> Any:
+    async def delete_before_look_up(statement: Statement, *args: Any, **options: Any) -> Any:
         if statement is store.appender.statements.look_up:
             await store.delete(session_id)
-        return await fetch_once(statement, *args)
+        return await fetch_once(statement, *args, **options)
 
     monkeypatch.setattr(store.database, "fetch_once", delete_before_look_up)
     retry = store.start(message_id, sent_id=new_id(), expected_last_seq=1)

@@ -41,9 +41,9 @@ class Interrupted(Database):
     before: Callable[[str], Awaitable[None]]
     """Awaited before each hot statement, with its text."""
 
-    async def fetch_once(self, statement: Any, *args: Any) -> Any:
+    async def fetch_once(self, statement: Any, *args: Any, **options: Any) -> Any:
         await self.before(statement.text)
-        return await super().fetch_once(statement, *args)
+        return await super().fetch_once(statement, *args, **options)
 
 
 class Sessions:

@@ -55,16 +55,16 @@ class Recorder(Database):
         self.batches: list[Batch] = []
         self._large_in_flight = 0
 
-    async def fetch_once(self, statement: Any, *args: Any) -> Any:
+    async def fetch_once(self, statement: Any, *args: Any, **options: Any) -> Any:
         if "INSERT INTO chathistory.chat_messages" not in statement.text:
-            return await super().fetch_once(statement, *args)
+            return await super().fetch_once(statement, *args, **options)
         owner_ids, sizes = args[13], args[24]
         is_large = max(sizes) > MAX_BATCH_BYTES / 2
         self._large_in_flight += is_large
         self.batches.append(Batch(owner_ids, sizes, self._large_in_flight))
         try:
             await self.opened.wait()
-            return await super().fetch_once(statement, *args)
+            return await super().fetch_once(statement, *args, **options)
         finally:
             self._large_in_flight -= is_large
 

@@ -40,7 +40,7 @@ class Faulty(Database):
     look_ups = 0
     others = 0
 
-    async def fetch_once(self, statement: Any, *args: Any) -> Any:
+    async def fetch_once(self, statement: Any, *args: Any, **options: Any) -> Any:
         is_look_up = statement.text == sql.statements(enqueues=False).look_up.text
         self.look_ups += is_look_up
         self.others += not is_look_up
@@ -49,7 +49,7 @@ class Faulty(Database):
             if not self.faulty_session or self.faulty_session in session_ids:
                 await asyncio.sleep(0)
                 raise error_of(self.code)
-        return await super().fetch_once(statement, *args)
+        return await super().fetch_once(statement, *args, **options)
 
     @property
     def sent(self) -> int:

@@ -27,9 +27,9 @@ class DelayingDatabase(Database):
     held_back: asyncio.Event | None = None
     has_result: asyncio.Event
 
-    async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
+    async def fetch_once(self, statement: Statement, *args: Any, **options: Any) -> list[Record]:
         event, self.held_back = self.held_back, None
-        rows = await super().fetch_once(statement, *args)
+        rows = await super().fetch_once(statement, *args, **options)
         if event is not None:
             self.has_result.set()
             await event.wait()

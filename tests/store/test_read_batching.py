@@ -38,9 +38,9 @@ class RecordingDatabase(Database):
 
     texts: list[str]
 
-    async def fetch_once(self, statement: Statement, *args: object) -> list[Record]:
+    async def fetch_once(self, statement: Statement, *args: object, **options: Any) -> list[Record]:
         self.texts.append(statement.text)
-        return await super().fetch_once(statement, *args)
+        return await super().fetch_once(statement, *args, **options)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ class HeldDatabase(RecordingDatabase):
         self.in_flight: Counter[str] = Counter()
         self.max_in_flight: Counter[str] = Counter()
 
-    async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
+    async def fetch_once(self, statement: Statement, *args: Any, **options: Any) -> list[Record]:
         owners = next(
             [value] if isinstance(value, str) else value
             for value in args
@@ -188,7 +188,7 @@ class HeldDatabase(RecordingDatabase):
             self.max_in_flight[owner] = max(self.max_in_flight[owner], self.in_flight[owner])
         await self.released.wait()
         try:
-            return await super().fetch_once(statement, *args)
+            return await super().fetch_once(statement, *args, **options)
         finally:
             self.in_flight.subtract(owners)
 

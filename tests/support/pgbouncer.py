@@ -55,9 +55,8 @@ class PgBouncer:
         """Configure a pooler for the server of `upstream`, which must be running.
 
         Args:
-            upstream: Connection string of any database of that server through its socket. All
-                server connections use its user. A server that listens on TCP is written as
-                `postgresql://user@/name?host=127.0.0.1&port=5432`.
+            upstream: Connection string of any database of that server, through its socket or by
+                TCP. All server connections use its user, and no password.
             settings: Settings by name, which replace or extend those of all tests. `{folder}` in a
                 value is replaced by PgBouncer's own folder.
             files: Contents of files to write into that folder, by name.
@@ -103,12 +102,13 @@ class PgBouncer:
 
     def _configure(self) -> None:
         user = self._upstream.username or "postgres"
-        host = self._upstream.query["host"]
+        host = self._upstream.query.get("host", self._upstream.host)
+        port = self._upstream.query.get("port", self._upstream.port or 5432)
         settings = self._settings | {
             "listen_port": str(self.port),
             "auth_file": "{folder}/users.txt",
         }
-        server = f"host={host} port={self._upstream.query.get('port', 5432)} user={user}"
+        server = f"host={host} port={port} user={user}"
         databases = [f"{name} = {server}" for name in self._databases]
         lines = ["[databases]", *databases, "[pgbouncer]"]
         lines += [

@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import dialect
 
 from service.config import BadConfiguration
 from service.store.db.addresses import Address
-from service.store.db.dsn import Target, parse
+from service.store.db.dsn import Route, Target, parse
 from service.store.db.read_target import read_target
 from tests.support.servers import settings
 
@@ -107,21 +107,52 @@ def test_required_channel_binding_is_noted_as_unsupported() -> None:
 @pytest.mark.parametrize(
     ("text", "prepared", "pooled"),
     [
-        ("postgresql://u@db.internal/d", "auto", False),
-        ("postgresql://u@db.internal:6432/d", "auto", True),
-        ("postgresql://u@/d?host=db.internal&port=6432", "auto", True),
         ("postgresql://u@db.internal/d?pgbouncer=true", "auto", True),
-        ("postgresql://u@aws-0-eu.pooler.supabase.com:6543/d", "auto", True),
         ("postgresql://u@db.internal/d", "off", True),
+        # Whatever the host and the port may mean, the behaviour of the connection decides.
+        ("postgresql://u@db.internal/d", "auto", False),
+        ("postgresql://u@db.internal:6432/d", "auto", False),
+        ("postgresql://u@/d?host=db.internal&port=6432", "auto", False),
+        ("postgresql://u@aws-0-eu.pooler.supabase.com:6543/d", "auto", False),
+        ("postgresql://u@h1:5432,h2:6432/d", "auto", False),
     ],
 )
-def test_pooler_is_recognized_by_host_port_and_options(
+def test_configuration_may_declare_a_pooler_and_names_do_not(
     text: str, prepared: str, pooled: bool
 ) -> None:
     target = parse(text, prepared_statements=prepared)
-    assert target.is_pooled is pooled
+    assert target.route is (Route.TRANSACTION if pooled else None)
     assert target.prepared_statements is not pooled
     assert target.direct() is target
+
+
+def test_found_pooler_changes_the_arguments_of_connections() -> None:
+    target = parse("postgresql://u@db.internal/d")
+    direct = target.with_route(Route.DIRECT, "")
+    assert direct.prepared_statements
+    assert direct.connect_args == target.connect_args
+    session = target.with_route(Route.SESSION, "")
+    assert session.prepared_statements
+    assert session.connect_args["server_settings"]["client_encoding"] == "UTF8"
+    pooled = target.with_route(Route.TRANSACTION, "")
+    assert pooled.is_pooled
+    assert not pooled.prepared_statements
+    assert pooled.connect_args["statement_cache_size"] == 0
+    assert pooled.connect_args["prepared_statement_cache_size"] == 0
+
+
+def test_setting_prepares_statements_through_a_found_pooler() -> None:
+    target = parse("postgresql://u@db.internal/d", prepared_statements="on")
+    assert target.with_route(Route.TRANSACTION, "").prepared_statements
+
+
+def test_options_are_lost_through_a_found_transaction_pooler_only() -> None:
+    target = parse("postgresql://u@db.internal/d?options=-c%20statement_timeout%3D5s")
+    for route in (Route.DIRECT, Route.SESSION):
+        settings = target.with_route(route, "").connect_args["server_settings"]
+        assert settings["statement_timeout"] == "5s"
+    with pytest.raises(ValueError, match=r"statement_timeout .* ALTER ROLE"):
+        target.with_route(Route.TRANSACTION, "")
 
 
 def test_pooler_with_prepared_statements_is_still_pooled() -> None:
@@ -371,10 +402,6 @@ def test_several_neon_hosts_are_verified_and_migrated_directly() -> None:
         DIRECT.replace("ep-cool", "ep-warm"),
     ]
     assert direct.url.host == DIRECT
-
-
-def test_one_pooler_among_the_hosts_makes_the_target_pooled() -> None:
-    assert parse("postgresql://u@h1:5432,h2:6432/d").is_pooled
 
 
 @pytest.mark.parametrize(

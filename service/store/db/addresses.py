@@ -27,6 +27,11 @@ def is_neon(host: str) -> bool:
     return host.lower().endswith((".neon.tech", ".neon.build"))
 
 
+def is_pooled_neon(host: str) -> bool:
+    """Return whether a host is Neon's name of a transaction pooler."""
+    return is_neon(host) and "-pooler." in host
+
+
 def direct_host(host: str) -> str:
     """Return Neon's direct host for its pooled one."""
     return host.replace("-pooler.", ".", 1)

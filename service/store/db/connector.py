@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
+from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import Any
 
@@ -18,8 +19,10 @@ import asyncpg
 
 from service.store.db.addresses import Address
 from service.store.db.db_errors import NoServer, WrongRole, sqlstate
-from service.store.db.dsn import Target
-from service.store.db.hot_pool import Statement, fetch_in_transaction
+from service.store.db.dsn import Route, Target
+from service.store.db.hot_pool import PoolerConnection, Statement, fetch_in_transaction
+from service.store.db.route import BY_ERRORS, FoundRoute, find_direct_route, find_proxied_route
+from service.store.schema.location import UnusableDatabase
 
 MAX_HOST_TIMEOUT_S = 3.0
 """Seconds that connecting to one of several servers may take, unless the URL limits it itself."""
@@ -35,6 +38,7 @@ _CONNECT_ERRORS = (
 )
 LOCK_TIMEOUT = "lock_timeout"
 """A start-up parameter of connections to a server."""
+_SET_LOCK_TIMEOUT = f"SELECT set_config('{LOCK_TIMEOUT}', $1, false)"
 _ROLE = Statement.from_text(
     "SELECT pg_is_in_recovery(), current_setting('transaction_read_only') = 'on'"
 )
@@ -62,7 +66,17 @@ class Connector:
     """Opens connections of one target, as SQLAlchemy's `async_creator_fn`."""
 
     def __init__(self, target: Target) -> None:
+        self.on_route: Callable[[Target], None] = lambda _: None
+        """Called with the target when its route is found."""
+        self._configured = target
         self._target = target
+        """The target as its files were when the last connection was opened."""
+        self._routed = target if target.route is not None else None
+        self._finding: asyncio.Task[FoundRoute] | None = None
+        """Finds the route of a connection that is not direct."""
+        self._tasks: set[asyncio.Task[FoundRoute]] = set()
+        self._lacks_statements = False
+        """Whether prepared statements were missing."""
         self._preferred: Address | None = None
         """The server of the last suitable connection: the first one to be tried."""
         self._slow_until: dict[Address, float] = {}
@@ -70,11 +84,100 @@ class Connector:
         self._omits_lock_timeout = False
         """Whether it was rejected, as by a pooler that was not recognized."""
 
+    @property
+    def route(self) -> Route | None:
+        """The way to the server; None before the first connection."""
+        return None if self._routed is None else self._routed.route
+
+    @property
+    def evidence(self) -> str:
+        """How the route was found."""
+        return "" if self._routed is None else self._routed.evidence
+
+    async def routed_target(self, options: dict[str, Any]) -> Target:
+        """Return the target for the next connection, with its route.
+
+        The route is found by a connection of its own, unless it is configured or known already.
+
+        Args:
+            options: The arguments of `asyncpg.connect`. Those that depend on the route are
+                replaced.
+
+        Raises:
+            UnusableDatabase: the pooler cannot be used as it is.
+            Any error of connecting.
+        """
+        target = self._configured.current()
+        if target is not self._target:
+            self._target = target
+            self._routed = target if target.route is not None else None
+            self._finding = None
+        if self._routed is not None:
+            return self._routed
+        answer = BY_ERRORS if self._lacks_statements else await self._find_route(options)
+        try:
+            routed = target.with_route(*answer)
+        except ValueError as error:
+            raise UnusableDatabase(str(error)) from None
+        if target is self._target:
+            self._routed = routed
+            self.on_route(routed)
+        return routed
+
+    async def _find_route(self, options: dict[str, Any]) -> FoundRoute:
+        def open_connection() -> Awaitable[asyncpg.Connection]:
+            return self.connect(**options)
+
+        application_name = self._target.connect_args["server_settings"]["application_name"]
+        options = options | {
+            "connection_class": PoolerConnection,
+            "statement_cache_size": 0,
+            "server_settings": {"application_name": application_name, "client_encoding": "UTF8"},
+        }
+        finding = self._finding
+        if finding is None:
+            first = await open_connection()
+            if (direct := await find_direct_route(first)) is not None:
+                return direct
+            finding = asyncio.get_running_loop().create_task(
+                find_proxied_route(first, open_connection)
+            )
+            self._finding = finding
+            self._tasks.add(finding)
+            finding.add_done_callback(self._end_finding)
+        # The task goes on when this caller's time is up, so that the next one finds the route.
+        return await asyncio.shield(finding)
+
+    def _end_finding(self, task: asyncio.Task[FoundRoute]) -> None:
+        self._tasks.discard(task)
+        if self._finding is task and (task.cancelled() or task.exception() is not None):
+            self._finding = None
+
+    async def close(self) -> None:
+        """End the search for the route, if it is in progress."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def note_missing_statement(self) -> bool:
+        """Treat the route as a transaction pooler from now on, since it lost a prepared statement.
+
+        Returns:
+            Whether that makes a difference for new connections.
+        """
+        if self._lacks_statements or self._configured.route is not None:
+            return False
+        self._lacks_statements = True
+        self._routed = None
+        return True
+
     async def connect(self, **options: Any) -> asyncpg.Connection:
         """Open a connection to the first server with a suitable role.
 
         Args:
-            options: The arguments of `asyncpg.connect`. Host and port are replaced.
+            options: The arguments of `asyncpg.connect`. Host and port are replaced, and what the
+                files of the configuration name.
 
         Raises:
             WrongRole: the only server has an unsuitable role.
@@ -85,20 +188,37 @@ class Connector:
         # Neither the driver's environment variable for this nor the password file in the home
         # folder, which may belong to another user.
         options["target_session_attrs"] = "any"
-        if "PGPASSFILE" not in os.environ:
-            options.setdefault("password", os.environ.get("PGPASSWORD", ""))
+        if self._configured.read_again is not None:
+            url = self._target.url
+            options |= {
+                "user": url.username,
+                "password": url.password,
+                "database": url.database,
+                "ssl": self._target.connect_args["ssl"],
+            }
+        if options.get("password") is None and not (
+            "passfile" in options or "PGPASSFILE" in os.environ
+        ):
+            options["password"] = os.environ.get("PGPASSWORD", "")
         addresses = self._target.addresses
         if len(addresses) > 1:
             return await self._connect_to_one_of(addresses, options)
         if addresses:
             options |= addresses[0]._asdict()
         connection = await self._open(options)
-        # A pooler may have no server yet. The probe of readiness checks the role behind it.
-        if not self._target.is_pooled:
-            role = _reported_role(connection)
-            if self._suitability(role) is Suitability.UNSUITABLE:
-                connection.terminate()
-                raise WrongRole(role.value)
+        # A pooler may have no server yet. The probe of readiness checks the role behind it, and so
+        # does each transaction that only reads.
+        if self.route not in (Route.DIRECT, Route.SESSION):
+            return connection
+        try:
+            async with asyncio.timeout(options["timeout"]):
+                role = await self._find_role(connection)
+        except BaseException:
+            connection.terminate()
+            raise
+        if self._suitability(role) is Suitability.UNSUITABLE:
+            connection.terminate()
+            raise WrongRole(role.value)
         return connection
 
     async def _connect_to_one_of(
@@ -179,14 +299,14 @@ class Connector:
         return connection, role
 
     async def _find_role(self, connection: asyncpg.Connection) -> Role:
-        if not self._target.is_pooled:
+        if self.route is Route.DIRECT:
             return _reported_role(connection)
         # A pooler reports the parameters of the first server to which it has ever connected.
         [(is_standby, is_read_only)] = await fetch_in_transaction(connection, _ROLE)
         return _role(is_standby=is_standby, is_read_only=is_read_only)
 
     async def _open(self, options: dict[str, Any]) -> asyncpg.Connection:
-        """Open one connection, without the lock timeout if the other end does not accept it."""
+        """Open one connection, and set the lock timeout later if a proxy does not accept it."""
         if not self._omits_lock_timeout:
             try:
                 return await self._open_transport(options)
@@ -195,8 +315,16 @@ class Connector:
                     raise
             self._omits_lock_timeout = True
         settings = dict(options.get("server_settings") or {})
-        settings.pop(LOCK_TIMEOUT, None)
-        return await self._open_transport(options | {"server_settings": settings})
+        lock_timeout = settings.pop(LOCK_TIMEOUT, None)
+        connection = await self._open_transport(options | {"server_settings": settings})
+        if lock_timeout is not None:
+            try:
+                async with asyncio.timeout(options.get("timeout")):
+                    await connection.fetch(_SET_LOCK_TIMEOUT, lock_timeout)
+            except BaseException:
+                connection.terminate()
+                raise
+        return connection
 
     async def _open_transport(self, options: dict[str, Any]) -> asyncpg.Connection:
         """Open one connection; `prefer` and `allow` try both transports, as in libpq.

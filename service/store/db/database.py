@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import asyncpg
@@ -32,7 +33,7 @@ from service.store.db.db_errors import (
     rule,
     sqlstate,
 )
-from service.store.db.dsn import Target
+from service.store.db.dsn import Route, Target
 from service.store.db.engine import pooled_engine, unpooled_engine
 from service.store.db.fair_semaphore import FairSemaphore
 from service.store.db.hot_pool import (
@@ -72,6 +73,8 @@ GENERATION_INTERVAL_S = 1.0
 """Minimum seconds between two replacements of all connections that failed statements cause."""
 MIN_OTHER_CONNECTIONS = 2
 """Connections of a small pool that the hot statements leave for everything else."""
+_MISSING_STATEMENT = ("26000", "42P05")
+"""SQLSTATEs of a prepared statement that is missing, or exists already: the sign of a pooler."""
 SUSPICIOUS_WAITS_S = {
     WorkClass.ORDINARY: SUSPICIOUS_WAIT_S,
     # Expensive work may take that long although the database is well.
@@ -113,7 +116,11 @@ class Database:
         """
         self._loop = asyncio.get_running_loop()
         self.target = target
-        connector, self._generation = Connector(target), Generation()
+        connector = self.connector = Connector(target)
+        connector.on_route = self._use_route
+        self.is_pooled = target.route in (None, Route.TRANSACTION)
+        """Whether each statement must be in a transaction; true until the route is found."""
+        self._generation = Generation()
         self._generation_started_at = -GENERATION_INTERVAL_S
         self.engine = pooled_engine(
             target,
@@ -136,11 +143,7 @@ class Database:
         # Outside a transaction a read costs one round trip instead of three. Behind a transaction
         # pooler, BEGIN is needed to keep the statements of a driver without prepared statements on
         # one server (SQLAlchemy #12836). On a replica, the age of its data holds for one server.
-        self._read_engine = (
-            self.engine
-            if target.is_pooled or target.is_replica
-            else self.engine.execution_options(isolation_level="AUTOCOMMIT")
-        )
+        self._autocommit_engine = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         # For probes, while calls that wait for locks hold every connection of the pool.
         self._probe_engine = unpooled_engine(target, connector, connect_timeout_s=connect_timeout_s)
         self.locator.attach(self._probe_engine)
@@ -153,10 +156,11 @@ class Database:
         """Called when a call has shown, or suggests, that the database is unavailable."""
         # Looked up at each call, since the attribute is assigned later.
         self.retries = Retries(self.outcomes, lambda: self.on_suspected_outage())  # noqa: PLW0108
+        self.retries.on_wrong_role = self._replace_stale
         self.writes_in_flight = WritesInFlight()
         self.prober = Prober(
             self.outcomes,
-            pooled=self._read_engine,
+            pooled=self.engine,
             unpooled=self._probe_engine,
             max_connections=max_connections,
         )
@@ -184,14 +188,21 @@ class Database:
             Unavailable, Conflict, DeadlineExceeded: as `db_errors` maps them.
         """
         try:
-            return await self.fetch_once(statement, *args)
+            return await self.fetch_once(statement, *args, is_reading=True)
         except DATABASE_ERRORS as error:
             return await self.retries.run(
-                lambda _: self.fetch_once(statement, *args), deadline, error
+                lambda _: self.fetch_once(statement, *args, is_reading=True), deadline, error
             )
 
-    async def fetch_once(self, statement: Statement, *args: Any) -> list[Record]:
+    async def fetch_once(
+        self, statement: Statement, *args: Any, is_reading: bool = False
+    ) -> list[Record]:
         """Run one statement by the driver in a transaction of its own, without retries.
+
+        Args:
+            statement: The statement.
+            args: Its arguments.
+            is_reading: Whether it only reads, and a standby behind a pooler must reject it.
 
         Raises:
             Any error of the driver; see `db_errors.classify`.
@@ -202,8 +213,12 @@ class Database:
             # After a connection was opened, which finds the schema.
             statement = self.locator.statements[statement]
             driver = connection.driver
-            if self.target.is_pooled:
-                records = await fetch_in_transaction(driver, statement, *args)
+            if self.is_pooled:
+                driver.is_reading = is_reading
+                try:
+                    records = await fetch_in_transaction(driver, statement, *args)
+                finally:
+                    driver.is_reading = False
             else:
                 records = await driver.fetch(statement.text, *args)
             if driver.is_unreplicated:
@@ -235,16 +250,40 @@ class Database:
         """
         if rule(error).policy is not Policy.RECONNECT:
             return False
-        if sqlstate(error) != READ_ONLY:
+        state = sqlstate(error)
+        if state in _MISSING_STATEMENT and self.connector.note_missing_statement():
+            self.is_pooled = True
+            self.start_generation()
+        if state != READ_ONLY:
             return True
+        self._replace_stale()
+        return not self.prober.is_read_only  # Connections that can read stay open.
+
+    def _replace_stale(self) -> None:
+        """Replace all connections, since a server had the wrong role."""
         if self.prober.is_read_only:
-            return False  # Connections that can read stay open.
+            return  # The prober replaces them when a server is writable.
         now = self._loop.time()
         # Limited, since the replacements are read-only, too, until the database is writable again.
         if now - self._generation_started_at >= GENERATION_INTERVAL_S:
             self._generation_started_at = now
             self.start_generation()
-        return True
+
+    def _use_route(self, target: Target) -> None:
+        self.is_pooled = target.is_pooled
+
+    @asynccontextmanager
+    async def _reading(self, connection: AsyncConnection) -> AsyncIterator[None]:
+        """Let a standby behind a pooler reject the transactions of a block, which only reads."""
+        if not self.is_pooled or self.target.is_replica:
+            yield
+            return
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        driver.is_reading = True
+        try:
+            yield
+        finally:
+            driver.is_reading = False
 
     def start_generation(self) -> None:
         """Replace all connections: the idle ones now, the others when they are returned."""
@@ -284,13 +323,15 @@ class Database:
         """
         # The limits of expensive work hold for a transaction.
         is_expensive = work_class is WorkClass.EXPENSIVE
-        engine = self.engine if is_expensive else self._read_engine
 
         async def attempt(wait_until: float) -> T:
+            is_transaction = is_expensive or self.is_pooled or self.target.is_replica
+            engine = self.engine if is_transaction else self._autocommit_engine
             async with (
                 self.expensive_work.permit(work_class, owner_id, wait_until),
                 self._permits.hold(owner_id, self._acquire_timeout_s(wait_until)),
                 engine.connect() as connection,
+                self._reading(connection),
                 self.expensive_work.limits(work_class, connection, wait_until),
             ):
                 result = await self._run_work(work, connection)
@@ -389,5 +430,6 @@ class Database:
             closing.result()
 
     async def _close(self) -> None:
+        await self.connector.close()
         await self.hot_pool.close()
         await self.engine.dispose()

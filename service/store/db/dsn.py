@@ -6,16 +6,21 @@ asyncpg takes neither `sslmode` nor `channel_binding`, among others; they are tr
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, Literal
 
 from sqlalchemy import URL
 
 from service.store.db import connection_string
-from service.store.db.addresses import Address, direct_host, is_neon
+from service.store.db.addresses import Address, direct_host, is_neon, is_pooled_neon
 from service.store.db.tls_options import note_channel_binding, take_tls_options
 
-_PGBOUNCER_PORT = 6432
+PREPARED_STATEMENTS = "statement_cache_size", "prepared_statement_cache_size"
+"""The arguments for the caches of prepared statements, of the driver and of SQLAlchemy."""
+CONFIGURED = "as configured"
+"""The evidence of a route that the configuration names."""
 
 SessionAttrs = Literal["prefer-read-write", "read-write", "primary", "prefer-standby", "standby"]
 _SESSION_ATTRS: dict[str, SessionAttrs] = {
@@ -55,6 +60,15 @@ _WITHOUT_EFFECT = frozenset(
 have no effect without TLS."""
 
 
+class Route(Enum):
+    """The way from the service to PostgreSQL; the value is its description in messages."""
+
+    DIRECT = "direct"
+    SESSION = "through a proxy that keeps a process of the server for each connection"
+    TRANSACTION = "through a transaction pooler"
+    """Start-up parameters, state of a session and prepared statements are lost or rejected."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A database, and how to connect to it."""
@@ -63,8 +77,8 @@ class Target:
     """For SQLAlchemy, without options that asyncpg does not know. It names the first server."""
     connect_args: dict[str, Any] = field(repr=False)
     """Arguments of `asyncpg.connect`."""
-    is_pooled: bool
-    """Behind a transaction pooler: no start-up parameters, session state or prepared statements."""
+    route: Route | None
+    """The way to the server, if it is configured; else it is found by `route.find_route`."""
     ssl_mode: str
     """The libpq mode that applies."""
     notes: tuple[str, ...] = ()
@@ -77,11 +91,42 @@ class Target:
     only reads that may lag: `prefer-standby` falls back to a primary, and `standby` does not."""
     schema: str | None = None
     """Schema of the tables, if the configuration names it; else it is found by its columns."""
+    preparation: str = "auto"
+    """The setting for prepared statements: `on`, `off`, or `auto`, which follows from the route."""
+    evidence: str = ""
+    """How the route was found."""
+    files: tuple[str, ...] = ()
+    """The files of certificates and keys."""
+    read_again: Callable[[], Target] | None = field(default=None, repr=False, compare=False)
+    """Reads the files of the configuration again; None if it is in no file."""
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a transaction pooler is known to be in between."""
+        return self.route is Route.TRANSACTION
 
     @property
     def prepared_statements(self) -> bool:
         """Whether the driver prepares statements and caches them by name."""
-        return self.connect_args.get("statement_cache_size") != 0
+        return self.preparation == "on" or (self.preparation == "auto" and not self.is_pooled)
+
+    def current(self) -> Target:
+        """Return the target as the files of the configuration have it now."""
+        return self if self.read_again is None else self.read_again()
+
+    def with_route(self, route: Route, evidence: str) -> Target:
+        """Return the target with its route, for connections of the driver.
+
+        Raises:
+            ValueError: the string has options that a transaction pooler does not take.
+        """
+        settings = dict(self.connect_args["server_settings"])
+        target = replace(self, route=route, evidence=evidence)
+        _restrict(settings, route)
+        arguments = self.connect_args | {"server_settings": settings}
+        if not target.prepared_statements:
+            arguments |= dict.fromkeys(PREPARED_STATEMENTS, 0)
+        return replace(target, connect_args=arguments)
 
     @property
     def has_connect_timeout(self) -> bool:
@@ -120,7 +165,8 @@ class Target:
             addresses=tuple(
                 address._replace(host=direct_host(address.host)) for address in self.addresses
             ),
-            is_pooled=False,
+            route=None,
+            read_again=None,
         )
 
 
@@ -138,8 +184,8 @@ def parse(
         text: A URL such as `postgresql://user:password@host/database?sslmode=require`, or libpq's
             other form, `host=a,b user=u`. Both may name several servers.
         ssl_mode: Overrides the string's `sslmode`.
-        prepared_statements: `on`, `off` (behind a transaction pooler), or `auto` (off when the
-            string shows that there is a pooler).
+        prepared_statements: `on`, `off` (as through a transaction pooler, which is not looked for
+            then), or `auto` (off through a transaction pooler).
         schema: Schema of the tables, as `search_path` in the string; None if it is not configured.
         is_replica: Whether the database is for reads that may lag.
 
@@ -150,44 +196,40 @@ def parse(
     url, query, addresses = connection_string.split(text)
     hosts = [address.host for address in addresses]
     has_neon = any(map(is_neon, hosts))
-    is_pgbouncer = query.pop("pgbouncer", "") == "true" or _PGBOUNCER_PORT in (
-        url.port,
-        *(address.port for address in addresses),
-    )
-    is_pooled = (
-        prepared_statements == "off"
-        or is_pgbouncer
-        or any("-pooler." in host or ".pooler." in host for host in hosts)
-    )
+    is_pgbouncer = query.pop("pgbouncer", "") == "true"
+    is_pooled = prepared_statements == "off" or is_pgbouncer or any(map(is_pooled_neon, hosts))
     settings = _server_settings(query)
     schema = _schema(query.pop("search_path", settings.pop("search_path", None)), schema)
-    _restrict(settings, is_pooled=is_pooled)
     session_attrs = _session_attrs(query, is_replica=is_replica)
     mode = query.pop("sslmode", None)
     mode = ssl_mode or mode or ("require" if has_neon else "prefer")
     note = note_channel_binding(mode, query, is_neon=has_neon)
     notes = [note] if note else []
+    files = tuple(query[key] for key in ("sslcert", "sslkey", "sslrootcert") if key in query)
     connect_args: dict[str, Any] = {
         "ssl": take_tls_options(mode, hosts, query, is_neon=has_neon),
         "server_settings": settings,
     }
     if timeout_s := _seconds(query.pop("connect_timeout", "0")):
         connect_args["timeout"] = timeout_s
-    if is_pooled and prepared_statements != "on":
-        connect_args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+    if passfile := query.pop("passfile", ""):
+        connect_args["passfile"] = passfile  # The driver reads it for each connection.
     if unknown := sorted(query.keys() - _WITHOUT_EFFECT):
         raise ValueError(f"{', '.join(unknown)} in the database URL is not supported: remove it")
     notes += [f"{key} in the database URL has no effect" for key in sorted(query)]
-    return Target(
+    target = Target(
         url.set(drivername="postgresql+asyncpg"),
         connect_args,
-        is_pooled,
+        None,
         mode,
         tuple(notes),
         addresses,
         session_attrs,
         schema,
+        prepared_statements,
+        files=files,
     )
+    return target.with_route(Route.TRANSACTION, CONFIGURED) if is_pooled else target
 
 
 def _session_attrs(query: dict[str, str], *, is_replica: bool) -> SessionAttrs:
@@ -254,15 +296,16 @@ def _schema(search_path: str | None, configured: str | None) -> str | None:
     return names[0]
 
 
-def _restrict(settings: dict[str, str], *, is_pooled: bool) -> None:
+def _restrict(settings: dict[str, str], route: Route) -> None:
     """Restrict start-up parameters to those that a pooler takes, if there is one.
 
     Raises:
         ValueError: a parameter would be lost.
     """
-    if not is_pooled:
+    if route is Route.DIRECT:
         return
-    if lost := sorted(settings.keys() - {"application_name", "client_encoding"}):
+    lost = sorted(settings.keys() - {"application_name", "client_encoding"})
+    if lost and route is Route.TRANSACTION:
         raise ValueError(
             f"{', '.join(lost)} in the options of the database URL cannot be sent through a "
             "pooler: set it by ALTER ROLE … SET, and remove it from the URL"

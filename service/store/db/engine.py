@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
@@ -12,9 +14,10 @@ from sqlalchemy import NullPool, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util import await_only
 
 from service.store.db.connector import LOCK_TIMEOUT, Connector
-from service.store.db.dsn import Target
+from service.store.db.dsn import PREPARED_STATEMENTS, Route, Target
 from service.store.db.hot_pool import (
     LOCK_TIMEOUT_S,
     DriverConnection,
@@ -56,6 +59,7 @@ def pooled_engine(
         hide_parameters=True,
         json_serializer=_json_text,
     )
+    _follow_route(engine, connector, _service_options)
     _check_connections(engine, generation)
     return engine
 
@@ -64,27 +68,57 @@ def unpooled_engine(
     target: Target, connector: Connector, *, connect_timeout_s: float
 ) -> AsyncEngine:
     """Create an engine that opens a connection for each use."""
-    return create_async_engine(
+    engine = create_async_engine(
         target.url,
         connect_args=_connect_args(target, connector, connect_timeout_s),
         poolclass=NullPool,
         hide_parameters=True,
         json_serializer=_json_text,
     )
+    _follow_route(engine, connector, _service_options)
+    return engine
 
 
 def single_use_engine(target: Target, *, connect_timeout_s: float) -> AsyncEngine:
     """Create an engine for one connection of a command, such as a migration, without timeouts."""
-    return create_async_engine(
+    connector = Connector(target)
+    engine = create_async_engine(
         target.url,
         connect_args={
             "timeout": connect_timeout_s,
             **target.connect_args,
-            "async_creator_fn": Connector(target).connect,
+            "async_creator_fn": connector.connect,
         },
         poolclass=NullPool,
         hide_parameters=True,
     )
+    _follow_route(engine, connector, _route_options)
+    return engine
+
+
+async def find_target_route(target: Target, *, connect_timeout_s: float) -> Target:
+    """Return a target with its route, found by connecting unless it is configured.
+
+    Raises:
+        UnusableDatabase: the pooler cannot be used as it is.
+        Any error of connecting.
+    """
+    if target.route is not None:
+        return target
+    routed = target
+
+    def use_route(target_with_route: Target) -> None:
+        nonlocal routed
+        routed = target_with_route
+
+    connector = Connector(target)
+    connector.on_route = use_route
+    engine = unpooled_engine(target, connector, connect_timeout_s=connect_timeout_s)
+    try:
+        async with engine.connect():
+            return replace(routed, read_again=None)
+    finally:
+        await engine.dispose()
 
 
 def _json_text(value: Any) -> str:
@@ -101,21 +135,51 @@ def _json_text(value: Any) -> str:
 
 def _connect_args(target: Target, connector: Connector, connect_timeout_s: float) -> dict[str, Any]:
     """Return asyncpg's arguments; the target's own, such as a connect timeout, have precedence."""
-    arguments = {
+    return {
         "timeout": connect_timeout_s,
         "command_timeout": COMMAND_TIMEOUT_S,
         **target.connect_args,
-        "connection_class": PoolerConnection if target.is_pooled else DriverConnection,
         "async_creator_fn": connector.connect,
     }
-    if not target.is_pooled:
+
+
+def _route_options(routed: Target) -> dict[str, Any]:
+    """Return the arguments of asyncpg and SQLAlchemy that depend on the route."""
+    names = ("server_settings", *PREPARED_STATEMENTS)
+    return {name: routed.connect_args[name] for name in names if name in routed.connect_args}
+
+
+def _service_options(routed: Target) -> dict[str, Any]:
+    """Return the arguments that depend on the route, for connections of the service."""
+    options = _route_options(routed)
+    is_direct = routed.route is Route.DIRECT
+    options["connection_class"] = DriverConnection if is_direct else PoolerConnection
+    if routed.route is not Route.TRANSACTION:
         # A statement waits for locks on its tables before it can set a timeout of its own. Those
         # through a pooler are in transactions that set it, and the pooler rejects the parameter.
-        arguments["server_settings"] = {
+        options["server_settings"] = {
             LOCK_TIMEOUT: f"{LOCK_TIMEOUT_S * 1000:.0f}",
-            **target.connect_args["server_settings"],
+            **options["server_settings"],
         }
-    return arguments
+    return options
+
+
+def _follow_route(
+    engine: AsyncEngine, connector: Connector, options_of: Callable[[Target], dict[str, Any]]
+) -> None:
+    """Give each new connection the arguments of the route, which the first one finds out."""
+
+    def connecting(
+        _dialect: object, _entry: object, _args: object, arguments: dict[str, Any]
+    ) -> None:
+        options = {
+            name: value
+            for name, value in arguments.items()
+            if name not in ("async_creator_fn", "prepared_statement_cache_size")
+        }
+        arguments |= options_of(await_only(connector.routed_target(options)))
+
+    event.listen(engine.sync_engine, "do_connect", connecting)
 
 
 def _has_transaction(driver: asyncpg.Connection) -> bool:

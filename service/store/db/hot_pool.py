@@ -9,6 +9,7 @@ itself (docs/explanation/performance.md).
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine
 from copy import copy
@@ -19,7 +20,7 @@ from sqlalchemy import ClauseElement
 from sqlalchemy.dialects.postgresql import asyncpg as dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from service.store.db.db_errors import CommitNotReplicated
+from service.store.db.db_errors import CommitNotReplicated, WrongRole
 from service.store.db.schema_names import in_schema, schema_of
 from service.store.tables import SCHEMA
 
@@ -37,6 +38,9 @@ LOCK_TIMEOUT_S = 0.2
 
 Record = asyncpg.Record
 _DIALECT = dialect.dialect()  # type: ignore[no-untyped-call]
+# The driver counts statements from 1 in each process. Behind a pooler that was not recognized, a
+# name must never find the statement of another process.
+_STATEMENT_PREFIX = f"chat_{secrets.token_hex(4)}"
 
 
 class Statement:
@@ -110,13 +114,19 @@ class DriverConnection(asyncpg.Connection):
     of the server's messages.
     """
 
-    __slots__ = ("is_unreplicated",)
+    __slots__ = ("is_reading", "is_unreplicated")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.is_reading = False
+        """Whether the transactions only read, and a standby behind a pooler must reject them."""
         self.is_unreplicated = False
         """Whether the last commit is stored on this server only, although standbys must have it."""
         self.add_log_listener(_note_cancelled_wait)
+
+    def _get_unique_id(self, prefix: str) -> str:
+        own: str = super()._get_unique_id(prefix)  # type: ignore[misc] # missing in the stubs
+        return f"{_STATEMENT_PREFIX}{own}"
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         if query.startswith("BEGIN"):
@@ -136,14 +146,27 @@ class DriverConnection(asyncpg.Connection):
 
 
 class PoolerConnection(DriverConnection):
-    """A connection to a transaction pooler, which cancels a statement by closing the connection.
+    """A connection to a pooler, which cancels a statement by closing the connection.
 
     asyncpg would send a cancel request on a connection of its own. PgBouncer 1.18 exits when the
     client of such a request disconnects too early (github.com/pgbouncer/pgbouncer/issues/801),
     which ends the connections of all its clients.
+
+    The connection may outlive a failover behind the pooler. A read must return everything that was
+    acknowledged before, so its transactions begin in a way that a standby rejects. Writes do not
+    need that, and would override `default_transaction_read_only`.
     """
 
     __slots__ = ()
+
+    async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
+        if not (self.is_reading and query.startswith("BEGIN")):
+            return await super().execute(query, *args, timeout=timeout)
+        query = query.replace("BEGIN", "BEGIN READ WRITE", 1)
+        try:
+            return await super().execute(query, *args, timeout=timeout)
+        except asyncpg.FeatureNotSupportedError:
+            raise WrongRole("a standby") from None
 
     async def _cancel(
         self, waiter: asyncio.Future[None], cancel_waiter: asyncio.Future[None] | None = None

@@ -311,7 +311,7 @@ class _ReadQueue:
         ]
         try:
             records = await self._database.fetch_once(
-                self._read.batched, list(range(len(batch))), *arguments
+                self._read.batched, list(range(len(batch))), *arguments, is_reading=True
             )
         except Exception as error:  # noqa: BLE001 - a defect must fail the callers, not hang them
             is_database_error = isinstance(error, DATABASE_ERRORS)

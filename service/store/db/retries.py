@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from service.errors import DeadlineExceeded
-from service.store.db.db_errors import DATABASE_ERRORS, classify, to_service_error
+from service.store.db.db_errors import DATABASE_ERRORS, WrongRole, classify, to_service_error
 from service.store.db.error_log import ErrorLog
 from service.store.db.fair_semaphore import AcquireTimeout
 from service.store.db.hot_pool import LOCK_TIMEOUT_S
@@ -62,6 +62,8 @@ class Retries:
         """
         self.rejected_count = 0
         """Calls that found no connection in time, because others used them all."""
+        self.on_wrong_role: Callable[[], None] = lambda: None
+        """Called when a server was a standby: other connections may lead to it, too."""
         self._outcomes = outcomes
         self._on_suspected_outage = on_suspected_outage
         self._error_log = ErrorLog()
@@ -155,6 +157,8 @@ class Retries:
             failed_calls: Number of calls that fail with it; 0 if the work is repeated.
         """
         self._error_log.add(error)
+        if isinstance(error, WrongRole):
+            self.on_wrong_role()
         if self._outcomes.report(error, is_write=is_write, failed_calls=failed_calls):
             self._on_suspected_outage()
 

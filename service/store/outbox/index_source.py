@@ -125,13 +125,14 @@ class IndexSource:
             _ITEM_COUNTS[kind],
             [user_id for user_id, _ in entities],
             [entity_id for _, entity_id in entities],
+            is_reading=True,
         )
         return {entities[record[0]]: record[1] for record in records}
 
     async def items(self, kind: OutboxKind, ranges: Sequence[Range]) -> list[Item]:
         """Read the items of ranges, in order."""
         columns = map(list, zip(*ranges, strict=True))
-        records = await self._database.fetch_once(_ITEMS[kind], *columns)
+        records = await self._database.fetch_once(_ITEMS[kind], *columns, is_reading=True)
         return [Item(*record) for record in records]
 
     async def set_document_status(

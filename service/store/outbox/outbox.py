@@ -363,7 +363,7 @@ class Outbox:
 
     async def backlog(self) -> Backlog:
         """Count the pending rows and the dead letters."""
-        return Backlog(*(await self._database.fetch_once(BACKLOG))[0])
+        return Backlog(*(await self._database.fetch_once(BACKLOG, is_reading=True))[0])
 
     async def date_again(self) -> int:
         """Make rows that are dated ahead due now; leased ones at the end of a lease from now.

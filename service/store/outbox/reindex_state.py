@@ -135,7 +135,7 @@ class ReindexState:
 
     async def building_collection(self) -> str | None:
         """Return the collection that is built; None when no rebuild is in progress."""
-        records = await self._database.fetch_once(_BUILDING, self._alias)
+        records = await self._database.fetch_once(_BUILDING, self._alias, is_reading=True)
         return records[0][0] if records else None
 
     async def acquire(self, lease_id: str, lease_s: float) -> RebuildCursor | None:
@@ -180,7 +180,7 @@ class ReindexState:
 
     async def progress(self) -> RebuildProgress | None:
         """Return the progress; None when this index was never built."""
-        records = await self._database.fetch_once(_PROGRESS, self._alias)
+        records = await self._database.fetch_once(_PROGRESS, self._alias, is_reading=True)
         return RebuildProgress(*records[0]) if records else None
 
     async def end(self, lease_id: str) -> None:

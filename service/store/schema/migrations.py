@@ -178,6 +178,8 @@ def _is_permanent(error: BaseException) -> bool:
     cause, state = driver_error(error), sqlstate(error)
     if isinstance(cause, NoServer):
         return False  # A failover may be in progress.
+    if isinstance(cause, UnusableDatabase):
+        return True
     if state is not None:
         return bool(rule(error).cause) and state != TOO_MANY_CONNECTIONS
     return isinstance(cause, socket.gaierror | ssl.SSLError) or "rejected SSL upgrade" in str(cause)
