@@ -64,12 +64,27 @@ class Settings(BaseSettings):
     """Connection string of PostgreSQL, in libpq's forms or as Neon's console shows it. It may name
     several hosts, of which the service uses the primary. Unset: an embedded PostgreSQL under
     `data_dir`."""
+    database_url_file: Path | None = Field(
+        default=None, validation_alias=AliasChoices("DATABASE_URL_FILE", "NEON_DATABASE_URL_FILE")
+    )
+    """File that holds the connection string, in place of `DATABASE_URL`. It is read again for each
+    new connection, so a changed secret needs no restart."""
+    database_password_file: Path | None = Field(
+        default=None, validation_alias=AliasChoices("DATABASE_PASSWORD_FILE")
+    )
+    """File that holds the password, which replaces that of the connection string. It is read again
+    for each new connection."""
     database_read_url: SecretStr | None = Field(
         default=None, validation_alias=AliasChoices("DATABASE_READ_URL")
     )
     """Connection string of a replica of the database: a standby, several of them, or an endpoint
     for reads. It serves calls with the metadata `read_consistency: eventual`. Unset: the primary
     serves all calls."""
+    database_read_url_file: Path | None = Field(
+        default=None, validation_alias=AliasChoices("DATABASE_READ_URL_FILE")
+    )
+    """File that holds the connection string of the replica, in place of `DATABASE_READ_URL`. It is
+    read again for each new connection."""
     read_max_lag: Annotated[float, Field(ge=2, le=3600)] = 10.0
     """Age in seconds of the oldest data that the replica may return. The primary is read instead
     when the replica lags further."""
@@ -89,7 +104,9 @@ class Settings(BaseSettings):
     """Seconds for one connection attempt. A suspended Neon database takes up to a few seconds to
     wake."""
     db_prepared_statements: Literal["auto", "on", "off"] = "auto"
-    """Whether statements are prepared. `auto`: yes, except on a pooler's host."""
+    """Whether statements are prepared. `auto`: yes, except through a transaction pooler, which the
+    service recognizes by its behaviour. `on`: also through a pooler, which must support it. `off`:
+    no, and every connection is treated as one through a transaction pooler."""
     db_synchronous_commit: Literal["on", "server"] = "on"
     """PostgreSQL's `synchronous_commit` for appends. `on`: at least `on`, also where the server or
     the role has a weaker value. `server`: the value of the server or the role."""
@@ -236,6 +253,23 @@ class Settings(BaseSettings):
         if not parts.hostname or parts.username is not None:
             raise ValueError("must be a URL with a host and without credentials")
         return url
+
+    @property
+    def has_database(self) -> bool:
+        """Whether a database is configured; else the embedded one is used."""
+        return self.database_url is not None or self.database_url_file is not None
+
+    @model_validator(mode="after")
+    def _check_database(self) -> Settings:
+        if self.database_url is not None and self.database_url_file is not None:
+            raise ValueError(
+                "DATABASE_URL and DATABASE_URL_FILE (or NEON_…) exclude each other: remove one"
+            )
+        if self.database_read_url is not None and self.database_read_url_file is not None:
+            raise ValueError("DATABASE_READ_URL and DATABASE_READ_URL_FILE exclude each other")
+        if self.database_password_file is not None and not self.has_database:
+            raise ValueError("DATABASE_PASSWORD_FILE needs DATABASE_URL or DATABASE_URL_FILE")
+        return self
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:

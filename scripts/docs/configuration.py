@@ -35,7 +35,10 @@ TOPICS = {
     "Addresses and data": ("listen", "health_listen", "metrics_listen", "data_dir"),
     "PostgreSQL": (
         "database_url",
+        "database_url_file",
+        "database_password_file",
         "database_read_url",
+        "database_read_url_file",
         "read_max_lag",
         "db_pool_size",
         "db_max_overflow",

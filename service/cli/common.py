@@ -16,6 +16,7 @@ from service import config
 from service.config import Settings
 from service.store.db.dsn import Target, parse
 from service.store.db.read_target import read_target
+from service.store.db.target_files import TargetFiles, TextFile
 
 T = TypeVar("T")
 
@@ -29,19 +30,39 @@ def configuration() -> tuple[Settings, Target | None]:
     try:
         settings = config.load()
         replica = read_target(settings)
-        if settings.database_url is None:
-            if replica is not None:
-                fail("bad configuration: DATABASE_READ_URL needs DATABASE_URL", 2)
-            return settings, None
-        url = settings.database_url.get_secret_value()
-        target = parse(
-            url, prepared_statements=settings.db_prepared_statements, schema=settings.db_schema
-        )
+        target = load_target(settings)
+        if target is None and replica is not None:
+            fail("bad configuration: DATABASE_READ_URL needs DATABASE_URL", 2)
         return settings, target
     except config.BadConfiguration as error:
         fail_configuration(error)
     except ValueError as error:
         fail(f"bad configuration: {error}", 2)
+
+
+def load_target(settings: Settings) -> Target | None:
+    """Return the configured database; None means the embedded one.
+
+    Raises:
+        ValueError: the connection string is malformed, or a file cannot be read.
+    """
+
+    def parse_text(text: str) -> Target:
+        return parse(
+            text, prepared_statements=settings.db_prepared_statements, schema=settings.db_schema
+        )
+
+    string: str | TextFile
+    if settings.database_url_file is not None:
+        string = TextFile("DATABASE_URL_FILE", settings.database_url_file)
+    elif settings.database_url is not None:
+        string = settings.database_url.get_secret_value()
+    else:
+        return None
+    password_file = None
+    if settings.database_password_file is not None:
+        password_file = TextFile("DATABASE_PASSWORD_FILE", settings.database_password_file)
+    return TargetFiles(parse_text, string, password_file).load()
 
 
 def fail_configuration(error: config.BadConfiguration) -> NoReturn:

@@ -46,8 +46,8 @@ def undeclared_url(pooler: PgBouncer, database_url: str) -> str:
     return url.difference_update_query(["pgbouncer"]).render_as_string(hide_password=False)
 
 
-def undeclared(pooler: PgBouncer, database_url: str, **options: str) -> Target:
-    return parse(undeclared_url(pooler, database_url), **options)
+def undeclared(pooler: PgBouncer, database_url: str) -> Target:
+    return parse(undeclared_url(pooler, database_url))
 
 
 async def route_of(target: Target) -> Target:

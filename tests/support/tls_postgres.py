@@ -39,8 +39,20 @@ class TlsPostgres:
     The clusters that Debian manages on the machine are not touched.
     """
 
-    def __init__(self, certificate: CertificatePair) -> None:
+    def __init__(
+        self, certificate: CertificatePair, *, client_ca: bytes | None = None, hba: str = _HBA
+    ) -> None:
+        """Configure a server.
+
+        Args:
+            certificate: The certificate of the server.
+            client_ca: The authority that must have issued certificates of clients, if they have
+                any.
+            hba: The content of `pg_hba.conf`.
+        """
         self._certificate = certificate
+        self._client_ca = client_ca
+        self._hba = hba
         self._exit = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self.folder = Path()
@@ -56,6 +68,10 @@ class TlsPostgres:
     def local_url(self) -> str:
         """The connection string for the socket, which needs no password, for tests' statements."""
         return f"postgresql://{USER}@/{DATABASE}?host={self.folder}&port={self.port}"
+
+    def trust(self, client_ca: bytes) -> None:
+        """Trust another authority of clients, once the configuration is reloaded."""
+        self._write("client_ca.crt", client_ca)
 
     def __enter__(self) -> Self:
         self.folder = self._exit.enter_context(unprivileged_folder("postgres"))
@@ -98,8 +114,10 @@ class TlsPostgres:
             "ssl": "on",
             "ssl_cert_file": str(self._write("tls.crt", self._certificate.cert)),
             "ssl_key_file": str(self._write("tls.key", self._certificate.key)),
-            "hba_file": str(self._write("pg_hba.conf", _HBA.encode())),
+            "hba_file": str(self._write("pg_hba.conf", self._hba.encode())),
         }
+        if self._client_ca is not None:
+            settings["ssl_ca_file"] = str(self._write("client_ca.crt", self._client_ca))
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [

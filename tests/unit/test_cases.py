@@ -59,12 +59,15 @@ CASES = {
     "lost with synchronous replication.",
     505: "The disk is full: UNAVAILABLE with RetryInfo and NOT_SERVING for writes; the embedded "
     "PostgreSQL and the log say so in one line.",
-    506: "The server rejects the role, its password or the database: UNAVAILABLE with the cause.",
+    506: "The server rejects the role, its password or the database: UNAVAILABLE with the cause. A "
+    "password or certificate that is changed in its file is used without a restart.",
     509: "Tables are locked: a status of our own before the deadline, and the holder is named.",
     512: "A URL with search_path, direct or through a pooler: it names the schema of the tables. "
     "An option that cannot be honoured is an error.",
     513: "A database with an application's tables users and alembic_version: migrate leaves them "
     "alone, and refuses a schema in which they are in the way.",
+    514: "A pooler whose name and port do not show it: found by its behaviour, with its pool mode, "
+    "unless a setting says what it is.",
     515: "A database in SQL_ASCII or LATIN1: refused at start and by migrate, with the command "
     "that creates one in UTF8.",
     518: "The schema stops fitting below a running service: NOT_SERVING until it fits again.",

@@ -121,6 +121,25 @@ def test_invalid_value_is_reported_in_one_line_that_names_the_setting(
     assert SECRET not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("DATABASE_URL", "DATABASE_URL_FILE"), "exclude each other"),
+        (("NEON_DATABASE_URL", "DATABASE_URL_FILE"), "exclude each other"),
+        (("DATABASE_READ_URL", "DATABASE_READ_URL_FILE"), "exclude each other"),
+        (("DATABASE_PASSWORD_FILE",), "DATABASE_PASSWORD_FILE needs DATABASE_URL"),
+    ],
+)
+def test_contradicting_sources_of_the_database_are_reported(
+    names: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in names:
+        monkeypatch.setenv(name, f"postgresql://u:{SECRET}@h/d")
+    with pytest.raises(config.BadConfiguration, match=words) as refused:
+        config.load()
+    assert SECRET not in str(refused.value)
+
+
 def test_total_may_be_lowered_below_the_defaults_of_users_and_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
