@@ -598,7 +598,10 @@ class Traffic:
     async def _search_documents(self, tracked: TrackedSession) -> None:
         """Search a user's documents, none of which may be missing an owner, or have another one."""
         user_id = tracked.record.user_id
-        request = document_pb2.SearchDocumentsRequest(user_id=user_id, query="which bird wades")
+        # No two queries are equal: one that is computed while two search processes are killed is
+        # blocked.
+        query = f"which bird wades in {new_id()}"
+        request = document_pb2.SearchDocumentsRequest(user_id=user_id, query=query)
         reply = await self._call("SearchDocuments", request)
         for hit in reply.hits:
             if self._document_owners.get(hit.document.id) != user_id:
