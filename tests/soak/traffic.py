@@ -360,6 +360,8 @@ class Traffic:
         request = self._append_request(
             tracked, messages, create_if_missing=method == "append with id"
         )
+        # Before the call: a list may show the session before its reply arrives.
+        self.sessions.append(tracked)
         if method == "append without id":
             request.session_id = ""
         elif method == "CreateSession":
@@ -367,7 +369,6 @@ class Traffic:
             await self._call_until_success(
                 "CreateSession", session_pb2.CreateSessionRequest(user_id=user_id, session=session)
             )
-        self.sessions.append(tracked)
         if (
             await self._append_until_acknowledged(
                 tracked, request, new=messages, uninterrupted=True
