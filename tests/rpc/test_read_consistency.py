@@ -205,15 +205,19 @@ async def test_tables_that_are_moved_below_the_service_are_read_again(database_u
         ) as server,
         connected(server.address) as stub,
     ):
-        lagging = eventual(await Chat.of_new_user(stub))
+        chat = await Chat.of_new_user(stub)
+        lagging = eventual(chat)
         await read_from_replica(server, lagging.list_sessions)
         await fetch(database_url, "ALTER SCHEMA chathistory RENAME TO chat_moved")
         failed = outcomes(server)["failed"]
         async with asyncio.timeout(ENOUGH):
-            while outcomes(server)["failed"] == failed:
+            is_read = False
+            while not is_read or outcomes(server)["failed"] == failed:
+                await asyncio.sleep(0.05)
                 with suppress(aio.AioRpcError):  # The primary has not found the tables yet.
                     await lagging.list_sessions()
-            await server.readiness.wait_ready()
+                    await chat.list_sessions()
+                    is_read = True
         await read_from_replica(server, lagging.list_sessions)
 
 
