@@ -21,8 +21,8 @@ from structlog.testing import capture_logs
 
 from service.server import Server
 from service.store.db import retries
-from service.store.db.dsn import parse
-from service.store.schema import migrations
+from service.store.db.dsn import Target, parse
+from service.store.schema import migrations, moving
 from tests.rpc.test_health import NOT_SERVING, SERVING, Probe, started
 from tests.support import commit_faults, failures, pgbouncer, tls_postgres
 from tests.support.certificates import CertificateAuthority
@@ -30,6 +30,7 @@ from tests.support.chat import Chat, new_messages
 from tests.support.cluster import TESTS_APPLICATION, Cluster, connected_to, fetch
 from tests.support.load import Load, fast_reconnect_options
 from tests.support.pgbouncer import PgBouncer
+from tests.support.roles import Role, service_role
 from tests.support.servers import channel, serving
 from tests.support.statements import SentStatements, database_name
 from tests.support.tls_postgres import TlsPostgres
@@ -72,7 +73,7 @@ class Service(NamedTuple):
 
 
 @asynccontextmanager
-async def started_service(url: str, **settings: Any) -> AsyncGenerator[Service]:
+async def started_service(url: str | Target, **settings: Any) -> AsyncGenerator[Service]:
     async with (
         serving(url, **settings) as server,
         channel(server.address, **fast_reconnect_options()) as opened,
@@ -223,8 +224,10 @@ async def test_full_disk_is_an_outage_of_writes(database_url: str) -> None:
                 await service.becomes(reads=True, writes=True)
             assert reasons(errors) == UNAVAILABLE
             assert all(failures.read_failure(error).retry_after for error in errors)
-        changes = [event["event"] for event in events if event["event"] in ("ready", "not ready")]
-        assert changes == ["not ready", "ready"]
+        changes = [event for event in events if event["event"] in ("ready", "not ready")]
+        assert [event["event"] for event in changes] == ["not ready", "ready"]
+        assert changes[0]["reads"] == "work"
+        assert "53100" in changes[0]["writes"]
 
 
 async def test_probe_proves_space_for_data_after_the_disk_was_full(
@@ -279,26 +282,11 @@ REJECTIONS = {
 }
 
 
-class Role(NamedTuple):
-    """A role with exactly the documented rights on one database."""
-
-    name: str
-    url: str
-
-
 @pytest.fixture
-async def role(cluster: Cluster, database_url: str) -> AsyncGenerator[Role]:
-    admin, name = cluster.url("postgres"), f"chat_{database_name(database_url)}"
-    await fetch(admin, f"CREATE ROLE {name} LOGIN")
-    await fetch(database_url, f"GRANT USAGE ON SCHEMA chathistory TO {name}")
-    await fetch(
-        database_url,
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA chathistory TO {name}",
-    )
-    url = make_url(database_url).set(username=name).render_as_string(hide_password=False)
-    yield Role(name, url)
-    await fetch(database_url, f"DROP OWNED BY {name}")
-    await fetch(admin, f"DROP ROLE {name}")
+async def role(database_url: str) -> AsyncGenerator[Role]:
+    """Provide a role with the documented rights."""
+    async with service_role(database_url) as role:
+        yield role
 
 
 @pytest.mark.case(n=506)
@@ -372,8 +360,38 @@ async def test_missing_privilege_is_named_and_found_until_it_is_granted(
         await service.becomes(reads=are_reads_up, writes=False)
         for _ in range(3):
             await asyncio.sleep(1.0)
-            assert f"lacks {privilege} on chat_messages" in service.problem
+            assert f"lacks {privilege} on chathistory.chat_messages" in service.problem
         await fetch(database_url, f"GRANT {privilege} ON chat_messages TO {role.name}")
+        await service.becomes(reads=True, writes=True)
+
+
+async def test_missing_privilege_is_found_in_the_schema_in_use(
+    database_url: str, role: Role
+) -> None:
+    """The default schema has no tables."""
+    await moving.move(parse(database_url), "chat_moved")
+    async with started_service(role.url) as service:
+        await fetch(database_url, f"REVOKE INSERT ON chat_moved.chat_messages FROM {role.name}")
+        await failures.assert_fails(
+            service.chat.append(service.session_id, "denied"), "DATABASE_UNAVAILABLE"
+        )
+        await service.becomes(reads=True, writes=False)
+        assert "lacks INSERT on chat_moved.chat_messages" in service.problem
+
+
+@pytest.mark.parametrize("schema", [None, "chathistory"])
+async def test_missing_right_to_use_the_schema_is_named(
+    database_url: str, role: Role, schema: str | None
+) -> None:
+    """Also of a schema that the configuration names, which is not looked for."""
+    async with started_service(parse(role.url, schema=schema)) as service:
+        await fetch(database_url, f"REVOKE USAGE ON SCHEMA chathistory FROM {role.name}")
+        await failures.assert_fails(
+            service.chat.append(service.session_id, "denied"), "DATABASE_UNAVAILABLE"
+        )
+        await service.becomes(reads=False, writes=False)
+        assert "GRANT USAGE ON SCHEMA chathistory" in service.problem
+        await fetch(database_url, f"GRANT USAGE ON SCHEMA chathistory TO {role.name}")
         await service.becomes(reads=True, writes=True)
 
 

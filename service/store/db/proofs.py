@@ -20,8 +20,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.store.db.db_errors import LOCK_NOT_AVAILABLE, READ_ONLY, describe, sqlstate
 from service.store.db.hot_pool import Statement, fetch_in_transaction, fetch_on
 from service.store.db.outcomes import Outcomes
+from service.store.db.table_locks import TableLock, find_table_lock
+from service.store.schema.privileges import find_missing_privileges
 from service.store.schema.version import schema_version
-from service.store.tables import metadata, schema_info
 
 LOCK_LOG_INTERVAL_S = 60.0
 """Seconds between two log lines about the same lock."""
@@ -40,8 +41,8 @@ _READ_ONLY_DATABASE = (
     f"the database is read-only: default_transaction_read_only is on (SQLSTATE {READ_ONLY})"
 )
 _COMMITS_HANG = (
-    "commits do not end: a synchronous standby is missing, or the disk of the write-ahead log does "
-    "not respond"
+    "commits do not end: a standby of synchronous_standby_names is missing, or the disk of the "
+    "write-ahead log does not respond"
 )
 _COMMIT_ERRORS = (
     DBAPIError,
@@ -73,54 +74,8 @@ _SORT = """
 SELECT count(*) FROM
     (SELECT n FROM generate_series(1, 60000) AS n ORDER BY md5(n::text) OFFSET 0) AS sorted
 """
-_TABLES = sorted(metadata.tables)
-_READ_TABLES = [schema_info.name]
-"""Tables that the service only reads."""
-_FIND_MISSING_PRIVILEGE = Statement.from_text("""
-SELECT t.name AS table_name, p.name AS privilege
-FROM unnest($1::text[]) AS t (name),
-     unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS p (name)
-WHERE NOT has_table_privilege(to_regclass('chathistory.' || t.name), p.name)
-  AND (p.name = 'SELECT' OR t.name <> ALL($2::text[]))
-ORDER BY p.name <> 'SELECT', t.name LIMIT 1
-""")
-# Locks on whole tables that block writes or all statements. Statements also wait behind a lock that
-# is itself still waiting for an earlier transaction.
-_FIND_TABLE_LOCK = Statement.from_text("""
-SELECT c.relname AS table_name, l.mode, l.granted AS is_granted, l.pid,
-       a.application_name AS application,
-       date_part('epoch', clock_timestamp() - a.xact_start) AS age_s
-FROM pg_locks AS l
-JOIN pg_class AS c ON c.oid = l.relation
-LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
-WHERE l.locktype = 'relation' AND l.pid IS DISTINCT FROM pg_backend_pid()
-  AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-  AND c.relname = ANY($1::text[])
-  AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
-ORDER BY l.granted DESC, a.xact_start NULLS LAST LIMIT 1
-""")
 
 _log = structlog.get_logger(__name__)
-
-
-class TableLock(NamedTuple):
-    """A lock on a whole table, for which calls wait."""
-
-    table_name: str
-    mode: str
-    is_granted: bool
-    """False if the holder itself waits for an earlier transaction."""
-    pid: int | None
-    """The holder's process; None for a prepared transaction."""
-    application: str | None
-    age_s: float | None
-    """Seconds since its transaction began; None if the role may not read that."""
-
-    def __str__(self) -> str:
-        holder = "a prepared transaction" if self.pid is None else f"process {self.pid}"
-        if self.application:
-            holder += f" ({self.application})"
-        return f"the table {self.table_name} is locked by {holder}: {self.mode}"
 
 
 class Problems(NamedTuple):
@@ -258,7 +213,8 @@ class Prober:
             elif role["is_read_only"]:
                 writes = _READ_ONLY_DATABASE
             elif role["can_emit"] and not writes:
-                writes = await self._prove_commit(connection, suspects, timeout_s)
+                proves_space = bool(suspects & _NO_SPACE)
+                writes = await prove_commit(connection, timeout_s, proves_space=proves_space)
         return Problems(reads=reads, writes=writes, table_lock=self.table_lock)
 
     @staticmethod
@@ -268,18 +224,16 @@ class Prober:
         """Return the problem of reads and that of writes, if calls lacked a privilege."""
         if _MISSING_PRIVILEGE not in suspects:
             return "", ""
-        rows = await fetch_on(connection, _FIND_MISSING_PRIVILEGE, _TABLES, _READ_TABLES)
-        if not rows:
+        missing = await find_missing_privileges(connection)
+        if not missing:
             return "", ""
-        table_name, privilege = rows[0]
-        problem = f"the role lacks {privilege} on {table_name}: grant it (SQLSTATE 42501)"
-        return (problem if privilege == "SELECT" else ""), problem
+        problem = f"{missing[0]}: grant it (SQLSTATE {_MISSING_PRIVILEGE})"
+        return (problem if missing[0].privilege == "SELECT" else ""), problem
 
     async def _find_table_lock(self, connection: AsyncConnection, suspects: set[str]) -> None:
         if not suspects & _LOCK_SUSPECTS:
             return
-        rows = await fetch_on(connection, _FIND_TABLE_LOCK, _TABLES)
-        previous, self.table_lock = self.table_lock, TableLock(**rows[0]) if rows else None
+        previous, self.table_lock = self.table_lock, await find_table_lock(connection)
         if self.table_lock is None:
             return
         now = asyncio.get_running_loop().time()
@@ -296,37 +250,51 @@ class Prober:
                 age_s=self.table_lock.age_s,
             )
 
-    @staticmethod
-    async def _prove_commit(
-        connection: AsyncConnection, suspects: set[str], timeout_s: float
-    ) -> str:
-        """Return why a transaction cannot be committed, or an empty string."""
-        driver = (await connection.get_raw_connection()).driver_connection
-        assert driver is not None  # noqa: S101 - it is checked out
-        loop = asyncio.get_running_loop()
-        slow_at = loop.time() + timeout_s * COMMIT_SHARE
-        try:
-            async with asyncio.timeout(timeout_s):
-                await connection.rollback()
-                # The server ends a wait for a standby, as if the commit had succeeded. It would not
-                # notice that a client has left, and keep a process for each probe.
-                commit_timeout = f"{timeout_s * COMMIT_SHARE * 1000:.0f}"
-                await fetch_in_transaction(driver, _EMIT_MESSAGE, commit_timeout)
-                if loop.time() >= slow_at:
-                    return _COMMITS_HANG
-                if suspects & _NO_SPACE:
-                    await connection.exec_driver_sql(_LIMIT_MEMORY)
-                    await connection.exec_driver_sql(_SORT)
-                    await connection.rollback()
-        except TimeoutError:
+
+async def prove_commit(
+    connection: AsyncConnection, timeout_s: float, *, proves_space: bool = False
+) -> str:
+    """Commit a message in the write-ahead log, after a rollback of the connection's transaction.
+
+    Args:
+        connection: The connection, which is closed if the server does not answer in time.
+        timeout_s: Seconds in which the commit must end, and wait for the synchronous standbys.
+        proves_space: Whether to write a temporary file, too.
+
+    Returns:
+        Why a transaction cannot be committed, or an empty string.
+    """
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert driver is not None  # noqa: S101 - it is checked out
+    loop = asyncio.get_running_loop()
+    slow_at = loop.time() + timeout_s * COMMIT_SHARE
+    try:
+        async with asyncio.timeout(timeout_s):
+            await connection.rollback()
+            # The server ends a wait for a standby, as if the commit had succeeded. It would not
+            # notice that a client has left, and keep a process for each probe.
+            commit_timeout = f"{timeout_s * COMMIT_SHARE * 1000:.0f}"
+            await fetch_in_transaction(driver, _EMIT_MESSAGE, commit_timeout)
+            if loop.time() >= slow_at:
+                return _COMMITS_HANG
+            if proves_space:
+                await _prove_space(connection)
+    except TimeoutError:
+        await _abandon(connection)
+        return _COMMITS_HANG
+    except _COMMIT_ERRORS as error:
+        return _COMMITS_HANG if loop.time() >= slow_at else describe(error)
+    finally:
+        if driver.is_closed():
             await _abandon(connection)
-            return _COMMITS_HANG
-        except _COMMIT_ERRORS as error:
-            return _COMMITS_HANG if loop.time() >= slow_at else describe(error)
-        finally:
-            if driver.is_closed():
-                await _abandon(connection)
-        return ""
+    return ""
+
+
+async def _prove_space(connection: AsyncConnection) -> None:
+    """Write a temporary file, which needs space for data."""
+    await connection.exec_driver_sql(_LIMIT_MEMORY)
+    await connection.exec_driver_sql(_SORT)
+    await connection.rollback()
 
 
 async def _abandon(connection: AsyncConnection) -> None:

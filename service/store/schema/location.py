@@ -101,6 +101,8 @@ class Location(NamedTuple):
             UnusableDatabase: no single schema qualifies.
         """
         if configured is not None:
+            if configured in self.unusable:
+                raise UnusableDatabase(_missing_usage(configured))
             return configured
         if current in self.usable:
             return str(current)
@@ -113,11 +115,15 @@ class Location(NamedTuple):
         if self.usable:
             return self.usable[0]
         if self.unusable:
-            raise UnusableDatabase(
-                f"the role may not use the schema {self.unusable[0]}, which holds the tables:"
-                f" run GRANT USAGE ON SCHEMA {self.unusable[0]} as its owner"
-            )
+            raise UnusableDatabase(_missing_usage(self.unusable[0]))
         return current or SCHEMA
+
+
+def _missing_usage(schema: str) -> str:
+    return (
+        f"the role may not use the schema {schema}, which holds the tables: run GRANT USAGE ON"
+        f" SCHEMA {quote(schema)} TO the role, as the owner of the schema"
+    )
 
 
 async def find(connection: AsyncConnection) -> Location:

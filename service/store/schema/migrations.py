@@ -33,6 +33,7 @@ from service.store.db.engine import single_use_engine
 from service.store.db.schema_names import quote
 from service.store.db.sqlstates import Failure
 from service.store.schema.location import UnusableDatabase, find
+from service.store.schema.obstacles import inspect_site
 from service.store.schema.version import VERSION_TABLE, SchemaVersion, schema_version
 
 T = TypeVar("T")
@@ -333,50 +334,13 @@ async def create_schema(connection: AsyncConnection, schema: str) -> None:
     Raises:
         MigrationError: the role may not create it, or it holds tables of another application.
     """
-    statement = text("""
-        SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = :schema) AS schema_exists,
-               has_database_privilege(current_database(), 'CREATE') AS may_create,
-               current_user::text AS role
-    """)
-    row = (await connection.execute(statement, {"schema": schema})).one()
-    if not row.schema_exists:
-        if not row.may_create:
-            raise MigrationError(
-                f"the role {row.role} may not create the schema {schema}: run CREATE SCHEMA"
-                f" {quote(schema)} AUTHORIZATION {quote(row.role)} as the owner of the database"
-            )
+    site = await inspect_site(connection, schema)
+    if site.problem is not None:
+        raise MigrationError(site.problem)
+    if not site.exists:
         # Not IF NOT EXISTS, which fails for a role without CREATE on the database even if the
         # schema exists.
         await connection.exec_driver_sql(f"CREATE SCHEMA {quote(schema)}")
-    elif schema not in (await find(connection)).usable and (
-        foreign := await _find_foreign_tables(connection, schema)
-    ):
-        raise MigrationError(
-            f"the schema {schema} holds {', '.join(foreign)} of another application:"
-            " set CHAT_HISTORY_DB_SCHEMA to the name of another schema"
-        )
-
-
-async def _find_foreign_tables(connection: AsyncConnection, schema: str) -> list[str]:
-    """Return the tables in a schema without our tables whose names would be in the way."""
-    statement = text("""
-        SELECT c.relname::text
-        FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = :schema AND c.relname = ANY (CAST(:names AS text[]))
-        ORDER BY 1
-    """)
-    names = [*tables.metadata.tables, VERSION_TABLE]
-    foreign = [
-        str(name)
-        for name in await connection.scalars(statement, {"schema": schema, "names": names})
-    ]
-    if VERSION_TABLE in foreign:
-        # Migrating down to nothing leaves the table without a row.
-        table = f"{quote(schema)}.{VERSION_TABLE}"
-        statement = text(f"SELECT EXISTS (SELECT FROM {table})")  # noqa: S608 - only names
-        if not await connection.scalar(statement):
-            foreign.remove(VERSION_TABLE)
-    return foreign
 
 
 def run_alembic(connection: Connection, command: str, revision: str) -> None:
