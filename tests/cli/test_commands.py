@@ -214,6 +214,7 @@ async def test_check_reports_pending_and_failed_index_changes(
     assert f"1 could not be indexed, for example {example}" in unwrapped
 
 
+@pytest.mark.case(n=510)
 @pytest.mark.usefixtures("durable_server")
 async def test_check_after_a_clock_step_shows_no_negative_age(
     start: Start, database_url: str
@@ -250,6 +251,7 @@ async def test_check_of_an_unmigrated_database_advises_what_to_do(
     assert "To do: 2." in report
 
 
+@pytest.mark.case(n=508)
 async def test_check_names_each_setting_that_is_weaker_than_promised(
     start: Start, database_url: str
 ) -> None:
@@ -436,6 +438,7 @@ def test_signal_in_a_weak_reference_callback_still_stops_serve(
     assert running_url(folder / ".data") is None
 
 
+@pytest.mark.case(n=522)
 @pytest.mark.parametrize("name", ["LISTEN", "HEALTH_LISTEN", "METRICS_LISTEN"])
 def test_serve_on_an_address_in_use_reports_it(name: str, start: Start, folder: Path) -> None:
     with socket.socket() as listener:

@@ -15,6 +15,8 @@ from tests.support.cluster import Cluster, fetch
 from tests.support.failures import assert_field_violations
 from tests.support.servers import connected, serving
 
+pytestmark = pytest.mark.case(n=516)
+
 MESSAGES = [
     "Ein Zug nach KÖLN",
     "МИР и труд",

@@ -29,6 +29,8 @@ from tests.support.chat import Chat
 from tests.support.cluster import fetch
 from tests.support.servers import connected, serving
 
+pytestmark = pytest.mark.case(n=510)
+
 STEP = "interval '1 hour'"
 MOVE_ROWS = f"UPDATE search_outbox SET due_at = due_at + {STEP}, owed_at = owed_at + {STEP}"
 

@@ -73,6 +73,7 @@ async def test_rejection_is_reported_when_the_server_has_no_other_transport(
         await fetch(database_url, "DROP ROLE locked_out")
 
 
+@pytest.mark.case(n=511)
 @pytest.mark.parametrize("option", ["", "&sslmode=prefer", "&sslmode=allow"])
 async def test_service_reads_no_certificate_in_the_home_folder(
     database_url: str, tmp_path: Path, option: str

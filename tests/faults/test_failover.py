@@ -58,6 +58,7 @@ async def configure(node: Node, name: str, value: str) -> None:
 # --- Sessions that are read-only.
 
 
+@pytest.mark.case(n=501)
 async def test_read_only_sessions_are_closed_by_the_first_write_that_they_reject(
     cluster: Cluster, database_url: str
 ) -> None:
@@ -76,6 +77,7 @@ async def test_read_only_sessions_are_closed_by_the_first_write_that_they_reject
             await chat.update_session(["title"], id=session_id, title=f"title {number}")
 
 
+@pytest.mark.case(n=501)
 async def test_read_only_database_is_an_outage_and_calls_succeed_when_it_ends(
     cluster: Cluster, database_url: str
 ) -> None:
@@ -103,6 +105,7 @@ async def test_read_only_database_is_an_outage_and_calls_succeed_when_it_ends(
 # --- Several servers.
 
 
+@pytest.mark.case(n=502)
 async def test_every_form_of_several_hosts_reaches_the_primary(pair: ReplicatedPostgres) -> None:
     """Whichever of the hosts is named first."""
     for form in FORMS:
@@ -112,6 +115,8 @@ async def test_every_form_of_several_hosts_reaches_the_primary(pair: ReplicatedP
                 await (await Chat.of_new_user(stub)).start()
 
 
+@pytest.mark.case(n=502)
+@pytest.mark.case(n=501)
 async def test_service_follows_a_switchover_without_a_restart(pair: ReplicatedPostgres) -> None:
     """The load repeats only what its clients may repeat, and finds every acknowledged message."""
     first, second = pair.nodes
@@ -128,6 +133,7 @@ async def test_service_follows_a_switchover_without_a_restart(pair: ReplicatedPo
         await load.check(second.url)
 
 
+@pytest.mark.case(n=502)
 async def test_kill_of_the_primary_loses_nothing_when_replication_is_synchronous(
     pair: ReplicatedPostgres,
 ) -> None:
@@ -146,6 +152,7 @@ async def test_kill_of_the_primary_loses_nothing_when_replication_is_synchronous
         await load.check(second.url)
 
 
+@pytest.mark.case(n=502)
 async def test_host_that_does_not_answer_is_tried_last(pair: ReplicatedPostgres) -> None:
     """The first host accepts connections and never answers; it may use a probe's time up once."""
     async with Proxy(pair.nodes[0].address) as silent:
@@ -162,6 +169,7 @@ async def test_host_that_does_not_answer_is_tried_last(pair: ReplicatedPostgres)
             assert silent.accepted == accepted, "it was tried before a host that answers"
 
 
+@pytest.mark.case(n=502)
 @pytest.mark.parametrize("attrs", ["any", "primary", "read-write"])
 async def test_read_only_primary_serves_reads_unless_the_url_requires_writes(
     pair: ReplicatedPostgres, attrs: str, monkeypatch: pytest.MonkeyPatch
@@ -183,6 +191,7 @@ async def test_read_only_primary_serves_reads_unless_the_url_requires_writes(
         await chat.append(session_id, "more")
 
 
+@pytest.mark.case(n=502)
 async def test_check_lists_each_server_with_the_reason_why_it_cannot_be_used(
     pair: ReplicatedPostgres,
 ) -> None:
@@ -198,6 +207,7 @@ async def test_check_lists_each_server_with_the_reason_why_it_cannot_be_used(
 # --- A standby alone.
 
 
+@pytest.mark.case(n=503)
 async def test_standby_is_neither_served_nor_migrated(pair: ReplicatedPostgres) -> None:
     standby = pair.nodes[1]
     for target in (parse(standby.url), parse(standby.url, prepared_statements="off")):
@@ -222,6 +232,7 @@ async def test_standby_is_neither_served_nor_migrated(pair: ReplicatedPostgres) 
             await (await Chat.of_new_user(stub)).start()
 
 
+@pytest.mark.case(n=502)
 async def test_migration_of_several_hosts_runs_on_the_primary(pair: ReplicatedPostgres) -> None:
     await migrations.downgrade(parse(pair.nodes[0].url))
     url = f"postgresql://postgres@{pair.nodes[1].address},{pair.nodes[0].address}/postgres"

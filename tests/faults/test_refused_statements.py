@@ -79,6 +79,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.case(n=524)
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_refused_append_is_answered_immediately_and_is_not_repeated(
     cluster: Cluster, database_url: str, role_url: str, fault: str
@@ -174,6 +175,7 @@ async def slow_inserts(database_url: str) -> AsyncGenerator[None]:
     await fetch(database_url, "DROP TRIGGER wait ON chat_messages")
 
 
+@pytest.mark.case(n=507)
 @pytest.mark.parametrize("name", TIMEOUTS)
 async def test_append_that_a_timeout_of_the_server_ends_is_unavailable_and_the_setting_is_named(
     cluster: Cluster, database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
@@ -226,6 +228,7 @@ async def test_statement_that_is_cancelled_once_is_repeated_on_every_route(
     assert (await chat.append(session_id, "after")).messages[0].seq == 3
 
 
+@pytest.mark.case(n=507)
 @pytest.mark.parametrize("name", ["statement_timeout", "idle_in_transaction_session_timeout"])
 async def test_check_names_a_timeout_of_the_server_that_ends_statements(
     cluster: Cluster, database_url: str, name: str

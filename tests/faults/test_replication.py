@@ -122,6 +122,7 @@ async def end_wait(node: Node, cut: str) -> None:
             raise ValueError(cut)
 
 
+@pytest.mark.case(n=504)
 @pytest.mark.parametrize(
     ("cut", "synchronous_commit"),
     [("terminated", "on"), ("cancelled", "on"), ("restarted", "on"), ("cancelled", "local")],
@@ -153,6 +154,7 @@ async def test_append_that_no_standby_has_is_not_acknowledged(
         assert stored.last_seq == 4
 
 
+@pytest.mark.case(n=504)
 async def test_append_is_acknowledged_as_new_when_the_standby_returns(
     pair: ReplicatedPostgres,
 ) -> None:
@@ -177,6 +179,7 @@ async def test_append_is_acknowledged_as_new_when_the_standby_returns(
         assert stored.last_seq == 4
 
 
+@pytest.mark.case(n=504)
 @pytest.mark.parametrize("cut", ["terminated", "cancelled"])
 async def test_write_that_no_standby_has_is_not_acknowledged(
     pair: ReplicatedPostgres, cut: str
@@ -237,6 +240,7 @@ def repeatable_requests(chat: Chat, session_id: str) -> dict[str, Callable[[], A
     }
 
 
+@pytest.mark.case(n=504)
 async def test_repeated_requests_wait_for_the_standby_and_reads_do_not(
     pair: ReplicatedPostgres,
 ) -> None:
@@ -283,6 +287,7 @@ RECORD_SETTING = (
 )
 
 
+@pytest.mark.case(n=508)
 @pytest.mark.parametrize(
     ("setting", "of_database", "expected"),
     [
@@ -313,6 +318,7 @@ async def test_append_raises_a_weaker_synchronous_commit_unless_the_server_decid
     assert [row["setting"] for row in rows] == [expected, expected]
 
 
+@pytest.mark.case(n=508)
 async def test_start_logs_settings_with_which_acknowledged_writes_can_be_lost(
     database_url: str, start_process: StartProcess
 ) -> None:
@@ -345,6 +351,7 @@ async def restricted_url(cluster: Cluster, database_url: str) -> AsyncGenerator[
     await fetch(database_url, "DROP ROLE restricted")
 
 
+@pytest.mark.case(n=508)
 async def test_role_that_may_not_write_to_the_log_is_reported(restricted_url: str) -> None:
     """Its repeated requests fail, since they cannot wait for standbys. Others are not affected."""
     target = parse(restricted_url)

@@ -79,6 +79,7 @@ def vector_of(rng: random.Random, count: int = 1) -> bytes:
     return b"".join(rng.randbytes(3) + b"\x3c" for _ in range(DIMENSIONS * count))
 
 
+@pytest.mark.case(n=523)
 @pytest.mark.timeout(600)
 async def test_each_point_adds_a_bounded_amount_of_memory(tmp_path: Path) -> None:
     rng = random.Random(523)
@@ -107,6 +108,7 @@ async def test_each_point_adds_a_bounded_amount_of_memory(tmp_path: Path) -> Non
     await process.close()
 
 
+@pytest.mark.case(n=523)
 def test_documented_figures_are_those_of_the_default() -> None:
     text = " ".join((ROOT / "docs/how-to/search.md").read_text().split())
     max_points = Settings.model_fields["index_max_points"].default

@@ -119,6 +119,7 @@ async def captured_logs() -> AsyncGenerator[list[Any]]:
 # --- A process that does not run.
 
 
+@pytest.mark.case(n=523)
 async def test_stopped_process_is_reported_and_started_again(
     server: Server, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ async def test_stopped_process_is_reported_and_started_again(
     assert [hit.document.id for hit in await library.search("which bird wades")] == [document.id]
 
 
+@pytest.mark.case(n=523)
 async def test_stopped_process_that_continues_is_kept(
     server: Server, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +154,7 @@ async def test_stopped_process_that_continues_is_kept(
     assert len(await library.search("which bird wades")) == 1
 
 
+@pytest.mark.case(n=523)
 async def test_stopped_process_is_reported_with_a_qdrant_server(
     database_url: str, qdrant: QdrantServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +190,7 @@ async def test_process_that_computes_for_long_is_not_taken_for_stopped(
 # --- A process without memory.
 
 
+@pytest.mark.case(n=523)
 def test_process_ends_when_an_allocation_fails() -> None:
     program = """
 import asyncio
@@ -201,6 +205,7 @@ asyncio.run(child._answer({"write": allocate}, framing.Frame([1, "write", None],
     assert ended.returncode == 12
 
 
+@pytest.mark.case(n=523)
 async def test_process_without_memory_is_started_again_and_indexing_continues(
     server: Server, library: Library
 ) -> None:
@@ -242,6 +247,7 @@ class FailingIndex:
             raise SearchUnavailable("the disk is full")
 
 
+@pytest.mark.case(n=505)
 async def test_pauses_after_failed_writes_grow_until_a_write_succeeds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -282,6 +288,7 @@ def limit_files(pid: int, size: int) -> int:
     return soft
 
 
+@pytest.mark.case(n=505)
 async def test_index_that_accepts_no_writes_stays_searchable_and_catches_up(
     server: Server, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +324,7 @@ async def test_index_that_accepts_no_writes_stays_searchable_and_catches_up(
     assert "embedded index cannot be written" in named[0]["problem"]
 
 
+@pytest.mark.case(n=505)
 async def test_deletion_that_could_not_be_stored_leaves_the_files_afterwards(
     server: Server, library: Library, tmp_path: Path
 ) -> None:
@@ -336,6 +344,7 @@ async def test_deletion_that_could_not_be_stored_leaves_the_files_afterwards(
 # --- An index that is full.
 
 
+@pytest.mark.case(n=523)
 async def test_full_index_takes_no_new_points_and_everything_else_works(
     database_url: str, tmp_path: Path
 ) -> None:

@@ -10,8 +10,12 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from tests.conftest import SUITES
 
 TESTS = Path(__file__).parents[1]
+FAULTS, QUICK = "pytest.mark.faults", "pytest.mark.quick"
 
 CASES = {
     1: "Malformed bytes or invalid UTF-8: INVALID_ARGUMENT (UNAUTHENTICATED without a valid "
@@ -54,14 +58,24 @@ CASES = {
     "afterwards, also on deletions.",
     25: "A mixed load with cancellations: memory stays flat.",
     501: "The database is read-only for some time: writes are UNAVAILABLE, reads go on, and both "
-    "recover without a restart.",
-    502: "Several servers with a failover, planned or not: no restart, and nothing acknowledged is "
-    "lost with synchronous replication.",
+    "recover without a restart. So they do when the primary becomes a standby.",
+    502: "Several servers, named in any of libpq's forms, with a failover, planned or not: no "
+    "restart, and nothing acknowledged is lost with synchronous replication.",
+    503: "The server is a standby: NOT_SERVING with the reason, and migrate refuses it.",
+    504: "A commit is stored on the primary only, as its wait for a standby was cut: it is not "
+    "acknowledged before the standby has it.",
     505: "The disk is full: UNAVAILABLE with RetryInfo and NOT_SERVING for writes; the embedded "
-    "PostgreSQL and the log say so in one line.",
+    "PostgreSQL and the log say so in one line, and search backs off.",
     506: "The server rejects the role, its password or the database: UNAVAILABLE with the cause. A "
     "password or certificate that is changed in its file is used without a restart.",
+    507: "A timeout of the server or the role ends statements: UNAVAILABLE, and the setting is "
+    "named in the log and by check.",
+    508: "Settings of the server or the role are weaker than promised: appends raise "
+    "synchronous_commit, and check and the log at the start name each setting.",
     509: "Tables are locked: a status of our own before the deadline, and the holder is named.",
+    510: "PostgreSQL's clock is set back: waiting changes are indexed, reindex ends, and no age is "
+    "negative.",
+    511: "HOME belongs to another user: the service reads no file in it, and connects.",
     512: "A URL with search_path, direct or through a pooler: it names the schema of the tables. "
     "An option that cannot be honoured is an error.",
     513: "A database with an application's tables users and alembic_version: migrate leaves them "
@@ -70,37 +84,73 @@ CASES = {
     "unless a setting says what it is.",
     515: "A database in SQL_ASCII or LATIN1: refused at start and by migrate, with the command "
     "that creates one in UTF8.",
-    518: "The schema stops fitting below a running service: NOT_SERVING until it fits again.",
+    516: "A database with the locale C: lexical search ignores the case of letters in all scripts.",
     517: "The database goes back in time, by a restore or by a failover that loses commits: open "
     "watches and those after a lost seq end in OUT_OF_RANGE with HISTORY_RESTORED, and the search "
     "index is rebuilt. A failover that loses nothing changes nothing.",
+    518: "The schema stops fitting below a running service: NOT_SERVING until it fits again.",
     519: "The service is killed (-9) twelve times during its first start: the next start recovers.",
     520: "PostgreSQL rejects further connections while those of the pool serve: ready.",
     521: "Files of the embedded database are lost or damaged: one line that names the file and "
     "what to do.",
+    522: "An address of the service is in use: the message names its setting.",
+    523: "The search process stops or has no memory: health reports it, the process is replaced, "
+    "and its memory is bounded.",
+    524: "A statement fails for good: every waiting call is answered with its error, and nothing "
+    "is repeated without a pause.",
 }
 
+FIRST_FAULT_OF_THE_DATABASE = 501
+"""This case and the later ones must be covered by `make test-faults`."""
 MISSING: set[int] = set()
 """The cases that have no test yet."""
 
 
-def marks() -> Iterator[tuple[int, str]]:
-    """Yield the number and the location of every `case` mark in the source of the tests.
+class CaseMark(NamedTuple):
+    """A `case` mark in the source of the tests."""
+
+    number: int
+    location: str
+    is_fault: bool
+    """Whether `make test-faults` runs the test."""
+
+
+def marks() -> Iterator[CaseMark]:
+    """Yield every `case` mark.
 
     The source is read, because a run may collect only some of the tests.
     """
     for path in TESTS.rglob("test_*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.case":
-                location = f"{path.relative_to(TESTS)}:{node.lineno}"
-                names = [keyword.arg for keyword in node.keywords]
-                assert names == ["n"], f"{location}: write case(n=...)"
-                yield ast.literal_eval(node.keywords[0].value), location
+        module = ast.parse(path.read_text())
+        of_module = " ".join(
+            ast.unparse(node) for node in module.body if ast.unparse(node).startswith("pytestmark")
+        )
+        suite = SUITES.get(path.parent.name)
+        has_faults = FAULTS in of_module or (suite is not None and suite.name == "faults")
+        for node in module.body:
+            of_test = " ".join(map(ast.unparse, getattr(node, "decorator_list", ())))
+            is_fault = (has_faults or FAULTS in of_test) and QUICK not in of_test
+            for number, line in numbers(node):
+                yield CaseMark(number, f"{path.relative_to(TESTS)}:{line}", is_fault)
+
+
+def numbers(node: ast.AST) -> Iterator[tuple[int, int]]:
+    """Yield the numbers of the `case` marks in a part of the source, with their lines."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Call) and ast.unparse(inner.func) == "pytest.mark.case":
+            [keyword] = inner.keywords
+            assert keyword.arg == "n", "write case(n=...)"
+            yield ast.literal_eval(keyword.value), inner.lineno
 
 
 def test_every_case_has_a_test() -> None:
     locations = defaultdict(list)
-    for number, location in marks():
-        locations[number].append(location)
+    for mark in marks():
+        locations[mark.number].append(mark.location)
     assert not locations.keys() - CASES.keys(), locations
     assert CASES.keys() - locations.keys() == MISSING
+
+
+def test_every_fault_of_the_database_has_a_test_in_test_faults() -> None:
+    faults = {number for number in CASES if number >= FIRST_FAULT_OF_THE_DATABASE}
+    assert faults - {mark.number for mark in marks() if mark.is_fault} == MISSING & faults
