@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ def check_command() -> None:
         *(Finding("configuration", line, Verdict.NOTE) for line in config.unknown_settings()),
     ]
     report += _check_identity(settings)
+    report += _check_addresses(settings)
+    report += _check_disk(settings)
     try:
         with stoppable():
             report += (
@@ -59,12 +62,48 @@ def _check_identity(settings: Settings) -> list[Finding]:
         return [Finding("identity", problem, Verdict.TODO) for problem in error.problems]
 
 
+def _check_addresses(settings: Settings) -> list[Finding]:
+    """Return findings on addresses that `serve` could not listen on."""
+    from service.cli import addresses
+    from service.doctor import Finding, Verdict
+    from service.embedded import data_dir
+
+    if data_dir.owner(settings.data_dir) is not None:
+        return []  # The running service listens on them.
+    return [
+        Finding(
+            "address",
+            f"{problem.message}, unless it is the service itself"
+            if problem.is_in_use
+            else problem.message,
+            Verdict.NOTE if problem.is_in_use else Verdict.TODO,
+        )
+        for problem in addresses.find_problems(settings)
+    ]
+
+
+def _check_disk(settings: Settings) -> list[Finding]:
+    """Return the finding on the disk of the data folder, if the service writes to it."""
+    from service.doctor import check_free_space
+
+    has_index = settings.search == "on" and settings.qdrant_url is None
+    if settings.has_database and not has_index:
+        return []
+    folder = settings.data_dir.expanduser().resolve()
+    while not folder.is_dir():
+        folder = folder.parent
+    return check_free_space(folder, shutil.disk_usage(folder).free)
+
+
 def _check_database(settings: Settings, target: Target) -> list[Finding]:
     from service import doctor
     from service.store.db.db_errors import DATABASE_ERRORS
     from service.store.db.engine import find_target_route
 
     notes = [doctor.Finding("database URL", note, doctor.Verdict.NOTE) for note in target.notes]
+
+    hosts = run(lambda: doctor.describe_hosts(target, settings.db_connect_timeout))
+    notes = [*doctor.check_hosts(hosts), *notes]
 
     async def describe() -> tuple[Target, doctor.Description]:
         timeout_s = settings.db_connect_timeout

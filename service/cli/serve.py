@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import typer
 
 import service
 from service import config
+from service.cli import addresses
 from service.cli.common import (
     configuration,
     exit_on_embedded_errors,
@@ -106,23 +106,10 @@ def _serve(
     except UnusableDatabase as error:
         fail(str(error), 1)
     except OSError as error:
-        reason = {
-            errno.EADDRINUSE: "is in use",
-            errno.EACCES: "requires privileges that this user lacks",
-            errno.EADDRNOTAVAIL: "is not an address of this machine",
-        }.get(error.errno or 0)
-        if reason is None:
+        explanation = addresses.explain(error, settings)
+        if explanation is None:
             raise
-        address = error.filename or settings.listen
-        setting = {
-            settings.health_listen: "CHAT_HISTORY_HEALTH_LISTEN",
-            settings.metrics_listen: "CHAT_HISTORY_METRICS_LISTEN",
-        }.get(address, "CHAT_HISTORY_LISTEN")
-        fail(
-            f"{address} {reason}: stop the process that uses it, "
-            f"or set {setting} to another address",
-            1,
-        )
+        fail(explanation, 1)
 
 
 def _print_summary(address: str, data_location: str) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from service.doctor.description import ROUND_TRIP_SAMPLES, Description
 from service.doctor.findings import Finding, Verdict
+from service.doctor.server_settings import READ_ONLY
 from service.store.db.dsn import Route, Target
 from service.store.db.engine import PING_AFTER_IDLE_S
 
@@ -31,13 +32,15 @@ class Pool(NamedTuple):
 
 
 def check_route(description: Description, target: Target) -> Finding:
+    if description.is_standby:
+        message = "a standby, whose data may be older: connect to the primary"
+        return Finding("connection", message, Verdict.TODO)
     if description.read_only:
-        return Finding(
-            "connection",
-            "read-only: a replica, or default_transaction_read_only is on; "
-            "connect to a writable primary",
-            Verdict.TODO,
-        )
+        setting = description.settings.get(READ_ONLY)
+        message = "read-only: connect to a writable primary"
+        if setting is not None and setting.value == "on":
+            message = f"read-only, as {READ_ONLY} is on: {setting.remedy(READ_ONLY, 'off')}"
+        return Finding("connection", message, Verdict.TODO)
     if target.route in (None, Route.DIRECT):
         return Finding("connection", "direct")
     direct = target.direct()
@@ -104,6 +107,16 @@ def check_pool_size(description: Description, target: Target, max_connections: i
             "lower CHAT_HISTORY_DB_POOL_SIZE",
             Verdict.TODO,
         )
+    for limit, owner, statement in (
+        (description.role_limit, f"the role {description.account}", "ALTER ROLE"),
+        (description.database_limit, "the database", "ALTER DATABASE"),
+    ):
+        if limit is not None and max_connections > limit:
+            message += (
+                f", but {owner} may have {limit}: run {statement} … CONNECTION LIMIT -1, or lower "
+                "CHAT_HISTORY_DB_POOL_SIZE"
+            )
+            return Finding("pool", message, Verdict.TODO)
     return Finding("pool", f"{message}; the database allows {description.max_connections} in total")
 
 

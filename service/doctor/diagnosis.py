@@ -8,6 +8,8 @@ from service.doctor.description import Description
 from service.doctor.findings import Finding
 from service.doctor.schema import check_schema
 from service.doctor.search import check_search
+from service.doctor.server_settings import check_timeouts
+from service.doctor.text_locale import check_text_locale
 from service.store.db.dsn import Target
 
 
@@ -22,12 +24,15 @@ def diagnose(
         connections.check_tls(description, target),
         Finding("statements", connections.describe_statements(target)),
         connections.check_round_trip(description),
-        check_schema(description.schema, description.schema_name),
+        *check_schema(description.schema, description.account),
         connections.check_pool_size(description, target, pool.size + pool.overflow),
         connections.check_connections(target, pool),
-        *server.check_timeouts(description),
+        *server.check_writes(description),
+        *server.check_clock(description),
+        *check_timeouts(description.settings),
         *server.check_settings(
             description, target, raises_synchronous_commit=raises_synchronous_commit
         ),
+        *check_text_locale(description.text_locale),
         *check_search(description.index_state),
     ]

@@ -12,8 +12,26 @@ from service.store.db.dsn import Target
 from service.store.db.sqlstates import rule_of
 from service.store.schema.location import UnusableDatabase
 
-CANNOT_CONNECT_NOW = "57P03"
-
+_ADVICE = (
+    ("57P03", "", "the server is starting or stopping: retry in a moment"),
+    ("28000", "pg_hba.conf", "add a line for this role, database and address to pg_hba.conf"),
+    ("28000", "not permitted to log in", "run ALTER ROLE … LOGIN"),
+    ("28000", "does not exist", "create the role, or correct the user in DATABASE_URL"),
+    ("42501", 'for database "', "run GRANT CONNECT ON DATABASE … TO the role"),
+    (
+        "53300",
+        'for role "',
+        "run ALTER ROLE … CONNECTION LIMIT -1, or lower CHAT_HISTORY_DB_POOL_SIZE",
+    ),
+    (
+        "53300",
+        'for database "',
+        "run ALTER DATABASE … CONNECTION LIMIT -1, or lower CHAT_HISTORY_DB_POOL_SIZE",
+    ),
+    ("55000", "accepting connections", "run ALTER DATABASE … ALLOW_CONNECTIONS true"),
+)
+"""Advice by SQLSTATE and by words of the message. In other languages of the server's messages, the
+advice on the SQLSTATE alone applies."""
 _DATA_ERROR_CLASSES = ("22", "23")
 """Classes of SQLSTATEs whose messages quote data: data exceptions and violated constraints."""
 
@@ -67,10 +85,14 @@ def _explain_refusal(code: str | None, cause: BaseException, target: Target) -> 
     assert code is not None  # noqa: S101 - the server has sent the error
     if code[:2] in _DATA_ERROR_CLASSES:
         return f"{target.location} rejected a value or a row (SQLSTATE {code})"
-    advice = (
-        "the server is starting or stopping: retry in a moment"
-        if code == CANNOT_CONNECT_NOW
-        else rule_of(code).cause
-    )
+    advice = _advice(code, str(cause))
     suffix = f": {advice}" if advice else ""
-    return f"{target.location} rejected the connection: {cause} (SQLSTATE {code}{suffix})"
+    # An error of a statement, such as one without a privilege, leaves the connection open.
+    is_statement = getattr(cause, "severity_en", None) == "ERROR"
+    rejected = "a statement" if is_statement else "the connection"
+    return f"{target.location} rejected {rejected}: {cause} (SQLSTATE {code}{suffix})"
+
+
+def _advice(code: str, message: str) -> str:
+    advice = (advice for state, words, advice in _ADVICE if state == code and words in message)
+    return next(advice, rule_of(code).cause)

@@ -1,4 +1,4 @@
-"""Checks the server: its version, encoding, durability and timeouts."""
+"""Checks the server: its version, encoding, durability, writes and clock."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from service.store.schema.location import encoding_problem
 
 OLDEST_MAJOR, NEWEST_MAJOR = 15, 18
 """Major versions of PostgreSQL that the tests cover."""
+CLOCK_TOLERANCE_S = 5.0
+"""Seconds by which the clocks of PostgreSQL and of this machine may differ."""
 
 
 def check_version(description: Description) -> Finding:
@@ -49,13 +51,23 @@ def check_settings(
     return findings
 
 
-def check_timeouts(description: Description) -> list[Finding]:
-    return [
-        Finding(
-            name,
-            f"{timeout_ms} ms: the server ends statements that take longer, and their callers "
-            f"receive UNAVAILABLE; run ALTER ROLE … SET {name} = 0",
-            Verdict.TODO,
-        )
-        for name, timeout_ms in description.short_timeouts_ms
-    ]
+def check_writes(description: Description) -> list[Finding]:
+    """Return the finding on whether a transaction can be committed, if that was tried."""
+    if description.write_problem is None:
+        return []
+    if description.write_problem:
+        return [Finding("writes", description.write_problem, Verdict.TODO)]
+    return [Finding("writes", "a transaction was committed, and a temporary file was written")]
+
+
+def check_clock(description: Description) -> list[Finding]:
+    """Return the finding on a clock that differs from that of this machine."""
+    ahead_s = description.clock_ahead_s
+    if abs(ahead_s) <= CLOCK_TOLERANCE_S:
+        return []
+    direction = "ahead of" if ahead_s > 0 else "behind"
+    message = (
+        f"PostgreSQL's clock is {abs(ahead_s):.0f} s {direction} that of this machine: synchronize "
+        "both; the times of messages come from PostgreSQL, and those of tokens from this machine"
+    )
+    return [Finding("clock", message, Verdict.NOTE)]

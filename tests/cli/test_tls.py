@@ -21,7 +21,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from service.doctor import Description, Finding, Pool, Verdict, describe, diagnose, explain
+from service.doctor import (
+    Description,
+    Finding,
+    Pool,
+    SchemaState,
+    Verdict,
+    describe,
+    diagnose,
+    explain,
+)
 from service.store.db.dsn import parse
 from service.store.schema.version import SchemaVersion
 from service.store.tables import BUILD
@@ -169,6 +178,7 @@ async def test_required_tls_on_a_server_without_it_is_explained(server: Server) 
 
 
 POOL = Pool(8, 4, 240, 12)
+SCHEMA = SchemaState(SchemaVersion(BUILD, 1))
 
 
 def findings_by_subject(
@@ -188,9 +198,7 @@ def findings_by_subject(
 def test_finding_on_remote_tls_depends_on_certificate_verification(
     query: str, tls: str | None, verdict: Verdict, advice: str
 ) -> None:
-    description = Description(
-        "18.1", 18, "u", 100, False, "UTF8", tls, 0.001, SchemaVersion(BUILD, 1)
-    )
+    description = Description("18.1", 18, "u", 100, False, "UTF8", tls, 0.001, SCHEMA)
     url = f"postgresql://u@db.example.com/d?{query}"
     finding = findings_by_subject(description, url)["TLS"]
     assert finding.verdict is verdict
@@ -199,7 +207,15 @@ def test_finding_on_remote_tls_depends_on_certificate_verification(
 
 def test_diagnosis_of_an_unsuitable_database_advises_what_to_do() -> None:
     description = Description(
-        "14.9", 14, "u", 100, True, "SQL_ASCII", None, 0.1, SchemaVersion(BUILD, BUILD + 1)
+        "14.9",
+        14,
+        "u",
+        100,
+        True,
+        "SQL_ASCII",
+        None,
+        0.1,
+        SchemaState(SchemaVersion(BUILD, BUILD + 1)),
     )
     url = "postgresql://u@ep-a-pooler.eu.aws.neon.tech/d"
     findings = findings_by_subject(description, url)
@@ -209,7 +225,15 @@ def test_diagnosis_of_an_unsuitable_database_advises_what_to_do() -> None:
     assert "deploy a newer one" in findings["schema"].message
     assert "in the database's region" in findings["round trip"].message
     newer = Description(
-        "19.0", 19, "u", 100, False, "UTF8", None, 0.001, SchemaVersion(BUILD + 1, 1)
+        "19.0",
+        19,
+        "u",
+        100,
+        False,
+        "UTF8",
+        None,
+        0.001,
+        SchemaState(SchemaVersion(BUILD + 1, 1)),
     )
     findings = findings_by_subject(newer, url)
     assert {finding.verdict for finding in findings.values()} <= {Verdict.OK, Verdict.NOTE}
@@ -240,9 +264,7 @@ def test_diagnosis_of_an_unsuitable_database_advises_what_to_do() -> None:
 def test_finding_on_neon_connections_depends_on_recycle_age_and_connect_timeout(
     host: str, query: str, pool: Pool, verdict: Verdict, advice: str
 ) -> None:
-    description = Description(
-        "18.1", 18, "u", 100, False, "UTF8", "TLSv1.3", 0.001, SchemaVersion(BUILD, 1)
-    )
+    description = Description("18.1", 18, "u", 100, False, "UTF8", "TLSv1.3", 0.001, SCHEMA)
     url = f"postgresql://u@{host}/d{query}"
     finding = findings_by_subject(description, url, pool)["connections"]
     assert finding.verdict is verdict

@@ -24,6 +24,7 @@ from tests.support.replicated_postgres import Node, ReplicatedPostgres
 from tests.support.servers import channel, connected, serving
 from tests.support.statements import database_name
 
+OK = doctor.Verdict.OK
 ENOUGH = 20.0
 """Seconds to wait for what is promised within five: a shared machine may pause for some."""
 SET_READ_ONLY = "ALTER DATABASE {name} SET default_transaction_read_only = on"
@@ -202,6 +203,34 @@ async def test_check_lists_each_server_with_the_reason_why_it_cannot_be_used(
     explanation = doctor.explain(caught.value, target)
     assert f"{UNUSED_ADDRESS}: ConnectionRefusedError" in explanation
     assert f"{standby.address}: a standby" in explanation
+
+
+@pytest.mark.case(n=502)
+async def test_check_reports_the_role_of_each_server(pair: ReplicatedPostgres) -> None:
+    """Two primaries, such as after a failover without fencing, are reported as one fault."""
+    primary, standby = pair.nodes
+    target = parse(pair.url())
+    findings = doctor.check_hosts(await doctor.describe_hosts(target, 5.0))
+    assert [(finding.subject, finding.verdict) for finding in findings] == [("server", OK)] * 2
+    assert findings[0].message.startswith(f"{primary.address}: writable")
+    assert findings[1].message.startswith(f"{standby.address}: a standby")
+    assert await doctor.describe_hosts(parse(primary.url), 5.0) == []
+    # Two addresses of one server are no two primaries.
+    port = primary.port
+    same = parse(f"postgresql://postgres@127.0.0.1:{port},localhost:{port}/postgres")
+    findings = doctor.check_hosts(await doctor.describe_hosts(same, 5.0))
+    assert [finding.verdict for finding in findings if "writable" in finding.message]
+    assert "servers" not in {finding.subject for finding in findings}
+    await configure(primary, "default_transaction_read_only", "on")
+    findings = doctor.check_hosts(await doctor.describe_hosts(target, 5.0))
+    assert [finding.verdict for finding in findings] == [doctor.Verdict.NOTE, OK]
+    assert "sessions are read-only" in findings[0].message
+    await configure(primary, "default_transaction_read_only", "off")
+    await asyncio.to_thread(standby.promote)
+    findings = doctor.check_hosts(await doctor.describe_hosts(target, 5.0))
+    [finding] = [finding for finding in findings if finding.subject == "servers"]
+    assert finding.verdict is doctor.Verdict.TODO
+    assert f"{primary.address}, {standby.address} are several primaries" in finding.message
 
 
 # --- A standby alone.

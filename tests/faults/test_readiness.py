@@ -19,6 +19,7 @@ from grpc import StatusCode, aio
 from sqlalchemy import make_url
 from structlog.testing import capture_logs
 
+from service.doctor import Pool, Verdict, describe, diagnose
 from service.server import Server
 from service.store.db import retries
 from service.store.db.dsn import Target, parse
@@ -198,6 +199,11 @@ async def test_missing_synchronous_standby_is_an_outage_of_writes(own_cluster: C
             await service.becomes(reads=True, writes=False)
             assert "standby" in service.problem
             await service.chat.page(service.session_id)
+            target = parse(url)
+            findings = diagnose(await describe(target, 5.0), target, Pool(8, 4, 240, 12))
+            [finding] = [finding for finding in findings if finding.subject == "writes"]
+            assert finding.verdict is Verdict.TODO
+            assert "synchronous_standby_names" in finding.message
         finally:
             await fetch(url, "ALTER SYSTEM RESET synchronous_standby_names")
             await fetch(url, "SELECT pg_reload_conf()")
