@@ -19,8 +19,9 @@ import asyncpg
 
 from service.store.db.addresses import Address
 from service.store.db.db_errors import NoServer, WrongRole, sqlstate
+from service.store.db.driver_connection import PoolerConnection
 from service.store.db.dsn import Route, Target
-from service.store.db.hot_pool import PoolerConnection, Statement, fetch_in_transaction
+from service.store.db.hot_pool import Statement, fetch_in_transaction
 from service.store.db.route import BY_ERRORS, FoundRoute, find_direct_route, find_proxied_route
 from service.store.schema.location import UnusableDatabase
 

@@ -33,11 +33,11 @@ from service.store.db.db_errors import (
     rule,
     sqlstate,
 )
+from service.store.db.driver_connection import LOCK_TIMEOUT_S
 from service.store.db.dsn import Route, Target
 from service.store.db.engine import pooled_engine, unpooled_engine
 from service.store.db.fair_semaphore import FairSemaphore
 from service.store.db.hot_pool import (
-    LOCK_TIMEOUT_S,
     Generation,
     HotPool,
     Record,

@@ -17,13 +17,13 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from service.store.db.connector import LOCK_TIMEOUT, Connector
-from service.store.db.dsn import PREPARED_STATEMENTS, Route, Target
-from service.store.db.hot_pool import (
+from service.store.db.driver_connection import (
     LOCK_TIMEOUT_S,
     DriverConnection,
-    Generation,
     PoolerConnection,
 )
+from service.store.db.dsn import PREPARED_STATEMENTS, Route, Target
+from service.store.db.hot_pool import Generation
 
 PING_AFTER_IDLE_S = 30.0
 """Seconds after which an idle connection is pinged before use."""

@@ -7,7 +7,7 @@ PostgreSQL answers a COMMIT once the synchronous standbys have it, with two exce
   nothing. So a call that is answered from rows which it has not written itself commits a message in
   the log (`CONFIRM`): that commit waits for everything before it.
 - A wait is cancelled, by an operator or by the driver's timeout. PostgreSQL then warns and reports
-  success. `hot_pool.DriverConnection` notices the warning, and such a commit is not acknowledged.
+  success. `DriverConnection` notices the warning, and such a commit is not acknowledged.
 """
 
 from __future__ import annotations

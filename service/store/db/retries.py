@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from service.errors import DeadlineExceeded
 from service.store.db.db_errors import DATABASE_ERRORS, WrongRole, classify, to_service_error
+from service.store.db.driver_connection import LOCK_TIMEOUT_S
 from service.store.db.error_log import ErrorLog
 from service.store.db.fair_semaphore import AcquireTimeout
-from service.store.db.hot_pool import LOCK_TIMEOUT_S
 from service.store.db.outcomes import Outcomes
 from service.store.db.sqlstates import Failure
 from service.store.db.work_class import overloaded_error
