@@ -98,6 +98,16 @@ def test_version_option_prints_the_version(start: Start) -> None:
         ),
         (
             "serve",
+            {"DATABASE_URL_FILE": "missing"},
+            ["DATABASE_URL_FILE: missing cannot be read: No such file or directory"],
+        ),
+        (
+            "check",
+            {"DATABASE_URL": "postgresql://u@h/d", "DATABASE_URL_FILE": "missing"},
+            ["DATABASE_URL and DATABASE_URL_FILE (or NEON_…) exclude each other"],
+        ),
+        (
+            "serve",
             {"DATABASE_READ_URL": f"{SECRET}"},
             ["DATABASE_READ_URL: the database URL is not of the form postgresql://"],
         ),
