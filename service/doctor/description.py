@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.doctor.server_settings import Setting, read_settings
 from service.doctor.text_locale import TextLocale, read_text_locale
 from service.store.db.db_errors import DATABASE_ERRORS, LOCK_NOT_AVAILABLE, sqlstate
-from service.store.db.dsn import Target
+from service.store.db.dsn import Route, Target
 from service.store.db.durability import DURABLE, Durability, read_durability
 from service.store.db.engine import single_use_engine
 from service.store.db.proofs import prove_commit
@@ -131,9 +131,8 @@ async def describe(target: Target, timeout_s: float) -> Description:
         async with engine.connect() as connection:
             await connection.execute(_SET_LIMITS)
             row = (await connection.execute(_SERVER)).one()._asdict()
-            row["tls"] = await _tls_version(connection) or (
-                None if target.is_pooled else row["tls"]
-            )
+            is_direct = target.route in (None, Route.DIRECT)
+            row["tls"] = await _tls_version(connection) or (row["tls"] if is_direct else None)
             row |= await _describe_contents(connection, target, row["encoding"])
             if not (row["read_only"] or row["is_standby"]) and row["durability"].may_confirm:
                 # The last step, since it ends the transaction, and perhaps the connection.

@@ -10,6 +10,7 @@ from collections.abc import Generator
 import pytest
 from sqlalchemy import make_url
 
+from service import doctor
 from service.server import Server
 from service.store.db.connector import Connector
 from service.store.db.db_errors import WrongRole
@@ -150,8 +151,9 @@ async def test_statement_mode_is_refused_with_what_to_do(
 ) -> None:
     with start_pooler(cluster, "statement") as pooler:
         target = undeclared(pooler, database_url)
-        with pytest.raises(UnusableDatabase, match="pool_mode = transaction"):
+        with pytest.raises(UnusableDatabase, match="pool_mode = transaction") as caught:
             await route_of(target)
+        assert "set pool_mode = transaction" in doctor.explain(caught.value, target)
         server = Server(settings(), target)
         await server.start()
         try:
@@ -174,6 +176,27 @@ async def test_option_that_a_pooler_does_not_take_is_an_error(
             await route_of(parse(url))
     direct = f"{database_url}&options=-c%20statement_timeout%3D5s"
     assert (await route_of(parse(direct))).route is Route.DIRECT
+
+
+@pytest.mark.case(n=514)
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("session", "keeps a process of the server for each connection (another process answers"),
+        ("transaction", "through a transaction pooler (connections share the processes"),
+    ],
+)
+async def test_check_says_which_route_it_found_and_how(
+    cluster: Cluster, database_url: str, mode: str, message: str
+) -> None:
+    with start_pooler(cluster, mode) as pooler:
+        target = undeclared(pooler, database_url)
+        target = await route_of(target)
+        description = await doctor.describe(target, 10.0)
+    findings = doctor.diagnose(description, target, doctor.Pool(8, 4, 240, 12))
+    [finding] = [finding for finding in findings if finding.subject == "connection"]
+    assert message in finding.message
+    assert finding.verdict is doctor.Verdict.OK
 
 
 # --- Settings.
