@@ -19,6 +19,7 @@ from tests.soak.stack import Replica, Stack
 from tests.soak.tally import Tally
 from tests.soak.traffic import Document
 from tests.support.chat import Chat
+from tests.support.cluster import fetch
 from tests.support.servers import channel, settings
 
 CALL_TIMEOUT_S = 10.0
@@ -28,6 +29,7 @@ RELEASE_TIMEOUT_S = 20.0
 INDEX_TIMEOUT_S = 180.0
 """Limit for the documents of a round to be indexed: more than two leases of a minute, of indexers
 that were killed, and less than the hour by which a fault dates rows ahead."""
+COUNT_OUTBOX = "SELECT count(*) FROM search_outbox"
 IDLE_GAUGES = ("calls_in_flight", "watches_open", "appends_waiting", "connections_in_use")
 """Metrics, without their prefix, that are zero on an idle replica."""
 
@@ -78,6 +80,16 @@ async def _status(stub: Any, document: Document, tally: Tally) -> int | None:
         tally.add_problem(kind, f"document {document.id}: {error.code().name}")
         return None
     return int(reply.document.status)
+
+
+async def check_outbox(stack: Stack, tally: Tally) -> None:
+    """Check that the indexers finish: before that they are not idle. Add a problem otherwise."""
+    deadline = time.monotonic() + INDEX_TIMEOUT_S
+    while (await fetch(stack.database_url, COUNT_OUTBOX))[0][0]:
+        if time.monotonic() > deadline:
+            tally.add_problem("STUCK", "rows of the search outbox wait")
+            return
+        await asyncio.sleep(0.2)
 
 
 async def _check_idle(replica: Replica, tally: Tally) -> None:

@@ -227,6 +227,7 @@ class Soak:
         """Send only probes, and count the statements; then terminate all backends and call."""
         for statement in LOG_ALL:
             await fetch(self.stack.database_url, statement)
+        await checks.check_outbox(self.stack, self.tally)
         await asyncio.sleep(5)  # Until then all connections have been returned to the pool.
         sent = SentStatements(self.stack.database.primary, self.stack.database_url)
         idle_until = time.monotonic() + minutes * 60
