@@ -18,6 +18,7 @@ from chathistory.v1.chat_history_service_pb2_grpc import ChatHistoryServiceStub
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.store.outbox.outbox import MAX_DELAY_S
 from tests.soak import checks
 from tests.soak.faults import TERMINATE_BACKENDS, Faults
 from tests.soak.stack import Replica, Stack
@@ -228,6 +229,8 @@ class Soak:
         for statement in LOG_ALL:
             await fetch(self.stack.database_url, statement)
         await checks.check_outbox(self.stack, self.tally)
+        # An indexer looks again for rows that the other replica had leased.
+        await asyncio.sleep(MAX_DELAY_S)
         await asyncio.sleep(5)  # Until then all connections have been returned to the pool.
         sent = SentStatements(self.stack.database.primary, self.stack.database_url)
         idle_until = time.monotonic() + minutes * 60
