@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from service.embedded.data_dir import EmbeddedError
 from service.embedded.os_account import Account, identity
@@ -156,17 +157,12 @@ class DatabaseCopy:
             ) as dump,
         ):
             try:
-                restore = subprocess.run(  # noqa: S603
-                    [*self._command("pg_restore", self._target), *options],
-                    check=False,
-                    stdin=dump.stdout,
-                    capture_output=True,
-                    cwd="/",
-                    env=environment(),
-                    **identity(self._account),
+                restore = self._run_program(
+                    [*self._command("pg_restore", self._target), *options], stdin=dump.stdout
                 )
             except BaseException:
                 dump.kill()
+                dump.wait()
                 raise
             # pg_dump receives SIGPIPE if pg_restore ends before it, once this end is closed, too.
             assert dump.stdout is not None  # noqa: S101
@@ -205,18 +201,37 @@ class DatabaseCopy:
         database: str = _MAINTENANCE_DATABASE,
         script: str = "",
     ) -> str:
-        result: subprocess.CompletedProcess[bytes] = subprocess.run(  # noqa: S603
+        result = self._run_program(
             [*self._command(program, server, database), *options],
-            check=False,
-            input=script.encode(errors="surrogateescape"),
-            capture_output=True,
-            cwd="/",
-            env=environment(),
-            **identity(self._account),
+            data=script.encode(errors="surrogateescape"),
         )
         if result.returncode != 0:
             raise _failure(program, result.stderr)
         return result.stdout.decode(errors="surrogateescape")
+
+    def _run_program(
+        self, command: list[str | Path], *, stdin: IO[bytes] | None = None, data: bytes = b""
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a program, and wait for its end also when this is interrupted.
+
+        `subprocess.run` does not wait then for a program that takes longer than 0.25 s to end.
+        """
+        with subprocess.Popen(  # noqa: S603
+            command,
+            stdin=stdin or subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            env=environment(),
+            **identity(self._account),
+        ) as process:
+            try:
+                output, errors = process.communicate(None if stdin else data)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def _command(
         self, program: str, server: Server, database: str = _MAINTENANCE_DATABASE
