@@ -8,6 +8,8 @@
 PYTHON ?=
 # Number of concurrent test processes.
 TEST_WORKERS ?= 2
+# The same for tests of faults, which mostly wait.
+FAULT_WORKERS ?= 3
 # Further arguments of pytest: make test PYTEST_ARGS='tests/store -k fork'
 PYTEST_ARGS ?=
 # Number of requests that `make fuzz` sends.
@@ -59,7 +61,7 @@ test: install ## run the tests; TEST_WORKERS=2 PYTEST_ARGS='tests/store -k fork'
 
 .PHONY: test-faults
 test-faults: install ## run the long tests: faults, outages, hostile requests
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist worksteal -m 'faults and not examples and not patroni' \
+	$(BIN)/pytest -n $(FAULT_WORKERS) --dist worksteal -m 'faults and not examples and not patroni' \
 		$(PYTEST_ARGS)
 
 .PHONY: test-examples
