@@ -157,7 +157,7 @@ class Pipeline:
                 # The task ends once the reply has left this process, or the call has failed: until
                 # then the call holds its reply. `context.add_done_callback` does the same, and
                 # leaves a cycle of references for the garbage collector.
-                _task().add_done_callback(lambda _task: self._end_call(call))
+                _call_task().add_done_callback(lambda _: self._end_call(call))
                 n_bytes = len(data)
                 if n_bytes > UNCOUNTED_BYTES:
                     data = b""  # No longer needed, and large.
@@ -351,7 +351,7 @@ def find_method(frame: FrameType) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _task() -> asyncio.Task[Any]:
+def _call_task() -> asyncio.Task[Any]:
     """Return the task of the call that is served."""
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - gRPC runs each handler in a task
@@ -365,10 +365,10 @@ def _free_when_done(error: aio.AbortError) -> None:
     error: a cycle, and thousands of them make a garbage collection hold the event loop.
     """
 
-    def drop_traceback(_task: asyncio.Task[Any]) -> None:
+    def drop_traceback(_: asyncio.Task[Any]) -> None:
         error.__traceback__ = None
 
-    _task().add_done_callback(drop_traceback)
+    _call_task().add_done_callback(drop_traceback)
 
 
 def _owner_id(caller: Caller, request: Any) -> str:

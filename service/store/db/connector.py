@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import ssl
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
 from typing import Any
@@ -18,11 +17,12 @@ from typing import Any
 import asyncpg
 
 from service.store.db.addresses import Address
-from service.store.db.db_errors import NoServer, WrongRole, sqlstate
+from service.store.db.db_errors import NoServer, WrongRole
 from service.store.db.driver_connection import PoolerConnection
 from service.store.db.dsn import Route, Target
 from service.store.db.hot_pool import Statement, fetch_in_transaction
 from service.store.db.route import BY_ERRORS, FoundRoute, find_direct_route, find_proxied_route
+from service.store.db.transports import Transports
 from service.store.schema.location import UnusableDatabase
 
 MAX_HOST_TIMEOUT_S = 3.0
@@ -81,7 +81,7 @@ class Connector:
         self._preferred: Address | None = None
         """The server of the last suitable connection: the first one to be tried."""
         self._slow_until: dict[Address, float] = {}
-        self._unverified_tls = _unverified_tls()
+        self._transports = Transports()
         self._omits_lock_timeout = False
         """Whether it was rejected, as by a pooler that was not recognized."""
 
@@ -310,14 +310,14 @@ class Connector:
         """Open one connection, and set the lock timeout later if a proxy does not accept it."""
         if not self._omits_lock_timeout:
             try:
-                return await self._open_transport(options)
+                return await self._transports.open(options)
             except asyncpg.ProtocolViolationError as error:
                 if LOCK_TIMEOUT not in str(error):
                     raise
             self._omits_lock_timeout = True
         settings = dict(options.get("server_settings") or {})
         lock_timeout = settings.pop(LOCK_TIMEOUT, None)
-        connection = await self._open_transport(options | {"server_settings": settings})
+        connection = await self._transports.open(options | {"server_settings": settings})
         if lock_timeout is not None:
             try:
                 async with asyncio.timeout(options.get("timeout")):
@@ -326,61 +326,6 @@ class Connector:
                 connection.terminate()
                 raise
         return connection
-
-    async def _open_transport(self, options: dict[str, Any]) -> asyncpg.Connection:
-        """Open one connection; `prefer` and `allow` try both transports, as in libpq.
-
-        The driver's own `prefer` would read a certificate and a key in the home folder.
-        """
-        transports: list[ssl.SSLContext | bool]
-        match options.get("ssl"):
-            case "prefer":
-                transports = [self._unverified_tls, False]
-            case "allow":
-                transports = [False, self._unverified_tls]
-            case _:
-                connection: asyncpg.Connection = await asyncpg.connect(**options)
-                return connection
-        async with asyncio.timeout(options.get("timeout")):
-            try:
-                connection = await asyncpg.connect(**options | {"ssl": transports[0]})
-            except (ConnectionError, ssl.SSLError, asyncpg.PostgresError) as error:
-                if not _is_about_transport(error):
-                    raise
-                connection = await self._open_otherwise(options | {"ssl": transports[1]}, error)
-        return connection
-
-    @staticmethod
-    async def _open_otherwise(options: dict[str, Any], refusal: Exception) -> asyncpg.Connection:
-        try:
-            connection: asyncpg.Connection = await asyncpg.connect(**options)
-        except (ConnectionError, ssl.SSLError):
-            if isinstance(refusal, asyncpg.PostgresError):
-                # The server's own reason is clearer than a second transport that does not work.
-                raise refusal from None
-            raise
-        return connection
-
-
-def _unverified_tls() -> ssl.SSLContext:
-    """Return TLS without verification, as in libpq's `prefer` and `allow`."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _is_about_transport(error: BaseException) -> bool:
-    """Return whether the server has no TLS, or accepts this client with the other transport only.
-
-    A server without a process for the client reports that before TLS, which the driver rejects.
-    """
-    return (
-        isinstance(error, ssl.SSLError)
-        or sqlstate(error) == "28000"
-        or "rejected SSL upgrade" in str(error)
-        or "during SSL exchange" in str(error)
-    )
 
 
 def _reported_role(connection: asyncpg.Connection) -> Role:
