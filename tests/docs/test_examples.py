@@ -66,7 +66,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     (
         "docs/explanation/stability.md",
         "make soak                          # five minutes of load and a minute idle",
-    ): ("tests/soak/test_soak.py::test_mixed_load_under_faults_has_no_problems"),
+    ): ("tests/soak/test_soak.py::test_mixed_load_under_faults_of_every_kind_has_no_problems"),
     (
         "docs/explanation/stability.md",
         "make hostile                                # 300 attacks, about 20 minutes",
